@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Checks style and types, then runs the tests; makes the virtual environment first if there is none.
+#
+#   bash scripts/test.sh [--slow] [pytest arguments ...]
+#
+# --slow runs the tests marked slow too. Tests marked gpu skip themselves where there is no CUDA device.
+set -euo pipefail
+CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+marks="not slow"
+arguments=()
+for argument in "$@"; do
+    if [[ $argument == --slow ]]; then marks=""; else arguments+=("$argument"); fi
+done
+
+source scripts/venv.sh requirements-dev.txt
+bash scripts/lint.sh
+
+# Two threads: tiny tensors gain nothing from more, and a machine with many cores would only spend time on waiting.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+python -m pytest -q --durations=15 -m "$marks" ${arguments[@]+"${arguments[@]}"}

@@ -1,0 +1,97 @@
+"""The project's own files: metadata, what gets packaged, requirements, scripts."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dinov2
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = [ROOT / ".ci" / "run", *sorted((ROOT / "scripts").glob("*.sh"))]
+# Packages whose import name is not their name on PyPI.
+DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+EXTRAS = {"wandb", "tensorboard", "xformers"}
+
+
+def requirement_lines() -> list[str]:
+    lines = (re.sub(r"(^|\s)#.*", "", line) for line in (ROOT / "requirements.txt").read_text().splitlines())
+    return [re.sub(r"\s*;.*", "", line).strip() for line in lines if line.strip()]
+
+
+def setup_py(*arguments: str) -> str:
+    """What setup.py prints when it is run from the repository root."""
+    run = subprocess.run([sys.executable, "setup.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def project_files() -> list[Path]:
+    """Files that are tracked or would be by `git add .`."""
+    git = shutil.which("git")
+    command = ["ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    run = git and subprocess.run([git, *command], cwd=ROOT, capture_output=True, text=True)
+    if not run or run.returncode != 0:
+        pytest.skip("this copy of the project is not a git checkout that git will read")
+    return [ROOT / name for name in run.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_setup_names_the_distribution_and_the_version_of_the_package():
+    assert setup_py("--name", "--version").split() == ["dinobloom", dinov2.__version__]
+
+
+def test_build_has_every_module_and_config(tmp_path: Path):
+    setup_py("-q", "build_py", "--build-lib", str(tmp_path))
+    wanted = {"dinov2/py.typed"}
+    for pattern in ("*.py", "*.yaml"):
+        wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "dinov2").rglob(pattern)}
+    built = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert built == wanted
+
+
+def test_torch_and_what_is_built_against_it_are_pinned_together():
+    assert {"torch==2.10.0", "torchvision==0.25.0", "xformers==0.0.35"} <= set(requirement_lines())
+
+
+def test_every_import_is_a_requirement():
+    listed = {re.split(r"[^\w.-]", line)[0].lower() for line in requirement_lines()}
+    missing = {}
+    for path in sorted((ROOT / "dinov2").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            else:
+                continue
+            for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"dinov2"}:
+                if DISTRIBUTIONS.get(name, name).lower() not in listed | EXTRAS:
+                    missing[name] = f"{path.relative_to(ROOT)}:{node.lineno}"
+    assert not missing
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shell_scripts_parse(script: Path):
+    run = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    assert "bash scripts/test.sh" in (ROOT / ".ci" / "run").read_text()
+    assert "bash scripts/test.sh" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_no_path_of_one_machine():
+    folders = b"|".join([b"work", b"root", b"lustre"])
+    absolute = re.compile(rb"(?<![\w.~*}>-])/(?:" + folders + rb")/[\w.-]*")
+    found = {
+        str(path.relative_to(ROOT)): match.group().decode()
+        for path in project_files()
+        if b"\0" not in (content := path.read_bytes()) and (match := absolute.search(content))
+    }
+    assert not found
