@@ -1,0 +1,25 @@
+"""The modules a vision transformer and its projection heads are made of; none of them knows how it is trained."""
+
+from .attention import Attention, MemEffAttention
+from .block import Block, NestedTensorBlock
+from .dino_head import DINOHead, WeightNormLinear
+from .drop_path import DropPath
+from .layer_scale import LayerScale
+from .mlp import Mlp
+from .patch_embed import PatchEmbed
+from .swiglu_ffn import SwiGLUFFN, SwiGLUFFNFused
+
+__all__ = [
+    "Attention",
+    "Block",
+    "DINOHead",
+    "DropPath",
+    "LayerScale",
+    "MemEffAttention",
+    "Mlp",
+    "NestedTensorBlock",
+    "PatchEmbed",
+    "SwiGLUFFN",
+    "SwiGLUFFNFused",
+    "WeightNormLinear",
+]

@@ -1,0 +1,58 @@
+"""Feed-forward network with a gated SiLU unit (Shazeer 2020, arXiv 2002.05202), as ViT-g/14 has it."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SwiGLUFFN(nn.Module):
+    """W3 (silu(W1 x) * W2 x); W1 and W2 are one matrix, `w12`, as in the released weights.
+
+    Args:
+        in_features: width of the input.
+        hidden_features: width of the gated unit; None for in_features.
+        out_features: width of the output; None for in_features.
+        act_layer: not used: the gate is SiLU. It is there so that a block can build either kind of network.
+        drop: not used, for the same reason: released networks have no dropout here.
+        bias: whether the layers have a bias.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer: Callable[[], nn.Module] | None = None,
+        drop: float = 0.0,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        hidden_features = hidden_features or in_features
+        self.w12 = nn.Linear(in_features, 2 * hidden_features, bias=bias)
+        self.w3 = nn.Linear(hidden_features, out_features or in_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class SwiGLUFFNFused(SwiGLUFFN):
+    """SwiGLUFFN of about as many parameters as an Mlp of the same `hidden_features`.
+
+    Three matrices instead of two: the width is 2/3 of what is asked for, rounded up to a multiple of 8. (Upstream fuses
+    the products with xFormers, hence the name; here torch.compile does.)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer: Callable[[], nn.Module] | None = None,
+        drop: float = 0.0,
+        bias: bool = True,
+    ) -> None:
+        width = (int((hidden_features or in_features) * 2 / 3) + 7) // 8 * 8
+        super().__init__(in_features, width, out_features, act_layer, drop, bias)

@@ -1,0 +1,401 @@
+"""Vision transformer of DINOv2 (Oquab et al. 2023, arXiv 2304.07193), with registers (Darcet et al. 2023, 2309.16588).
+
+Dimension key:  B images, C channels, H x W pixels, P patches, R register tokens, N = 1 + R + P tokens, D embedding dim
+
+State-dict names, and the keys of what `forward_features` returns, are upstream's: released weights and users' scripts
+depend on them.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov2.layers import Mlp, NestedTensorBlock, PatchEmbed, SwiGLUFFNFused
+
+
+def _no_ffn(**_: Any) -> nn.Module:
+    return nn.Identity()
+
+
+# "swiglu" is the same network as "swiglufused": upstream's two names differ in the kernel only
+FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": Mlp,
+    "swiglu": SwiGLUFFNFused,
+    "swiglufused": SwiGLUFFNFused,
+    "identity": _no_ffn,
+}
+
+
+class BlockChunk(nn.ModuleList):
+    """Consecutive blocks as one module; leading identities keep each block's number within the whole network."""
+
+    def forward(self, x: Any) -> Any:
+        for block in self:
+            x = block(x)
+        return x
+
+
+class DinoVisionTransformer(nn.Module):
+    """ViT whose CLS token and patch tokens are both features.
+
+    Args:
+        img_size: pixels of the pictures that `pos_embed` is made for, one number or (height, width); others are
+            served by interpolation.
+        patch_size: pixels of a patch.
+        in_chans: C.
+        embed_dim: D.
+        depth: number of blocks.
+        num_heads: attention heads of a block.
+        mlp_ratio: width of the feed-forward network over D.
+        qkv_bias, ffn_bias, proj_bias: which linear maps of a block have a bias.
+        drop_path_rate: stochastic depth of the last block; from 0 in the first one it grows linearly.
+        drop_path_uniform: the same rate in all blocks instead.
+        init_values: where layer scale starts; None or 0 for no layer scale.
+        embed_layer, act_layer, block_fn: what the parts are built with.
+        ffn_layer: "mlp", "swiglu", "swiglufused" or "identity".
+        block_chunks: into how many BlockChunks the blocks are put, which shows in their state-dict names; 0 for none.
+        num_register_tokens: R.
+        interpolate_antialias: smooth `pos_embed` when it is shrunk.
+        interpolate_offset: added to the wanted number of rows and columns before the ratio is taken; the nets without
+            registers were trained with 0.1. 0.0 interpolates to the exact size.
+
+    Raises:
+        ValueError: for an unknown ffn_layer, more chunks than blocks, or an img_size that patches don't fill.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        ffn_bias: bool = True,
+        proj_bias: bool = True,
+        drop_path_rate: float = 0.0,
+        drop_path_uniform: bool = False,
+        init_values: float | None = None,
+        embed_layer: Callable[..., PatchEmbed] = PatchEmbed,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        block_fn: Callable[..., nn.Module] = NestedTensorBlock,
+        ffn_layer: str = "mlp",
+        block_chunks: int = 1,
+        num_register_tokens: int = 0,
+        interpolate_antialias: bool = False,
+        interpolate_offset: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if ffn_layer not in FFN_LAYERS:
+            raise ValueError(f"ffn_layer: {ffn_layer!r} is unknown; choose one of {', '.join(FFN_LAYERS)}")
+        if not 0 <= block_chunks <= depth:
+            raise ValueError(f"block_chunks: {block_chunks} of {depth} blocks; choose 0 (no chunks) to {depth}")
+        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+
+        self.img_size = img_size
+        self.patch_size = patch_size
+        self.in_chans = in_chans
+        self.num_features = self.embed_dim = embed_dim
+        self.n_blocks = depth
+        self.num_heads = num_heads
+        self.mlp_ratio = mlp_ratio
+        self.qkv_bias, self.ffn_bias, self.proj_bias = qkv_bias, ffn_bias, proj_bias
+        self.init_values = init_values
+        self.ffn_layer = ffn_layer
+        self.block_chunks = block_chunks
+        self.chunked_blocks = block_chunks > 0
+        self.num_register_tokens = num_register_tokens
+        self.interpolate_antialias = interpolate_antialias
+        self.interpolate_offset = interpolate_offset
+
+        self.patch_embed = embed_layer(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
+        self.register_tokens = (
+            nn.Parameter(torch.zeros(1, num_register_tokens, embed_dim)) if num_register_tokens else None
+        )
+        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
+
+        if drop_path_uniform:
+            drop_rates = [drop_path_rate] * depth
+        else:
+            # float32 steps as upstream takes them: the rounding can decide how many samples a block keeps.
+            # The device is named so that nets can be built on "meta".
+            drop_rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        blocks = [
+            block_fn(
+                dim=embed_dim,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                proj_bias=proj_bias,
+                ffn_bias=ffn_bias,
+                drop_path=drop_rate,
+                norm_layer=norm_layer,
+                act_layer=act_layer,
+                ffn_layer=FFN_LAYERS[ffn_layer],
+                init_values=init_values,
+            )
+            for drop_rate in drop_rates
+        ]
+        self.blocks = nn.ModuleList(_chunk(blocks, block_chunks) if self.chunked_blocks else blocks)
+        self.norm = norm_layer(embed_dim)
+        self.head = nn.Identity()
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Start values of upstream; the patch embedding's convolution keeps torch's."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        nn.init.zeros_(self.mask_token)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
+        """Position embedding for pictures of another size than `img_size`.
+
+        Args:
+            x: [B, 1 + P, D], tells the dtype.
+            w, h: the pictures' first and second spatial size in pixels: upstream's names, though w is the height.
+
+        Returns:
+            [1, 1 + P, D]: bicubic, computed in float32 and given in x's dtype; `pos_embed` itself where it fits.
+        """
+        return self._pos_embed_at(self._grid_of(w, h), x.dtype)
+
+    def _grid_of(self, height: int, width: int) -> tuple[int, int]:
+        return height // self.patch_size, width // self.patch_size
+
+    def _pos_embed_at(self, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        own_grid = self.patch_embed.patches_resolution
+        if grid == own_grid:
+            return self.pos_embed
+        antialias = self.interpolate_antialias
+        return _resize(self.pos_embed, own_grid, grid, offset=self.interpolate_offset, antialias=antialias).to(dtype)
+
+    def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        """The first block's input.
+
+        Args:
+            x: [B, C, H, W] normalised pictures.
+            masks: [B, P] bool, True where the mask token stands in for the patch; None for no mask.
+
+        Returns:
+            [B, N, D]: CLS token, registers, patches.
+
+        Raises:
+            ValueError: if H or W isn't a multiple of the patch size.
+        """
+        grid = self._grid_of(x.shape[-2], x.shape[-1])
+        patches = self.patch_embed(x)  # [B, P, D]
+        if masks is not None:
+            patches = torch.where(masks.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+        pos_embed = self._pos_embed_at(grid, self.pos_embed.dtype)  # [1, 1 + P, D]
+        tokens = [(self.cls_token + pos_embed[:, :1]).expand(patches.shape[0], -1, -1)]
+        if self.register_tokens is not None:  # they have no position
+            tokens.append(self.register_tokens.expand(patches.shape[0], -1, -1))
+        tokens.append(patches + pos_embed[:, 1:])
+        return torch.cat(tokens, dim=1)  # [B, N, D]
+
+    def forward_features_list(
+        self, x_list: list[Tensor], masks_list: Sequence[Tensor | None] | None = None
+    ) -> list[dict[str, Any]]:
+        """forward_features of several batches whose pictures may differ in size, in one pass through the blocks."""
+        if masks_list is None:
+            masks_list = [None] * len(x_list)
+        tokens = [self.prepare_tokens_with_masks(x, masks) for x, masks in zip(x_list, masks_list, strict=True)]
+        for block in self.blocks:
+            tokens = block(tokens)
+        return [self._features(x, masks) for x, masks in zip(tokens, masks_list, strict=True)]
+
+    @overload
+    def forward_features(self, x: Tensor, masks: Tensor | None = None) -> dict[str, Any]: ...
+
+    @overload
+    def forward_features(
+        self, x: list[Tensor], masks: Sequence[Tensor | None] | None = None
+    ) -> list[dict[str, Any]]: ...
+
+    def forward_features(self, x: Any, masks: Any = None) -> Any:
+        """Features of pictures.
+
+        Args:
+            x: [B, C, H, W] normalised pictures, or a list of such.
+            masks: [B, P] bool or None; a list of them for a list of pictures.
+
+        Returns:
+            x_norm_clstoken [B, D], x_norm_regtokens [B, R, D], x_norm_patchtokens [B, P, D], all after the last norm,
+            x_prenorm [B, N, D] and masks; a list of such dictionaries for a list of pictures.
+        """
+        if isinstance(x, list):
+            return self.forward_features_list(x, masks)
+        x = self.prepare_tokens_with_masks(x, masks)
+        for block in self.blocks:
+            x = block(x)
+        return self._features(x, masks)
+
+    def _features(self, x: Tensor, masks: Tensor | None) -> dict[str, Any]:
+        normed = self.norm(x)
+        first_patch = 1 + self.num_register_tokens
+        return {
+            "x_norm_clstoken": normed[:, 0],
+            "x_norm_regtokens": normed[:, 1:first_patch],
+            "x_norm_patchtokens": normed[:, first_patch:],
+            "x_prenorm": x,
+            "masks": masks,
+        }
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Tensor | tuple[Tensor, Tensor], ...]:
+        """Patch tokens after chosen blocks, never with the registers.
+
+        Args:
+            x: [B, C, H, W] normalised pictures.
+            n: how many of the last blocks, or the numbers of the blocks, from 0; the order is that of the blocks.
+            reshape: give [B, D, H / patch, W / patch] instead of [B, P, D].
+            return_class_token: give (patch tokens, CLS token [B, D]) for each block.
+            norm: apply the network's last norm to each.
+
+        Raises:
+            ValueError: if the network has no such block.
+        """
+        wanted = set(range(self.n_blocks - n, self.n_blocks)) if isinstance(n, int) else set(n)
+        if not wanted or not wanted <= set(range(self.n_blocks)):
+            raise ValueError(
+                f"n: {n!r} asks for blocks that a network of {self.n_blocks} lacks; give 1 to {self.n_blocks} for the "
+                f"last ones, or numbers between 0 and {self.n_blocks - 1}"
+            )
+        grid = self._grid_of(x.shape[-2], x.shape[-1])
+        tokens = self.prepare_tokens_with_masks(x)
+        layers: list[Tensor | tuple[Tensor, Tensor]] = []
+        for number, block in enumerate(self._each_block()):
+            tokens = block(tokens)
+            if number in wanted:
+                out = self.norm(tokens) if norm else tokens
+                patches = out[:, 1 + self.num_register_tokens :]
+                if reshape:
+                    patches = patches.unflatten(1, grid).permute(0, 3, 1, 2).contiguous()  # [B, D, rows, cols]
+                layers.append((patches, out[:, 0]) if return_class_token else patches)
+            if number == max(wanted):
+                break
+        return tuple(layers)
+
+    def _each_block(self) -> Iterator[nn.Module]:
+        for block in self.blocks:
+            if isinstance(block, BlockChunk):
+                yield from (inner for inner in block if not isinstance(inner, nn.Identity))
+            else:
+                yield block
+
+    def forward(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        """The dictionary of forward_features if `is_training`, else `head` (identity) of the CLS token: [B, D]."""
+        features = self.forward_features(*args, **kwargs)
+        return features if is_training else self.head(features["x_norm_clstoken"])
+
+
+def _chunk(blocks: list[nn.Module], n_chunks: int) -> list[nn.Module]:
+    size = len(blocks) // n_chunks
+    return [
+        BlockChunk([nn.Identity() for _ in range(start)] + blocks[start : start + size])
+        for start in range(0, len(blocks), size)
+    ]
+
+
+def _resize(
+    pos_embed: Tensor, source: tuple[int, int], grid: tuple[int, int], *, offset: float, antialias: bool
+) -> Tensor:
+    """[1, 1 + rows * cols, D] of grid `source` to that of `grid`, bicubic, in float32; the CLS token's entry stays."""
+    pos_embed = pos_embed.float()  # bicubic isn't there for every low-precision dtype and device
+    patches = pos_embed[:, 1:].unflatten(1, source).permute(0, 3, 1, 2)  # [1, D, rows, cols]
+    if offset:
+        # the ratio, not the size, sets where the embedding is sampled: released nets were trained with this shift
+        scale = ((grid[0] + offset) / source[0], (grid[1] + offset) / source[1])
+        patches = F.interpolate(patches, scale_factor=scale, mode="bicubic", antialias=antialias)
+    else:
+        patches = F.interpolate(patches, size=grid, mode="bicubic", antialias=antialias)
+    assert patches.shape[-2:] == grid, f"pos_embed came out as {tuple(patches.shape[-2:])} instead of {grid}"
+    return torch.cat([pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+def resize_pos_embed(pos_embed: Tensor, grid: int | tuple[int, int]) -> Tensor:
+    """Bring a weight file's `pos_embed` to another grid of patches, once and for all.
+
+    This is how DinoBloom starts its 224-px nets (16 x 16 patches) from DINOv2's 518-px weights (37 x 37): bicubic,
+    without offset or antialiasing.
+
+    Args:
+        pos_embed: [1, 1 + S * S, D], the CLS token's entry first, then a square grid row by row.
+        grid: rows and columns wanted, one number for a square.
+
+    Returns:
+        [1, 1 + rows * cols, D] in pos_embed's dtype.
+
+    Raises:
+        ValueError: if pos_embed has another shape.
+    """
+    rows, cols = (grid, grid) if isinstance(grid, int) else grid
+    n_patches = pos_embed.shape[1] - 1 if pos_embed.ndim == 3 else 0
+    side = math.isqrt(max(n_patches, 0))
+    if side == 0 or side * side != n_patches:
+        raise ValueError(
+            f"pos_embed: shape {tuple(pos_embed.shape)} isn't [1, 1 + S * S, D]; give the embedding of a CLS token "
+            f"and a square grid of patches, without entries for registers"
+        )
+    return _resize(pos_embed, (side, side), (rows, cols), offset=0.0, antialias=False).to(pos_embed.dtype)
+
+
+# the dimensions behind the names of the functions below
+SIZES: dict[str, dict[str, int]] = {
+    "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "vit_large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "vit_giant2": {"embed_dim": 1536, "depth": 40, "num_heads": 24},
+}
+
+
+def _build(size: str, settings: dict[str, Any]) -> DinoVisionTransformer:
+    return DinoVisionTransformer(**{**SIZES[size], **settings})
+
+
+def vit_tiny(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
+    """ViT-Ti: D 192, 12 blocks, 3 heads (6 M parameters); for demos and quick runs, upstream has none."""
+    return _build("vit_tiny", {"patch_size": patch_size, "num_register_tokens": num_register_tokens, **kwargs})
+
+
+def vit_small(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
+    """ViT-S: D 384, 12 blocks, 6 heads (22 M parameters)."""
+    return _build("vit_small", {"patch_size": patch_size, "num_register_tokens": num_register_tokens, **kwargs})
+
+
+def vit_base(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
+    """ViT-B: D 768, 12 blocks, 12 heads (86 M parameters)."""
+    return _build("vit_base", {"patch_size": patch_size, "num_register_tokens": num_register_tokens, **kwargs})
+
+
+def vit_large(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
+    """ViT-L: D 1024, 24 blocks, 16 heads (304 M parameters)."""
+    return _build("vit_large", {"patch_size": patch_size, "num_register_tokens": num_register_tokens, **kwargs})
+
+
+def vit_giant2(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
+    """ViT-g with 64 channels a head: D 1536, 40 blocks, 24 heads (1.1 B parameters)."""
+    return _build("vit_giant2", {"patch_size": patch_size, "num_register_tokens": num_register_tokens, **kwargs})

@@ -1,0 +1,106 @@
+import pytest
+import torch
+
+from dinov2.layers import Block, LayerScale, NestedTensorBlock, SwiGLUFFNFused
+from dinov2.layers import block as block_module
+
+
+def make(formulas, **settings) -> Block:
+    settings = {"init_values": 1e-5, "qkv_bias": True, **settings}
+    return formulas.fill_(Block(24, num_heads=3, **settings), "test/block")
+
+
+@pytest.fixture
+def batches(formulas):
+    return [formulas.sym("test/long", (4, 7, 24), 1.0), formulas.sym("test/short", (6, 3, 24), 1.0)]
+
+
+def rows_seen(module: torch.nn.Module) -> list[int]:
+    """Numbers of tokens that `module` is given, call by call."""
+    rows: list[int] = []
+    module.register_forward_hook(lambda _, args, __: rows.append(args[0].numel() // args[0].shape[-1]))
+    return rows
+
+
+def test_a_block_is_two_pre_norm_residuals(formulas, batches):
+    block, x = make(formulas), batches[0]
+    expected = x + block.ls1.gamma * block.attn(block.norm1(x))
+    expected = expected + block.ls2.gamma * block.mlp(block.norm2(expected))
+    torch.testing.assert_close(block(x), expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"init_values": None}, {"ffn_layer": SwiGLUFFNFused}])
+def test_a_list_gives_what_its_tensors_give_alone(formulas, batches, settings):
+    block = make(formulas, **settings)
+    before = [x.clone() for x in batches]
+    together = block(batches)
+    assert [x.shape for x in together] == [x.shape for x in batches]
+    for x, out in zip(batches, together, strict=True):
+        torch.testing.assert_close(out, block(x), atol=2e-6, rtol=1e-5)
+    assert all(torch.equal(x, y) for x, y in zip(batches, before, strict=True))
+
+
+def test_a_list_passes_gradients_to_each_of_its_tensors(formulas, batches):
+    block = make(formulas)
+    inputs = [x.requires_grad_() for x in batches]
+    together = torch.autograd.grad(sum(out.square().sum() for out in block(inputs)), inputs)
+    for x, gradient in zip(inputs, together, strict=True):
+        (alone,) = torch.autograd.grad(block(x).square().sum(), x)
+        torch.testing.assert_close(gradient, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.4])
+@pytest.mark.parametrize("as_list", [True, False])
+def test_dropped_samples_cost_no_computation(formulas, batches, rate, as_list):
+    block = make(formulas, drop_path=rate)
+    attention_rows, ffn_rows = rows_seen(block.attn), rows_seen(block.mlp)
+    block(batches if as_list else batches[0])
+    kept = [int(4 * (1 - rate)), int(6 * (1 - rate))]
+    expected = kept[0] * 7 + (kept[1] * 3 if as_list else 0)
+    assert attention_rows == [expected]
+    assert ffn_rows == [expected]
+
+
+def test_kept_samples_get_the_scaled_residual_and_the_others_nothing(formulas, batches, monkeypatch):
+    x = batches[0]
+    choices = iter([torch.tensor([2, 0, 3]), torch.tensor([1, 2, 3])])
+    monkeypatch.setattr(block_module, "choose_samples", lambda *_: next(choices))
+    block = make(formulas, drop_path=0.25)
+    out = block(x)
+
+    attention = block.ls1(block.attn(block.norm1(x)))
+    kept = torch.tensor([1.0, 0.0, 1.0, 1.0])[:, None, None]
+    expected = x + attention * kept * 4 / 3
+    kept = torch.tensor([0.0, 1.0, 1.0, 1.0])[:, None, None]
+    expected = expected + block.ls2(block.mlp(block.norm2(expected))) * kept * 4 / 3
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_one_sample_is_never_dropped(formulas, batches):
+    x = batches[0][:1]
+    torch.testing.assert_close(make(formulas, drop_path=0.9)(x), make(formulas)(x))
+
+
+def test_nothing_is_dropped_in_evaluation(formulas, batches):
+    dropping, plain = make(formulas, drop_path=0.9).eval(), make(formulas).eval()
+    for out, expected in zip(dropping(batches), plain(batches), strict=True):
+        assert torch.equal(out, expected)
+
+
+def test_drop_path_trains_under_autocast(formulas, batches):
+    """The residual comes in bfloat16 and is added to a float32 stream."""
+    block = make(formulas, drop_path=0.5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = block(batches)
+    assert [out.dtype for out in outputs] == [torch.float32] * 2
+    sum(out.sum() for out in outputs).backward()
+    assert all(p.grad is not None for p in block.parameters())
+
+
+def test_layer_scale_is_there_only_if_asked_for():
+    assert isinstance(Block(24, 3, init_values=1e-5).ls1, LayerScale)
+    assert not any("gamma" in name for name in Block(24, 3, init_values=None).state_dict())
+
+
+def test_upstream_name():
+    assert NestedTensorBlock is Block
