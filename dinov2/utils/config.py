@@ -1,0 +1,293 @@
+"""Configuration of a run: defaults <- file <- command line, with strict keys, types and values.
+
+A mistake is an error that names the key, what was found and what would be right; nothing is ignored in silence.
+"""
+
+import difflib
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from dinov2.configs import CONFIG_FOLDER, dinov2_default_config
+from dinov2.utils.files import atomic_write
+
+logger = logging.getLogger("dinov2")
+
+# DinoBloom's own custom.yaml has these under `train`, where its code never read them; its file still loads.
+_NEVER_READ = {f"train.{key}" for key in ("drop_path_rate", "ffn_layer", "block_chunks", "num_register_tokens")}
+
+# Keys of DINOv2 and DinoBloom files that have no counterpart here, with the reason.
+_RETIRED = {"train.cache_dataset": "pictures are read from the lists; there is no metadata cache to switch"}
+
+# What a key may hold besides null, where the default is null.
+_NULLABLE: dict[str, type] = {
+    "train.image_size": int,
+    "train.wandb.entity": str,
+    "student.embed_dim": int,
+    "student.depth": int,
+    "student.num_heads": int,
+    "student.layerscale": float,
+}
+
+_DTYPES = ("auto", "fp32", "bf16", "fp16")
+_CHOICES: dict[str, Sequence[str]] = {
+    "data_transform": ("default", "hema"),
+    "train.centering": ("centering", "sinkhorn_knopp"),
+    "train.image_fit": ("crop", "pad", "squash"),
+    "student.ffn_layer": ("mlp", "swiglu", "swiglufused", "identity"),
+    "optim.scaling_rule": ("sqrt_wrt_1024", "none"),
+    "sharding_strategy": ("NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD"),
+    "param_dtype": _DTYPES,
+    "reduce_dtype": _DTYPES,
+    "buffer_dtype": _DTYPES,
+}
+
+# Inclusive bounds (low, high) of numbers and of the members of lists; None: unbounded.
+_BOUNDS: dict[str, tuple[float | None, float | None]] = {
+    "train.batch_size_per_gpu": (1, None),
+    "train.OFFICIAL_EPOCH_LENGTH": (1, None),
+    "train.num_workers": (0, None),
+    "train.image_size": (1, None),
+    "train.max_bad_fraction": (0, 1),
+    "train.max_bad_steps_in_row": (1, None),
+    "train.saveckp_freq": (0, None),
+    "train.keep_checkpoints": (1, None),
+    "train.log_period": (1, None),
+    "dino.loss_weight": (0, None),
+    "dino.koleo_loss_weight": (0, None),
+    "dino.smooth_rank_loss_weight": (0, None),
+    "dino.head_n_prototypes": (2, None),
+    "dino.head_nlayers": (1, None),
+    "ibot.loss_weight": (0, None),
+    "ibot.mask_sample_probability": (0, 1),
+    "ibot.mask_ratio_min_max": (0, 1),
+    "ibot.head_n_prototypes": (2, None),
+    "ibot.head_nlayers": (1, None),
+    "student.patch_size": (1, None),
+    "student.drop_path_rate": (0, 1),
+    "student.depth": (1, None),
+    "student.num_register_tokens": (0, None),
+    "teacher.momentum_teacher": (0, 1),
+    "teacher.final_momentum_teacher": (0, 1),
+    "teacher.teacher_temp": (1e-4, None),
+    "teacher.warmup_teacher_temp": (1e-4, None),
+    "optim.epochs": (0, None),
+    "optim.base_lr": (0, None),
+    "optim.clip_grad": (0, None),
+    "crops.global_crops_scale": (0, 1),
+    "crops.local_crops_scale": (0, 1),
+    "crops.local_crops_number": (0, None),
+    "evaluation.eval_period_iterations": (0, None),
+    "evaluation.knn_k": (1, None),
+    "evaluation.batch_size": (1, None),
+}
+
+
+def load_run_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -> DictConfig:
+    """Merge and check a run's configuration.
+
+    Args:
+        config_file: YAML with what differs from the defaults; None for the defaults alone.
+        overrides: `key.subkey=value` texts of the command line, which win.
+
+    Raises:
+        FileNotFoundError: no such file.
+        KeyError: an unknown key; the message names the nearest valid one.
+        ValueError: an unreadable file or a value of the wrong type or range.
+    """
+    merged = dinov2_default_config.copy()
+    layers: list[tuple[str, DictConfig]] = []
+    if config_file is not None:
+        layers.append((str(config_file), _read_yaml(Path(config_file))))
+    if overrides:
+        layers.append(("command line", _read_overrides(overrides)))
+    for origin, layer in layers:
+        _drop_never_read(layer, origin)
+        for key, value in _leaves(layer):
+            OmegaConf.update(merged, key, _checked(key, value, origin), force_add=False)
+    _check_together(merged)
+    return merged
+
+
+def missing_keys(cfg: DictConfig) -> list[str]:
+    """Keys that are still `???`."""
+    return sorted(OmegaConf.missing_keys(cfg))
+
+
+def write_config(cfg: DictConfig, path: Path) -> None:
+    """Write the merged configuration, whole or not at all."""
+    with atomic_write(path, "w") as file:
+        file.write(OmegaConf.to_yaml(cfg))
+
+
+def differences(ours: DictConfig, theirs: DictConfig, prefixes: Sequence[str] = ("",)) -> dict[str, tuple[Any, Any]]:
+    """Keys below `prefixes` whose values differ: {key: (ours, theirs)}; a key that one side lacks counts as None."""
+    a, b = dict(_leaves(ours)), dict(_leaves(theirs))
+    keys = [key for key in sorted(a.keys() | b.keys()) if key.startswith(tuple(prefixes))]
+    return {key: (a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)}
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        known = sorted(str(file.relative_to(CONFIG_FOLDER)) for file in (CONFIG_FOLDER / "train").glob("*.yaml"))
+        raise FileNotFoundError(f"--config-file: no file at {str(path)!r}; the package has {known} in {CONFIG_FOLDER}")
+    try:
+        config = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ValueError(f"--config-file: {path} is not readable as YAML: {error}") from error
+    if not isinstance(config, DictConfig):
+        raise ValueError(f"--config-file: {path} must hold `section: key: value`, found a {type(config).__name__}")
+    return config
+
+
+def _read_overrides(overrides: Sequence[str]) -> DictConfig:
+    for text in overrides:
+        if "=" not in text or text.startswith("-"):
+            raise ValueError(f"command line: {text!r} is neither a known option nor of the form key.subkey=value")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"command line: cannot read {list(overrides)}: {error}") from error
+
+
+def _leaves(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf; lists are leaves."""
+    for key in config:
+        name = f"{prefix}{key}"
+        if OmegaConf.is_missing(config, key):
+            yield name, "???"
+            continue
+        value = config[key]
+        if isinstance(value, DictConfig):
+            yield from _leaves(value, f"{name}.")
+        else:
+            yield name, OmegaConf.to_container(value) if isinstance(value, ListConfig) else value
+
+
+def _drop_never_read(layer: DictConfig, origin: str) -> None:
+    for key in sorted(_NEVER_READ | _RETIRED.keys()):
+        section, name = key.split(".")
+        if isinstance(layer.get(section), DictConfig) and name in layer[section]:
+            value = layer[section].pop(name)
+            if key in _RETIRED:
+                logger.warning("%s: %s=%s is ignored: %s", origin, key, value, _RETIRED[key])
+            else:
+                logger.warning(
+                    "%s: %s=%s never had an effect (DinoBloom's code does not read it) and is ignored; "
+                    "student.%s is the key that has one",
+                    *(origin, key, value, name),
+                )
+
+
+def _defaults() -> dict[str, Any]:
+    return dict(_leaves(dinov2_default_config))
+
+
+def _checked(key: str, value: Any, origin: str) -> Any:
+    """The value as the default's type, or an error that says what is wrong with it."""
+    defaults = _defaults()
+    if key not in defaults:
+        raise KeyError(f"{origin}: {_unknown_key_text(key, list(defaults))}")
+    default = defaults[key]
+    if value == "???":
+        return value
+    expected = _NULLABLE.get(key, type(default))
+    if value is None:
+        if key in _NULLABLE:
+            return None
+        raise ValueError(f"{origin}: {key} must be {_type_text(default, expected)}, found nothing (null)")
+    if isinstance(default, list):
+        if not isinstance(value, list) or (key != "evaluation.knn_k" and len(value) != len(default)):
+            raise ValueError(f"{origin}: {key} must be {_type_text(default, list)}, found {value!r}")
+        result: Any = [_as_type(key, member, type(default[0]), default, origin) for member in value]
+    else:
+        result = _as_type(key, value, expected, default, origin)
+    _check_choice(key, result, origin)
+    _check_bounds(key, result, origin)
+    return result
+
+
+def _as_type(key: str, value: Any, expected: type, default: Any, origin: str) -> Any:
+    is_bool = isinstance(value, bool)
+    if expected is float and isinstance(value, (int, float)) and not is_bool:
+        return float(value)
+    if expected is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if expected is str and isinstance(value, (int, float)) and not is_bool:
+        return str(value)  # a folder or name that looks like a number
+    if isinstance(value, expected) and (expected is bool) == is_bool:
+        return value
+    raise ValueError(
+        f"{origin}: {key} must be {_type_text(default, expected)}, found {value!r} ({type(value).__name__})"
+    )
+
+
+def _type_text(default: Any, expected: type) -> str:
+    if isinstance(default, list):
+        return f"a list like {default}"
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    return f"{names[expected]} (default: {default})"
+
+
+def _unknown_key_text(key: str, valid: list[str]) -> str:
+    name = key.rsplit(".", 1)[-1]
+    elsewhere = [candidate for candidate in valid if candidate.rsplit(".", 1)[-1] == name]
+    if elsewhere:
+        return f"unknown config key {key}; it exists as {' and '.join(elsewhere[:3])}"
+    if any(candidate.startswith(f"{key}.") for candidate in valid):
+        return f"config key {key} is a section, not a value; set one of its keys"
+    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else "; configs/ssl_default_config.yaml lists all keys"
+    return f"unknown config key {key}{hint}"
+
+
+def _check_choice(key: str, value: Any, origin: str) -> None:
+    choices = _CHOICES.get(key) or _CHOICES.get(key.rsplit(".", 1)[-1])
+    if choices and value not in choices:
+        raise ValueError(f"{origin}: {key} must be one of {', '.join(choices)}, found {value!r}")
+
+
+def _check_bounds(key: str, value: Any, origin: str) -> None:
+    if key not in _BOUNDS or value is None:
+        return
+    low, high = _BOUNDS[key]
+    for number in value if isinstance(value, list) else [value]:
+        if (low is not None and number < low) or (high is not None and number > high):
+            limits = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise ValueError(f"{origin}: {key} must be {limits}, found {value}")
+
+
+def _check_together(cfg: DictConfig) -> None:
+    """Rules between keys."""
+    if cfg.crops.local_crops_number == 1:
+        logger.warning(
+            "crops.local_crops_number is 1: here that is one local crop. If 1 was meant as DinoBloom means it (none), "
+            "set crops.local_crops_number=0 and dino.loss_weight=%s, its effective value",
+            cfg.dino.loss_weight / 2,
+        )
+    patch = cfg.student.patch_size
+    sizes = {"crops.global_crops_size": cfg.crops.global_crops_size}
+    if cfg.crops.local_crops_number > 0:
+        sizes["crops.local_crops_size"] = cfg.crops.local_crops_size
+    for key, size in sizes.items():
+        if size < patch or size % patch:
+            nearest = max(patch, round(size / patch) * patch)
+            raise ValueError(f"{key} must be a multiple of student.patch_size={patch}, found {size}; {nearest} is near")
+    if cfg.MODEL.WEIGHTS and cfg.student.pretrained_weights and cfg.MODEL.WEIGHTS != cfg.student.pretrained_weights:
+        raise ValueError("MODEL.WEIGHTS and student.pretrained_weights name different files; set one of them")
+    for key, (low, high) in {
+        "crops.global_crops_scale": cfg.crops.global_crops_scale,
+        "crops.local_crops_scale": cfg.crops.local_crops_scale,
+        "ibot.mask_ratio_min_max": cfg.ibot.mask_ratio_min_max,
+    }.items():
+        if low > high:
+            raise ValueError(f"{key} must be [smallest, largest], found [{low}, {high}]")
+    if cfg.dino.loss_weight == 0 and cfg.ibot.loss_weight == 0:
+        raise ValueError("dino.loss_weight and ibot.loss_weight are both 0: nothing would be learned; set one of them")
+    if bool(cfg.evaluation.train_data) != bool(cfg.evaluation.test_data):
+        raise ValueError("evaluation.train_data and evaluation.test_data belong together; give both or neither")
