@@ -1,0 +1,86 @@
+"""From teacher logits to targets: Sinkhorn-Knopp balancing and softmax centering, shared by the CLS and patch losses.
+
+Dimension key:  R rows (CLS tokens or masked patches of this process), K prototypes
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dinov2.distributed import get_world_size, is_enabled
+
+
+@torch.no_grad()
+def sinkhorn_knopp(logits: Tensor, teacher_temp: float, n_rows_global: int | Tensor, n_iterations: int = 3) -> Tensor:
+    """Assign rows to prototypes so that, over all processes, every prototype gets the same mass (SwAV, arXiv 2006.09882).
+
+    The balanced matrix is diag(v) M diag(u) with M = exp(logits / temp): only the two scaling vectors are iterated, so M
+    is written once and never rewritten. Alternating from v = 1 gives what normalising the whole matrix in turn gives.
+
+    Args:
+        logits: [R, K] teacher outputs; R may differ between processes and may be 0.
+        teacher_temp: temperature of the assignment.
+        n_rows_global: R summed over all processes.
+        n_iterations: rounds of prototype- then row-normalisation.
+
+    Returns:
+        [R, K] float32, each row sums to 1.
+    """
+    scaled = logits.float() / teacher_temp
+    # One constant for the whole matrix cancels in the normalisation and keeps exp() in range. It must be the same on
+    # every process, else rows of different processes would be weighed against each other wrongly.
+    largest = scaled.max() if scaled.numel() else scaled.new_full((), float("-inf"))
+    if is_enabled():
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    mass = torch.exp_(scaled.sub_(largest))  # [R, K]
+    n_prototypes = mass.shape[1]
+    row_scale = mass.new_ones(mass.shape[0])  # v: [R]
+    column_scale = mass.new_ones(n_prototypes)  # u: [K]
+    for _ in range(n_iterations):
+        column_mass = row_scale @ mass  # [K]
+        if is_enabled():
+            dist.all_reduce(column_mass)
+        column_scale = 1.0 / (n_prototypes * column_mass)
+        row_scale = 1.0 / (n_rows_global * (mass @ column_scale))  # [R]
+    return mass.mul_(column_scale).mul_((row_scale * n_rows_global).unsqueeze(1))
+
+
+class TeacherCenter(nn.Module):
+    """Exponential moving average of teacher logits, subtracted before the softmax (DINO, arXiv 2104.14294, section 3.1).
+
+    The update asked for by `update` is reduced over processes while the student runs and takes effect at the next
+    `softmax_center_teacher`: each step is centred by the steps before it, never by itself.
+    """
+
+    center: Tensor
+
+    def __init__(self, shape: tuple[int, ...], momentum: float) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("center", torch.zeros(shape))
+        self._pending: tuple[Tensor, int, dist.Work | None] | None = None
+
+    @torch.no_grad()
+    def softmax_center_teacher(self, teacher_output: Tensor, teacher_temp: float) -> Tensor:
+        """softmax((logits - center) / temp) over the last dimension, float32, same shape as `teacher_output`."""
+        self.apply_center_update()
+        return torch.softmax((teacher_output.float() - self.center) / teacher_temp, dim=-1)
+
+    @torch.no_grad()
+    def _queue_update(self, mean_sum: Tensor, count: int) -> None:
+        """Take up the mean of this batch: `mean_sum` / (`count` * processes), applied at the next use."""
+        self.apply_center_update()
+        work = dist.all_reduce(mean_sum, async_op=True) if is_enabled() else None
+        self._pending = (mean_sum, count, work)
+
+    @torch.no_grad()
+    def apply_center_update(self) -> None:
+        """Move the center by the update that is waiting, if one is (a checkpoint calls this, so that none is lost)."""
+        if self._pending is None:
+            return
+        mean_sum, count, work = self._pending
+        if work is not None:
+            work.wait()
+        batch_center = mean_sum / (count * get_world_size())
+        self.center.copy_(self.center * self.momentum + batch_center.view_as(self.center) * (1 - self.momentum))
+        self._pending = None
