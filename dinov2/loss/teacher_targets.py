@@ -15,7 +15,7 @@ def sinkhorn_knopp(logits: Tensor, teacher_temp: float, n_rows_global: int | Ten
     """Assign rows to prototypes so that, over all processes, every prototype gets the same mass (SwAV, arXiv 2006.09882).
 
     The balanced matrix is diag(v) M diag(u) with M = exp(logits / temp): only the two scaling vectors are iterated, so M
-    is written once and never rewritten. Alternating from v = 1 gives what normalising the whole matrix in turn gives.
+    is written once and never rewritten. Alternating from the rows as they are gives what normalising the whole matrix in turn gives.
 
     Args:
         logits: [R, K] teacher outputs; R may differ between processes and may be 0.
@@ -27,20 +27,22 @@ def sinkhorn_knopp(logits: Tensor, teacher_temp: float, n_rows_global: int | Ten
         [R, K] float32, each row sums to 1.
     """
     scaled = logits.float() / teacher_temp
-    # One constant for the whole matrix cancels in the normalisation and keeps exp() in range. It must be the same on
-    # every process, else rows of different processes would be weighed against each other wrongly.
-    largest = scaled.max() if scaled.numel() else scaled.new_full((), float("-inf"))
+    # Row b of M is kept divided by exp(its largest logit), so that exp() neither overflows nor loses a whole row; the
+    # factors come back through v, relative to the largest over all processes, so that rows keep their weights.
+    row_max = scaled.amax(dim=1) if scaled.shape[0] else scaled.new_zeros(0)  # [R]
+    largest = row_max.max() if scaled.shape[0] else scaled.new_full((), float("-inf"))
     if is_enabled():
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    mass = torch.exp_(scaled.sub_(largest))  # [R, K]
+    mass = scaled.sub_(row_max.unsqueeze(1)).exp_()  # [R, K]
+    row_scale = torch.exp(row_max - largest)  # v: [R]
     n_prototypes = mass.shape[1]
-    row_scale = mass.new_ones(mass.shape[0])  # v: [R]
     column_scale = mass.new_ones(n_prototypes)  # u: [K]
     for _ in range(n_iterations):
         column_mass = row_scale @ mass  # [K]
         if is_enabled():
             dist.all_reduce(column_mass)
-        column_scale = 1.0 / (n_prototypes * column_mass)
+        # a prototype that no row comes near has no mass to scale up
+        column_scale = 1.0 / (n_prototypes * column_mass.clamp(min=torch.finfo(torch.float32).tiny))
         row_scale = 1.0 / (n_rows_global * (mass @ column_scale))  # [R]
     return mass.mul_(column_scale).mul_((row_scale * n_rows_global).unsqueeze(1))
 

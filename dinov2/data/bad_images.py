@@ -1,0 +1,44 @@
+"""The record of pictures that could not be read: `bad_images.csv` in the run's folder, and the limit on them."""
+
+import csv
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+from dinov2.utils.files import atomic_write
+
+logger = logging.getLogger("dinov2")
+
+
+class BadImages:
+    """Remembers each unreadable picture once, across resumes, and stops a run whose data is not what it seems."""
+
+    def __init__(self, path: Path, n_listed: int, max_fraction: float) -> None:
+        self.path, self.n_listed, self.max_fraction = path, n_listed, max_fraction
+        self.reasons: dict[str, str] = {}
+        if path.is_file():
+            with open(path, encoding="utf-8", newline="") as file:
+                self.reasons = {row["path"]: row["reason"] for row in csv.DictReader(file)}
+
+    def record(self, failures: Iterable[tuple[str, str]]) -> None:
+        """Note (path, reason) pairs.
+
+        Raises:
+            RuntimeError: more than `max_fraction` of the listed pictures are now known to be unreadable.
+        """
+        new = {path: reason for path, reason in failures if path not in self.reasons}
+        if not new:
+            return
+        for path, reason in new.items():
+            logger.warning("cannot read %s (%s); another picture takes its place", path, reason)
+        self.reasons.update(new)
+        with atomic_write(self.path, "w") as file:
+            writer = csv.writer(file)
+            writer.writerow(["path", "reason"])
+            writer.writerows(self.reasons.items())
+        if len(self.reasons) > self.max_fraction * self.n_listed:
+            raise RuntimeError(
+                f"train.max_bad_fraction: {len(self.reasons)} of {self.n_listed} listed pictures cannot be read, more than "
+                f"the {self.max_fraction:.2%} allowed; see {self.path} for each path and reason, then mend the lists "
+                "or raise the limit"
+            )

@@ -1,0 +1,191 @@
+"""From a dataset string to batches: `make_dataset`, `make_data_loader` and the batch that training's loader gives.
+
+Letters: B pictures per process, S side of a picture in pixels.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+
+from dinov2.data.datasets.hema_data import HemaStandardDataset, Sample, UnreadablePicture
+from dinov2.data.samplers import EpochSampler, InfiniteSampler, SamplerType, ShardedInfiniteSampler
+from dinov2.distributed import get_rank, get_world_size
+from dinov2.utils.seeds import derive_seed
+
+logger = logging.getLogger("dinov2")
+
+DATASETS = {"HemaStandardDataset": HemaStandardDataset}
+
+
+def _read_truth(value: str) -> bool:
+    return {"1": True, "true": True, "0": False, "false": False}[value.lower()]
+
+
+# key of a dataset string -> how its value is read; a reader raises ValueError or KeyError on other text
+VALUE_READERS: dict[str, Callable[[str], Any]] = {
+    "root": str,
+    "shuffle": _read_truth,
+    "image_size": int,
+    "fit": str,
+    "seed": int,
+}
+
+
+class SampleBatch(NamedTuple):
+    """Decoded pictures, before any augmentation.
+
+    Attributes:
+        images: uint8 [B, 3, S, S].
+        indices: int64 [B], the dataset indices that were asked for.
+        failures: every picture that could not be read on the way, with the reason.
+    """
+
+    images: Tensor
+    indices: Tensor
+    failures: list[UnreadablePicture]
+
+
+def collate_samples(samples: Sequence[Sample]) -> SampleBatch:
+    """Stack what `HemaStandardDataset` gives without a transform."""
+    return SampleBatch(
+        images=torch.stack([sample.image for sample in samples]),  # [B, 3, S, S]
+        indices=torch.tensor([sample.index for sample in samples]),  # [B]
+        failures=[failure for sample in samples for failure in sample.failures],
+    )
+
+
+def make_dataset(
+    dataset_str: str,
+    transform: Callable[..., Any] | None = None,
+    target_transform: Callable[..., Any] | None = None,
+    **settings: Any,
+) -> HemaStandardDataset:
+    """Build the dataset that a string such as `HemaStandardDataset:root=/data/lists:shuffle=1` describes.
+
+    Keys: root (required), shuffle (1 or 0), image_size, fit, seed. A colon belongs to a value unless one of these keys
+    and `=` follow it, so `root=C:\\cells` and `root=/data/12:30` are read as meant.
+
+    Args:
+        dataset_str: name, then `:key=value` for each setting.
+        transform: see `HemaStandardDataset`.
+        target_transform: see `HemaStandardDataset`.
+        settings: values for keys that the string does not state.
+
+    Raises:
+        ValueError: unknown name or key, a key twice or without a value, or a value of the wrong kind.
+        FileNotFoundError: no path list at `root`.
+    """
+    name, stated = _parse_dataset_str(dataset_str)
+    dataset = DATASETS[name](transform=transform, target_transform=target_transform, **{**settings, **stated})
+    logger.info("dataset %s: %s pictures", dataset_str, f"{len(dataset):,}")
+    return dataset
+
+
+def _parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:
+    name, _, rest = dataset_str.partition(":")
+    if name not in DATASETS:
+        raise ValueError(
+            f"train.dataset_path: unknown dataset {name!r} in {dataset_str!r}; known: {', '.join(DATASETS)} "
+            f"(write HemaStandardDataset:root=<folder with *.txt lists>)"
+        )
+    keys = ", ".join(VALUE_READERS)
+    unknown = [key for key in re.findall(r":([A-Za-z_]\w*)(?==)", ":" + rest) if key not in VALUE_READERS]
+    if unknown:
+        raise ValueError(f"train.dataset_path: unknown key {unknown[0]!r} in {dataset_str!r}; {name} knows {keys}")
+    before, *parts = re.split(rf":(?=(?:{'|'.join(VALUE_READERS)})=)", ":" + rest)
+    stated: dict[str, Any] = {}
+    for part in parts:
+        key, _, value = part.partition("=")
+        if key in stated:
+            raise ValueError(f"train.dataset_path: {key!r} stands twice in {dataset_str!r}; keep one")
+        try:
+            stated[key] = VALUE_READERS[key](value)
+        except (ValueError, KeyError) as error:
+            expected = "1 or 0" if key == "shuffle" else "an integer"
+            raise ValueError(f"train.dataset_path: {key}={value!r} in {dataset_str!r}; expected {expected}") from error
+    if before or not stated.get("root"):
+        raise ValueError(
+            f"train.dataset_path: {dataset_str!r} must read {name}:root=<folder with *.txt lists>"
+            f"[:key=value...], with the keys {keys}"
+        )
+    return name, stated
+
+
+def make_data_loader(
+    *,
+    dataset: Dataset,
+    batch_size: int,
+    num_workers: int,
+    shuffle: bool = True,
+    seed: int = 0,
+    sampler_type: SamplerType | None = SamplerType.INFINITE,
+    sampler_size: int = -1,
+    sampler_advance: int = 0,
+    drop_last: bool = True,
+    persistent_workers: bool = False,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    prefetch_factor: int = 2,
+) -> DataLoader:
+    """Batches of a dataset for this process; the names and defaults are upstream's.
+
+    Batches do not depend on `num_workers`. Torch's global generators are left untouched.
+
+    Args:
+        dataset: with a length.
+        batch_size: B.
+        num_workers: 0 loads in this process.
+        shuffle: whether the sampler shuffles; without a sampler the dataset's own order is kept whatever this says.
+        seed: of the order, and of random numbers that a transform draws in the workers.
+        sampler_type: INFINITE (the SHARDED ones are the same), EPOCH, DISTRIBUTED (torch's) or None.
+        sampler_size: length of an epoch over all processes, for EPOCH only; -1 takes the dataset's.
+        sampler_advance: samples of the global stream already used, for the infinite samplers only.
+        drop_last: leave out a last batch with fewer than B samples.
+        persistent_workers: keep the workers between iterations over the loader.
+        collate_fn: samples to batch; must be picklable where workers are spawned.
+        prefetch_factor: batches that each worker prepares ahead.
+
+    Raises:
+        ValueError: a size or an advance for a sampler that has none.
+    """
+    # a resumed loader's workers draw numbers of their own, not those of the start again
+    generator = torch.Generator().manual_seed(derive_seed(seed, "workers", sampler_advance, get_rank()))
+    return DataLoader(
+        dataset,
+        sampler=_make_sampler(dataset, sampler_type, shuffle, seed, sampler_size, sampler_advance),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        drop_last=drop_last,
+        persistent_workers=persistent_workers and num_workers > 0,
+        prefetch_factor=prefetch_factor if num_workers > 0 else None,
+        collate_fn=collate_fn,
+        generator=generator,
+    )
+
+
+def _make_sampler(
+    dataset: Any, sampler_type: SamplerType | None, shuffle: bool, seed: int, size: int, advance: int
+) -> Sampler | None:
+    if size > 0 and sampler_type is not SamplerType.EPOCH:
+        raise ValueError(
+            f"sampler_size={size}: only SamplerType.EPOCH has a size, found {sampler_type}; leave it at -1"
+        )
+    infinite = (SamplerType.INFINITE, SamplerType.SHARDED_INFINITE, SamplerType.SHARDED_INFINITE_NEW)
+    if advance > 0 and sampler_type not in infinite:
+        raise ValueError(f"sampler_advance={advance}: only infinite samplers can start later, found {sampler_type}")
+    n = len(dataset)
+    if sampler_type is SamplerType.EPOCH:
+        return EpochSampler(size=size if size > 0 else n, sample_count=n, shuffle=shuffle, seed=seed)
+    if sampler_type is SamplerType.DISTRIBUTED:
+        return DistributedSampler(
+            dataset, num_replicas=get_world_size(), rank=get_rank(), shuffle=shuffle, seed=seed, drop_last=False
+        )
+    if sampler_type is None:
+        return None
+    sampler = InfiniteSampler if sampler_type is SamplerType.INFINITE else ShardedInfiniteSampler
+    return sampler(sample_count=n, shuffle=shuffle, seed=seed, advance=advance)

@@ -1,0 +1,94 @@
+"""Block-wise random masks of patches for iBOT (BEiT, Bao et al. 2021, arXiv 2106.08254, "Blockwise Masking").
+
+Letters: h, w patches along the height and the width of a crop.
+"""
+
+import math
+import random
+
+import numpy as np
+
+N_TRIES_PER_BLOCK = 10
+N_NUMBERS_PER_TRY = 4  # area, aspect, row, column
+
+
+class MaskingGenerator:
+    """Covers a crop with rectangles until as many patches as asked for are masked, or no rectangle fits any more.
+
+    A rectangle's area is uniform between `min_num_patches` and what is still missing (at most `max_num_patches`), the
+    logarithm of its aspect uniform between those of `min_aspect` and `max_aspect`. It is taken if it adds at least one
+    patch and no more than are missing. So the target is never passed, and sometimes missed by a few patches.
+    """
+
+    def __init__(
+        self,
+        input_size: int | tuple[int, int],
+        num_masking_patches: int | None = None,
+        min_num_patches: int = 4,
+        max_num_patches: float | None = None,
+        min_aspect: float = 0.3,
+        max_aspect: float | None = None,
+    ) -> None:
+        """
+        Args:
+            input_size: (h, w) in patches, or one number for a square.
+            num_masking_patches: the default of `max_num_patches`, as in upstream; no limit if both are None.
+            min_num_patches: smallest area drawn for a block.
+            max_num_patches: largest area drawn for a block, and most patches that one block may add.
+            min_aspect: smallest height / width of a block.
+            max_aspect: largest height / width; 1 / min_aspect by default.
+        """
+        self.height, self.width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        self.num_patches = self.height * self.width
+        self.num_masking_patches = num_masking_patches
+        self.min_num_patches = min_num_patches
+        limits = (max_num_patches, num_masking_patches, self.num_patches)
+        self.max_num_patches = next(limit for limit in limits if limit is not None)
+        self.log_aspect_ratio = (math.log(min_aspect), math.log(max_aspect or 1 / min_aspect))
+        # A mask is one integer, bit row * w + column, so that a block's new patches are counted in one operation. Entry
+        # n has the first bit of n rows set; times (2^width - 1) it is a block of n rows.
+        self._columns = [sum(1 << (row * self.width) for row in range(n)) for n in range(self.height + 1)]
+
+    def get_shape(self) -> tuple[int, int]:
+        """(h, w)."""
+        return self.height, self.width
+
+    def __call__(self, num_masking_patches: int = 0, rng: np.random.Generator | None = None) -> np.ndarray:
+        """Draw one mask.
+
+        Args:
+            num_masking_patches: how many patches to mask.
+            rng: where the randomness comes from; if None, Python's `random`, which upstream's users seed.
+
+        Returns:
+            bool [h, w], True where masked.
+        """
+        if rng is None:
+            rng = np.random.default_rng(random.getrandbits(64))
+        mask, n_masked = 0, 0
+        while n_masked < num_masking_patches:
+            most = min(num_masking_patches - n_masked, self.max_num_patches)
+            block = self._draw_block(mask, most, rng)
+            if block == 0:
+                break
+            mask |= block
+            n_masked = mask.bit_count()
+        packed = np.frombuffer(mask.to_bytes(-(-self.num_patches // 8), "little"), dtype=np.uint8)
+        bits = np.unpackbits(packed, count=self.num_patches, bitorder="little")
+        return bits.view(bool).reshape(self.height, self.width)
+
+    def _draw_block(self, mask: int, most: float, rng: np.random.Generator) -> int:
+        """The bits of a block that adds 1 to `most` patches to `mask`, or 0 if no try gave one."""
+        log_low, log_high = self.log_aspect_ratio
+        numbers = iter(rng.random(N_TRIES_PER_BLOCK * N_NUMBERS_PER_TRY).tolist())
+        for u_area, u_aspect, u_row, u_column in zip(numbers, numbers, numbers, numbers, strict=True):
+            area = self.min_num_patches + u_area * (most - self.min_num_patches)
+            aspect = math.exp(log_low + u_aspect * (log_high - log_low))
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if height >= self.height or width >= self.width:
+                continue
+            row, column = int(u_row * (self.height - height + 1)), int(u_column * (self.width - width + 1))
+            block = self._columns[height] * ((1 << width) - 1) << (row * self.width + column)
+            if 0 < (block & ~mask).bit_count() <= most:
+                return block
+        return 0

@@ -1,0 +1,158 @@
+"""In which order pictures are seen: a pure function of (seed, position), whatever the number of processes.
+
+All processes share one global stream of indices. Process r of W takes the positions r, r + W, r + 2W, ..., so with a
+global batch of B the i-th batch is the positions [i B, (i + 1) B), for every W. Letters: N pictures in the dataset.
+"""
+
+from collections.abc import Iterator
+from enum import Enum
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from dinov2.distributed import get_rank, get_world_size
+from dinov2.utils.seeds import derive_seed
+
+INDICES_AT_A_TIME = 65536
+
+
+class SamplerType(Enum):
+    """Names and values are upstream's."""
+
+    DISTRIBUTED = 0
+    EPOCH = 1
+    INFINITE = 2
+    SHARDED_INFINITE = 3
+    SHARDED_INFINITE_NEW = 4
+
+
+def shuffled_indices(sample_count: int, seed: int, *keys: int) -> np.ndarray:
+    """The permutation of 0 .. N-1 that belongs to `seed` and `keys`: int32 [N], or int64 where N needs it."""
+    dtype = torch.int32 if sample_count <= torch.iinfo(torch.int32).max else torch.int64
+    generator = torch.Generator().manual_seed(derive_seed(seed, "order", *keys))
+    return torch.randperm(sample_count, dtype=dtype, generator=generator).numpy()
+
+
+class InfiniteSampler(Sampler[int]):
+    """Pass after pass over the dataset without end; each pass holds every index once, in an order of its own.
+
+    Position p of the global stream belongs to pass p // N, and is the (p mod N)-th index of that pass's permutation.
+    """
+
+    def __init__(
+        self,
+        *,
+        sample_count: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        start: int | None = None,
+        step: int | None = None,
+        advance: int = 0,
+    ) -> None:
+        """
+        Args:
+            sample_count: N.
+            shuffle: permute each pass, by (seed, pass); otherwise every pass is 0 .. N-1.
+            seed: any integer.
+            start: this process's first position after `advance`; its rank by default.
+            step: positions between two of this process's; the world size by default.
+            advance: positions of the GLOBAL stream that earlier training used up, over all processes together.
+                (Upstream counts those of one process.)
+        """
+        _check_positive("sample_count", sample_count)
+        self._sample_count = sample_count
+        self._shuffle = shuffle
+        self._seed = seed
+        self._first = advance + (get_rank() if start is None else start)
+        self._step = get_world_size() if step is None else step
+        _check_positive("step", self._step)
+        if advance < 0 or self._first < advance:
+            raise ValueError(f"sampler: advance={advance} and start={start} must not be negative")
+
+    def index_at(self, position: int) -> int:
+        """The index at one position of the global stream; computes that whole pass, so not for loops."""
+        pass_number, offset = divmod(position, self._sample_count)
+        return int(self._pass_order(pass_number)[offset])
+
+    def __iter__(self) -> Iterator[int]:
+        position = self._first
+        while True:
+            pass_number, offset = divmod(position, self._sample_count)
+            mine = self._pass_order(pass_number)[offset :: self._step]
+            for begin in range(0, len(mine), INDICES_AT_A_TIME):
+                yield from mine[begin : begin + INDICES_AT_A_TIME].tolist()
+            position += len(mine) * self._step
+
+    def _pass_order(self, pass_number: int) -> np.ndarray:
+        if self._shuffle:
+            return shuffled_indices(self._sample_count, self._seed, pass_number)
+        return np.arange(self._sample_count)
+
+
+class ShardedInfiniteSampler(InfiniteSampler):
+    """The same as `InfiniteSampler`, under the name that upstream's configs use.
+
+    Upstream gives each process a fixed shard, so what a process sees depends on how many there are. The global stream
+    here costs no more and does not.
+    """
+
+    def __init__(
+        self,
+        *,
+        sample_count: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        start: int | None = None,
+        step: int | None = None,
+        advance: int = 0,
+        use_new_shuffle_tensor_slice: bool = False,
+    ) -> None:
+        """`use_new_shuffle_tensor_slice` chooses between upstream's two shuffles; there is one here: no effect."""
+        super().__init__(sample_count=sample_count, shuffle=shuffle, seed=seed, start=start, step=step, advance=advance)
+
+
+class EpochSampler(Sampler[int]):
+    """`size` indices an epoch, shared among the processes; an epoch larger than the dataset repeats it evenly."""
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        sample_count: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        start: int | None = None,
+        step: int | None = None,
+    ) -> None:
+        """`size` counts all processes together; the other arguments are `InfiniteSampler`'s."""
+        _check_positive("size", size)
+        _check_positive("sample_count", sample_count)
+        self._size = size
+        self._sample_count = sample_count
+        self._shuffle = shuffle
+        self._seed = seed
+        self._start = get_rank() if start is None else start
+        self._step = get_world_size() if step is None else step
+        _check_positive("step", self._step)
+        self._epoch = 0
+
+    def __iter__(self) -> Iterator[int]:
+        n_passes = -(-self._size // self._sample_count)
+        if self._shuffle:
+            passes = [shuffled_indices(self._sample_count, self._seed, self._epoch, i) for i in range(n_passes)]
+        else:
+            passes = [np.arange(self._sample_count)] * n_passes
+        yield from np.concatenate(passes)[self._start : self._size : self._step].tolist()
+
+    def __len__(self) -> int:
+        return len(range(self._start, self._size, self._step))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose which epoch's order the next iteration gives."""
+        self._epoch = epoch
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"sampler: {name}={value} must be at least 1")

@@ -1,0 +1,30 @@
+"""Normalisation of pictures for the backbone."""
+
+import torch
+from torch import Tensor
+
+# Of red, green and blue in [0, 1]; every released DINOv2 and DinoBloom backbone was trained with these.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def normalize_images(images: Tensor) -> Tensor:
+    """Turn stored pictures into the backbone's input: (x / 255 - mean) / std for each colour channel.
+
+    Args:
+        images: uint8 [B, 3, H, W] or [3, H, W], on any device.
+
+    Returns:
+        float32 of the same shape on the same device.
+
+    Raises:
+        ValueError: if `images` has another type or does not have three channels.
+    """
+    if images.dtype != torch.uint8 or images.ndim not in (3, 4) or images.shape[-3] != 3:
+        raise ValueError(
+            f"images: expected uint8 [B, 3, H, W] or [3, H, W], found {images.dtype} {list(images.shape)}; "
+            f"pass the pictures as they are decoded, before any scaling"
+        )
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
+    return (images / 255).sub_(mean).div_(std)

@@ -1,0 +1,258 @@
+"""What each kind of picture file becomes, and that no damaged file gets past UnreadableImageError."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+
+from dinov2.data.datasets.decode import UnreadableImageError, load_image, resize_image
+
+
+@pytest.fixture
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (40, 52, 3), dtype=np.uint8)
+
+
+def smooth(height: int, width: int) -> Image.Image:
+    y, x = np.mgrid[:height, :width]
+    waves = [127 + 120 * np.sin(x / 7 + c) * np.cos(y / 9 - c) for c in range(3)]
+    return Image.fromarray(np.stack(waves, axis=-1).astype(np.uint8))
+
+
+def saved(image: Image.Image, path, **settings):
+    image.save(path, **settings)
+    return path
+
+
+def as_array(path) -> np.ndarray:
+    image = load_image(path)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "webp"])
+def test_rgb_comes_as_stored(tmp_path, pixels, suffix):
+    settings = {"lossless": True} if suffix == "webp" else {}
+    path = saved(Image.fromarray(pixels), tmp_path / f"cell.{suffix}", **settings)
+    np.testing.assert_array_equal(as_array(path), pixels)
+
+
+def test_a_str_path_and_a_jpeg(tmp_path):
+    image = smooth(64, 60)
+    path = saved(image, tmp_path / "cell.jpg", quality=95)
+    assert np.abs(as_array(str(path)).astype(int) - np.asarray(image)).mean() < 3
+
+
+def test_an_opaque_alpha_channel_is_dropped(tmp_path, pixels):
+    alpha = np.full((40, 52, 1), 255, dtype=np.uint8)
+    path = saved(Image.fromarray(np.concatenate([pixels, alpha], axis=2)), tmp_path / "cell.png")
+    np.testing.assert_array_equal(as_array(path), pixels)
+
+
+def test_transparent_pixels_lie_over_white(tmp_path, pixels):
+    alpha = np.full((40, 52, 1), 255, dtype=np.uint8)
+    alpha[:10], alpha[10:20] = 0, 51
+    out = as_array(saved(Image.fromarray(np.concatenate([pixels, alpha], axis=2)), tmp_path / "cell.png"))
+    assert (out[:10] == 255).all()
+    np.testing.assert_allclose(out[10:20], 0.2 * pixels[10:20] + 0.8 * 255, atol=1.01)
+    np.testing.assert_array_equal(out[20:], pixels[20:])
+
+
+def test_grey_with_and_without_alpha(tmp_path, pixels):
+    grey = pixels[..., 0]
+    alpha = np.full_like(grey, 255)
+    alpha[:10] = 0
+    np.testing.assert_array_equal(
+        as_array(saved(Image.fromarray(grey), tmp_path / "l.png")), grey[..., None].repeat(3, 2)
+    )
+    la = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)])
+    out = as_array(saved(la, tmp_path / "la.png"))
+    assert (out[:10] == 255).all()
+    np.testing.assert_array_equal(out[10:], grey[10:, :, None].repeat(3, 2))
+
+
+def test_palettes_with_and_without_transparency(tmp_path):
+    image = Image.fromarray(np.arange(40, dtype=np.uint8).repeat(10).reshape(20, 20) % 3, mode=None).convert("P")
+    image.putpalette([200, 10, 10, 10, 200, 10, 10, 10, 200])
+    colours = np.array([[200, 10, 10], [10, 200, 10], [10, 10, 200]])
+    expected = colours[np.asarray(image)]
+    np.testing.assert_array_equal(as_array(saved(image, tmp_path / "plain.png")), expected)
+    expected[np.asarray(image) == 1] = 255
+    np.testing.assert_array_equal(as_array(saved(image, tmp_path / "hole.png", transparency=1)), expected)
+    table = bytes([255, 0, 255])  # an alpha for each colour, the other way PNG stores it
+    np.testing.assert_array_equal(as_array(saved(image, tmp_path / "table.png", transparency=table)), expected)
+
+
+def test_one_colour_of_an_rgb_png_may_be_transparent(tmp_path, pixels):
+    pixels[:5] = (1, 2, 3)
+    out = as_array(saved(Image.fromarray(pixels), tmp_path / "cell.png", transparency=(1, 2, 3)))
+    assert (out[:5] == 255).all()
+    np.testing.assert_array_equal(out[5:], pixels[5:])
+
+
+def test_cmyk(tmp_path):
+    red = Image.new("CMYK", (20, 20), (0, 255, 255, 0))
+    assert (as_array(saved(red, tmp_path / "red.tif")) == (255, 0, 0)).all()
+    assert np.abs(as_array(saved(red, tmp_path / "red.jpg", quality=95)).astype(int) - (255, 0, 0)).max() < 8
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_grey_is_scaled_and_rounded(tmp_path, suffix):
+    grey = np.array([[0, 128, 129, 257, 40000, 65535]], dtype=np.uint16)
+    out = as_array(saved(Image.fromarray(grey), tmp_path / f"cell.{suffix}"))
+    np.testing.assert_array_equal(out[0, :, 0], [0, 0, 1, 1, 156, 255])
+    assert (out == out[..., :1]).all()
+
+
+def test_mode_i_counts_as_16_bit_and_no_further(tmp_path):
+    within = Image.fromarray(np.array([[0, 40000, 65535]], dtype=np.int32))
+    np.testing.assert_array_equal(as_array(saved(within, tmp_path / "within.tif"))[0, :, 0], [0, 156, 255])
+    for name, value in [("above", 65536), ("below", -1)]:
+        path = saved(Image.fromarray(np.array([[0, value]], dtype=np.int32)), tmp_path / f"{name}.tif")
+        with pytest.raises(UnreadableImageError, match="beyond 16 bits"):
+            load_image(path)
+
+
+def test_floats_have_no_brightness(tmp_path):
+    path = saved(Image.fromarray(np.ones((4, 4), dtype=np.float32)), tmp_path / "cell.tif")
+    with pytest.raises(UnreadableImageError, match="floats"):
+        load_image(path)
+
+
+def test_one_bit(tmp_path):
+    bits = np.eye(16, dtype=bool)
+    np.testing.assert_array_equal(as_array(saved(Image.fromarray(bits), tmp_path / "cell.png"))[..., 1], bits * 255)
+
+
+def test_the_first_of_several_frames(tmp_path, pixels):
+    first, second = Image.fromarray(pixels), Image.fromarray(255 - pixels)
+    path = saved(first, tmp_path / "stack.tif", save_all=True, append_images=[second])
+    np.testing.assert_array_equal(as_array(path), pixels)
+
+
+def test_missing_empty_and_foreign_files(tmp_path):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.jpg").write_text("not a picture")
+    cases = [
+        ("gone.png", "No such file"),
+        ("empty.png", "the file is empty"),
+        ("text.jpg", "not a known picture format"),
+        (".", "Is a directory"),
+        ("nul\0.png", "null"),
+    ]
+    for name, reason in cases:
+        path = f"{tmp_path}/{name}"
+        with pytest.raises(UnreadableImageError, match=reason) as caught:
+            load_image(path)
+        assert caught.value.path == path
+        assert path.split("\0")[0] in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "bmp", "webp"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Truncated File")
+def test_truncated_at_any_place(tmp_path, pixels, suffix):
+    whole = saved(Image.fromarray(pixels), tmp_path / f"whole.{suffix}").read_bytes()
+    cut = tmp_path / f"cut.{suffix}"
+    # the last 20 bytes of a PNG are two checksums and the end mark: without them the pixels are still complete
+    for n in {*range(0, 60), *range(60, len(whole) - 24, 97), len(whole) - 24}:
+        cut.write_bytes(whole[:n])
+        with pytest.raises(UnreadableImageError):
+            load_image(cut)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"), [("RGB", "jpg"), ("P", "png"), ("RGB", "png"), ("LAB", "tif"), ("1", "tif"), ("RGB", "bmp")]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_bytes_never_raise_anything_else(tmp_path, pixels, mode, suffix, capfd):
+    source = Image.fromarray(pixels)
+    source = source.quantize(16) if mode == "P" else source.convert("RGB").convert(mode)
+    whole = saved(source, tmp_path / f"whole.{suffix}").read_bytes()
+    rng = np.random.default_rng(1)
+    reasons = []
+    damaged = tmp_path / f"damaged.{suffix}"
+    for _ in range(150):
+        data = bytearray(whole)
+        for place in rng.integers(0, min(len(data), 250), size=3):
+            data[place] = rng.integers(256)
+        damaged.write_bytes(data)
+        try:
+            assert load_image(damaged).mode == "RGB"
+        except UnreadableImageError as error:
+            reasons.append(error.reason)
+    assert len(reasons) > 10
+    assert all(reasons)
+    capfd.readouterr()  # libtiff writes its own complaints to stderr
+
+
+def test_a_decompression_bomb(tmp_path, pixels, monkeypatch):
+    path = saved(Image.fromarray(pixels), tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UnreadableImageError, match="exceeds limit"):
+        load_image(path)
+
+
+def test_the_error_survives_a_trip_between_processes():
+    error = pickle.loads(pickle.dumps(UnreadableImageError("/a/b.png", "the file is empty")))
+    assert (error.path, error.reason) == ("/a/b.png", "the file is empty")
+    assert str(error) == "cannot read the picture '/a/b.png': the file is empty"
+
+
+@pytest.mark.parametrize(("height", "width"), [(363, 360), (120, 104), (97, 300), (28, 29), (31, 30), (224, 448)])
+def test_crop_is_torchvisions_resize_and_centre_crop(height, width):
+    image = smooth(height, width)
+    ours = resize_image(image, 224)
+    theirs = TF.center_crop(TF.resize(image, [224], InterpolationMode.LANCZOS), [224, 224])
+    assert ours.shape == (3, 224, 224)
+    assert ours.dtype == torch.uint8
+    assert ours.is_contiguous()
+    difference = (ours.int() - TF.pil_to_tensor(theirs).int()).abs()
+    assert difference.max() <= 1
+
+
+def test_squash_is_upstreams_resize(pixels):
+    image = Image.fromarray(pixels)
+    expected = np.asarray(image.resize((28, 28), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(resize_image(image, 28, "squash").numpy(), expected)
+
+
+def test_pad_keeps_all_and_repeats_the_border(pixels):
+    for image in (Image.fromarray(pixels), Image.fromarray(pixels.transpose(1, 0, 2))):
+        out = resize_image(image, 52, "pad")
+        out = out if image.width > image.height else out.transpose(1, 2)
+        np.testing.assert_array_equal(out[:, 6:46].numpy(), pixels.transpose(2, 0, 1))
+        assert (out[:, :6] == out[:, 6:7]).all()
+        assert (out[:, 46:] == out[:, 45:46]).all()
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
+def test_extreme_shapes(fit):
+    for size in [(1, 1), (1, 20000), (20000, 1), (3, 2)]:
+        out = resize_image(Image.new("RGB", size, (9, 8, 7)), 28, fit)
+        assert out.flatten(1).unique(dim=1).tolist() == [[9], [8], [7]]
+
+
+def test_the_right_size_is_left_alone(pixels):
+    square = Image.fromarray(pixels[:, :40])
+    for fit in ("crop", "pad", "squash"):
+        np.testing.assert_array_equal(resize_image(square, 40, fit).numpy(), pixels[:, :40].transpose(2, 0, 1))
+
+
+def test_an_unknown_fit_names_the_known_ones(pixels):
+    with pytest.raises(ValueError, match="fit: 'stretch'.*crop, pad, squash"):
+        resize_image(Image.fromarray(pixels), 28, "stretch")
+
+
+def test_real_rgba_pngs_and_bmps(shared_data):
+    pngs = sorted((shared_data / "blood-cell-detection-dataset" / "images").glob("*.png"))
+    bmps = sorted((shared_data / "segmentation_WBC" / "Dataset 1").glob("*.bmp"))
+    assert (len(pngs), len(bmps)) == (24, 164)
+    for path in [*pngs[:3], *bmps[:10]]:
+        assert resize_image(load_image(path), 56).float().std() > 5
+    with Image.open(pngs[0]) as stored:
+        assert stored.mode == "RGBA"
+        np.testing.assert_array_equal(as_array(pngs[0]), np.asarray(stored)[..., :3])

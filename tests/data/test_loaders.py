@@ -1,0 +1,144 @@
+"""Dataset strings, and batches that depend neither on the workers nor on where a run resumed."""
+
+import pickle
+from itertools import islice
+
+import pytest
+import torch
+
+from dinov2.data.datasets.hema_data import HemaStandardDataset, UnreadablePicture
+from dinov2.data.loaders import collate_samples, make_data_loader, make_dataset
+from dinov2.data.samplers import SamplerType
+
+
+@pytest.fixture
+def dataset(picture_list):
+    """10 pictures of 28 px; the fifth is not a picture."""
+    folder = picture_list(n=10)
+    (folder / "pictures" / "004.png").write_bytes(b"junk")
+    return HemaStandardDataset(root=folder, image_size=14)
+
+
+def batches(dataset, n, num_workers=0, **settings):
+    settings = {"batch_size": 4, "collate_fn": collate_samples, "seed": 1, **settings}
+    return list(islice(make_data_loader(dataset=dataset, num_workers=num_workers, **settings), n))
+
+
+def assert_same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.indices, other.indices)
+        assert one.failures == other.failures
+
+
+def test_batches(dataset):
+    found = batches(dataset, 5)
+    for batch in found:
+        assert batch.images.shape == (4, 3, 14, 14)
+        assert batch.images.dtype == torch.uint8
+        assert batch.indices.dtype == torch.int64
+    indices = torch.cat([batch.indices for batch in found]).tolist()
+    assert sorted(indices[:10]) == sorted(indices[10:]) == list(range(10))
+    failures = [failure for batch in found for failure in batch.failures]
+    assert {failure.path for failure in failures} == {dataset.path(4)}
+    assert len(failures) == 2  # once a pass
+    assert isinstance(failures[0], UnreadablePicture)
+
+
+def test_workers_change_nothing(dataset):
+    assert_same(batches(dataset, 6, num_workers=2), batches(dataset, 6))
+
+
+def test_a_resumed_loader_continues(dataset):
+    whole = batches(dataset, 6)
+    assert_same(batches(dataset, 3, num_workers=2, sampler_advance=3 * 4), whole[3:])
+
+
+def test_the_sharded_types_are_the_infinite_one(dataset):
+    expected = batches(dataset, 4)
+    for kind in (SamplerType.SHARDED_INFINITE, SamplerType.SHARDED_INFINITE_NEW):
+        assert_same(batches(dataset, 4, sampler_type=kind), expected)
+
+
+def test_finite_samplers(dataset):
+    for kind in (SamplerType.EPOCH, SamplerType.DISTRIBUTED):
+        found = batches(dataset, 99, sampler_type=kind, drop_last=False)
+        assert sorted(torch.cat([batch.indices for batch in found]).tolist()) == list(range(10))
+    assert len(batches(dataset, 99, sampler_type=SamplerType.EPOCH)) == 2  # the last one is not full
+    assert len(batches(dataset, 99, sampler_type=SamplerType.EPOCH, sampler_size=24)) == 6
+    plain = batches(dataset, 99, sampler_type=None, drop_last=False)
+    assert torch.cat([batch.indices for batch in plain]).tolist() == list(range(10))
+
+
+def test_a_size_or_advance_that_would_be_ignored_is_an_error(dataset):
+    with pytest.raises(ValueError, match="sampler_size=5"):
+        batches(dataset, 1, sampler_size=5)
+    for kind in (SamplerType.EPOCH, SamplerType.DISTRIBUTED, None):
+        with pytest.raises(ValueError, match="sampler_advance=4"):
+            batches(dataset, 1, sampler_type=kind, sampler_advance=4)
+
+
+def test_no_workers_need_no_worker_settings(dataset):
+    assert len(batches(dataset, 1, num_workers=0, persistent_workers=True, prefetch_factor=4)) == 1
+
+
+def test_loading_leaves_torchs_generator_alone(dataset):
+    before = torch.get_rng_state()
+    batches(dataset, 3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_collate_function_and_batches_can_be_pickled(dataset):
+    batch = pickle.loads(pickle.dumps(collate_samples))([dataset[4], dataset[5]])
+    again = pickle.loads(pickle.dumps(batch))
+    assert again.failures[0].reason == "not a known picture format"
+    assert again.indices.tolist() == [4, 5]
+
+
+def test_dataset_strings(picture_list):
+    root = picture_list(n=6)
+    plain = make_dataset(f"HemaStandardDataset:root={root}")
+    assert len(plain) == 6
+    assert plain.image_size == 224
+    stated = make_dataset(dataset_str=f"HemaStandardDataset:root={root}:shuffle=1:image_size=28:fit=pad:seed=3")
+    assert [stated.path(i) for i in range(6)] != [plain.path(i) for i in range(6)]
+    assert (stated.image_size, stated.fit, stated.seed) == (28, "pad", 3)
+    for text in ("0", "false", "False"):
+        kept = make_dataset(f"HemaStandardDataset:shuffle={text}:root={root}/all.txt")
+        assert [kept.path(i) for i in range(6)] == [plain.path(i) for i in range(6)]
+
+
+def test_the_string_wins_over_settings(picture_list):
+    dataset = make_dataset(f"HemaStandardDataset:root={picture_list()}:seed=3", seed=9, image_size=28, transform=len)
+    assert (dataset.seed, dataset.image_size, dataset.transform) == (3, 28, len)
+
+
+def test_colons_and_equal_signs_in_paths(picture_list, tmp_path):
+    for name in ("at 12:30", "k=v", "seed=3"):
+        root = picture_list(n=2, folder=tmp_path / name)
+        assert len(make_dataset(f"HemaStandardDataset:root={root}:shuffle=1")) == 2
+    with pytest.raises(FileNotFoundError, match=r"C:\\+cells"):
+        make_dataset(r"HemaStandardDataset:root=C:\cells:shuffle=1")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("/data/lists", "unknown dataset '/data/lists'.*known: HemaStandardDataset"),
+        ("ImageNet:root=/a", "unknown dataset 'ImageNet'"),
+        ("HemaStandardDataset", "must read HemaStandardDataset:root="),
+        ("HemaStandardDataset:", "must read HemaStandardDataset:root="),
+        ("HemaStandardDataset:/data/lists", "must read HemaStandardDataset:root="),
+        ("HemaStandardDataset:root=", "must read HemaStandardDataset:root="),
+        ("HemaStandardDataset:shuffle=1", "must read HemaStandardDataset:root="),
+        ("HemaStandardDataset:root=/a:shufle=1", "unknown key 'shufle'.*root, shuffle, image_size, fit, seed"),
+        ("HemaStandardDataset:split=TRAIN:root=/a", "unknown key 'split'"),
+        ("HemaStandardDataset:root=/a:shuffle=maybe", "shuffle='maybe'.*expected 1 or 0"),
+        ("HemaStandardDataset:root=/a:image_size=big", "image_size='big'.*expected an integer"),
+        ("HemaStandardDataset:root=/a:root=/b", "'root' stands twice"),
+    ],
+)
+def test_wrong_dataset_strings(text, message):
+    with pytest.raises(ValueError, match=message):
+        make_dataset(text)
