@@ -1,0 +1,36 @@
+"""Which floating-point type each network computes in."""
+
+import functools
+import logging
+
+import torch
+
+logger = logging.getLogger("dinov2")
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@functools.cache
+def resolve_dtype(name: str, device_type: str) -> torch.dtype:
+    """The type that `param_dtype: name` means on a device.
+
+    Args:
+        name: auto, fp32, bf16 or fp16. auto is bf16 on CUDA (fp16 on GPUs without it) and fp32 on a CPU.
+        device_type: "cpu", "cuda", ...
+    """
+    if name == "auto":
+        if device_type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if name == "fp16" and device_type == "cpu":
+        logger.warning("compute_precision: fp16 is not computed on a CPU; fp32 is used instead")
+        return torch.float32
+    return _DTYPES[name]
+
+
+def autocast(name: str, device_type: str) -> torch.autocast:
+    """Run what follows in the type that `param_dtype: name` means; weights stay fp32, sensitive operations too."""
+    dtype = resolve_dtype(name, device_type)
+    # autocast warns about a type it would not use, so a disabled one gets a type that every device knows
+    enabled = dtype != torch.float32
+    return torch.autocast(device_type, dtype=dtype if enabled else torch.bfloat16, enabled=enabled)

@@ -1,0 +1,179 @@
+"""The numbers of a run: one JSON object an iteration, a line for people now and then, and trackers on request."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dinov2.utils.files import atomic_write
+
+logger = logging.getLogger("dinov2")
+
+
+class Tracker(Protocol):
+    """A place outside the run's folder that follows its numbers."""
+
+    def log(self, values: Mapping[str, float], iteration: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricLogger:
+    """Writes `training_metrics.json`, one object a line and iteration, and reports progress with an ETA.
+
+    Values on a device are kept there and fetched together every `period` iterations, so the loop does not wait for them.
+    """
+
+    def __init__(
+        self, path: Path, start: int, stop: int, batch_size: int, period: int, trackers: Sequence[Tracker] = ()
+    ) -> None:
+        self.path, self.stop, self.batch_size, self.period = path, stop, batch_size, period
+        self.trackers = trackers
+        self._start = start
+        self._pending: list[tuple[dict[str, float], dict[str, Tensor]]] = []
+        self._data_seconds = 0.0
+        self._started = self._flushed_at = time.perf_counter()
+        _keep_lines_before(path, start)
+
+    def add_data_time(self, seconds: float) -> None:
+        """Count time for which the loop waited for its next batch."""
+        self._data_seconds += seconds
+
+    def update(self, iteration: int, values: dict[str, float], device_values: dict[str, Tensor]) -> dict[str, float] | None:
+        """Take up one iteration's numbers; every `period` iterations return the newest ones, fetched and written."""
+        self._pending.append(({"iteration": iteration, **values}, device_values))
+        if (iteration + 1) % self.period and iteration + 1 != self.stop:
+            return None
+        return self.flush()
+
+    def flush(self) -> dict[str, float] | None:
+        """Fetch, write and report what is pending; returns the newest numbers, None if there were none."""
+        if not self._pending:
+            return None
+        names = list(self._pending[0][1])
+        stacked = torch.stack([torch.stack([v[name].float() for name in names]) for _, v in self._pending])
+        fetched = stacked.tolist()  # the one wait for the device
+        now = time.perf_counter()
+        n = len(self._pending)
+        seconds = (now - self._flushed_at) / n
+        timing = {"iter_time": seconds, "data_time": self._data_seconds / n, "images_per_second": self.batch_size / seconds}
+        rows = [{**host, **dict(zip(names, row, strict=True)), **timing} for (host, _), row in zip(self._pending, fetched, strict=True)]
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({k: _json_number(v) for k, v in row.items()}) + "\n" for row in rows)
+        for row in rows:
+            for tracker in self.trackers:
+                tracker.log({k: v for k, v in row.items() if k != "iteration"}, int(row["iteration"]))
+        self._report(rows[-1], now)
+        self._pending.clear()
+        self._data_seconds, self._flushed_at = 0.0, now
+        return rows[-1]
+
+    @contextmanager
+    def interruption(self) -> Iterator[None]:
+        """Around something else (a checkpoint, an evaluation): all numbers so far are written first, and the time that
+        it takes does not count in speed and ETA."""
+        self.flush()
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        self._flushed_at += seconds
+        self._started += seconds
+
+    def close(self) -> None:
+        self.flush()
+        for tracker in self.trackers:
+            tracker.close()
+
+    def _report(self, row: dict[str, float], now: float) -> None:
+        done = int(row["iteration"]) + 1
+        per_iteration = (now - self._started) / (done - self._start)
+        losses = "  ".join(f"{name.removesuffix('_loss')} {row[name]:.4f}" for name in row if name.endswith("_loss"))
+        logger.info(
+            "iteration %d/%d  eta %s  %.1f images/s (waiting for data %.0f %%)  lr %.2e  %s",
+            *(done, self.stop, _duration((self.stop - done) * per_iteration), row["images_per_second"]),
+            *(100 * row["data_time"] / row["iter_time"], row.get("lr", math.nan), losses),
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return (f"{days}d " if days else "") + f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def _json_number(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no NaN
+
+
+def _keep_lines_before(path: Path, iteration: int) -> None:
+    """Drop lines that a resumed run is about to write again, and a last line that a kill cut short."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["iteration"] < iteration:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            logger.warning("%s: dropping a line that was cut short", path)
+    with atomic_write(path, "w") as file:
+        file.writelines(kept)
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=start)
+
+    def log(self, values: Mapping[str, float], iteration: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, iteration)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    def __init__(self, settings: Any, run_folder: Path, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError("train.wandb.enabled is true but wandb is not installed: pip install wandb") from error
+        self._run = wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            mode=settings.mode,
+            name=run_folder.name,
+            id=run_folder.name,
+            dir=str(run_folder),
+            config=config,
+            resume="allow",
+        )
+
+    def log(self, values: Mapping[str, float], iteration: int) -> None:
+        self._run.log(dict(values), step=iteration)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_trackers(train: Any, run_folder: Path, start: int, config: dict[str, Any]) -> list[Tracker]:
+    """The trackers that the `train` section asks for. TensorBoard is skipped where it is not installed."""
+    trackers: list[Tracker] = []
+    if train.tensorboard:
+        try:
+            trackers.append(_TensorBoard(run_folder / "tensorboard", start))
+        except ImportError:
+            logger.info("TensorBoard is not installed; training_metrics.json has the same numbers")
+    if train.wandb.enabled:
+        trackers.append(_WeightsAndBiases(train.wandb, run_folder, config))
+    return trackers

@@ -1,0 +1,1 @@
+"""Training: the student-teacher step, its schedules, and the loop around them."""

@@ -1,0 +1,66 @@
+"""What a run is about to do, said before it does it: pictures, batches, passes, learning rate, memory."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dinov2.data.datasets.hema_data import HemaStandardDataset
+from dinov2.fsdp.precision import resolve_dtype
+from dinov2.train.schedules import Schedules
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+
+
+def describe_run(cfg: Any, model: SSLMetaArch, schedules: Schedules, dataset: HemaStandardDataset) -> str:
+    """A few lines for the start of the log."""
+    n_pictures = len(dataset)
+    n, batch, epoch = schedules.n_iterations, schedules.global_batch_size, cfg.train.OFFICIAL_EPOCH_LENGTH
+    crops = cfg.crops
+    local = f"{crops.local_crops_number} local of {crops.local_crops_size} px" if crops.local_crops_number else "no local"
+    precision = cfg.compute_precision.student.backbone.mixed_precision.param_dtype
+    dtype = str(resolve_dtype(precision, model.device.type)).removeprefix("torch.")
+    lines = [
+        f"data      {n_pictures:,} pictures in {dataset.n_lists} lists; crops: 2 global of {crops.global_crops_size} px, {local}",
+        f"schedule  {n:,} steps of {batch} pictures = {n * batch / n_pictures:,.1f} passes over the data "
+        f"({cfg.optim.epochs:g} epochs of {epoch} steps)",
+        f"lr        peak {schedules.peak_lr:.3g} (optim.base_lr {cfg.optim.base_lr:g}, {cfg.optim.scaling_rule}) after "
+        f"{schedules.n_warmup:,} warm-up steps, then cosine to {cfg.optim.min_lr:g}; last layers frozen for "
+        f"{schedules.n_last_layer_frozen:,} steps",
+        f"teacher   momentum {cfg.teacher.momentum_teacher:g} to {cfg.teacher.final_momentum_teacher:g}, temperature "
+        f"{cfg.teacher.warmup_teacher_temp:g} to {cfg.teacher.teacher_temp:g}, {cfg.train.centering}",
+        f"model     {cfg.student.arch}: {_millions(model.student['backbone'])} backbone + "
+        f"{_millions(model.student) - _millions(model.student['backbone']):.1f} heads million parameters, {dtype} on "
+        f"{model.device}",
+        f"memory    about {estimate_memory_gib(cfg, model):.1f} GiB (estimate: weights, gradients, moments, activations, logits)",
+    ]
+    return "\n".join(lines)
+
+
+def estimate_memory_gib(cfg: Any, model: SSLMetaArch) -> float:
+    """Peak memory of a training step on one device, from the shapes; within about a third of what is measured."""
+    name = cfg.compute_precision.student.backbone.mixed_precision.param_dtype
+    width = torch.finfo(resolve_dtype(name, model.device.type)).bits // 8
+    n_student = sum(p.numel() for p in model.student.parameters())
+    n_teacher = sum(p.numel() for p in model.teacher.parameters())
+    weights = 4 * (4 * n_student + n_teacher)  # fp32: student, gradient, two moments; teacher
+
+    batch, patch = cfg.train.batch_size_per_gpu, cfg.student.patch_size
+    backbone = model.student["backbone"]
+    extra = 1 + backbone.num_register_tokens
+    tokens = 2 * batch * ((cfg.crops.global_crops_size // patch) ** 2 + extra)
+    tokens += cfg.crops.local_crops_number * batch * ((cfg.crops.local_crops_size // patch) ** 2 + extra)
+    # A block keeps for its backward pass about 17 values a channel and token: two norms' outputs, q, k, v, the
+    # attention's output and projection, both sides of the GELU at four times the width, two layer-scaled branches.
+    activations = tokens * backbone.embed_dim * backbone.n_blocks * 17 * width
+
+    # A head's logits exist as teacher logits and targets, student logits, log-probabilities and their gradient.
+    cls_rows = (2 + cfg.crops.local_crops_number) * batch
+    masked = 2 * batch * cfg.ibot.mask_sample_probability * sum(cfg.ibot.mask_ratio_min_max) / 2
+    patch_rows = masked * (cfg.crops.global_crops_size // patch) ** 2 if model.do_ibot else 0
+    patch_prototypes = (cfg.ibot if model.ibot_separate_head else cfg.dino).head_n_prototypes
+    logits = 4 * 5 * (cls_rows * cfg.dino.head_n_prototypes * model.do_dino + patch_rows * patch_prototypes)
+    return (weights + activations + logits) / 2**30
+
+
+def _millions(module: nn.Module) -> float:
+    return round(sum(p.numel() for p in module.parameters()) / 1e6, 1)

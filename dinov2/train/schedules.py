@@ -1,0 +1,116 @@
+"""Learning rate, weight decay, teacher momentum and temperature as functions of the iteration (DINOv2, appendix B)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+from torch.optim import Optimizer
+
+
+class CosineScheduler:
+    """Zero for `freeze_iters`, linear for `warmup_iters`, then half a cosine from `base_value` to `final_value`.
+
+    Indexing past `total_iters` gives `final_value`.
+    """
+
+    def __init__(
+        self,
+        base_value: float,
+        final_value: float,
+        total_iters: int,
+        warmup_iters: int = 0,
+        start_warmup_value: float = 0,
+        freeze_iters: int = 0,
+    ) -> None:
+        n_cosine = total_iters - warmup_iters - freeze_iters
+        if n_cosine < 0:
+            raise ValueError(
+                f"schedule of {total_iters} iterations cannot hold {warmup_iters} of warm-up and {freeze_iters} frozen; "
+                "lower the warm-up (optim.warmup_epochs, teacher.warmup_teacher_temp_epochs) or raise optim.epochs"
+            )
+        phase = np.arange(n_cosine) / max(n_cosine, 1)
+        self.final_value = float(final_value)
+        self.values = np.concatenate(
+            [
+                np.zeros(freeze_iters),
+                np.linspace(start_warmup_value, base_value, warmup_iters),
+                final_value + 0.5 * (base_value - final_value) * (1 + np.cos(np.pi * phase)),
+            ]
+        )
+
+    def __getitem__(self, iteration: int) -> float:
+        return float(self.values[iteration]) if iteration < len(self.values) else self.final_value
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What one iteration uses."""
+
+    lr: float
+    last_layer_lr: float
+    weight_decay: float
+    teacher_momentum: float
+    teacher_temp: float
+
+    def apply_to(self, optimizer: Optimizer) -> None:
+        """Set each parameter group's lr and weight decay, by its multipliers."""
+        for group in optimizer.param_groups:
+            lr = self.last_layer_lr if group["is_last_layer"] else self.lr
+            group["lr"] = lr * group["lr_multiplier"]
+            group["weight_decay"] = self.weight_decay * group["wd_multiplier"]
+
+    def shown(self) -> dict[str, float]:
+        """The values under the names that the log gives them."""
+        return {
+            "lr": self.lr,
+            "last_layer_lr": self.last_layer_lr,
+            "wd": self.weight_decay,
+            "mom": self.teacher_momentum,
+            "teacher_temp": self.teacher_temp,
+        }
+
+
+class Schedules:
+    """All schedules of a run, resolved from its config; `epochs` here are spans of OFFICIAL_EPOCH_LENGTH iterations."""
+
+    def __init__(self, cfg: DictConfig | Any, world_size: int = 1) -> None:
+        epoch = cfg.train.OFFICIAL_EPOCH_LENGTH
+        optim, teacher = cfg.optim, cfg.teacher
+        self.n_iterations = round(optim.epochs * epoch)
+        self.global_batch_size = cfg.train.batch_size_per_gpu * world_size
+        self.peak_lr = scaled_lr(optim, self.global_batch_size)
+        self.n_warmup = round(optim.warmup_epochs * epoch)
+        self.n_last_layer_frozen = round(optim.freeze_last_layer_epochs * epoch)
+        n_temp_warmup = round(teacher.warmup_teacher_temp_epochs * epoch)
+        self._lr = CosineScheduler(self.peak_lr, optim.min_lr, self.n_iterations, warmup_iters=self.n_warmup)
+        self._weight_decay = CosineScheduler(optim.weight_decay, optim.weight_decay_end, self.n_iterations)
+        self._momentum = CosineScheduler(
+            teacher.momentum_teacher, teacher.final_momentum_teacher, self.n_iterations
+        )
+        self._temp = CosineScheduler(
+            teacher.teacher_temp,
+            teacher.teacher_temp,
+            n_temp_warmup,
+            warmup_iters=n_temp_warmup,
+            start_warmup_value=teacher.warmup_teacher_temp,
+        )
+
+    def at(self, iteration: int) -> StepSettings:
+        """The values for the 0-based `iteration`."""
+        lr = self._lr[iteration]
+        return StepSettings(
+            lr=lr,
+            last_layer_lr=0.0 if iteration < self.n_last_layer_frozen else lr,
+            weight_decay=self._weight_decay[iteration],
+            teacher_momentum=self._momentum[iteration],
+            teacher_temp=self._temp[iteration],
+        )
+
+
+def scaled_lr(optim: Any, global_batch_size: int) -> float:
+    """Peak learning rate: `optim.base_lr` is meant for a global batch of 1024 and follows the square root of it."""
+    if optim.scaling_rule == "none":
+        return float(optim.base_lr)
+    return optim.base_lr * math.sqrt(global_batch_size / 1024.0)
