@@ -1,0 +1,150 @@
+"""The command that embeds labelled cells: what it writes, and when it trusts what is there already."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinov2.eval.extract_features import main
+from dinov2.eval.features import read_features
+from dinov2.hub.backbones import file_sha256
+from dinov2.models import build_backbone
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_before():
+    """The command sets up the package's logger; other tests expect the usual one."""
+    logger = logging.getLogger("dinov2")
+    before = logger.handlers[:], logger.propagate, logger.level
+    yield
+    logger.handlers[:], logger.propagate, logger.level = before
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A working folder with weights.pth, and cells/ with two classes of three pictures."""
+    monkeypatch.chdir(tmp_path)
+    save_weights(0)
+    rng = np.random.default_rng(0)
+    for name in ("blast", "monocyte"):
+        os.makedirs(f"cells/{name}")
+        for i in range(3):
+            Image.fromarray(rng.integers(0, 256, (30, 30, 3), dtype=np.uint8)).save(f"cells/{name}/{i}.png")
+    return tmp_path
+
+
+def save_weights(seed):
+    torch.manual_seed(seed)
+    settings = {"embed_dim": 64, "depth": 1, "num_heads": 1, "patch_size": 14, "img_size": 28, "block_chunks": 0}
+    torch.save(build_backbone(settings).state_dict(), "weights.pth")
+
+
+def extract(*flags):
+    required = ["--checkpoint", "weights.pth", "--data", "cells", "--output-dir", "out", "--image-size", "28"]
+    main([*required, "--num-workers", "0", "--device", "cpu", *flags])
+    return read_features("out/features.h5")
+
+
+def test_the_file_says_what_it_holds(work, capsys):
+    found = extract("--batch-size", "4")
+    assert "6 cells, 2 classes, dim 64" in capsys.readouterr().out
+    assert found.features.shape == (6, 64)
+    assert found.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert found.class_names == ["blast", "monocyte"]
+    assert found.paths[4] == str(work / "cells" / "monocyte" / "1.png")  # absolute: it is read from other folders
+    assert found.patients is None
+    assert found.attributes["model"] == "ViT with dim 64, depth 1, 1 heads, patch 14"
+    assert found.attributes["checkpoint_sha256"] == file_sha256("weights.pth")
+    assert "28 px" in found.attributes["transform"]
+    assert found.attributes["date"].startswith("20")
+
+
+def test_the_same_features_are_not_extracted_again(work):
+    first = extract()
+    second = extract("--batch-size", "2")  # which changes speed alone
+    assert second.attributes["date"] == first.attributes["date"]
+    (work / "out" / "features.h5").unlink()
+    (work / "cells" / "blast" / "1.png").write_bytes(b"")
+    partial = extract()
+    assert len(partial) == 5
+    assert partial.unreadable == [str(work / "cells" / "blast" / "1.png")]
+    time = (work / "out" / "features.h5").stat().st_mtime_ns
+    extract()
+    assert (work / "out" / "features.h5").stat().st_mtime_ns == time
+
+
+def other_weights(work):
+    save_weights(1)
+
+
+def one_picture_less(work):
+    (work / "cells" / "blast" / "0.png").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "message"),
+    [
+        (other_weights, [], "checkpoint_sha256 is"),
+        (one_picture_less, [], "the pictures or their order differ: 6 there and 5 here"),
+        (None, ["--image-size", "42"], "transform is .*28 px.* there and .*42 px.* here"),
+        (None, ["--precision", "bf16"], "precision is 'fp32' there and 'bf16' here"),
+    ],
+)
+def test_other_features_are_not_passed_off_as_these(change, flags, message, work):
+    before = extract()
+    if change:
+        change(work)
+    with pytest.raises(ValueError, match=message):
+        extract(*flags)
+    assert read_features("out/features.h5").attributes == before.attributes
+    after = extract(*flags, "--overwrite")
+    assert len(after) != len(before) or not np.array_equal(after.features, before.features)
+
+
+def test_changed_labels_and_patients_are_noticed(work):
+    def table(*columns):
+        header = ["Image Path", "Label", "patient"][: 1 + len(columns)]
+        rows = [f"cells/blast/{i}.png," + ",".join(c[i] for c in columns) for i in range(3)]
+        (work / "cells.csv").write_text("\n".join([",".join(header), *rows]) + "\n")
+
+    table("xxy", "pqr")
+    extract("--data", "cells.csv")
+    table("xyy", "pqr")
+    with pytest.raises(ValueError, match="the labels differ"):
+        extract("--data", "cells.csv")
+    table("xxy", "pqq")
+    with pytest.raises(ValueError, match="the patients differ"):
+        extract("--data", "cells.csv")
+    table("xxy")
+    with pytest.raises(ValueError, match="the patients differ"):
+        extract("--data", "cells.csv")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the message is for machines without CUDA")
+def test_cuda_that_is_not_there_is_named(work):
+    with pytest.raises(ValueError, match="torch sees no CUDA device"):
+        extract("--device", "cuda")
+
+
+def test_help_as_a_script(tmp_path):
+    script = REPOSITORY / "dinov2" / "eval" / "extract_features.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--help"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    flags = "--checkpoint --data --output-dir --batch-size --num-workers --device --precision --image-size --overwrite"
+    for flag in flags.split():
+        assert flag in done.stdout

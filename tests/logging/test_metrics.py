@@ -1,0 +1,65 @@
+"""training_metrics.json: one object an iteration, whatever happened to the process in between."""
+
+import json
+
+import pytest
+import torch
+
+from dinov2.logging import MetricLogger
+
+
+class Recorder:
+    def __init__(self):
+        self.seen, self.closed = [], False
+
+    def log(self, values, iteration):
+        self.seen.append((iteration, values["loss"]))
+
+    def close(self):
+        self.closed = True
+
+
+def open_log(path, start=0, stop=10, trackers=()):
+    return MetricLogger(path, start, stop, batch_size=4, period=3, trackers=trackers)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_iteration_has_a_line_and_the_end_is_written(tmp_path):
+    path, tracker = tmp_path / "training_metrics.json", Recorder()
+    log = open_log(path, stop=8, trackers=[tracker])
+    newest = [log.update(i, {"lr": 0.1 * i}, {"loss": torch.tensor(float(i))}) for i in range(8)]
+    assert [n is not None for n in newest] == [False, False, True, False, False, True, False, True]
+    log.close()
+    assert [(row["iteration"], row["loss"]) for row in lines(path)] == [(i, float(i)) for i in range(8)]
+    assert lines(path)[3]["lr"] == pytest.approx(0.3)
+    assert tracker.seen == [(i, float(i)) for i in range(8)]
+    assert tracker.closed
+
+
+def test_an_interruption_writes_what_is_pending_first(tmp_path):
+    path = tmp_path / "training_metrics.json"
+    log = open_log(path)
+    log.update(0, {}, {"loss": torch.tensor(1.0)})
+    with log.interruption():
+        assert len(lines(path)) == 1
+
+
+def test_resuming_drops_lines_to_be_written_again_and_a_torn_one(tmp_path):
+    path = tmp_path / "training_metrics.json"
+    path.write_text('{"iteration": 0, "loss": 1}\n{"iteration": 1, "loss": 2}\n{"iteration": 2, "lo')
+    log = open_log(path, start=1)
+    for i in (1, 2):
+        log.update(i, {}, {"loss": torch.tensor(10.0 + i)})
+    log.close()
+    assert [(row["iteration"], row["loss"]) for row in lines(path)] == [(0, 1), (1, 11.0), (2, 12.0)]
+
+
+def test_what_is_not_finite_is_null_since_json_has_no_nan(tmp_path):
+    path = tmp_path / "training_metrics.json"
+    log = open_log(path)
+    log.update(0, {}, {"loss": torch.tensor(float("nan"))})
+    log.close()
+    assert lines(path)[0]["loss"] is None

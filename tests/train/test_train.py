@@ -1,0 +1,293 @@
+"""train.py as a user runs it: whole runs, stopped runs, and what it says to mistakes."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dinov2.configs import CONFIG_FOLDER
+from dinov2.hub.backbones import load_backbone
+from dinov2.train.train import main
+
+CUSTOM = CONFIG_FOLDER / "train" / "custom.yaml"
+TRAIN = Path(sys.modules[main.__module__].__file__)
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "training_metrics.json").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[tuple]:
+    return [(r["iteration"], r["total_loss"], r["grad_norm_backbone"]) for r in rows(folder)]
+
+
+@pytest.fixture
+def run(tmp_path, picture_list, tiny_overrides):
+    """Run train.py in this process on eight pictures; returns (exit code, run folder)."""
+    lists = picture_list()
+
+    def go(*overrides: str, name: str = "run", arguments: tuple[str, ...] = ()) -> tuple[int, Path]:
+        common = ["--output-dir", str(tmp_path / "out"), "--name", name, *arguments]
+        return main([*common, *tiny_overrides(lists, *overrides)]), tmp_path / "out" / name
+
+    return go
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["crops.local_crops_number=0"],
+        ["train.centering=sinkhorn_knopp", "ibot.separate_head=true"],
+        ["dino.loss_weight=0"],
+        ["ibot.loss_weight=0"],
+        ["data_transform=hema", "dino.smooth_rank_loss_weight=0.01"],
+        ["compute_precision.student.backbone.mixed_precision.param_dtype=bf16"],
+        ["compute_precision.student.backbone.mixed_precision.param_dtype=fp16"],
+        ["student.block_chunks=2", "student.num_register_tokens=2", "student.ffn_layer=swiglufused"],
+    ],
+    ids=lambda o: ",".join(o) or "defaults",
+)
+def test_a_run_leaves_what_the_docs_say(run, overrides):
+    code, folder = run(*overrides)
+    assert code == 0
+    assert [r["iteration"] for r in rows(folder)] == [0, 1, 2, 3]
+    assert all(torch.isfinite(torch.tensor(r["total_loss"])) for r in rows(folder))
+    assert (folder / "config.yaml").is_file()
+    assert (folder / "checkpoints" / "iteration_0000004.pth").is_file()
+    teacher = torch.load(folder / "eval" / "training_4" / "teacher_checkpoint.pth", weights_only=True)
+    assert {name.split(".")[0] for name in teacher["teacher"]} >= {"backbone", "dino_head"}
+    assert all(value.dtype == torch.float32 for value in teacher["teacher"].values())
+    model = load_backbone(folder, img_size=28)
+    assert model(torch.zeros(1, 3, 28, 28)).shape == (1, 32)
+
+
+def test_custom_yaml_shrunk_trains_two_iterations(run):
+    code, folder = run("optim.epochs=1", "optim.warmup_epochs=0.5", arguments=("--config-file", str(CUSTOM)))
+    assert code == 0
+    assert set(rows(folder)[0]) >= {"dino_global_crops_loss", "koleo_loss", "ibot_loss", "lr", "wd", "mom"}
+    assert "dino_local_crops_loss" not in rows(folder)[0]
+    assert len(rows(folder)) == 2
+
+
+def test_the_learning_rate_and_the_teacher_follow_the_schedule(run):
+    _, folder = run("optim.base_lr=1.024", "teacher.momentum_teacher=0.5")
+    first = torch.load(folder / "checkpoints" / "iteration_0000002.pth", weights_only=True)["model"]
+    moved = [k for k in first if k.startswith("student.") and not torch.equal(first[k], first[k.replace("student", "teacher", 1)])]
+    assert moved
+    assert rows(folder)[1]["lr"] == pytest.approx(1.024 * (4 / 1024) ** 0.5)
+    assert rows(folder)[0]["mom"] == 0.5
+
+
+def test_an_untouched_folder_gives_the_same_losses_again(run):
+    _, first = run(name="first")
+    _, second = run(name="second")
+    _, other = run("train.seed=1", name="other")
+    assert losses(first) == losses(second)
+    assert losses(first) != losses(other)
+
+
+KILLED = ["train.log_period=1", "train.saveckp_freq=1.5", "optim.epochs=6", "student.drop_path_rate=0.5"]
+
+
+@pytest.mark.parametrize("centering", ["sinkhorn_knopp", "centering"])
+def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(tmp_path, picture_list, tiny_overrides, centering):
+    lists = picture_list(n=13)
+    overrides = tiny_overrides(lists, *KILLED, f"train.centering={centering}")
+
+    def command(name):
+        return [sys.executable, str(TRAIN), "--output-dir", str(tmp_path), "--name", name, *overrides]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command("unbroken"), check=True, env=environment, capture_output=True)
+    metrics = tmp_path / "killed" / "training_metrics.json"
+    with subprocess.Popen(command("killed"), env=environment, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        # the checkpoints are those of iterations 3, 6, 9, 12: seven lines are past one and before the next
+        while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 7):
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline, "the run wrote no metrics"
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert 7 <= len(rows(tmp_path / "killed")) < 12
+    resumed = subprocess.run(command("killed"), check=True, env=environment, capture_output=True, text=True)
+    assert "resuming" in resumed.stderr
+    assert losses(tmp_path / "killed") == losses(tmp_path / "unbroken")
+    ends = [torch.load(p, weights_only=True)["teacher"] for p in tmp_path.glob("*/eval/training_12/teacher_checkpoint.pth")]
+    assert len(ends) == 2
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_knn_during_training_is_written_and_the_best_remembered(run, tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    for split in ("train", "test"):
+        for label, level in (("dark", 40), ("bright", 200)):
+            folder = tmp_path / "cells" / split / label
+            folder.mkdir(parents=True)
+            for i in range(4):
+                noise = torch.randint(0, 30, (28, 28, 3), generator=rng, dtype=torch.uint8)
+                Image.fromarray((noise + level).numpy()).save(folder / f"{split}{i}.png")
+    data = [f"evaluation.{split}_data={tmp_path / 'cells' / split}" for split in ("train", "test")]
+    _, folder = run(*data, "evaluation.knn_k=[1,3]", "evaluation.eval_period_iterations=2")
+    found = sorted(int(p.parent.name.removeprefix("training_")) for p in folder.glob("eval/*/knn.json"))
+    assert found == [0, 2, 4]
+    result = json.loads((folder / "eval" / "training_4" / "knn.json").read_text())
+    assert result["knn"]["knn_1"]["accuracy"] == 1.0
+    best = json.loads((folder / "eval" / "best.json").read_text())
+    assert best["score"] == 1.0
+
+
+def test_no_resume_moves_the_old_run_aside(run, tmp_path):
+    run("train.seed=1")
+    before = losses(tmp_path / "out" / "run")
+    _, folder = run(arguments=("--no-resume",))
+    (aside,) = (tmp_path / "out").glob("run.before_*")
+    assert losses(aside) == before != losses(folder)
+
+
+def test_a_finished_run_trains_no_further(run):
+    _, folder = run()
+    stamp = (folder / "checkpoints" / "iteration_0000004.pth").stat().st_mtime_ns
+    run()
+    assert (folder / "checkpoints" / "iteration_0000004.pth").stat().st_mtime_ns == stamp
+
+
+def test_eval_only_judges_the_latest_checkpoint(run):
+    _, folder = run()
+    teacher = folder / "eval" / "training_4" / "teacher_checkpoint.pth"
+    teacher.unlink()
+    code, _ = run(arguments=("--eval-only",))
+    assert code == 0
+    assert teacher.is_file()
+
+
+def test_dry_run_says_the_plan_and_writes_nothing(run, tmp_path, capfd):
+    code, folder = run(arguments=("--dry-run",))
+    told = capfd.readouterr().err
+    assert code == 0
+    assert "4 steps of 4 pictures = 2.0 passes" in told
+    assert "one step works" in told
+    assert not folder.exists()
+
+
+def test_pretrained_weights_are_loaded_into_both_networks(run, tmp_path):
+    _, folder = run(name="first")
+    code, second = run(f"student.pretrained_weights={folder}", "optim.base_lr=0", "optim.min_lr=0", name="second")
+    assert code == 0
+    start = load_backbone(folder, img_size=28).state_dict()
+    after = load_backbone(second, img_size=28).state_dict()
+    assert all(torch.equal(start[name], after[name]) for name in start)
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def failing(run, capfd):
+    def go(*overrides, **kwargs) -> str:
+        code, _ = run(*overrides, **kwargs)
+        assert code == 2
+        return capfd.readouterr().err
+
+    return go
+
+
+def test_mistakes_in_settings(failing):
+    assert "did you mean optim.epochs?" in failing("optim.epocs=2")
+    assert "must be a whole number" in failing("train.seed=abc")
+    assert "no CUDA device" in failing("train.device=cuda") or torch.cuda.is_available()
+    assert "unknown dataset" in failing("train.dataset_path=ImageNet:split=TRAIN")
+    assert "vit_smal" in failing("student.arch=vit_smal")
+    assert "no file at" in failing(arguments=("--config-file", "nowhere.yaml"))
+
+
+def test_no_dataset_path(capfd, tmp_path):
+    assert main(["--config-file", str(CUSTOM), "--output-dir", str(tmp_path)]) == 2
+    assert "no value for train.dataset_path" in capfd.readouterr().err
+
+
+def test_lists_that_cannot_be_used(failing, tmp_path):
+    def told(folder):
+        return failing(f"train.dataset_path=HemaStandardDataset:root={folder}")
+
+    empty, blank, missing = (tmp_path / name for name in ("empty", "blank", "missing"))
+    for folder in (empty, blank, missing):
+        folder.mkdir()
+    assert "no *.txt" in told(empty)
+    (blank / "list.txt").write_text("\n# only a comment\n")
+    assert "name no picture" in told(blank)
+    (missing / "list.txt").write_text("".join(f"gone/{i}.png\n" for i in range(30)))
+    assert "gone/0.png" in told(missing)
+
+
+@pytest.mark.parametrize("blocker", ["a file where the folder should be", "no right to write"])
+def test_an_output_folder_that_cannot_be_written(tmp_path, picture_list, tiny_overrides, capfd, blocker):
+    output = tmp_path / "place"
+    if blocker.startswith("a file"):
+        output.write_text("")
+    else:
+        output.mkdir(mode=0o500)
+        if os.access(output, os.W_OK):
+            pytest.skip("this user may write everywhere")
+    code = main(["--output-dir", str(output), "--name", "x", *tiny_overrides(picture_list())])
+    assert code == 2
+    assert "choose another --output-dir" in capfd.readouterr().err
+
+
+def test_a_run_of_another_architecture_is_not_resumed(run, failing):
+    run()
+    told = failing("student.depth=1")
+    assert "another architecture" in told
+    assert "student.depth: 2 there, 1 now" in told
+
+
+def test_weights_of_another_architecture(run, failing):
+    _, folder = run(name="first")
+    told = failing("student.depth=3", f"student.pretrained_weights={folder}", name="second")
+    assert "holds another architecture" in told
+
+
+def test_eval_only_without_a_run(failing):
+    assert "no checkpoint" in failing(arguments=("--eval-only",), name="never")
+
+
+def test_unreadable_pictures_are_replaced_and_reported(tmp_path, picture_list, tiny_overrides):
+    lists = picture_list(n=8)
+    (lists / "pictures" / "003.png").write_bytes(b"not a picture")
+    common = ["--output-dir", str(tmp_path), "--name", "run"]
+    assert main([*common, *tiny_overrides(lists, "train.max_bad_fraction=0.2")]) == 0
+    with open(tmp_path / "run" / "bad_images.csv", newline="") as file:
+        (bad,) = csv.DictReader(file)
+    assert bad["path"].endswith("003.png")
+    assert bad["reason"]
+
+
+def test_too_many_unreadable_pictures_stop_the_run(tmp_path, picture_list, tiny_overrides):
+    lists = picture_list(n=8)
+    for i in (1, 3, 5):
+        (lists / "pictures" / f"00{i}.png").write_bytes(b"")
+    with pytest.raises(RuntimeError, match=r"train\.max_bad_fraction: \d of 8 listed pictures"):
+        main(["--output-dir", str(tmp_path), "--name", "run", *tiny_overrides(lists, "train.max_bad_fraction=0.2")])
+    assert (tmp_path / "run" / "bad_images.csv").is_file()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "LA", "P", "CMYK", "1", "I;16"])
+def test_every_mode_of_picture_trains(tmp_path, picture_list, tiny_overrides, mode):
+    lists = picture_list(n=4)
+    for path in (lists / "pictures").iterdir():
+        picture = Image.open(path)
+        suffix = ".tif" if mode == "CMYK" else ".png"
+        (picture.convert("L").convert("I;16") if mode == "I;16" else picture.convert(mode)).save(path.with_suffix(suffix))
+    names = "\n".join(f"pictures/{i:03d}{suffix}" for i in range(4))
+    (lists / "all.txt").write_text(names)
+    once = ("optim.epochs=0.5", "optim.warmup_epochs=0", "teacher.warmup_teacher_temp_epochs=0")
+    assert main(["--output-dir", str(tmp_path), "--name", "run", *tiny_overrides(lists, *once)]) == 0
+    assert not (tmp_path / "run" / "bad_images.csv").exists()

@@ -1,0 +1,150 @@
+"""Strict configuration: every mistake is named, nothing is ignored in silence."""
+
+import logging
+
+import pytest
+from omegaconf import OmegaConf
+
+from dinov2.configs import CONFIG_FOLDER, dinov2_default_config
+from dinov2.utils.config import differences, load_run_config, missing_keys, write_config
+
+CUSTOM = CONFIG_FOLDER / "train" / "custom.yaml"
+
+# What DinoBloom's published training file sets, with its stray keys under `train` and its cluster's path.
+DINOBLOOMS_OWN = {
+    "compute_precision": {
+        "grad_scaler": True,
+        **{
+            role: {
+                part: {
+                    "sharding_strategy": "SHARD_GRAD_OP",
+                    "mixed_precision": {"param_dtype": "fp16", "reduce_dtype": "fp16", "buffer_dtype": "fp32"},
+                }
+                for part in ("backbone", "dino_head", "ibot_head")
+            }
+            for role in ("teacher", "student")
+        },
+    },
+    "ibot": {"separate_head": True},
+    "data_transform": "default",
+    "train": {
+        "batch_size_per_gpu": 120,
+        "num_workers": 124,
+        "OFFICIAL_EPOCH_LENGTH": 500,
+        "dataset_path": "HemaStandardDataset:root=/some/cluster/train_lists:shuffle=1",
+        "centering": "sinkhorn_knopp",
+        "drop_path_rate": 0.4,
+        "ffn_layer": "swiglufused",
+        "block_chunks": 0,
+        "num_register_tokens": 0,
+    },
+    "teacher": {"momentum_teacher": 0.994},
+    "optim": {
+        "epochs": 200,
+        "weight_decay_end": 0.2,
+        "base_lr": 2.0e-04,
+        "warmup_epochs": 20,
+        "layerwise_decay": 1.0,
+    },
+    "evaluation": {"eval_period_iterations": 1000},
+    "student": {"arch": "dinov2_vitb14", "patch_size": 14},
+    "crops": {"global_crops_scale": [0.32, 1.0], "local_crops_size": 98, "local_crops_number": 1},
+    "dino": {"head_bottleneck_dim": 256, "smooth_rank_loss_weight": 0.0},
+}
+
+
+@pytest.fixture
+def dinov2_log(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("dinov2"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="dinov2")
+    return caplog
+
+
+def test_defaults_file_and_command_line_win_in_that_order(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("optim: {epochs: 7, base_lr: 1e-3}\n")
+    cfg = load_run_config(file, ["optim.epochs=9"])
+    assert (cfg.optim.epochs, cfg.optim.base_lr, cfg.optim.clip_grad) == (9.0, 1e-3, 3.0)
+    assert dinov2_default_config.optim.epochs == 100.0
+
+
+def test_dinoblooms_own_file_loads_and_names_what_it_ignores(tmp_path, dinov2_log):
+    file = tmp_path / "custom.yaml"
+    OmegaConf.save(OmegaConf.create(DINOBLOOMS_OWN), file)
+    cfg = load_run_config(file)
+    assert cfg.student.drop_path_rate == 0.3  # train.drop_path_rate=0.4 has no effect, as it never had
+    assert cfg.train.batch_size_per_gpu == 120
+    for key in ("drop_path_rate", "ffn_layer", "block_chunks", "num_register_tokens"):
+        assert f"train.{key}=" in dinov2_log.text
+    assert "crops.local_crops_number is 1" in dinov2_log.text
+
+
+def test_custom_yaml_is_dinoblooms_recipe():
+    cfg = load_run_config(CUSTOM)
+    assert missing_keys(cfg) == ["train.dataset_path"]
+    assert cfg.student.arch == "dinov2_vitb14"
+    assert (cfg.crops.local_crops_number, cfg.dino.loss_weight) == (0, 0.5)
+    assert (cfg.student.drop_path_rate, cfg.student.ffn_layer) == (0.0, "mlp")
+    assert (cfg.optim.epochs, cfg.optim.base_lr, cfg.train.batch_size_per_gpu) == (200, 2e-4, 120)
+
+
+@pytest.mark.parametrize("file", sorted((CONFIG_FOLDER / "train").glob("*.yaml")), ids=lambda f: f.stem)
+def test_every_packaged_config_loads(file):
+    load_run_config(file)
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "text"),
+    [
+        ("optim.epocs=3", KeyError, "did you mean optim.epochs"),
+        ("train.layerscale=1", KeyError, "it exists as student.layerscale"),
+        ("nonsense=1", KeyError, "ssl_default_config.yaml lists all keys"),
+        ("dino=3", KeyError, "is a section"),
+        ("optim.epochs=many", ValueError, "optim.epochs must be a number"),
+        ("train.seed=0.5", ValueError, "train.seed must be a whole number"),
+        ("train.batch_size_per_gpu=true", ValueError, "must be a whole number"),
+        ("ibot.separate_head=1", ValueError, "must be true or false"),
+        ("train.batch_size_per_gpu=0", ValueError, "must be at least 1"),
+        ("train.max_bad_fraction=2", ValueError, "between 0 and 1"),
+        ("crops.global_crops_scale=0.5", ValueError, r"must be a list like \[0.32, 1.0\]"),
+        ("crops.global_crops_scale=[1.0,0.3]", ValueError, "smallest, largest"),
+        ("data_transform=hemma", ValueError, "one of default, hema"),
+        ("compute_precision.student.backbone.mixed_precision.param_dtype=fp8", ValueError, "auto, fp32, bf16, fp16"),
+        ("crops.global_crops_size=225", ValueError, "multiple of student.patch_size=16, found 225; 224 is near"),
+        ("optim.lr=null", ValueError, "found nothing"),
+        ("--epochs", ValueError, "neither a known option nor"),
+        ("evaluation.train_data=cells", ValueError, "belong together"),
+    ],
+)
+def test_mistakes_are_errors_that_help(override, error, text):
+    with pytest.raises(error, match=text):
+        load_run_config(None, [override])
+
+
+def test_two_weight_files_are_an_error():
+    with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS and student\.pretrained_weights"):
+        load_run_config(None, ["MODEL.WEIGHTS=a.pth", "student.pretrained_weights=b.pth"])
+
+
+@pytest.mark.parametrize(
+    ("content", "text"), [("a: [1", "not readable as YAML"), ("- 1\n- 2\n", "must hold"), ("\x00", "not readable")]
+)
+def test_files_that_are_no_config(tmp_path, content, text):
+    file = tmp_path / "broken.yaml"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=text):
+        load_run_config(file)
+
+
+def test_a_missing_file_names_those_there_are(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"train/custom\.yaml"):
+        load_run_config(tmp_path / "none.yaml")
+
+
+def test_written_config_reads_back_the_same(tmp_path):
+    cfg = load_run_config(CUSTOM, ["student.depth=2", "train.dataset_path=x"])
+    write_config(cfg, tmp_path / "config.yaml")
+    again = load_run_config(tmp_path / "config.yaml")
+    assert differences(cfg, again) == {}
+    changed = load_run_config(tmp_path / "config.yaml", ["student.depth=3"])
+    assert differences(changed, again, ["student."]) == {"student.depth": (3, 2)}

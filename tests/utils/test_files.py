@@ -1,0 +1,34 @@
+"""Files are whole or not there."""
+
+import os
+import stat
+
+import pytest
+
+from dinov2.utils.files import atomic_write
+
+
+def test_a_block_that_raises_leaves_the_old_file_and_no_litter(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("old")
+
+    def write_half():
+        with atomic_write(path, "w") as file:
+            file.write("half of the n")
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        write_half()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_a_finished_block_replaces_the_file_with_usual_rights(tmp_path):
+    path = tmp_path / "new" / "weights.pth"
+    with atomic_write(path) as file:
+        file.write(b"\x00\x01")
+        assert not path.exists()
+    assert path.read_bytes() == b"\x00\x01"
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
