@@ -28,7 +28,7 @@ class Tracker(Protocol):
 class MetricLogger:
     """Writes `training_metrics.json`, one object a line and iteration, and reports progress with an ETA.
 
-    Values on a device are kept there and fetched together every `period` iterations, so the loop does not wait for them.
+    Values on a device stay there and are fetched together every `period` iterations: the loop does not wait for them.
     """
 
     def __init__(
@@ -46,7 +46,9 @@ class MetricLogger:
         """Count time for which the loop waited for its next batch."""
         self._data_seconds += seconds
 
-    def update(self, iteration: int, values: dict[str, float], device_values: dict[str, Tensor]) -> dict[str, float] | None:
+    def update(
+        self, iteration: int, values: dict[str, float], device_values: dict[str, Tensor]
+    ) -> dict[str, float] | None:
         """Take up one iteration's numbers; every `period` iterations return the newest ones, fetched and written."""
         self._pending.append(({"iteration": iteration, **values}, device_values))
         if (iteration + 1) % self.period and iteration + 1 != self.stop:
@@ -63,8 +65,15 @@ class MetricLogger:
         now = time.perf_counter()
         n = len(self._pending)
         seconds = (now - self._flushed_at) / n
-        timing = {"iter_time": seconds, "data_time": self._data_seconds / n, "images_per_second": self.batch_size / seconds}
-        rows = [{**host, **dict(zip(names, row, strict=True)), **timing} for (host, _), row in zip(self._pending, fetched, strict=True)]
+        timing = {
+            "iter_time": seconds,
+            "data_time": self._data_seconds / n,
+            "images_per_second": self.batch_size / seconds,
+        }
+        rows = [
+            {**host, **dict(zip(names, row, strict=True)), **timing}
+            for (host, _), row in zip(self._pending, fetched, strict=True)
+        ]
         with open(self.path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps({k: _json_number(v) for k, v in row.items()}) + "\n" for row in rows)
         for row in rows:

@@ -45,7 +45,9 @@ class DINOLoss(TeacherCenter):
             log_probabilities = F.log_softmax(logits.float() / self.student_temp, dim=-1)
             total = total - (target * log_probabilities).sum(dim=-1).mean()
         if not isinstance(total, Tensor):
-            raise ValueError("DINOLoss: student_output_list is empty; leave the term out when there are no crops for it")
+            raise ValueError(
+                "DINOLoss: student_output_list is empty; leave the term out when there are no crops for it"
+            )
         return total
 
     @torch.no_grad()

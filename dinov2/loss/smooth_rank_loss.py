@@ -1,4 +1,4 @@
-"""Smooth rank of a batch of features: how many directions they really use (RankMe, Garrido et al. 2023, arXiv 2210.02885)."""
+"""Smooth rank of a batch of features: how many directions they use (RankMe, Garrido et al. 2023, arXiv 2210.02885)."""
 
 import torch
 from torch import Tensor

@@ -12,10 +12,10 @@ from dinov2.distributed import get_world_size, is_enabled
 
 @torch.no_grad()
 def sinkhorn_knopp(logits: Tensor, teacher_temp: float, n_rows_global: int | Tensor, n_iterations: int = 3) -> Tensor:
-    """Assign rows to prototypes so that, over all processes, every prototype gets the same mass (SwAV, arXiv 2006.09882).
+    """Assign rows to prototypes so that every prototype gets the same mass over all processes (SwAV, arXiv 2006.09882).
 
-    The balanced matrix is diag(v) M diag(u) with M = exp(logits / temp): only the two scaling vectors are iterated, so M
-    is written once and never rewritten. Alternating from the rows as they are gives what normalising the whole matrix in turn gives.
+    The balanced matrix is diag(v) M diag(u) with M = exp(logits / temp): only the two scaling vectors are iterated, and
+    M is written once. Starting from the rows as they are gives what normalising the whole matrix in turn gives.
 
     Args:
         logits: [R, K] teacher outputs; R may differ between processes and may be 0.
@@ -48,7 +48,7 @@ def sinkhorn_knopp(logits: Tensor, teacher_temp: float, n_rows_global: int | Ten
 
 
 class TeacherCenter(nn.Module):
-    """Exponential moving average of teacher logits, subtracted before the softmax (DINO, arXiv 2104.14294, section 3.1).
+    """Moving average of teacher logits, subtracted before the softmax (DINO, arXiv 2104.14294, section 3.1).
 
     The update asked for by `update` is reduced over processes while the student runs and takes effect at the next
     `softmax_center_teacher`: each step is centred by the steps before it, never by itself.

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 
 from dinov2.data import (
     DataAugmentationDINO,
@@ -31,7 +30,10 @@ from dinov2.utils.seeds import derive_seed
 
 logger = logging.getLogger("dinov2")
 
-_AUGMENTATIONS = {"default": DataAugmentationDINO, "hema": DataAugmentationHEMA}
+_AUGMENTATIONS: dict[str, type[DataAugmentationDINO] | type[DataAugmentationHEMA]] = {
+    "default": DataAugmentationDINO,
+    "hema": DataAugmentationHEMA,
+}
 
 
 def build_dataset(cfg: Any) -> HemaStandardDataset:
@@ -40,25 +42,24 @@ def build_dataset(cfg: Any) -> HemaStandardDataset:
     return make_dataset(cfg.train.dataset_path, image_size=size, fit=cfg.train.image_fit, seed=cfg.train.seed)
 
 
-def build_augmentation(cfg: Any) -> DataAugmentationDINO:
+def build_augmentation(cfg: Any) -> DataAugmentationDINO | DataAugmentationHEMA:
     """Global and local crops as `data_transform` and its block of `augmentation` say."""
     crops = cfg.crops
+    settings: dict[str, Any] = dict(cfg.augmentation[cfg.data_transform])
     return _AUGMENTATIONS[cfg.data_transform](
         tuple(crops.global_crops_scale),
         tuple(crops.local_crops_scale),
         crops.local_crops_number,
         global_crops_size=crops.global_crops_size,
         local_crops_size=crops.local_crops_size,
-        **OmegaConf.to_container(cfg.augmentation[cfg.data_transform]),
+        **settings,
     )
 
 
 class TrainBatches:
     """Iterates over the batch dicts of iterations `start`, `start + 1`, ... without end."""
 
-    def __init__(
-        self, cfg: Any, dataset: HemaStandardDataset, device: torch.device, start: int = 0
-    ) -> None:
+    def __init__(self, cfg: Any, dataset: HemaStandardDataset, device: torch.device, start: int = 0) -> None:
         self.cfg, self.dataset, self.device, self.start = cfg, dataset, device, start
         record = Path(cfg.train.output_dir) / "bad_images.csv"
         self.bad_images = BadImages(record, len(dataset), cfg.train.max_bad_fraction)

@@ -39,7 +39,7 @@ class TeacherEvaluation:
         self.judge(model, run_folder, done)
 
     def judge(self, model: SSLMetaArch, run_folder: Path, done: int) -> None:
-        """kNN with the teacher's features, where labelled cells are given: eval/training_<n>/knn.json, eval/best.json."""
+        """kNN with the teacher's features where labelled cells are given; writes knn.json, and best.json above it."""
         if self._cells is None:
             return
         results = {"iteration": done, **self._knn(model)}
@@ -64,7 +64,7 @@ class TeacherEvaluation:
         features, labels = [], []
         for cells in (train_cells, test_cells):
             found = extract(
-                model.teacher["backbone"],
+                model.teacher_backbone,
                 cells.paths,
                 image_size=self.cfg.crops.global_crops_size,
                 batch_size=self.cfg.evaluation.batch_size,
@@ -82,16 +82,19 @@ def save_teacher(model: SSLMetaArch, path: Path, done: int) -> None:
     """Write `{"teacher": {"backbone.*", "dino_head.*", "ibot_head.*"}}` in fp32, with what rebuilds the network."""
     state = {name: value.detach().to("cpu", torch.float32) for name, value in model.teacher.state_dict().items()}
     with atomic_write(path) as file:
-        torch.save(
-            {"teacher": state, "architecture": architecture(model.teacher["backbone"]), "iteration": done}, file
-        )
+        torch.save({"teacher": state, "architecture": architecture(model.teacher_backbone), "iteration": done}, file)
 
 
 def _remember_best(path: Path, done: int, metric: str, score: float) -> dict[str, Any]:
     """Keep in best.json which checkpoint scored highest so far; a resumed run counts what came before it."""
     best = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     if best is None or score > best["score"]:
-        best = {"iteration": done, "metric": metric, "score": score, "checkpoint": f"training_{done}/teacher_checkpoint.pth"}
+        best = {
+            "iteration": done,
+            "metric": metric,
+            "score": score,
+            "checkpoint": f"training_{done}/teacher_checkpoint.pth",
+        }
         with atomic_write(path, "w") as file:
             json.dump(best, file, indent=1)
     return best

@@ -1,4 +1,4 @@
-"""AdamW on parameter groups, gradient clipping by sub-network, and the guard that keeps bad steps out of the weights."""
+"""AdamW on parameter groups, clipping by sub-network, and the guard that keeps bad steps out of the weights."""
 
 import logging
 from collections.abc import Mapping
@@ -81,8 +81,8 @@ class StepGuard:
         if newest["skipped_in_row"] >= max_in_row:
             terms = ", ".join(f"{k}={v}" for k, v in newest.items() if k.endswith("_loss") or k.startswith("grad_norm"))
             raise FloatingPointError(
-                f"iteration {int(newest['iteration'])}, rank {get_rank()}: {int(newest['skipped_in_row'])} steps in a row "
-                f"without finite losses and gradients ({terms}); the weights are those before the first of them. Lower "
+                f"iteration {int(newest['iteration'])}, rank {get_rank()}: {int(newest['skipped_in_row'])} steps "
+                f"in a row without finite losses and gradients ({terms}); the weights are those before the first of them. Lower "
                 "optim.base_lr, or set compute_precision to bf16 or fp32"
             )
 

@@ -16,11 +16,14 @@ def describe_run(cfg: Any, model: SSLMetaArch, schedules: Schedules, dataset: He
     n_pictures = len(dataset)
     n, batch, epoch = schedules.n_iterations, schedules.global_batch_size, cfg.train.OFFICIAL_EPOCH_LENGTH
     crops = cfg.crops
-    local = f"{crops.local_crops_number} local of {crops.local_crops_size} px" if crops.local_crops_number else "no local"
+    local = (
+        f"{crops.local_crops_number} local of {crops.local_crops_size} px" if crops.local_crops_number else "no local"
+    )
     precision = cfg.compute_precision.student.backbone.mixed_precision.param_dtype
     dtype = str(resolve_dtype(precision, model.device.type)).removeprefix("torch.")
     lines = [
-        f"data      {n_pictures:,} pictures in {dataset.n_lists} lists; crops: 2 global of {crops.global_crops_size} px, {local}",
+        f"data      {n_pictures:,} pictures in {dataset.n_lists} lists",
+        f"crops     2 global of {crops.global_crops_size} px, {local}; augmentation {cfg.data_transform}",
         f"schedule  {n:,} steps of {batch} pictures = {n * batch / n_pictures:,.1f} passes over the data "
         f"({cfg.optim.epochs:g} epochs of {epoch} steps)",
         f"lr        peak {schedules.peak_lr:.3g} (optim.base_lr {cfg.optim.base_lr:g}, {cfg.optim.scaling_rule}) after "
@@ -31,7 +34,7 @@ def describe_run(cfg: Any, model: SSLMetaArch, schedules: Schedules, dataset: He
         f"model     {cfg.student.arch}: {_millions(model.student['backbone'])} backbone + "
         f"{_millions(model.student) - _millions(model.student['backbone']):.1f} heads million parameters, {dtype} on "
         f"{model.device}",
-        f"memory    about {estimate_memory_gib(cfg, model):.1f} GiB (estimate: weights, gradients, moments, activations, logits)",
+        f"memory    about {estimate_memory_gib(cfg, model):.1f} GiB (estimated from shapes)",
     ]
     return "\n".join(lines)
 
@@ -45,7 +48,7 @@ def estimate_memory_gib(cfg: Any, model: SSLMetaArch) -> float:
     weights = 4 * (4 * n_student + n_teacher)  # fp32: student, gradient, two moments; teacher
 
     batch, patch = cfg.train.batch_size_per_gpu, cfg.student.patch_size
-    backbone = model.student["backbone"]
+    backbone = model.teacher_backbone  # the student has the same shape
     extra = 1 + backbone.num_register_tokens
     tokens = 2 * batch * ((cfg.crops.global_crops_size // patch) ** 2 + extra)
     tokens += cfg.crops.local_crops_number * batch * ((cfg.crops.local_crops_size // patch) ** 2 + extra)

@@ -1,10 +1,10 @@
 """The folder of a run: where it is, that it can be written, and how a run in it is saved and taken up again.
 
-    <output-dir>/<name>/config.yaml               every value the run uses
-                       training_metrics.json      one JSON object an iteration
-                       checkpoints/               to resume from
-                       eval/training_<n>/teacher_checkpoint.pth   to use
-                       logs/  tensorboard/  bad_images.csv
+<output-dir>/<name>/config.yaml               every value the run uses
+                   training_metrics.json      one JSON object an iteration
+                   checkpoints/               to resume from
+                   eval/training_<n>/teacher_checkpoint.pth   to use
+                   logs/  tensorboard/  bad_images.csv
 """
 
 import logging
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch.optim import Optimizer
 
 from dinov2.distributed import get_world_size
@@ -67,7 +67,9 @@ class RunFolder:
             ValueError: the checkpoint that would be resumed has weights of another shape.
         """
         if must_exist and not self.checkpointer.paths():
-            raise FileNotFoundError(f"--eval-only: no checkpoint in {self.checkpointer.folder}; check --output-dir and --name")
+            raise FileNotFoundError(
+                f"--eval-only: no checkpoint in {self.checkpointer.folder}; check --output-dir and --name"
+            )
         self._check_writable()
         if not resume and not must_exist and self.checkpointer.paths():
             aside = self.path.with_name(f"{self.path.name}.before_{time.strftime('%Y%m%d-%H%M%S')}")
@@ -124,7 +126,7 @@ class RunFolder:
 
     def _compare_with(self, earlier: Path) -> None:
         before = OmegaConf.load(earlier)
-        assert OmegaConf.is_dict(before), f"{earlier} was written by a run and holds a mapping"
+        assert isinstance(before, DictConfig), f"{earlier} was written by a run and holds a mapping"
         changed = differences(self.cfg, before)
         shapes = {k: v for k, v in changed.items() if k.startswith(_SHAPE_KEYS)}
         if shapes:

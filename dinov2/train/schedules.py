@@ -27,8 +27,8 @@ class CosineScheduler:
         n_cosine = total_iters - warmup_iters - freeze_iters
         if n_cosine < 0:
             raise ValueError(
-                f"schedule of {total_iters} iterations cannot hold {warmup_iters} of warm-up and {freeze_iters} frozen; "
-                "lower the warm-up (optim.warmup_epochs, teacher.warmup_teacher_temp_epochs) or raise optim.epochs"
+                f"schedule of {total_iters} iterations cannot hold {warmup_iters} of warm-up and "
+                f"{freeze_iters} frozen; lower the warm-up (optim.warmup_epochs, teacher.warmup_teacher_temp_epochs) or raise optim.epochs"
             )
         phase = np.arange(n_cosine) / max(n_cosine, 1)
         self.final_value = float(final_value)
@@ -86,9 +86,7 @@ class Schedules:
         n_temp_warmup = round(teacher.warmup_teacher_temp_epochs * epoch)
         self._lr = CosineScheduler(self.peak_lr, optim.min_lr, self.n_iterations, warmup_iters=self.n_warmup)
         self._weight_decay = CosineScheduler(optim.weight_decay, optim.weight_decay_end, self.n_iterations)
-        self._momentum = CosineScheduler(
-            teacher.momentum_teacher, teacher.final_momentum_teacher, self.n_iterations
-        )
+        self._momentum = CosineScheduler(teacher.momentum_teacher, teacher.final_momentum_teacher, self.n_iterations)
         self._temp = CosineScheduler(
             teacher.teacher_temp,
             teacher.teacher_temp,

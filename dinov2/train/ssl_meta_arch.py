@@ -5,6 +5,7 @@ Dimension key:  B images on this process, L local crops, P patches per global cr
 """
 
 import logging
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from dinov2.hub.backbones import load_backbone
 from dinov2.layers import DINOHead
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss, smooth_rank_loss
 from dinov2.models import build_model_from_cfg
+from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.train.param_groups import fuse_params_groups, get_params_groups_with_decay
 
 logger = logging.getLogger("dinov2")
@@ -102,6 +104,13 @@ class SSLMetaArch(nn.Module):
         return any(resolve_dtype(name, device_type) == torch.float16 for name in names)
 
     @property
+    def teacher_backbone(self) -> DinoVisionTransformer:
+        """The network that is kept and used after training."""
+        backbone = self.teacher["backbone"]
+        assert isinstance(backbone, DinoVisionTransformer), "build_model_from_cfg gives nothing else"
+        return backbone
+
+    @property
     def device(self) -> torch.device:
         return next(self.student.parameters()).device
 
@@ -120,8 +129,8 @@ class SSLMetaArch(nn.Module):
             teacher_temp: temperature of the teacher's targets.
 
         Returns:
-            detached scalars under upstream's keys, as upstream shows them: `koleo_loss` and `ibot_loss` are half of what
-            is summed, and none but KoLeo and the smooth rank carries its weight.
+            detached scalars under upstream's keys, as upstream shows them: `koleo_loss` and `ibot_loss` are half of
+            what is summed, and none but KoLeo and the smooth rank carries its weight.
         """
         device = self.device
         images = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in images.items()}
@@ -231,7 +240,8 @@ class SSLMetaArch(nn.Module):
     @torch.no_grad()
     def update_teacher(self, m: float) -> None:
         """teacher <- m * teacher + (1 - m) * student, for every parameter."""
-        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        teacher: list[Tensor] = list(self.teacher.parameters())
+        student: list[Tensor] = list(self.student.parameters())
         torch._foreach_lerp_(teacher, student, 1.0 - m)
 
     def apply_center_updates(self) -> None:
@@ -245,9 +255,7 @@ class SSLMetaArch(nn.Module):
         groups: list[dict[str, Any]] = []
         for module in self.student.values():
             groups += fuse_params_groups(
-                get_params_groups_with_decay(
-                    module, self.cfg.optim.layerwise_decay, self.cfg.optim.patch_embed_lr_mult
-                )
+                get_params_groups_with_decay(module, self.cfg.optim.layerwise_decay, self.cfg.optim.patch_embed_lr_mult)
             )
         return groups
 
@@ -289,16 +297,18 @@ def _start_from(backbone: nn.Module, weights: str, cfg: Any) -> None:
     """Fill the student's backbone from a weights file; every tensor must find its place."""
     loaded = load_backbone(weights, img_size=cfg.crops.global_crops_size).state_dict()
     own = backbone.state_dict()
-    wrong = [
-        f"{name}: {'absent' if name not in loaded else tuple(loaded[name].shape)} in the file, {tuple(own[name].shape)} here"
-        for name in own
-        if name not in loaded or loaded[name].shape != own[name].shape
-    ]
-    wrong += [f"{name}: in the file only" for name in loaded if name not in own]
+    # with block_chunks the student says `blocks.<chunk>.<i>.` where load_backbone always says `blocks.<i>.`
+    in_file = {name: re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name) for name in own}
+    wrong = []
+    for name, tensor in own.items():
+        there = tuple(loaded[in_file[name]].shape) if in_file[name] in loaded else "absent"
+        if there != tuple(tensor.shape):
+            wrong.append(f"{name}: {there} in the file, {tuple(tensor.shape)} here")
+    wrong += [f"{name}: in the file only" for name in loaded if name not in in_file.values()]
     if wrong:
         raise ValueError(
             f"student.pretrained_weights: {weights} holds another architecture than student.arch={cfg.student.arch}: "
             f"{'; '.join(wrong[:4])}" + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         )
-    backbone.load_state_dict(loaded)
+    backbone.load_state_dict({name: loaded[in_file[name]] for name in own})
     logger.info("student and teacher start from %s (%d tensors, all placed)", weights, len(own))

@@ -102,7 +102,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", metavar="F", help="YAML with what differs from ssl_default_config.yaml")
     parser.add_argument("--output-dir", metavar="D", default="runs", help="folder of runs (default: %(default)s)")
-    parser.add_argument("--name", metavar="N", help="the run's folder in D; resumed if it holds a run (default: a new one)")
+    parser.add_argument(
+        "--name", metavar="N", help="the run's folder in D; resumed if it holds a run (default: a new one)"
+    )
     parser.add_argument("--no-resume", action="store_true", help="start anew; a run that D/N holds is moved aside")
     parser.add_argument("--eval-only", action="store_true", help="write and judge the teacher of the latest checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, try a step, write nothing")

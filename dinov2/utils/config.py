@@ -157,7 +157,7 @@ def _read_overrides(overrides: Sequence[str]) -> DictConfig:
 
 def _leaves(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of every leaf; lists are leaves."""
-    for key in config:
+    for key in map(str, config):
         name = f"{prefix}{key}"
         if OmegaConf.is_missing(config, key):
             yield name, "???"

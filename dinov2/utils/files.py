@@ -23,10 +23,10 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    is_text = "b" not in mode
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with open(handle, mode, **text) as file:
+        with open(handle, mode, encoding="utf-8" if is_text else None, newline="\n" if is_text else None) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

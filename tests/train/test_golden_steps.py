@@ -19,8 +19,8 @@ NAMES = (
     "dinov2_8local_center_sharedhead",
     "dinov2_swiglu_reg4",
 )
-# Losses and gradient norms move by 1e-6 relative between one thread and two; Adam magnifies rounding where a gradient is
-# about zero, so parameters are held to 1e-4 (tests/golden/README.md).
+# Losses and gradient norms move by 1e-6 relative between one thread and two; Adam magnifies rounding where a gradient
+# is about zero, so parameters are held to 1e-4 (tests/golden/README.md).
 LOSS_RTOL, NORM_RTOL, PARAMETER_RTOL, ARRAY_ATOL = 1e-5, 1e-4, 1e-4, 2e-5
 
 TINY = [
@@ -66,7 +66,9 @@ def batch_of(iteration: int, n_local: int, formulas) -> dict:
     upperbound = sum(int(n_tokens * p) for p in probs[1:])
     crops = {
         "global_crops": list(formulas.sym(f"{key}/global", (8, 3, 224, 224), 2).chunk(2)),
-        "local_crops": list(formulas.sym(f"{key}/local", (n_local * 4, 3, 98, 98), 2).chunk(n_local)) if n_local else [],
+        "local_crops": list(formulas.sym(f"{key}/local", (n_local * 4, 3, 98, 98), 2).chunk(n_local))
+        if n_local
+        else [],
     }
     return assemble_batch(crops, masks, upperbound, torch.float32)
 
@@ -110,7 +112,9 @@ def test_three_steps(name, golden_json, golden_arrays, formulas):
         batch = batch_of(iteration, n_local, formulas)
         assert batch["upperbound"] == step["upperbound"]
         assert int(batch["n_masked_patches"]) == step["n_masked"]
-        StepSettings(step["lr"], step["last_layer_lr"], step["wd"], step["mom"], step["teacher_temp"]).apply_to(optimizer)
+        StepSettings(step["lr"], step["last_layer_lr"], step["wd"], step["mom"], step["teacher_temp"]).apply_to(
+            optimizer
+        )
         optimizer.zero_grad()
         losses = model.forward_backward(batch, teacher_temp=step["teacher_temp"])
 

@@ -58,7 +58,9 @@ def test_each_sub_network_is_clipped_for_itself(setting):
             parameter.grad = torch.full_like(parameter, scale)
     norms = clip_gradients(module, max_norm=3.0)
     assert norms["backbone"].item() == pytest.approx(100 * 12**0.5)
-    assert torch.stack([p.grad.norm() for p in module["backbone"].parameters()]).norm().item() == pytest.approx(3, rel=1e-4)
+    assert torch.stack([p.grad.norm() for p in module["backbone"].parameters()]).norm().item() == pytest.approx(
+        3, rel=1e-4
+    )
     assert module["dino_head"].bias.grad.tolist() == pytest.approx([0.1, 0.1])
 
 

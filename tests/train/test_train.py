@@ -81,7 +81,11 @@ def test_custom_yaml_shrunk_trains_two_iterations(run):
 def test_the_learning_rate_and_the_teacher_follow_the_schedule(run):
     _, folder = run("optim.base_lr=1.024", "teacher.momentum_teacher=0.5")
     first = torch.load(folder / "checkpoints" / "iteration_0000002.pth", weights_only=True)["model"]
-    moved = [k for k in first if k.startswith("student.") and not torch.equal(first[k], first[k.replace("student", "teacher", 1)])]
+    moved = [
+        k
+        for k in first
+        if k.startswith("student.") and not torch.equal(first[k], first[k.replace("student", "teacher", 1)])
+    ]
     assert moved
     assert rows(folder)[1]["lr"] == pytest.approx(1.024 * (4 / 1024) ** 0.5)
     assert rows(folder)[0]["mom"] == 0.5
@@ -121,7 +125,9 @@ def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(tmp_path, picture_li
     resumed = subprocess.run(command("killed"), check=True, env=environment, capture_output=True, text=True)
     assert "resuming" in resumed.stderr
     assert losses(tmp_path / "killed") == losses(tmp_path / "unbroken")
-    ends = [torch.load(p, weights_only=True)["teacher"] for p in tmp_path.glob("*/eval/training_12/teacher_checkpoint.pth")]
+    ends = [
+        torch.load(p, weights_only=True)["teacher"] for p in tmp_path.glob("*/eval/training_12/teacher_checkpoint.pth")
+    ]
     assert len(ends) == 2
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
@@ -178,9 +184,11 @@ def test_dry_run_says_the_plan_and_writes_nothing(run, tmp_path, capfd):
     assert not folder.exists()
 
 
-def test_pretrained_weights_are_loaded_into_both_networks(run, tmp_path):
+@pytest.mark.parametrize("chunks", [0, 2])
+def test_pretrained_weights_are_loaded_into_both_networks(run, chunks):
     _, folder = run(name="first")
-    code, second = run(f"student.pretrained_weights={folder}", "optim.base_lr=0", "optim.min_lr=0", name="second")
+    still = ("optim.base_lr=0", "optim.min_lr=0", f"student.block_chunks={chunks}")
+    code, second = run(f"student.pretrained_weights={folder}", *still, name="second")
     assert code == 0
     start = load_backbone(folder, img_size=28).state_dict()
     after = load_backbone(second, img_size=28).state_dict()
@@ -285,7 +293,9 @@ def test_every_mode_of_picture_trains(tmp_path, picture_list, tiny_overrides, mo
     for path in (lists / "pictures").iterdir():
         picture = Image.open(path)
         suffix = ".tif" if mode == "CMYK" else ".png"
-        (picture.convert("L").convert("I;16") if mode == "I;16" else picture.convert(mode)).save(path.with_suffix(suffix))
+        (picture.convert("L").convert("I;16") if mode == "I;16" else picture.convert(mode)).save(
+            path.with_suffix(suffix)
+        )
     names = "\n".join(f"pictures/{i:03d}{suffix}" for i in range(4))
     (lists / "all.txt").write_text(names)
     once = ("optim.epochs=0.5", "optim.warmup_epochs=0", "teacher.warmup_teacher_temp_epochs=0")
