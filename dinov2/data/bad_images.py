@@ -39,6 +39,6 @@ class BadImages:
         if len(self.reasons) > self.max_fraction * self.n_listed:
             raise RuntimeError(
                 f"train.max_bad_fraction: {len(self.reasons)} of {self.n_listed} listed pictures cannot be read, "
-                f"more than the {self.max_fraction:.2%} allowed; see {self.path} for each path and reason, then mend the lists "
-                "or raise the limit"
+                f"more than the {self.max_fraction:.2%} allowed; see {self.path} for each path and reason, then mend "
+                "the lists or raise the limit"
             )

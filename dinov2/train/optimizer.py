@@ -82,8 +82,8 @@ class StepGuard:
             terms = ", ".join(f"{k}={v}" for k, v in newest.items() if k.endswith("_loss") or k.startswith("grad_norm"))
             raise FloatingPointError(
                 f"iteration {int(newest['iteration'])}, rank {get_rank()}: {int(newest['skipped_in_row'])} steps "
-                f"in a row without finite losses and gradients ({terms}); the weights are those before the first of them. Lower "
-                "optim.base_lr, or set compute_precision to bf16 or fp32"
+                f"in a row without finite losses and gradients ({terms}); the weights are those before the first of them. "
+                "Lower optim.base_lr, or set compute_precision to bf16 or fp32"
             )
 
     def state_dict(self) -> dict[str, Tensor]:
