@@ -80,11 +80,10 @@ class StepGuard:
             self._reported = n_skipped
         if newest["skipped_in_row"] >= max_in_row:
             terms = ", ".join(f"{k}={v}" for k, v in newest.items() if k.endswith("_loss") or k.startswith("grad_norm"))
-            in_row = int(newest["skipped_in_row"])
             raise FloatingPointError(
-                f"iteration {int(newest['iteration'])}, rank {get_rank()}: {in_row} steps in a row without finite losses "
-                f"and gradients ({terms}); the weights are those before the first of them. Lower optim.base_lr, or set "
-                "compute_precision to bf16 or fp32"
+                f"iteration {int(newest['iteration'])}, rank {get_rank()}: {int(newest['skipped_in_row'])} steps in a "
+                f"row without finite losses and gradients ({terms}); the weights are those before the first of them. "
+                "Lower optim.base_lr, or set compute_precision to bf16 or fp32"
             )
 
     def state_dict(self) -> dict[str, Tensor]:
