@@ -32,7 +32,7 @@ say "3/3 Features of labelled cells, and kNN on them"
 python dinov2/eval/knn.py \
     --checkpoint "$output/run" \
     --train "$output/cells/probe/train" --test "$output/cells/probe/test" \
-    --image-size 98 --baseline untrained histogram \
+    --baseline untrained histogram \
     --output-dir "$output/knn" --overwrite
 
 say "Done in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"

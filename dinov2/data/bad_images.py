@@ -5,20 +5,25 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+from dinov2.data.datasets.decode import UnreadableImageError, load_image
 from dinov2.utils.files import atomic_write
 
 logger = logging.getLogger("dinov2")
 
 
 class BadImages:
-    """Remembers each unreadable picture once, across resumes, and stops a run whose data is not what it seems."""
+    """Remembers each unreadable picture once, across resumes, and stops a run whose data is not what it seems.
+
+    Pictures that were mended in between are forgotten.
+    """
 
     def __init__(self, path: Path, n_listed: int, max_fraction: float) -> None:
         self.path, self.n_listed, self.max_fraction = path, n_listed, max_fraction
         self.reasons: dict[str, str] = {}
         if path.is_file():
             with open(path, encoding="utf-8", newline="") as file:
-                self.reasons = {row["path"]: row["reason"] for row in csv.DictReader(file)}
+                found = {row["path"]: row["reason"] for row in csv.DictReader(file)}
+            self.reasons = {bad: reason for bad, reason in found.items() if not _is_readable(bad)}
 
     def record(self, failures: Iterable[tuple[str, str]]) -> None:
         """Note (path, reason) pairs.
@@ -42,3 +47,11 @@ class BadImages:
                 f"more than the {self.max_fraction:.2%} allowed; see {self.path} for each path and reason, then mend "
                 "the lists or raise the limit"
             )
+
+
+def _is_readable(path: str) -> bool:
+    try:
+        load_image(path)
+    except UnreadableImageError:
+        return False
+    return True

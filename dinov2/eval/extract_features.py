@@ -1,7 +1,6 @@
 """Embed labelled cells and keep the features in one file, which every protocol reads with `--features`."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -11,6 +10,7 @@ import torch
 from dinov2.data.datasets.cells import LabelledCells
 from dinov2.eval.features import Embedder, Precision
 from dinov2.logging import setup_logging
+from dinov2.utils.cores import available_cores
 
 CELLS_HELP = "a folder with one folder of pictures per class, or a CSV with the columns `Image Path,Label[,patient]`"
 
@@ -24,7 +24,12 @@ def add_embedder_arguments(parser: argparse.ArgumentParser, checkpoint_required:
         help="weights: a run's folder (its newest teacher), or a .pth or .safetensors file (teacher_checkpoint.pth of "
         "a run, DinoBloom-*.pth, a DINOv2 release)",
     )
-    parser.add_argument("--image-size", type=positive_int, default=224, help="side of the network's input, in pixels")
+    parser.add_argument(
+        "--image-size",
+        type=positive_int,
+        default=0,
+        help="side of the network's input in pixels; 0: as in its training run where the file says so, else 224",
+    )
     parser.add_argument("--batch-size", type=positive_int, default=64, help="pictures in one forward")
     parser.add_argument(
         "--num-workers",
@@ -71,9 +76,7 @@ def positive_int(text: str) -> int:
 
 
 def _default_workers() -> int:
-    # a container or a batch job may be given fewer processors than the machine has
-    n_processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(n_processors, 16)
+    return min(available_cores(), 16)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -25,7 +25,14 @@ from torch.utils.data import DataLoader, Dataset
 from dinov2.data.datasets.cells import LabelledCells
 from dinov2.data.datasets.decode import UnreadableImageError, load_image, resize_image
 from dinov2.data.transforms import normalize_images
-from dinov2.hub.backbones import PathLike, checkpoint_file, describe_backbone, file_sha256, load_backbone
+from dinov2.hub.backbones import (
+    PathLike,
+    checkpoint_file,
+    describe_backbone,
+    file_sha256,
+    load_backbone,
+    trained_image_size,
+)
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.files import atomic_write
 
@@ -34,6 +41,7 @@ logger = logging.getLogger("dinov2")
 Precision = Literal["fp32", "bf16"]
 SECONDS_BETWEEN_REPORTS = 10.0
 N_EXAMPLES = 5
+DEFAULT_IMAGE_SIZE = 224
 
 
 @torch.no_grad()
@@ -290,17 +298,21 @@ class Embedder:
 
     Attributes:
         checkpoint: a file or run's folder, as `load_backbone` takes it.
-        image_size: S.
+        image_size: S; 0 takes that of the training run where the file tells it, and 224 otherwise.
         precision: "fp32" or "bf16".
         device, batch_size, num_workers: as for `extract`; they change speed alone.
     """
 
     checkpoint: PathLike
-    image_size: int = 224
+    image_size: int = 0
     precision: Precision = "fp32"
     device: str = "cpu"
     batch_size: int = 64
     num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.image_size:
+            self.image_size = trained_image_size(self.file) or DEFAULT_IMAGE_SIZE
 
     @cached_property
     def file(self) -> Path:

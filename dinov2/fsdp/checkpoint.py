@@ -22,6 +22,8 @@ class Checkpointer:
 
     def save(self, iteration: int, state: dict[str, Any]) -> Path:
         """Write the state after `iteration` iterations, then remove the oldest beyond `keep`."""
+        for torn in self.folder.glob(f".{_PREFIX}*.tmp"):
+            torn.unlink()  # a process that was killed while it wrote could not remove it
         path = self.folder / f"{_PREFIX}{iteration:07d}{_SUFFIX}"
         with atomic_write(path) as file:
             torch.save({"iteration": iteration, **state}, file)

@@ -21,7 +21,7 @@ def resolve_dtype(name: str, device_type: str) -> torch.dtype:
     if name == "auto":
         if device_type != "cuda":
             return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if name == "fp16" and device_type == "cpu":
         logger.warning("compute_precision: fp16 is not computed on a CPU; fp32 is used instead")
         return torch.float32

@@ -63,6 +63,12 @@ def load_backbone(source: PathLike, img_size: int = 224) -> DinoVisionTransforme
     return model.eval()
 
 
+def trained_image_size(source: PathLike) -> int | None:
+    """Side in pixels of the global crops that a training run's teacher saw; None where the file does not say."""
+    size = read_backbone_state(checkpoint_file(source))[1].get("img_size")
+    return None if size is None else int(size)
+
+
 def untrained_backbone(source: PathLike, img_size: int = 224, seed: int = 0) -> DinoVisionTransformer:
     """The architecture of `load_backbone(source)` with fresh weights drawn from `seed`, in eval mode.
 

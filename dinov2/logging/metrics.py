@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,12 +158,17 @@ class _WeightsAndBiases:
             import wandb
         except ImportError as error:
             raise ImportError("train.wandb.enabled is true but wandb is not installed: pip install wandb") from error
+        # one id for all parts of a resumed run, and another one for every other run, whatever its name
+        id_file = run_folder / "wandb_id.txt"
+        if not id_file.is_file():
+            with atomic_write(id_file, "w") as file:
+                file.write(uuid.uuid4().hex)
         self._run = wandb.init(
             project=settings.project,
             entity=settings.entity,
             mode=settings.mode,
             name=run_folder.name,
-            id=run_folder.name,
+            id=id_file.read_text(encoding="utf-8"),
             dir=str(run_folder),
             config=config,
             resume="allow",

@@ -6,11 +6,10 @@ Dimension key:  B images on this process, K prototypes
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2.distributed import get_world_size
-from dinov2.loss.teacher_targets import TeacherCenter, sinkhorn_knopp
+from dinov2.loss.teacher_targets import TeacherCenter, similarity, sinkhorn_knopp
 
 
 class DINOLoss(TeacherCenter):
@@ -39,11 +38,10 @@ class DINOLoss(TeacherCenter):
             scalar: -sum_pairs mean_b sum_k t_bk log softmax(s_b / student_temp)_k
         """
         # The targets meet a student's log-probabilities only in sums of products, so they can be added up first.
-        target = sum(targets.float() for targets in teacher_out_softmaxed_centered_list)
+        target = torch.stack([targets.float() for targets in teacher_out_softmaxed_centered_list]).sum(dim=0)
         total: Tensor | float = 0.0
         for logits in student_output_list:
-            log_probabilities = F.log_softmax(logits.float() / self.student_temp, dim=-1)
-            total = total - (target * log_probabilities).sum(dim=-1).mean()
+            total = total - similarity(logits, target, self.student_temp).mean()
         if not isinstance(total, Tensor):
             raise ValueError(
                 "DINOLoss: student_output_list is empty; leave the term out when there are no crops for it"

@@ -5,11 +5,10 @@ Dimension key:  C crops in the batch (2B), P patches per crop, M masked patches 
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2.distributed import is_enabled
-from dinov2.loss.teacher_targets import TeacherCenter, sinkhorn_knopp
+from dinov2.loss.teacher_targets import TeacherCenter, similarity, sinkhorn_knopp
 
 
 class iBOTPatchLoss(TeacherCenter):
@@ -41,7 +40,7 @@ class iBOTPatchLoss(TeacherCenter):
             teacher_patch_tokens: [C, P, K] targets.
             student_masks_flat: [C, P] bool, True where the student saw the mask token.
         """
-        cross_entropy = -self._similarity(student_patch_tokens, teacher_patch_tokens)  # [C, P]
+        cross_entropy = -similarity(student_patch_tokens, teacher_patch_tokens, self.student_temp)  # [C, P]
         masks = student_masks_flat.float()
         return ((cross_entropy * masks).sum(dim=-1) / masks.sum(dim=-1).clamp(min=1.0)).mean()
 
@@ -68,13 +67,10 @@ class iBOTPatchLoss(TeacherCenter):
         if masks_weight is None:
             per_crop = (1.0 / student_masks_flat.sum(dim=-1).clamp(min=1.0)).unsqueeze(-1)
             masks_weight = per_crop.expand_as(student_masks_flat)[student_masks_flat]  # [M]
-        similarity = self._similarity(student_patch_tokens_masked, teacher_patch_tokens_masked)  # [M]
+        agreement = similarity(student_patch_tokens_masked, teacher_patch_tokens_masked, self.student_temp)  # [M]
         if n_masked_patches is not None:
-            similarity = similarity[:n_masked_patches]
-        return -(similarity * masks_weight).sum() / student_masks_flat.shape[0]
-
-    def _similarity(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return (teacher.float() * F.log_softmax(student.float() / self.student_temp, dim=-1)).sum(dim=-1)
+            agreement = agreement[:n_masked_patches]
+        return -(agreement * masks_weight).sum() / student_masks_flat.shape[0]
 
     @torch.no_grad()
     def update_center(self, teacher_patch_tokens: Tensor) -> None:

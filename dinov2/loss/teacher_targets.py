@@ -47,6 +47,16 @@ def sinkhorn_knopp(logits: Tensor, teacher_temp: float, n_rows_global: int | Ten
     return mass.mul_(column_scale).mul_((row_scale * n_rows_global).unsqueeze(1))
 
 
+def similarity(student: Tensor, targets: Tensor, student_temp: float) -> Tensor:
+    """sum_k t_k log softmax(s / student_temp)_k of logits and targets [..., K]: minus their cross-entropy.
+
+    Written as t.s / temp - (sum_k t_k) logsumexp(s / temp), so that no K-wide log-probabilities are kept for backward.
+    """
+    scaled = student.float() / student_temp
+    targets = targets.float()
+    return torch.einsum("...k,...k->...", targets, scaled) - targets.sum(dim=-1) * scaled.logsumexp(dim=-1)
+
+
 class TeacherCenter(nn.Module):
     """Moving average of teacher logits, subtracted before the softmax (DINO, arXiv 2104.14294, section 3.1).
 
@@ -84,5 +94,7 @@ class TeacherCenter(nn.Module):
         if work is not None:
             work.wait()
         batch_center = mean_sum / (count * get_world_size())
-        self.center.copy_(self.center * self.momentum + batch_center.view_as(self.center) * (1 - self.momentum))
+        moved = self.center * self.momentum + batch_center.view_as(self.center) * (1 - self.momentum)
+        # a batch that is not finite is skipped by the optimizer too; here it would stay in every target to come
+        self.center.copy_(torch.where(moved.isfinite().all(), moved, self.center))
         self._pending = None

@@ -90,6 +90,15 @@ def _resolve(arch: str) -> tuple[Callable[..., DinoVisionTransformer], dict[str,
     raise ValueError(f"arch: {arch!r} is unknown; choose one of {', '.join(ARCHITECTURES)}")
 
 
+def fixed_settings(arch: str) -> dict[str, Any]:
+    """Fields of the config's section `student` that the name `arch` decides: those of Meta's released networks.
+
+    Raises:
+        ValueError: for an unknown arch.
+    """
+    return _resolve(arch)[1]
+
+
 @overload
 def build_model(
     args: Any, only_teacher: Literal[False] = False, img_size: int = 224

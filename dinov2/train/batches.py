@@ -4,7 +4,6 @@ What batch i holds is a pure function of (train.seed, i): a resumed run sees wha
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from dinov2.data import (
     make_data_loader,
     make_dataset,
 )
+from dinov2.data.augmentations import N_GLOBAL_CROPS
 from dinov2.data.bad_images import BadImages
 from dinov2.data.collate import assemble_batch, draw_masks
 from dinov2.data.datasets.hema_data import HemaStandardDataset
@@ -73,7 +73,7 @@ class TrainBatches:
         loader = make_data_loader(
             dataset=self.dataset,
             batch_size=batch_size,
-            num_workers=_n_workers(cfg.train.num_workers),
+            num_workers=cfg.train.num_workers,
             shuffle=True,
             seed=seed,
             sampler_type=SamplerType.SHARDED_INFINITE,
@@ -88,13 +88,15 @@ class TrainBatches:
             crops = self.augmentation(images, generator, rank=get_rank(), world_size=get_world_size())
             # Masks are drawn for the global batch, and this process takes those of its pictures, as it does with crops
             masks, upperbound = draw_masks(
-                2 * batch_size * get_world_size(),
+                N_GLOBAL_CROPS * batch_size * get_world_size(),
                 cfg.ibot.mask_ratio_min_max,
                 cfg.ibot.mask_sample_probability if cfg.ibot.loss_weight > 0 else 0.0,
                 self.mask_generator,
                 np.random.default_rng(derive_seed(seed, "masks", iteration)),
             )
-            own_masks = masks.unflatten(0, (2, -1))[:, get_rank() :: get_world_size()].flatten(0, 1)  # [2B, P]
+            own_masks = masks.unflatten(0, (N_GLOBAL_CROPS, -1))[:, get_rank() :: get_world_size()].flatten(
+                0, 1
+            )  # [2B, P]
             yield assemble_batch(crops, own_masks, upperbound, torch.float32)
 
 
@@ -106,10 +108,3 @@ def timed(batches: TrainBatches, on_wait: Callable[[float], None]) -> Iterator[d
         batch = next(iterator)
         on_wait(time.perf_counter() - started)
         yield batch
-
-
-def _n_workers(asked: int) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if asked > cores:
-        logger.info("train.num_workers=%d is more than the %d cores here; %d are used", asked, cores, cores)
-    return min(asked, cores)

@@ -32,12 +32,13 @@ class StepGuard:
     """Skips the optimizer step when a loss or gradient is not finite, without the host waiting for the device.
 
     The verdict stays on the device and goes to the fused AdamW as its `found_inf` flag, so a bad step changes neither
-    weights nor moments. `skipped_in_row` is read by the log, a few iterations late.
+    weights nor moments. The log reads the counts, a few iterations late.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.skipped_in_row = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)
+        self.longest_in_row = torch.zeros((), device=device)
         self._reported = 0
 
     def step(
@@ -52,6 +53,7 @@ class StepGuard:
         is_bad = (~torch.isfinite(evidence).all()).float()
         self.skipped += is_bad
         self.skipped_in_row = (self.skipped_in_row + 1) * is_bad
+        self.longest_in_row = torch.maximum(self.longest_in_row, self.skipped_in_row)
         optimizer.grad_scale = None  # type: ignore[attr-defined]  # read by the fused step, as GradScaler sets it
         optimizer.found_inf = is_bad  # type: ignore[attr-defined]
         optimizer.step()
@@ -65,7 +67,7 @@ class StepGuard:
             **losses,
             **{f"grad_norm_{name}": norm for name, norm in norms.items()},
             "skipped_steps": self.skipped.clone(),
-            "skipped_in_row": self.skipped_in_row.clone(),
+            "longest_skipped_in_row": self.longest_in_row.clone(),
         }
 
     def stop_if_stuck(self, newest: Mapping[str, float], max_in_row: int) -> None:
@@ -78,17 +80,17 @@ class StepGuard:
         if n_skipped > self._reported:
             logger.warning("%d steps so far were skipped: a loss or gradient was not finite", n_skipped)
             self._reported = n_skipped
-        if newest["skipped_in_row"] >= max_in_row:
+        if newest["longest_skipped_in_row"] >= max_in_row:
             terms = ", ".join(f"{k}={v}" for k, v in newest.items() if k.endswith("_loss") or k.startswith("grad_norm"))
+            in_row = int(newest["longest_skipped_in_row"])
             raise FloatingPointError(
-                f"iteration {int(newest['iteration'])}, rank {get_rank()}: {int(newest['skipped_in_row'])} steps in a "
-                f"row without finite losses and gradients ({terms}); the weights are those before the first of them. "
-                "Lower optim.base_lr, or set compute_precision to bf16 or fp32"
+                f"iteration {int(newest['iteration'])}, rank {get_rank()}: {in_row} steps in a row had no finite "
+                f"losses and gradients and were skipped (now: {terms}); the last checkpoint is from before. Lower "
+                "optim.base_lr, or set compute_precision to bf16 or fp32, and start the run again"
             )
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
+        return {"skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.skipped.copy_(state["skipped"])
-        self.skipped_in_row.copy_(state["skipped_in_row"])

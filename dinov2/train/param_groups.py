@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from torch.nn import Parameter
 
 # Parameters in front of the first block share layer 0 of the decay.
 _EMBEDDING_NAMES = ("pos_embed", "patch_embed", "mask_token", "cls_token", "register_tokens")
@@ -58,8 +57,3 @@ def fuse_params_groups(
         merged = fused.setdefault(identity, {"params": [], **{key: group[key] for key in keys}})
         merged["params"].append(group["params"])
     return list(fused.values())
-
-
-def parameters_of(groups: Iterable[dict[str, Any]]) -> list[Parameter]:
-    """All parameters of `groups`, in order."""
-    return [parameter for group in groups for parameter in group["params"]]

@@ -1,10 +1,15 @@
 """What a run is about to do, said before it does it: pictures, batches, passes, learning rate, memory."""
 
+import platform
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+import dinov2
 from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.fsdp.precision import resolve_dtype
 from dinov2.train.schedules import Schedules
@@ -21,6 +26,7 @@ def describe_run(cfg: Any, model: SSLMetaArch, schedules: Schedules, dataset: He
     )
     precision = cfg.compute_precision.student.backbone.mixed_precision.param_dtype
     dtype = str(resolve_dtype(precision, model.device.type)).removeprefix("torch.")
+    weights = cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS
     lines = [
         f"data      {n_pictures:,} pictures in {dataset.n_lists} lists",
         f"crops     2 global of {crops.global_crops_size} px, {local}; augmentation {cfg.data_transform}",
@@ -34,13 +40,24 @@ def describe_run(cfg: Any, model: SSLMetaArch, schedules: Schedules, dataset: He
         f"model     {cfg.student.arch}: {_millions(model.student['backbone'])} backbone + "
         f"{_millions(model.student) - _millions(model.student['backbone']):.1f} heads million parameters, {dtype} on "
         f"{model.device}",
+        f"start     {weights or 'random weights (student.pretrained_weights names a file to start from)'}",
         f"memory    about {estimate_memory_gib(cfg, model):.1f} GiB (estimated from shapes)",
     ]
     return "\n".join(lines)
 
 
+def describe_environment(cfg: Any) -> str:
+    """Seed, code and library versions, which a result cannot be repeated without."""
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    code = f"dinov2 {dinov2.__version__}" + (f" at {commit}" if commit else "")
+    return f"seed {cfg.train.seed}; {code}; torch {torch.__version__}; Python {platform.python_version()}"
+
+
 def estimate_memory_gib(cfg: Any, model: SSLMetaArch) -> float:
-    """Peak memory of a training step on one device, from the shapes; within about a third of what is measured."""
+    """Peak memory of a training step on one device, estimated from the shapes."""
     name = cfg.compute_precision.student.backbone.mixed_precision.param_dtype
     width = torch.finfo(resolve_dtype(name, model.device.type)).bits // 8
     n_student = sum(p.numel() for p in model.student.parameters())

@@ -26,10 +26,11 @@ from dinov2.utils.config import differences, write_config
 
 logger = logging.getLogger("dinov2")
 
-# What decides the shape of the weights: a checkpoint that differs in one of these cannot be resumed.
+# What decides the shape of the weights and the optimizer's groups: a checkpoint that differs here cannot be resumed.
 _SHAPE_KEYS = (
     *("student.arch", "student.embed_dim", "student.depth", "student.num_heads", "student.patch_size"),
     *("student.ffn_layer", "student.block_chunks", "student.num_register_tokens", "student.qkv_bias"),
+    *("optim.layerwise_decay", "optim.patch_embed_lr_mult"),
     *("student.proj_bias", "student.ffn_bias", "dino.head", "ibot.head", "ibot.separate_head"),
     "crops.global_crops_size",
 )
@@ -56,41 +57,64 @@ class RunFolder:
         self.checkpointer = Checkpointer(path / "checkpoints", cfg.train.keep_checkpoints)
         self._period = round(cfg.train.saveckp_freq * cfg.train.OFFICIAL_EPOCH_LENGTH)
 
-    def prepare(self, *, resume: bool, must_exist: bool = False) -> None:
+    def prepare(self, *, resume: bool, eval_only: bool = False) -> None:
         """Make the folder and write config.yaml into it.
 
-        Without `resume`, a run that is there already is moved to a folder beside it, never overwritten.
+        What cannot be continued (a run without a checkpoint, or any run without `resume`) is moved to a folder beside
+        this one, never overwritten and never mixed with what comes.
 
         Raises:
             PermissionError, NotADirectoryError: the folder cannot be written.
-            FileNotFoundError: `must_exist`, and there is no checkpoint.
             ValueError: the checkpoint that would be resumed has weights of another shape.
         """
-        if must_exist and not self.checkpointer.paths():
-            raise FileNotFoundError(
-                f"--eval-only: no checkpoint in {self.checkpointer.folder}; check --output-dir and --name"
-            )
         self._check_writable()
-        if not resume and not must_exist and self.checkpointer.paths():
+        earlier = self.path / "config.yaml"
+        has_checkpoint = bool(self.checkpointer.paths())
+        if eval_only:
+            return
+        if earlier.is_file() and not (resume and has_checkpoint):
             aside = self.path.with_name(f"{self.path.name}.before_{time.strftime('%Y%m%d-%H%M%S')}")
             self.path.rename(aside)
-            logger.warning("--no-resume: the run that was in %s is now in %s", self.path, aside)
-        earlier = self.path / "config.yaml"
-        if self.checkpointer.paths() and earlier.is_file():
+            reason = "has no checkpoint to resume" if resume else "is not resumed (--no-resume)"
+            logger.warning("the run in %s %s; it is now in %s", self.path, reason, aside)
+        elif has_checkpoint and earlier.is_file():
             self._compare_with(earlier)
-        if not must_exist:
-            write_config(self.cfg, earlier)
+        write_config(self.cfg, earlier)
 
-    def restore(self, model: SSLMetaArch, optimizer: Optimizer | None = None, guard: StepGuard | None = None) -> int:
-        """Take up the newest readable checkpoint; returns the number of iterations done, 0 where there is none."""
+    def restore(self, model: SSLMetaArch, *, must_exist: bool = False) -> dict[str, Any] | None:
+        """Load the newest readable checkpoint into `model`; returns all that it holds, None where there is none.
+
+        Raises:
+            FileNotFoundError: there is none, and it `must_exist`.
+            ValueError: no checkpoint can be read, or it holds networks of another shape.
+        """
         state = self.checkpointer.load_latest()
         if state is None:
+            if must_exist:
+                raise FileNotFoundError(f"no checkpoint in {self.checkpointer.folder}; check --output-dir and --name")
+            return None
+        try:
+            model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"the checkpoint in {self.path} is of another architecture than the configuration: "
+                f"{' '.join(str(error).split())[:500]}; restore the settings that it was made with, or choose another "
+                "--name"
+            ) from error
+        return state
+
+    def restore_progress(
+        self, state: dict[str, Any] | None, model: SSLMetaArch, optimizer: Optimizer, guard: StepGuard
+    ) -> int:
+        """Take up optimizer and counters from what `restore` gave; returns the number of iterations done."""
+        if state is None:
             return 0
-        model.load_state_dict(state["model"])
-        if optimizer is not None:
-            optimizer.load_state_dict(state["optimizer"])
-        if guard is not None:
-            guard.load_state_dict(state["guard"])
+        # The optimizer's state also holds its settings; those of the configuration, which may have changed, stay
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        optimizer.load_state_dict(state["optimizer"])
+        for group, wanted in zip(optimizer.param_groups, settings, strict=True):
+            group.update(wanted)
+        guard.load_state_dict(state["guard"])
         if model.fp16_scaler is not None and state["scaler"]:
             model.fp16_scaler.load_state_dict(state["scaler"])
         logger.info("resuming %s after iteration %d", self.path, state["iteration"])

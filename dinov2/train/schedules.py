@@ -28,8 +28,7 @@ class CosineScheduler:
         if n_cosine < 0:
             raise ValueError(
                 f"schedule of {total_iters} iterations cannot hold {warmup_iters} of warm-up and "
-                f"{freeze_iters} frozen; lower the warm-up (optim.warmup_epochs, "
-                "teacher.warmup_teacher_temp_epochs) or raise optim.epochs"
+                f"{freeze_iters} frozen; lower optim.warmup_epochs or raise optim.epochs"
             )
         phase = np.arange(n_cosine) / max(n_cosine, 1)
         self.final_value = float(final_value)

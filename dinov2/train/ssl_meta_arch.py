@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinov2.data.augmentations import N_GLOBAL_CROPS
 from dinov2.fsdp.precision import autocast, resolve_dtype
 from dinov2.hub.backbones import load_backbone
 from dinov2.layers import DINOHead
@@ -21,8 +22,6 @@ from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.train.param_groups import fuse_params_groups, get_params_groups_with_decay
 
 logger = logging.getLogger("dinov2")
-
-N_GLOBAL_CROPS = 2
 
 
 @dataclass
@@ -61,7 +60,6 @@ class SSLMetaArch(nn.Module):
         self.n_local_crops = cfg.crops.local_crops_number
 
         student_backbone, teacher_backbone, embed_dim = build_model_from_cfg(cfg)
-        self.embed_dim = embed_dim
         weights = cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS
         if weights:
             _start_from(student_backbone, weights, cfg)

@@ -10,63 +10,72 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.distributed import get_rank, get_world_size
 from dinov2.logging import setup_logging
-from dinov2.train.batches import TrainBatches, build_dataset, timed
+from dinov2.models import fixed_settings
+from dinov2.train.batches import TrainBatches, build_augmentation, build_dataset, timed
 from dinov2.train.evaluation import TeacherEvaluation
 from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
-from dinov2.train.plan import describe_run
+from dinov2.train.plan import describe_environment, describe_run
 from dinov2.train.run_folder import RunFolder, open_metrics, run_folder_path
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.config import load_run_config, missing_keys
+from dinov2.utils.cores import available_cores
 from dinov2.utils.seeds import derive_seed
 
 logger = logging.getLogger("dinov2")
 
 
-def train(cfg: Any, model: SSLMetaArch, dataset: HemaStandardDataset, folder: RunFolder) -> None:
-    """Pre-train from the folder's latest checkpoint, or from the start, up to optim.epochs."""
+def train(
+    cfg: Any,
+    model: SSLMetaArch,
+    dataset: HemaStandardDataset,
+    evaluation: TeacherEvaluation,
+    folder: RunFolder,
+    state: dict[str, Any] | None,
+) -> None:
+    """Pre-train up to optim.epochs, from the checkpoint `state` that `model` was restored from, or from the start."""
     optimizer = build_optimizer(cfg.optim, model.get_params_groups())
     schedules = Schedules(cfg, get_world_size())
     guard = StepGuard(model.device)
-    start, stop = folder.restore(model, optimizer, guard), schedules.n_iterations
+    start, stop = folder.restore_progress(state, model, optimizer, guard), schedules.n_iterations
     logger.info("%s", describe_run(cfg, model, schedules, dataset))
     batches = TrainBatches(cfg, dataset, model.device, start)
-    evaluation = TeacherEvaluation(cfg)
-    metrics = open_metrics(cfg, folder.path, start, schedules)
     if start == 0:
         evaluation.judge(model, folder.path, 0)  # what the untrained network can do
 
-    for iteration, batch in zip(range(start, stop), timed(batches, metrics.add_data_time), strict=False):
-        now = schedules.at(iteration)
-        now.apply_to(optimizer)
-        torch.manual_seed(derive_seed(cfg.train.seed, "step", iteration, get_rank()))  # stochastic depth
-        optimizer.zero_grad(set_to_none=True)
-        losses = model.forward_backward(batch, teacher_temp=now.teacher_temp)
-        if model.fp16_scaler is not None:
-            model.fp16_scaler.unscale_(optimizer)
-        norms = clip_gradients(model.student, max_norm=cfg.optim.clip_grad)
-        guard.step(optimizer, losses, norms, model.fp16_scaler)
-        model.update_teacher(now.teacher_momentum)  # teacher <- m * teacher + (1 - m) * student
+    with closing(open_metrics(cfg, folder.path, start, schedules)) as metrics:
+        for iteration, batch in zip(range(start, stop), timed(batches, metrics.add_data_time), strict=False):
+            now = schedules.at(iteration)
+            now.apply_to(optimizer)
+            torch.manual_seed(derive_seed(cfg.train.seed, "step", iteration, get_rank()))  # stochastic depth
+            optimizer.zero_grad(set_to_none=True)
+            losses = model.forward_backward(batch, teacher_temp=now.teacher_temp)
+            if model.fp16_scaler is not None:
+                model.fp16_scaler.unscale_(optimizer)
+            norms = clip_gradients(model.student, max_norm=cfg.optim.clip_grad)
+            guard.step(optimizer, losses, norms, model.fp16_scaler)
+            model.update_teacher(now.teacher_momentum)  # teacher <- m * teacher + (1 - m) * student
 
-        done = iteration + 1
-        newest = metrics.update(iteration, now.shown(), guard.shown(losses, norms))
-        if newest is not None:
-            guard.stop_if_stuck(newest, cfg.train.max_bad_steps_in_row)
-        if folder.checkpoint_is_due(done) or done == stop:
-            with metrics.interruption():
-                folder.save(done, model, optimizer, guard)
-        if evaluation.is_due(done) or done == stop:
-            with metrics.interruption():
-                evaluation.run(model, folder.path, done)
-    metrics.close()
+            done = iteration + 1
+            newest = metrics.update(iteration, now.shown(), guard.shown(losses, norms))
+            if newest is not None:
+                guard.stop_if_stuck(newest, cfg.train.max_bad_steps_in_row)
+            # The checkpoint comes last: a run that is killed in an evaluation takes it up again
+            if evaluation.is_due(done) or done == stop:
+                with metrics.interruption():
+                    evaluation.run(model, folder.path, done)
+            if folder.checkpoint_is_due(done) or done == stop:
+                with metrics.interruption():
+                    folder.save(done, model, optimizer, guard)
     logger.info("done: %s holds config.yaml, training_metrics.json, checkpoints and eval/", folder.path)
 
 
@@ -95,7 +104,21 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"train.device={name}, but PyTorch sees no CUDA device; set train.device=auto or cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"train.device must be auto, cpu, cuda or cuda:<n>, found {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"train.device={name}, but there are only {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def resolve_arch(cfg: DictConfig) -> None:
+    """Put what the name student.arch decides into the configuration, which states what the run really has."""
+    for key, value in fixed_settings(cfg.student.arch).items():
+        if cfg.student[key] != value:
+            logger.info("student.%s is %s, as student.arch=%s says", key, value, cfg.student.arch)
+            cfg.student[key] = value
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -109,35 +132,44 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--eval-only", action="store_true", help="write and judge the teacher of the latest checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, try a step, write nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values, for instance optim.epochs=10")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     setup_logging()
     try:
-        cfg = load_run_config(args.config_file, args.overrides)
-        missing = missing_keys(cfg)
+        cfg = load_run_config(args.config_file, args.overrides, resolve_arch)
+        missing = [key for key in missing_keys(cfg) if not (args.eval_only and key == "train.dataset_path")]
         if missing:
             raise ValueError(f"no value for {', '.join(missing)}; add {missing[0]}=<value> to the command or the file")
         device = pick_device(cfg.train.device)
+        cfg.train.num_workers = min(cfg.train.num_workers, available_cores())
         folder = RunFolder(cfg, run_folder_path(args.output_dir, args.name, args.config_file))
-        dataset = build_dataset(cfg)
+        evaluation = TeacherEvaluation(cfg)
+        dataset = None if args.eval_only else build_dataset(cfg)
+        build_augmentation(cfg)  # here its settings are checked
         if not args.dry_run:
-            folder.prepare(resume=not args.no_resume, must_exist=args.eval_only)
+            folder.prepare(resume=not args.no_resume, eval_only=args.eval_only)
             setup_logging(folder.path)
+        logger.info("%s", describe_environment(cfg))
         torch.manual_seed(derive_seed(cfg.train.seed, "weights"))
         model = SSLMetaArch(cfg).to(device)
+        state = None if args.dry_run else folder.restore(model, must_exist=args.eval_only)
     except (FileNotFoundError, KeyError, ValueError, PermissionError, NotADirectoryError) as error:
         logger.error("%s", error.args[0] if isinstance(error, KeyError) else error)
         return 2
-    if args.dry_run:
-        dry_run(cfg, model, dataset)
-    elif args.eval_only:
-        done = folder.restore(model)
-        TeacherEvaluation(cfg).run(model, folder.path, done)
-    else:
-        train(cfg, model, dataset, folder)
+    try:
+        if dataset is None:
+            assert state is not None, "restore(must_exist=True) raises where there is no checkpoint"
+            evaluation.run(model, folder.path, state["iteration"])
+        elif args.dry_run:
+            dry_run(cfg, model, dataset)
+        else:
+            train(cfg, model, dataset, evaluation, folder, state)
+    except (RuntimeError, FloatingPointError) as error:
+        logger.exception("the run stopped: %s", error)
+        return 1
     return 0
 
 

@@ -5,7 +5,7 @@ A mistake is an error that names the key, what was found and what would be right
 
 import difflib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ logger = logging.getLogger("dinov2")
 # DinoBloom's own custom.yaml has these under `train`, where its code never read them; its file still loads.
 _NEVER_READ = {f"train.{key}" for key in ("drop_path_rate", "ffn_layer", "block_chunks", "num_register_tokens")}
 
+# What a run fills in itself, and what a user sets instead.
+_FILLED_IN = {"train.output_dir": "give --output-dir and --name", "optim.lr": "set optim.base_lr"}
+
 # Keys of DINOv2 and DinoBloom files that have no counterpart here, with the reason.
 _RETIRED = {"train.cache_dataset": "pictures are read from the lists; there is no metadata cache to switch"}
 
@@ -33,6 +36,8 @@ _NULLABLE: dict[str, type] = {
     "student.num_heads": int,
     "student.layerscale": float,
 }
+
+_COMMAND_LINE = "command line"
 
 _DTYPES = ("auto", "fp32", "bf16", "fp16")
 _CHOICES: dict[str, Sequence[str]] = {
@@ -88,12 +93,18 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
 }
 
 
-def load_run_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -> DictConfig:
+def load_run_config(
+    config_file: str | Path | None,
+    overrides: Sequence[str] = (),
+    resolve: Callable[[DictConfig], None] | None = None,
+) -> DictConfig:
     """Merge and check a run's configuration.
 
     Args:
         config_file: YAML with what differs from the defaults; None for the defaults alone.
         overrides: `key.subkey=value` texts of the command line, which win.
+        resolve: called with the merged values, to replace those that follow from others, before they are checked
+            against each other.
 
     Raises:
         FileNotFoundError: no such file.
@@ -105,11 +116,17 @@ def load_run_config(config_file: str | Path | None, overrides: Sequence[str] = (
     if config_file is not None:
         layers.append((str(config_file), _read_yaml(Path(config_file))))
     if overrides:
-        layers.append(("command line", _read_overrides(overrides)))
+        layers.append((_COMMAND_LINE, _read_overrides(overrides)))
     for origin, layer in layers:
-        _drop_never_read(layer, origin)
+        if origin != _COMMAND_LINE:
+            _drop_never_read(layer, origin)
         for key, value in _leaves(layer):
-            OmegaConf.update(merged, key, _checked(key, value, origin), force_add=False)
+            checked = _checked(key, value, origin)
+            # interpolations of this layer are resolved by now: what still looks like one is text
+            text = checked.replace("${", "\\${") if isinstance(checked, str) else checked
+            OmegaConf.update(merged, key, text, force_add=False)
+    if resolve is not None:
+        resolve(merged)
     _check_together(merged)
     return merged
 
@@ -146,13 +163,23 @@ def _read_yaml(path: Path) -> DictConfig:
 
 
 def _read_overrides(overrides: Sequence[str]) -> DictConfig:
+    layer: Any = OmegaConf.create()
+    defaults = _defaults()
     for text in overrides:
-        if "=" not in text or text.startswith("-"):
-            raise ValueError(f"command line: {text!r} is neither a known option nor of the form key.subkey=value")
-    try:
-        return OmegaConf.from_dotlist(list(overrides))
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"command line: cannot read {list(overrides)}: {error}") from error
+        key, equals, value = text.partition("=")
+        if not equals or not key or text.startswith("-"):
+            raise ValueError(f"{_COMMAND_LINE}: {text!r} is neither a known option nor of the form key.subkey=value")
+        if key in _FILLED_IN:
+            raise ValueError(f"{_COMMAND_LINE}: {key} is filled in by the run; {_FILLED_IN[key]} instead")
+        if isinstance(defaults.get(key), str) and value != "null":
+            # a path or name is meant as it stands, also with # or a leading zero, which YAML reads otherwise
+            OmegaConf.update(layer, key, value.replace("${", "\\${"), force_add=True)
+            continue
+        try:
+            layer = OmegaConf.merge(layer, OmegaConf.from_dotlist([text]))
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise ValueError(f"{_COMMAND_LINE}: cannot read {text!r}: {error}") from error
+    return layer  # type: ignore[no-any-return]
 
 
 def _leaves(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -178,9 +205,9 @@ def _drop_never_read(layer: DictConfig, origin: str) -> None:
                 logger.warning("%s: %s=%s is ignored: %s", origin, key, value, _RETIRED[key])
             else:
                 logger.warning(
-                    "%s: %s=%s never had an effect (DinoBloom's code does not read it) and is ignored; "
-                    "student.%s is the key that has one",
-                    *(origin, key, value, name),
+                    "%s: %s=%s never had an effect (DinoBloom's code does not read it, and ran with drop path 0, the "
+                    "MLP and no registers) and is ignored; student.%s has one, and is %s unless it is set",
+                    *(origin, key, value, name, _defaults()[f"student.{name}"]),
                 )
 
 
@@ -218,8 +245,6 @@ def _as_type(key: str, value: Any, expected: type, default: Any, origin: str) ->
         return float(value)
     if expected is int and isinstance(value, float) and value.is_integer():
         return int(value)
-    if expected is str and isinstance(value, (int, float)) and not is_bool:
-        return str(value)  # a folder or name that looks like a number
     if isinstance(value, expected) and (expected is bool) == is_bool:
         return value
     raise ValueError(
@@ -289,5 +314,9 @@ def _check_together(cfg: DictConfig) -> None:
             raise ValueError(f"{key} must be [smallest, largest], found [{low}, {high}]")
     if cfg.dino.loss_weight == 0 and cfg.ibot.loss_weight == 0:
         raise ValueError("dino.loss_weight and ibot.loss_weight are both 0: nothing would be learned; set one of them")
+    if cfg.dino.koleo_loss_weight > 0 and cfg.train.batch_size_per_gpu < 2:
+        raise ValueError(
+            "dino.koleo_loss_weight needs two pictures to compare: train.batch_size_per_gpu must be at least 2"
+        )
     if bool(cfg.evaluation.train_data) != bool(cfg.evaluation.test_data):
         raise ValueError("evaluation.train_data and evaluation.test_data belong together; give both or neither")

@@ -19,6 +19,12 @@ def test_the_newest_is_loaded_and_old_ones_go(tmp_path):
     assert checkpoints.load_latest()["iteration"] == 100
 
 
+def test_what_a_killed_write_left_behind_is_removed(tmp_path):
+    (tmp_path / ".iteration_0000005.pth.abc.tmp").write_bytes(b"half")
+    fill(tmp_path, 10)
+    assert [p.name for p in tmp_path.iterdir()] == ["iteration_0000010.pth"]
+
+
 def test_none_in_an_empty_folder(tmp_path):
     assert Checkpointer(tmp_path / "none", 2).load_latest() is None
 

@@ -1,6 +1,7 @@
 """Batches of training: presets, and that a batch depends on nothing but the seed and its number."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,9 +24,23 @@ def batches(cfg, start, n):
     return [next(iterator) for _ in range(n)]
 
 
-def test_a_batch_is_a_function_of_seed_and_number(tmp_path, picture_list, tiny_overrides):
-    cfg = load_run_config(None, tiny_overrides(picture_list(n=7), f"train.output_dir={tmp_path}"))
-    whole, tail = batches(cfg, 0, 4), batches(cfg, 2, 2)
+@pytest.fixture
+def config(tmp_path, picture_list, tiny_overrides):
+    def make(n_pictures: int, *more: str):
+        if n_pictures not in folders:
+            folders[n_pictures] = picture_list(n=n_pictures)
+        cfg = load_run_config(None, tiny_overrides(folders[n_pictures], *more))
+        cfg.train.output_dir = str(tmp_path)
+        return cfg
+
+    folders: dict[int, Path] = {}
+    return make
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_is_a_function_of_seed_and_number(config, workers):
+    whole = batches(config(7), 0, 4)
+    tail = batches(config(7, f"train.num_workers={workers}"), 2, 2)
     for ours, theirs in zip(tail, whole[2:], strict=True):
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
@@ -33,11 +48,9 @@ def test_a_batch_is_a_function_of_seed_and_number(tmp_path, picture_list, tiny_o
     assert not torch.equal(whole[0]["collated_global_crops"], whole[1]["collated_global_crops"])
 
 
-def test_processes_share_the_batch_that_one_process_would_have(tmp_path, picture_list, tiny_overrides, monkeypatch):
-    folder = picture_list(n=8)
-    single = load_run_config(None, tiny_overrides(folder, f"train.output_dir={tmp_path}", "train.batch_size_per_gpu=4"))
-    (whole,) = batches(single, 0, 1)
-    half = load_run_config(None, tiny_overrides(folder, f"train.output_dir={tmp_path}", "train.batch_size_per_gpu=2"))
+def test_processes_share_the_batch_that_one_process_would_have(config, monkeypatch):
+    (whole,) = batches(config(8, "train.batch_size_per_gpu=4"), 0, 1)
+    half = config(8, "train.batch_size_per_gpu=2")
     for rank in range(2):
         for module in ("dinov2.train.batches", "dinov2.data.samplers", "dinov2.data.loaders"):
             monkeypatch.setattr(f"{module}.get_rank", lambda rank=rank: rank)

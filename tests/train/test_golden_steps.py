@@ -88,6 +88,11 @@ def checksums(module: torch.nn.Module, formulas) -> list[float]:
     return sums.tolist()
 
 
+def cls_tokens(kept: list[torch.Tensor]) -> torch.Tensor:
+    """CLS tokens [2B, D] of the global crops, which go through the student's final norm first."""
+    return kept[0][:, 0].detach()
+
+
 def close_checksum(actual, expected, rtol):
     # the plain sum may cancel to almost nothing: it is held to the scale of the sum of magnitudes
     scale = torch.tensor([expected[1], expected[1], expected[2]], dtype=torch.float64)
@@ -106,8 +111,8 @@ def test_three_steps(name, golden_json, golden_arrays, formulas):
         assert [ours[key] for key in shape] == pytest.approx([theirs[key] for key in shape])
         assert [len(ours["params"]), sum(p.numel() for p in ours["params"])] == [theirs["n_params"], theirs["numel"]]
 
-    kept = {}
-    hook = model.student.backbone.norm.register_forward_hook(lambda _m, _i, output: kept.update(norm=output))
+    kept = []
+    hook = model.student.backbone.norm.register_forward_hook(lambda _m, _i, output: kept.append(output))
     for iteration, step in enumerate(golden["steps"]):
         batch = batch_of(iteration, n_local, formulas)
         assert batch["upperbound"] == step["upperbound"]
@@ -116,6 +121,7 @@ def test_three_steps(name, golden_json, golden_arrays, formulas):
             optimizer
         )
         optimizer.zero_grad()
+        kept.clear()
         losses = model.forward_backward(batch, teacher_temp=step["teacher_temp"])
 
         expected = dict(step["losses"])
@@ -125,10 +131,13 @@ def test_three_steps(name, golden_json, golden_arrays, formulas):
         for key, value in expected.items():
             assert losses[key].item() == pytest.approx(value, rel=LOSS_RTOL, abs=1e-6), key
         group_norms = [
-            torch.stack([without_key_bias_norm(p) for p in group["params"] if p.grad is not None]).norm().item()
+            torch.stack([p.grad.norm() for p in group["params"] if p.grad is not None]).norm().item()
             for group in optimizer.param_groups
         ]
         assert group_norms == pytest.approx(step["grad_norm_per_group"], rel=NORM_RTOL)
+        assert [n for n, p in model.student.named_parameters() if p.grad is None] == step["grad_none"]
+        assert batch["collated_masks"].sum(dim=1).tolist() == step["mask_counts"]
+        close_checksum(formulas.checksum(cls_tokens(kept)), step["cls"], PARAMETER_RTOL)
         norms = clip_gradients(model.student, max_norm=3.0)
         assert {k: v.item() for k, v in norms.items()} == pytest.approx(step["module_grad_norm_preclip"], rel=NORM_RTOL)
         optimizer.step()
@@ -138,17 +147,19 @@ def test_three_steps(name, golden_json, golden_arrays, formulas):
                 close_checksum(checksums(getattr(model, role)[part], formulas), sums, PARAMETER_RTOL)
         if iteration == 0:
             parameters = dict(model.student.named_parameters())
+            after_clip = {n: p.grad.norm().item() for n, p in parameters.items()}
+            for parameter, norm in step["per_grad_step0_postclip_norm"].items():
+                assert after_clip[parameter] == pytest.approx(norm, rel=1e-3, abs=1e-6), parameter
             for parameter, sums in step["per_param_after_step0"].items():
                 value = without_key_bias(parameter, parameters[parameter])
                 close_checksum(formulas.checksum(value), sums, PARAMETER_RTOL)
     hook.remove()
 
+    if f"step/{name}/cls_final" in golden_arrays:
+        final = torch.from_numpy(golden_arrays[f"step/{name}/cls_final"])
+        torch.testing.assert_close(cls_tokens(kept), final, rtol=0, atol=10 * ARRAY_ATOL)  # after two Adam steps
     arrays = {k.split("/", 3)[-1]: v for k, v in golden_arrays.items() if k.startswith(f"step/{name}/student/")}
     parameters = dict(model.student.named_parameters())
     for parameter, value in arrays.items():
         ours = without_key_bias(parameter, parameters[parameter].detach())
         torch.testing.assert_close(ours, torch.from_numpy(value), rtol=0, atol=ARRAY_ATOL)
-
-
-def without_key_bias_norm(parameter: torch.nn.Parameter) -> torch.Tensor:
-    return parameter.grad.norm()

@@ -45,10 +45,33 @@ def test_bad_steps_are_counted_and_stop_the_run_when_they_do_not_end(setting):
     for loss in (float("nan"), 1.0, float("nan"), float("nan")):
         step(setting, loss, 1.0)
     shown = {name: value.item() for name, value in guard.shown({"ibot_loss": torch.tensor(2.0)}, {}).items()}
-    assert (shown["skipped_steps"], shown["skipped_in_row"]) == (3, 2)
+    assert (shown["skipped_steps"], shown["longest_skipped_in_row"]) == (3, 2)
     guard.stop_if_stuck({"iteration": 3, **shown}, max_in_row=3)
+    step(setting, 1.0, 1.0)  # a good step before the log looks does not hide a bad stretch
+    shown = {name: value.item() for name, value in guard.shown({"ibot_loss": torch.tensor(2.0)}, {}).items()}
     with pytest.raises(FloatingPointError, match=r"iteration 3, rank 0: 2 steps in a row.*ibot_loss=2\.0"):
         guard.stop_if_stuck({"iteration": 3, **shown}, max_in_row=2)
+
+
+def test_an_overflow_under_the_fp16_scaler_skips_the_step_and_lowers_the_scale(setting):
+    module, optimizer, guard = setting
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def scaled_step(factor: float) -> None:
+        optimizer.zero_grad()
+        loss = module["dino_head"](module["backbone"](torch.ones(1, 3))).sum()
+        scaler.scale(loss * factor).backward()
+        scaler.unscale_(optimizer)
+        guard.step(optimizer, {"loss": loss.detach()}, clip_gradients(module, max_norm=3.0), scaler)
+
+    scaled_step(1.0)
+    before = snapshot(setting)
+    scaled_step(1e38)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(snapshot(setting), before, strict=True))
+    assert scaler.get_scale() == 512.0
+    assert guard.skipped.item() == 1
+    scaled_step(1.0)
+    assert not torch.equal(snapshot(setting)[0], before[0])
 
 
 def test_each_sub_network_is_clipped_for_itself(setting):

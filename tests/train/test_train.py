@@ -1,20 +1,27 @@
 """train.py as a user runs it: whole runs, stopped runs, and what it says to mistakes."""
 
 import csv
+import errno
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from dinov2.configs import CONFIG_FOLDER
 from dinov2.hub.backbones import load_backbone
+from dinov2.train.evaluation import TeacherEvaluation
+from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import main
 
 CUSTOM = CONFIG_FOLDER / "train" / "custom.yaml"
@@ -78,17 +85,93 @@ def test_custom_yaml_shrunk_trains_two_iterations(run):
     assert len(rows(folder)) == 2
 
 
-def test_the_learning_rate_and_the_teacher_follow_the_schedule(run):
+def test_the_learning_rate_follows_the_schedule(run):
     _, folder = run("optim.base_lr=1.024", "teacher.momentum_teacher=0.5")
-    first = torch.load(folder / "checkpoints" / "iteration_0000002.pth", weights_only=True)["model"]
-    moved = [
-        k
-        for k in first
-        if k.startswith("student.") and not torch.equal(first[k], first[k.replace("student", "teacher", 1)])
-    ]
-    assert moved
     assert rows(folder)[1]["lr"] == pytest.approx(1.024 * (4 / 1024) ** 0.5)
     assert rows(folder)[0]["mom"] == 0.5
+
+
+@pytest.mark.parametrize("momentum", [0, 1])
+def test_the_teacher_follows_the_student_by_its_momentum(run, momentum):
+    _, folder = run(f"teacher.momentum_teacher={momentum}", f"teacher.final_momentum_teacher={momentum}")
+    first, last = (
+        torch.load(folder / "checkpoints" / f"iteration_000000{n}.pth", weights_only=True)["model"] for n in (2, 4)
+    )
+    name = "backbone.blocks.0.mlp.fc1.weight"
+    assert not torch.equal(first[f"student.{name}"], last[f"student.{name}"])
+    assert torch.equal(first[f"teacher.{name}"], last[f"teacher.{name}"]) == (momentum == 1)
+    assert torch.equal(last[f"teacher.{name}"], last[f"student.{name}"]) == (momentum == 0)
+
+
+def test_one_poisoned_batch_costs_one_step(run, monkeypatch):
+    forward_backward = SSLMetaArch.forward_backward
+    calls = []
+
+    def poisoned(self, images, teacher_temp):
+        calls.append(None)
+        if len(calls) == 2:
+            images = {**images, "collated_global_crops": images["collated_global_crops"] * float("nan")}
+        return forward_backward(self, images, teacher_temp)
+
+    monkeypatch.setattr(SSLMetaArch, "forward_backward", poisoned)
+    code, folder = run()
+    assert code == 0
+    assert [r["skipped_steps"] for r in rows(folder)] == [0, 1, 1, 1]
+    assert rows(folder)[1]["total_loss"] is None
+    assert all(r["total_loss"] is not None for r in rows(folder)[2:])
+
+
+def test_a_run_killed_in_its_last_evaluation_repeats_it(run, monkeypatch):
+    evaluate = TeacherEvaluation.run
+    monkeypatch.setattr(TeacherEvaluation, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+    code, folder = run()
+    assert code == 1
+    monkeypatch.setattr(TeacherEvaluation, "run", evaluate)
+    assert run()[0] == 0
+    assert (folder / "eval" / "training_4" / "teacher_checkpoint.pth").is_file()
+
+
+def test_a_run_that_never_wrote_a_checkpoint_is_moved_aside(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(TeacherEvaluation, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+        run("train.saveckp_freq=0")
+    code, folder = run()
+    assert code == 0
+    (aside,) = (tmp_path / "out").glob("run.before_*")
+    assert (aside / "config.yaml").is_file()
+
+
+def test_a_name_that_fixes_the_patch_size_is_stated_in_the_config(run):
+    code, folder = run("student.patch_size=7", "student.arch=dinov2_vits14")
+    assert code == 0
+    cfg = OmegaConf.load(folder / "config.yaml")
+    assert (cfg.student.patch_size, cfg.student.ffn_layer) == (14, "mlp")
+
+
+def test_tensorboard_is_written_by_default(run):
+    pytest.importorskip("tensorboard")
+    _, folder = run("train.tensorboard=true")
+    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_weights_and_biases_is_opt_in_and_keeps_one_id_over_a_resume(run, monkeypatch):
+    started, logged = [], []
+
+    class Run:
+        def log(self, values, step):
+            logged.append((step, values["total_loss"]))
+
+        def finish(self):
+            logged.append("finished")
+
+    fake = SimpleNamespace(init=lambda **settings: started.append(settings) or Run())
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    run("train.wandb.enabled=true")
+    run("train.wandb.enabled=true", "optim.epochs=3")
+    assert [s["id"] for s in started] == [started[0]["id"]] * 2
+    assert started[0]["config"]["train"]["seed"] == 0
+    assert [entry[0] for entry in logged if entry != "finished"] == [0, 1, 2, 3, 4, 5]
+    assert logged.count("finished") == 2
 
 
 def test_an_untouched_folder_gives_the_same_losses_again(run):
@@ -149,6 +232,7 @@ def test_knn_during_training_is_written_and_the_best_remembered(run, tmp_path):
     assert result["knn"]["knn_1"]["accuracy"] == 1.0
     best = json.loads((folder / "eval" / "best.json").read_text())
     assert best["score"] == 1.0
+    assert (folder / "eval" / best["checkpoint"]).is_file()
 
 
 def test_no_resume_moves_the_old_run_aside(run, tmp_path):
@@ -166,8 +250,9 @@ def test_a_finished_run_trains_no_further(run):
     assert (folder / "checkpoints" / "iteration_0000004.pth").stat().st_mtime_ns == stamp
 
 
-def test_eval_only_judges_the_latest_checkpoint(run):
+def test_eval_only_judges_the_latest_checkpoint_without_the_training_data(run, tmp_path):
     _, folder = run()
+    shutil.rmtree(tmp_path / "lists")
     teacher = folder / "eval" / "training_4" / "teacher_checkpoint.pth"
     teacher.unlink()
     code, _ = run(arguments=("--eval-only",))
@@ -211,7 +296,13 @@ def failing(run, capfd):
 def test_mistakes_in_settings(failing):
     assert "did you mean optim.epochs?" in failing("optim.epocs=2")
     assert "must be a whole number" in failing("train.seed=abc")
-    assert "no CUDA device" in failing("train.device=cuda") or torch.cuda.is_available()
+    assert "train.device must be" in failing("train.device=gpu")
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in failing("train.device=cuda")
+    assert "give --output-dir" in failing("train.output_dir=x")
+    assert "blur_sigma" in failing("augmentation.default.blur_sigma=[2.0,1.0]")
+    assert "nowhere" in failing("evaluation.train_data=nowhere", "evaluation.test_data=nowhere")
+    assert "at least 2" in failing("train.batch_size_per_gpu=1")
     assert "unknown dataset" in failing("train.dataset_path=ImageNet:split=TRAIN")
     assert "vit_smal" in failing("student.arch=vit_smal")
     assert "no file at" in failing(arguments=("--config-file", "nowhere.yaml"))
@@ -236,15 +327,17 @@ def test_lists_that_cannot_be_used(failing, tmp_path):
     assert "gone/0.png" in told(missing)
 
 
-@pytest.mark.parametrize("blocker", ["a file where the folder should be", "no right to write"])
-def test_an_output_folder_that_cannot_be_written(tmp_path, picture_list, tiny_overrides, capfd, blocker):
+@pytest.mark.parametrize("blocker", ["a file where the folder should be", "a read-only file system"])
+def test_an_output_folder_that_cannot_be_written(tmp_path, picture_list, tiny_overrides, capfd, monkeypatch, blocker):
     output = tmp_path / "place"
     if blocker.startswith("a file"):
         output.write_text("")
     else:
-        output.mkdir(mode=0o500)
-        if os.access(output, os.W_OK):
-            pytest.skip("this user may write everywhere")
+
+        def refuse(*_, **__):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+        monkeypatch.setattr("dinov2.train.run_folder.tempfile.TemporaryFile", refuse)
     code = main(["--output-dir", str(output), "--name", "x", *tiny_overrides(picture_list())])
     assert code == 2
     assert "choose another --output-dir" in capfd.readouterr().err
@@ -278,13 +371,18 @@ def test_unreadable_pictures_are_replaced_and_reported(tmp_path, picture_list, t
     assert bad["reason"]
 
 
-def test_too_many_unreadable_pictures_stop_the_run(tmp_path, picture_list, tiny_overrides):
+def test_too_many_unreadable_pictures_stop_the_run_until_they_are_mended(tmp_path, picture_list, tiny_overrides):
     lists = picture_list(n=8)
     for i in (1, 3, 5):
         (lists / "pictures" / f"00{i}.png").write_bytes(b"")
-    with pytest.raises(RuntimeError, match=r"train\.max_bad_fraction: \d of 8 listed pictures"):
-        main(["--output-dir", str(tmp_path), "--name", "run", *tiny_overrides(lists, "train.max_bad_fraction=0.2")])
+    overrides = tiny_overrides(lists, "train.max_bad_fraction=0.2")
+    assert main(["--output-dir", str(tmp_path), "--name", "run", *overrides]) == 1
+    log = (tmp_path / "run" / "logs" / "log.txt").read_text()
+    assert re.search(r"train\.max_bad_fraction: \d of 8 listed pictures", log)
     assert (tmp_path / "run" / "bad_images.csv").is_file()
+    for i in (1, 3, 5):  # mended pictures no longer count
+        shutil.copy(lists / "pictures" / "000.png", lists / "pictures" / f"00{i}.png")
+    assert main(["--output-dir", str(tmp_path), "--name", "run", *overrides]) == 0
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "L", "LA", "P", "CMYK", "1", "I;16"])

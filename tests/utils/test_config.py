@@ -111,7 +111,9 @@ def test_every_packaged_config_loads(file):
         ("data_transform=hemma", ValueError, "one of default, hema"),
         ("compute_precision.student.backbone.mixed_precision.param_dtype=fp8", ValueError, "auto, fp32, bf16, fp16"),
         ("crops.global_crops_size=225", ValueError, "multiple of student.patch_size=16, found 225; 224 is near"),
-        ("optim.lr=null", ValueError, "found nothing"),
+        ("optim.clip_grad=null", ValueError, "found nothing"),
+        ("optim.lr=1", ValueError, "set optim.base_lr"),
+        ("train.drop_path_rate=0.1", KeyError, "it exists as student.drop_path_rate"),
         ("--epochs", ValueError, "neither a known option nor"),
         ("evaluation.train_data=cells", ValueError, "belong together"),
     ],
@@ -119,6 +121,17 @@ def test_every_packaged_config_loads(file):
 def test_mistakes_are_errors_that_help(override, error, text):
     with pytest.raises(error, match=text):
         load_run_config(None, [override])
+
+
+@pytest.mark.parametrize("text", ["/a/my cells #2/lists", "/a/x: y", "0123", "1e3", "[odd", "${HOME}/x", "a=b"])
+def test_texts_of_the_command_line_are_taken_as_they_stand(text):
+    assert load_run_config(None, [f"train.dataset_path={text}"]).train.dataset_path == text
+
+
+def test_a_number_where_a_file_should_have_text_is_an_error(tmp_path):
+    (tmp_path / "run.yaml").write_text("evaluation: {train_data: 0123, test_data: x}")
+    with pytest.raises(ValueError, match=r"evaluation\.train_data must be a text"):
+        load_run_config(tmp_path / "run.yaml")
 
 
 def test_two_weight_files_are_an_error():

@@ -1,0 +1,29 @@
+"""Write a training list: the path of every picture below some folders, one a line."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dinov2.data.datasets.cells import find_pictures
+from dinov2.utils.files import atomic_write
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folders", type=Path, nargs="+", help="searched with all their subfolders")
+    parser.add_argument("--output", type=Path, required=True, help="the list, for instance lists/my_cells.txt")
+    args = parser.parse_args()
+    absent = [str(folder) for folder in args.folders if not folder.is_dir()]
+    if absent:
+        parser.error(f"not a folder: {', '.join(absent)}")
+    paths = [path.resolve() for folder in args.folders for path in find_pictures(folder)]
+    if not paths:
+        parser.error(f"no pictures below {', '.join(map(str, args.folders))}")
+    with atomic_write(args.output, "w") as file:
+        file.writelines(f"{path}\n" for path in paths)
+    print(f"{args.output}: {len(paths)} pictures")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
