@@ -1,6 +1,8 @@
 """The project's own files: metadata, what gets packaged, requirements, scripts."""
 
 import ast
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -8,8 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 import dinov2
+from dinov2.models.vision_transformer import vit_small
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [ROOT / ".ci" / "run", *sorted((ROOT / "scripts").glob("*.sh"))]
@@ -95,3 +100,44 @@ def test_no_path_of_one_machine():
         if b"\0" not in (content := path.read_bytes()) and (match := absolute.search(content))
     }
     assert not found
+
+
+def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    torch.save(
+        {"teacher": {f"backbone.{k}": v for k, v in vit_small(patch_size=14).state_dict().items()}}, "DinoBloom-S.pth"
+    )
+    Image.new("RGB", (60, 50)).save("cell.png")
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["features"].shape == (1, 384)
+
+
+def test_scripts_that_messages_and_documents_name_are_there():
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "dinov2").rglob("*.py"))]
+    named = {name for text in texts for name in re.findall(r"scripts/\w+\.(?:py|sh)", text)}
+    assert named >= {"scripts/make_patch_lists.py", "scripts/quickstart.sh"}
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+def test_a_list_is_made_from_folders_of_pictures(tmp_path):
+    for name in ("b/2.PNG", "a/1.jpg", "a/.hidden.png", "a/notes.txt"):
+        (tmp_path / "cells" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cells" / name).touch()
+    command = [sys.executable, ROOT / "scripts" / "make_patch_lists.py"]
+    output = tmp_path / "lists" / "all.txt"
+    subprocess.run([*command, tmp_path / "cells", "--output", output], check=True, capture_output=True)
+    assert output.read_text().splitlines() == [str(tmp_path / "cells" / name) for name in ("a/1.jpg", "b/2.PNG")]
+    failed = subprocess.run([*command, tmp_path / "no", "--output", output], capture_output=True, text=True)
+    assert failed.returncode == 2
+    assert "not a folder" in failed.stderr
+
+
+@pytest.mark.slow
+def test_quickstart_ends_with_features_better_than_untrained(tmp_path):
+    environment = {**os.environ, "DINOBLOOM_VENV": sys.prefix}
+    command = ["bash", str(ROOT / "scripts" / "quickstart.sh"), str(tmp_path / "out put")]
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+    results = json.loads((tmp_path / "out put" / "knn" / "results.json").read_text())["results"]
+    assert results["model"]["knn_20"]["accuracy"] > results["untrained"]["knn_20"]["accuracy"] + 0.05

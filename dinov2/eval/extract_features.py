@@ -1,6 +1,7 @@
 """Embed labelled cells and keep the features in one file, which every protocol reads with `--features`."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -10,6 +11,7 @@ import torch
 from dinov2.data.datasets.cells import LabelledCells
 from dinov2.eval.features import Embedder, Precision
 from dinov2.logging import setup_logging
+from dinov2.utils.command import exit_code
 from dinov2.utils.cores import available_cores
 
 CELLS_HELP = "a folder with one folder of pictures per class, or a CSV with the columns `Image Path,Label[,patient]`"
@@ -101,4 +103,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import platform
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ from dinov2.eval.features import Embedder, Features, read_features
 from dinov2.eval.metrics import classification_metrics
 from dinov2.hub.backbones import file_sha256, untrained_backbone
 from dinov2.logging import setup_logging
+from dinov2.utils.command import exit_code
 from dinov2.utils.files import atomic_write
 
 logger = logging.getLogger("dinov2")
@@ -433,4 +435,4 @@ def _baseline_features(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

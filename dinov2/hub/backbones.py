@@ -141,6 +141,11 @@ def read_backbone_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, dict(recorded) if isinstance(recorded, Mapping) else {}
 
 
+def without_chunk(name: str) -> str:
+    """`blocks.<chunk>.<i>.` of a backbone with block_chunks as `blocks.<i>.`; other names as they are."""
+    return re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
+
+
 def infer_architecture(state: Mapping[str, Tensor], recorded: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Read the architecture off the tensors' names and shapes, as `models.build_backbone` takes it.
 
@@ -251,11 +256,7 @@ def _backbone_tensors(content: Mapping[str, Any], path: Path) -> dict[str, Tenso
             f"checkpoint {path}: holds a student and no teacher, which is the network to use; a run writes it to "
             f"eval/training_<iteration>/{TEACHER_FILE}"
         )
-    named = [
-        (re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name), value)
-        for name, value in named
-        if not name.startswith(HEAD_PREFIXES)
-    ]
+    named = [(without_chunk(name), value) for name, value in named if not name.startswith(HEAD_PREFIXES)]
     twice = [name for name, count in Counter(name for name, _ in named).items() if count > 1]
     if twice:
         raise ValueError(

@@ -5,7 +5,6 @@ Dimension key:  B images on this process, L local crops, P patches per global cr
 """
 
 import logging
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from dinov2.data.augmentations import N_GLOBAL_CROPS
 from dinov2.fsdp.precision import autocast, resolve_dtype
-from dinov2.hub.backbones import load_backbone
+from dinov2.hub.backbones import load_backbone, without_chunk
 from dinov2.layers import DINOHead
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss, smooth_rank_loss
 from dinov2.models import build_model_from_cfg
@@ -295,8 +294,7 @@ def _start_from(backbone: nn.Module, weights: str, cfg: Any) -> None:
     """Fill the student's backbone from a weights file; every tensor must find its place."""
     loaded = load_backbone(weights, img_size=cfg.crops.global_crops_size).state_dict()
     own = backbone.state_dict()
-    # with block_chunks the student says `blocks.<chunk>.<i>.` where load_backbone always says `blocks.<i>.`
-    in_file = {name: re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name) for name in own}
+    in_file = {name: without_chunk(name) for name in own}  # load_backbone gives names without block_chunks
     wrong = []
     for name, tensor in own.items():
         there = tuple(loaded[in_file[name]].shape) if in_file[name] in loaded else "absent"

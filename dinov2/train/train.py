@@ -27,6 +27,7 @@ from dinov2.train.plan import describe_environment, describe_run
 from dinov2.train.run_folder import RunFolder, open_metrics, run_folder_path
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.utils.command import USER_ERRORS, text_of
 from dinov2.utils.config import load_run_config, missing_keys
 from dinov2.utils.cores import available_cores
 from dinov2.utils.seeds import derive_seed
@@ -76,6 +77,8 @@ def train(
             if folder.checkpoint_is_due(done) or done == stop:
                 with metrics.interruption():
                     folder.save(done, model, optimizer, guard)
+    if model.device.type == "cuda":
+        logger.info("peak memory %.2f GiB", torch.cuda.max_memory_allocated(model.device) / 2**30)
     logger.info("done: %s holds config.yaml, training_metrics.json, checkpoints and eval/", folder.path)
 
 
@@ -156,8 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.manual_seed(derive_seed(cfg.train.seed, "weights"))
         model = SSLMetaArch(cfg).to(device)
         state = None if args.dry_run else folder.restore(model, must_exist=args.eval_only)
-    except (FileNotFoundError, KeyError, ValueError, PermissionError, NotADirectoryError) as error:
-        logger.error("%s", error.args[0] if isinstance(error, KeyError) else error)
+    except USER_ERRORS as error:
+        logger.error("%s", text_of(error))
         return 2
     try:
         if dataset is None:

@@ -1,0 +1,24 @@
+"""How a command ends when its user made a mistake: one line that says what is wrong, and a number for the shell."""
+
+import logging
+from collections.abc import Callable
+
+logger = logging.getLogger("dinov2")
+
+USER_ERRORS = (FileNotFoundError, KeyError, ValueError, PermissionError, NotADirectoryError)
+
+
+def text_of(error: BaseException) -> str:
+    """An error's message; KeyError would put it in quotes."""
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+
+
+def exit_code(command: Callable[[], None]) -> int:
+    """Run `command`; 0, or 2 after a mistake that its message explains."""
+    try:
+        command()
+    except USER_ERRORS as error:
+        logger.error("%s", text_of(error))
+        logger.debug("where it was noticed", exc_info=True)
+        return 2
+    return 0
