@@ -179,7 +179,7 @@ def _read_overrides(overrides: Sequence[str]) -> DictConfig:
             layer = OmegaConf.merge(layer, OmegaConf.from_dotlist([text]))
         except (YAMLError, OmegaConfBaseException) as error:
             raise ValueError(f"{_COMMAND_LINE}: cannot read {text!r}: {error}") from error
-    return layer  # type: ignore[no-any-return]
+    return layer
 
 
 def _leaves(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
