@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from typing import Any
 
 import torch
 
@@ -26,6 +27,17 @@ def resolve_dtype(name: str, device_type: str) -> torch.dtype:
         logger.warning("compute_precision: fp16 is not computed on a CPU; fp32 is used instead")
         return torch.float32
     return _DTYPES[name]
+
+
+def resolve_precision(compute_precision: Any, device_type: str) -> None:
+    """Replace `auto`, and what the device cannot compute in, by the type that is really used."""
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    for role in ("student", "teacher"):
+        for part in compute_precision[role].values():
+            mixed = part.mixed_precision
+            mixed.param_dtype = names[resolve_dtype(mixed.param_dtype, device_type)]
+            if mixed.reduce_dtype == "auto":
+                mixed.reduce_dtype = mixed.param_dtype
 
 
 def autocast(name: str, device_type: str) -> torch.autocast:

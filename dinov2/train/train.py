@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.distributed import get_rank, get_world_size
+from dinov2.fsdp.precision import resolve_precision
 from dinov2.logging import setup_logging
 from dinov2.models import fixed_settings
 from dinov2.train.batches import TrainBatches, build_augmentation, build_dataset, timed
@@ -147,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if missing:
             raise ValueError(f"no value for {', '.join(missing)}; add {missing[0]}=<value> to the command or the file")
         device = pick_device(cfg.train.device)
+        resolve_precision(cfg.compute_precision, device.type)
         cfg.train.num_workers = min(cfg.train.num_workers, available_cores())
         folder = RunFolder(cfg, run_folder_path(args.output_dir, args.name, args.config_file))
         evaluation = TeacherEvaluation(cfg)

@@ -146,6 +146,7 @@ def test_a_name_that_fixes_the_patch_size_is_stated_in_the_config(run):
     assert code == 0
     cfg = OmegaConf.load(folder / "config.yaml")
     assert (cfg.student.patch_size, cfg.student.ffn_layer) == (14, "mlp")
+    assert cfg.compute_precision.student.backbone.mixed_precision.param_dtype == "fp32"  # what auto is on a CPU
 
 
 def test_tensorboard_is_written_by_default(run):
