@@ -1,7 +1,4 @@
-"""Files that exist whole or not at all.
-
-A file here may be used by every package above `configs` and `distributed`; it imports nothing of ours.
-"""
+"""Files that exist whole or not at all."""
 
 import os
 import tempfile

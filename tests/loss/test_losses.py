@@ -28,12 +28,13 @@ def student(formulas):
 
 
 @pytest.mark.parametrize("temp", TEMPERATURES)
-def test_sinkhorn_is_upstreams(temp, teacher, golden_arrays):
+def test_sinkhorn_is_upstreams(temp, teacher, golden_arrays, golden_json):
     expected = tensor(golden_arrays[f"loss/sinkhorn_dino/{temp}"])
     dino = DINOLoss(K).sinkhorn_knopp_teacher(teacher, temp)
     ibot = iBOTPatchLoss(K).sinkhorn_knopp_teacher(teacher, temp, n_masked_patches_tensor=torch.tensor([16]))
     torch.testing.assert_close(dino, expected, rtol=0, atol=ATOL)
     torch.testing.assert_close(ibot, expected, rtol=0, atol=ATOL)
+    assert (ibot - dino).abs().max().item() == golden_json[f"sinkhorn_ibot_minus_dino/{temp}"]
 
 
 def test_sinkhorn_gives_every_prototype_the_same_mass(teacher):
