@@ -1,6 +1,7 @@
 """Fixtures that several test files share: recorded upstream numbers, the formulas behind them, real pictures."""
 
 import json
+import logging
 import os
 import zlib
 from pathlib import Path
@@ -65,6 +66,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_before():
+    """Commands set up the package's logger; other tests expect the usual one."""
+    logger = logging.getLogger("dinov2")
+    before = logger.handlers[:], logger.propagate, logger.level
+    yield
+    logger.handlers[:], logger.propagate, logger.level = before
 
 
 @pytest.fixture(scope="session")

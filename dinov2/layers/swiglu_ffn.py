@@ -42,7 +42,7 @@ class SwiGLUFFNFused(SwiGLUFFN):
     """SwiGLUFFN of about as many parameters as an Mlp of the same `hidden_features`.
 
     Three matrices instead of two: the width is 2/3 of what is asked for, rounded up to a multiple of 8. (Upstream fuses
-    the products with xFormers, hence the name; here torch.compile does.)
+    the products with xFormers, hence the name; here they are plain torch.)
     """
 
     def __init__(

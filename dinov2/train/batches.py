@@ -3,7 +3,6 @@
 What batch i holds is a pure function of (train.seed, i): a resumed run sees what the unbroken one would have seen.
 """
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,8 +26,6 @@ from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.data.loaders import collate_samples
 from dinov2.distributed import get_rank, get_world_size
 from dinov2.utils.seeds import derive_seed
-
-logger = logging.getLogger("dinov2")
 
 _AUGMENTATIONS: dict[str, type[DataAugmentationDINO] | type[DataAugmentationHEMA]] = {
     "default": DataAugmentationDINO,

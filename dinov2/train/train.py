@@ -149,7 +149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"no value for {', '.join(missing)}; add {missing[0]}=<value> to the command or the file")
         device = pick_device(cfg.train.device)
         resolve_precision(cfg.compute_precision, device.type)
-        cfg.train.num_workers = min(cfg.train.num_workers, available_cores())
+        if cfg.train.num_workers > available_cores():
+            logger.info("train.num_workers=%d becomes %d, the cores here", cfg.train.num_workers, available_cores())
+            cfg.train.num_workers = available_cores()
         folder = RunFolder(cfg, run_folder_path(args.output_dir, args.name, args.config_file))
         evaluation = TeacherEvaluation(cfg)
         dataset = None if args.eval_only else build_dataset(cfg)

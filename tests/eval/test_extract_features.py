@@ -1,6 +1,5 @@
 """The command that embeds labelled cells: what it writes, and when it trusts what is there already."""
 
-import logging
 import os
 import subprocess
 import sys
@@ -17,15 +16,6 @@ from dinov2.hub.backbones import file_sha256
 from dinov2.models import build_backbone
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _logger_as_before():
-    """The command sets up the package's logger; other tests expect the usual one."""
-    logger = logging.getLogger("dinov2")
-    before = logger.handlers[:], logger.propagate, logger.level
-    yield
-    logger.handlers[:], logger.propagate, logger.level = before
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -161,15 +160,6 @@ def test_classes_are_matched_by_name():
     assert align_classes(test.select([0, 2]), ["b"]).labels.tolist() == [0, 0]  # no cell of class a: nothing is lost
     with pytest.raises(ValueError, match="'b' are not among the training set's 'a', 'c'"):
         align_classes(test, ["a", "c"])
-
-
-@pytest.fixture(autouse=True)
-def _logger_as_before():
-    """The command sets up the package's logger; other tests expect the usual one."""
-    logger = logging.getLogger("dinov2")
-    before = logger.handlers[:], logger.propagate, logger.level
-    yield
-    logger.handlers[:], logger.propagate, logger.level = before
 
 
 @pytest.fixture
