@@ -102,11 +102,11 @@ def shared_data() -> Path:
     return folder
 
 
-@pytest.fixture
-def picture_list(tmp_path):
+@pytest.fixture(scope="session")
+def make_picture_list():
     """A folder with `n` small random pictures and one list that names them; returns the folder."""
 
-    def make(n: int = 8, size: int = 28, folder: Path = tmp_path / "lists") -> Path:
+    def make(folder: Path, n: int = 8, size: int = 28) -> Path:
         (folder / "pictures").mkdir(parents=True)
         rng = np.random.default_rng(0)
         names = [f"pictures/{i:03d}.png" for i in range(n)]
@@ -116,3 +116,9 @@ def picture_list(tmp_path):
         return folder
 
     return make
+
+
+@pytest.fixture
+def picture_list(tmp_path, make_picture_list):
+    """The same in a folder of the test's own."""
+    return lambda n=8, size=28, folder=tmp_path / "lists": make_picture_list(folder, n, size)

@@ -6,13 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dinov2.data.datasets.decode import UnreadableImageError, load_image
+from dinov2.distributed import all_gather_objects, is_main_process
 from dinov2.utils.files import atomic_write
 
 logger = logging.getLogger("dinov2")
 
 
 class BadImages:
-    """Remembers each unreadable picture once, across resumes, and stops a run whose data is not what it seems.
+    """Remembers each unreadable picture once, over all processes and resumes, and stops a run whose data is not what
+    it seems.
 
     Pictures that were mended in between are forgotten.
     """
@@ -20,27 +22,36 @@ class BadImages:
     def __init__(self, path: Path, n_listed: int, max_fraction: float) -> None:
         self.path, self.n_listed, self.max_fraction = path, n_listed, max_fraction
         self.reasons: dict[str, str] = {}
+        self._new: dict[str, str] = {}
         if path.is_file():
             with open(path, encoding="utf-8", newline="") as file:
                 found = {row["path"]: row["reason"] for row in csv.DictReader(file)}
             self.reasons = {bad: reason for bad, reason in found.items() if not _is_readable(bad)}
 
     def record(self, failures: Iterable[tuple[str, str]]) -> None:
-        """Note (path, reason) pairs.
+        """Note (path, reason) pairs that this process found."""
+        for path, reason in failures:
+            if path not in self.reasons and path not in self._new:
+                logger.warning("cannot read %s (%s); another picture takes its place", path, reason)
+                self._new[path] = reason
+
+    def settle(self) -> None:
+        """Put together what all processes found, and write it; every process has to call this.
 
         Raises:
-            RuntimeError: more than `max_fraction` of the listed pictures are now known to be unreadable.
+            RuntimeError: on every process, if more than `max_fraction` of the listed pictures are now known to be
+                unreadable.
         """
-        new = {path: reason for path, reason in failures if path not in self.reasons}
-        if not new:
+        found = {path: reason for new in all_gather_objects(self._new) for path, reason in new.items()}
+        self._new = {}
+        if not found.keys() - self.reasons.keys():
             return
-        for path, reason in new.items():
-            logger.warning("cannot read %s (%s); another picture takes its place", path, reason)
-        self.reasons.update(new)
-        with atomic_write(self.path, "w") as file:
-            writer = csv.writer(file)
-            writer.writerow(["path", "reason"])
-            writer.writerows(self.reasons.items())
+        self.reasons = {**found, **self.reasons}
+        if is_main_process():
+            with atomic_write(self.path, "w") as file:
+                writer = csv.writer(file)
+                writer.writerow(["path", "reason"])
+                writer.writerows(self.reasons.items())
         if len(self.reasons) > self.max_fraction * self.n_listed:
             raise RuntimeError(
                 f"train.max_bad_fraction: {len(self.reasons)} of {self.n_listed} listed pictures cannot be read, "

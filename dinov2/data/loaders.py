@@ -16,6 +16,7 @@ from dinov2.data.datasets.hema_data import HemaStandardDataset, Sample, Unreadab
 from dinov2.data.samplers import EpochSampler, InfiniteSampler, SamplerType, ShardedInfiniteSampler
 from dinov2.distributed import get_rank, get_world_size
 from dinov2.utils.seeds import derive_seed
+from dinov2.utils.stop_signals import ignore_stop_signals
 
 logger = logging.getLogger("dinov2")
 
@@ -130,6 +131,7 @@ def make_data_loader(
     persistent_workers: bool = False,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     prefetch_factor: int = 2,
+    pin_memory: bool | None = None,
 ) -> DataLoader:
     """Batches of a dataset for this process; the names and defaults are upstream's.
 
@@ -148,6 +150,7 @@ def make_data_loader(
         persistent_workers: keep the workers between iterations over the loader.
         collate_fn: samples to batch; must be picklable where workers are spawned.
         prefetch_factor: batches that each worker prepares ahead.
+        pin_memory: put batches where a GPU copies them from without the host waiting; None: if there is a GPU.
 
     Raises:
         ValueError: a size or an advance for a sampler that has none.
@@ -159,12 +162,13 @@ def make_data_loader(
         sampler=_make_sampler(dataset, sampler_type, shuffle, seed, sampler_size, sampler_advance),
         batch_size=batch_size,
         num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
         drop_last=drop_last,
         persistent_workers=persistent_workers and num_workers > 0,
         prefetch_factor=prefetch_factor if num_workers > 0 else None,
         collate_fn=collate_fn,
         generator=generator,
+        worker_init_fn=ignore_stop_signals,
     )
 
 

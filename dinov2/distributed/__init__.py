@@ -1,23 +1,35 @@
-"""Rank and world size, answered sensibly whether or not a process group exists."""
+"""The processes that train together: how they were started, who this one is, and what they agree on.
 
-import torch.distributed as dist
+Everything here answers sensibly for a process that is alone.
+"""
 
+from dinov2.distributed.agreement import StepAgreement
+from dinov2.distributed.group import (
+    all_gather_objects,
+    all_gather_rows,
+    disable,
+    enable,
+    get_global_store,
+    get_rank,
+    get_world_size,
+    is_enabled,
+    is_main_process,
+    on_main_process,
+)
+from dinov2.distributed.launch import Launch, read_launch
 
-def is_enabled() -> bool:
-    """Whether this process belongs to an initialised process group."""
-    return dist.is_available() and dist.is_initialized()
-
-
-def get_rank() -> int:
-    """This process's number among all; 0 when it is alone."""
-    return dist.get_rank() if is_enabled() else 0
-
-
-def get_world_size() -> int:
-    """How many processes train together; 1 when there is no process group."""
-    return dist.get_world_size() if is_enabled() else 1
-
-
-def is_main_process() -> bool:
-    """Whether this process writes the files and logs that exist once per run."""
-    return get_rank() == 0
+__all__ = [
+    "Launch",
+    "StepAgreement",
+    "all_gather_objects",
+    "all_gather_rows",
+    "disable",
+    "enable",
+    "get_global_store",
+    "get_rank",
+    "get_world_size",
+    "is_enabled",
+    "is_main_process",
+    "on_main_process",
+    "read_launch",
+]

@@ -1,59 +1,125 @@
-"""Checkpoints to resume from: written whole or not at all, the newest few kept, checked when read."""
+"""Checkpoints to resume from, with any number of processes: complete or not there, checked when read.
 
+<folder>/iteration_<n>/   n iterations done
+    __<rank>_<i>.distcp   tensors, each process its own (torch.distributed.checkpoint)
+    .metadata             which tensor lies where
+    run.json              iteration and other plain numbers
+    checksums_<rank>.json CRC-32 and size of the files of a process
+
+A checkpoint is written into a hidden folder, which is renamed once all processes have written and synced their files:
+what has its final name is complete. Writing goes on beside the training.
+"""
+
+import json
 import logging
 import pickle
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
 
-from dinov2.utils.files import atomic_write
+from dinov2.distributed import all_gather_objects, get_rank, get_world_size, is_enabled, on_main_process
+from dinov2.fsdp.sharding import checkpoint_group
+from dinov2.utils.files import atomic_write, sync_folder
 
 logger = logging.getLogger("dinov2")
 
-_PREFIX, _SUFFIX = "iteration_", ".pth"
+_PREFIX = "iteration_"
+_NUMBERS = "run.json"
+_CHUNK_BYTES = 1 << 24
+
+Tensors = Mapping[str, Any]  # nested mappings with tensors as leaves
 
 
 class Checkpointer:
-    """Keeps `<folder>/iteration_<n>.pth`, n being the number of iterations done."""
+    """Keeps the newest `keep` checkpoints of a run, and those of every `milestone_period`-th iteration for good.
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    Every process makes one, and calls its methods at the same points of the run.
+    """
 
-    def save(self, iteration: int, state: dict[str, Any]) -> Path:
-        """Write the state after `iteration` iterations, then remove the oldest beyond `keep`."""
-        for torn in self.folder.glob(f".{_PREFIX}*.tmp"):
-            torn.unlink()  # a process that was killed while it wrote could not remove it
-        path = self.folder / f"{_PREFIX}{iteration:07d}{_SUFFIX}"
-        with atomic_write(path) as file:
-            torch.save({"iteration": iteration, **state}, file)
-        for old in self.paths()[: -self.keep]:
-            old.unlink()
-        logger.info("checkpoint: %s", path)
-        return path
+    def __init__(self, folder: Path, keep: int, milestone_period: int = 0) -> None:
+        self.folder, self.keep, self.milestone_period = folder, keep, milestone_period
+        self._group: Any = None
+        self._pending: tuple[int, Future[Any]] | None = None
+        self._last_is_good = True
+
+    def save(self, iteration: int, tensors: Tensors, numbers: Mapping[str, Any]) -> None:
+        """Start to write the state after `iteration` iterations; training may go on, since the tensors are copied.
+
+        The checkpoint before is waited for. A write that fails is logged, and leaves the checkpoints before it as they
+        are; `wait` tells how it went.
+
+        Args:
+            tensors: nested mappings of tensors; DTensors are written shard by shard.
+            numbers: plain values for JSON.
+        """
+        self.wait()
+        if self._group is None and is_enabled():
+            self._group = checkpoint_group()
+        final = self.path_of(iteration)
+        temporary = self.folder / f".{final.name}.tmp"
+        try:
+            on_main_process(lambda: self._make_room(temporary))
+            writer = _CheckedWriter(
+                temporary, lambda: self._commit(temporary, final, {"iteration": iteration, **numbers})
+            )
+            future = dcp.async_save(
+                dict(tensors), storage_writer=writer, process_group=self._group, no_dist=not is_enabled()
+            )
+        except OSError as error:
+            self._report(iteration, error)
+            return
+        assert isinstance(future, Future), "only a staging that runs beside the training gives something else"
+        self._pending = iteration, future
+
+    def wait(self) -> bool:
+        """Wait for the checkpoint that is being written; False if it could not be."""
+        if self._pending is None:
+            return self._last_is_good
+        (iteration, future), self._pending = self._pending, None
+        try:
+            future.result()
+        except (CheckpointException, OSError, RuntimeError) as error:
+            self._report(iteration, error)
+            return False
+        self._last_is_good = True
+        logger.info("checkpoint: %s", self.path_of(iteration))
+        return True
+
+    def path_of(self, iteration: int) -> Path:
+        """Where the checkpoint after `iteration` iterations is."""
+        return self.folder / f"{_PREFIX}{iteration:07d}"
 
     def paths(self) -> list[Path]:
-        """All checkpoints, oldest first."""
-        found = [p for p in self.folder.glob(f"{_PREFIX}*{_SUFFIX}") if _number(p) is not None]
+        """All complete checkpoints, oldest first."""
+        found = [path for path in self.folder.glob(f"{_PREFIX}*") if path.is_dir() and _number(path) is not None]
         return sorted(found, key=lambda path: _number(path) or 0)
 
-    def load_latest(self) -> dict[str, Any] | None:
-        """The newest state that can be read, on the CPU; None if there is no checkpoint.
+    def newest(self, before: int | None = None) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint whose files are what was written, and its numbers; None if there is none at all.
+
+        Every process checks its share of the files. Those after more than `before` iterations do not count.
 
         Raises:
-            ValueError: there are checkpoints and none can be read.
+            ValueError: there are checkpoints, and none can be used.
         """
-        paths = self.paths()
+        paths = on_main_process(self.paths)
+        if before is not None:
+            paths = [path for path in paths if (_number(path) or 0) <= before]
         for path in reversed(paths):
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-                logger.warning("checkpoint %s cannot be read (%s); trying the one before", path, _first_line(error))
-                continue
-            if not isinstance(state, dict) or state.get("iteration") != _number(path):
-                logger.warning("checkpoint %s does not hold what its name says; trying the one before", path)
-                continue
-            return state
+            faults = [fault for found in all_gather_objects(_faults(path)) for fault in found]
+            if not faults:
+                return path, json.loads((path / _NUMBERS).read_text(encoding="utf-8"))
+            logger.warning("checkpoint %s is damaged (%s); trying the one before", path, "; ".join(faults[:3]))
         if paths:
             raise ValueError(
                 f"none of the {len(paths)} checkpoints in {self.folder} can be read; "
@@ -61,11 +127,128 @@ class Checkpointer:
             )
         return None
 
+    def set_aside_after(self, iteration: int) -> None:
+        """Rename checkpoints that are newer than the one a run goes on from: they must not count among the newest."""
+        for path in self.paths():
+            if (_number(path) or 0) > iteration:
+                aside = path.with_name(f"unused_{path.name}_{time.strftime('%Y%m%d-%H%M%S')}")
+                path.rename(aside)
+                logger.warning("%s is now %s, since the run goes on from iteration %d", path, aside.name, iteration)
+
+    def load(self, path: Path, tensors: Tensors) -> None:
+        """Fill `tensors` in place from the checkpoint at `path`, however many processes wrote it.
+
+        Raises:
+            ValueError: it holds other names or shapes.
+        """
+        try:
+            dcp.load(
+                dict(tensors),
+                storage_reader=FileSystemReader(path),
+                process_group=self._group,
+                no_dist=not is_enabled(),
+            )
+        except (CheckpointException, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path}: {_reason(error)}") from error
+
+    def _make_room(self, temporary: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for torn in self.folder.glob(f".{_PREFIX}*.tmp"):
+            shutil.rmtree(torn)  # a process that was killed while it wrote could not remove it
+        temporary.mkdir()
+
+    def _commit(self, temporary: Path, final: Path, numbers: dict[str, Any]) -> None:
+        """On the process that wrote last, with all files of all processes in place."""
+        with atomic_write(temporary / _NUMBERS, "w") as file:
+            json.dump(numbers, file)
+        _write_checksums(temporary, "all", [temporary / ".metadata", temporary / _NUMBERS])
+        sync_folder(temporary)
+        if final.exists():
+            self._remove(final)
+        temporary.rename(final)
+        sync_folder(self.folder)
+        for old in self.paths()[: -self.keep]:
+            if not self.milestone_period or (_number(old) or 0) % self.milestone_period:
+                self._remove(old)
+
+    def _remove(self, path: Path) -> None:
+        """Never in halves under its own name."""
+        doomed = path.with_name(f".{path.name}.old.tmp")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+    def _report(self, iteration: int, error: BaseException) -> None:
+        self._last_is_good = False
+        kept = self.paths()
+        logger.error(
+            "checkpoint after iteration %d could not be written (%s); %s. Make room or mend the disk: the run goes on "
+            "and tries again at its next checkpoint",
+            *(iteration, _reason(error), f"{kept[-1]} is the last good one" if kept else "there is none before it"),
+        )
+
+
+class _CheckedWriter(FileSystemWriter):
+    """Writes checksums beside the files, and commits when all processes have written."""
+
+    def __init__(self, path: Path, commit: Callable[[], None]) -> None:
+        super().__init__(path, single_file_per_rank=True, sync_files=True)
+        self._commit = commit
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        written = super().write_data(plan, planner)
+        written.wait()
+        folder = Path(self.path)
+        rank = get_rank()
+        _write_checksums(folder, str(rank), sorted(folder.glob(f"__{rank}_*.distcp")))
+        return written
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        self._commit()
+
+
+def _write_checksums(folder: Path, owner: str, files: list[Path]) -> None:
+    sums = {file.name: {"crc32": _crc32(file), "bytes": file.stat().st_size} for file in files}
+    with atomic_write(folder / f"checksums_{owner}.json", "w") as file:
+        json.dump(sums, file)
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def _faults(path: Path) -> list[str]:
+    """What is wrong with this process's share of the files."""
+    lists = sorted(path.glob("checksums_*.json"))
+    if get_rank() == 0 and not (path / "checksums_all.json").is_file():
+        return [f"{path.name}/checksums_all.json is missing"]
+    faults = []
+    try:
+        expected = {name: entry for file in lists for name, entry in json.loads(file.read_text()).items()}
+    except (OSError, ValueError) as error:
+        return [f"its checksums cannot be read: {error}"]
+    for name, entry in sorted(expected.items())[get_rank() :: get_world_size()]:
+        file = path / name
+        if not file.is_file():
+            faults.append(f"{name} is missing")
+        elif file.stat().st_size != entry["bytes"]:
+            faults.append(f"{name} has {file.stat().st_size} of {entry['bytes']} bytes")
+        elif _crc32(file) != entry["crc32"]:
+            faults.append(f"{name} has changed since it was written")
+    return faults
+
 
 def _number(path: Path) -> int | None:
-    digits = path.name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
+    digits = path.name.removeprefix(_PREFIX)
     return int(digits) if digits.isdigit() else None
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """One line; of an error that several processes had, that of the first."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
     return (str(error).splitlines() or [type(error).__name__])[0]

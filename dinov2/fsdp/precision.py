@@ -33,11 +33,13 @@ def resolve_precision(compute_precision: Any, device_type: str) -> None:
     """Replace `auto`, and what the device cannot compute in, by the type that is really used."""
     names = {dtype: name for name, dtype in _DTYPES.items()}
     for role in ("student", "teacher"):
-        for part in compute_precision[role].values():
+        for name, part in compute_precision[role].items():
             mixed = part.mixed_precision
             mixed.param_dtype = names[resolve_dtype(mixed.param_dtype, device_type)]
             if mixed.reduce_dtype == "auto":
-                mixed.reduce_dtype = mixed.param_dtype
+                sums_in_param_dtype = name == "backbone" and part.sharding_strategy != "NO_SHARD"
+                mixed.reduce_dtype = mixed.param_dtype if sums_in_param_dtype else "fp32"
+            mixed.reduce_dtype = names[resolve_dtype(mixed.reduce_dtype, device_type)]
 
 
 def autocast(name: str, device_type: str) -> torch.autocast:

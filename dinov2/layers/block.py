@@ -8,9 +8,10 @@ from typing import overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .attention import Attention
-from .drop_path import choose_samples, n_kept_samples
+from .drop_path import choose_samples
 from .layer_scale import LayerScale
 from .mlp import Mlp
 
@@ -71,6 +72,7 @@ class Block(nn.Module):
         )
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.sample_drop_ratio = drop_path
+        self.checkpoint_activations = False  # compute the inner values again in backward instead of keeping them
 
     @overload
     def forward(self, x_or_x_list: Tensor) -> Tensor: ...
@@ -80,6 +82,11 @@ class Block(nn.Module):
 
     def forward(self, x_or_x_list: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         """One tensor [B, N, D], or a list of such with B and N of their own; gives back the same shapes."""
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(self._forward, x_or_x_list, use_reentrant=False)
+        return self._forward(x_or_x_list)
+
+    def _forward(self, x_or_x_list: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         x_list = [x_or_x_list] if isinstance(x_or_x_list, Tensor) else x_or_x_list
         if self.training and self.sample_drop_ratio > 0:
             x_list = self._add_for_some_samples(x_list, self._attention_branch)
@@ -99,23 +106,17 @@ class Block(nn.Module):
         return self.ls2(self.mlp(self.norm2(x)))
 
     def _add_for_some_samples(self, x_list: list[Tensor], branch: Branch) -> list[Tensor]:
-        chosen = [self._choose(x) for x in x_list]
-        kept = [x if index is None else x.index_select(0, index) for x, index in zip(x_list, chosen, strict=True)]
+        chosen = [choose_samples(x.shape[0], self.sample_drop_ratio, x.device) for x in x_list]
+        kept = [x if index is None else x.index_select(0, index) for x, (index, _) in zip(x_list, chosen, strict=True)]
         packed, shapes = _pack(kept)
         residuals = _unpack(branch(packed, shapes), shapes)
         added = []
-        for x, index, residual in zip(x_list, chosen, residuals, strict=True):
+        for x, (index, scale), residual in zip(x_list, chosen, residuals, strict=True):
             if index is None:
                 added.append(x + residual)
             else:
-                scale = x.shape[0] / index.shape[0]
                 added.append(x.index_add(0, index, residual.to(x.dtype), alpha=scale))
         return added
-
-    def _choose(self, x: Tensor) -> Tensor | None:
-        """Samples of x [B, N, D] that take part, or None where all do (a batch of one has none to spare)."""
-        n_kept = n_kept_samples(x.shape[0], self.sample_drop_ratio)
-        return None if n_kept == x.shape[0] else choose_samples(x.shape[0], n_kept, x.device)
 
 
 NestedTensorBlock = Block  # upstream's name for the variant that takes lists; one class does both here

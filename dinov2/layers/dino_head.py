@@ -29,12 +29,14 @@ class WeightNormLinear(nn.Module):
         nn.init.uniform_(self.weight_v, -bound, bound)
 
     def weight(self) -> Tensor:
-        """W, [K, d]."""
-        return self.weight_v * (self.weight_g / torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True))
+        """W, [K, d], in float32 also where sharding gathers half-precision weights: a rounded length shifts a whole
+        prototype, and the temperature magnifies it."""
+        direction = self.weight_v.float()
+        return direction * (self.weight_g.float() / torch.linalg.vector_norm(direction, dim=1, keepdim=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] to [..., K]."""
-        return F.linear(x, self.weight())
+        return F.linear(x, self.weight().to(x.dtype))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

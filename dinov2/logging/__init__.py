@@ -4,7 +4,7 @@ import logging
 import sys
 from pathlib import Path
 
-from dinov2.distributed import get_rank, is_main_process
+from dinov2.distributed import get_rank
 from dinov2.logging.metrics import MetricLogger, open_trackers
 
 __all__ = ["MetricLogger", "open_trackers", "setup_logging"]
@@ -12,11 +12,15 @@ __all__ = ["MetricLogger", "open_trackers", "setup_logging"]
 _FORMAT = "%(asctime)s %(levelname).1s %(message)s"
 
 
-def setup_logging(output_dir: str | Path | None = None, name: str = "dinov2", level: int = logging.INFO) -> None:
+def setup_logging(
+    output_dir: str | Path | None = None, name: str = "dinov2", level: int = logging.INFO, rank: int | None = None
+) -> None:
     """Send the package's log to stderr (main process only) and, with `output_dir`, to `logs/log.txt` there.
 
-    Other ranks write `logs/log.txt.rank<r>`. Calling it again replaces what an earlier call set up.
+    Other ranks write `logs/log.txt.rank<r>`. Calling it again replaces what an earlier call set up. `rank` is that of
+    the process group, unless it is given before there is one.
     """
+    rank = get_rank() if rank is None else rank
     logger = logging.getLogger(name)
     logger.setLevel(level)
     logger.propagate = False
@@ -25,10 +29,10 @@ def setup_logging(output_dir: str | Path | None = None, name: str = "dinov2", le
         handler.close()
     formatter = logging.Formatter(_FORMAT, datefmt="%H:%M:%S")
     handlers: list[logging.Handler] = []
-    if is_main_process():
+    if rank == 0:
         handlers.append(logging.StreamHandler(sys.stderr))
     if output_dir is not None:
-        file = Path(output_dir) / "logs" / ("log.txt" if is_main_process() else f"log.txt.rank{get_rank()}")
+        file = Path(output_dir) / "logs" / ("log.txt" if rank == 0 else f"log.txt.rank{rank}")
         file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(file, encoding="utf-8"))
     for handler in handlers:

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dinov2.distributed import is_main_process
 from dinov2.utils.files import atomic_write
 
 logger = logging.getLogger("dinov2")
@@ -30,6 +32,7 @@ class MetricLogger:
     """Writes `training_metrics.json`, one object a line and iteration, and reports progress with an ETA.
 
     Values on a device stay there and are fetched together every `period` iterations: the loop does not wait for them.
+    They are the same on every process; the main one writes and reports.
     """
 
     def __init__(
@@ -39,9 +42,11 @@ class MetricLogger:
         self.trackers = trackers
         self._start = start
         self._pending: list[tuple[dict[str, float], dict[str, Tensor]]] = []
+        self._unwritten = ""
         self._data_seconds = 0.0
         self._started = self._flushed_at = time.perf_counter()
-        _keep_lines_before(path, start)
+        if is_main_process():
+            _keep_lines_before(path, start)
 
     def add_data_time(self, seconds: float) -> None:
         """Count time for which the loop waited for its next batch."""
@@ -49,17 +54,17 @@ class MetricLogger:
 
     def update(
         self, iteration: int, values: dict[str, float], device_values: dict[str, Tensor]
-    ) -> dict[str, float] | None:
-        """Take up one iteration's numbers; every `period` iterations return the newest ones, fetched and written."""
+    ) -> list[dict[str, float]]:
+        """Take up one iteration's numbers; every `period` iterations return those so far, fetched and written."""
         self._pending.append(({"iteration": iteration, **values}, device_values))
         if (iteration + 1) % self.period and iteration + 1 != self.stop:
-            return None
+            return []
         return self.flush()
 
-    def flush(self) -> dict[str, float] | None:
-        """Fetch, write and report what is pending; returns the newest numbers, None if there were none."""
+    def flush(self) -> list[dict[str, float]]:
+        """Fetch, write and report what is pending; returns it, an object an iteration."""
         if not self._pending:
-            return None
+            return []
         names = list(self._pending[0][1])
         stacked = torch.stack([torch.stack([v[name].float() for name in names]) for _, v in self._pending])
         fetched = stacked.tolist()  # the one wait for the device
@@ -75,15 +80,36 @@ class MetricLogger:
             {**host, **dict(zip(names, row, strict=True)), **timing}
             for (host, _), row in zip(self._pending, fetched, strict=True)
         ]
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps({k: _json_number(v) for k, v in row.items()}) + "\n" for row in rows)
+        if is_main_process():
+            self._append("".join(json.dumps({k: _json_number(v) for k, v in row.items()}) + "\n" for row in rows))
+            self._report(rows[-1], now)
         for row in rows:
             for tracker in self.trackers:
                 tracker.log({k: v for k, v in row.items() if k != "iteration"}, int(row["iteration"]))
-        self._report(rows[-1], now)
         self._pending.clear()
         self._data_seconds, self._flushed_at = 0.0, now
-        return rows[-1]
+        return rows
+
+    def _append(self, lines: str) -> None:
+        """Write whole lines; where the disk is full they wait for the next time, since training can go on."""
+        self._unwritten += lines
+        size = self.path.stat().st_size if self.path.is_file() else 0
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(self._unwritten)
+        except OSError as error:
+            n_lines = self._unwritten.count("\n")
+            logger.error("%s: %d lines wait to be written (%s); make room", self.path, n_lines, error.strerror)
+            if self.path.is_file():
+                os.truncate(self.path, size)  # part of them may have been written
+            return
+        self._unwritten = ""
+
+    def go_back_to(self, iteration: int) -> None:
+        """Take back what was written of `iteration` and later: the run takes them up again."""
+        self.flush()
+        if is_main_process():
+            _keep_lines_before(self.path, iteration)
 
     @contextmanager
     def interruption(self) -> Iterator[None]:
@@ -182,8 +208,11 @@ class _WeightsAndBiases:
 
 
 def open_trackers(train: Any, run_folder: Path, start: int, config: dict[str, Any]) -> list[Tracker]:
-    """The trackers that the `train` section asks for. TensorBoard is skipped where it is not installed."""
+    """The trackers that the `train` section asks for, on the main process. TensorBoard is skipped where it is not
+    installed."""
     trackers: list[Tracker] = []
+    if not is_main_process():
+        return trackers
     if train.tensorboard:
         try:
             trackers.append(_TensorBoard(run_folder / "tensorboard", start))

@@ -51,4 +51,4 @@ class DINOLoss(TeacherCenter):
     @torch.no_grad()
     def update_center(self, teacher_output: Tensor) -> None:
         """Queue this batch's logits [R, K] for the moving center."""
-        self._queue_update(teacher_output.float().sum(dim=0, keepdim=True), teacher_output.shape[0])
+        self._queue_update(teacher_output)

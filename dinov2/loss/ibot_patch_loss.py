@@ -75,5 +75,4 @@ class iBOTPatchLoss(TeacherCenter):
     @torch.no_grad()
     def update_center(self, teacher_patch_tokens: Tensor) -> None:
         """Queue this batch's logits [C, P, K] (or [1, M, K]) for the moving center."""
-        means = teacher_patch_tokens.float().mean(dim=1).sum(dim=0, keepdim=True)  # [1, K]
-        self._queue_update(means, teacher_patch_tokens.shape[0])
+        self._queue_update(teacher_patch_tokens.flatten(0, 1))

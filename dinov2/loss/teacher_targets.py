@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dinov2.distributed import get_world_size, is_enabled
+from dinov2.distributed import is_enabled
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ class TeacherCenter(nn.Module):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(shape))
-        self._pending: tuple[Tensor, int, dist.Work | None] | None = None
+        self._pending: tuple[Tensor, dist.Work | None] | None = None
 
     @torch.no_grad()
     def softmax_center_teacher(self, teacher_output: Tensor, teacher_temp: float) -> Tensor:
@@ -79,22 +79,28 @@ class TeacherCenter(nn.Module):
         return torch.softmax((teacher_output.float() - self.center) / teacher_temp, dim=-1)
 
     @torch.no_grad()
-    def _queue_update(self, mean_sum: Tensor, count: int) -> None:
-        """Take up the mean of this batch: `mean_sum` / (`count` * processes), applied at the next use."""
+    def _queue_update(self, rows: Tensor) -> None:
+        """Take up the mean of this batch's logits [R, K] over all processes, applied at the next use.
+
+        Each row counts the same, wherever it is: processes mask different numbers of patches, and R may be 0.
+        """
         self.apply_center_update()
-        work = dist.all_reduce(mean_sum, async_op=True) if is_enabled() else None
-        self._pending = (mean_sum, count, work)
+        total = rows.float().sum(dim=0)  # [K]
+        sums = torch.cat([total, total.new_full((1,), rows.shape[0])])
+        work = dist.all_reduce(sums, async_op=True) if is_enabled() else None
+        self._pending = (sums, work)
 
     @torch.no_grad()
     def apply_center_update(self) -> None:
         """Move the center by the update that is waiting, if one is (a checkpoint calls this, so that none is lost)."""
         if self._pending is None:
             return
-        mean_sum, count, work = self._pending
+        sums, work = self._pending
         if work is not None:
             work.wait()
-        batch_center = mean_sum / (count * get_world_size())
+        batch_center = sums[:-1] / sums[-1]
         moved = self.center * self.momentum + batch_center.view_as(self.center) * (1 - self.momentum)
-        # a batch that is not finite is skipped by the optimizer too; here it would stay in every target to come
+        # A batch that is not finite is skipped by the optimizer too; here it would stay in every target to come. Nor
+        # does a batch without a masked patch move the center.
         self.center.copy_(torch.where(moved.isfinite().all(), moved, self.center))
         self._pending = None

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2.layers import Mlp, NestedTensorBlock, PatchEmbed, SwiGLUFFNFused
+from dinov2.layers import LayerNorm, Mlp, NestedTensorBlock, PatchEmbed, SwiGLUFFNFused
 
 
 def _no_ffn(**_: Any) -> nn.Module:
@@ -97,7 +97,7 @@ class DinoVisionTransformer(nn.Module):
             raise ValueError(f"ffn_layer: {ffn_layer!r} is unknown; choose one of {', '.join(FFN_LAYERS)}")
         if not 0 <= block_chunks <= depth:
             raise ValueError(f"block_chunks: {block_chunks} of {depth} blocks; choose 0 (no chunks) to {depth}")
-        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        norm_layer = partial(LayerNorm, eps=1e-6)
 
         self.img_size = img_size
         self.patch_size = patch_size
@@ -286,7 +286,7 @@ class DinoVisionTransformer(nn.Module):
         grid = self._grid_of(x.shape[-2], x.shape[-1])
         tokens = self.prepare_tokens_with_masks(x)
         layers: list[Tensor | tuple[Tensor, Tensor]] = []
-        for number, block in enumerate(self._each_block()):
+        for number, block in enumerate(self.each_block()):
             tokens = block(tokens)
             if number in wanted:
                 out = self.norm(tokens) if norm else tokens
@@ -298,7 +298,8 @@ class DinoVisionTransformer(nn.Module):
                 break
         return tuple(layers)
 
-    def _each_block(self) -> Iterator[nn.Module]:
+    def each_block(self) -> Iterator[nn.Module]:
+        """The transformer blocks in order, whether they stand in chunks or not."""
         for block in self.blocks:
             if isinstance(block, BlockChunk):
                 yield from (inner for inner in block if not isinstance(inner, nn.Identity))

@@ -1,6 +1,7 @@
 """From the dataset string to batch dicts on the training device: decode in workers, everything random here.
 
-What batch i holds is a pure function of (train.seed, i): a resumed run sees what the unbroken one would have seen.
+What batch i holds is a pure function of (train.seed, i), whatever the number of processes: a resumed run sees what the
+unbroken one would have seen.
 """
 
 import time
@@ -25,6 +26,7 @@ from dinov2.data.collate import assemble_batch, draw_masks
 from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.data.loaders import collate_samples
 from dinov2.distributed import get_rank, get_world_size
+from dinov2.layers.drop_path import BatchShare
 from dinov2.utils.seeds import derive_seed
 
 _AUGMENTATIONS: dict[str, type[DataAugmentationDINO] | type[DataAugmentationHEMA]] = {
@@ -53,55 +55,102 @@ def build_augmentation(cfg: Any) -> DataAugmentationDINO | DataAugmentationHEMA:
     )
 
 
-class TrainBatches:
-    """Iterates over the batch dicts of iterations `start`, `start + 1`, ... without end."""
+def resolve_batch_size(train: Any, world_size: int) -> None:
+    """Settle, in the config's section `train`, how the pictures of a step spread over processes and parts.
 
-    def __init__(self, cfg: Any, dataset: HemaStandardDataset, device: torch.device, start: int = 0) -> None:
-        self.cfg, self.dataset, self.device, self.start = cfg, dataset, device, start
+    Without global_batch_size it is batch_size_per_gpu x accumulation_steps x processes. With it, batch_size_per_gpu is
+    the most that a process takes at once, and accumulation_steps the fewest parts that keep to it.
+
+    Raises:
+        ValueError: the global batch does not divide.
+    """
+    total, parts = train.global_batch_size, train.accumulation_steps
+    if total is None:
+        train.accumulation_steps = parts or 1
+        train.global_batch_size = train.batch_size_per_gpu * train.accumulation_steps * world_size
+        return
+    share, rest = divmod(total, world_size)
+    if rest or not share:
+        raise ValueError(
+            f"train.global_batch_size: {total} pictures do not spread evenly over {world_size} processes; "
+            f"{max(1, round(total / world_size)) * world_size} would"
+        )
+    if parts is None:
+        parts = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= train.batch_size_per_gpu)
+    if share % parts:
+        raise ValueError(
+            f"train.accumulation_steps: {parts} parts do not divide the {share} pictures that each of {world_size} "
+            f"processes has of train.global_batch_size={total}; leave accumulation_steps at null to have it chosen"
+        )
+    train.accumulation_steps, train.batch_size_per_gpu = parts, share // parts
+
+
+class TrainBatches:
+    """The batches of a run, from any of them on without end.
+
+    A batch is spread over W processes and, within each, over A parts (gradient accumulation): this process gives lists
+    of A batch dicts. Part a of process r is number a * W + r of W * A shares, each of which holds every (W * A)-th
+    picture of the global batch: whether a batch is cut by processes or by parts changes none of them.
+    """
+
+    def __init__(self, cfg: Any, dataset: HemaStandardDataset, device: torch.device) -> None:
+        self.cfg, self.dataset, self.device = cfg, dataset, device
         record = Path(cfg.train.output_dir) / "bad_images.csv"
         self.bad_images = BadImages(record, len(dataset), cfg.train.max_bad_fraction)
         self.augmentation = build_augmentation(cfg)
         side = cfg.crops.global_crops_size // cfg.student.patch_size
         self.mask_generator = MaskingGenerator(input_size=(side, side), max_num_patches=int(0.5 * side * side))
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        cfg, seed = self.cfg, self.cfg.train.seed
-        batch_size = cfg.train.batch_size_per_gpu
+    def starting_at(self, batch_number: int = 0, position: int = 0) -> Iterator[list[dict[str, Any]]]:
+        """Batches `batch_number` and on; those before took `position` pictures of the global stream."""
+        cfg = self.cfg
         loader = make_data_loader(
             dataset=self.dataset,
-            batch_size=batch_size,
+            batch_size=cfg.train.batch_size_per_gpu * cfg.train.accumulation_steps,
             num_workers=cfg.train.num_workers,
             shuffle=True,
-            seed=seed,
+            seed=cfg.train.seed,
             sampler_type=SamplerType.SHARDED_INFINITE,
-            sampler_advance=self.start * batch_size * get_world_size(),
+            sampler_advance=position,
             drop_last=True,
             collate_fn=collate_samples,
+            pin_memory=self.device.type == "cuda",
         )
-        for iteration, samples in enumerate(loader, self.start):
+        for number, samples in enumerate(loader, batch_number):
             self.bad_images.record(samples.failures)
-            generator = torch.Generator().manual_seed(derive_seed(seed, "augmentation", iteration))
-            images = samples.images.to(self.device, non_blocking=True)
-            crops = self.augmentation(images, generator, rank=get_rank(), world_size=get_world_size())
-            # Masks are drawn for the global batch, and this process takes those of its pictures, as it does with crops
-            masks, upperbound = draw_masks(
-                N_GLOBAL_CROPS * batch_size * get_world_size(),
-                cfg.ibot.mask_ratio_min_max,
-                cfg.ibot.mask_sample_probability if cfg.ibot.loss_weight > 0 else 0.0,
-                self.mask_generator,
-                np.random.default_rng(derive_seed(seed, "masks", iteration)),
-            )
-            own_masks = masks.unflatten(0, (N_GLOBAL_CROPS, -1))[:, get_rank() :: get_world_size()].flatten(
-                0, 1
-            )  # [2B, P]
-            yield assemble_batch(crops, own_masks, upperbound, torch.float32)
+            masks = self._draw_masks(number)
+            yield [self._part(number, samples.images, masks, part) for part in range(cfg.train.accumulation_steps)]
+
+    def _draw_masks(self, batch_number: int) -> tuple[torch.Tensor, int]:
+        """Masks [2, G, P] of the global batch of G pictures, of which each share takes those of its pictures."""
+        ibot = self.cfg.ibot
+        masks, upperbound = draw_masks(
+            N_GLOBAL_CROPS * self.cfg.train.global_batch_size,
+            ibot.mask_ratio_min_max,
+            ibot.mask_sample_probability if ibot.loss_weight > 0 else 0.0,
+            self.mask_generator,
+            np.random.default_rng(derive_seed(self.cfg.train.seed, "masks", batch_number)),
+        )
+        return masks.unflatten(0, (N_GLOBAL_CROPS, -1)), upperbound
+
+    def _part(
+        self, batch_number: int, images: torch.Tensor, masks: tuple[torch.Tensor, int], part: int
+    ) -> dict[str, Any]:
+        n_parts, seed = self.cfg.train.accumulation_steps, self.cfg.train.seed
+        share, n_shares = part * get_world_size() + get_rank(), n_parts * get_world_size()
+        generator = torch.Generator().manual_seed(derive_seed(seed, "augmentation", batch_number))
+        own_images = images[part::n_parts].to(self.device, non_blocking=True)
+        crops = self.augmentation(own_images, generator, rank=share, world_size=n_shares)
+        own_masks = masks[0][:, share::n_shares].flatten(0, 1)  # [2B, P]
+        batch = assemble_batch(crops, own_masks, masks[1], torch.float32)
+        # for the stochastic depth, which is drawn for the global batch too
+        return {**batch, "seed": derive_seed(seed, "step", batch_number), "share": BatchShare(share, n_shares)}
 
 
-def timed(batches: TrainBatches, on_wait: Callable[[float], None]) -> Iterator[dict[str, Any]]:
+def timed(batches: Iterator[list[dict[str, Any]]], on_wait: Callable[[float], None]) -> Iterator[list[dict[str, Any]]]:
     """Pass batches on, and tell how long each was waited for."""
-    iterator = iter(batches)
     while True:
         started = time.perf_counter()
-        batch = next(iterator)
+        batch = next(batches)
         on_wait(time.perf_counter() - started)
         yield batch

@@ -1,4 +1,7 @@
-"""AdamW on parameter groups, clipping by sub-network, and the guard that keeps bad steps out of the weights."""
+"""AdamW on parameter groups, clipping by sub-network, and the guard that keeps bad steps out of the weights.
+
+Nothing here makes the host wait for the device: verdicts stay there, and the log reads the counts some steps later.
+"""
 
 import logging
 from collections.abc import Mapping
@@ -8,13 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.distributed import get_rank
+from dinov2.fsdp.sharding import total_norm
 
 logger = logging.getLogger("dinov2")
 
+SPIKE_MEMORY = 0.98  # of the running mean of the loss: it looks back over some fifty steps
+SPIKE_FLOOR = 0.01  # share of the mean that the spread counts at least as: a flat loss is not made of spikes
+SPIKE_WARM_UP = 50  # steps before the mean is trusted
+
 
 def build_optimizer(optim: Any, params_groups: list[dict[str, Any]]) -> torch.optim.AdamW:
-    """AdamW with the betas of the `optim` section; lr and weight decay are set by the schedules at each step."""
-    return torch.optim.AdamW(params_groups, betas=(optim.adamw_beta1, optim.adamw_beta2), fused=True)
+    """AdamW with the betas of the `optim` section; lr and weight decay are set by the schedules at each step.
+
+    Every parameter has its moments from the start, so that all checkpoints hold the same entries.
+    """
+    optimizer = torch.optim.AdamW(params_groups, lr=0.0, betas=(optim.adamw_beta1, optim.adamw_beta2), fused=True)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # moves nothing: lr and gradients are 0
+    optimizer.zero_grad(set_to_none=True)
+    for parameter in parameters:
+        optimizer.state[parameter]["step"].zero_()
+    return optimizer
 
 
 def clip_gradients(student: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]:
@@ -22,35 +41,79 @@ def clip_gradients(student: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]
     norms = {}
     for name, module in student.items():
         parameters = [p for p in module.parameters() if p.grad is not None]
-        norms[name] = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norms[name] = total_norm([p.grad for p in parameters if p.grad is not None])
         if max_norm > 0:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norms[name])
     return norms
 
 
-class StepGuard:
-    """Skips the optimizer step when a loss or gradient is not finite, without the host waiting for the device.
+class LossScaler:
+    """Keeps fp16 gradients in range: the loss is multiplied by `scale`, gradients are divided by it before the step.
 
-    The verdict stays on the device and goes to the fused AdamW as its `found_inf` flag, so a bad step changes neither
-    weights nor moments. The log reads the counts, a few iterations late.
+    The scale halves after an overflow and doubles after 2,000 steps without one, as PyTorch's GradScaler has it. That
+    one asks each process about its own shard of the gradients; here the guard's verdict counts, on which all agree.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.skipped_in_row = torch.zeros((), device=device)
+    def __init__(self, scale: float = 65536.0, growth_interval: int = 2000) -> None:
+        self.scale_factor = torch.tensor(scale)
+        self.good_steps = torch.tensor(0.0)
+        self.growth_interval = growth_interval
+
+    def to(self, device: torch.device) -> "LossScaler":
+        self.scale_factor, self.good_steps = self.scale_factor.to(device), self.good_steps.to(device)
+        return self
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss to differentiate."""
+        return loss * self.scale_factor
+
+    @torch.no_grad()
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients by the scale; an overflow leaves infinities or NaN in them."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(gradients, 1.0 / self.scale_factor)
+
+    def update(self, is_bad: Tensor) -> None:
+        """Adapt the scale after a step that overflowed (`is_bad` 1.0) or did not (0.0)."""
+        self.good_steps.add_(1).mul_(1 - is_bad)
+        grows = self.good_steps >= self.growth_interval
+        self.scale_factor.mul_(torch.where(is_bad > 0, 0.5, torch.where(grows, 2.0, 1.0)))
+        self.good_steps.mul_((~grows).float())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"scale": self.scale_factor, "good_steps": self.good_steps}
+
+
+class StepGuard:
+    """Skips the optimizer step when a loss or gradient is not finite, or when the loss leaps.
+
+    A leap is a total loss of more than `max_spike` standard deviations above its running mean; 0 allows any. The
+    verdict goes to the fused AdamW as its `found_inf` flag, so a bad step changes neither weights nor moments. Losses
+    and norms that all processes agree on give a verdict that they agree on.
+    """
+
+    def __init__(self, device: torch.device, max_spike: float = 0.0) -> None:
+        self.max_spike = max_spike
         self.skipped = torch.zeros((), device=device)
+        self.skipped_in_row = torch.zeros((), device=device)
         self.longest_in_row = torch.zeros((), device=device)
+        self.good_steps = torch.zeros((), device=device)
+        self.loss_mean = torch.zeros((), device=device)
+        self.loss_variance = torch.zeros((), device=device)
         self._reported = 0
 
     def step(
         self,
         optimizer: torch.optim.Optimizer,
-        losses: dict[str, Tensor],
-        norms: dict[str, Tensor],
-        scaler: "torch.amp.GradScaler | None" = None,
+        losses: Mapping[str, Tensor],
+        norms: Mapping[str, Tensor],
+        scaler: LossScaler | None = None,
     ) -> None:
         """One optimizer step, or none. Gradients must be unscaled already; `scaler` then learns of overflows."""
         evidence = torch.stack([value.float() for value in (*losses.values(), *norms.values())])
-        is_bad = (~torch.isfinite(evidence).all()).float()
+        overflows = (~torch.isfinite(evidence).all()).float()
+        total = torch.stack([value.float() for value in losses.values()]).sum()
+        is_bad = torch.maximum(overflows, self._leaps(total))
         self.skipped += is_bad
         self.skipped_in_row = (self.skipped_in_row + 1) * is_bad
         self.longest_in_row = torch.maximum(self.longest_in_row, self.skipped_in_row)
@@ -58,9 +121,26 @@ class StepGuard:
         optimizer.found_inf = is_bad  # type: ignore[attr-defined]
         optimizer.step()
         if scaler is not None:
-            scaler.update()
+            scaler.update(overflows)
 
-    def shown(self, losses: dict[str, Tensor], norms: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _leaps(self, total: Tensor) -> Tensor:
+        """1.0 where `total` is far above what the loss has been, else 0.0; takes `total` up into what it has been."""
+        spread = (self.loss_variance + (SPIKE_FLOOR * self.loss_mean).square()).sqrt()
+        limit = self.loss_mean + self.max_spike * spread
+        knows = self.good_steps >= SPIKE_WARM_UP
+        leaps = (knows & (total > limit)).float() if self.max_spike > 0 else torch.zeros_like(total)
+        # A leap counts as the limit: a loss that stays on its new level is believed after some steps
+        seen = torch.where(knows & (total > limit), limit, total)
+        finite = torch.isfinite(seen)
+        # a plain mean at first, which would otherwise start at 0
+        weight = torch.clamp(1 / (self.good_steps + 1), min=1 - SPIKE_MEMORY) * finite
+        difference = torch.where(finite, seen, self.loss_mean) - self.loss_mean
+        self.loss_mean += weight * difference
+        self.loss_variance = (1 - weight) * (self.loss_variance + weight * difference.square())
+        self.good_steps += finite
+        return leaps
+
+    def shown(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the log keeps of a step, on the device."""
         return {
             "total_loss": torch.stack(list(losses.values())).sum(),
@@ -70,27 +150,27 @@ class StepGuard:
             "longest_skipped_in_row": self.longest_in_row.clone(),
         }
 
-    def stop_if_stuck(self, newest: Mapping[str, float], max_in_row: int) -> None:
-        """Warn of skipped steps, and give up after `max_in_row` of them in a row.
-
-        Raises:
-            FloatingPointError: with the iteration, the rank and each loss.
-        """
+    def is_stuck(self, newest: Mapping[str, float], max_in_row: int) -> bool:
+        """Whether there were `max_in_row` bad steps in a row; warns of any that were skipped."""
         n_skipped = int(newest["skipped_steps"])
         if n_skipped > self._reported:
-            logger.warning("%d steps so far were skipped: a loss or gradient was not finite", n_skipped)
-            self._reported = n_skipped
-        if newest["longest_skipped_in_row"] >= max_in_row:
-            terms = ", ".join(f"{k}={v}" for k, v in newest.items() if k.endswith("_loss") or k.startswith("grad_norm"))
-            in_row = int(newest["longest_skipped_in_row"])
-            raise FloatingPointError(
-                f"iteration {int(newest['iteration'])}, rank {get_rank()}: {in_row} steps in a row had no finite "
-                f"losses and gradients and were skipped (now: {terms}); the last checkpoint is from before. Lower "
-                "optim.base_lr, or set compute_precision to bf16 or fp32, and start the run again"
-            )
+            logger.warning("%d steps so far were skipped: a loss or gradient was not finite, or leapt", n_skipped)
+        self._reported = n_skipped
+        return newest["longest_skipped_in_row"] >= max_in_row
+
+    def describe(self, newest: Mapping[str, float]) -> str:
+        """What was wrong, for the log and for errors."""
+        terms = ", ".join(f"{k}={v}" for k, v in newest.items() if k.endswith("_loss") or k.startswith("grad_norm"))
+        return (
+            f"iteration {int(newest['iteration'])}, rank {get_rank()}: {int(newest['longest_skipped_in_row'])} steps "
+            f"in a row had losses or gradients that were not finite, or leapt, and were skipped (now: {terms})"
+        )
+
+    def forget_streak(self) -> None:
+        """Count bad steps in a row from 0 again, after the run went back."""
+        self.skipped_in_row.zero_()
+        self.longest_in_row.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"skipped": self.skipped}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.skipped.copy_(state["skipped"])
+        names = ("skipped", "skipped_in_row", "good_steps", "loss_mean", "loss_variance")
+        return {name: getattr(self, name) for name in names}

@@ -11,13 +11,15 @@ from torch import nn
 
 import dinov2
 from dinov2.data.datasets.hema_data import HemaStandardDataset
+from dinov2.distributed import get_world_size, is_enabled
 from dinov2.fsdp.precision import resolve_dtype
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 
-def describe_run(cfg: Any, model: SSLMetaArch, schedules: Schedules, dataset: HemaStandardDataset) -> str:
+def describe_run(cfg: Any, model: SSLMetaArch, dataset: HemaStandardDataset) -> str:
     """A few lines for the start of the log."""
+    schedules = Schedules(cfg)
     n_pictures = len(dataset)
     n, batch, epoch = schedules.n_iterations, schedules.global_batch_size, cfg.train.OFFICIAL_EPOCH_LENGTH
     crops = cfg.crops
@@ -32,6 +34,8 @@ def describe_run(cfg: Any, model: SSLMetaArch, schedules: Schedules, dataset: He
         f"crops     2 global of {crops.global_crops_size} px, {local}; augmentation {cfg.data_transform}",
         f"schedule  {n:,} steps of {batch} pictures = {n * batch / n_pictures:,.1f} passes over the data "
         f"({cfg.optim.epochs:g} epochs of {epoch} steps)",
+        f"processes {get_world_size()} x {cfg.train.batch_size_per_gpu} pictures at a time x "
+        f"{cfg.train.accumulation_steps} parts; backbone {_spread(cfg)}",
         f"lr        peak {schedules.peak_lr:.3g} (optim.base_lr {cfg.optim.base_lr:g}, {cfg.optim.scaling_rule}) after "
         f"{schedules.n_warmup:,} warm-up steps, then cosine to {cfg.optim.min_lr:g}; last layers frozen for "
         f"{schedules.n_last_layer_frozen:,} steps",
@@ -44,6 +48,12 @@ def describe_run(cfg: Any, model: SSLMetaArch, schedules: Schedules, dataset: He
         f"memory    about {estimate_memory_gib(cfg, model):.1f} GiB (estimated from shapes)",
     ]
     return "\n".join(lines)
+
+
+def _spread(cfg: Any) -> str:
+    strategy = cfg.compute_precision.student.backbone.sharding_strategy
+    how = "on one device" if not is_enabled() else "copied (DDP)" if strategy == "NO_SHARD" else f"sharded ({strategy})"
+    return how + (", activations computed again in backward" if cfg.train.activation_checkpointing else "")
 
 
 def describe_environment(cfg: Any) -> str:

@@ -8,20 +8,21 @@
 """
 
 import logging
+import os
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from torch.optim import Optimizer
 
-from dinov2.distributed import get_world_size
+from dinov2.distributed import on_main_process
 from dinov2.fsdp.checkpoint import Checkpointer
 from dinov2.logging import MetricLogger, open_trackers
-from dinov2.train.optimizer import StepGuard
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.state import TrainState
 from dinov2.utils.config import differences, write_config
 
 logger = logging.getLogger("dinov2")
@@ -37,25 +38,43 @@ _SHAPE_KEYS = (
 # What may differ between the parts of a run without a word, since it changes no number.
 _HARMLESS_KEYS = (
     *("train.output_dir", "train.device", "train.num_workers", "train.saveckp_freq", "train.keep_checkpoints"),
-    *("train.log_period", "train.tensorboard", "train.wandb", "train.max_bad", "evaluation"),
+    *("train.milestone_freq", "train.log_period", "train.tensorboard", "train.wandb", "train.max_bad", "evaluation"),
+    *("train.batch_size_per_gpu", "train.accumulation_steps", "train.activation_checkpointing"),
+    *("train.hang_timeout_seconds", "train.max_rollbacks"),
 )
 
 
 def run_folder_path(output_dir: str, name: str | None, config_file: str | None) -> Path:
-    """`output_dir/name`; without a name a new folder called after the configuration and the time."""
-    stem = Path(config_file).stem if config_file else "run"
-    return Path(output_dir) / (name or f"{stem}_{time.strftime('%Y%m%d-%H%M%S')}")
+    """`output_dir/name`; without a name a new folder called after the configuration and the time, or the SLURM job.
+
+    A job that is requeued keeps its number, and so finds its folder.
+
+    Raises:
+        ValueError: no name, though torchrun may have to start the run again.
+    """
+    if name is None:
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+            raise ValueError(
+                "--name: missing, though torchrun --max-restarts may have to take the run up again; add one"
+            )
+        stem = Path(config_file).stem if config_file else "run"
+        job = os.environ.get("SLURM_JOB_ID")
+        name = f"{stem}_{job}" if job else f"{stem}_{time.strftime('%Y%m%d-%H%M%S')}"
+    return Path(output_dir) / name
 
 
 class RunFolder:
-    """One run's files."""
+    """One run's files. Every process has one and calls its methods; the main process writes."""
 
     def __init__(self, cfg: Any, path: Path) -> None:
         self.cfg, self.path = cfg, path
         cfg.train.output_dir = str(path)
-        cfg.optim.lr = Schedules(cfg, get_world_size()).peak_lr
-        self.checkpointer = Checkpointer(path / "checkpoints", cfg.train.keep_checkpoints)
-        self._period = round(cfg.train.saveckp_freq * cfg.train.OFFICIAL_EPOCH_LENGTH)
+        cfg.optim.lr = Schedules(cfg).peak_lr
+        epoch = cfg.train.OFFICIAL_EPOCH_LENGTH
+        self._period = round(cfg.train.saveckp_freq * epoch)
+        self.checkpointer = Checkpointer(
+            path / "checkpoints", cfg.train.keep_checkpoints, round(cfg.train.milestone_freq * epoch)
+        )
 
     def prepare(self, *, resume: bool, eval_only: bool = False) -> None:
         """Make the folder and write config.yaml into it.
@@ -67,6 +86,9 @@ class RunFolder:
             PermissionError, NotADirectoryError: the folder cannot be written.
             ValueError: the checkpoint that would be resumed has weights of another shape.
         """
+        on_main_process(lambda: self._prepare(resume, eval_only))
+
+    def _prepare(self, resume: bool, eval_only: bool) -> None:
         self._check_writable()
         earlier = self.path / "config.yaml"
         has_checkpoint = bool(self.checkpointer.paths())
@@ -81,58 +103,81 @@ class RunFolder:
             self._compare_with(earlier)
         write_config(self.cfg, earlier)
 
-    def restore(self, model: SSLMetaArch, *, must_exist: bool = False) -> dict[str, Any] | None:
-        """Load the newest readable checkpoint into `model`; returns all that it holds, None where there is none.
+    def restore(self, state: TrainState, before: int | None = None) -> bool:
+        """Go on from the newest readable checkpoint, whatever number of processes wrote it; False if there is none.
+
+        Args:
+            before: the most iterations that it may be after.
 
         Raises:
-            FileNotFoundError: there is none, and it `must_exist`.
             ValueError: no checkpoint can be read, or it holds networks of another shape.
         """
-        state = self.checkpointer.load_latest()
-        if state is None:
-            if must_exist:
-                raise FileNotFoundError(f"no checkpoint in {self.checkpointer.folder}; check --output-dir and --name")
-            return None
+        found = self.checkpointer.newest(before)
+        if found is None:
+            return False
+        path, numbers = found
+        self._load(path, state.tensors(with_scaler=numbers["has_scaler"]))
+        state.take_up(numbers)
+        on_main_process(lambda: self.checkpointer.set_aside_after(state.progress.iteration))
+        logger.info("resuming %s after iteration %d", self.path, state.progress.iteration)
+        return True
+
+    def go_back(self, state: TrainState, newest: dict[str, float]) -> None:
+        """After too many skipped steps in a row: restore the newest checkpoint from before them, and pass over the
+        batches since then.
+
+        Raises:
+            FloatingPointError: there is none, or the run went back train.max_rollbacks times already.
+        """
+        self.checkpointer.wait()
+        stuck, what = replace(state.progress), state.guard.describe(newest)
+        in_row = int(newest["longest_skipped_in_row"])
+        advice = "Lower optim.base_lr, or set compute_precision to bf16 or fp32, and start the run again"
+        if stuck.rollbacks >= self.cfg.train.max_rollbacks:
+            raise FloatingPointError(f"{what}; the run went back {stuck.rollbacks} times. {advice}")
+        if not self.restore(state, before=stuck.iteration - in_row):
+            raise FloatingPointError(f"{what}; there is no checkpoint from before to go back to. {advice}")
+        state.progress.batch_number, state.progress.position = stuck.batch_number, stuck.position
+        state.progress.rollbacks = stuck.rollbacks + 1
+        logger.warning(
+            "%s: went back to iteration %d, and passes over %d batches (rollback %d of %d)",
+            *(what, state.progress.iteration, stuck.iteration - state.progress.iteration),
+            *(state.progress.rollbacks, self.cfg.train.max_rollbacks),
+        )
+
+    def restore_networks(self, model: SSLMetaArch) -> int:
+        """Load only the networks of the newest readable checkpoint; returns the number of iterations done.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: as `restore`.
+        """
+        found = self.checkpointer.newest()
+        if found is None:
+            raise FileNotFoundError(f"no checkpoint in {self.checkpointer.folder}; check --output-dir and --name")
+        path, numbers = found
+        self._load(path, {"model": model.state_dict()})
+        return int(numbers["iteration"])
+
+    def _load(self, path: Path, tensors: dict[str, Any]) -> None:
         try:
-            model.load_state_dict(state["model"])
-        except RuntimeError as error:
+            self.checkpointer.load(path, tensors)
+        except ValueError as error:
             raise ValueError(
                 f"the checkpoint in {self.path} is of another architecture than the configuration: "
                 f"{' '.join(str(error).split())[:500]}; restore the settings that it was made with, or choose another "
                 "--name"
             ) from error
-        return state
-
-    def restore_progress(
-        self, state: dict[str, Any] | None, model: SSLMetaArch, optimizer: Optimizer, guard: StepGuard
-    ) -> int:
-        """Take up optimizer and counters from what `restore` gave; returns the number of iterations done."""
-        if state is None:
-            return 0
-        # The optimizer's state also holds its settings; those of the configuration, which may have changed, stay
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        optimizer.load_state_dict(state["optimizer"])
-        for group, wanted in zip(optimizer.param_groups, settings, strict=True):
-            group.update(wanted)
-        guard.load_state_dict(state["guard"])
-        if model.fp16_scaler is not None and state["scaler"]:
-            model.fp16_scaler.load_state_dict(state["scaler"])
-        logger.info("resuming %s after iteration %d", self.path, state["iteration"])
-        return int(state["iteration"])
 
     def checkpoint_is_due(self, done: int) -> bool:
         return self._period > 0 and done % self._period == 0
 
-    def save(self, done: int, model: SSLMetaArch, optimizer: Optimizer, guard: StepGuard) -> None:
-        """Write all that `restore` needs after `done` iterations."""
-        model.apply_center_updates()
-        state = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "guard": guard.state_dict(),
-            "scaler": model.fp16_scaler.state_dict() if model.fp16_scaler is not None else {},
-        }
-        self.checkpointer.save(done, state)
+    def save(self, state: TrainState, *, wait: bool = False) -> None:
+        """Write all that `restore` needs, beside the training that goes on; with `wait`, before anything goes on."""
+        state.model.apply_center_updates()
+        self.checkpointer.save(state.progress.iteration, state.tensors(with_scaler=True), state.numbers())
+        if wait:
+            self.checkpointer.wait()
 
     def _check_writable(self) -> None:
         try:

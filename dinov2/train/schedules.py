@@ -75,11 +75,11 @@ class StepSettings:
 class Schedules:
     """All schedules of a run, resolved from its config; `epochs` here are spans of OFFICIAL_EPOCH_LENGTH iterations."""
 
-    def __init__(self, cfg: DictConfig | Any, world_size: int = 1) -> None:
+    def __init__(self, cfg: DictConfig | Any) -> None:
         epoch = cfg.train.OFFICIAL_EPOCH_LENGTH
         optim, teacher = cfg.optim, cfg.teacher
         self.n_iterations = round(optim.epochs * epoch)
-        self.global_batch_size = cfg.train.batch_size_per_gpu * world_size
+        self.global_batch_size = cfg.train.global_batch_size
         self.peak_lr = scaled_lr(optim, self.global_batch_size)
         self.n_warmup = round(optim.warmup_epochs * epoch)
         self.n_last_layer_frozen = round(optim.freeze_last_layer_epochs * epoch)

@@ -1,23 +1,38 @@
 """Student and teacher, and one step of self-distillation between them: DINO + iBOT + KoLeo (DINOv2, arXiv 2304.07193).
 
-Dimension key:  B images on this process, L local crops, P patches per global crop, M masked patches in the batch,
-                D embedding dim, K prototypes of a head
+A step's batch is spread over W processes, and over A parts that a process takes one after the other (gradient
+accumulation). Neither changes the loss: what compares pictures with each other sees the whole batch of all W x A parts.
+Sinkhorn-Knopp balances the teacher's logits of all parts together, and centering moves by their mean, for which the
+teacher runs over all parts before the student starts; KoLeo finds each feature's neighbour among the features of all
+parts (with dino.koleo_loss_distributed: false within each part, as upstream does within each GPU). Everything else is
+a mean over pictures, and the parts' gradients are averaged.
+
+Dimension key:  A parts of this process, W processes, B images in a part, L local crops, P patches per global crop,
+                M masked patches in a part, D embedding dim, K prototypes of a head
 """
 
 import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dinov2.data.augmentations import N_GLOBAL_CROPS
+from dinov2.distributed import all_gather_rows, get_rank, is_enabled, is_main_process
 from dinov2.fsdp.precision import autocast, resolve_dtype
+from dinov2.fsdp.sharding import SHARDED, lerp_, make_mesh, replicate, shard, whole, without_gradient_sync
 from dinov2.hub.backbones import load_backbone, without_chunk
 from dinov2.layers import DINOHead
+from dinov2.layers.drop_path import BatchShare, batch_share
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss, smooth_rank_loss
-from dinov2.models import build_model_from_cfg
+from dinov2.models import architecture, build_backbone, build_model_from_cfg
 from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.train.health import feature_statistics, prototype_use
+from dinov2.train.optimizer import LossScaler
 from dinov2.train.param_groups import fuse_params_groups, get_params_groups_with_decay
 
 logger = logging.getLogger("dinov2")
@@ -74,10 +89,43 @@ class SSLMetaArch(nn.Module):
         if self.do_ibot:
             head = cfg.ibot if self.ibot_separate_head else cfg.dino
             self.ibot_patch_loss = iBOTPatchLoss(head.head_n_prototypes)
-        self.fp16_scaler: torch.amp.GradScaler | None = None
+        for block in student_backbone.each_block():
+            block.checkpoint_activations = cfg.train.activation_checkpointing
+        self.fp16_scaler: LossScaler | None = None
         if cfg.compute_precision.grad_scaler and self._computes_in_fp16():
-            self.fp16_scaler = torch.amp.GradScaler("cuda")
+            self.fp16_scaler = LossScaler()
+        self.statistics: dict[str, Tensor] = {}  # of the last step's teacher: 0-d, on the device
+        # What forward calls: the networks themselves, or DDP around them
+        self._callable: dict[tuple[str, str], nn.Module] = {
+            (role, part): module
+            for role, networks in (("student", self.student), ("teacher", self.teacher))
+            for part, module in networks.items()
+        }
         self.train()
+
+    def prepare_for_distributed_training(self, n_nodes: int = 1) -> None:
+        """Spread the networks over the processes as `compute_precision.*.*.sharding_strategy` says.
+
+        To be called on the training device, before the optimizer is built; a process that is alone needs nothing.
+        """
+        if not is_enabled():
+            return
+        device_type = self.device.type
+        for (role, part), module in self._callable.items():
+            settings = self.cfg.compute_precision[role][part]
+            reduce_dtype = resolve_dtype(settings.mixed_precision.reduce_dtype, device_type)
+            if settings.sharding_strategy in SHARDED:
+                shard(
+                    module,
+                    module.each_block() if isinstance(module, DinoVisionTransformer) else (),
+                    mesh=make_mesh(settings.sharding_strategy, device_type, n_nodes),
+                    param_dtype=resolve_dtype(settings.mixed_precision.param_dtype, device_type),
+                    reduce_dtype=reduce_dtype,
+                    # The teacher has no backward after which its weights would be freed, and changes in between
+                    reshard_after_forward=role == "teacher" or settings.sharding_strategy != "SHARD_GRAD_OP",
+                )
+            elif role == "student":
+                self._callable[role, part] = replicate(module, reduce_dtype=reduce_dtype)
 
     def _build_heads(self, embed_dim: int) -> dict[str, nn.Module]:
         sections = {"dino_head": self.cfg.dino} if self.do_dino or not self.ibot_separate_head else {}
@@ -116,82 +164,164 @@ class SSLMetaArch(nn.Module):
         self.teacher.eval()
         return self
 
-    def forward_backward(self, images: dict[str, Any], teacher_temp: float) -> dict[str, Tensor]:
+    def forward_backward(
+        self, images: Mapping[str, Any] | Sequence[Mapping[str, Any]], teacher_temp: float
+    ) -> dict[str, Tensor]:
         """One step's losses, and their gradients in the student's parameters.
 
         Args:
-            images: batch dict of `dinov2.data.collate`: collated_global_crops [2B, 3, S, S] with the first views in
-                front, collated_local_crops [L*B, 3, s, s] (absent for L = 0), collated_masks [2B, P], mask_indices_list
-                [M], masks_weight [M], n_masked_patches [1].
+            images: batch dict of `dinov2.data.collate`, or A of them: collated_global_crops [2B, 3, S, S] with the
+                first views in front, collated_local_crops [L*B, 3, s, s] (absent for L = 0), collated_masks [2B, P],
+                mask_indices_list [M], masks_weight [M], n_masked_patches [1]; optionally, for the stochastic depth,
+                seed and share (a BatchShare).
             teacher_temp: temperature of the teacher's targets.
 
         Returns:
-            detached scalars under upstream's keys, as upstream shows them: `koleo_loss` and `ibot_loss` are half of
-            what is summed, and none but KoLeo and the smooth rank carries its weight.
+            detached scalars, means over this process's pictures, under upstream's keys and as upstream shows them:
+            `koleo_loss` and `ibot_loss` are half of what is summed, and none but KoLeo and the smooth rank carries its
+            weight.
         """
+        parts = [images] if isinstance(images, Mapping) else list(images)
+        parts = [self._on_device(part) for part in parts]
+        targets = self.teacher_targets(parts, teacher_temp)
+        known = self._student_features(parts) if len(parts) > 1 and self.compares_pictures else None
+        means: dict[str, Tensor] = {}
+        for number, (part, target) in enumerate(zip(parts, targets, strict=True)):
+            with ExitStack() as stack:
+                stack.enter_context(batch_share(part.get("share", BatchShare())))
+                if number < len(parts) - 1:
+                    for module in self._callable.values():
+                        stack.enter_context(without_gradient_sync(module))
+                outputs = self.student_outputs(part)
+                total, shown = self.losses(target, outputs, part, self._others(outputs, known, number))
+                self.backprop_loss(total / len(parts))
+            for name, value in shown.items():
+                share = value.detach() / len(parts)
+                means[name] = means[name] + share if name in means else share
+        return means
+
+    def _on_device(self, part: Mapping[str, Any]) -> dict[str, Any]:
         device = self.device
-        images = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in images.items()}
-        targets = self.teacher_targets(images, teacher_temp)
-        outputs = self.student_outputs(images)
-        total, shown = self.losses(targets, outputs, images)
-        self.backprop_loss(total)
-        return {name: value.detach() for name, value in shown.items()}
+        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in part.items()}
 
     @torch.no_grad()
-    def teacher_targets(self, images: dict[str, Any], teacher_temp: float) -> TeacherTargets:
-        """Assignments of the unmasked global crops to prototypes, sharpened and kept from collapsing by centering."""
-        tokens = self._backbone("teacher", images["collated_global_crops"])
-        first, second = tokens["x_norm_clstoken"].chunk(N_GLOBAL_CROPS)
-        other_view = torch.cat([second, first])  # [2B, D]: each view is predicted from the other
-        masked = self._masked_patches(tokens["x_norm_patchtokens"], images)
-        cls_logits, patch_logits = self._heads("teacher", other_view, masked)
-        sinkhorn = self.cfg.train.centering == "sinkhorn_knopp"
+    def teacher_targets(self, parts: Sequence[Mapping[str, Any]], teacher_temp: float) -> list[TeacherTargets]:
+        """Assignments of the unmasked global crops to prototypes, sharpened and kept from collapsing by centering.
 
-        cls_targets = patch_targets = None
-        if cls_logits is not None:
-            if sinkhorn:
-                cls_targets = self.dino_loss.sinkhorn_knopp_teacher(cls_logits, teacher_temp)
-            else:
-                cls_targets = self.dino_loss.softmax_center_teacher(cls_logits, teacher_temp)
-                self.dino_loss.update_center(cls_logits)
-            cls_targets = cls_targets.unflatten(0, (N_GLOBAL_CROPS, -1))  # [2, B, K]
-        if patch_logits is not None:
-            if sinkhorn:
-                patch_targets = self.ibot_patch_loss.sinkhorn_knopp_teacher(
-                    patch_logits, teacher_temp, n_masked_patches_tensor=images["n_masked_patches"]
-                )
-            else:
-                batch = patch_logits.unsqueeze(0)  # [1, M, K]
-                patch_targets = self.ibot_patch_loss.softmax_center_teacher(batch, teacher_temp).squeeze(0)
-                if len(patch_logits):
-                    self.ibot_patch_loss.update_center(batch)
-        return TeacherTargets(cls_targets, patch_targets)
+        The logits of all parts are balanced together: they are kept at once, which is what accumulation costs.
+        """
+        cls_tokens, cls_logits, patch_logits = [], [], []
+        for part in parts:
+            tokens = self._backbone("teacher", part["collated_global_crops"])
+            first, second = tokens["x_norm_clstoken"].chunk(N_GLOBAL_CROPS)
+            other_view = torch.cat([second, first])  # [2B, D]: each view is predicted from the other
+            masked = self._masked_patches(tokens["x_norm_patchtokens"], part)
+            of_cls, of_patches = self._heads("teacher", other_view, masked)
+            cls_tokens.append(tokens["x_norm_clstoken"])
+            cls_logits.append(of_cls)
+            patch_logits.append(of_patches)
 
-    def student_outputs(self, images: dict[str, Any]) -> StudentOutputs:
+        cls = self._cls_targets(_joined(cls_logits), teacher_temp)
+        patches = self._patch_targets(_joined(patch_logits), parts, teacher_temp)
+        self.statistics = feature_statistics(all_gather_rows(torch.cat(cls_tokens)))
+        if cls is not None:
+            self.statistics["prototype_use"] = prototype_use(cls)
+        if patches is not None:
+            self.statistics["patch_prototype_use"] = prototype_use(patches)
+
+        cls_of_part = _split_like(cls, cls_logits)
+        return [
+            TeacherTargets(None if c is None else c.unflatten(0, (N_GLOBAL_CROPS, -1)), p)  # [2, B, K], [M, K]
+            for c, p in zip(cls_of_part, _split_like(patches, patch_logits), strict=True)
+        ]
+
+    def _cls_targets(self, logits: Tensor | None, teacher_temp: float) -> Tensor | None:
+        """[A*2B, K] to the same shape."""
+        if logits is None:
+            return None
+        if self.cfg.train.centering == "sinkhorn_knopp":
+            return self.dino_loss.sinkhorn_knopp_teacher(logits, teacher_temp)
+        targets = self.dino_loss.softmax_center_teacher(logits, teacher_temp)
+        self.dino_loss.update_center(logits)
+        return targets
+
+    def _patch_targets(
+        self, logits: Tensor | None, parts: Sequence[Mapping[str, Any]], teacher_temp: float
+    ) -> Tensor | None:
+        """[M of all parts, K] to the same shape."""
+        if logits is None:
+            return None
+        if self.cfg.train.centering == "sinkhorn_knopp":
+            n_masked = torch.stack([part["n_masked_patches"] for part in parts]).sum(dim=0)  # [1]
+            return self.ibot_patch_loss.sinkhorn_knopp_teacher(logits, teacher_temp, n_masked_patches_tensor=n_masked)
+        batch = logits.unsqueeze(0)  # [1, M, K]
+        targets = self.ibot_patch_loss.softmax_center_teacher(batch, teacher_temp).squeeze(0)
+        self.ibot_patch_loss.update_center(batch)
+        return targets
+
+    def student_outputs(self, images: Mapping[str, Any]) -> StudentOutputs:
         """The student sees the global crops with masks and the local crops without."""
-        global_crops, masks = images["collated_global_crops"], images["collated_masks"]
-        if self.n_local_crops > 0:
-            global_tokens, local_tokens = self._backbone(
-                "student", [global_crops, images["collated_local_crops"]], masks=[masks, None]
-            )
-            cls_tokens = torch.cat([global_tokens["x_norm_clstoken"], local_tokens["x_norm_clstoken"]])
-        else:
-            global_tokens = self._backbone("student", global_crops, masks=masks)
-            cls_tokens = global_tokens["x_norm_clstoken"]
+        global_tokens, local_tokens = self._student_tokens(images, self.n_local_crops > 0)
+        cls_tokens = global_tokens["x_norm_clstoken"]
+        n_global = len(cls_tokens)
+        if local_tokens is not None:
+            cls_tokens = torch.cat([cls_tokens, local_tokens["x_norm_clstoken"]])
         masked = self._masked_patches(global_tokens["x_norm_patchtokens"], images)
         cls_logits, patch_logits = self._heads("student", cls_tokens, masked)
 
-        n_global = global_crops.shape[0]
         global_logits = local_logits = None
         if cls_logits is not None:
             global_logits = cls_logits[:n_global]
-            local_logits = cls_logits[n_global:] if self.n_local_crops > 0 else None
+            local_logits = cls_logits[n_global:] if local_tokens is not None else None
         return StudentOutputs(global_tokens["x_norm_clstoken"], global_logits, local_logits, patch_logits)
 
+    def _student_tokens(
+        self, images: Mapping[str, Any], with_local_crops: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        if "seed" in images:
+            torch.manual_seed(images["seed"])
+        global_crops, masks = images["collated_global_crops"], images["collated_masks"]
+        if not with_local_crops:
+            return self._backbone("student", global_crops, masks=masks), None
+        crops = [global_crops, images["collated_local_crops"]]
+        global_tokens, local_tokens = self._backbone("student", crops, masks=[masks, None])
+        return global_tokens, local_tokens
+
+    @property
+    def compares_pictures(self) -> bool:
+        """Whether a loss compares features across the whole batch."""
+        return self.do_smooth_rank_loss or (self.do_koleo and self.cfg.dino.koleo_loss_distributed)
+
+    @torch.no_grad()
+    def _student_features(self, parts: Sequence[Mapping[str, Any]]) -> Tensor:
+        """CLS tokens of all parts ahead of the step proper, which costs a forward pass: [A, 2, B, D]."""
+        # Stochastic depth draws for all crops in turn, so the local ones have to be there to draw the same
+        with_local_crops = self.n_local_crops > 0 and self.cfg.student.drop_path_rate > 0
+        features = []
+        for part in parts:
+            with batch_share(part.get("share", BatchShare())):
+                tokens, _ = self._student_tokens(part, with_local_crops)
+            features.append(tokens["x_norm_clstoken"].unflatten(0, (N_GLOBAL_CROPS, -1)))
+        return torch.stack(features)
+
+    def _others(self, outputs: StudentOutputs, known: Tensor | None, number: int) -> Tensor | None:
+        """Features of all parts of all processes but part `number` of this one: [W*A - 1, 2, B, D], no gradient."""
+        if not self.compares_pictures:
+            return None
+        if known is None:
+            known = outputs.global_cls_tokens.detach().unflatten(0, (N_GLOBAL_CROPS, -1)).unsqueeze(0)  # [1, 2, B, D]
+        everyone = all_gather_rows(known)  # [W*A, 2, B, D]
+        own = get_rank() * len(known) + number
+        return torch.cat([everyone[:own], everyone[own + 1 :]])
+
     def losses(
-        self, targets: TeacherTargets, outputs: StudentOutputs, images: dict[str, Any]
+        self, targets: TeacherTargets, outputs: StudentOutputs, images: Mapping[str, Any], others: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar to differentiate, and the terms as they are shown."""
+        """The scalar to differentiate, and the terms as they are shown.
+
+        Args:
+            others: [W*A - 1, 2, B, D] features of the rest of the batch, where a loss compares pictures.
+        """
         total = outputs.global_cls_tokens.new_zeros((), dtype=torch.float32)
         shown: dict[str, Tensor] = {}
         weights = self.cfg.dino
@@ -210,12 +340,19 @@ class SSLMetaArch(nn.Module):
             total = total + weights.loss_weight * global_loss
         if self.do_koleo:
             # Within a view: the two views of a picture are meant to be near
-            views = outputs.global_cls_tokens.chunk(N_GLOBAL_CROPS)
-            koleo = weights.koleo_loss_weight * torch.stack([self.koleo_loss(view) for view in views]).sum()
+            if weights.koleo_loss_distributed:
+                assert others is not None, "losses() needs the rest of the batch"
+                koleo = _of_the_whole_batch(self._koleo_of_views, outputs.global_cls_tokens, others)
+            else:
+                koleo = self._koleo_of_views(outputs.global_cls_tokens.unflatten(0, (N_GLOBAL_CROPS, -1)))
+            koleo = weights.koleo_loss_weight * koleo
             shown["koleo_loss"] = koleo / N_GLOBAL_CROPS
             total = total + koleo
         if self.do_smooth_rank_loss:
-            rank_loss = weights.smooth_rank_loss_weight * smooth_rank_loss(outputs.global_cls_tokens)
+            assert others is not None, "losses() needs the rest of the batch"
+            rank_loss = weights.smooth_rank_loss_weight * _of_the_whole_batch(
+                lambda views: smooth_rank_loss(views.flatten(0, 1)), outputs.global_cls_tokens, others
+            )
             shown["smooth_rank_loss"] = rank_loss / N_GLOBAL_CROPS
             total = total + rank_loss
         if self.do_ibot:
@@ -230,6 +367,10 @@ class SSLMetaArch(nn.Module):
             total = total + self.cfg.ibot.loss_weight * patch_loss
         return total, shown
 
+    def _koleo_of_views(self, views: Tensor) -> Tensor:
+        """Sum over views [2, N, D] of the loss of each."""
+        return torch.stack([self.koleo_loss(view) for view in views]).sum()
+
     def backprop_loss(self, loss: Tensor) -> None:
         """Gradients of `loss`, scaled where the student computes in fp16."""
         (loss if self.fp16_scaler is None else self.fp16_scaler.scale(loss)).backward()
@@ -237,9 +378,27 @@ class SSLMetaArch(nn.Module):
     @torch.no_grad()
     def update_teacher(self, m: float) -> None:
         """teacher <- m * teacher + (1 - m) * student, for every parameter."""
-        teacher: list[Tensor] = list(self.teacher.parameters())
-        student: list[Tensor] = list(self.student.parameters())
-        torch._foreach_lerp_(teacher, student, 1.0 - m)
+        lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1.0 - m)
+
+    @torch.no_grad()
+    def teacher_state(self) -> dict[str, Tensor]:
+        """The teacher put together from its shards, fp32 on the CPU; every process has to ask, the main one gets it."""
+        state = {}
+        for name, value in self.teacher.state_dict().items():
+            tensor = whole(value)
+            if is_main_process():
+                state[name] = tensor.detach().to("cpu", torch.float32)
+        return state
+
+    @torch.no_grad()
+    def whole_teacher_backbone(self) -> DinoVisionTransformer:
+        """The teacher's backbone as a network that one process can use alone; every process has to ask for it."""
+        backbone = self.teacher_backbone
+        if not any(isinstance(parameter, DTensor) for parameter in backbone.parameters()):
+            return backbone
+        copy = build_backbone(architecture(backbone)).to(self.device).requires_grad_(False)
+        copy.load_state_dict({name: whole(value) for name, value in backbone.state_dict().items()})
+        return copy.eval()
 
     def apply_center_updates(self) -> None:
         """Finish the moving centers that still wait for their update, so that a checkpoint holds them."""
@@ -258,9 +417,9 @@ class SSLMetaArch(nn.Module):
 
     def _backbone(self, role: str, crops: Any, **kwargs: Any) -> Any:
         with self._precision(role, "backbone"):
-            return getattr(self, role)["backbone"](crops, is_training=True, **kwargs)
+            return self._callable[role, "backbone"](crops, is_training=True, **kwargs)
 
-    def _masked_patches(self, patch_tokens: Tensor, images: dict[str, Any]) -> Tensor | None:
+    def _masked_patches(self, patch_tokens: Tensor, images: Mapping[str, Any]) -> Tensor | None:
         """[M, D] tokens at the masked places of [2B, P, D]."""
         if not self.do_ibot:
             return None
@@ -270,24 +429,50 @@ class SSLMetaArch(nn.Module):
         self, role: str, cls_tokens: Tensor, masked_patches: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Logits of CLS tokens and of masked patches; a shared head sees both in one call."""
-        heads = getattr(self, role)
         if masked_patches is not None and not self.ibot_separate_head:
             with self._precision(role, "dino_head"):
-                logits = heads["dino_head"](torch.cat([cls_tokens, masked_patches]))
+                logits = self._callable[role, "dino_head"](torch.cat([cls_tokens, masked_patches]))
             cls_logits, patch_logits = logits.split([len(cls_tokens), len(masked_patches)])
             return (cls_logits if self.do_dino else None), patch_logits
         cls_logits = patch_logits = None
         if self.do_dino:
             with self._precision(role, "dino_head"):
-                cls_logits = heads["dino_head"](cls_tokens)
+                cls_logits = self._callable[role, "dino_head"](cls_tokens)
         if masked_patches is not None:
             with self._precision(role, "ibot_head"):
-                patch_logits = heads["ibot_head"](masked_patches)
+                patch_logits = self._callable[role, "ibot_head"](masked_patches)
         return cls_logits, patch_logits
 
     def _precision(self, role: str, part: str) -> torch.autocast:
         name = self.cfg.compute_precision[role][part].mixed_precision.param_dtype
         return autocast(name, self.device.type)
+
+
+def _joined(logits: Sequence[Tensor | None]) -> Tensor | None:
+    """The rows of all parts; a lone part is not copied."""
+    present = [part for part in logits if part is not None]
+    if len(present) <= 1:
+        return present[0] if present else None
+    return torch.cat(present)
+
+
+def _split_like(targets: Tensor | None, logits: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The rows of each part."""
+    if targets is None:
+        return [None] * len(logits)
+    return targets.split([len(part) for part in logits if part is not None])
+
+
+def _of_the_whole_batch(loss: Callable[[Tensor], Tensor], own_features: Tensor, others: Tensor) -> Tensor:
+    """`loss` of the features [2, N, D] of all parts, with the gradient that this part's own rows [2B, D] owe to it.
+
+    Averaging over the n parts divides that gradient by n, though each part has only its own rows' share of it: so the
+    gradient is taken n times, and the value once.
+    """
+    own = own_features.unflatten(0, (N_GLOBAL_CROPS, -1)).unsqueeze(0)  # [1, 2, B, D]
+    everyone = torch.cat([own, others.to(own.dtype)])  # [n, 2, B, D]
+    value = loss(everyone.transpose(0, 1).flatten(1, 2))  # of [2, n*B, D]
+    return value.detach() + len(everyone) * (value - value.detach())
 
 
 def _start_from(backbone: nn.Module, weights: str, cfg: Any) -> None:

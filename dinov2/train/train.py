@@ -2,10 +2,15 @@
 
     python dinov2/train/train.py --config-file dinov2/configs/train/custom.yaml \
         train.dataset_path=HemaStandardDataset:root=<folder with *.txt lists>:shuffle=1
+
+The same under `torchrun --nproc_per_node=N` and `srun` uses N processes. Ends with 0 when done, 1 when it failed, 2 for
+a wrong setting, and 75 when a signal (SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C) asked it to stop and its checkpoint is
+written: the same command then goes on.
 """
 
 import argparse
 import logging
+import math
 import sys
 import tempfile
 import time
@@ -16,83 +21,122 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from dinov2 import distributed
 from dinov2.data.datasets.hema_data import HemaStandardDataset
-from dinov2.distributed import get_rank, get_world_size
+from dinov2.distributed import Launch, StepAgreement
+from dinov2.distributed.watchdog import Watchdog
 from dinov2.fsdp.precision import resolve_precision
 from dinov2.logging import setup_logging
 from dinov2.models import fixed_settings
-from dinov2.train.batches import TrainBatches, build_augmentation, build_dataset, timed
+from dinov2.train.batches import TrainBatches, build_augmentation, build_dataset, resolve_batch_size, timed
 from dinov2.train.evaluation import TeacherEvaluation
+from dinov2.train.health import CollapseMonitor
 from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
 from dinov2.train.plan import describe_environment, describe_run
 from dinov2.train.run_folder import RunFolder, open_metrics, run_folder_path
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.utils.command import USER_ERRORS, text_of
+from dinov2.train.state import TrainState
+from dinov2.utils.command import REQUEUE_EXIT_CODE, USER_ERRORS, text_of
 from dinov2.utils.config import load_run_config, missing_keys
 from dinov2.utils.cores import available_cores
 from dinov2.utils.seeds import derive_seed
+from dinov2.utils.stop_signals import StopSignals
 
 logger = logging.getLogger("dinov2")
 
 
 def train(
     cfg: Any,
-    model: SSLMetaArch,
+    state: TrainState,
     dataset: HemaStandardDataset,
     evaluation: TeacherEvaluation,
     folder: RunFolder,
-    state: dict[str, Any] | None,
-) -> None:
-    """Pre-train up to optim.epochs, from the checkpoint `state` that `model` was restored from, or from the start."""
-    optimizer = build_optimizer(cfg.optim, model.get_params_groups())
-    schedules = Schedules(cfg, get_world_size())
-    guard = StepGuard(model.device)
-    start, stop = folder.restore_progress(state, model, optimizer, guard), schedules.n_iterations
-    logger.info("%s", describe_run(cfg, model, schedules, dataset))
-    batches = TrainBatches(cfg, dataset, model.device, start)
-    if start == 0:
-        evaluation.judge(model, folder.path, 0)  # what the untrained network can do
+    signals: StopSignals,
+) -> int:
+    """Pre-train from where `state` is up to optim.epochs; returns the exit code."""
+    model, optimizer, guard, progress = state.model, state.optimizer, state.guard, state.progress
+    schedules, agreement = Schedules(cfg), StepAgreement(model.device)
+    batches = TrainBatches(cfg, dataset, model.device)
+    teacher_is_written = True
 
-    with closing(open_metrics(cfg, folder.path, start, schedules)) as metrics:
-        for iteration, batch in zip(range(start, stop), timed(batches, metrics.add_data_time), strict=False):
+    with (
+        closing(open_metrics(cfg, folder.path, progress.iteration, schedules)) as metrics,
+        open_watchdog(cfg.train.hang_timeout_seconds) as watchdog,
+    ):
+        if progress.iteration == 0:  # what the untrained network can do
+            watchdog.beat(0, "evaluation", patient=True)
+            evaluation.judge(model, folder.path, 0)
+        stream = timed(batches.starting_at(progress.batch_number, progress.position), metrics.add_data_time)
+        while progress.iteration < schedules.n_iterations:
+            iteration = progress.iteration
+            watchdog.beat(iteration, "waiting for data")
+            parts = next(stream)
+            watchdog.beat(iteration, "step")
             now = schedules.at(iteration)
             now.apply_to(optimizer)
-            torch.manual_seed(derive_seed(cfg.train.seed, "step", iteration, get_rank()))  # stochastic depth
             optimizer.zero_grad(set_to_none=True)
-            losses = model.forward_backward(batch, teacher_temp=now.teacher_temp)
-            if model.fp16_scaler is not None:
-                model.fp16_scaler.unscale_(optimizer)
+            own_losses = model.forward_backward(parts, teacher_temp=now.teacher_temp)
+            shared = agreement.average({**own_losses, **model.statistics}, wants_stop=signals.received is not None)
+            losses = {name: shared.pop(name) for name in own_losses}
+            if state.scaler is not None:
+                state.scaler.unscale_(optimizer)
             norms = clip_gradients(model.student, max_norm=cfg.optim.clip_grad)
-            guard.step(optimizer, losses, norms, model.fp16_scaler)
+            guard.step(optimizer, losses, norms, state.scaler)
             model.update_teacher(now.teacher_momentum)  # teacher <- m * teacher + (1 - m) * student
+            progress.advance(schedules.global_batch_size)
 
-            done = iteration + 1
-            newest = metrics.update(iteration, now.shown(), guard.shown(losses, norms))
-            if newest is not None:
-                guard.stop_if_stuck(newest, cfg.train.max_bad_steps_in_row)
+            rows = metrics.update(iteration, now.shown(), {**guard.shown(losses, norms), **shared})
+            if rows:
+                batches.bad_images.settle()
+                state.monitor.check(rows)
+                if guard.is_stuck(rows[-1], cfg.train.max_bad_steps_in_row):
+                    folder.go_back(state, rows[-1])
+                    metrics.go_back_to(progress.iteration)
+                    stream = timed(batches.starting_at(progress.batch_number, progress.position), metrics.add_data_time)
+                    continue
             # The checkpoint comes last: a run that is killed in an evaluation takes it up again
-            if evaluation.is_due(done) or done == stop:
+            is_last, must_stop = progress.iteration == schedules.n_iterations, agreement.stop_agreed()
+            if is_last or (evaluation.is_due(progress.iteration) and not must_stop):
+                watchdog.beat(iteration, "evaluation", patient=True)
                 with metrics.interruption():
-                    evaluation.run(model, folder.path, done)
-            if folder.checkpoint_is_due(done) or done == stop:
+                    teacher_is_written = evaluation.run(model, folder.path, progress.iteration)
+            if is_last or must_stop or folder.checkpoint_is_due(progress.iteration):
+                watchdog.beat(iteration, "checkpoint", patient=True)
                 with metrics.interruption():
-                    folder.save(done, model, optimizer, guard)
+                    folder.save(state, wait=is_last or must_stop)
+            if must_stop and not is_last:
+                logger.warning("stopped after iteration %d, as asked; the same command goes on", progress.iteration)
+                return REQUEUE_EXIT_CODE
+        is_saved = folder.checkpointer.wait()
     if model.device.type == "cuda":
         logger.info("peak memory %.2f GiB", torch.cuda.max_memory_allocated(model.device) / 2**30)
+    if not (is_saved and teacher_is_written):
+        logger.error("trained to the end, but its last files could not be written (see above)")
+        return 1
     logger.info("done: %s holds config.yaml, training_metrics.json, checkpoints and eval/", folder.path)
+    return 0
+
+
+def open_watchdog(timeout_seconds: float) -> Watchdog:
+    """Ends the run when it hangs, and names the process that does; 0 seconds: never."""
+    return Watchdog(
+        distributed.get_global_store(),
+        distributed.get_rank(),
+        distributed.get_world_size(),
+        timeout_seconds or math.inf,
+    )
 
 
 def dry_run(cfg: Any, model: SSLMetaArch, dataset: HemaStandardDataset) -> None:
-    """Say what the run would do, and time two steps of it; nothing is written."""
-    schedules = Schedules(cfg, get_world_size())
-    logger.info("%s", describe_run(cfg, model, schedules, dataset))
+    """Time two steps; nothing is written."""
+    schedules = Schedules(cfg)
     now, seconds = schedules.at(0), 0.0
     with tempfile.TemporaryDirectory() as scratch:
         batches = TrainBatches(OmegaConf.merge(cfg, {"train": {"output_dir": scratch}}), dataset, model.device)
-        for _, batch in zip(range(2), batches, strict=False):  # the first step also warms the device up
+        for _, parts in zip(range(2), batches.starting_at(), strict=False):  # the first also warms the device up
             started = time.perf_counter()
-            losses = model.forward_backward(batch, teacher_temp=now.teacher_temp)
+            losses = model.forward_backward(parts, teacher_temp=now.teacher_temp)
             values = {name: value.item() for name, value in losses.items()}
             seconds = time.perf_counter() - started
     logger.info("one step works: %s", "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
@@ -102,19 +146,32 @@ def dry_run(cfg: Any, model: SSLMetaArch, dataset: HemaStandardDataset) -> None:
     )
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that train.device means."""
+def pick_device(name: str, launch: Launch | None) -> torch.device:
+    """The device that train.device means for this process: of several on a node, each takes the GPU of its number."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"train.device={name}, but PyTorch sees no CUDA device; set train.device=auto or cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"train.device must be auto, cpu, cuda or cuda:<n>, found {name!r}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"train.device={name}, but there are only {torch.cuda.device_count()} CUDA devices")
-    return device
+    if device.type != "cuda":
+        return device
+    n_devices = torch.cuda.device_count()
+    if launch is None:
+        index = device.index or 0
+    elif device.index is not None and launch.local_world_size > 1:
+        raise ValueError(f"train.device={name} is one GPU for {launch.local_world_size} processes; set it to auto")
+    else:
+        # a SLURM step may show each of its processes only its own GPU
+        index = 0 if n_devices == 1 and launch.launcher == "slurm" else launch.local_rank
+    if index >= n_devices:
+        raise ValueError(
+            f"this process needs CUDA device {index}, but there are only {n_devices}; start as many processes a node "
+            "as it has GPUs, or set train.device"
+        )
+    return torch.device("cuda", index)
 
 
 def resolve_arch(cfg: DictConfig) -> None:
@@ -139,20 +196,41 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) -> int:
+    """Run the command; returns its exit code. `signals` then tells which signal stopped it, if one did."""
     args = parse_arguments(argv)
-    setup_logging()
     try:
-        cfg = load_run_config(args.config_file, args.overrides, resolve_arch)
+        with signals or StopSignals() as active:
+            return run(args, active)
+    finally:
+        distributed.disable()
+
+
+def run(args: argparse.Namespace, signals: StopSignals) -> int:
+    """Set up, then train, evaluate or try a step; returns the exit code."""
+    try:
+        launch = distributed.read_launch()
+        setup_logging(rank=launch.rank if launch else 0)
+        world_size = launch.world_size if launch else 1
+
+        def resolve(cfg: DictConfig) -> None:
+            resolve_arch(cfg)
+            resolve_batch_size(cfg.train, world_size)
+
+        cfg = load_run_config(args.config_file, args.overrides, resolve)
         missing = [key for key in missing_keys(cfg) if not (args.eval_only and key == "train.dataset_path")]
         if missing:
             raise ValueError(f"no value for {', '.join(missing)}; add {missing[0]}=<value> to the command or the file")
-        device = pick_device(cfg.train.device)
+        device = pick_device(cfg.train.device, launch)
         resolve_precision(cfg.compute_precision, device.type)
         if cfg.train.num_workers > available_cores():
             logger.info("train.num_workers=%d becomes %d, the cores here", cfg.train.num_workers, available_cores())
             cfg.train.num_workers = available_cores()
-        folder = RunFolder(cfg, run_folder_path(args.output_dir, args.name, args.config_file))
+        if launch is not None:
+            # The watchdog is to notice first, and to say more; without one, a dead peer still ends the wait
+            distributed.enable(launch, device, timeout_seconds=max(1800, 4 * cfg.train.hang_timeout_seconds))
+        path = distributed.on_main_process(lambda: run_folder_path(args.output_dir, args.name, args.config_file))
+        folder = RunFolder(cfg, path)
         evaluation = TeacherEvaluation(cfg)
         dataset = None if args.eval_only else build_dataset(cfg)
         build_augmentation(cfg)  # here its settings are checked
@@ -162,22 +240,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.info("%s", describe_environment(cfg))
         torch.manual_seed(derive_seed(cfg.train.seed, "weights"))
         model = SSLMetaArch(cfg).to(device)
-        state = None if args.dry_run else folder.restore(model, must_exist=args.eval_only)
+        model.prepare_for_distributed_training(launch.n_nodes if launch else 1)
+        if args.eval_only:
+            iteration = folder.restore_networks(model)
+        elif not args.dry_run:
+            state = TrainState(
+                model,
+                build_optimizer(cfg.optim, model.get_params_groups()),
+                StepGuard(device, cfg.train.max_loss_spike),
+                CollapseMonitor(cfg, Schedules(cfg).n_iterations),
+            )
+            folder.restore(state)
     except USER_ERRORS as error:
         logger.error("%s", text_of(error))
         return 2
     try:
         if dataset is None:
-            assert state is not None, "restore(must_exist=True) raises where there is no checkpoint"
-            evaluation.run(model, folder.path, state["iteration"])
-        elif args.dry_run:
+            return 0 if evaluation.run(model, folder.path, iteration) else 1
+        logger.info("%s", describe_run(cfg, model, dataset))
+        if args.dry_run:
             dry_run(cfg, model, dataset)
-        else:
-            train(cfg, model, dataset, evaluation, folder, state)
-    except (RuntimeError, FloatingPointError) as error:
+            return 0
+        return train(cfg, state, dataset, evaluation, folder, signals)
+    except (RuntimeError, FloatingPointError, OSError) as error:
         logger.exception("the run stopped: %s", error)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -5,7 +5,10 @@ from collections.abc import Callable
 
 logger = logging.getLogger("dinov2")
 
-USER_ERRORS = (FileNotFoundError, KeyError, ValueError, PermissionError, NotADirectoryError)
+USER_ERRORS = (FileNotFoundError, KeyError, ValueError, PermissionError, NotADirectoryError, ConnectionError)
+
+# Exit code of a run that was told to stop and wrote a checkpoint: the same command goes on from there (EX_TEMPFAIL)
+REQUEUE_EXIT_CODE = 75
 
 
 def text_of(error: BaseException) -> str:

@@ -30,6 +30,8 @@ _RETIRED = {"train.cache_dataset": "pictures are read from the lists; there is n
 # What a key may hold besides null, where the default is null.
 _NULLABLE: dict[str, type] = {
     "train.image_size": int,
+    "train.accumulation_steps": int,
+    "train.global_batch_size": int,
     "train.wandb.entity": str,
     "student.embed_dim": int,
     "student.depth": int,
@@ -55,12 +57,18 @@ _CHOICES: dict[str, Sequence[str]] = {
 # Inclusive bounds (low, high) of numbers and of the members of lists; None: unbounded.
 _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "train.batch_size_per_gpu": (1, None),
+    "train.accumulation_steps": (1, None),
+    "train.global_batch_size": (1, None),
     "train.OFFICIAL_EPOCH_LENGTH": (1, None),
     "train.num_workers": (0, None),
     "train.image_size": (1, None),
     "train.max_bad_fraction": (0, 1),
     "train.max_bad_steps_in_row": (1, None),
+    "train.max_rollbacks": (0, None),
+    "train.max_loss_spike": (0, None),
+    "train.hang_timeout_seconds": (0, None),
     "train.saveckp_freq": (0, None),
+    "train.milestone_freq": (0, None),
     "train.keep_checkpoints": (1, None),
     "train.log_period": (1, None),
     "dino.loss_weight": (0, None),
@@ -314,7 +322,10 @@ def _check_together(cfg: DictConfig) -> None:
             raise ValueError(f"{key} must be [smallest, largest], found [{low}, {high}]")
     if cfg.dino.loss_weight == 0 and cfg.ibot.loss_weight == 0:
         raise ValueError("dino.loss_weight and ibot.loss_weight are both 0: nothing would be learned; set one of them")
-    if cfg.dino.koleo_loss_weight > 0 and cfg.train.batch_size_per_gpu < 2:
+    compared = cfg.train.batch_size_per_gpu
+    if cfg.dino.koleo_loss_distributed:
+        compared = cfg.train.global_batch_size or compared * (cfg.train.accumulation_steps or 1)
+    if cfg.dino.koleo_loss_weight > 0 and compared < 2:
         raise ValueError(
             "dino.koleo_loss_weight needs two pictures to compare: train.batch_size_per_gpu must be at least 2"
         )

@@ -1,56 +1,170 @@
-"""Checkpoints: the newest few, checked when read."""
+"""Checkpoints: complete or not there, the newest few kept, checked when read."""
+
+import errno
+import json
+import logging
+import os
+import pickle
 
 import pytest
 import torch
 
-from dinov2.fsdp.checkpoint import Checkpointer
+from dinov2.fsdp.checkpoint import Checkpointer, _CheckedWriter
 
 
-def fill(folder, *iterations, keep=2):
-    checkpoints = Checkpointer(folder, keep)
+def fill(folder, *iterations, keep=2, milestone_period=0):
+    checkpoints = Checkpointer(folder, keep, milestone_period)
     for iteration in iterations:
-        checkpoints.save(iteration, {"weight": torch.full((3,), float(iteration))})
+        checkpoints.save(
+            iteration, {"net": {"weight": torch.full((3,), float(iteration))}}, {"position": 4 * iteration}
+        )
+    assert checkpoints.wait()
     return checkpoints
 
 
-def test_the_newest_is_loaded_and_old_ones_go(tmp_path):
+def weight_of(checkpoints, path):
+    tensors = {"net": {"weight": torch.zeros(3)}}
+    checkpoints.load(path, tensors)
+    return tensors["net"]["weight"].tolist()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_newest_is_read_and_old_ones_go(tmp_path):
     checkpoints = fill(tmp_path, 5, 10, 100)
-    assert [p.name for p in checkpoints.paths()] == ["iteration_0000010.pth", "iteration_0000100.pth"]
-    assert checkpoints.load_latest()["iteration"] == 100
+    assert names(tmp_path) == ["iteration_0000010", "iteration_0000100"]
+    path, numbers = checkpoints.newest()
+    assert numbers == {"iteration": 100, "position": 400}
+    assert weight_of(checkpoints, path) == [100.0] * 3
+    path, numbers = checkpoints.newest(before=99)
+    assert numbers["iteration"] == 10
 
 
-def test_what_a_killed_write_left_behind_is_removed(tmp_path):
-    (tmp_path / ".iteration_0000005.pth.abc.tmp").write_bytes(b"half")
+def test_milestones_stay(tmp_path):
+    fill(tmp_path, *range(5, 55, 5), keep=1, milestone_period=20)
+    assert names(tmp_path) == ["iteration_0000020", "iteration_0000040", "iteration_0000050"]
+
+
+def test_what_is_saved_is_the_moment_of_saving(tmp_path):
+    checkpoints, weight = Checkpointer(tmp_path, 2), torch.ones(100_000)
+    checkpoints.save(1, {"weight": weight}, {})
+    weight.zero_()  # training goes on while the file is written
+    checkpoints.wait()
+    restored = {"weight": torch.zeros(100_000)}
+    checkpoints.load(checkpoints.path_of(1), restored)
+    assert restored["weight"].min() == 1
+
+
+def test_what_a_killed_write_left_behind_is_not_read_and_goes(tmp_path):
+    torn = tmp_path / ".iteration_0000005.tmp"
+    torn.mkdir(parents=True)
+    (torn / "__0_0.distcp").write_bytes(b"half")
+    assert Checkpointer(tmp_path, 2).newest() is None
     fill(tmp_path, 10)
-    assert [p.name for p in tmp_path.iterdir()] == ["iteration_0000010.pth"]
+    assert names(tmp_path) == ["iteration_0000010"]
 
 
 def test_none_in_an_empty_folder(tmp_path):
-    assert Checkpointer(tmp_path / "none", 2).load_latest() is None
+    assert Checkpointer(tmp_path / "none", 2).newest() is None
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "other"])
-def test_a_damaged_one_is_passed_over(tmp_path, damage):
-    checkpoints = fill(tmp_path, 5, 10)
-    newest = checkpoints.paths()[-1]
-    if damage == "cut":
-        newest.write_bytes(newest.read_bytes()[:100])
-    elif damage == "text":
-        newest.write_text("not a checkpoint")
+def damage(path, kind):
+    data = path / "__0_0.distcp"
+    if kind == "cut":
+        os.truncate(data, data.stat().st_size // 2)
+    elif kind == "missing":
+        data.unlink()
+    elif kind == "one bit":
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 1
+        data.write_bytes(content)
+    elif kind == "numbers":
+        (path / "run.json").write_text("{}")
+    elif kind == "no checksums":
+        for file in path.glob("checksums_*"):
+            file.unlink()
     else:
-        torch.save({"iteration": 3}, newest)
-    assert checkpoints.load_latest()["iteration"] == 5
+        (path / "checksums_0.json").write_text("no json")
+
+
+@pytest.mark.parametrize("kind", ["cut", "missing", "one bit", "numbers", "no checksums", "bad checksums"])
+def test_a_damaged_one_is_passed_over_and_said(tmp_path, caplog, kind):
+    checkpoints = fill(tmp_path, 5, 10)
+    damage(tmp_path / "iteration_0000010", kind)
+    with caplog.at_level(logging.WARNING, "dinov2"):
+        path, numbers = checkpoints.newest()
+    assert numbers["iteration"] == 5
+    assert weight_of(checkpoints, path) == [5.0] * 3
+    assert "iteration_0000010 is damaged" in caplog.text
 
 
 def test_nothing_readable_is_an_error_not_a_fresh_start(tmp_path):
     checkpoints = fill(tmp_path, 5)
-    checkpoints.paths()[0].write_bytes(b"")
+    damage(tmp_path / "iteration_0000005", "cut")
     with pytest.raises(ValueError, match="none of the 1 checkpoints"):
-        checkpoints.load_latest()
+        checkpoints.newest()
 
 
-def test_pickled_code_is_not_run(tmp_path):
-    checkpoints = Checkpointer(tmp_path, 2)
-    torch.save({"iteration": 1, "payload": Checkpointer}, tmp_path / "iteration_0000001.pth")
+def test_those_after_the_one_gone_on_from_no_longer_count(tmp_path):
+    checkpoints = fill(tmp_path, 5, 10)
+    checkpoints.set_aside_after(5)
+    assert [path.name for path in checkpoints.paths()] == ["iteration_0000005"]
+    assert any(name.startswith("unused_iteration_0000010") for name in names(tmp_path))
+    fill(tmp_path, 7, keep=1)
+    assert [path.name for path in checkpoints.paths()] == ["iteration_0000007"]
+
+
+def test_a_checkpoint_written_again_replaces_the_first(tmp_path):
+    checkpoints = fill(tmp_path, 5)
+    checkpoints.save(5, {"net": {"weight": torch.zeros(3)}}, {})
+    checkpoints.wait()
+    assert weight_of(checkpoints, checkpoints.path_of(5)) == [0.0] * 3
+    assert names(tmp_path) == ["iteration_0000005"]
+
+
+@pytest.mark.parametrize("step", ["write_data", "finish"])
+def test_a_write_that_fails_leaves_the_last_good_one_and_says_so(tmp_path, monkeypatch, caplog, step):
+    checkpoints = fill(tmp_path, 5)
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.ERROR, "dinov2"):
+        patch.setattr(_CheckedWriter, step, refuse)
+        checkpoints.save(10, {"net": {"weight": torch.ones(3)}}, {})
+        assert not checkpoints.wait()
+    assert "could not be written" in caplog.text
+    assert "No space left" in caplog.text
+    assert "iteration_0000005 is the last good one" in caplog.text
+    assert checkpoints.newest()[1]["iteration"] == 5
+    checkpoints.save(15, {"net": {"weight": torch.ones(3)}}, {})
+    assert checkpoints.wait()
+    assert names(tmp_path) == ["iteration_0000005", "iteration_0000015"]
+
+
+@pytest.mark.parametrize("tensors", [{"net": {"weight": torch.zeros(4)}}, {"net": {"bias": torch.zeros(3)}}])
+def test_other_names_and_shapes_are_errors(tmp_path, tensors):
+    checkpoints = fill(tmp_path, 5)
+    with pytest.raises(ValueError, match=r"iteration_0000005: .*(weight|bias)"):
+        checkpoints.load(checkpoints.path_of(5), tensors)
+
+
+def test_a_changed_metadata_file_is_not_unpickled(tmp_path):
+    checkpoints = fill(tmp_path, 5)
+    marker = tmp_path / "ran"
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(marker),)
+
+    (tmp_path / "iteration_0000005" / ".metadata").write_bytes(pickle.dumps(Payload()))
     with pytest.raises(ValueError, match="can be read"):
-        checkpoints.load_latest()
+        checkpoints.newest()
+    assert not marker.exists()
+
+
+def test_the_numbers_are_plain_json(tmp_path):
+    fill(tmp_path, 5)
+    assert json.loads((tmp_path / "iteration_0000005" / "run.json").read_text()) == {"iteration": 5, "position": 20}

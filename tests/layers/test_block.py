@@ -63,7 +63,7 @@ def test_dropped_samples_cost_no_computation(formulas, batches, rate, as_list):
 
 def test_kept_samples_get_the_scaled_residual_and_the_others_nothing(formulas, batches, monkeypatch):
     x = batches[0]
-    choices = iter([torch.tensor([2, 0, 3]), torch.tensor([1, 2, 3])])
+    choices = iter([(torch.tensor([2, 0, 3]), 4 / 3), (torch.tensor([1, 2, 3]), 4 / 3)])
     monkeypatch.setattr(block_module, "choose_samples", lambda *_: next(choices))
     block = make(formulas, drop_path=0.25)
     out = block(x)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dinov2.layers import block as block_module
+from dinov2.layers.drop_path import n_kept_samples
 from dinov2.models.vision_transformer import (
     DinoVisionTransformer,
     resize_pos_embed,
@@ -129,10 +130,11 @@ def test_recorded_list_forward(formulas, golden_arrays, golden_json):
 def test_recorded_stochastic_depth(formulas, golden_arrays, golden_json, monkeypatch):
     calls = []
 
-    def choose(n_samples, n_kept, device):
+    def choose(n_samples, drop_rate, device):
         order = np.argsort(formulas.u01(f"perm/{len(calls)}", n_samples), kind="stable")
         calls.append(n_samples)
-        return torch.from_numpy(order[:n_kept])
+        n_kept = n_kept_samples(n_samples, drop_rate)
+        return torch.from_numpy(order[:n_kept]), n_samples / n_kept
 
     monkeypatch.setattr(block_module, "choose_samples", choose)
     model = formulas.fill_(tiny(drop_path_rate=0.5, drop_path_uniform=True), "golden/base").train()

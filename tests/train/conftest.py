@@ -14,11 +14,16 @@ TINY = [
 ]
 
 
-@pytest.fixture
-def tiny_overrides():
+@pytest.fixture(scope="session")
+def make_tiny_overrides():
     """Arguments that shrink any recipe to a run of four iterations on the lists in `folder`."""
 
     def make(folder, *more: str) -> list[str]:
         return [f"train.dataset_path=HemaStandardDataset:root={folder}:shuffle=1", *TINY, *more]
 
     return make
+
+
+@pytest.fixture
+def tiny_overrides(make_tiny_overrides):
+    return make_tiny_overrides

@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 
 from dinov2.configs import dinov2_default_config
 from dinov2.data.augmentations import DINO_SETTINGS, HEMA_SETTINGS
-from dinov2.train.batches import TrainBatches, build_dataset
+from dinov2.layers.drop_path import BatchShare
+from dinov2.train.batches import TrainBatches, build_dataset, resolve_batch_size
 from dinov2.utils.config import load_run_config
 
 
@@ -20,16 +21,18 @@ def test_the_config_states_the_presets_of_the_classes(name, preset):
 
 
 def batches(cfg, start, n):
-    iterator = iter(TrainBatches(cfg, build_dataset(cfg), torch.device("cpu"), start))
-    return [next(iterator) for _ in range(n)]
+    loader = TrainBatches(cfg, build_dataset(cfg), torch.device("cpu"))
+    iterator = loader.starting_at(start, start * cfg.train.global_batch_size)
+    return [part for _ in range(n) for part in next(iterator)]
 
 
 @pytest.fixture
 def config(tmp_path, picture_list, tiny_overrides):
-    def make(n_pictures: int, *more: str):
+    def make(n_pictures: int, *more: str, world_size: int = 1):
         if n_pictures not in folders:
             folders[n_pictures] = picture_list(n=n_pictures)
         cfg = load_run_config(None, tiny_overrides(folders[n_pictures], *more))
+        resolve_batch_size(cfg.train, world_size)
         cfg.train.output_dir = str(tmp_path)
         return cfg
 
@@ -44,13 +47,16 @@ def test_a_batch_is_a_function_of_seed_and_number(config, workers):
     for ours, theirs in zip(tail, whole[2:], strict=True):
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
-            torch.testing.assert_close(value, theirs[key], rtol=0, atol=0)
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(value, theirs[key], rtol=0, atol=0)
+            else:
+                assert value == theirs[key]
     assert not torch.equal(whole[0]["collated_global_crops"], whole[1]["collated_global_crops"])
 
 
 def test_processes_share_the_batch_that_one_process_would_have(config, monkeypatch):
     (whole,) = batches(config(8, "train.batch_size_per_gpu=4"), 0, 1)
-    half = config(8, "train.batch_size_per_gpu=2")
+    half = config(8, "train.batch_size_per_gpu=2", world_size=2)
     for rank in range(2):
         for module in ("dinov2.train.batches", "dinov2.data.samplers", "dinov2.data.loaders"):
             monkeypatch.setattr(f"{module}.get_rank", lambda rank=rank: rank)
@@ -59,3 +65,41 @@ def test_processes_share_the_batch_that_one_process_would_have(config, monkeypat
         for key, views in (("collated_global_crops", 2), ("collated_masks", 2), ("collated_local_crops", 8)):
             expected = whole[key].unflatten(0, (views, -1))[:, rank::2].flatten(0, 1)
             torch.testing.assert_close(part[key], expected, rtol=0, atol=0)
+        assert (part["seed"], part["share"]) == (whole["seed"], BatchShare(rank, 2))
+
+
+def test_parts_share_the_batch_that_one_process_would_have_at_once(config):
+    (whole,) = batches(config(8), 0, 1)
+    parts = batches(config(8, "train.batch_size_per_gpu=2", "train.global_batch_size=4"), 0, 1)
+    assert [part["share"] for part in parts] == [BatchShare(0, 2), BatchShare(1, 2)]
+    for number, part in enumerate(parts):
+        for key, views in (("collated_global_crops", 2), ("collated_masks", 2), ("collated_local_crops", 8)):
+            expected = whole[key].unflatten(0, (views, -1))[:, number::2].flatten(0, 1)
+            torch.testing.assert_close(part[key], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "world_size", "settled"),  # (batch_size_per_gpu, accumulation_steps, global_batch_size)
+    [
+        ((4, None, None), 2, (4, 1, 8)),
+        ((4, 3, None), 2, (4, 3, 24)),
+        ((64, None, 48), 4, (12, 1, 48)),
+        ((8, None, 48), 2, (8, 3, 48)),
+        ((5, None, 48), 2, (4, 6, 48)),
+        ((64, 4, 48), 2, (6, 4, 48)),
+    ],
+)
+def test_a_step_keeps_its_pictures_however_many_processes_share_them(given, world_size, settled):
+    names = ("batch_size_per_gpu", "accumulation_steps", "global_batch_size")
+    train = OmegaConf.create(dict(zip(names, given, strict=True)))
+    resolve_batch_size(train, world_size)
+    assert tuple(train[name] for name in names) == settled
+
+
+def test_a_batch_that_does_not_divide_is_an_error_with_one_that_does():
+    train = OmegaConf.create({"batch_size_per_gpu": 4, "accumulation_steps": None, "global_batch_size": 16})
+    with pytest.raises(ValueError, match="do not spread evenly over 3 processes; 15 would"):
+        resolve_batch_size(train, 3)
+    train.accumulation_steps = 3
+    with pytest.raises(ValueError, match="leave accumulation_steps at null"):
+        resolve_batch_size(train, 2)

@@ -1,18 +1,21 @@
 """The guard in front of the optimizer, and clipping."""
 
+import re
+
 import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
+from dinov2.train.optimizer import LossScaler, StepGuard, build_optimizer, clip_gradients
 
 
 @pytest.fixture
 def setting():
     module = nn.ModuleDict({"backbone": nn.Linear(3, 3), "dino_head": nn.Linear(3, 2)})
     optim = OmegaConf.create({"adamw_beta1": 0.9, "adamw_beta2": 0.999})
-    optimizer = build_optimizer(optim, [{"params": list(module.parameters()), "lr": 0.1, "weight_decay": 0.1}])
+    optimizer = build_optimizer(optim, [{"params": list(module.parameters()), "weight_decay": 0.1}])
+    optimizer.param_groups[0]["lr"] = 0.1
     return module, optimizer, StepGuard(torch.device("cpu"))
 
 
@@ -24,7 +27,7 @@ def step(setting, loss: float, gradient: float) -> None:
 
 
 def snapshot(setting) -> list[torch.Tensor]:
-    module, optimizer, _ = setting
+    module, optimizer, *_ = setting
     moments = [v for state in optimizer.state.values() for v in state.values()]
     return [value.clone() for value in [*module.parameters(), *moments]]
 
@@ -40,22 +43,58 @@ def test_a_bad_step_changes_neither_weights_nor_moments(setting, loss, gradient)
     assert not torch.equal(snapshot(setting)[0], before[0])
 
 
-def test_bad_steps_are_counted_and_stop_the_run_when_they_do_not_end(setting):
+def test_bad_steps_are_counted_and_a_streak_is_noticed(setting):
     *_, guard = setting
     for loss in (float("nan"), 1.0, float("nan"), float("nan")):
         step(setting, loss, 1.0)
-    shown = {name: value.item() for name, value in guard.shown({"ibot_loss": torch.tensor(2.0)}, {}).items()}
-    assert (shown["skipped_steps"], shown["longest_skipped_in_row"]) == (3, 2)
-    guard.stop_if_stuck({"iteration": 3, **shown}, max_in_row=3)
+
+    def newest() -> dict[str, float]:
+        shown = {name: value.item() for name, value in guard.shown({"ibot_loss": torch.tensor(2.0)}, {}).items()}
+        return {"iteration": 3, **shown}
+
+    assert (newest()["skipped_steps"], newest()["longest_skipped_in_row"]) == (3, 2)
+    assert not guard.is_stuck(newest(), max_in_row=3)
     step(setting, 1.0, 1.0)  # a good step before the log looks does not hide a bad stretch
-    shown = {name: value.item() for name, value in guard.shown({"ibot_loss": torch.tensor(2.0)}, {}).items()}
-    with pytest.raises(FloatingPointError, match=r"iteration 3, rank 0: 2 steps in a row.*ibot_loss=2\.0"):
-        guard.stop_if_stuck({"iteration": 3, **shown}, max_in_row=2)
+    assert guard.is_stuck(newest(), max_in_row=2)
+    assert re.search(r"iteration 3, rank 0: 2 steps in a row.*ibot_loss=2\.0", guard.describe(newest()))
+    guard.forget_streak()
+    assert not guard.is_stuck(newest(), max_in_row=1)
+
+
+def losses_with_a_leap(n_before: int, leap: float) -> list[float]:
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.1 * torch.randn(n_before, generator=generator)
+    return [*(10 - 0.01 * torch.arange(n_before) + noise).tolist(), leap]
+
+
+@pytest.mark.parametrize(
+    ("n_before", "leap", "max_spike", "skipped"),
+    [(100, 30.0, 10.0, 1), (100, 10.5, 10.0, 0), (100, 30.0, 0.0, 0), (20, 30.0, 10.0, 0), (100, 3.0, 10.0, 0)],
+    ids=["leap", "noise", "switched off", "too early to tell", "a fall"],
+)
+def test_a_leap_of_the_loss_skips_the_step(setting, n_before, leap, max_spike, skipped):
+    module, optimizer, _ = setting
+    guard = StepGuard(torch.device("cpu"), max_spike)
+    for loss in losses_with_a_leap(n_before, leap):
+        before = snapshot((module, optimizer, guard))
+        step((module, optimizer, guard), loss, 1.0)
+    assert guard.skipped.item() == skipped
+    changed = any(not torch.equal(a, b) for a, b in zip(snapshot((module, optimizer, guard)), before, strict=True))
+    assert changed == (skipped == 0)
+
+
+def test_a_loss_that_stays_on_its_new_level_is_believed(setting):
+    module, optimizer, _ = setting
+    guard = StepGuard(torch.device("cpu"), max_spike=10.0)
+    for loss in [*losses_with_a_leap(100, 14.0), *[14.0] * 30]:
+        step((module, optimizer, guard), loss, 1.0)
+    assert 0 < guard.skipped.item() < 15
+    assert guard.skipped_in_row.item() == 0
 
 
 def test_an_overflow_under_the_fp16_scaler_skips_the_step_and_lowers_the_scale(setting):
     module, optimizer, guard = setting
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = LossScaler(scale=1024.0, growth_interval=3)
 
     def scaled_step(factor: float) -> None:
         optimizer.zero_grad()
@@ -68,10 +107,34 @@ def test_an_overflow_under_the_fp16_scaler_skips_the_step_and_lowers_the_scale(s
     before = snapshot(setting)
     scaled_step(1e38)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(snapshot(setting), before, strict=True))
-    assert scaler.get_scale() == 512.0
+    assert scaler.scale_factor.item() == 512.0
     assert guard.skipped.item() == 1
     scaled_step(1.0)
     assert not torch.equal(snapshot(setting)[0], before[0])
+
+
+def test_the_loss_scale_moves_as_pytorchs_scaler_moves_it():
+    ours, theirs = LossScaler(scale=64.0, growth_interval=3), torch.amp.GradScaler("cpu", 64.0, growth_interval=3)
+    parameter = torch.nn.Parameter(torch.ones(()))
+    optimizer = torch.optim.SGD([parameter], lr=0.0)
+    for overflows in (0, 0, 0, 0, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0):
+        theirs.scale(parameter * (float("inf") if overflows else 1.0)).backward()
+        theirs.step(optimizer)
+        theirs.update()
+        optimizer.zero_grad()
+        ours.update(torch.tensor(float(overflows)))
+        assert ours.scale_factor.item() == theirs.get_scale()
+
+
+def test_every_parameter_has_moments_before_the_first_step():
+    module = nn.Linear(3, 2)
+    before = [p.clone() for p in module.parameters()]
+    optim = OmegaConf.create({"adamw_beta1": 0.9, "adamw_beta2": 0.999})
+    optimizer = build_optimizer(optim, [{"params": list(module.parameters()), "weight_decay": 0.1}])
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), before, strict=True))
+    for parameter in module.parameters():
+        assert all(not value.any() for value in optimizer.state[parameter].values())
+        assert parameter.grad is None
 
 
 def test_each_sub_network_is_clipped_for_itself(setting):

@@ -2,8 +2,15 @@
 
 import pytest
 
+from dinov2.train.batches import resolve_batch_size
 from dinov2.train.schedules import CosineScheduler, Schedules
 from dinov2.utils.config import load_run_config
+
+
+def settle(cfg):
+    """What train.py does for a lone process."""
+    resolve_batch_size(cfg.train, world_size=1)
+
 
 OVERRIDES = {
     "dinobloom": ["teacher.momentum_teacher=0.994", "optim.weight_decay_end=0.2"],
@@ -19,7 +26,7 @@ def schedules_of(golden: dict, style: str) -> Schedules:
         f"optim.base_lr={golden['base_lr']}",
         "train.batch_size_per_gpu=120",
     ]
-    return Schedules(load_run_config(None, keys + OVERRIDES[style]))
+    return Schedules(load_run_config(None, keys + OVERRIDES[style], settle))
 
 
 @pytest.mark.parametrize("style", ["dinobloom", "dinov2"])
@@ -49,8 +56,8 @@ def test_freeze_comes_before_warmup():
 
 def test_a_warmup_longer_than_the_run_is_an_error():
     with pytest.raises(ValueError, match=r"optim\.warmup_epochs"):
-        Schedules(load_run_config(None, ["optim.epochs=2", "optim.warmup_epochs=3"]))
+        Schedules(load_run_config(None, ["optim.epochs=2", "optim.warmup_epochs=3"], settle))
 
 
 def test_the_unscaled_rule_leaves_base_lr():
-    assert Schedules(load_run_config(None, ["optim.scaling_rule=none", "optim.base_lr=0.01"])).peak_lr == 0.01
+    assert Schedules(load_run_config(None, ["optim.scaling_rule=none", "optim.base_lr=0.01"], settle)).peak_lr == 0.01

@@ -17,6 +17,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from dinov2.configs import CONFIG_FOLDER
 from dinov2.hub.backbones import load_backbone
@@ -30,6 +31,12 @@ TRAIN = Path(sys.modules[main.__module__].__file__)
 
 def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "training_metrics.json").read_text().splitlines()]
+
+
+def networks(folder: Path, n: int) -> dict[str, torch.Tensor]:
+    """Student and teacher of the checkpoint after n iterations."""
+    dcp_to_torch_save(folder / "checkpoints" / f"iteration_{n:07d}", folder / "whole.pth")
+    return torch.load(folder / "whole.pth", weights_only=True)["model"]
 
 
 def losses(folder: Path) -> list[tuple]:
@@ -69,7 +76,7 @@ def test_a_run_leaves_what_the_docs_say(run, overrides):
     assert [r["iteration"] for r in rows(folder)] == [0, 1, 2, 3]
     assert all(torch.isfinite(torch.tensor(r["total_loss"])) for r in rows(folder))
     assert (folder / "config.yaml").is_file()
-    assert (folder / "checkpoints" / "iteration_0000004.pth").is_file()
+    assert (folder / "checkpoints" / "iteration_0000004").is_dir()
     teacher = torch.load(folder / "eval" / "training_4" / "teacher_checkpoint.pth", weights_only=True)
     assert {name.split(".")[0] for name in teacher["teacher"]} >= {"backbone", "dino_head"}
     assert all(value.dtype == torch.float32 for value in teacher["teacher"].values())
@@ -94,9 +101,7 @@ def test_the_learning_rate_follows_the_schedule(run):
 @pytest.mark.parametrize("momentum", [0, 1])
 def test_the_teacher_follows_the_student_by_its_momentum(run, momentum):
     _, folder = run(f"teacher.momentum_teacher={momentum}", f"teacher.final_momentum_teacher={momentum}")
-    first, last = (
-        torch.load(folder / "checkpoints" / f"iteration_000000{n}.pth", weights_only=True)["model"] for n in (2, 4)
-    )
+    first, last = (networks(folder, n) for n in (2, 4))
     name = "backbone.blocks.0.mlp.fc1.weight"
     assert not torch.equal(first[f"student.{name}"], last[f"student.{name}"])
     assert torch.equal(first[f"teacher.{name}"], last[f"teacher.{name}"]) == (momentum == 1)
@@ -110,7 +115,9 @@ def test_one_poisoned_batch_costs_one_step(run, monkeypatch):
     def poisoned(self, images, teacher_temp):
         calls.append(None)
         if len(calls) == 2:
-            images = {**images, "collated_global_crops": images["collated_global_crops"] * float("nan")}
+            images = [
+                {**part, "collated_global_crops": part["collated_global_crops"] * float("nan")} for part in images
+            ]
         return forward_backward(self, images, teacher_temp)
 
     monkeypatch.setattr(SSLMetaArch, "forward_backward", poisoned)
@@ -246,9 +253,9 @@ def test_no_resume_moves_the_old_run_aside(run, tmp_path):
 
 def test_a_finished_run_trains_no_further(run):
     _, folder = run()
-    stamp = (folder / "checkpoints" / "iteration_0000004.pth").stat().st_mtime_ns
+    stamp = (folder / "checkpoints" / "iteration_0000004").stat().st_mtime_ns
     run()
-    assert (folder / "checkpoints" / "iteration_0000004.pth").stat().st_mtime_ns == stamp
+    assert (folder / "checkpoints" / "iteration_0000004").stat().st_mtime_ns == stamp
 
 
 def test_eval_only_judges_the_latest_checkpoint_without_the_training_data(run, tmp_path):

@@ -1,0 +1,131 @@
+"""Spreading a network over processes: FSDP2 where its weights are sharded, DDP where they are copies.
+
+FSDP2 (`fully_shard`) keeps parameter names and gives DTensors; what computes with weights outside a forward pass (the
+teacher's moving average, norms, files) handles both kinds through the functions below.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dinov2.distributed import get_world_size
+
+SHARDED = ("SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD")
+
+_COMPRESS: dict[torch.dtype, Callable[..., Any]] = {
+    torch.bfloat16: default_hooks.bf16_compress_hook,
+    torch.float16: default_hooks.fp16_compress_hook,
+}
+
+
+def make_mesh(strategy: str, device_type: str, n_nodes: int) -> DeviceMesh:
+    """The processes as `strategy` arranges them: a row, or for HYBRID_SHARD copies over nodes x shards in a node."""
+    world_size = get_world_size()
+    if strategy == "HYBRID_SHARD" and n_nodes > 1:
+        if world_size % n_nodes:
+            raise ValueError(
+                f"sharding_strategy HYBRID_SHARD needs equally many processes on each node, found {world_size} on "
+                f"{n_nodes}; set FULL_SHARD instead"
+            )
+        return init_device_mesh(device_type, (n_nodes, world_size // n_nodes), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
+
+
+def shard(
+    module: nn.Module,
+    blocks: Iterable[nn.Module],
+    *,
+    mesh: DeviceMesh,
+    param_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+    reshard_after_forward: bool,
+) -> None:
+    """Shard `module` in place, each of `blocks` as a unit of its own, so that one block's weights are whole at a time.
+
+    Args:
+        param_dtype: in which the blocks' weights are gathered; what is outside the blocks (embeddings, the last norm)
+            is small and stays fp32, since it feeds the residual stream.
+        reduce_dtype: in which gradients are summed.
+        reshard_after_forward: free a unit's gathered weights after its forward and gather them again for backward.
+    """
+    gathered = None if param_dtype == torch.float32 else param_dtype
+    own_blocks = list(blocks)
+    # inputs keep their type: autocast decides what each operation computes in, as without sharding
+    block_policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    rest_policy = MixedPrecisionPolicy(
+        param_dtype=None if own_blocks else gathered, reduce_dtype=reduce_dtype, cast_forward_inputs=False
+    )
+    for block in own_blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=block_policy)
+    fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=rest_policy)
+
+
+def replicate(module: nn.Module, *, reduce_dtype: torch.dtype) -> DistributedDataParallel:
+    """`module` behind DDP: to be called through what this returns, which averages gradients over the processes."""
+    device = next(module.parameters()).device
+    wrapped = DistributedDataParallel(
+        module,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+    if reduce_dtype in _COMPRESS:
+        wrapped.register_comm_hook(None, _COMPRESS[reduce_dtype])
+    return wrapped
+
+
+def without_gradient_sync(module: nn.Module) -> AbstractContextManager[Any]:
+    """Around a forward and backward whose gradients a later one will send along.
+
+    DDP waits; sharded gradients are summed each time all the same: kept whole until the last part, they would take the
+    memory that sharding saves.
+    """
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor put together from its shards; every process must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def lerp_(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -> None:
+    """targets <- targets + weight * (sources - targets), in place, whichever way each side is sharded."""
+    matched = [_laid_out_as(target, source) for target, source in zip(targets, sources, strict=True)]
+    plain = [(_local(target), _local(source)) for target, source in zip(targets, matched, strict=True)]
+    torch._foreach_lerp_([target for target, _ in plain], [source for _, source in plain], weight)
+
+
+def _laid_out_as(target: Tensor, source: Tensor) -> Tensor:
+    if isinstance(target, DTensor):
+        if isinstance(source, DTensor) and (source.device_mesh, source.placements) == (
+            target.device_mesh,
+            target.placements,
+        ):
+            return source
+        # every process has the whole source, so none has to be sent
+        return distribute_tensor(whole(source), target.device_mesh, target.placements, src_data_rank=None)
+    return whole(source)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all entries of `tensors` together, over all shards: 0-d, the same on every process."""
+    return whole(nn.utils.get_total_norm(tensors))
+
+
+def checkpoint_group() -> "dist.ProcessGroup | None":
+    """A group of its own for writing checkpoints beside the training: their messages must not meet."""
+    return dist.new_group(backend="gloo") if dist.is_initialized() else None

@@ -1,0 +1,71 @@
+"""Runs several train.py commands in one set of processes, for tests: starting processes takes longer than tiny runs.
+
+    torchrun --nproc_per_node=N tests/train/run_commands.py commands.json
+
+commands.json is a list of {arguments, stop_at (optional), local_world_size (optional), pictures (optional)}: the run
+is asked to stop in step `stop_at`; the processes count as nodes of `local_world_size`; the indices of the pictures that
+each rank takes are written to `pictures`.<rank>. Exit codes go to commands.json.codes.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from dinov2 import distributed
+from dinov2.train import batches, train
+from dinov2.utils.stop_signals import StopSignals
+
+
+class StopIn(StopSignals):
+    """As if a signal came in the n-th step."""
+
+    def __init__(self, step: int | None) -> None:
+        self.left = step
+        super().__init__()
+
+    @property
+    def received(self) -> int | None:  # asked once a step
+        if self.left is None:
+            return None
+        self.left -= 1
+        return 15 if self.left <= 0 else None
+
+    @received.setter
+    def received(self, value: int | None) -> None: ...
+
+
+def recording(make_data_loader, path: Path):
+    """The loader, with a line for the indices of each batch that is taken from it."""
+
+    def make(**settings) -> Iterator:
+        for samples in make_data_loader(**settings):
+            with open(path, "a") as file:
+                file.write(json.dumps(samples.indices.tolist()) + "\n")
+            yield samples
+
+    return make
+
+
+def main(path: str) -> None:
+    enable, disable, make_data_loader = distributed.enable, distributed.disable, batches.make_data_loader
+    distributed.disable = lambda: None
+    codes = []
+    for command in json.loads(Path(path).read_text()):
+        os.environ["LOCAL_WORLD_SIZE"] = str(command.get("local_world_size", os.environ.get("WORLD_SIZE", 1)))
+        if "pictures" in command:
+            record = Path(f"{command['pictures']}.{os.environ.get('RANK', 0)}")
+            batches.make_data_loader = recording(make_data_loader, record)
+        codes.append(train.main(command["arguments"], StopIn(command.get("stop_at"))))
+        batches.make_data_loader = make_data_loader
+        if distributed.is_enabled():
+            distributed.enable = lambda *_, **__: None
+    if distributed.is_main_process():
+        Path(f"{path}.codes").write_text(json.dumps(codes))
+    distributed.enable = enable
+    disable()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
