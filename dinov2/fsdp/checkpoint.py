@@ -15,6 +15,7 @@ import logging
 import pickle
 import shutil
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -32,6 +33,10 @@ from dinov2.fsdp.sharding import checkpoint_group
 from dinov2.utils.files import atomic_write, sync_folder
 
 logger = logging.getLogger("dinov2")
+
+# Said at each checkpoint of a lone process, which is what was asked for; and about torch's own use of its storages
+for _noise in ("torch.distributed is disabled, unavailable", "TypedStorage is deprecated"):
+    warnings.filterwarnings("ignore", message=_noise, module=r"torch\.distributed\.checkpoint")
 
 _PREFIX = "iteration_"
 _NUMBERS = "run.json"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import dinov2
 from dinov2.data.datasets.hema_data import HemaStandardDataset
@@ -67,11 +68,10 @@ def describe_environment(cfg: Any) -> str:
 
 
 def estimate_memory_gib(cfg: Any, model: SSLMetaArch) -> float:
-    """Peak memory of a training step on one device, estimated from the shapes."""
+    """Peak memory of a training step on each device, estimated from the shapes."""
     name = cfg.compute_precision.student.backbone.mixed_precision.param_dtype
     width = torch.finfo(resolve_dtype(name, model.device.type)).bits // 8
-    n_student = sum(p.numel() for p in model.student.parameters())
-    n_teacher = sum(p.numel() for p in model.teacher.parameters())
+    n_student, n_teacher = _held(model.student), _held(model.teacher)
     weights = 4 * (4 * n_student + n_teacher)  # fp32: student, gradient, two moments; teacher
 
     batch, patch = cfg.train.batch_size_per_gpu, cfg.student.patch_size
@@ -81,15 +81,24 @@ def estimate_memory_gib(cfg: Any, model: SSLMetaArch) -> float:
     tokens += cfg.crops.local_crops_number * batch * ((cfg.crops.local_crops_size // patch) ** 2 + extra)
     # A block keeps for its backward pass about 17 values a channel and token: two norms' outputs, q, k, v, the
     # attention's output and projection, both sides of the GELU at four times the width, two layer-scaled branches.
-    activations = tokens * backbone.embed_dim * backbone.n_blocks * 17 * width
+    # Computing them again in backward, a block keeps its input, and one block at a time the rest.
+    kept = backbone.n_blocks + 17 if cfg.train.activation_checkpointing else backbone.n_blocks * 17
+    activations = tokens * backbone.embed_dim * kept * width
 
-    # A head's logits exist as teacher logits and targets, student logits, log-probabilities and their gradient.
+    # A head's logits exist as student logits, log-probabilities and their gradient, and of all accumulated parts as
+    # teacher logits and targets.
     cls_rows = (2 + cfg.crops.local_crops_number) * batch
     masked = 2 * batch * cfg.ibot.mask_sample_probability * sum(cfg.ibot.mask_ratio_min_max) / 2
     patch_rows = masked * (cfg.crops.global_crops_size // patch) ** 2 if model.do_ibot else 0
     patch_prototypes = (cfg.ibot if model.ibot_separate_head else cfg.dino).head_n_prototypes
-    logits = 4 * 5 * (cls_rows * cfg.dino.head_n_prototypes * model.do_dino + patch_rows * patch_prototypes)
+    copies = 3 + 2 * cfg.train.accumulation_steps
+    logits = 4 * copies * (cls_rows * cfg.dino.head_n_prototypes * model.do_dino + patch_rows * patch_prototypes)
     return (weights + activations + logits) / 2**30
+
+
+def _held(networks: nn.Module) -> int:
+    """Weights that this process holds for good: of sharded ones its part."""
+    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in networks.parameters())
 
 
 def _millions(module: nn.Module) -> float:

@@ -175,30 +175,37 @@ def pictures(path: Path, n_processes: int) -> list[list[int]]:
     return [[index for at in zip(*step, strict=True) for index in at] for step in zip(*by_rank, strict=True)]
 
 
+RESUMED = {"2 to 1": (2, 1), "2 to 3": (2, 3), "1 to 2": (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory, commands):
+    """Runs that were stopped after four of six steps and went on with other processes."""
+    folder = tmp_path_factory.mktemp("resumed")
+
+    def parts(names: list[str], n: int, **settings) -> list[dict]:
+        longer = ("optim.epochs=3", "train.saveckp_freq=10")
+        runs = [(recipe, f"{recipe} {name}") for recipe in RECIPES for name in names]
+        return [
+            {"arguments": commands(folder, run, recipe, *longer), "pictures": str(folder / f"{run}-{n}"), **settings}
+            for recipe, run in runs
+        ]
+
+    assert launch(1, parts(["unbroken"], 1) + parts(["1 to 2"], 1, stop_at=4), folder) == [0, 0, 75, 75]
+    assert launch(2, parts(["2 to 1", "2 to 3"], 2, stop_at=4) + parts(["1 to 2"], 2), folder) == [*[75] * 4, 0, 0]
+    assert launch(1, parts(["2 to 1"], 1), folder) == [0, 0]
+    assert launch(3, parts(["2 to 3"], 3), folder) == [0, 0]
+    return folder
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_any_number_of_processes_resumes(tmp_path, commands, recipe):
-    """Save with 2 and resume with 1 and 3, save with 1 and resume with 2: pictures and losses go on."""
-    longer = ("optim.epochs=3", "train.saveckp_freq=10")
-
-    def part(name: str, n: int, **settings) -> dict:
-        return {
-            "arguments": commands(tmp_path, name, recipe, *longer),
-            "pictures": str(tmp_path / f"{name}-{n}"),
-            **settings,
-        }
-
-    unbroken = part("unbroken", 1)
-    assert launch(1, [unbroken, part("from 1", 1, stop_at=4)], tmp_path) == [0, 75]
-    first = [part(name, 2, stop_at=4) for name in ("2 to 1", "2 to 3")]
-    assert launch(2, [*first, part("from 1", 2)], tmp_path) == [75, 75, 0]
-    assert launch(1, [part("2 to 1", 1)], tmp_path) == [0]
-    assert launch(3, [part("2 to 3", 3)], tmp_path) == [0]
-    seen = pictures(tmp_path / "unbroken-1", 1)
-    for name, parts in (("2 to 1", (2, 1)), ("2 to 3", (2, 3)), ("from 1", (1, 2))):
-        assert [step for n in parts for step in pictures(tmp_path / f"{name}-{n}", n)] == seen
-        for ours, theirs in zip(rows(tmp_path / name), rows(tmp_path / "unbroken"), strict=True):
-            names = [n for n in theirs if n.endswith("_loss")]
-            assert {n: ours[n] for n in names} == pytest.approx({n: theirs[n] for n in names}, rel=1e-4, abs=1e-5)
+@pytest.mark.parametrize("way", RESUMED)
+def test_any_number_of_processes_goes_on_as_if_never_stopped(resumed, recipe, way):
+    seen = [step for n in RESUMED[way] for step in pictures(resumed / f"{recipe} {way}-{n}", n)]
+    assert seen == pictures(resumed / f"{recipe} unbroken-1", 1)
+    for ours, theirs in zip(rows(resumed / f"{recipe} {way}"), rows(resumed / f"{recipe} unbroken"), strict=True):
+        names = [n for n in theirs if n.endswith("_loss")]
+        assert {n: ours[n] for n in names} == pytest.approx({n: theirs[n] for n in names}, rel=1e-4, abs=1e-5)
 
 
 def test_one_log_and_one_line_a_step(runs):
