@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,3 +123,17 @@ def make_picture_list():
 def picture_list(tmp_path, make_picture_list):
     """The same in a folder of the test's own."""
     return lambda n=8, size=28, folder=tmp_path / "lists": make_picture_list(folder, n, size)
+
+
+@pytest.fixture(scope="session")
+def readme_command():
+    """The one command of the README that begins with `start`, its continued lines joined."""
+    text = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    commands = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+    def find(start: str) -> str:
+        (command,) = [command for command in commands if command.startswith(start)]
+        return " ".join(command.split())
+
+    return find
