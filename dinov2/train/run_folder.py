@@ -50,17 +50,20 @@ def run_folder_path(output_dir: str, name: str | None, config_file: str | None) 
     A job that is requeued keeps its number, and so finds its folder.
 
     Raises:
-        ValueError: no name, though torchrun may have to start the run again.
+        ValueError: no name, though torchrun may have to start the run again, or an earlier run of the same job has it.
     """
-    if name is None:
-        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
-            raise ValueError(
-                "--name: missing, though torchrun --max-restarts may have to take the run up again; add one"
-            )
-        stem = Path(config_file).stem if config_file else "run"
-        job = os.environ.get("SLURM_JOB_ID")
-        name = f"{stem}_{job}" if job else f"{stem}_{time.strftime('%Y%m%d-%H%M%S')}"
-    return Path(output_dir) / name
+    if name is not None:
+        return Path(output_dir) / name
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        raise ValueError("--name: missing, though torchrun --max-restarts may have to take the run up again; add one")
+    stem = Path(config_file).stem if config_file else "run"
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return Path(output_dir) / f"{stem}_{time.strftime('%Y%m%d-%H%M%S')}"
+    path = Path(output_dir) / f"{stem}_{job}"
+    if path.exists() and int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0:
+        raise ValueError(f"--name: missing, and {path} holds a run of this SLURM job already; add one")
+    return path
 
 
 class RunFolder:

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from dinov2.configs import CONFIG_FOLDER
 from dinov2.hub.backbones import load_backbone
 from dinov2.train.evaluation import TeacherEvaluation
+from dinov2.train.run_folder import run_folder_path
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import main
 
@@ -277,12 +278,13 @@ def test_dry_run_says_the_plan_and_writes_nothing(run, tmp_path, capfd):
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("chunks", [0, 2])
-def test_pretrained_weights_are_loaded_into_both_networks(run, chunks):
+@pytest.mark.parametrize(("key", "chunks"), [("student.pretrained_weights", 0), ("MODEL.WEIGHTS", 2)])
+def test_pretrained_weights_are_loaded_into_both_networks(run, key, chunks):
     _, folder = run(name="first")
     still = ("optim.base_lr=0", "optim.min_lr=0", f"student.block_chunks={chunks}")
-    code, second = run(f"student.pretrained_weights={folder}", *still, name="second")
+    code, second = run(f"{key}={folder}", *still, name="second")
     assert code == 0
+    assert len(rows(second)) == 4  # it starts, and does not resume
     start = load_backbone(folder, img_size=28).state_dict()
     after = load_backbone(second, img_size=28).state_dict()
     assert all(torch.equal(start[name], after[name]) for name in start)
@@ -314,6 +316,28 @@ def test_mistakes_in_settings(failing):
     assert "unknown dataset" in failing("train.dataset_path=ImageNet:split=TRAIN")
     assert "vit_smal" in failing("student.arch=vit_smal")
     assert "no file at" in failing(arguments=("--config-file", "nowhere.yaml"))
+
+
+def test_a_run_without_a_name_under_slurm_is_found_again_by_its_job(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    path = run_folder_path(str(tmp_path), None, str(CUSTOM))
+    assert path == tmp_path / "custom_7"
+    path.mkdir()
+    with pytest.raises(ValueError, match="holds a run of this SLURM job already"):
+        run_folder_path(str(tmp_path), None, str(CUSTOM))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run_folder_path(str(tmp_path), None, str(CUSTOM)) == path
+
+
+def test_a_run_that_torchrun_may_restart_needs_a_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(ValueError, match="--name: missing"):
+        run_folder_path(str(tmp_path), None, None)
+    assert run_folder_path(str(tmp_path), "mine", None) == tmp_path / "mine"
+
+
+def test_a_batch_that_does_not_divide(failing):
+    assert "leave accumulation_steps at null" in failing("train.global_batch_size=10", "train.accumulation_steps=3")
 
 
 def test_no_dataset_path(capfd, tmp_path):
