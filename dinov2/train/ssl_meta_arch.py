@@ -184,7 +184,7 @@ class SSLMetaArch(nn.Module):
         parts = [images] if isinstance(images, Mapping) else list(images)
         parts = [self._on_device(part) for part in parts]
         targets = self.teacher_targets(parts, teacher_temp)
-        known = self._student_features(parts) if len(parts) > 1 and self.compares_pictures else None
+        everyone = self._features_ahead(parts) if len(parts) > 1 and self.compares_pictures else None
         means: dict[str, Tensor] = {}
         for number, (part, target) in enumerate(zip(parts, targets, strict=True)):
             with ExitStack() as stack:
@@ -193,7 +193,8 @@ class SSLMetaArch(nn.Module):
                     for module in self._callable.values():
                         stack.enter_context(without_gradient_sync(module))
                 outputs = self.student_outputs(part)
-                total, shown = self.losses(target, outputs, part, self._others(outputs, known, number))
+                others = self._others(outputs, everyone, number, len(parts))
+                total, shown = self.losses(target, outputs, part, others)
                 self.backprop_loss(total / len(parts))
             for name, value in shown.items():
                 share = value.detach() / len(parts)
@@ -293,8 +294,8 @@ class SSLMetaArch(nn.Module):
         return self.do_smooth_rank_loss or (self.do_koleo and self.cfg.dino.koleo_loss_distributed)
 
     @torch.no_grad()
-    def _student_features(self, parts: Sequence[Mapping[str, Any]]) -> Tensor:
-        """CLS tokens of all parts ahead of the step proper, which costs a forward pass: [A, 2, B, D]."""
+    def _features_ahead(self, parts: Sequence[Mapping[str, Any]]) -> Tensor:
+        """CLS tokens of all parts of all processes, before the step proper: [W*A, 2, B, D]. Costs a forward pass."""
         # Stochastic depth draws for all crops in turn, so the local ones have to be there to draw the same
         with_local_crops = self.n_local_crops > 0 and self.cfg.student.drop_path_rate > 0
         features = []
@@ -302,16 +303,16 @@ class SSLMetaArch(nn.Module):
             with batch_share(part.get("share", BatchShare())):
                 tokens, _ = self._student_tokens(part, with_local_crops)
             features.append(tokens["x_norm_clstoken"].unflatten(0, (N_GLOBAL_CROPS, -1)))
-        return torch.stack(features)
+        return all_gather_rows(torch.stack(features))
 
-    def _others(self, outputs: StudentOutputs, known: Tensor | None, number: int) -> Tensor | None:
+    def _others(self, outputs: StudentOutputs, everyone: Tensor | None, number: int, n_parts: int) -> Tensor | None:
         """Features of all parts of all processes but part `number` of this one: [W*A - 1, 2, B, D], no gradient."""
         if not self.compares_pictures:
             return None
-        if known is None:
-            known = outputs.global_cls_tokens.detach().unflatten(0, (N_GLOBAL_CROPS, -1)).unsqueeze(0)  # [1, 2, B, D]
-        everyone = all_gather_rows(known)  # [W*A, 2, B, D]
-        own = get_rank() * len(known) + number
+        if everyone is None:  # there is one part, and its features are these
+            own_features = outputs.global_cls_tokens.unflatten(0, (N_GLOBAL_CROPS, -1))
+            everyone = all_gather_rows(own_features.unsqueeze(0))
+        own = get_rank() * n_parts + number
         return torch.cat([everyone[:own], everyone[own + 1 :]])
 
     def losses(

@@ -241,6 +241,8 @@ def run(args: argparse.Namespace, signals: StopSignals) -> int:
         torch.manual_seed(derive_seed(cfg.train.seed, "weights"))
         model = SSLMetaArch(cfg).to(device)
         model.prepare_for_distributed_training(launch.n_nodes if launch else 1)
+        if model.fp16_scaler is not None:
+            model.fp16_scaler.to(device)
         if args.eval_only:
             iteration = folder.restore_networks(model)
         elif not args.dry_run:
