@@ -22,10 +22,15 @@ WORKER = Path(__file__).with_name("run_commands.py")
 NETWORKS = [
     f"compute_precision.{r}.{p}" for r in ("student", "teacher") for p in ("backbone", "dino_head", "ibot_head")
 ]
-SHRUNK = ["train.global_batch_size=12", "student.layerscale=1.0", "optim.epochs=2", "train.OFFICIAL_EPOCH_LENGTH=2"]
+SHRUNK = [
+    *("train.global_batch_size=12", "train.batch_size_per_gpu=12"),  # a process takes its share at once
+    *("student.layerscale=1.0", "optim.epochs=2", "train.OFFICIAL_EPOCH_LENGTH=2"),
+]
 STEPS = 4
 DINOBLOOM = ["--config-file", str(CONFIG_FOLDER / "train" / "custom.yaml")]
-DINOV2 = ["student.drop_path_rate=0.3", "train.centering=centering"]
+# Four blocks: where stochastic depth drops the attention of a picture in every block, its CLS token has not seen it and
+# equals that of others, and which of them is KoLeo's nearest neighbour is a matter of their order.
+DINOV2 = ["student.drop_path_rate=0.3", "student.depth=4", "train.centering=centering"]
 RECIPES = {"dinobloom": DINOBLOOM, "dinov2": DINOV2}
 
 
@@ -122,11 +127,14 @@ def runs(tmp_path_factory, commands):
     alone = [of(recipe, kind, 1, *more) for recipe in RECIPES for kind, more in (("fp32", []), ("bf16", bf16))]
     alone.append(of("dinobloom", "parts", 1, "train.batch_size_per_gpu=3"))
     alone.append(of("dinov2", "parts", 1, *VARIANTS["parts"]))
+    local_koleo = "dino.koleo_loss_distributed=false"
+    alone.append(of("dinobloom", "local koleo", 1, local_koleo, "train.batch_size_per_gpu=6"))
     assert set(launch(1, alone, folder)) == {0}
     for n in (2, 4):
         several = [of(recipe, v, n, *VARIANTS[v]) for recipe in RECIPES for v in ("NO_SHARD", "FULL_SHARD")]
         several += [of("dinobloom", f"bf16 {v}", n, *VARIANTS[v], *bf16) for v in ("NO_SHARD", "FULL_SHARD")]
         if n == 2:
+            several.append(of("dinobloom", "local koleo", n, local_koleo))
             several += [of("dinov2", v, n, *VARIANTS[v]) for v in ("SHARD_GRAD_OP", "mixed", "parts", "sharded parts")]
             several += [of("dinov2", f"bf16 {v}", n, *VARIANTS[v], *bf16) for v in ("NO_SHARD", "FULL_SHARD")]
         else:
@@ -165,6 +173,13 @@ def test_bf16_agrees_within_its_rounding(runs, name):
     for name in (n for n in theirs[0] if n.endswith("_loss")):
         assert ours[0][name] == pytest.approx(theirs[0][name], rel=2e-2, abs=1e-3), name
         assert ours[-1][name] == pytest.approx(theirs[-1][name], rel=5e-2, abs=1e-2), name
+
+
+def test_koleo_within_a_part_is_that_of_a_process(runs):
+    """Two processes, and one that takes the same halves one after the other."""
+    assert_same_run(runs / "dinobloom local koleo 2", runs / "dinobloom local koleo 1", 1e-5, 1e-3, 2e-4)
+    local, whole = (rows(runs / name)[0]["koleo_loss"] for name in ("dinobloom local koleo 1", "dinobloom fp32 1"))
+    assert local < whole - 0.001  # fewer pictures, farther neighbours
 
 
 def pictures(path: Path, n_processes: int) -> list[list[int]]:
