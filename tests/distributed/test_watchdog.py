@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from dinov2.distributed.watchdog import HANG_EXIT_CODE, Watchdog
 
-TIMEOUT = 1.0  # seconds; what must not be reported gets twice that, for machines that are busy
+TIMEOUT = 2.0  # seconds; what must not be reported gets twice that, for machines that are busy
 WORLD_SIZE = 3
 NOTHING_WRONG = ("patient", "rank_0_ends_first", "rank_0_ends_last", "suspended")
 
@@ -173,7 +173,8 @@ class Run:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """start(what, timeout) -> Run"""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # The store looks up the names of its peers; a name server that does not answer would stall it for 5 s
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RES_OPTIONS": "timeout:1 attempts:1"}
     root = Path(__file__).resolve().parents[2]
     nursery = subprocess.Popen([sys.executable, "-c", NURSERY], cwd=root, env=environment, text=True, stdin=-1)
     runs = []
@@ -193,7 +194,7 @@ def start(tmp_path_factory):
 def runs(start):
     """Runs that need nothing from their tests, under way while other tests go on: they mostly sleep."""
     runs = {what: start(what, 2 * TIMEOUT) for what in NOTHING_WRONG}
-    runs["slow_reader"] = start("slow_reader", TIMEOUT)
+    runs["slow_reader"] = start("slow_reader", 2 * TIMEOUT)
     # What `scontrol suspend` and `scontrol resume` do to a job.
     job = runs["suspended"]
     job.turns()

@@ -1,0 +1,35 @@
+"""Evaluations as SLURM jobs of one process."""
+
+import argparse
+from collections.abc import Callable, Sequence
+
+from dinov2.logging import setup_logging
+from dinov2.run.submit import EvaluationTask, add_cluster_arguments, describe, submit, wait
+from dinov2.utils.command import USER_ERRORS, logger, text_of
+
+__all__ = ["launch"]
+
+
+def launch(module: str, build_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | None = None) -> int:
+    """Submit the evaluation command `module`, whose arguments `build_parser` knows; returns the launcher's exit code.
+
+    The inputs need not be there yet: --dependency afterok:<job id> lets the job wait for the training that makes them.
+    """
+    name = module.rpartition(".")[2]
+    parser = argparse.ArgumentParser(
+        description=f"Submit dinov2/eval/{name}.py to a SLURM cluster. All arguments that are not listed here are its.",
+        allow_abbrev=False,
+    )
+    add_cluster_arguments(parser, ngpus=1, minutes=2800, many_tasks=False, max_timeouts=3)
+    args, command_argv = parser.parse_known_args(argv)
+    setup_logging()
+    try:
+        if args.ngpus > 1:
+            raise ValueError(f"--ngpus must be 0 or 1, found {args.ngpus}: evaluations are one process")
+        output_dir = build_parser().parse_args(command_argv).output_dir.absolute()
+        job = submit(EvaluationTask(module, command_argv), args, output_dir, name)
+        print(describe(job, args, output_dir), flush=True)
+        return wait(job.job_id) if args.wait else 0
+    except USER_ERRORS as error:
+        logger.error("%s", text_of(error))
+        return 2

@@ -1,0 +1,15 @@
+"""Submit dinov2/eval/knn.py to a SLURM cluster."""
+
+import sys
+from collections.abc import Sequence
+
+from dinov2.eval.knn import build_parser
+from dinov2.run.eval import launch
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return launch("dinov2.eval.knn", build_parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,353 @@
+"""What the launchers share: their options, the job that submitit runs, and what is told about it.
+
+This module is imported in the job before submitit has set up its signal handlers, so it imports nothing heavy.
+"""
+
+import argparse
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+import submitit
+from submitit.core.utils import UncompletedJobError
+from submitit.helpers import DelayedSubmission
+
+from dinov2.utils.command import REQUEUE_EXIT_CODE, exit_code
+from dinov2.utils.stop_signals import StopSignals
+
+# States that a job does not leave, by their names in scontrol
+_ENDED = {
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED"),
+    *("NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE"),
+}
+_PATIENCE_SECONDS = 300  # with a controller that does not answer, or restarts
+_HOLD_SECONDS = 60  # for rank 0 to notice that the run has failed
+
+
+def add_cluster_arguments(
+    parser: argparse.ArgumentParser, *, ngpus: int, minutes: int, many_tasks: bool, max_timeouts: int
+) -> None:
+    """The options of a launcher: upstream's, and what else clusters ask for. Nothing of a cluster is preset.
+
+    Args:
+        ngpus: default of --ngpus.
+        minutes: default of --timeout.
+        many_tasks: whether the job may have several nodes and tasks.
+        max_timeouts: default of --max-timeouts.
+    """
+    group = parser.add_argument_group("cluster")
+    if many_tasks:
+        group.add_argument("--nodes", "-n", type=int, default=1, metavar="N", help="nodes (default: %(default)s)")
+        group.add_argument(
+            "--tasks-per-node", type=int, metavar="N", help="processes of a node with --ngpus 0 (default: 1)"
+        )
+    group.add_argument(
+        *("--ngpus", "--gpus", "--gpus-per-node"),
+        type=int,
+        default=ngpus,
+        metavar="N",
+        help="GPUs of a node, one process each; 0: the CPU (default: %(default)s)",
+    )
+    group.add_argument(
+        "--timeout", type=int, default=minutes, metavar="MINUTES", help="time limit (default: %(default)s)"
+    )
+    group.add_argument("--partition", "-p", metavar="P", help="(default: the cluster's)")
+    group.add_argument("--qos", metavar="Q")
+    group.add_argument("--account", metavar="A")
+    group.add_argument("--constraint", metavar="C", help="features that the nodes must have")
+    group.add_argument(
+        "--use-volta32",
+        dest="constraint",
+        action="store_const",
+        const="volta32gb",
+        help="the same as --constraint volta32gb",
+    )
+    group.add_argument("--cpus-per-task", type=int, metavar="N", help="cores of a process; decoding needs several")
+    group.add_argument("--mem", metavar="SIZE", help="memory of a node, for instance 64G")
+    group.add_argument("--comment", metavar="TEXT", help="some clusters ask for a reason here")
+    group.add_argument("--exclude", metavar="NODES", help="nodes not to use")
+    group.add_argument("--nodelist", metavar="NODES", help="nodes to use")
+    group.add_argument(
+        "--gres", metavar="G", help="how the cluster wants the GPUs of --ngpus asked for, for instance gpu:a100:8"
+    )
+    group.add_argument("--dependency", metavar="D", help="what to wait for, for instance afterok:<job id>")
+    group.add_argument(
+        "--slurm",
+        action="append",
+        default=[],
+        metavar="KEY[=VALUE]",
+        help="any other option of sbatch, for instance --slurm reservation=r1 --slurm exclusive; may be repeated",
+    )
+    group.add_argument(
+        "--setup",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help="shell line to run before, for instance 'module load cuda'; may be repeated",
+    )
+    group.add_argument(
+        "--signal-delay",
+        type=int,
+        default=120,
+        metavar="SECONDS",
+        help="how long before the time limit the job is told to save and to queue again (default: %(default)s); SLURM "
+        "may be a minute early",
+    )
+    group.add_argument(
+        "--max-timeouts",
+        type=int,
+        default=max_timeouts,
+        metavar="N",
+        help="how often the job may reach its time limit and queue again (default: %(default)s)",
+    )
+    group.add_argument("--wait", action="store_true", help="stay until the job has ended, with its exit code")
+    if not many_tasks:
+        parser.set_defaults(nodes=1, tasks_per_node=None)
+
+
+class TrainingTask:
+    """Each process of a training job: train.py, and what to do when it was interrupted.
+
+    The configuration file travels with the job: editing it while the job waits, or between its parts, changes nothing.
+    """
+
+    def __init__(self, argv: Sequence[str], config_file: str | None) -> None:
+        self.argv = list(argv)
+        self.config_name = Path(config_file).name if config_file else None
+        self.config_text = Path(config_file).read_text(encoding="utf-8") if config_file else ""
+
+    def __call__(self) -> None:
+        """Train. Returns from a finished run only: to submitit and SLURM that is success."""
+        argv = list(self.argv)
+        if int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:  # goes on with what it began anew at first
+            argv = [text for text in argv if not (len(text) > 3 and "--no-resume".startswith(text))]
+        signals = StopSignals()  # train.py enters it
+        with tempfile.TemporaryDirectory() as folder:
+            if self.config_name is not None:
+                file = Path(folder, self.config_name)
+                file.write_text(self.config_text, encoding="utf-8")
+                argv += ["--config-file", str(file)]
+            code = import_module("dinov2.train.train").main(argv, signals)
+        if code != 0:
+            self._end(code, signals.received)
+
+    def checkpoint(self) -> DelayedSubmission:
+        """What submitit queues again: the same, since train.py continues from its own checkpoints."""
+        return DelayedSubmission(self)
+
+    @staticmethod
+    def _end(code: int, received: int | None) -> None:
+        """End a process whose run has not ended well, and queue an interrupted job again if nobody else does.
+
+        - The signal before the time limit, or one sent by hand: submitit's handler queues the job again.
+        - SIGTERM of a job that SLURM is taking off its nodes (scontrol requeue, preemption, scancel): what becomes of
+          it is settled.
+        - SIGTERM as the notice of a preemption (GraceTime): SLURM would take a job that ends now for a failed one.
+        """
+        environment = submitit.JobEnvironment()
+        if environment.global_rank != 0:
+            _let_rank_0_go_first(environment.job_id, math.inf if code == REQUEUE_EXIT_CODE else _HOLD_SECONDS)
+        elif code == REQUEUE_EXIT_CODE:
+            told_to_end = received in (signal.SIGTERM, signal.SIGINT)
+            if not told_to_end or _is_being_preempted(environment.job_id):
+                signal.raise_signal(signal.Signals[f"SIG{environment.USR_SIG}"])
+        sys.exit(code)
+
+
+class EvaluationTask:
+    """An evaluation command as a job. Queued again, it runs again: what it writes is there whole or not at all."""
+
+    def __init__(self, module: str, argv: Sequence[str]) -> None:
+        self.module, self.argv = module, list(argv)
+
+    def __call__(self) -> None:
+        main = import_module(self.module).main
+        code = exit_code(lambda: main(self.argv))
+        if code != 0:
+            sys.exit(code)
+
+    def checkpoint(self) -> DelayedSubmission:
+        return DelayedSubmission(self)
+
+
+def submit(
+    task: TrainingTask | EvaluationTask, args: argparse.Namespace, output_dir: Path, name: str
+) -> submitit.Job[None]:
+    """Hand `task` to SLURM as `args` (of `add_cluster_arguments`) say.
+
+    What submitit writes (the task, its logs) goes to `output_dir/submitit/<job id>`. That is beside the runs, because a
+    run's folder may be moved aside.
+
+    Raises:
+        ValueError: options that contradict each other, no SLURM here, or SLURM's refusal.
+        PermissionError: `output_dir` cannot be written.
+    """
+    for program in ("sbatch", "srun"):
+        if shutil.which(program) is None:
+            raise ValueError(
+                f"no {program} on this machine; submit from a login node of the cluster, or run the command itself "
+                "here, without dinov2/run"
+            )
+    folder = output_dir / "submitit"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PermissionError(f"--output-dir: cannot write to {folder} ({error.strerror}); choose another") from error
+
+    srun_args = ["--kill-on-bad-exit=1"]
+    if args.cpus_per_task is not None:  # since SLURM 22.05 srun does not take it over from sbatch
+        srun_args.append(f"--cpus-per-task={args.cpus_per_task}")
+    parameters = {
+        "job_name": name,
+        "time": args.timeout,
+        "nodes": args.nodes,
+        "ntasks_per_node": tasks_per_node(args),
+        "gpus_per_node": args.ngpus if args.ngpus > 0 and args.gres is None else None,
+        "setup": args.setup or None,
+        "srun_args": srun_args,
+        "stderr_to_stdout": True,
+        "signal_delay_s": args.signal_delay,
+        "additional_parameters": {"requeue": True, **_other_options(args.slurm)},
+    }
+    same_name = ("partition", "qos", "account", "constraint", "cpus_per_task", "mem", "comment", "exclude", "nodelist")
+    for key in (*same_name, "gres", "dependency"):
+        parameters[key] = getattr(args, key)
+
+    executor = submitit.SlurmExecutor(folder / "%j", max_num_timeout=args.max_timeouts)
+    executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
+    try:
+        return executor.submit(task)
+    except UncompletedJobError as error:
+        raise ValueError(f"SLURM refused the job: {error}") from error
+
+
+def tasks_per_node(args: argparse.Namespace) -> int:
+    """Processes of a node: one a GPU. Raises ValueError for options that contradict each other."""
+    for name, low in {"nodes": 1, "ngpus": 0, "timeout": 1, "cpus_per_task": 1, "tasks_per_node": 1}.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, found {value}")
+    if not 0 < args.signal_delay < 60 * args.timeout:
+        raise ValueError(
+            f"--signal-delay must be between 1 s and the time limit, found {args.signal_delay} s with --timeout "
+            f"{args.timeout} (minutes)"
+        )
+    if args.ngpus == 0:
+        return int(args.tasks_per_node or 1)
+    if args.tasks_per_node is not None:
+        raise ValueError("--tasks-per-node is for --ngpus 0; with GPUs there is one process for each")
+    wanted = re.search(r"\bgpu(?::[^:,]*[A-Za-z][^:,]*)?(?::(\d+))?", args.gres or "")
+    if wanted and int(wanted[1] or 1) != args.ngpus:
+        raise ValueError(
+            f"--gres {args.gres} is {wanted[1] or 1} GPUs of a node, but --ngpus {args.ngpus}; give both alike"
+        )
+    return int(args.ngpus)
+
+
+def _other_options(texts: Sequence[str]) -> dict[str, str | bool]:
+    options: dict[str, str | bool] = {}
+    for text in texts:
+        key, equals, value = text.lstrip("-").partition("=")
+        options[key.replace("-", "_")] = value if equals else True
+    return options
+
+
+def describe(job: submitit.Job[None], args: argparse.Namespace, results: Path) -> str:
+    """What the user of a launcher wants to know."""
+    log, n_tasks = job.paths.stdout, job.num_tasks
+    others = f" (task 0; task k: {job.job_id}_<k>_log.out)" if n_tasks > 1 else ""
+    return "\n".join(
+        [
+            f"job {job.job_id}: {n_tasks} task{'s' * (n_tasks > 1)} on {args.nodes} node{'s' * (args.nodes > 1)}, "
+            f"{args.timeout} min",
+            f"  results  {results}",
+            f"  log      {log}{others}",
+            f"  follow   tail -F {log}",
+            f"  state    squeue -j {job.job_id}; in the end: sacct -j {job.job_id}",
+            f"  requeue  scontrol requeue {job.job_id}",
+            f"  cancel   scancel {job.job_id}",
+        ]
+    )
+
+
+def wait(job_id: str) -> int:
+    """Stay until the job has ended, telling each new state; returns its exit code. Ctrl-C leaves the job alone.
+
+    Raises:
+        ConnectionError: SLURM tells nothing of the job for five minutes.
+    """
+    told, started = "", time.monotonic()
+    answered = started
+    try:
+        while True:
+            fields, now = _fields_of(job_id), time.monotonic()
+            if fields:
+                answered, text = now, " ".join([f"job {job_id}", *_state_of(fields)])
+                if text != told:
+                    print(time.strftime("%H:%M:%S"), text, flush=True)
+                    told = text
+                if fields["JobState"] in _ENDED:
+                    return _exit_code_of(fields)
+            elif now - answered > _PATIENCE_SECONDS:
+                raise ConnectionError(f"scontrol tells nothing of job {job_id}, which may go on; see sacct -j {job_id}")
+            time.sleep(min(30.0, 1 + (now - started) / 20))
+    except KeyboardInterrupt:
+        print(f"job {job_id} goes on; scancel {job_id} ends it")
+        return 130  # what a shell has for Ctrl-C
+
+
+def _exit_code_of(fields: dict[str, str]) -> int:
+    """As a shell would have it. That of the training itself comes first; srun's is that of the process killed last."""
+    if fields["JobState"] == "COMPLETED":
+        return 0
+    codes = [fields.get(name, "0:0").split(":") for name in ("DerivedExitCode", "ExitCode")]
+    return next((int(code) or 128 + int(number) for code, number in codes if (code, number) != ("0", "0")), 1)
+
+
+def _state_of(fields: dict[str, str]) -> list[str]:
+    words = [fields["JobState"]]
+    if fields["JobState"] == "PENDING":
+        words.append(f"({fields['Reason']})")
+    elif fields.get("NodeList", "(null)") != "(null)":
+        words.append(f"on {fields['NodeList']}")
+    if fields["Restarts"] != "0":
+        words.append(f"(restarts: {fields['Restarts']})")
+    return words
+
+
+def _let_rank_0_go_first(job_id: str, at_most_seconds: float) -> None:
+    """Stay while rank 0 may be queueing the job again, or saying what went wrong: whoever exits first ends all."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    deadline = time.monotonic() + at_most_seconds
+    while time.monotonic() < deadline and _fields_of(job_id).get("JobState", "RUNNING") == "RUNNING":
+        time.sleep(5)
+
+
+def _is_being_preempted(job_id: str) -> bool:
+    fields = _fields_of(job_id)
+    return fields.get("JobState") == "RUNNING" and fields.get("PreemptTime", "None") != "None"
+
+
+def _fields_of(job_id: str) -> dict[str, str]:
+    """What scontrol tells of a job, or nothing; the accounting would tell more, but not every cluster keeps one."""
+    try:
+        run = subprocess.run(
+            ["scontrol", "--details", "--oneliner", "show", "job", job_id],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {}
+    # a key may come up again in a text that the user wrote, which stands further back
+    return dict(reversed(re.findall(r"(\w+)=(\S*)", run.stdout)))

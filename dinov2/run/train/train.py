@@ -1,0 +1,76 @@
+r"""Submit dinov2/train/train.py to a SLURM cluster, one process a GPU.
+
+    python dinov2/run/train/train.py --nodes 2 --ngpus 8 --partition gpu \
+        --config-file dinov2/configs/train/custom.yaml --output-dir runs train.dataset_path=...
+
+All arguments that are not listed here are those of train.py. A job that reaches its time limit, is preempted or is
+requeued continues by itself from its last checkpoint.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from dinov2.logging import setup_logging
+from dinov2.run.submit import TrainingTask, add_cluster_arguments, describe, submit, tasks_per_node, wait
+from dinov2.train.batches import build_augmentation, build_dataset, resolve_batch_size
+from dinov2.train.evaluation import TeacherEvaluation
+from dinov2.train.train import parse_arguments, resolve_arch
+from dinov2.utils.command import USER_ERRORS, logger, text_of
+from dinov2.utils.config import load_run_config, missing_keys
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add_cluster_arguments(parser, ngpus=8, minutes=2800, many_tasks=True, max_timeouts=1000)
+    return parser
+
+
+def check_settings(args: argparse.Namespace, world_size: int) -> None:
+    """Find the mistakes in train.py's arguments that would end the job as soon as it starts.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: what is wrong.
+    """
+
+    def resolve(cfg: DictConfig) -> None:
+        resolve_arch(cfg)
+        resolve_batch_size(cfg.train, world_size)
+
+    cfg = load_run_config(args.config_file, args.overrides, resolve)
+    missing = [key for key in missing_keys(cfg) if not (args.eval_only and key == "train.dataset_path")]
+    if missing:
+        raise ValueError(f"no value for {', '.join(missing)}; add {missing[0]}=<value> to the command or the file")
+    weights = cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS
+    if weights and not Path(weights).exists():
+        raise FileNotFoundError(f"student.pretrained_weights or MODEL.WEIGHTS: nothing at {weights}")
+    build_augmentation(cfg)
+    TeacherEvaluation(cfg)
+    if not args.eval_only:
+        build_dataset(cfg)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args, train_argv = build_parser().parse_known_args(argv)
+    train_args = parse_arguments(train_argv)
+    setup_logging()
+    try:
+        check_settings(train_args, args.nodes * tasks_per_node(args))
+        output_dir = Path(train_args.output_dir).absolute()
+        task = TrainingTask([*train_argv, "--output-dir", str(output_dir)], train_args.config_file)
+        config = Path(train_args.config_file).stem if train_args.config_file else "run"
+        job = submit(task, args, output_dir, train_args.name or config)
+        print(describe(job, args, output_dir / (train_args.name or f"{config}_{job.job_id}")), flush=True)
+        return wait(job.job_id) if args.wait else 0
+    except USER_ERRORS as error:
+        logger.error("%s", text_of(error))
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
