@@ -10,15 +10,16 @@ A checkpoint is written into a hidden folder, which is renamed once all processe
 what has its final name is complete. Writing goes on beside the training.
 """
 
+import itertools
 import json
 import logging
 import pickle
 import shutil
-import time
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Checkpointer:
     def __init__(self, folder: Path, keep: int, milestone_period: int = 0) -> None:
         self.folder, self.keep, self.milestone_period = folder, keep, milestone_period
         self._group: Any = None
-        self._pending: tuple[int, Future[Any]] | None = None
+        self._pending: Future[bool] | None = None
         self._last_is_good = True
 
     def save(self, iteration: int, tensors: Tensors, numbers: Mapping[str, Any]) -> None:
@@ -84,21 +85,15 @@ class Checkpointer:
             self._report(iteration, error)
             return
         assert isinstance(future, Future), "only a staging that runs beside the training gives something else"
-        self._pending = iteration, future
+        self._pending = Future()
+        future.add_done_callback(partial(self._settle, iteration, self._pending))
 
     def wait(self) -> bool:
         """Wait for the checkpoint that is being written; False if it could not be."""
-        if self._pending is None:
-            return self._last_is_good
-        (iteration, future), self._pending = self._pending, None
-        try:
-            future.result()
-        except (CheckpointException, OSError, RuntimeError) as error:
-            self._report(iteration, error)
-            return False
-        self._last_is_good = True
-        logger.info("checkpoint: %s", self.path_of(iteration))
-        return True
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._last_is_good = pending.result()
+        return self._last_is_good
 
     def path_of(self, iteration: int) -> Path:
         """Where the checkpoint after `iteration` iterations is."""
@@ -136,7 +131,8 @@ class Checkpointer:
         """Rename checkpoints that are newer than the one a run goes on from: they must not count among the newest."""
         for path in self.paths():
             if (_number(path) or 0) > iteration:
-                aside = path.with_name(f"unused_{path.name}_{time.strftime('%Y%m%d-%H%M%S')}")
+                names = (f"unused_{path.name}_{n}" for n in itertools.count(1))  # a run may go back more than once
+                aside = next(free for name in names if not (free := path.with_name(name)).exists())
                 path.rename(aside)
                 logger.warning("%s is now %s, since the run goes on from iteration %d", path, aside.name, iteration)
 
@@ -156,6 +152,20 @@ class Checkpointer:
         except (CheckpointException, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             raise ValueError(f"{path}: {_reason(error)}") from error
 
+    def _settle(self, iteration: int, pending: "Future[bool]", written: "Future[Any]") -> None:
+        """Say how it went as soon as that is known: the next checkpoint may be hours away."""
+        error = written.exception()
+        if error is None:
+            logger.info("checkpoint: %s", self.path_of(iteration))
+            pending.set_result(True)
+        elif isinstance(error, (CheckpointException, OSError, RuntimeError)):
+            try:
+                self._report(iteration, error)  # which looks at the disk again
+            finally:
+                pending.set_result(False)
+        else:
+            pending.set_exception(error)
+
     def _make_room(self, temporary: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for torn in self.folder.glob(f".{_PREFIX}*.tmp"):
@@ -166,7 +176,8 @@ class Checkpointer:
         """On the process that wrote last, with all files of all processes in place."""
         with atomic_write(temporary / _NUMBERS, "w") as file:
             json.dump(numbers, file)
-        _write_checksums(temporary, "all", [temporary / ".metadata", temporary / _NUMBERS])
+        lists = sorted(temporary.glob("checksums_*.json"))
+        _write_checksums(temporary, "all", [temporary / ".metadata", temporary / _NUMBERS, *lists])
         sync_folder(temporary)
         if final.exists():
             self._remove(final)

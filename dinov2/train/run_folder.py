@@ -104,6 +104,8 @@ class RunFolder:
             logger.warning("the run in %s %s; it is now in %s", self.path, reason, aside)
         elif has_checkpoint and earlier.is_file():
             self._compare_with(earlier)
+        for torn in (*self.path.glob(".*.tmp"), *self.path.glob("eval/**/.*.tmp")):
+            torn.unlink()  # a process that was killed while it wrote could not remove it
         write_config(self.cfg, earlier)
 
     def restore(self, state: TrainState, before: int | None = None) -> bool:
@@ -185,15 +187,16 @@ class RunFolder:
     def _check_writable(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
+            with tempfile.TemporaryFile(dir=self.path) as file:
+                file.write(bytes(4096))  # an empty file has room on a full disk, too
         except (FileExistsError, NotADirectoryError) as error:
             raise NotADirectoryError(
                 f"--output-dir/--name: {self.path} or a part of it is a file; choose another --output-dir"
             ) from error
         except OSError as error:
             raise PermissionError(
-                f"--output-dir/--name: cannot write to {self.path} ({error.strerror}); choose another --output-dir"
+                f"--output-dir/--name: cannot write to {self.path} ({error.strerror}); mend that or choose another "
+                "--output-dir"
             ) from error
 
     def _compare_with(self, earlier: Path) -> None:
