@@ -11,7 +11,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 RANGES = {"torch": "torch>=2.10,<2.16", "torchvision": "torchvision>=0.25"}
-OPTIONAL = {"tensorboard", "xformers"}
+OPTIONAL = {"matplotlib", "tensorboard", "xformers"}
 
 
 def read_version() -> str:
@@ -51,7 +51,9 @@ setup(
     install_requires=[RANGES.get(name, line) for name, line in requirements.items() if name not in OPTIONAL],
     extras_require={
         "xformers": ["xformers>=0.0.35"],
+        "plots": [requirements["matplotlib"]],
         "tensorboard": [requirements["tensorboard"]],
+        "torchmil": ["torchmil>=1.0.2,<2"],
         "wandb": ["wandb>=0.17"],
         "dev": list(read_requirements("requirements-dev.txt").values()),
     },

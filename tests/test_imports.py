@@ -32,7 +32,7 @@ FREE = {"dinov2.utils.files"}
 BARE_MACHINE = """
 import importlib, sys
 
-OPTIONAL = {"xformers", "tensorboard", "wandb", "timm", "transformers"}
+OPTIONAL = {"xformers", "tensorboard", "torchmil", "matplotlib", "wandb", "timm", "transformers"}
 
 class Missing:
     def find_spec(self, name, path=None, target=None):

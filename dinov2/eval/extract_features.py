@@ -54,19 +54,27 @@ def embedder_from(args: argparse.Namespace) -> Embedder:
     """What `add_embedder_arguments` describes.
 
     Raises:
-        ValueError: for `--device cuda` on a machine without one.
+        ValueError: as `device_of`.
     """
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device here; pass --device cpu, or install a CUDA build")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     return Embedder(
         args.checkpoint,
         image_size=args.image_size,
         precision=args.precision,
-        device=device,
+        device=device_of(args),
         batch_size=args.batch_size,
         num_workers=args.num_workers,
     )
+
+
+def device_of(args: argparse.Namespace) -> str:
+    """The device that `--device` means.
+
+    Raises:
+        ValueError: for `--device cuda` on a machine without one.
+    """
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here; pass --device cpu, or install a CUDA build")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
 
 
 def positive_int(text: str) -> int:

@@ -14,34 +14,31 @@ Dimension key:  N training cells, M test cells, D embedding dim, C classes
 """
 
 import argparse
-import json
 import logging
-import os
-import platform
 import sys
-import warnings
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import sklearn
 import torch
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import Tensor
 
-from dinov2.data.datasets.cells import LabelledCells
-from dinov2.eval.baselines import BASELINES
-from dinov2.eval.extract_features import CELLS_HELP, add_embedder_arguments, embedder_from, positive_int
-from dinov2.eval.features import Embedder, Features, read_features
+from dinov2.data.splits import split_cells
+from dinov2.eval.cell_sets import (
+    add_baseline_argument,
+    add_source_arguments,
+    baseline_features,
+    input_hashes,
+    load_sets,
+    without_duplicates,
+    wrong_combination,
+)
+from dinov2.eval.extract_features import add_embedder_arguments, embedder_from, positive_int
 from dinov2.eval.metrics import classification_metrics
-from dinov2.hub.backbones import file_sha256, untrained_backbone
+from dinov2.eval.results import class_table, metrics_table, provenance, settings_of, write_report
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
-from dinov2.utils.files import atomic_write
 
 logger = logging.getLogger("dinov2")
 
@@ -52,12 +49,6 @@ DISTANCES_PER_CHUNK = 1 << 24  # 128 MiB of float64, and some copies
 # distances nearer to each other than this share of the squared lengths involved are one distance: rounding in a matrix
 # product depends on its shape, and equal pictures must not be told apart by it
 TIE_TOLERANCE = 1e-11
-TABLE_METRICS = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced acc.",
-    "weighted_f1": "weighted F1",
-    "macro_f1": "macro F1",
-}
 
 
 def knn_predict(
@@ -165,102 +156,6 @@ def _neighbours(distances: Tensor, farthest: Tensor, own_lengths: Tensor, k: int
     return is_nearer | (is_tied & (is_tied.cumsum(dim=1) <= n_open))
 
 
-def split_cells(
-    labels: np.ndarray, patients: Sequence[str] | None, test_fraction: float, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """One stratified split: positions of the training and of the test cells, both ascending.
-
-    Args:
-        labels: int64 [N].
-        patients: N patient ids; a patient's cells all go to one side. None to split by cell.
-        test_fraction: share of the test set: of round(1 / test_fraction) parts it is the one of the most even size.
-        seed: of the draw.
-
-    Raises:
-        ValueError: if the fraction is not in (0, 0.5], or there are too few patients or cells for it.
-    """
-    if not 0 < test_fraction <= 0.5:
-        raise ValueError(f"--test-fraction {test_fraction}: choose a share above 0 and up to 0.5")
-    n_parts = round(1 / test_fraction)
-    available = {"cells in its largest class": int(np.bincount(labels).max())}
-    if patients is not None:
-        available["patients"] = len(set(patients))
-    for what, n_available in available.items():
-        if n_available < n_parts:
-            raise ValueError(
-                f"--test-fraction {test_fraction}: the set has {n_available} {what}, fewer than the {n_parts} parts to "
-                f"make; choose a larger share, or give --train and --test"
-            )
-    folds = StratifiedKFold if patients is None else StratifiedGroupKFold
-    with warnings.catch_warnings():
-        # classes smaller than the number of parts may miss in the test set: the table's support column shows it
-        warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
-        splits = list(folds(n_parts, shuffle=True, random_state=seed).split(labels, labels, patients))
-    # parts of whole patients differ in size
-    return min(splits, key=lambda split: abs(len(split[1]) * n_parts - len(labels)))
-
-
-def without_duplicates(train: Features, test: Features) -> tuple[Features, dict[str, int]]:
-    """Drop from the training set what is in the test set too.
-
-    Returns:
-        the training set, and counts: `dropped_identical_bytes`, `not_checked` (pictures that are not on this disk) and
-        `patients_in_both`.
-
-    Raises:
-        ValueError: if a picture file is in both sets, or none is left to train on.
-    """
-    both = {os.path.realpath(path) for path in train.paths} & {os.path.realpath(path) for path in test.paths}
-    if both:
-        raise ValueError(
-            f"train and test share {len(both)} picture files, for instance {', '.join(sorted(both)[:3])}; "
-            f"remove them from one of the two (a picture listed twice can also fall on both sides of a split)"
-        )
-    # only files of one size can be equal: {bytes: (positions in train, positions in test)}
-    sizes: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
-    n_unchecked = 0
-    for side, features in enumerate((train, test)):
-        for position, path in enumerate(features.paths):
-            try:
-                sizes[os.path.getsize(path)][side].append(position)
-            except OSError:
-                n_unchecked += 1
-    copies: list[int] = []
-    for in_train, in_test in sizes.values():
-        if in_train and in_test:
-            test_hashes = {file_sha256(test.paths[i]) for i in in_test}
-            copies += [i for i in in_train if file_sha256(train.paths[i]) in test_hashes]
-    patients = set(train.patients or ()) & set(test.patients or ())
-    if copies:
-        logger.warning("%d training pictures are byte-equal to test pictures and dropped from training", len(copies))
-    if n_unchecked:
-        logger.warning("%d pictures are not on this disk: whether train and test share copies is unknown", n_unchecked)
-    if patients:
-        logger.warning("%d patients have cells in both train and test", len(patients))
-    keep = np.ones(len(train), dtype=bool)
-    keep[copies] = False
-    if not keep.any():
-        raise ValueError("train: every picture is a copy of a test picture; give a test set of other cells")
-    counts = {"dropped_identical_bytes": len(copies), "not_checked": n_unchecked, "patients_in_both": len(patients)}
-    return train.select(keep), counts
-
-
-def align_classes(features: Features, class_names: list[str]) -> Features:
-    """The same features with labels that count in `class_names`.
-
-    Raises:
-        ValueError: if a cell's class is not among them.
-    """
-    unknown = sorted({features.class_names[i] for i in features.labels} - set(class_names))
-    if unknown:
-        raise ValueError(
-            f"test features: classes {', '.join(map(repr, unknown))} are not among the training set's "
-            f"{', '.join(map(repr, class_names))}; extract both from sets with the same class names"
-        )
-    new_ids = np.array([class_names.index(name) if name in class_names else -1 for name in features.class_names])
-    return replace(features, labels=new_ids[features.labels], class_names=class_names)
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Classify cells by their nearest neighbours among features; print a table and write "
@@ -269,24 +164,13 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_embedder_arguments(parser, checkpoint_required=False)
-    parser.add_argument("--train", type=Path, help=f"cells to learn from: {CELLS_HELP}")
-    parser.add_argument("--test", type=Path, help="cells to classify, likewise")
-    parser.add_argument("--data", type=Path, help="one set to split into both, likewise")
-    parser.add_argument("--features", type=Path, help="a features.h5: the training set, or one set to split")
-    parser.add_argument("--test-features", type=Path, help="a features.h5 from the same network: the test set")
+    add_source_arguments(parser)
     parser.add_argument(
         "--test-fraction", type=float, default=0.25, help="share of --data or of --features alone to test on, up to 0.5"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the split and of the untrained network")
     parser.add_argument("--k", type=positive_int, nargs="+", default=list(DEFAULT_KS), help="numbers of neighbours")
-    parser.add_argument(
-        "--baseline",
-        choices=("untrained", *BASELINES),
-        nargs="+",
-        default=[],
-        help="judge these on the same split too: the same architecture untrained (with --checkpoint), colour "
-        "histograms (HSV), raw 32x32 pixels",
-    )
+    add_baseline_argument(parser)
     parser.add_argument("--output-dir", type=Path, required=True, help="for results.json and features; made if missing")
     return parser
 
@@ -294,12 +178,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    if problem := _wrong_combination(args):
+    if problem := wrong_combination(args):
         parser.error(problem)
     setup_logging()
 
     embedder = embedder_from(args) if args.checkpoint else None
-    train, test = _load_sets(args, embedder)
+    train, test = load_sets(args, embedder)
+    if test is None:
+        in_train, in_test = split_cells(train.labels, train.patients, args.test_fraction, args.seed)
+        train, test = train.select(in_train), train.select(in_test)
     train, overlap = without_duplicates(train, test)
     class_names, labels = train.class_names, (train.labels, test.labels)
     unseen = sorted({class_names[i] for i in test.labels} - {class_names[i] for i in train.labels})
@@ -308,7 +195,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     sources = {"model": (train.features, test.features)}
     for name in args.baseline:
-        sources[name] = _baseline_features(name, train, test, embedder, args.seed)
+        both = baseline_features(name, train.paths + test.paths, embedder, args.seed)
+        sources[name] = both[: len(train)], both[len(train) :]
     results = {
         name: evaluate_knn(of_train, labels[0], of_test, labels[1], class_names, sorted(set(args.k)))
         for name, (of_train, of_test) in sources.items()
@@ -325,113 +213,28 @@ def main(argv: Sequence[str] | None = None) -> None:
             **overlap,
         },
         "patients_kept_apart": None if None in (train.patients, test.patients) else not overlap["patients_in_both"],
-        "checkpoint": {name: train.attributes.get(name) for name in ("checkpoint", "checkpoint_sha256", "model")},
-        "features": train.attributes,
-        "settings": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "scikit-learn": sklearn.__version__,
-        },
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **provenance(train.attributes, settings_of(args), input_hashes(args)),
     }
-    with atomic_write(args.output_dir / "results.json", "w") as file:
-        json.dump(report, file, indent=2)
+    write_report(args.output_dir, report)
     print(format_report(report))
 
 
 def format_report(report: dict[str, Any]) -> str:
     """results.json as two tables, in percent: all rows, and the classes of the model's row with the largest k."""
     results, counts, n_classes = report["results"], report["counts"], len(report["class_names"])
-    width = max(map(len, results))
+    rows = [
+        (name, key.removeprefix("knn_"), metrics) for name, by_k in results.items() for key, metrics in by_k.items()
+    ]
+    last_key = list(results["model"])[-1]
+    title = f"model, k = {last_key.removeprefix('knn_')}"
     lines = [
         f"kNN, {counts['train']} training and {counts['test']} test cells, {n_classes} classes (in percent)",
         "",
-        f"{'':{width}} {'k':>4}" + "".join(f"{title:>15}" for title in TABLE_METRICS.values()),
+        *metrics_table(rows, "k"),
+        "",
+        *class_table(title, results["model"][last_key], counts["train_per_class"]),
     ]
-    for name, by_k in results.items():
-        for key, metrics in by_k.items():
-            numbers = "".join(f"{100 * metrics[metric]:15.1f}" for metric in TABLE_METRICS)
-            lines.append(f"{name:{width}} {key.removeprefix('knn_'):>4}{numbers}")
-    last_key = list(results["model"])[-1]
-    title = f"model, k = {last_key.removeprefix('knn_')}"
-    width = max(map(len, [title, *report["class_names"]]))
-    lines += ["", f"{title:{width}}   train    test  recall  precision      F1"]
-    for name, row in results["model"][last_key]["per_class"].items():
-        recall = "-" if row["recall"] is None else f"{100 * row['recall']:.1f}"
-        lines.append(
-            f"{name:{width}} {counts['train_per_class'][name]:7} {row['support']:7} {recall:>7} "
-            f"{100 * row['precision']:10.1f} {100 * row['f1']:7.1f}"
-        )
     return "\n".join(lines)
-
-
-def _wrong_combination(args: argparse.Namespace) -> str:
-    """What is wrong with the sources that were given, or ""."""
-    given = {
-        name for name in ("checkpoint", "train", "test", "data", "features", "test_features") if getattr(args, name)
-    }
-    allowed = (
-        {"checkpoint", "train", "test"},
-        {"checkpoint", "data"},
-        {"features", "test_features"},
-        {"features"},
-    )
-    if given not in allowed:
-        flags = ["--" + name.replace("_", "-") for name in sorted(given)]
-        return (
-            f"got {' '.join(flags) or 'no cells'}; give --checkpoint --train --test, or --checkpoint --data, "
-            f"or --features --test-features, or --features"
-        )
-    if "untrained" in args.baseline and not args.checkpoint:
-        return "--baseline untrained needs --checkpoint, which says what architecture to build"
-    return ""
-
-
-def _load_sets(args: argparse.Namespace, embedder: Embedder | None) -> tuple[Features, Features]:
-    """Training and test features, as the flags say."""
-    if embedder is not None and args.data is None:
-        train_cells = LabelledCells.from_path(args.train)
-        test_cells = LabelledCells.from_path(args.test, class_names=train_cells.class_names)
-        train = embedder.features_of(train_cells, args.output_dir / "features_train.h5", args.overwrite)
-        return train, embedder.features_of(test_cells, args.output_dir / "features_test.h5", args.overwrite)
-    if args.test_features is not None:
-        train, test = read_features(args.features), read_features(args.test_features)
-        for name in ("checkpoint_sha256", "transform"):
-            if train.attributes.get(name) != test.attributes.get(name):
-                raise ValueError(
-                    f"--features and --test-features: {name} differs, {train.attributes.get(name)!r} and "
-                    f"{test.attributes.get(name)!r}; extract both with one checkpoint and one image size"
-                )
-        return train, align_classes(test, train.class_names)
-    if embedder is not None:
-        cells = LabelledCells.from_path(args.data)
-        whole = embedder.features_of(cells, args.output_dir / "features.h5", args.overwrite)
-    else:
-        whole = read_features(args.features)
-    in_train, in_test = split_cells(whole.labels, whole.patients, args.test_fraction, args.seed)
-    return whole.select(in_train), whole.select(in_test)
-
-
-def _baseline_features(
-    name: str, train: Features, test: Features, embedder: Embedder | None, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Another kind of features [N, D] and [M, D] of the same cells."""
-    logger.info("baseline %s", name)
-    paths = [Path(path) for path in train.paths + test.paths]
-    if name == "untrained":
-        assert embedder is not None, "_wrong_combination asks for a checkpoint"
-        model = untrained_backbone(embedder.file, embedder.image_size, seed)
-        extraction = embedder.extract(paths, model)
-        if extraction.unreadable:
-            raise ValueError(
-                f"--baseline untrained: {len(extraction.unreadable)} pictures can no longer be read, for instance "
-                f"{next(iter(extraction.unreadable))}; put them back, or extract again with --overwrite"
-            )
-        features = extraction.features
-    else:
-        features = BASELINES[name](paths)
-    return features[: len(train)], features[len(train) :]
 
 
 if __name__ == "__main__":

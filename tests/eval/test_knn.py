@@ -1,4 +1,4 @@
-"""kNN against scikit-learn, splits and copies that would flatter it, and the command from pictures to results.json."""
+"""kNN against scikit-learn, and the command from pictures to results.json."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from dinov2.eval.features import Features, read_features, write_features
-from dinov2.eval.knn import align_classes, evaluate_knn, knn_predict, main, split_cells, without_duplicates
+from dinov2.eval.knn import evaluate_knn, knn_predict, main
 from dinov2.eval.metrics import classification_metrics
 from dinov2.models import architecture, build_backbone
 
@@ -88,78 +88,10 @@ def test_what_makes_no_sense_is_refused():
         knn_predict(train, labels, test, 1, 5)
 
 
-def test_splits_are_stratified_and_follow_the_seed():
-    labels = np.repeat([0, 1, 2], [60, 20, 1])  # the class with one cell goes to one side, and is no error
-    train, test = split_cells(labels, None, 0.25, seed=0)
-    assert np.bincount(labels[test], minlength=2)[:2].tolist() == [15, 5]
-    assert sorted([*train, *test]) == list(range(81))
-    again, other = split_cells(labels, None, 0.25, seed=0)[1], split_cells(labels, None, 0.25, seed=1)[1]
-    assert test.tolist() == again.tolist()
-    assert test.tolist() != other.tolist()
-
-
-def test_splits_keep_patients_whole():
-    rng = np.random.default_rng(0)
-    labels, patients = rng.integers(0, 3, 200), [f"p{i}" for i in rng.integers(0, 20, 200)]
-    train, test = split_cells(labels, patients, 0.25, seed=0)
-    assert not {patients[i] for i in train} & {patients[i] for i in test}
-    assert 40 <= len(test) <= 60
-
-
-def test_a_patient_with_most_of_the_cells_is_trained_on():
-    labels, patients = np.zeros(60, dtype=np.int64), ["many"] * 40 + [f"p{i % 5}" for i in range(20)]
-    for seed in range(4):
-        _, test = split_cells(labels, patients, 0.25, seed)
-        assert "many" not in {patients[i] for i in test}
-
-
-@pytest.mark.parametrize(
-    ("labels", "patients", "fraction", "message"),
-    [
-        ([0, 0, 0, 1], None, 0.75, "above 0 and up to 0.5"),
-        ([0, 0, 0, 0, 1], ["a", "a", "b", "c", "c"], 0.25, "3 patients, fewer than the 4 parts"),
-        ([0, 1, 2, 0], None, 0.25, "2 cells in its largest class, fewer than the 4 parts"),
-    ],
-)
-def test_sets_too_small_to_split_are_refused(labels, patients, fraction, message):
-    with pytest.raises(ValueError, match=message):
-        split_cells(np.array(labels), patients, fraction, seed=0)
-
-
 def features_of(paths, patients=None, labels=None):
     n = len(paths)
     labels = np.zeros(n, dtype=np.int64) if labels is None else labels
     return Features(np.arange(n, dtype=np.float32)[:, None], labels, ["a", "b"], [str(p) for p in paths], patients)
-
-
-def test_copies_are_dropped_from_training_and_counted(tmp_path):
-    for name, content in {"a": b"same", "b": b"else", "c": b"same", "d": b"elsE"}.items():
-        (tmp_path / name).write_bytes(content)
-    train = features_of([tmp_path / "a", tmp_path / "b", tmp_path / "gone"], patients=["p", "q", "q"])
-    test = features_of([tmp_path / "c", tmp_path / "d"], patients=["q", "r"])
-    rest, counts = without_duplicates(train, test)
-    assert rest.paths == train.paths[1:]
-    assert rest.features.ravel().tolist() == [1, 2]
-    assert rest.patients == ["q", "q"]
-    assert counts == {"dropped_identical_bytes": 1, "not_checked": 1, "patients_in_both": 1}
-
-
-def test_one_file_on_both_sides_is_an_error(tmp_path):
-    (tmp_path / "cell.png").write_bytes(b"x")
-    (tmp_path / "link.png").symlink_to(tmp_path / "cell.png")
-    with pytest.raises(ValueError, match="share 1 picture files, for instance .*cell.png"):
-        without_duplicates(features_of([tmp_path / "cell.png"]), features_of([tmp_path / "link.png"]))
-    shutil.copy(tmp_path / "cell.png", tmp_path / "copy.png")
-    with pytest.raises(ValueError, match="every picture is a copy"):
-        without_duplicates(features_of([tmp_path / "cell.png"]), features_of([tmp_path / "copy.png"]))
-
-
-def test_classes_are_matched_by_name():
-    test = features_of(["1", "2", "3"], labels=np.array([1, 0, 1]))
-    assert align_classes(test, ["b", "c", "a"]).labels.tolist() == [0, 2, 0]
-    assert align_classes(test.select([0, 2]), ["b"]).labels.tolist() == [0, 0]  # no cell of class a: nothing is lost
-    with pytest.raises(ValueError, match="'b' are not among the training set's 'a', 'c'"):
-        align_classes(test, ["a", "c"])
 
 
 @pytest.fixture

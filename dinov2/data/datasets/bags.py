@@ -1,0 +1,627 @@
+"""Patients as bags of cell features: from a features file's arrays, from folders of .h5 files, or from a CSV.
+
+Layouts of a folder, GenBloom's first (a .h5 file has the dataset `features`, [N, D], or [D] for a single cell):
+
+- `<patient>.h5`, the labels in a CSV with the columns `patient,label`;
+- `<class>/<patient>.h5`;
+- `<class>/<patient>/*.h5`, a file per cell (DinoBloom's) or per slide.
+
+A CSV of bags has the columns `patient,label,file`, a row per .h5 file; files of one patient make one bag.
+
+Letters: P patients, N cells of a patient, D feature dim.
+"""
+
+import csv
+import hashlib
+import json
+import logging
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from dinov2.utils.files import atomic_write
+
+logger = logging.getLogger("dinov2")
+
+PathLike = str | os.PathLike[str]
+
+SUFFIX = ".h5"
+# a CSV's columns and the names that other projects' files have for them
+COLUMNS = {
+    "patient": ("patient", "patient_name", "patient_id"),
+    "label": ("label", "Label", "labels"),
+    "file": ("file",),
+    "label_id": ("label_id",),
+    "label_name": ("label_name",),
+    "fold": ("fold",),
+    "part": ("part",),
+}
+# bags whose files differ in one of these are from different networks
+IDENTITY = ("checkpoint_sha256", "transform")
+PARTS = ("train", "val", "test")
+CLASS_NAMES_FILE = "label_to_diagnose.csv"
+N_EXAMPLES = 5
+
+
+@dataclass(frozen=True, eq=False)
+class PatientBags:
+    """P patients with the features of their cells.
+
+    Attributes:
+        patients: P different ids, sorted.
+        features: P arrays, float32 [N, D] with the same D; every N is at least 1 and every number finite.
+        cells: P lists of N texts, where each cell is from: its picture where that is known, else file and row.
+        labels: int64 [P], positions in `class_names`, or None where the source has no labels.
+        class_names: C names; empty without labels.
+        attributes: what is known of the network that made the features: `checkpoint_sha256`, `transform`, ...
+    """
+
+    patients: list[str]
+    features: list[np.ndarray]
+    cells: list[list[str]]
+    labels: np.ndarray | None = None
+    class_names: list[str] = field(default_factory=list)
+    attributes: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.patients:
+            raise ValueError("bags: there is no patient; give at least one bag of cells")
+        twice = [patient for patient, count in Counter(self.patients).items() if count > 1]
+        if twice:
+            raise ValueError(f"bags: {_some(twice)} stand twice; a patient is one bag, so merge or rename them")
+        for patient, cells in zip(self.patients, self.features, strict=True):
+            if cells.ndim != 2 or not len(cells):
+                raise ValueError(
+                    f"bags: patient {patient!r} has features of shape {list(cells.shape)}, so a bag without cells or "
+                    f"no bag; expected [cells, dim] with at least one cell: drop the patient or extract again"
+                )
+            n_bad = int((~np.isfinite(cells).all(axis=1)).sum())
+            if n_bad:
+                raise ValueError(
+                    f"bags: {n_bad} of the {len(cells)} cells of patient {patient!r} have infinite or NaN features; "
+                    f"extract again, or drop these cells"
+                )
+        dims = Counter(cells.shape[1] for cells in self.features)
+        if len(dims) > 1:
+            usual = dims.most_common(1)[0][0]
+            odd = [p for p, cells in zip(self.patients, self.features, strict=True) if cells.shape[1] != usual]
+            raise ValueError(
+                f"bags: features of {', '.join(map(str, sorted(dims)))} dimensions are mixed, so they are from "
+                f"different networks ({_some(odd)} differ from most); extract all with one checkpoint"
+            )
+
+    def __len__(self) -> int:
+        return len(self.patients)
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return int(self.features[0].shape[1])
+
+    @classmethod
+    def from_cells(
+        cls,
+        features: np.ndarray,
+        patients: Sequence[str] | None,
+        cells: Sequence[str],
+        cell_labels: Sequence[str] | None = None,
+        attributes: Mapping[str, str] | None = None,
+    ) -> "PatientBags":
+        """Bags from cells in one array.
+
+        Args:
+            features: [N_all, D].
+            patients: N_all ids, a patient for each cell.
+            cells: N_all texts, where each cell is from.
+            cell_labels: N_all names; the label of each cell's patient.
+            attributes: of the features.
+
+        Raises:
+            ValueError: if there are no patients, a patient has two labels, or features are not finite.
+        """
+        if patients is None:
+            raise ValueError(
+                "bags: the features name no patients; extract them from a CSV with the columns "
+                "`Image Path,Label,patient`, where Label is the patient's class"
+            )
+        rows: dict[str, list[int]] = defaultdict(list)
+        for row, patient in enumerate(patients):
+            rows[patient].append(row)
+        names = sorted(rows)
+        bags = cls(
+            patients=names,
+            features=[np.asarray(features[rows[name]], dtype=np.float32) for name in names],
+            cells=[[cells[row] for row in rows[name]] for name in names],
+            attributes=dict(attributes or {}),
+        )
+        if cell_labels is None:
+            return bags
+        return bags.with_labels(one_label_each(zip(patients, cell_labels, strict=True), "bags"))
+
+    @classmethod
+    def from_path(cls, path: PathLike) -> "PatientBags":
+        """Read a folder (`from_folder`) or a .csv file (`from_csv`).
+
+        Raises:
+            FileNotFoundError: if nothing is at `path`.
+            ValueError: as those.
+        """
+        path = Path(path)
+        if path.is_dir():
+            return cls.from_folder(path)
+        if not path.exists():
+            raise FileNotFoundError(f"bags: {str(path)!r} does not exist; give a folder of .h5 files or a CSV of them")
+        if path.suffix.lower() != ".csv":
+            raise ValueError(
+                f"bags: {str(path)!r} is neither a folder nor a .csv file; give a folder with <patient>.h5 or "
+                f"<class>/<patient>.h5, or a CSV with the columns patient,label,file"
+            )
+        return cls.from_csv(path)
+
+    @classmethod
+    def from_folder(cls, folder: PathLike) -> "PatientBags":
+        """Read one of the layouts in the module's docstring; hidden files and other suffixes are ignored.
+
+        Raises:
+            ValueError: if the folder has no .h5 file, has some beside class folders, a patient is in two classes, a
+                file cannot be read, or files are from different networks.
+        """
+        folder = Path(folder)
+        flat = _h5_files(folder)
+        class_folders = {entry.name: entry for entry in _folders(folder)}
+        by_class = {name: _patient_files(entry) for name, entry in class_folders.items()}
+        by_class = {name: patients for name, patients in by_class.items() if any(patients.values())}
+        if flat and by_class:
+            raise ValueError(
+                f"bags: {str(folder)!r} has .h5 files ({flat[0].name}, ...) beside folders with .h5 files "
+                f"({_some(by_class)}); keep either one file per patient or one folder per class"
+            )
+        if not flat and not by_class:
+            raise ValueError(
+                f"bags: no .h5 file in {str(folder)!r} and the folders inside; expected <patient>.h5, "
+                f"<class>/<patient>.h5 or <class>/<patient>/*.h5"
+            )
+        if flat:
+            return cls._from_files({file.stem: [file] for file in flat})
+        without_cells = [
+            f"{name}/{patient}" for name, found in by_class.items() for patient in found if not found[patient]
+        ]
+        if without_cells:
+            raise ValueError(
+                f"bags: folders without an .h5 file are bags without cells: {_some(without_cells)}; extract these "
+                f"patients' cells, or remove the folders"
+            )
+        labels = one_label_each(
+            ((patient, name) for name, patients in by_class.items() for patient in patients), "bags"
+        )
+        files = {patient: paths for patients in by_class.values() for patient, paths in patients.items()}
+        empty = sorted(set(class_folders) - set(by_class))
+        if empty:
+            logger.warning("%s: folders without .h5 files are not classes: %s", folder, ", ".join(empty))
+        return cls._from_files(files).with_labels(labels)
+
+    @classmethod
+    def from_csv(cls, file: PathLike) -> "PatientBags":
+        """A row per .h5 file with the columns `patient,label,file`, or `patient,file` for bags without labels.
+
+        Relative files count from the CSV's own folder.
+        """
+        file = Path(file)
+        rows = read_table(file, required=("patient", "file"), optional=("label",))
+        files: dict[str, list[Path]] = defaultdict(list)
+        for row in rows:
+            files[row["patient"]].append(file.parent / row["file"])
+        missing = [str(path) for paths in files.values() for path in paths if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"bags: {len(missing)} of the files in {str(file)!r} do not exist, for instance "
+                f"{', '.join(missing[:N_EXAMPLES])}; relative paths count from {str(file.parent.absolute())!r}"
+            )
+        bags = cls._from_files(files)
+        if "label" not in rows[0]:
+            return bags
+        return bags.with_labels(one_label_each(((row["patient"], row["label"]) for row in rows), str(file)))
+
+    @classmethod
+    def _from_files(cls, files: Mapping[str, Sequence[Path]]) -> "PatientBags":
+        patients = sorted(files)
+        features, cells = [], []
+        attributes: dict[str, set[str | None]] = defaultdict(set)
+        for patient in patients:
+            parts = [_read_file(path) for path in files[patient]]
+            if len({part.features.shape[1] for part in parts}) > 1:
+                raise ValueError(
+                    f"bags: the files of patient {patient!r} have features of different dimensions; extract all with "
+                    f"one checkpoint"
+                )
+            features.append(np.concatenate([part.features for part in parts]))
+            cells.append([cell for part in parts for cell in part.cells])
+            for part in parts:
+                for name in {*IDENTITY, *part.attributes, *attributes}:
+                    attributes[name].add(part.attributes.get(name))
+        mixed = [name for name in IDENTITY if len(attributes[name]) > 1]
+        if mixed:
+            found = ", ".join(sorted(map(repr, attributes[mixed[0]])))
+            raise ValueError(
+                f"bags: files of different networks are mixed, their {mixed[0]} is {found}; extract all bags with one "
+                f"checkpoint and one image size"
+            )
+        known = {name: next(iter(values)) for name, values in attributes.items() if len(values) == 1}
+        return cls(patients, features, cells, attributes={k: v for k, v in sorted(known.items()) if v is not None})
+
+    def with_labels(self, labels: Mapping[str, str], class_names: Sequence[str] | None = None) -> "PatientBags":
+        """The same bags with these labels.
+
+        Args:
+            labels: {patient: class}.
+            class_names: the classes in the order of their ids; without it, those found, sorted.
+
+        Raises:
+            ValueError: if a bag has no label, a label has no bag, or a label is not among `class_names`.
+        """
+        unlabelled = [patient for patient in self.patients if patient not in labels]
+        if unlabelled:
+            raise ValueError(
+                f"labels: {len(unlabelled)} of {len(self)} bags have none ({_some(unlabelled)}); add them to the "
+                f"labels, or leave these bags out"
+            )
+        without_bag = sorted(set(labels) - set(self.patients))
+        if without_bag:
+            raise ValueError(
+                f"labels: {len(without_bag)} of {len(labels)} labelled patients have no bag ({_some(without_bag)}); "
+                f"extract their cells, or drop them from the labels"
+            )
+        names = sorted(set(labels.values())) if class_names is None else list(class_names)
+        unknown = sorted(set(labels.values()) - set(names))
+        if unknown:
+            raise ValueError(
+                f"labels: {_some(unknown)} are not among the classes {', '.join(map(repr, names))}; drop or rename "
+                f"these patients' labels"
+            )
+        ids = {name: i for i, name in enumerate(names)}
+        return replace(
+            self,
+            labels=np.array([ids[labels[patient]] for patient in self.patients], dtype=np.int64),
+            class_names=names,
+        )
+
+    def select(self, positions: np.ndarray) -> "PatientBags":
+        """The bags at these positions, in ascending order; classes keep their ids."""
+        chosen = sorted(positions.tolist())
+        return replace(
+            self,
+            patients=[self.patients[i] for i in chosen],
+            features=[self.features[i] for i in chosen],
+            cells=[self.cells[i] for i in chosen],
+            labels=None if self.labels is None else self.labels[chosen],
+        )
+
+    def joined(self, other: "PatientBags") -> tuple["PatientBags", np.ndarray]:
+        """These bags and those of another set, and the positions of the latter's among them, ascending.
+
+        Raises:
+            ValueError: if one has labels and the other has none, they are from different networks, or share a patient.
+        """
+        if (self.labels is None) != (other.labels is None):
+            raise ValueError("bags: the training or the test set has no labels; give those of both with --labels")
+        both = sorted(set(self.patients) & set(other.patients))
+        if both:
+            raise ValueError(
+                f"bags: {len(both)} patients are in the training and in the test set ({_some(both)}); remove them from "
+                f"one, or rename them if they are different people"
+            )
+        check_same_network(self.attributes, other.attributes, "the training set", "the test set")
+        features = dict(zip([*self.patients, *other.patients], [*self.features, *other.features], strict=True))
+        cells = dict(zip([*self.patients, *other.patients], [*self.cells, *other.cells], strict=True))
+        patients = sorted(features)
+        bags = PatientBags(
+            patients, [features[p] for p in patients], [cells[p] for p in patients], attributes=self.attributes
+        )
+        if self.labels is not None:
+            bags = bags.with_labels(self.label_of() | other.label_of())
+        return bags, bags.positions(other.patients, "test set")
+
+    def bag_hashes(self) -> list[str]:
+        """P sha256 of the bags' features, whatever the order of their cells."""
+        return [
+            hashlib.sha256(b"".join(sorted(np.ascontiguousarray(cell).tobytes() for cell in cells))).hexdigest()
+            for cells in self.features
+        ]
+
+    def sha256(self) -> str:
+        """Of patients, labels and features: equal bags have equal ones, however they are stored."""
+        content = [self.patients, self.label_of(), self.bag_hashes()]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def label_of(self) -> dict[str, str]:
+        """{patient: class}; empty without labels."""
+        if self.labels is None:
+            return {}
+        return {patient: self.class_names[i] for patient, i in zip(self.patients, self.labels, strict=True)}
+
+    def positions(self, patients: Iterable[str], source: str) -> np.ndarray:
+        """Where these patients are, int64, ascending.
+
+        Raises:
+            ValueError: if one of them has no bag.
+        """
+        where = {patient: i for i, patient in enumerate(self.patients)}
+        patients = list(patients)
+        missing = [patient for patient in patients if patient not in where]
+        if missing:
+            raise ValueError(
+                f"{source}: {len(missing)} of {len(patients)} patients have no bag ({_some(missing)}); extract their "
+                f"cells, or take them out of the file"
+            )
+        return np.array(sorted(where[patient] for patient in patients), dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class FoldFiles:
+    """Folds as files have them.
+
+    Attributes:
+        folds: for each, {"train" | "val" | "test": patients}; no patient is on two sides of a fold.
+        names: of the folds.
+        labels: {patient: class}, of all patients in the files.
+    """
+
+    folds: list[dict[str, list[str]]]
+    names: list[str]
+    labels: dict[str, str]
+
+    def write(self, file: PathLike) -> None:
+        """Write one CSV with the columns `fold,part,patient,label`, which `read_fold_files` reads."""
+        with atomic_write(file, "w") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(("fold", "part", "patient", "label"))
+            for name, fold in zip(self.names, self.folds, strict=True):
+                writer.writerows(
+                    (name, part, patient, self.labels[patient]) for part in PARTS for patient in fold[part]
+                )
+
+
+def check_no_bag_twice(bags: PatientBags) -> None:
+    """Refuse one bag under two names: such a patient could be learned from and judged by.
+
+    Raises:
+        ValueError: if two patients have the same cells, in whatever order.
+    """
+    names: dict[str, list[str]] = defaultdict(list)
+    for patient, digest in zip(bags.patients, bags.bag_hashes(), strict=True):
+        names[digest].append(patient)
+    twice = [patients for patients in names.values() if len(patients) > 1]
+    if twice:
+        raise ValueError(
+            f"bags: {_some(twice[0])} have the same cells, so one patient is there under several names"
+            f"{f', and {len(twice) - 1} more such cases' if len(twice) > 1 else ''}; keep one of each"
+        )
+
+
+def check_same_network(a: Mapping[str, str], b: Mapping[str, str], name_a: str, name_b: str) -> None:
+    """Compare what two sets' attributes tell of their networks; what either does not tell is only warned of.
+
+    Raises:
+        ValueError: if the checkpoints or the transforms differ.
+    """
+    for name in IDENTITY:
+        if a.get(name) is None or b.get(name) is None:
+            logger.warning("whether %s and %s have features of one network is unknown: no %s", name_a, name_b, name)
+        elif a[name] != b[name]:
+            raise ValueError(
+                f"features: {name} of {name_a} is {a[name]!r} and of {name_b} {b[name]!r}; extract both with one "
+                f"checkpoint and one image size"
+            )
+
+
+def read_fold_files(path: PathLike) -> FoldFiles:
+    """Read official folds, or those that `FoldFiles.write` wrote.
+
+    Args:
+        path: a CSV with the columns `fold,part,patient,label`, or a folder of folders with `train.csv`, `val.csv` and
+            `test.csv` each, with the columns `patient,label`, as GenBloom has them. A `test.csv` beside the folders is
+            that of every fold without its own. Where `label_to_diagnose.csv` (columns `label_name,label_id`) lies
+            beside them, labels are ids and get their names from there.
+
+    Raises:
+        FileNotFoundError: if there is nothing at `path`, or a file is missing.
+        ValueError: if a file is malformed, a fold lacks a part, a patient has two labels or is on two sides of a fold.
+    """
+    path = Path(path)
+    rows = _rows_of_fold_folders(path) if path.is_dir() else _rows_of_fold_table(path)
+    names = sorted({row["fold"] for row in rows}, key=_natural)
+    folds = [
+        {part: [r["patient"] for r in rows if (r["fold"], r["part"]) == (name, part)] for part in PARTS}
+        for name in names
+    ]
+    for name, fold in zip(names, folds, strict=True):
+        lacking = [part for part in PARTS if not fold[part]]
+        if lacking:
+            raise ValueError(
+                f"fold files: fold {name!r} of {str(path)!r} has no patient in {' and '.join(lacking)}; add some"
+            )
+        counts = Counter(patient for part in PARTS for patient in fold[part])
+        twice = sorted(patient for patient, count in counts.items() if count > 1)
+        if twice:
+            raise ValueError(
+                f"fold files: in fold {name!r} of {str(path)!r} {_some(twice)} stand twice among train, val and test; "
+                f"a patient belongs to one side"
+            )
+    labels = one_label_each(((row["patient"], row["label"]) for row in rows), f"fold files {str(path)!r}")
+    return FoldFiles(folds, names, labels)
+
+
+def _rows_of_fold_table(file: Path) -> list[dict[str, str]]:
+    rows = read_table(file, required=("fold", "part", "patient", "label"))
+    unknown = sorted({row["part"] for row in rows} - set(PARTS))
+    if unknown:
+        raise ValueError(f"fold files: {str(file)!r} has the part {_some(unknown)}; write {', '.join(PARTS)}")
+    return rows
+
+
+def _rows_of_fold_folders(folder: Path) -> list[dict[str, str]]:
+    """As a table with the columns fold, part, patient, label would have them."""
+    fold_folders = [entry for entry in _folders(folder) if (entry / "train.csv").is_file()]
+    if not fold_folders:
+        raise FileNotFoundError(
+            f"fold files: no folder in {str(folder)!r} has a train.csv; expected <fold>/train.csv, val.csv and test.csv"
+        )
+    names_of_ids = _names_of_ids(folder / CLASS_NAMES_FILE)
+    rows = []
+    for fold_folder in fold_folders:
+        for part in PARTS:
+            file = fold_folder / f"{part}.csv"
+            if part == "test" and not file.is_file():
+                file = folder / file.name
+            if not file.is_file():
+                raise FileNotFoundError(f"fold files: {str(fold_folder)!r} has no {part}.csv; add it")
+            for row in read_table(file, required=("patient", "label")):
+                if names_of_ids and row["label"] not in names_of_ids:
+                    raise ValueError(
+                        f"fold files: {str(file)!r} has the label {row['label']!r}, which {CLASS_NAMES_FILE} does not "
+                        f"name; add it there"
+                    )
+                label = names_of_ids.get(row["label"], row["label"])
+                rows.append({"fold": fold_folder.name, "part": part, "patient": row["patient"], "label": label})
+    return rows
+
+
+def read_patient_labels(file: PathLike) -> dict[str, str]:
+    """{patient: class} of a CSV with the columns `patient,label`.
+
+    Raises:
+        FileNotFoundError, ValueError: if it is missing or malformed, or a patient has two labels.
+    """
+    rows = read_table(Path(file), required=("patient", "label"))
+    return one_label_each(((row["patient"], row["label"]) for row in rows), f"labels {str(file)!r}")
+
+
+def one_label_each(pairs: Iterable[tuple[str, str]], source: str) -> dict[str, str]:
+    """{patient: label} of (patient, label) pairs, in which a patient may stand several times.
+
+    Raises:
+        ValueError: if a patient has two labels.
+    """
+    found: dict[str, set[str]] = defaultdict(set)
+    for patient, label in pairs:
+        found[patient].add(label)
+    wrong = {patient: sorted(labels) for patient, labels in found.items() if len(labels) > 1}
+    if wrong:
+        patient, labels = next(iter(sorted(wrong.items())))
+        raise ValueError(
+            f"{source}: {len(wrong)} patients have two labels, for instance {patient!r} "
+            f"{' and '.join(map(repr, labels))}; a bag has one: correct it, or, if these are classes of cells, give "
+            f"the patients' with --labels"
+        )
+    return {patient: next(iter(labels)) for patient, labels in found.items()}
+
+
+def read_table(file: Path, required: Sequence[str], optional: Sequence[str] = ()) -> list[dict[str, str]]:
+    """The rows of a CSV with these columns (keys of `COLUMNS`); further columns and empty lines are ignored.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not UTF-8, lacks a column or a value, or has no row.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"CSV: no file {str(file)!r}; it needs the columns {','.join(required)}")
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # -sig: Excel writes a byte-order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"CSV: {str(file)!r} is not UTF-8 text ({error}); save it as CSV UTF-8") from error
+    reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
+    header = [column.strip() for column in reader.fieldnames or []]
+    reader.fieldnames = header
+    found = {name: next((c for c in COLUMNS[name] if c in header), None) for name in (*required, *optional)}
+    missing = [name for name in required if found[name] is None]
+    if missing:
+        raise ValueError(
+            f"CSV: {str(file)!r} lacks the column(s) {', '.join(map(repr, missing))}; its first line has "
+            f"{header or 'nothing'}, expected {','.join(required)} separated by commas"
+        )
+    rows = []
+    for row in reader:
+        values = {name: (row[column] or "").strip() for name, column in found.items() if column is not None}
+        gaps = [name for name, value in values.items() if not value]
+        if len(gaps) == len(values):
+            continue
+        if gaps:
+            raise ValueError(
+                f"CSV: {str(file)!r}, line {reader.line_num}: no value for {', '.join(map(repr, gaps))}; fill it in or "
+                f"drop the row"
+            )
+        rows.append(values)
+    if not rows:
+        raise ValueError(f"CSV: {str(file)!r} has no rows under its first line; add some")
+    return rows
+
+
+@dataclass(frozen=True)
+class _FileContent:
+    features: np.ndarray  # float32 [N, D]
+    cells: list[str]
+    attributes: dict[str, str]
+
+
+def _read_file(path: Path) -> _FileContent:
+    try:
+        with h5py.File(path, "r") as file:
+            if "features" not in file:
+                raise ValueError(f"bags: {str(path)!r} has no dataset `features`; extract it again")
+            features = np.atleast_2d(file["features"][()].astype(np.float32))
+            paths = file["paths"].asstr()[:].tolist() if "paths" in file else []
+            attributes = {name: str(value) for name, value in file.attrs.items()}
+    except (OSError, RuntimeError) as error:  # h5py's, for files of another kind and for broken parts
+        raise ValueError(
+            f"bags: {str(path)!r} is not an HDF5 file or is damaged ({error}); extract it again"
+        ) from error
+    if features.ndim != 2:
+        raise ValueError(f"bags: {str(path)!r} has features of shape {list(features.shape)}; expected [cells, dim]")
+    if len(paths) != len(features):
+        paths = [f"{path}:{row}" for row in range(len(features))] if len(features) > 1 else [str(path)] * len(features)
+    return _FileContent(features, paths, attributes)
+
+
+def _h5_files(folder: Path) -> list[Path]:
+    return sorted(
+        entry
+        for entry in folder.iterdir()
+        if entry.is_file() and entry.suffix.lower() == SUFFIX and not entry.name.startswith(".")
+    )
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _patient_files(class_folder: Path) -> dict[str, list[Path]]:
+    """{patient: files} of one class, a file or a folder each; an empty folder has no files."""
+    files = {file.stem: [file] for file in _h5_files(class_folder)}
+    for entry in _folders(class_folder):
+        if entry.name in files:
+            raise ValueError(f"bags: {str(class_folder)!r} has both a file and a folder of {entry.name!r}; keep one")
+        files[entry.name] = _h5_files(entry)
+    return files
+
+
+def _names_of_ids(file: Path) -> dict[str, str]:
+    if not file.is_file():
+        return {}
+    return {row["label_id"]: row["label_name"] for row in read_table(file, required=("label_name", "label_id"))}
+
+
+def _natural(name: str) -> tuple[int, str]:
+    """Sorts fold_2 before fold_10."""
+    digits = "".join(filter(str.isdecimal, name))
+    return int(digits or -1), name
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first names, for an error message."""
+    names = list(names)
+    return ", ".join(map(repr, names[:N_EXAMPLES])) + (", ..." if len(names) > N_EXAMPLES else "")

@@ -1,0 +1,143 @@
+"""DINOv2's linear probe: softmax layers for many learning rates and kinds of features, trained side by side by SGD.
+
+Momentum 0.9, cosine schedule to 0, no weight decay, batches of 128; weights begin normal with deviation 0.01, biases at
+0 (Oquab et al. 2023, arXiv 2304.07193).
+
+Dimension key:  N cells, D numbers a cell, C classes, L learning rates, B cells in a batch
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from dinov2.data.splits import Fold
+from dinov2.eval.linear_solver import LinearProbe, check_cells
+from dinov2.eval.metrics import log_losses
+from dinov2.utils.seeds import derive_seed
+
+# for batches of 256
+LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
+SGD_ITERATIONS = 12_500  # 10 epochs of 1250 batches
+SGD_BATCH_SIZE = 128
+SGD_MOMENTUM = 0.9
+
+
+def layer_combinations(
+    cls_tokens: np.ndarray, patch_means: np.ndarray | None = None, n_last: Sequence[int] = (1, 4)
+) -> dict[str, np.ndarray]:
+    """The kinds of features that DINOv2's probes choose among.
+
+    Args:
+        cls_tokens: [N, layers, D] of the last layers, the very last one at the end.
+        patch_means: [N, D], mean of the last layer's patch tokens; None to do without.
+        n_last: numbers of layers to concatenate.
+
+    Returns:
+        {"cls_<n>": [N, n D]}, and with patch means also {"cls_<n>_patch_mean": [N, (n + 1) D]}.
+
+    Raises:
+        ValueError: if there are fewer layers than asked for.
+    """
+    n_cells, n_layers, _ = cls_tokens.shape
+    if max(n_last) > n_layers:
+        raise ValueError(f"layers: {max(n_last)} asked for, but there are CLS tokens of {n_layers}; extract more")
+    kinds: dict[str, np.ndarray] = {}
+    for n in n_last:
+        kinds[f"cls_{n}"] = cls_tokens[:, n_layers - n :].reshape(n_cells, -1)
+        if patch_means is not None:
+            kinds[f"cls_{n}_patch_mean"] = np.concatenate([kinds[f"cls_{n}"], patch_means], axis=1)
+    return kinds
+
+
+def fit_sgd_probes(
+    features: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    n_classes: int,
+    learning_rates: Sequence[float] = LEARNING_RATES,
+    n_iterations: int = SGD_ITERATIONS,
+    batch_size: int = SGD_BATCH_SIZE,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> dict[tuple[str, float], LinearProbe]:
+    """A softmax layer for each kind of features and learning rate, trained as protocol `sgd` says, without a choice.
+
+    Args:
+        features: {kind: [N, D]}.
+        labels: int64 [N].
+        n_classes: C.
+        learning_rates: L, for 256 cells a batch; scaled by batch_size / 256.
+        n_iterations: batches; cells come in a new random order each time all have been seen.
+        batch_size: B; all cells where there are fewer.
+        seed: of weights and order.
+        device: where it is computed, in float32.
+
+    Returns:
+        {(kind, learning rate): probe}; `has_converged` is False where the weights came out infinite or NaN.
+
+    Raises:
+        ValueError: as `fit_linear_probe`.
+    """
+    for of_kind in features.values():
+        _, labels = check_cells(of_kind, labels, n_classes)
+    order_rng = torch.Generator().manual_seed(derive_seed(seed, "order"))
+    n_cells, batch_size = len(labels), min(batch_size, len(labels))
+    rates = torch.tensor(learning_rates, device=device)[:, None, None] * batch_size / 256  # [L, 1, 1]
+    inputs = {kind: torch.as_tensor(x, dtype=torch.float32, device=device) for kind, x in features.items()}
+    one_hot = torch.nn.functional.one_hot(torch.as_tensor(labels, device=device), n_classes).float()  # [N, C]
+    weights, momenta = {}, {}
+    for kind, x in inputs.items():
+        # of its own name: a kind's result does not depend on which others are tried
+        rng = torch.Generator().manual_seed(derive_seed(seed, "weights", kind))
+        start = torch.randn(n_classes, x.shape[1], generator=rng) * 0.01
+        start = torch.cat([start, torch.zeros(n_classes, 1)], dim=1)  # the bias is the last column
+        weights[kind] = start.to(device).expand(len(learning_rates), -1, -1).clone()  # [L, C, D + 1]
+        momenta[kind] = torch.zeros_like(weights[kind])
+    order = torch.empty(0, dtype=torch.int64)
+    for iteration in range(n_iterations):
+        if len(order) < batch_size:
+            order = torch.cat([order, torch.randperm(n_cells, generator=order_rng)])
+        batch, order = order[:batch_size].to(device), order[batch_size:]
+        step = rates * (1 + math.cos(math.pi * iteration / n_iterations)) / 2
+        for kind, x in inputs.items():
+            cells = torch.nn.functional.pad(x[batch], (0, 1), value=1.0)  # [B, D + 1]
+            surplus = (cells @ weights[kind].mT).softmax(dim=2) - one_hot[batch]  # [L, B, C]
+            momenta[kind].mul_(SGD_MOMENTUM).add_(surplus.mT @ cells, alpha=1 / batch_size)
+            weights[kind] -= step * momenta[kind]
+    probes = {}
+    for kind, of_rates in weights.items():
+        for rate, trained in zip(learning_rates, of_rates.double().cpu().numpy(), strict=True):
+            is_finite = bool(np.isfinite(trained).all())
+            probes[kind, rate] = LinearProbe(trained[:, :-1], trained[:, -1], n_iterations, is_finite)
+    return probes
+
+
+def choose_sgd_probe(
+    features: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    fold: Fold,
+    fit: Callable[[Mapping[str, np.ndarray], np.ndarray], dict[tuple[str, float], LinearProbe]],
+) -> tuple[str, float, float]:
+    """The kind of features and the learning rate with the highest validation accuracy, and that accuracy.
+
+    Args:
+        features: {kind: [N, D]}.
+        labels: int64 [N].
+        fold: positions to fit and to validate on; nothing else is looked at.
+        fit: `fit_sgd_probes` with its settings.
+
+    Raises:
+        ValueError: as `fit_sgd_probes`, and if no probe has finite weights.
+    """
+    fitted, validated = fold
+    scores = {}
+    for (kind, rate), probe in fit({kind: x[fitted] for kind, x in features.items()}, labels[fitted]).items():
+        if probe.has_converged:
+            probabilities = probe.predict_proba(features[kind][validated])
+            accuracy = float((probabilities.argmax(axis=1) == labels[validated]).mean())
+            scores[kind, rate] = accuracy, -float(log_losses(labels[validated], probabilities).mean())
+    if not scores:
+        raise ValueError("sgd: all learning rates led to infinite weights; normalise the features, or lower the rates")
+    best = max(scores, key=lambda which: scores[which])
+    return (*best, scores[best][0])

@@ -1,0 +1,252 @@
+"""Aggregators: from a patient's bag of cell features to class logits and the attention of each cell.
+
+Every aggregator maps cells [B, N, D] and is_cell [B, N] to logits [B, C] and attention [B, A, N]. A is C where each
+class has a column of its own (`classwise`, `clam`, `dsmil`) and 1 otherwise; each column sums to 1 over a bag's cells.
+All but `transmil` ignore the order of the cells; none lets padding change a bag.
+
+- `classwise`: attention, weighted mean and head per class, as DinoBloom's AML subtyping has them.
+- `gated`: gated attention (Ilse et al. 2018, arXiv 1802.04712).
+- `mean`, `max`: no attention to learn; what the others have to beat.
+- `transmil` (Shao et al. 2021, arXiv 2106.00908), `clam` (Lu et al. 2021, arXiv 2004.09666), `dsmil` (Li et al. 2021,
+  arXiv 2011.08939): built by the torchmil library, an optional package.
+
+Dimension key:  B bags (patients), N cells per bag after padding, D feature dim, C classes, A attention columns
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dinov2.layers.gated_attention_pool import ClassWiseAttentionPool, GatedAttentionPool, check_no_bag_is_empty
+
+ATTENTION_DIM = 128
+HEAD_DIM = 64
+TRANSMIL_DIM = 512
+
+
+class Aggregator(nn.Module):
+    """Base of all aggregators.
+
+    Attributes:
+        architecture: what `build_aggregator` needs to build this network again, in plain Python.
+    """
+
+    architecture: dict[str, Any]
+
+    def forward(self, cells: Tensor, is_cell: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, C] and attention [B, A, N] of cells [B, N, D] (zero where padded) and is_cell [B, N]."""
+        raise NotImplementedError
+
+    def auxiliary_loss(self, cells: Tensor, is_cell: Tensor, labels: Tensor) -> Tensor:
+        """What training adds to the cross-entropy of the logits; a scalar, 0 but for `clam` and `dsmil`.
+
+        Args:
+            cells, is_cell: as for `forward`.
+            labels: int64 [B].
+        """
+        return cells.new_zeros(())
+
+
+class ClassWiseAttentionMIL(Aggregator):
+    """DinoBloom's: each class pools the bag by its own attention and scores the result with its own head."""
+
+    def __init__(self, dim: int, n_classes: int) -> None:
+        super().__init__()
+        self.pool = ClassWiseAttentionPool(dim, n_classes, ATTENTION_DIM)
+        self.heads = nn.ModuleList(_head(dim, 1) for _ in range(n_classes))
+
+    def forward(self, cells: Tensor, is_cell: Tensor) -> tuple[Tensor, Tensor]:
+        bags, attention = self.pool(cells, is_cell)  # [B, C, D], [B, C, N]
+        logits = [head(bags[:, i]) for i, head in enumerate(self.heads)]  # C x [B, 1]
+        return torch.cat(logits, dim=1), attention
+
+
+class GatedAttentionMIL(Aggregator):
+    """One gated attention for all classes, one head."""
+
+    def __init__(self, dim: int, n_classes: int) -> None:
+        super().__init__()
+        self.pool = GatedAttentionPool(dim, ATTENTION_DIM)
+        self.head = _head(dim, n_classes)
+
+    def forward(self, cells: Tensor, is_cell: Tensor) -> tuple[Tensor, Tensor]:
+        bags, attention = self.pool(cells, is_cell)  # [B, D], [B, N]
+        return self.head(bags), attention[:, None]
+
+
+class MeanPoolMIL(Aggregator):
+    """The mean of a bag's cells, and a head; each cell's attention is 1 / (cells of the bag)."""
+
+    def __init__(self, dim: int, n_classes: int) -> None:
+        super().__init__()
+        self.head = _head(dim, n_classes)
+
+    def forward(self, cells: Tensor, is_cell: Tensor) -> tuple[Tensor, Tensor]:
+        check_no_bag_is_empty(is_cell)
+        attention = is_cell.to(cells.dtype) / is_cell.sum(dim=1, keepdim=True)  # [B, N]
+        return self.head(torch.einsum("bn,bnd->bd", attention, cells)), attention[:, None]
+
+
+class MaxPoolMIL(Aggregator):
+    """The maximum of each feature over a bag's cells, and a head; a cell's attention is its share of the maxima."""
+
+    def __init__(self, dim: int, n_classes: int) -> None:
+        super().__init__()
+        self.head = _head(dim, n_classes)
+
+    def forward(self, cells: Tensor, is_cell: Tensor) -> tuple[Tensor, Tensor]:
+        check_no_bag_is_empty(is_cell)
+        bags, winners = cells.masked_fill(~is_cell[..., None], float("-inf")).max(dim=1)  # [B, D] each
+        share = torch.full_like(bags, 1 / bags.shape[1])  # [B, D]
+        attention = torch.zeros_like(cells[..., 0]).scatter_add(1, winners, share)  # [B, N]
+        return self.head(bags), attention[:, None]
+
+
+def _head(dim: int, n_outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim, HEAD_DIM), nn.ReLU(), nn.Linear(HEAD_DIM, n_outputs))
+
+
+class _OneBagAtATime(Aggregator):
+    """Networks that know no padding: they see each bag alone, cut to its cells."""
+
+    def forward(self, cells: Tensor, is_cell: Tensor) -> tuple[Tensor, Tensor]:
+        check_no_bag_is_empty(is_cell)
+        logits, columns = [], []
+        for bag, mask in zip(cells, is_cell, strict=True):
+            of_bag, attention = self.forward_bag(bag[mask][None])  # [C], [A, n]
+            padded = attention.new_zeros(len(attention), len(mask))
+            padded[:, mask] = attention
+            logits.append(of_bag)
+            columns.append(padded)
+        return torch.stack(logits), torch.stack(columns)
+
+    def forward_bag(self, bag: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [C] and attention [A, n] of one bag [1, n, D]."""
+        raise NotImplementedError
+
+
+class TransMIL(_OneBagAtATime):
+    """torchmil's TransMIL, with C outputs in place of its one.
+
+    It places the cells on a square in their order, so the order counts. The attention is the class token's in the last
+    layer, which the Nystroem approximation can make negative: such cells get none, and the rest is scaled to sum to 1.
+    """
+
+    def __init__(self, dim: int, n_classes: int) -> None:
+        super().__init__()
+        self.network = _torchmil_class("TransMIL")(in_shape=(dim,), att_dim=TRANSMIL_DIM)
+        self.network.classifier = nn.Linear(TRANSMIL_DIM, n_classes)
+
+    def forward_bag(self, bag: Tensor) -> tuple[Tensor, Tensor]:
+        logits, attention = self.network(bag, return_att=True)  # [1, C], [1, n]
+        attention = attention.clamp_min(torch.finfo(attention.dtype).tiny)  # not 0, as all might be negative
+        return logits[0], attention / attention.sum()
+
+
+class _OneVersusRest(_OneBagAtATime):
+    """C of torchmil's two-class networks, one per class; a softmax over their logits makes them one classifier."""
+
+    def __init__(self, name: str, dim: int, n_classes: int) -> None:
+        super().__init__()
+        build = _torchmil_class(name)
+        self.networks = nn.ModuleList(build(in_shape=(dim,), att_dim=ATTENTION_DIM) for _ in range(n_classes))
+
+    def auxiliary_loss(self, cells: Tensor, is_cell: Tensor, labels: Tensor) -> Tensor:
+        networks: list[Any] = list(self.networks)
+        losses = []
+        for bag, mask, label in zip(cells, is_cell, labels, strict=True):
+            for i, network in enumerate(networks):
+                _, parts = network.compute_loss((label == i).float()[None], bag[mask][None])
+                losses.append(parts[self.auxiliary_name])
+        return torch.stack(losses).mean()
+
+    auxiliary_name: str  # the part of torchmil's loss that does not judge the bag's logit
+
+
+class CLAM(_OneVersusRest):
+    """torchmil's CLAM: attention, and cells of high and low attention that a second classifier has to tell apart."""
+
+    auxiliary_name = "InstLoss"
+
+    def __init__(self, dim: int, n_classes: int) -> None:
+        super().__init__("CLAM_SB", dim, n_classes)
+        for network in self.networks:
+            network.inst_loss_fn = _SmoothTopOneSVM()
+
+    def forward_bag(self, bag: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = [network(bag, return_att=True) for network in self.networks]  # C x ([1], [1, n])
+        scores = torch.cat([score for _, score in pairs])  # [C, n], before the softmax
+        return torch.cat([logit for logit, _ in pairs]), scores.softmax(dim=1)
+
+
+class DSMIL(_OneVersusRest):
+    """torchmil's DSMIL: the bag's logit is the mean of its highest cell's and of a pooling by likeness to that cell."""
+
+    auxiliary_name = "BCEWithLogitsLoss_max"
+
+    def __init__(self, dim: int, n_classes: int) -> None:
+        super().__init__("DSMIL", dim, n_classes)
+
+    def forward_bag(self, bag: Tensor) -> tuple[Tensor, Tensor]:
+        logits, columns = [], []
+        for network in self.networks:
+            pooled, attention, of_cells = network(bag, return_att=True, return_inst_pred=True)  # [1], [1, n, 1], [1, n]
+            logits.append((pooled + of_cells.amax(dim=1)) / 2)
+            columns.append(attention[..., 0])
+        return torch.cat(logits), torch.cat(columns)
+
+
+class _SmoothTopOneSVM(nn.Module):
+    """log sum_j exp(x_j + [j != y]) - x_y, averaged (Berrada et al. 2018, arXiv 1802.07595, for k = 1).
+
+    torchmil 1.0.2 hands its own version the targets as a column, which its sums then mix between cells.
+    """
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Of logits [n, 2] and targets [n, 1]."""
+        is_target = F.one_hot(targets.flatten().long(), 2).bool()  # [n, 2]
+        return ((logits + (~is_target).to(logits.dtype)).logsumexp(dim=1) - logits[is_target]).mean()
+
+
+def _torchmil_class(name: str) -> Callable[..., nn.Module]:
+    try:
+        from torchmil import models
+    except ImportError as error:
+        raise ValueError(
+            f"model: {name} comes from the package torchmil, which cannot be imported here ({error}); "
+            f"install it with `pip install torchmil`, or choose one of {', '.join(OWN_MODELS)}"
+        ) from error
+    return getattr(models, name)
+
+
+OWN_MODELS: dict[str, Callable[[int, int], Aggregator]] = {
+    "classwise": ClassWiseAttentionMIL,
+    "gated": GatedAttentionMIL,
+    "mean": MeanPoolMIL,
+    "max": MaxPoolMIL,
+}
+TORCHMIL_MODELS: dict[str, Callable[[int, int], Aggregator]] = {"transmil": TransMIL, "clam": CLAM, "dsmil": DSMIL}
+MODELS = {**OWN_MODELS, **TORCHMIL_MODELS}
+
+
+def build_aggregator(model: str, dim: int, n_classes: int) -> Aggregator:
+    """An aggregator with random weights.
+
+    Args:
+        model: one of `MODELS`.
+        dim: D.
+        n_classes: C.
+
+    Raises:
+        ValueError: for an unknown name, fewer than two classes, or if the model's package is missing.
+    """
+    if model not in MODELS:
+        raise ValueError(f"model: {model!r} is unknown; choose one of {', '.join(MODELS)}")
+    if n_classes < 2 or dim < 1:
+        raise ValueError(f"model: {n_classes} classes and {dim} features; give at least two classes and one feature")
+    aggregator = MODELS[model](dim, n_classes)
+    aggregator.architecture = {"model": model, "dim": dim, "n_classes": n_classes}
+    return aggregator

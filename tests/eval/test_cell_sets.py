@@ -1,0 +1,76 @@
+"""Sets of cells: copies between them that would flatter a method, classes by name, features that do not go together."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from dinov2.eval.cell_sets import align_classes, check_same_network, join, without_copies, without_duplicates
+from dinov2.eval.features import Features
+
+
+def features_of(paths, patients=None, labels=None):
+    n = len(paths)
+    labels = np.zeros(n, dtype=np.int64) if labels is None else labels
+    return Features(np.arange(n, dtype=np.float32)[:, None], labels, ["a", "b"], [str(p) for p in paths], patients)
+
+
+def test_copies_are_dropped_from_training_and_counted(tmp_path):
+    for name, content in {"a": b"same", "b": b"else", "c": b"same", "d": b"elsE"}.items():
+        (tmp_path / name).write_bytes(content)
+    train = features_of([tmp_path / "a", tmp_path / "b", tmp_path / "gone"], patients=["p", "q", "q"])
+    test = features_of([tmp_path / "c", tmp_path / "d"], patients=["q", "r"])
+    rest, counts = without_duplicates(train, test)
+    assert rest.paths == train.paths[1:]
+    assert rest.features.ravel().tolist() == [1, 2]
+    assert rest.patients == ["q", "q"]
+    assert counts == {"dropped_identical_bytes": 1, "not_checked": 1, "patients_in_both": 1}
+
+
+def test_one_file_on_both_sides_is_an_error(tmp_path):
+    (tmp_path / "cell.png").write_bytes(b"x")
+    (tmp_path / "link.png").symlink_to(tmp_path / "cell.png")
+    with pytest.raises(ValueError, match="share 1 picture files, for instance .*cell.png"):
+        without_duplicates(features_of([tmp_path / "cell.png"]), features_of([tmp_path / "link.png"]))
+    shutil.copy(tmp_path / "cell.png", tmp_path / "copy.png")
+    with pytest.raises(ValueError, match="every picture is a copy"):
+        without_duplicates(features_of([tmp_path / "cell.png"]), features_of([tmp_path / "copy.png"]))
+
+
+def test_classes_are_matched_by_name():
+    test = features_of(["1", "2", "3"], labels=np.array([1, 0, 1]))
+    assert align_classes(test, ["b", "c", "a"]).labels.tolist() == [0, 2, 0]
+    assert align_classes(test.select([0, 2]), ["b"]).labels.tolist() == [0, 0]  # no cell of class a: nothing is lost
+    with pytest.raises(ValueError, match="'b' are not among the training set's 'a', 'c'"):
+        align_classes(test, ["a", "c"])
+
+
+def test_copies_are_dropped_from_the_folds_that_test_them(tmp_path):
+    for name, content in {"a": b"same", "b": b"same", "c": b"else", "d": b"othr", "e": b"longer"}.items():
+        (tmp_path / name).write_bytes(content)
+    folds = [(np.array([2, 3, 4, 1]), np.array([0])), (np.array([0, 1, 4]), np.array([2, 3]))]
+    kept, counts = without_copies([str(tmp_path / name) for name in "abcde"], folds)
+    assert [fold[0].tolist() for fold in kept] == [[2, 3, 4], [0, 1, 4]]  # in the second both copies are trained on
+    assert [fold[1].tolist() for fold in kept] == [[0], [2, 3]]
+    assert counts == {"dropped_identical_bytes": 1, "not_checked": 0}
+
+
+def test_two_sets_become_one():
+    train, test = features_of("ab", ["p", "q"]), features_of("c", ["r"])
+    both = join(train, test)
+    assert both.features.ravel().tolist() == [0, 1, 0]
+    assert both.paths == ["a", "b", "c"]
+    assert both.patients == ["p", "q", "r"]
+    assert len(both.labels) == 3
+    assert join(train, features_of("c")).patients is None
+
+
+def test_features_of_two_networks_are_told_apart():
+    train, test = features_of("ab"), features_of("cd")
+    check_same_network(train, test)
+    test.attributes["transform"] = "28 px"
+    with pytest.raises(ValueError, match="transform differs, None and '28 px'"):
+        check_same_network(train, test)
+    wider = Features(np.zeros((2, 3), dtype=np.float32), test.labels, test.class_names, test.paths)
+    with pytest.raises(ValueError, match="1 and 3 numbers a cell"):
+        check_same_network(train, wider)

@@ -1,0 +1,69 @@
+"""Two predictions files against each other: matched by cell, by patient where known, refused where they differ."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dinov2.eval.compare import compare_tables, main
+from dinov2.eval.results import PredictionTable
+from dinov2.eval.uncertainty import compare_paired
+
+NAMES = np.array(["blast", "eosinophil", "basophil"])
+
+
+def table(seed, share_right, patients=None, n=120):
+    labels = np.random.default_rng(0).integers(0, 3, n)
+    rng = np.random.default_rng(seed)
+    predictions = np.where(rng.random(n) < share_right, labels, rng.integers(0, 3, n))
+    keys = [f"/cells/{i}.png" for i in range(n)]
+    return PredictionTable(keys, NAMES[labels].tolist(), NAMES[predictions].tolist(), patients)
+
+
+def test_cells_are_matched_by_key():
+    a, b = table(1, 0.6), table(2, 0.8)
+    shuffled = b.select(np.random.default_rng(3).permutation(120).tolist())
+    found = compare_tables(a, shuffled)
+    assert found == compare_tables(a, b)
+    order = np.argsort(NAMES)  # classes count in the order of their names
+    ids = {name: i for i, name in enumerate(NAMES[order])}
+    columns = [np.array([ids[name] for name in column]) for column in (a.labels, a.predictions, b.predictions)]
+    assert found == {"n": 120, "n_patients": None, **compare_paired(*columns, 3)}
+    assert found["differences"]["accuracy"]["difference"] > 0
+
+
+def test_patients_of_either_table_are_used():
+    patients = [f"p{i % 7}" for i in range(120)]
+    a, b = table(1, 0.6), table(2, 0.8, patients)
+    assert compare_tables(a, b)["n_patients"] == 7
+    assert compare_tables(b, a)["n_patients"] == 7
+    other = table(1, 0.6, patients=["p9", *patients[1:]])
+    with pytest.raises(ValueError, match=r"the patient of '/cells/0.png' is 'p9' in the first table and 'p0'"):
+        compare_tables(other, b)
+
+
+def test_tables_of_other_cells_or_labels_are_refused():
+    a = table(1, 0.6)
+    with pytest.raises(ValueError, match=r"20 cells are in the first table only and 0 in the second"):
+        compare_tables(a, a.select(range(100)))
+    wrong = table(2, 0.8)
+    wrong.labels[5] = "blast" if wrong.labels[5] != "blast" else "basophil"
+    with pytest.raises(ValueError, match="the label of '/cells/5.png' is"):
+        compare_tables(a, wrong)
+
+
+def test_folders_in_numbers_out(tmp_path, capsys):
+    for name, seed, share in (("a", 1, 0.6), ("b", 2, 0.8)):
+        (tmp_path / name).mkdir()
+        found = table(seed, share)
+        rows = zip(found.keys, found.labels, found.predictions, strict=True)
+        lines = ["path,label,prediction,fold", *(f"{key},{label},{guess},0" for key, label, guess in rows)]
+        (tmp_path / name / "predictions.csv").write_text("\n".join(lines) + "\n")
+    main([str(tmp_path / "a"), str(tmp_path / "b" / "predictions.csv"), "--output", str(tmp_path / "new" / "c.json")])
+    shown = capsys.readouterr().out
+    report = json.loads((tmp_path / "new" / "c.json").read_text())
+    assert report["n"] == 120
+    assert [len(file["sha256"]) for file in report["files"]] == [64, 64]
+    assert "McNemar's exact p = " in shown
+    difference = 100 * report["differences"]["accuracy"]["difference"]
+    assert f"{difference:+.1f} (" in shown

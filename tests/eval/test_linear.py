@@ -1,0 +1,401 @@
+"""Linear probes: scikit-learn's probabilities, choices that never see a test cell, and the command from features on."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+
+from dinov2.data.splits import make_folds
+from dinov2.eval.features import Features, write_features
+from dinov2.eval.linear import (
+    LAMBDAS,
+    choose_lambda,
+    dinobloom_lambda,
+    evaluate_linear,
+    fit_linear_probe,
+    main,
+)
+from dinov2.eval.metrics import classification_metrics, log_losses
+
+REPOSITORY = Path(__file__).parents[2]
+NAMES = ["basophil", "blast", "eosinophil", "monocyte"]
+
+
+def draw(n=160, dim=8, n_classes=4, apart=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(n) % n_classes)
+    return (rng.normal(size=(n, dim)) + apart * 2 * np.eye(n_classes, dim)[labels]).astype(np.float32), labels
+
+
+def reference(features, labels, lam):
+    model = LogisticRegression(C=1 / lam, tol=1e-10, max_iter=500, solver="newton-cholesky")
+    return model.fit(features.astype(np.float64), labels)
+
+
+# --- functions of arrays --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_classes", [2, 4])
+def test_the_protocol_is_scikit_learns_optimum_with_dinoblooms_penalty(n_classes):
+    """The penalty follows from the data: with nine classes assumed, as upstream does, it would be another one."""
+    features, labels = draw(n_classes=n_classes, dim=8, apart=0.5)
+    others = draw(n_classes=n_classes, seed=1)[0]
+    probe = fit_linear_probe(features, labels, n_classes)
+    lam = 100 / (8 * n_classes)
+    assert dinobloom_lambda(8, n_classes) == lam
+    expected = reference(features, labels, lam).predict_proba(others)
+    np.testing.assert_allclose(probe.predict_proba(others), expected, rtol=0, atol=1e-4)
+    other_penalty = reference(features, labels, 100 / (8 * 9)).predict_proba(others)
+    assert np.abs(expected - other_penalty).max() > 1e-3
+    assert probe.has_converged
+
+
+def test_the_sklearn_backend_is_what_its_defaults_give():
+    features, labels = draw(apart=0.5)
+    probe = fit_linear_probe(features, labels, 4, backend="sklearn")
+    model = LogisticRegression(C=1 / dinobloom_lambda(8, 4), max_iter=1000).fit(features, labels)
+    np.testing.assert_allclose(probe.predict_proba(features), model.predict_proba(features), atol=1e-6)
+    two = labels % 2
+    probe, model = (
+        fit_linear_probe(features, two, 2, lam=1.0, backend="sklearn"),
+        LogisticRegression().fit(features, two),
+    )
+    np.testing.assert_allclose(probe.predict_proba(features), model.predict_proba(features), atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "sklearn"])
+def test_a_class_without_a_training_cell_has_probability_zero(backend):
+    features, labels = draw()
+    seen = labels != 1
+    probe = fit_linear_probe(features[seen], labels[seen], 4, lam=1.0, backend=backend)
+    probabilities = probe.predict_proba(features)
+    assert (probabilities[:, 1] == 0).all()
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1)
+    expected = reference(features[seen], labels[seen], 1.0).predict_proba(features)
+    tolerance = {"torch": 1e-4, "sklearn": 1e-2}[backend]  # its defaults stop before the optimum
+    np.testing.assert_allclose(probabilities[:, [0, 2, 3]], expected, atol=tolerance)
+
+
+def test_what_cannot_be_fitted_is_refused():
+    features, labels = draw()
+    with pytest.raises(ValueError, match=r"all 160 training cells are of one class \(number 2\)"):
+        fit_linear_probe(features, np.full(160, 2), 4)
+    with pytest.raises(ValueError, match="labels: from 0 to 3, but there are 3 classes"):
+        fit_linear_probe(features, labels, 3)
+    with pytest.raises(ValueError, match=r"features \[160, 8\] with labels \[159\]"):
+        fit_linear_probe(features, labels[1:], 4)
+    with pytest.raises(ValueError, match="lambda: 0; choose a penalty above 0"):
+        fit_linear_probe(features, labels, 4, lam=0)
+    with pytest.raises(ValueError, match="'cuml' is unknown; choose one of torch, sklearn"):
+        fit_linear_probe(features, labels, 4, backend="cuml")
+    with pytest.raises(ValueError, match="'knn' is unknown; choose one of dinobloom, sweep, sgd"):
+        evaluate_linear(features, labels, 4, make_folds(labels), protocol="knn")
+    features[3, 2] = np.nan
+    with pytest.raises(ValueError, match="1 of 160 cells have infinite or NaN ones"):
+        fit_linear_probe(features, labels, 4)
+
+
+def test_lambda_has_the_least_validation_loss():
+    features, labels = draw(n=120, dim=30, apart=0.4)
+    folds = make_folds(labels, n_folds=3)
+    lam, losses = choose_lambda(features, labels, 4, folds)
+    assert list(losses) == list(LAMBDAS)
+    expected = {}
+    for tried in LAMBDAS[2:7]:
+        models = [(reference(features[train], labels[train], tried), test) for train, test in folds]
+        of_cells = [log_losses(labels[test], model.predict_proba(features[test])) for model, test in models]
+        expected[tried] = np.concatenate(of_cells).mean()
+        assert losses[tried] == pytest.approx(expected[tried], rel=1e-3)
+    assert lam == min(expected, key=expected.get)
+    assert LAMBDAS[0] > lam > LAMBDAS[-1]
+
+
+@pytest.mark.parametrize("protocol", ["dinobloom", "sweep", "sgd"])
+def test_test_cells_choose_nothing(protocol):
+    """Other test features and labels change neither what is chosen nor any other cell's probabilities."""
+    features, labels = draw(apart=0.5)
+    patients = [f"p{i % 40}" for i in range(160)]
+    (train, test), *_ = make_folds(labels, patients, 4)
+    run = {"folds": [(train, test)], "patients": patients, "protocol": protocol, "sgd_iterations": 30}
+    found = evaluate_linear(features, labels, 4, **run)
+    changed, relabelled = features.copy(), labels.copy()
+    changed[test[1:]] += 5
+    relabelled[test] = (labels[test] + 1) % 4
+    again = evaluate_linear(changed, relabelled, 4, **run)
+    assert again.settings == found.settings
+    np.testing.assert_array_equal(again.probabilities[test[0]], found.probabilities[test[0]])
+    assert np.isnan(found.probabilities[train]).all()
+    assert (found.predictions[train] == -1).all()
+
+
+@pytest.mark.parametrize("protocol", ["sweep", "sgd"])
+def test_validation_folds_keep_patients_whole(protocol, monkeypatch):
+    features, labels = draw()
+    patients = [f"p{i % 20}" for i in range(160)]
+    seen = []
+
+    def spy(of_labels, of_patients, n_folds, seed):
+        folds = make_folds(of_labels, of_patients, n_folds, seed)
+        seen.extend((of_patients, fold) for fold in folds)
+        return folds
+
+    monkeypatch.setattr("dinov2.eval.linear.make_folds", spy)
+    evaluate_linear(features, labels, 4, make_folds(labels, patients, 2), patients, protocol=protocol, sgd_iterations=5)
+    assert len(seen) == 2 * 5
+    for of_patients, (fitted, validated) in seen:
+        assert not {of_patients[i] for i in fitted} & {of_patients[i] for i in validated}
+
+
+def test_each_fold_predicts_its_own_test_cells():
+    """Probabilities are those of the test rows, from a probe that never saw them."""
+    features, labels = draw(apart=0.5)
+    folds = make_folds(labels, n_folds=4)
+    found = evaluate_linear(features, labels, 4, folds)
+    for train, test in folds:
+        expected = fit_linear_probe(features[train], labels[train], 4).predict_proba(features[test])
+        np.testing.assert_array_equal(found.probabilities[test], expected)
+        np.testing.assert_array_equal(found.predictions[test], expected.argmax(axis=1))
+    assert found.tested.tolist() == list(range(160))
+    assert [chosen["lambda"] for chosen in found.settings] == [dinobloom_lambda(8, 4)] * 4
+
+
+def test_given_validation_cells_are_used():
+    features, labels = draw()
+    train, validation, test = np.arange(80), np.arange(80, 120), np.arange(120, 160)
+    lam, losses = choose_lambda(features, labels, 4, [(train, validation)])
+    found = evaluate_linear(features, labels, 4, [(train, test)], validation=validation, protocol="sweep")
+    assert found.settings[0]["lambda"] == lam
+    assert list(found.settings[0]["validation_log_loss"].values()) == list(losses.values())
+
+
+def test_sgd_chooses_among_kinds_of_features():
+    features, labels = draw(apart=2)
+    noise = np.random.default_rng(4).normal(size=features.shape).astype(np.float32)
+    kinds = {"noise": noise, "cls_1": features}
+    found = evaluate_linear(kinds, labels, 4, make_folds(labels, n_folds=2), protocol="sgd", sgd_iterations=60)
+    assert [chosen["features"] for chosen in found.settings] == ["cls_1", "cls_1"]
+    assert (found.predictions == labels).mean() > 0.8
+    with pytest.raises(ValueError, match="takes one array of features, got noise, cls_1"):
+        evaluate_linear(kinds, labels, 4, make_folds(labels))
+
+
+def test_shuffled_labels_stay_at_chance():
+    features, labels = draw(n=400, apart=2)
+    shuffled = np.random.default_rng(1).permutation(labels)
+    found = evaluate_linear(features, shuffled, 4, make_folds(shuffled))
+    assert 0.15 < (found.predictions == shuffled).mean() < 0.35
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def features_file(file, n=120, patients=None, attributes=None, apart=0.6, paths=None, seed=0, **changes):
+    features, labels = draw(n=n, apart=apart, seed=seed)
+    cells = {
+        "features": features,
+        "labels": labels,
+        "class_names": NAMES,
+        "paths": paths or [f"/cells/{name}/{i // 2}.png" for i, name in enumerate(["a", "b"] * (n // 2))],
+        "patients": patients,
+        "attributes": {"checkpoint_sha256": "ab", "model": "ViT", "transform": "28 px", **(attributes or {})},
+    }
+    write_features(file, Features(**{**cells, **changes}))
+    return file
+
+
+def run(capsys, output, *flags):
+    main([*map(str, flags), "--output-dir", str(output), "--device", "cpu"])
+    return capsys.readouterr().out, json.loads((output / "results.json").read_text())
+
+
+def rows_of(file):
+    with open(file, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_from_features_to_results(tmp_path, capsys):
+    file = features_file(tmp_path / "f.h5")
+    table, report = run(capsys, tmp_path / "out", "--features", file, "--few-shot", 5, 1, "--repeats", 2)
+    written = {"results.json", "predictions.csv", "split.csv"}
+    assert written <= {path.name for path in (tmp_path / "out").iterdir()} <= written | {"confusion.png"}
+    found = report["results"]["model"]["linear_dinobloom"]
+    rows = rows_of(tmp_path / "out" / "predictions.csv")
+    # pictures of one name in two folders keep their own rows, and no fold overwrites another's
+    assert Counter(row["path"] for row in rows).most_common(1)[0][1] == 1
+    assert len(rows) == 120
+    assert Counter(row["fold"] for row in rows) == dict.fromkeys("01234", 24)
+    labels, predictions = ([NAMES.index(row[name]) for row in rows] for name in ("label", "prediction"))
+    probabilities = np.array([[float(row[f"p_{name}"]) for name in NAMES] for row in rows])
+    metrics = classification_metrics(np.array(labels), np.array(predictions), NAMES, probabilities)
+    for name in ("accuracy", "balanced_accuracy", "weighted_f1", "kappa", "auroc", "log_loss", "calibration_error"):
+        assert found[name] == pytest.approx(metrics[name], abs=1e-6), name
+    assert found["confusion"] == metrics["confusion"]
+    assert {name: row["support"] for name, row in found["per_class"].items()} == dict.fromkeys(NAMES, 30)
+    assert set(found["intervals"]) >= {"accuracy", "balanced_accuracy", "weighted_f1", "macro_f1", "auroc"}
+    assert found["sd_over_folds"]["accuracy"] > 0
+    assert len(found["folds"]) == 5
+    assert report["counts"]["cells"] == report["counts"]["tested"] == 120
+    assert report["split"]["test_sizes"] == [24] * 5
+    assert report["checkpoint"]["checkpoint_sha256"] == "ab"
+    assert len(report["hashes"]["features"]) == len(report["files"]["predictions.csv"]) == 64
+    assert report["patients_kept_apart"] is None
+    assert report["few_shot"]["model"]["5"]["n_draws"] == 10
+    for part in ("120 of 120 cells tested, 5 fold(s), 4 classes", "mean of 5 folds", "AUROC", "5 cells a class"):
+        assert part in table
+
+
+@pytest.mark.parametrize("protocol", ["dinobloom", "sweep", "sgd"])
+def test_the_same_inputs_give_the_same_bytes_but_for_the_date(tmp_path, capsys, protocol):
+    file = features_file(tmp_path / "f.h5", n=80, patients=[f"p{i % 20}" for i in range(80)])
+    flags = ("--features", file, "--protocol", protocol, "--folds", 2, "--sgd-iterations", 20, "--few-shot", 2)
+    texts = []
+    for name in ("a", "b"):
+        run(capsys, tmp_path / name, *flags)
+        text = (tmp_path / name / "results.json").read_text()
+        texts.append(re.sub(r'"date": "[^"]+"', "", text))
+        assert text != texts[-1]
+    assert texts[0] == texts[1]
+    for name in ("predictions.csv", "split.csv"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_patients_stay_whole_and_the_split_can_be_used_again(tmp_path, capsys):
+    file = features_file(tmp_path / "f.h5", patients=[f"p{i % 24}" for i in range(120)])
+    _, report = run(capsys, tmp_path / "a", "--features", file, "--folds", 4, "--seed", 3)
+    assert report["patients_kept_apart"] is True
+    fold_of = {}
+    for row in rows_of(tmp_path / "a" / "predictions.csv"):
+        assert fold_of.setdefault(row["patient"], row["fold"]) == row["fold"]
+    again = run(capsys, tmp_path / "b", "--features", file, "--split", tmp_path / "a" / "split.csv", "--seed", 3)[1]
+    assert again["results"] == report["results"]
+    assert len(again["hashes"]["split"]) == 64
+    assert (tmp_path / "b" / "split.csv").read_bytes() == (tmp_path / "a" / "split.csv").read_bytes()
+
+
+def test_a_class_with_one_picture_is_reported(tmp_path, capsys):
+    labels = np.array([3, *([0, 1, 2] * 40)])[:120]
+    file = features_file(tmp_path / "f.h5", labels=labels)
+    table, report = run(capsys, tmp_path / "out", "--features", file)
+    assert report["split"]["never_tested"] == {"monocyte": 1}
+    assert report["counts"]["tested"] == 119
+    monocyte = report["results"]["model"]["linear_dinobloom"]["per_class"]["monocyte"]
+    assert (monocyte["support"], monocyte["recall"], monocyte["auroc"]) == (0, None, None)
+    assert re.search(r"monocyte +1 +0 +- ", table)
+
+
+def test_two_sets_and_a_baseline(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    paths = [tmp_path / "pictures" / f"{i:03d}.png" for i in range(60)]
+    paths[0].parent.mkdir()
+    labels = np.arange(60) % 4
+    for path, label in zip(paths, labels, strict=True):
+        noisy = np.array([60, 120, 180]) * (label + 1) / 4 + rng.integers(-15, 15, (24, 24, 3))
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path)
+    paths[59].write_bytes(paths[0].read_bytes())
+    features = rng.normal(size=(60, 8)).astype(np.float32)  # that know nothing
+    for name, part in (("train", slice(0, 40)), ("test", slice(40, 60))):
+        names = [str(path) for path in paths[part]]
+        features_file(tmp_path / f"{name}.h5", features=features[part], labels=labels[part], paths=names)
+    flags = ("--features", tmp_path / "train.h5", "--test-features", tmp_path / "test.h5", "--baseline", "histogram")
+    _, report = run(capsys, tmp_path / "out", *flags)
+    assert report["counts"]["dropped_identical_bytes"] == 1
+    model, histogram = (report["results"][name]["linear_dinobloom"] for name in ("model", "histogram"))
+    assert (model["folds"][0]["train"], model["folds"][0]["test"]) == (39, 20)
+    assert histogram["accuracy"] > 0.9 > 0.6 > model["accuracy"]
+    assert len(rows_of(tmp_path / "out" / "predictions_histogram.csv")) == 20
+    parts = Counter(row["part"] for row in rows_of(tmp_path / "out" / "split.csv"))
+    assert parts == {"train": 40, "test": 20}
+
+
+def expect_nothing(tmp_path, capsys, message, *flags):
+    with pytest.raises(ValueError, match=message):
+        run(capsys, tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sets_that_make_no_sense_are_refused_and_leave_nothing(tmp_path, capsys):
+    one = features_file(tmp_path / "one.h5", labels=np.ones(120, dtype=np.int64))
+    expect_nothing(tmp_path, capsys, "all 120 cells are of class 'blast'", "--features", one)
+    broken = features_file(tmp_path / "broken.h5", features=np.full((120, 8), np.nan, dtype=np.float32))
+    message = r"120 of 120 in '.*broken.h5' are infinite or NaN, for instance those of '/cells/a/0.png'"
+    expect_nothing(tmp_path, capsys, message, "--features", broken)
+    good = features_file(tmp_path / "good.h5")
+    other = features_file(
+        tmp_path / "other.h5", attributes={"checkpoint_sha256": "cd"}, paths=[f"/o/{i}" for i in range(120)]
+    )
+    flags = ("--features", good, "--test-features", other)
+    expect_nothing(tmp_path, capsys, "checkpoint_sha256 differs, 'ab' and 'cd'", *flags)
+    twice = features_file(tmp_path / "twice.h5", paths=["/cells/a.png"] * 120)
+    expect_nothing(tmp_path, capsys, "'/cells/a.png' is listed twice", "--features", twice)
+    expect_nothing(
+        tmp_path, capsys, "30 cells in its largest class, fewer than the 40", "--features", good, "--folds", 40
+    )
+    expect_nothing(tmp_path, capsys, "31 cells a class asked", "--features", good, "--few-shot", 31)
+
+
+def test_splits_that_make_no_sense_are_refused_and_leave_nothing(tmp_path, capsys):
+    file = features_file(tmp_path / "f.h5", patients=[f"p{i % 24}" for i in range(120)])
+    labels = draw(n=120, apart=0.6)[1]
+    paths = [f"/cells/{name}/{i // 2}.png" for i, name in enumerate(["a", "b"] * 60)]
+
+    def split(parts):
+        lines = [f"{path},{part}" for path, part in zip(paths, parts, strict=True)]
+        (tmp_path / "split.csv").write_text("\n".join(["path,part", *lines]) + "\n")
+        return "--features", file, "--split", tmp_path / "split.csv"
+
+    message = "of 24 patients have cells on two sides, for instance 'p0'"
+    expect_nothing(tmp_path, capsys, message, *split(["train", "test"] * 30 + ["test", "train"] * 30))
+    by_patient = np.array(["train" if i % 24 < 12 else "val" if i % 24 < 16 else "test" for i in range(120)])
+    run(capsys, tmp_path / "fine", *split(by_patient))
+    assert len(rows_of(tmp_path / "fine" / "predictions.csv")) == 40
+    without = np.where((labels == 1) & (by_patient == "train"), "unused", by_patient)
+    message = "1 classes are tested without a training cell, for instance 'blast' in fold 0"
+    expect_nothing(tmp_path, capsys, message, *split(without))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "got no cells"),
+        (["--features", "f", "--test-features", "g", "--split", "s"], "--split divides one set"),
+        (["--features", "f", "--protocol", "knn"], "invalid choice: 'knn'"),
+        (["--features", "f", "--few-shot", "0"], "0 is not at least 1"),
+        (["--features", "f", "--baseline", "untrained"], "untrained needs --checkpoint"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([*flags, "--output-dir", str(tmp_path)])
+    assert message in capsys.readouterr().err
+
+
+def test_runs_as_a_script_from_any_folder(tmp_path):
+    features_file(tmp_path / "f.h5", n=40)
+    script = [sys.executable, str(REPOSITORY / "dinov2" / "eval" / "linear.py"), "--features", "f.h5"]
+    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(REPOSITORY)}, "text": True}
+    done = subprocess.run([*script, "--output-dir", "out", "--folds", "2"], capture_output=True, **options)
+    assert done.returncode == 0, done.stderr
+    assert "40 of 40 cells tested, 2 fold(s)" in done.stdout
+    features_file(tmp_path / "f.h5", n=40, labels=np.zeros(40, dtype=np.int64))
+    failed = subprocess.run([*script, "--output-dir", "no"], capture_output=True, **options)
+    assert failed.returncode == 2
+    assert "all 40 cells are of class 'basophil'" in failed.stderr
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_probabilities():
+    features, labels = draw()
+    here, there = (fit_linear_probe(features, labels, 4, device=device) for device in ("cpu", "cuda"))
+    np.testing.assert_allclose(there.predict_proba(features), here.predict_proba(features), atol=1e-4)
+    assert torch.cuda.is_available()

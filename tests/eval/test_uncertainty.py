@@ -1,0 +1,169 @@
+"""Intervals that cover the truth and are wider by patient, as plain resampling has them; paired tests."""
+
+from math import comb
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from dinov2.eval.metrics import classification_metrics
+from dinov2.eval.uncertainty import bootstrap_intervals, compare_paired, mcnemar_exact, metrics_of_confusions
+
+COUNTED = ("accuracy", "balanced_accuracy", "weighted_f1", "macro_f1", "kappa")
+NAMES = list("abcd")
+
+
+def answers(n=300, share_right=0.7, n_classes=4, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = np.minimum(rng.integers(0, n_classes, n), rng.integers(0, n_classes, n))
+    return labels, np.where(rng.random(n) < share_right, labels, rng.integers(0, n_classes, n))
+
+
+def probabilities_of(labels, n_classes=4, seed=0):
+    scores = np.random.default_rng(seed).normal(size=(len(labels), n_classes)).round(1)  # with ties
+    scores[np.arange(len(labels)), labels] += 1
+    return np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+
+
+def resample(labels, predictions, probabilities, groups, n_resamples, seed):
+    """The bootstrap as one would write it down: rows drawn, metrics computed anew."""
+    rng = np.random.default_rng(seed)
+    members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
+    found = []
+    for _ in range(n_resamples):
+        rows = np.concatenate([members[g] for g in rng.integers(len(members), size=len(members))])
+        found.append(classification_metrics(labels[rows], predictions[rows], NAMES, probabilities[rows]))
+    return {name: np.quantile([m[name] for m in found], [0.025, 0.975]) for name in (*COUNTED, "auroc", "log_loss")}
+
+
+def test_metrics_of_many_confusions_are_those_of_each():
+    cases = [answers(seed=seed) for seed in range(5)]
+    cases += [answers(n=8, seed=9), (np.array([2, 2]), np.array([2, 1])), (np.array([1]), np.array([1]))]
+    each = [classification_metrics(*case, NAMES) for case in cases]
+    found = metrics_of_confusions(np.array([metrics["confusion"] for metrics in each]))
+    assert tuple(found) == COUNTED
+    for name, values in found.items():
+        expected = [np.nan if metrics[name] is None else metrics[name] for metrics in each]
+        np.testing.assert_allclose(values, expected, rtol=1e-12)
+
+
+def test_intervals_by_patient_are_those_of_plain_resampling():
+    labels, predictions = answers(n=200)
+    probabilities = probabilities_of(labels)
+    groups = np.arange(200) // 8
+    patients = [f"p{g}" for g in groups]
+    ours = bootstrap_intervals(labels, predictions, 4, probabilities, patients, n_resamples=4000, seed=0)
+    expected = resample(labels, predictions, probabilities, groups, 150, seed=1)
+    assert set(ours) == set(expected)
+    for name, (low, high) in expected.items():
+        assert ours[name] == pytest.approx([low, high], abs=0.25 * (high - low)), name
+
+
+def test_intervals_follow_the_seed_and_hold_the_value():
+    labels, predictions = answers()
+    probabilities = probabilities_of(labels)
+    found = bootstrap_intervals(labels, predictions, 4, probabilities)
+    assert found == bootstrap_intervals(labels, predictions, 4, probabilities)
+    assert found != bootstrap_intervals(labels, predictions, 4, probabilities, seed=1)
+    metrics = classification_metrics(labels, predictions, NAMES, probabilities)
+    for name, (low, high) in found.items():
+        assert low < metrics[name] < high
+
+
+def test_accuracy_is_covered_as_often_as_promised():
+    covered = 0
+    for seed in range(200):
+        labels, predictions = answers(n=150, share_right=0.7, n_classes=2, seed=seed)
+        low, high = bootstrap_intervals(labels, predictions, 2, n_resamples=500)["accuracy"]
+        covered += low <= 0.85 <= high
+    assert 0.90 <= covered / 200 <= 0.99
+
+
+def test_cells_of_a_patient_alike_make_intervals_wider():
+    rng = np.random.default_rng(0)
+    is_right = rng.random(20) < 0.7  # all cells of a patient are right, or none
+    labels, patients = np.tile([0, 1], 500), [f"p{i // 50}" for i in range(1000)]
+    predictions = np.where(np.repeat(is_right, 50), labels, 1 - labels)
+    by_cell, by_patient = (
+        bootstrap_intervals(labels, predictions, 2, patients=p)["accuracy"] for p in (None, patients)
+    )
+    assert by_patient[1] - by_patient[0] > 4 * (by_cell[1] - by_cell[0])
+    single = [str(i) for i in range(1000)]
+    assert bootstrap_intervals(labels, predictions, 2, patients=single)["accuracy"] == by_cell
+
+
+def test_auroc_of_a_draw_is_scikit_learns():
+    """With one draw both ends of the interval are its AUROC; scikit-learn's takes the draw as weights."""
+    labels = np.tile([0, 1, 2], 40)
+    probabilities = probabilities_of(labels, 3)
+    (low, high) = bootstrap_intervals(labels, labels, 3, probabilities, n_resamples=1, seed=5)["auroc"]
+    rng = np.random.default_rng([5, 1])
+    weights = np.bincount(rng.integers(120, size=120), minlength=120)
+    of_classes = [roc_auc_score(labels == c, probabilities[:, c], sample_weight=weights) for c in range(3)]
+    assert low == high == pytest.approx(np.mean(of_classes))
+
+
+def test_one_patient_gives_no_interval():
+    labels, predictions = answers(n=20)
+    assert bootstrap_intervals(labels, predictions, 4, patients=["p"] * 20) == {}
+    found = compare_paired(labels, predictions, labels, 4, patients=["p"] * 20)
+    assert found["differences"]["accuracy"]["interval"] is None
+    assert found["differences"]["accuracy"]["p_value"] is None
+    with pytest.raises(ValueError, match="19 patients for 20 samples"):
+        bootstrap_intervals(labels, predictions, 4, patients=["p"] * 19)
+
+
+def test_a_large_set_is_quick():
+    """Counts are resampled, not rows: 50,000 samples a thousand times would otherwise take a minute."""
+    labels, predictions = answers(n=50_000, n_classes=4)
+    low, high = bootstrap_intervals(labels, predictions, 4)["accuracy"]
+    half_width = 1.96 * np.sqrt(0.775 * 0.225 / 50_000)
+    assert (high - low) / 2 == pytest.approx(half_width, rel=0.1)
+
+
+@pytest.mark.parametrize(("a", "b"), [(0, 0), (5, 0), (0, 6), (3, 9), (12, 12), (40, 71)])
+def test_mcnemar_is_a_fair_coins_tail(a, b):
+    n, k = a + b, min(a, b)
+    expected = min(1, 2 * sum(comb(n, i) for i in range(k + 1)) / 2**n)
+    assert mcnemar_exact(a, b) == pytest.approx(expected)
+
+
+def test_mcnemar_of_counts_beyond_floats():
+    assert mcnemar_exact(20_000, 20_300) == pytest.approx(0.1365, abs=1e-3)  # normal approximation: 0.136
+    assert 0 <= mcnemar_exact(100, 30_000) < 1e-300
+
+
+def test_paired_tests_see_a_difference_that_intervals_hide():
+    labels, worse = answers(n=400, share_right=0.7)
+    better = worse.copy()
+    mended = np.flatnonzero(worse != labels)[:12]
+    better[mended] = labels[mended]
+    of_worse, of_better = (bootstrap_intervals(labels, p, 4)["accuracy"] for p in (worse, better))
+    assert of_worse[1] > of_better[0]  # they overlap
+    found = compare_paired(labels, worse, better, 4)
+    assert found["mcnemar"] == {"only_a_right": 0, "only_b_right": 12, "p_value": pytest.approx(2 / 2**12)}
+    accuracy = found["differences"]["accuracy"]
+    assert accuracy["difference"] == pytest.approx(12 / 400)
+    assert accuracy["a"] == pytest.approx((worse == labels).mean())
+    assert accuracy["interval"][0] > 0
+    assert accuracy["p_value"] < 0.01
+    back = compare_paired(labels, better, worse, 4)["differences"]["accuracy"]
+    assert back["difference"] == -accuracy["difference"]
+
+
+def test_equal_methods_do_not_differ():
+    labels, predictions = answers()
+    found = compare_paired(labels, predictions, predictions, 4)
+    assert found["mcnemar"]["p_value"] == 1
+    assert found["differences"]["macro_f1"]["interval"] == [0, 0]
+    assert found["differences"]["macro_f1"]["p_value"] == 1
+
+
+def test_a_gain_on_one_patient_alone_is_none_by_patient():
+    labels = np.zeros(200, dtype=np.int64)
+    patients = [f"p{i // 20}" for i in range(200)]
+    a, b = labels.copy(), labels.copy()
+    a[:20] = 1
+    by_cell, by_patient = (compare_paired(labels, a, b, 2, p)["differences"]["accuracy"] for p in (None, patients))
+    assert by_cell["p_value"] < 0.01 < 0.2 < by_patient["p_value"]
+    assert by_patient["interval"][0] == 0
