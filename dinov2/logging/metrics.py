@@ -39,7 +39,7 @@ class MetricLogger:
         self, path: Path, start: int, stop: int, batch_size: int, period: int, trackers: Sequence[Tracker] = ()
     ) -> None:
         self.path, self.stop, self.batch_size, self.period = path, stop, batch_size, period
-        self.trackers = trackers
+        self.trackers = list(trackers)
         self._start = start
         self._pending: list[tuple[dict[str, float], dict[str, Tensor]]] = []
         self._unwritten = ""
@@ -83,9 +83,12 @@ class MetricLogger:
         if is_main_process():
             self._append("".join(json.dumps({k: _json_number(v) for k, v in row.items()}) + "\n" for row in rows))
             self._report(rows[-1], now)
-        for row in rows:
-            for tracker in self.trackers:
-                tracker.log({k: v for k, v in row.items() if k != "iteration"}, int(row["iteration"]))
+        for tracker in list(self.trackers):
+            try:
+                for row in rows:
+                    tracker.log({k: v for k, v in row.items() if k != "iteration"}, int(row["iteration"]))
+            except OSError as error:
+                self._give_up(tracker, error)
         self._pending.clear()
         self._data_seconds, self._flushed_at = 0.0, now
         return rows
@@ -124,8 +127,19 @@ class MetricLogger:
 
     def close(self) -> None:
         self.flush()
-        for tracker in self.trackers:
-            tracker.close()
+        for tracker in list(self.trackers):
+            try:
+                tracker.close()
+            except OSError as error:
+                self._give_up(tracker, error)
+
+    def _give_up(self, tracker: Tracker, error: OSError) -> None:
+        """A tracker that cannot write, on a full disk say, does not end the run: the file has its numbers as well."""
+        self.trackers.remove(tracker)
+        logger.error(
+            "%s gets no more numbers of this part of the run (%s); training_metrics.json has them",
+            *(type(tracker).__name__.lstrip("_"), error),
+        )
 
     def _report(self, row: dict[str, float], now: float) -> None:
         done = int(row["iteration"]) + 1

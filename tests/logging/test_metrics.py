@@ -63,3 +63,23 @@ def test_what_is_not_finite_is_null_since_json_has_no_nan(tmp_path):
     log.update(0, {}, {"loss": torch.tensor(float("nan"))})
     log.close()
     assert lines(path)[0]["loss"] is None
+
+
+@pytest.mark.parametrize("method", ["log", "close"])
+def test_a_tracker_that_cannot_write_does_not_end_the_run(tmp_path, caplog, method):
+    class Full(Recorder):
+        def log(self, values, iteration):
+            if method == "log":
+                raise OSError(28, "No space left on device")
+
+        def close(self):
+            raise OSError(28, "No space left on device")
+
+    path, healthy = tmp_path / "training_metrics.json", Recorder()
+    log = open_log(path, trackers=[Full(), healthy])
+    for i in range(6):
+        log.update(i, {}, {"loss": torch.tensor(float(i))})
+    log.close()
+    assert len(lines(path)) == len(healthy.seen) == 6
+    assert healthy.closed
+    assert caplog.text.count("Full gets no more numbers") == 1
