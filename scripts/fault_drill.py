@@ -860,7 +860,7 @@ def standing_rank(drill: Drill) -> str:
         raise Skipped("needs --processes 2 or more")
     reference, rng = drill.reference(processes), drill.random("e")
     drill.copy(drill.stopped(processes), "standing")
-    run = drill.start("standing", processes, f"train.hang_timeout_seconds={HANG_SECONDS}", restarts=3)
+    run = drill.start("standing", processes, f"train.hang_timeout_seconds={HANG_SECONDS}", restarts=1)
     moment = ITERATIONS * 3 // 4 + rng.randrange(ITERATIONS // 6)
     run.until_iteration(moment)
     rank, ranks = rng.randrange(processes), run.ranks()

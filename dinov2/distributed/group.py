@@ -1,5 +1,7 @@
 """The process group of a run: made once, answered for by a lone process too."""
 
+import time
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -64,10 +66,39 @@ def enable(launch: Launch, device: torch.device, timeout_seconds: float) -> None
             "this host resolves and reaches that address, and set MASTER_ADDR and MASTER_PORT if it is the wrong one"
         ) from error
     store.set_timeout(timeout)
-    _store = dist.PrefixStore("watchdog", store)
+    start = _agree_on_start(store, rank, world_size, timeout_seconds)
+    _store = dist.PrefixStore(f"watchdog/{start}", store)
     dist.init_process_group(
-        backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world_size, timeout=timeout
+        backend, store=dist.PrefixStore(f"group/{start}", store), rank=rank, world_size=world_size, timeout=timeout
     )
+
+
+def _agree_on_start(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> str:
+    """A name that only the processes of this start know.
+
+    torchrun keeps its store when it starts the processes again, with the addresses of those that are gone; and its
+    count of restarts is each node's own. So each process shows a number drawn now, and rank 0 answers it with its own.
+
+    Raises:
+        ConnectionError: not all processes came.
+    """
+    own, deadline = uuid.uuid4().hex, time.monotonic() + timeout_seconds
+    store.set(f"start/here/{rank}", own)
+    others, answered = range(1, world_size), set()
+    while time.monotonic() < deadline:
+        if rank != 0 and store.check([f"start/answer/{own}"]):
+            start = store.get(f"start/answer/{own}").decode()
+            store.set(f"start/ready/{start}/{rank}", "")
+            return start
+        if rank == 0:
+            for other in others:
+                if store.check([f"start/here/{other}"]) and (here := store.get(f"start/here/{other}")) not in answered:
+                    store.set(f"start/answer/{here.decode()}", own)
+                    answered.add(here)
+            if not others or store.check([f"start/ready/{own}/{other}" for other in others]):
+                return own
+        time.sleep(0.02)
+    raise ConnectionError(f"rank {rank} waited {timeout_seconds:.0f} s for the other {world_size - 1} processes")
 
 
 def disable() -> None:

@@ -270,10 +270,8 @@ class Watchdog:
 
     def _connect(self) -> dist.Store:
         assert self._store is not None
-        # A launcher's store outlives the processes that it starts again; their predecessors' signs must not count.
-        prefix = f"dinov2_watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         own_connection = self._store.clone()  # type: ignore[attr-defined,unused-ignore]  # torch 2.10's stubs lack it
-        client = dist.PrefixStore(prefix, own_connection)
+        client = dist.PrefixStore("dinov2_watchdog", own_connection)
         client.set_timeout(timedelta(seconds=max(self.interval, 1.0)))
         if not self._attempt:
             self._attempt = client.add(f"watchdogs of rank {self._rank}", 1)

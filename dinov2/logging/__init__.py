@@ -12,6 +12,26 @@ __all__ = ["MetricLogger", "open_trackers", "setup_logging"]
 _FORMAT = "%(asctime)s %(levelname).1s %(message)s"
 
 
+class _LogFile(logging.FileHandler):
+    """Says once, on stderr, that its disk is full, where the usual handler shows a traceback for each line."""
+
+    _is_failing = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._has_failed = False
+        super().emit(record)
+        self._is_failing = self._has_failed
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self._has_failed = True
+        if not self._is_failing:
+            print(f"{self.baseFilename}: lines are missing from here on ({error.strerror})", file=sys.stderr)
+
+
 def setup_logging(
     output_dir: str | Path | None = None, name: str = "dinov2", level: int = logging.INFO, rank: int | None = None
 ) -> None:
@@ -34,7 +54,7 @@ def setup_logging(
     if output_dir is not None:
         file = Path(output_dir) / "logs" / ("log.txt" if rank == 0 else f"log.txt.rank{rank}")
         file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+        handlers.append(_LogFile(file, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(formatter)
         logger.addHandler(handler)
