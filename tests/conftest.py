@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,13 +128,12 @@ def picture_list(tmp_path, make_picture_list):
 
 @pytest.fixture(scope="session")
 def readme_command():
-    """The one command of the README that begins with `start`, its continued lines joined."""
+    """Returns the words of the README's one command that has the word `program`."""
     text = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    commands = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ").splitlines()
 
-    def find(start: str) -> str:
-        (command,) = [command for command in commands if command.startswith(start)]
-        return " ".join(command.split())
+    def find(program: str) -> list[str]:
+        (words,) = [words for line in lines if program in (words := shlex.split(line, comments=True))]
+        return words
 
     return find

@@ -23,6 +23,7 @@ class BadImages:
         self.path, self.n_listed, self.max_fraction = path, n_listed, max_fraction
         self.reasons: dict[str, str] = {}
         self._new: dict[str, str] = {}
+        self._is_written = True
         if path.is_file():
             with open(path, encoding="utf-8", newline="") as file:
                 found = {row["path"]: row["reason"] for row in csv.DictReader(file)}
@@ -44,20 +45,30 @@ class BadImages:
         """
         found = {path: reason for new in all_gather_objects(self._new) for path, reason in new.items()}
         self._new = {}
-        if not found.keys() - self.reasons.keys():
+        if not found.keys() - self.reasons.keys() and self._is_written:
             return
         self.reasons = {**found, **self.reasons}
         if is_main_process():
-            with atomic_write(self.path, "w") as file:
-                writer = csv.writer(file)
-                writer.writerow(["path", "reason"])
-                writer.writerows(self.reasons.items())
+            self._write()
         if len(self.reasons) > self.max_fraction * self.n_listed:
             raise RuntimeError(
                 f"train.max_bad_fraction: {len(self.reasons)} of {self.n_listed} listed pictures cannot be read, "
                 f"more than the {self.max_fraction:.2%} allowed; see {self.path} for each path and reason, then mend "
                 "the lists or raise the limit"
             )
+
+    def _write(self) -> None:
+        try:
+            with atomic_write(self.path, "w") as file:
+                writer = csv.writer(file)
+                writer.writerow(["path", "reason"])
+                writer.writerows(self.reasons.items())
+        except OSError as error:  # a full disk must not end a run, least of all on one process of many
+            if self._is_written:
+                logger.warning("cannot write %s (%s); it is tried again later", self.path, error.strerror)
+            self._is_written = False
+        else:
+            self._is_written = True
 
 
 def _is_readable(path: str) -> bool:

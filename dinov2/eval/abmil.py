@@ -160,7 +160,7 @@ class TrainedAggregator:
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def build_parser() -> argparse.ArgumentParser:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Learn patients' labels from bags of their cells' features, judge it on held-out patients, print a "
         "table and write <output-dir>/results.json, predictions, attention and the trained aggregator. Give "
@@ -207,14 +207,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--class-weights", action="store_true", help="rare classes weigh more in the loss")
     parser.add_argument("--top-cells", type=positive_int, default=10, help="cells of a patient in top_cells.csv")
     parser.add_argument("--apply", type=Path, help="an aggregator.pth that judges these patients; nothing is trained")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = build_parser()
     args = parser.parse_args(argv)
     if problem := _wrong_combination(args):
         parser.error(problem)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
     setup_logging()
     if args.apply:
         _apply(args)

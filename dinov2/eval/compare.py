@@ -78,7 +78,7 @@ def format_comparison(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Paired tests of two methods on the same cells: McNemar's exact test and a paired bootstrap of "
         "each metric, by patient where the predictions name patients.",
@@ -90,11 +90,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resamples", type=positive_int, default=N_RESAMPLES, help="of the bootstrap")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--output", type=Path, help="a .json file for the result")
-    return parser
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+    args = parse_arguments(argv)
     setup_logging()
     files = [path / "predictions.csv" if path.is_dir() else path for path in (args.first, args.second)]
     first, second = (read_predictions(file) for file in files)

@@ -89,7 +89,7 @@ def _default_workers() -> int:
     return min(available_cores(), 16)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Embed labelled cells with a backbone and write <output-dir>/features.h5. A file that is there "
         "already is kept if it holds just these features, and is an error otherwise.",
@@ -98,11 +98,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_embedder_arguments(parser, checkpoint_required=True)
     parser.add_argument("--data", type=Path, required=True, help=CELLS_HELP)
     parser.add_argument("--output-dir", type=Path, required=True, help="where features.h5 goes; made if missing")
-    return parser
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+    args = parse_arguments(argv)
     setup_logging()
     cells = LabelledCells.from_path(args.data)
     file = args.output_dir / "features.h5"

@@ -156,7 +156,7 @@ def _neighbours(distances: Tensor, farthest: Tensor, own_lengths: Tensor, k: int
     return is_nearer | (is_tied & (is_tied.cumsum(dim=1) <= n_open))
 
 
-def build_parser() -> argparse.ArgumentParser:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Classify cells by their nearest neighbours among features; print a table and write "
         "<output-dir>/results.json. Give --checkpoint with --train and --test or with --data, or else --features, with "
@@ -172,14 +172,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--k", type=positive_int, nargs="+", default=list(DEFAULT_KS), help="numbers of neighbours")
     add_baseline_argument(parser)
     parser.add_argument("--output-dir", type=Path, required=True, help="for results.json and features; made if missing")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = build_parser()
     args = parser.parse_args(argv)
     if problem := wrong_combination(args):
         parser.error(problem)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
     setup_logging()
 
     embedder = embedder_from(args) if args.checkpoint else None

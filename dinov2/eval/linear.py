@@ -289,7 +289,7 @@ def evaluate_linear(
     return FoldPredictions(list(folds), predictions, probabilities, settings)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Classify cells by a linear probe of their features; print a table and write results.json, "
         "predictions.csv, split.csv, confusion.png to <output-dir>. Give --checkpoint with --train and --test or with "
@@ -324,16 +324,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_baseline_argument(parser)
     parser.add_argument("--output-dir", type=Path, required=True, help="for results and features; made if missing")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = build_parser()
     args = parser.parse_args(argv)
     if problem := wrong_combination(args):
         parser.error(problem)
     if args.split and (args.test or args.test_features):
         parser.error("--split divides one set; give it with --data or with --features alone")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
     setup_logging()
 
     embedder = embedder_from(args) if args.checkpoint else None

@@ -7,13 +7,15 @@
                    logs/  tensorboard/  bad_images.csv
 """
 
+import fcntl
 import logging
 import os
+import socket
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -42,6 +44,8 @@ _HARMLESS_KEYS = (
     *("train.batch_size_per_gpu", "train.accumulation_steps", "train.activation_checkpointing"),
     *("train.hang_timeout_seconds", "train.max_rollbacks"),
 )
+# An NFS server keeps the locks of a machine that died for this long
+_LOCK_PATIENCE_SECONDS = 120.0
 
 
 def run_folder_path(output_dir: str, name: str | None, config_file: str | None) -> Path:
@@ -71,6 +75,7 @@ class RunFolder:
 
     def __init__(self, cfg: Any, path: Path) -> None:
         self.cfg, self.path = cfg, path
+        self._lock_file: IO[str] | None = None
         cfg.train.output_dir = str(path)
         cfg.optim.lr = Schedules(cfg).peak_lr
         epoch = cfg.train.OFFICIAL_EPOCH_LENGTH
@@ -86,7 +91,7 @@ class RunFolder:
         this one, never overwritten and never mixed with what comes.
 
         Raises:
-            PermissionError, NotADirectoryError: the folder cannot be written.
+            PermissionError, NotADirectoryError: the folder cannot be written, or another process writes it.
             ValueError: the checkpoint that would be resumed has weights of another shape.
         """
         on_main_process(lambda: self._prepare(resume, eval_only))
@@ -97,9 +102,12 @@ class RunFolder:
         has_checkpoint = bool(self.checkpointer.paths())
         if eval_only:
             return
+        self._lock()
         if earlier.is_file() and not (resume and has_checkpoint):
             aside = self.path.with_name(f"{self.path.name}.before_{time.strftime('%Y%m%d-%H%M%S')}")
             self.path.rename(aside)
+            self.path.mkdir()
+            self._lock()
             reason = "has no checkpoint to resume" if resume else "is not resumed (--no-resume)"
             logger.warning("the run in %s %s; it is now in %s", self.path, reason, aside)
         elif has_checkpoint and earlier.is_file():
@@ -198,6 +206,35 @@ class RunFolder:
                 f"--output-dir/--name: cannot write to {self.path} ({error.strerror}); mend that or choose another "
                 "--output-dir"
             ) from error
+
+    def _lock(self) -> None:
+        """Keep others from training in this folder for as long as this process lives."""
+        file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+        deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
+        waits = False
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock: on NFS, and not kept by forked workers
+                break
+            except (BlockingIOError, PermissionError) as error:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                if time.monotonic() > deadline:
+                    raise PermissionError(
+                        f"--output-dir/--name: {holder} writes the run in {self.path}; end it first, or choose another "
+                        "--name"
+                    ) from error
+                if not waits:
+                    logger.warning("%s still writes the run in %s; waiting for its end", holder, self.path)
+                waits = True
+                time.sleep(1)
+            except OSError as error:  # a file system without locks
+                logger.info("no lock on %s (%s): nothing keeps two runs from writing it", self.path, error.strerror)
+                break
+        file.truncate(0)
+        file.write(f"process {os.getpid()} of {socket.gethostname()}\n")
+        file.flush()
+        self._lock_file = file  # closing it gives the lock back
 
     def _compare_with(self, earlier: Path) -> None:
         before = OmegaConf.load(earlier)

@@ -174,6 +174,24 @@ def pick_device(name: str, launch: Launch | None) -> torch.device:
     return torch.device("cuda", index)
 
 
+def read_settings(args: argparse.Namespace, world_size: int) -> DictConfig:
+    """The configuration that the command's arguments describe, with nothing left open.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: a setting that is missing, unknown or wrong.
+    """
+
+    def resolve(cfg: DictConfig) -> None:
+        resolve_arch(cfg)
+        resolve_batch_size(cfg.train, world_size)
+
+    cfg = load_run_config(args.config_file, args.overrides, resolve)
+    missing = [key for key in missing_keys(cfg) if not (args.eval_only and key == "train.dataset_path")]
+    if missing:
+        raise ValueError(f"no value for {', '.join(missing)}; add {missing[0]}=<value> to the command or the file")
+    return cfg
+
+
 def resolve_arch(cfg: DictConfig) -> None:
     """Put what the name student.arch decides into the configuration, which states what the run really has."""
     for key, value in fixed_settings(cfg.student.arch).items():
@@ -211,16 +229,7 @@ def run(args: argparse.Namespace, signals: StopSignals) -> int:
     try:
         launch = distributed.read_launch()
         setup_logging(rank=launch.rank if launch else 0)
-        world_size = launch.world_size if launch else 1
-
-        def resolve(cfg: DictConfig) -> None:
-            resolve_arch(cfg)
-            resolve_batch_size(cfg.train, world_size)
-
-        cfg = load_run_config(args.config_file, args.overrides, resolve)
-        missing = [key for key in missing_keys(cfg) if not (args.eval_only and key == "train.dataset_path")]
-        if missing:
-            raise ValueError(f"no value for {', '.join(missing)}; add {missing[0]}=<value> to the command or the file")
+        cfg = read_settings(args, launch.world_size if launch else 1)
         device = pick_device(cfg.train.device, launch)
         resolve_precision(cfg.compute_precision, device.type)
         if cfg.train.num_workers > available_cores():

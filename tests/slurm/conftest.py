@@ -6,7 +6,6 @@ import json
 import os
 import re
 import runpy
-import shlex
 import subprocess
 import sys
 import time
@@ -72,13 +71,6 @@ class Cluster:
 
     def losses_in(self, folder: Path) -> np.ndarray:
         return losses_in(folder)
-
-    def readme_command(self, program: str) -> list[str]:
-        """The words of the README's command that runs `program`."""
-        blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-        lines = "".join(blocks).replace("\\\n", " ").splitlines()
-        (words,) = [words for line in lines if program in (words := shlex.split(line, comments=True))]
-        return words
 
 
 class Job:

@@ -15,9 +15,9 @@ SMALL = ["--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-task=1"]  # for
 
 
 @pytest.fixture(scope="module")
-def unbroken(cluster, training, tmp_path_factory):
+def unbroken(cluster, training, tmp_path_factory, readme_command):
     """The README's run, with a small network and one GPU of a node, that nothing disturbs."""
-    command = cluster.readme_command("dinov2/run/train/train.py")
+    command = readme_command("dinov2/run/train/train.py")
     smaller = ["--ngpus", "1", "--cpus-per-task", "1", "--output-dir", tmp_path_factory.mktemp("unbroken"), *training]
     return cluster.job_of(cluster.run(*command, *smaller, "--wait"))
 
@@ -105,10 +105,10 @@ def test_the_script_for_one_node_queues_itself_again(cluster, unbroken, training
     np.testing.assert_allclose(job.losses(), unbroken.losses(), rtol=1e-6)
 
 
-def test_the_script_for_many_nodes(cluster, unbroken, training, tmp_path):
+def test_the_script_for_many_nodes(cluster, unbroken, training, tmp_path, readme_command):
     """The README's command, with fewer nodes and the small network."""
     script = "scripts/train_many_nodes.sbatch"
-    command = cluster.readme_command(script)
+    command = readme_command(script)
     options, arguments = command[1 : command.index(script)], command[command.index(script) :]
     job = cluster.sbatch(
         *(*options, "--nodes=2", *SMALL, *arguments, "--output-dir", tmp_path, "--name", "mine", *training),

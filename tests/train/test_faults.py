@@ -45,8 +45,6 @@ def short_drill(tmp_path_factory):
     return drill(tmp_path_factory.mktemp("drill") / "runs", "--kills=3", "--jobs=2", "--short", "--only=e,a,b,c,d")
 
 
-# slow: a restart now and then meets a refused gloo connection, on which the drill waits in vain
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "fewest_checks"), [("a", 12), ("b", 9), ("c", 5), ("d", 4), ("e", 5)], ids=lambda value: str(value)
 )

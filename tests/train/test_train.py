@@ -20,6 +20,7 @@ from PIL import Image
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from dinov2.configs import CONFIG_FOLDER
+from dinov2.data.bad_images import BadImages
 from dinov2.hub.backbones import load_backbone
 from dinov2.train.evaluation import TeacherEvaluation
 from dinov2.train.run_folder import run_folder_path
@@ -375,6 +376,22 @@ def test_an_output_folder_that_cannot_be_written(tmp_path, picture_list, tiny_ov
     assert "choose another --output-dir" in capfd.readouterr().err
 
 
+def test_two_commands_do_not_train_in_one_folder(run, failing, monkeypatch):
+    _, folder = run("optim.epochs=1")
+    monkeypatch.setattr("dinov2.train.run_folder._LOCK_PATIENCE_SECONDS", 0.1)
+    before = (folder / "training_metrics.json").read_bytes()
+    script = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", script, str(folder / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        told = failing("optim.epochs=2")
+        assert f"process {os.getpid()} of " in told  # who wrote there last
+        assert "end it first, or choose another --name" in told
+        assert (folder / "training_metrics.json").read_bytes() == before
+        holder.kill()
+    assert run("optim.epochs=2")[0] == 0
+
+
 def test_a_run_of_another_architecture_is_not_resumed(run, failing):
     run()
     told = failing("student.depth=1")
@@ -401,6 +418,23 @@ def test_unreadable_pictures_are_replaced_and_reported(tmp_path, picture_list, t
         (bad,) = csv.DictReader(file)
     assert bad["path"].endswith("003.png")
     assert bad["reason"]
+
+
+def test_the_record_of_unreadable_pictures_outlives_a_full_disk(tmp_path, monkeypatch, caplog):
+    record = BadImages(tmp_path / "bad_images.csv", n_listed=99, max_fraction=0.5)
+    record.record([("a.png", "it is empty")])
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dinov2.data.bad_images.atomic_write", full)
+        record.settle()
+        record.settle()
+    assert not record.path.exists()
+    assert caplog.text.count("No space left on device") == 1
+    record.settle()
+    assert record.path.read_text() == "path,reason\na.png,it is empty\n"
 
 
 def test_too_many_unreadable_pictures_stop_the_run_until_they_are_mended(tmp_path, picture_list, tiny_overrides):

@@ -10,8 +10,14 @@ from dinov2.utils.command import USER_ERRORS, logger, text_of
 __all__ = ["launch"]
 
 
-def launch(module: str, build_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | None = None) -> int:
-    """Submit the evaluation command `module`, whose arguments `build_parser` knows; returns the launcher's exit code.
+def launch(
+    module: str,
+    parse_arguments: Callable[[Sequence[str]], argparse.Namespace],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Submit the evaluation command `module`; returns the launcher's exit code.
+
+    Its own `parse_arguments` reads and checks what the job will be given, before it waits in a queue.
 
     The inputs need not be there yet: --dependency afterok:<job id> lets the job wait for the training that makes them.
     """
@@ -26,7 +32,7 @@ def launch(module: str, build_parser: Callable[[], argparse.ArgumentParser], arg
     try:
         if args.ngpus > 1:
             raise ValueError(f"--ngpus must be 0 or 1, found {args.ngpus}: evaluations are one process")
-        output_dir = build_parser().parse_args(command_argv).output_dir.absolute()
+        output_dir = parse_arguments(command_argv).output_dir.absolute()
         job = submit(EvaluationTask(module, command_argv), args, output_dir, name)
         print(describe(job, args, output_dir), flush=True)
         return wait(job.job_id) if args.wait else 0

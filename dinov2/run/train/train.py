@@ -12,15 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 from dinov2.logging import setup_logging
 from dinov2.run.submit import TrainingTask, add_cluster_arguments, describe, submit, tasks_per_node, wait
-from dinov2.train.batches import build_augmentation, build_dataset, resolve_batch_size
+from dinov2.train.batches import build_augmentation, build_dataset
 from dinov2.train.evaluation import TeacherEvaluation
-from dinov2.train.train import parse_arguments, resolve_arch
+from dinov2.train.train import parse_arguments, read_settings
 from dinov2.utils.command import USER_ERRORS, logger, text_of
-from dinov2.utils.config import load_run_config, missing_keys
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,15 +34,7 @@ def check_settings(args: argparse.Namespace, world_size: int) -> None:
     Raises:
         FileNotFoundError, KeyError, ValueError: what is wrong.
     """
-
-    def resolve(cfg: DictConfig) -> None:
-        resolve_arch(cfg)
-        resolve_batch_size(cfg.train, world_size)
-
-    cfg = load_run_config(args.config_file, args.overrides, resolve)
-    missing = [key for key in missing_keys(cfg) if not (args.eval_only and key == "train.dataset_path")]
-    if missing:
-        raise ValueError(f"no value for {', '.join(missing)}; add {missing[0]}=<value> to the command or the file")
+    cfg = read_settings(args, world_size)
     weights = cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS
     if weights and not Path(weights).exists():
         raise FileNotFoundError(f"student.pretrained_weights or MODEL.WEIGHTS: nothing at {weights}")

@@ -12,7 +12,7 @@ from submitit.core.utils import DelayedSubmission
         ("extract_features", ["--checkpoint", "c.pth", "--data", "cells"]),
         ("knn", ["--features", "f.h5", "--k", "1", "20"]),
         ("linear", ["--features", "f.h5"]),
-        ("abmil", []),
+        ("abmil", ["--features", "f.h5"]),
     ],
 )
 def test_the_job_runs_the_command(slurm, tmp_path, capsys, name, arguments):
@@ -36,4 +36,8 @@ def test_mistakes_are_found_before_the_job_waits(slurm, capsys, tmp_path):
     with pytest.raises(SystemExit):
         knn.main(["--features", "f.h5"])
     assert "required: --output-dir" in capsys.readouterr().err
+    for name in ("knn", "linear", "abmil"):
+        with pytest.raises(SystemExit):
+            importlib.import_module(f"dinov2.run.eval.{name}").main(["--output-dir", str(tmp_path)])
+        assert "got no cells; give --" in capsys.readouterr().err
     assert slurm.submitted() is None
