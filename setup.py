@@ -35,6 +35,7 @@ def read_readme() -> str:
 
 
 requirements = read_requirements("requirements.txt")
+development = read_requirements("requirements-dev.txt")
 
 setup(
     name="dinobloom",
@@ -53,9 +54,11 @@ setup(
         "xformers": ["xformers>=0.0.35"],
         "plots": [requirements["matplotlib"]],
         "tensorboard": [requirements["tensorboard"]],
+        "timm": [development["timm"]],
         "torchmil": ["torchmil>=1.0.2,<2"],
         "wandb": ["wandb>=0.17"],
-        "dev": list(read_requirements("requirements-dev.txt").values()),
+        "export": [development[name] for name in ("onnx", "onnxruntime", "onnxscript", "timm", "transformers")],
+        "dev": list(development.values()),
     },
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -347,9 +347,10 @@ class Drill:
         self._lock = threading.RLock()
         pictures = folder / "pictures"
         write_sample_cells(pictures, n_train=50, n_probe_train=24, n_probe_test=12, n_patients=0, seed=seed, size=28)
+        probe = {"name": "drawn", **{split: str(pictures / "probe" / split) for split in ("train", "test")}}
         self._overrides = [
             f"train.dataset_path=HemaStandardDataset:root={pictures / 'lists'}:shuffle=1",
-            *(f"evaluation.{split}_data={pictures / 'probe' / split}" for split in ("train", "test")),
+            f"evaluation.datasets={json.dumps([probe])}",
             *(f"train.seed={seed}", *TINY, *overrides),
         ]
 
@@ -747,9 +748,7 @@ def full_disk(drill: Drill, given: Path | None) -> str:
             run = drill.start("full_disk", processes, "train.tensorboard=true", output_dir=disk)
             code = run.code()
             said = run.find(re.compile(r"cannot write to .* \((No space left|.*quota).*"))
-            report.check(
-                "b", "started while it is full: fails and says why", code != 0 and bool(said), f"code {code}"
-            )
+            report.check("b", "started while it is full: fails and says why", code != 0 and bool(said), f"code {code}")
             report.check("b", "the last good checkpoint is whole", stands(), f"{checkpoints.newest().name}")
         ballast.remove()
         newest = checkpoints.iterations()[-1]

@@ -27,7 +27,7 @@ import dinov2.train.train as train_command
 from dinov2.configs import CONFIG_FOLDER
 from dinov2.data.datasets.cells import LabelledCells, find_pictures
 from dinov2.eval.baselines import colour_histogram
-from dinov2.eval.features import extract
+from dinov2.eval.embedding import extract
 from dinov2.eval.knn import evaluate_knn
 from dinov2.hub import load_backbone
 from dinov2.hub.backbones import file_sha256
@@ -79,11 +79,12 @@ def write_split(pbc: Path, folder: Path, seed: int = 0) -> dict[str, int]:
 
 def train(config: Path, folder: Path, seed: int, overrides: Iterable[str]) -> None:
     """Run train.py as a user would, for the run `seed<seed>`; a run that is there already is continued."""
+    labelled = {"name": "pbc", **{split: str(folder / f"{split}10.csv") for split in SPLITS}}
     command = [sys.executable, train_command.__file__, "--config-file", config, "--output-dir", folder]
     settings = [
         f"train.dataset_path=HemaStandardDataset:root={folder / 'lists'}:shuffle=1",
         f"train.seed={seed}",
-        *(f"evaluation.{split}_data={folder / f'{split}10.csv'}" for split in SPLITS),
+        f"evaluation.datasets={json.dumps([labelled])}",
     ]
     subprocess.run([*map(str, command), "--name", f"seed{seed}", *settings, *overrides], check=True)
 
@@ -96,8 +97,8 @@ def minutes(run: Path) -> float:
 
 def curve(run: Path) -> list[tuple[int, float]]:
     """(iteration, kNN-20 balanced accuracy on ten classes) along a run."""
-    results = [json.loads(path.read_text()) for path in run.glob("eval/training_*/knn.json")]
-    return sorted((r["iteration"], r["knn"]["knn_20"]["balanced_accuracy"]) for r in results)
+    results = [json.loads(path.read_text()) for path in run.glob("eval/training_*/results.json")]
+    return sorted((r["iteration"], r["datasets"]["pbc"]["knn"]["knn_20"]["balanced_accuracy"]) for r in results)
 
 
 def cls_loss(run: Path, at: slice) -> float:

@@ -25,8 +25,7 @@ python dinov2/train/train.py \
     --config-file dinov2/configs/train/small_from_scratch.yaml \
     --output-dir "$output" --name run \
     "train.dataset_path=HemaStandardDataset:root=$output/cells/lists:shuffle=1" \
-    "evaluation.train_data=$output/cells/probe/train" \
-    "evaluation.test_data=$output/cells/probe/test" \
+    "evaluation.datasets=[{name: drawn, train: '$output/cells/probe/train', test: '$output/cells/probe/test'}]" \
     augmentation.hema.hue=0.15 augmentation.hema.saturation=0.3 \
     augmentation.hema.brightness=0.3 augmentation.hema.contrast=0.3 \
     optim.epochs=16 evaluation.eval_period_iterations=80

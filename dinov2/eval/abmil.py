@@ -43,7 +43,14 @@ from dinov2.data.datasets.bags import (
     read_patient_labels,
 )
 from dinov2.data.datasets.cells import LabelledCells
-from dinov2.eval.extract_features import CELLS_HELP, add_embedder_arguments, device_of, embedder_from, positive_int
+from dinov2.eval.extract_features import (
+    CELLS_HELP,
+    add_embedder_arguments,
+    device_of,
+    embedder_from,
+    has_embedder,
+    positive_int,
+)
 from dinov2.eval.features import read_features
 from dinov2.eval.mil_training import (
     Epoch,
@@ -164,7 +171,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Learn patients' labels from bags of their cells' features, judge it on held-out patients, print a "
         "table and write <output-dir>/results.json, predictions, attention and the trained aggregator. Give "
-        "--features, or --bags, or --checkpoint with --data. With --apply a trained aggregator judges these patients.",
+        "--features, or --bags, or --checkpoint (or --encoder) with --data. With --apply a trained aggregator judges "
+        "these patients.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_embedder_arguments(parser, checkpoint_required=False)
@@ -216,14 +224,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     setup_logging()
-    if args.apply:
-        _apply(args)
-    else:
-        _train(args)
+    print(format_report(apply(args) if args.apply else judge(args)))
 
 
-def _train(args: argparse.Namespace) -> None:
-    """Train on folds, judge, write."""
+def judge(args: argparse.Namespace) -> dict[str, Any]:
+    """Train on folds, judge, and write the results; returns the content of results.json."""
     settings = TrainingSettings(
         args.epochs, args.learning_rate, patience=args.patience, class_weights=args.class_weights
     )
@@ -264,11 +269,11 @@ def _train(args: argparse.Namespace) -> None:
     draw_confusion(output / "confusion.png", results["together"]["confusion"], names, f"ABMIL, {args.model}")
     aggregator.save(output / "aggregator.pth")
     write_report(output, report)
-    print(format_report(report))
+    return report
 
 
-def _apply(args: argparse.Namespace) -> None:
-    """Judge patients by a trained aggregator, write."""
+def apply(args: argparse.Namespace) -> dict[str, Any]:
+    """Judge patients by a trained aggregator, and write the results; returns the content of results.json."""
     aggregator = TrainedAggregator.load(args.apply)
     names, output = aggregator.class_names, args.output_dir
     bags = _load_bags(args, args.features, args.bags, names)
@@ -309,7 +314,7 @@ def _apply(args: argparse.Namespace) -> None:
         )
     _write_attention(output, bags, predictions, names, args.top_cells)
     write_report(output, report)
-    print(format_report(report))
+    return report
 
 
 def as_fold_predictions(predictions: Predictions, folds: Sequence[Fold], n_patients: int) -> FoldPredictions:
@@ -381,15 +386,18 @@ def _load_bags(
         features = embedder_from(args).features_of(cells, args.output_dir / "features.h5", args.overwrite)
     is_of_patients = not args.labels and (known_classes is None or set(features.class_names) <= set(known_classes))
     labels = [features.class_names[i] for i in features.labels] if is_of_patients else None
-    return PatientBags.from_cells(features.features, features.patients, features.paths, labels, features.attributes)
+    attributes = {**features.attributes, "kind": features.kind}
+    return PatientBags.from_cells(features.features, features.patients, features.paths, labels, attributes)
 
 
 def _wrong_combination(args: argparse.Namespace) -> str:
     """What is wrong with the flags that were given together, or ""."""
-    sources = ("checkpoint", "data", "features", "test_features", "bags", "test_bags")
+    sources = ("data", "features", "test_features", "bags", "test_bags")
     given = {name for name in sources if getattr(args, name)}
+    network = {"encoder" if args.encoder else "checkpoint"} if has_embedder(args) else set()
+    given |= network
     allowed = (
-        {"checkpoint", "data"},
+        {"data", *(network or {"checkpoint"})},
         {"features"},
         {"features", "test_features"},
         {"bags"},
@@ -399,7 +407,7 @@ def _wrong_combination(args: argparse.Namespace) -> str:
         flags = ["--" + name.replace("_", "-") for name in sorted(given)]
         return (
             f"got {' '.join(flags) or 'no cells'}; give --features [--test-features], or --bags [--test-bags], "
-            f"or --checkpoint --data"
+            f"or --checkpoint (or --encoder) --data"
         )
     has_test_set = bool(given & {"test_features", "test_bags"})
     if args.apply and (has_test_set or args.fold_files):

@@ -13,6 +13,8 @@ from dinov2.data.datasets.decode import load_image, resize_image
 
 Picture = Path | str | np.ndarray
 
+Description = Callable[[Image.Image], np.ndarray]
+
 CENTRE_SHARE = 0.55  # of each side: about 200 of the 360 px of an Acevedo picture, the cell without its surroundings
 BINS = 8  # of hue, saturation and value each
 PIXELS_SIDE = 32
@@ -31,7 +33,7 @@ def colour_histogram(pictures: Iterable[Picture]) -> np.ndarray:
     Returns:
         float32 [N, 512], D = 8 hues x 8 saturations x 8 values; each row's squares sum to 1.
     """
-    return _features(pictures, _histogram)
+    return _features(pictures, histogram_of)
 
 
 def raw_pixels(pictures: Iterable[Picture]) -> np.ndarray:
@@ -43,15 +45,13 @@ def raw_pixels(pictures: Iterable[Picture]) -> np.ndarray:
     Returns:
         float32 [N, 3072], 0-1.
     """
-    return _features(
-        pictures, lambda image: resize_image(image, PIXELS_SIDE, fit="crop").numpy().ravel() / np.float32(255)
-    )
+    return _features(pictures, pixels_of)
 
 
 BASELINES: dict[str, Callable[[Iterable[Picture]], np.ndarray]] = {"histogram": colour_histogram, "pixels": raw_pixels}
 
 
-def _features(pictures: Iterable[Picture], describe: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+def _features(pictures: Iterable[Picture], describe: Description) -> np.ndarray:
     return np.stack([describe(_image(picture)) for picture in pictures])  # [N, D]
 
 
@@ -59,10 +59,16 @@ def _image(picture: Picture) -> Image.Image:
     return Image.fromarray(picture) if isinstance(picture, np.ndarray) else load_image(picture)
 
 
-def _histogram(image: Image.Image) -> np.ndarray:
+def histogram_of(image: Image.Image) -> np.ndarray:
+    """`colour_histogram` of one picture: float32 [512]."""
     left, top = (round(side * (1 - CENTRE_SHARE) / 2) for side in image.size)
     centre = image.crop((left, top, image.width - left, image.height - top)).convert("HSV")
     hue, saturation, value = np.moveaxis(np.asarray(centre).astype(np.int64) * BINS // 256, -1, 0)  # [h, w] each, 0-7
     cells = (hue * BINS + saturation) * BINS + value
     counts = np.bincount(cells.ravel(), minlength=BINS**3)  # [512]
     return np.sqrt(counts / cells.size).astype(np.float32)
+
+
+def pixels_of(image: Image.Image) -> np.ndarray:
+    """`raw_pixels` of one picture: float32 [3072]."""
+    return resize_image(image, PIXELS_SIDE, fit="crop").numpy().ravel() / np.float32(255)

@@ -1,4 +1,4 @@
-"""Which labelled cells a command learns from and which it is judged by: its flags, the sets, and copies between them.
+"""Labelled cells that a command learns from and is judged by: flags that name them, their features, copies among them.
 
 Letters: N cells
 """
@@ -17,15 +17,17 @@ import numpy as np
 from dinov2.data.datasets.cells import LabelledCells
 from dinov2.data.splits import Fold
 from dinov2.eval.baselines import BASELINES
+from dinov2.eval.embedding import Embedder
 from dinov2.eval.extract_features import CELLS_HELP
-from dinov2.eval.features import Embedder, Features, read_features
+from dinov2.eval.features import Features, read_features
 from dinov2.hub.backbones import file_sha256, untrained_backbone
 
 logger = logging.getLogger("dinov2")
 
 # what two sets must have in common for a distance or a product between them to mean anything
 NETWORK_ATTRIBUTES = ("checkpoint_sha256", "transform")
-SOURCES = ("checkpoint", "train", "test", "data", "features", "test_features")
+NETWORKS = ("checkpoint", "encoder")
+SOURCES = ("train", "test", "data", "features", "test_features")
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,58 +53,87 @@ def add_baseline_argument(parser: argparse.ArgumentParser) -> None:
 
 def wrong_combination(args: argparse.Namespace) -> str:
     """What is wrong with the sources that were given, or ""."""
-    given = {name for name in SOURCES if getattr(args, name)}
-    allowed = (
-        {"checkpoint", "train", "test"},
-        {"checkpoint", "data"},
-        {"features", "test_features"},
-        {"features"},
-    )
-    if given not in allowed:
-        flags = ["--" + name.replace("_", "-") for name in sorted(given)]
+    networks, sources = ({name for name in names if getattr(args, name)} for names in (NETWORKS, SOURCES))
+    allowed = ({"train", "test"}, {"data"}) if networks else ({"features", "test_features"}, {"features"})
+    if sources not in allowed:
+        flags = ["--" + name.replace("_", "-") for name in sorted(networks | sources)]
         return (
-            f"got {' '.join(flags) or 'no cells'}; give --checkpoint --train --test, or --checkpoint --data, "
-            f"or --features --test-features, or --features"
+            f"got {' '.join(flags) or 'no cells'}; give --checkpoint (or --encoder) with --train --test or with "
+            f"--data, or --features --test-features, or --features"
         )
     if "untrained" in args.baseline and not args.checkpoint:
         return "--baseline untrained needs --checkpoint, which says what architecture to build"
     return ""
 
 
-def load_sets(args: argparse.Namespace, embedder: Embedder | None) -> tuple[Features, Features | None]:
-    """The training and the test set, or the one set to split and None, as the flags say.
+def listed_sets(args: argparse.Namespace) -> list[LabelledCells]:
+    """The training and the test set, or the one set to split, of pictures that a network is to embed.
 
     Raises:
-        FileNotFoundError, ValueError: as `LabelledCells.from_path`, `Embedder.features_of` and `read_features`; and if
-            the two sets are of two networks or have different classes.
+        FileNotFoundError, ValueError: as `LabelledCells.from_path`.
     """
-    if embedder is not None and args.data is None:
-        train_cells = LabelledCells.from_path(args.train)
-        test_cells = LabelledCells.from_path(args.test, class_names=train_cells.class_names)
-        train = embedder.features_of(train_cells, args.output_dir / "features_train.h5", args.overwrite)
-        return train, embedder.features_of(test_cells, args.output_dir / "features_test.h5", args.overwrite)
-    if embedder is not None:
-        cells = LabelledCells.from_path(args.data)
-        return embedder.features_of(cells, args.output_dir / "features.h5", args.overwrite), None
-    train = read_features(args.features)
-    check_finite(train, args.features)
-    if args.test_features is None:
-        return train, None
-    test = read_features(args.test_features)
-    check_finite(test, args.test_features)
-    check_same_network(train, test)
-    return train, align_classes(test, train.class_names)
+    if args.data is not None:
+        return [LabelledCells.from_path(args.data)]
+    train = LabelledCells.from_path(args.train)
+    return [train, LabelledCells.from_path(args.test, class_names=train.class_names)]
+
+
+def embedded_sets(args: argparse.Namespace, embedder: Embedder, listed: Sequence[LabelledCells]) -> list[Features]:
+    """Features of `listed_sets`, from the output folder if they are there.
+
+    Raises:
+        FileNotFoundError, ValueError: as `Embedder.features_of`.
+    """
+    names = ["features"] if len(listed) == 1 else ["features_train", "features_test"]
+    return [
+        embedder.features_of(cells, args.output_dir / f"{name}.h5", args.overwrite)
+        for cells, name in zip(listed, names, strict=True)
+    ]
+
+
+def stored_sets(args: argparse.Namespace, with_all_kinds: bool = False) -> list[Features]:
+    """The training and the test set, or the one set to split, of features files.
+
+    Args:
+        args: with `features`, `test_features` and `kind`.
+        with_all_kinds: as for `judged_kinds`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_features`, `judged_kinds` and the checks below.
+    """
+    sets = []
+    for file in filter(None, (args.features, args.test_features)):
+        found = judged_kinds(args, read_features(file), with_all_kinds)
+        check_finite(found, file)
+        sets.append(found)
+    if len(sets) == 2:
+        check_same_network(*sets)
+        sets[1] = align_classes(sets[1], sets[0].class_names)
+    return sets
+
+
+def judged_kinds(args: argparse.Namespace, features: Features, with_all_kinds: bool = False) -> Features:
+    """The kind that --kind names, or else the main one, alone or `with_all_kinds` (of --kinds, where that is given).
+
+    Raises:
+        ValueError: as `Features.of_kind`.
+    """
+    if args.kind is None and with_all_kinds:
+        others = {kind: values for kind, values in features.others.items() if args.kinds is None or kind in args.kinds}
+        return replace(features, others=others)
+    return replace(features.of_kind(args.kind or features.kind), others={})
 
 
 def check_finite(features: Features, source: Path) -> None:
     """Refuse features that are infinite or NaN, naming the file they are from."""
-    is_finite = np.isfinite(features.features).all(axis=1)
-    if not is_finite.all():
-        example = features.paths[int(np.argmin(is_finite))]
-        raise ValueError(
-            f"features: {int((~is_finite).sum())} of {len(features)} in {str(source)!r} are infinite or NaN, for "
-            f"instance those of {example!r}; extract again, with weights that did not diverge"
-        )
+    for of_kind in (features.features, *features.others.values()):
+        is_finite = np.isfinite(of_kind).all(axis=1)
+        if not is_finite.all():
+            example = features.paths[int(np.argmin(is_finite))]
+            raise ValueError(
+                f"features: {int((~is_finite).sum())} of {len(features)} in {str(source)!r} are infinite or NaN, for "
+                f"instance those of {example!r}; extract again, with weights that did not diverge"
+            )
 
 
 def check_same_network(train: Features, test: Features) -> None:
@@ -113,6 +144,11 @@ def check_same_network(train: Features, test: Features) -> None:
                 f"--features and --test-features: {name} differs, {train.attributes.get(name)!r} and "
                 f"{test.attributes.get(name)!r}; extract both with one checkpoint and one image size"
             )
+    if train.kind != test.kind:
+        raise ValueError(
+            f"--features and --test-features: features are {train.kind!r} in one and {test.kind!r} in the other; "
+            f"choose a kind that both have (--kind), or extract both with the same --kinds"
+        )
     dims = train.features.shape[1], test.features.shape[1]
     if dims[0] != dims[1]:
         raise ValueError(
@@ -137,7 +173,7 @@ def align_classes(features: Features, class_names: list[str]) -> Features:
 
 
 def join(train: Features, test: Features) -> Features:
-    """Both sets as one, the training set first; patients only where both sets name them.
+    """Both sets as one, the training set first; patients and further kinds of features only where both sets have them.
 
     Args:
         train: with the attributes and classes of both.
@@ -153,26 +189,12 @@ def join(train: Features, test: Features) -> Features:
         paths=train.paths + test.paths,
         patients=patients,
         unreadable=list(dict.fromkeys(train.unreadable + test.unreadable)),
+        others={
+            kind: np.concatenate([values, test.others[kind]])
+            for kind, values in train.others.items()
+            if kind in test.others
+        },
     )
-
-
-def without_duplicates(train: Features, test: Features) -> tuple[Features, dict[str, int]]:
-    """Drop from the training set what is in the test set too.
-
-    Returns:
-        the training set, and counts: `dropped_identical_bytes`, `not_checked` (pictures that are not on this disk) and
-        `patients_in_both`.
-
-    Raises:
-        ValueError: if a picture file is in both sets, or none is left to train on.
-    """
-    n_train = len(train)
-    fold = np.arange(n_train), np.arange(n_train, n_train + len(test))
-    ((kept, _),), counts = without_copies(train.paths + test.paths, [fold])
-    n_shared = len(set(train.patients or ()) & set(test.patients or ()))
-    if n_shared:
-        logger.warning("%d patients have cells in both train and test", n_shared)
-    return train.select(kept), {**counts, "patients_in_both": n_shared}
 
 
 def without_copies(paths: Sequence[str], folds: Sequence[Fold]) -> tuple[list[Fold], dict[str, int]]:
@@ -237,14 +259,17 @@ def _contents(paths: Sequence[str], folds: Sequence[Fold]) -> tuple[np.ndarray, 
     return contents, n_unchecked
 
 
-def baseline_features(name: str, cells: Sequence[str], embedder: Embedder | None, seed: int) -> np.ndarray:
-    """Another kind of features of the same cells: float32 [N, D].
+def baseline_features(
+    name: str, cells: Sequence[str], embedder: Embedder | None, seed: int, kinds: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Other features of the same cells: {kind: float32 [N, D]}.
 
     Args:
         name: "untrained" or one of `BASELINES`.
         cells: N picture files.
         embedder: tells the architecture and how to embed; needed by "untrained" alone.
         seed: of the untrained network.
+        kinds: of the untrained network's features; the others have one kind, of their name.
 
     Raises:
         ValueError: if a picture can no longer be read.
@@ -252,7 +277,7 @@ def baseline_features(name: str, cells: Sequence[str], embedder: Embedder | None
     logger.info("baseline %s", name)
     paths = [Path(path) for path in cells]
     if name != "untrained":
-        return BASELINES[name](paths)
+        return {name: BASELINES[name](paths)}
     assert embedder is not None, "wrong_combination asks for a checkpoint"
     extraction = embedder.extract(paths, untrained_backbone(embedder.file, embedder.image_size, seed))
     if extraction.unreadable:
@@ -260,10 +285,10 @@ def baseline_features(name: str, cells: Sequence[str], embedder: Embedder | None
             f"--baseline untrained: {len(extraction.unreadable)} pictures can no longer be read, for instance "
             f"{next(iter(extraction.unreadable))}; put them back, or extract again with --overwrite"
         )
-    return extraction.features
+    return {kind: extraction.of_kinds[kind] for kind in kinds}
 
 
 def input_hashes(args: argparse.Namespace) -> dict[str, str]:
     """{flag: sha256} of the files among the sources; folders of pictures have none."""
-    given: dict[str, Any] = {name: getattr(args, name, None) for name in (*SOURCES, "split") if name != "checkpoint"}
+    given: dict[str, Any] = {name: getattr(args, name, None) for name in (*SOURCES, "split", "patient_labels")}
     return {name: file_sha256(path) for name, path in given.items() if path is not None and path.is_file()}

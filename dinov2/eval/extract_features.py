@@ -1,6 +1,13 @@
-"""Embed labelled cells and keep the features in one file, which every protocol reads with `--features`."""
+"""Embed labelled cells and keep the features in one file, which every protocol reads with `--features`.
+
+    python dinov2/eval/extract_features.py --checkpoint DinoBloom-S.pth --data cells/ --output-dir features/
+
+The same under `torchrun --nproc_per_node=N` and `srun` uses N processes, one GPU each. Killed, it goes on from its last
+finished part when it is started again, with any number of processes.
+"""
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,29 +15,64 @@ from typing import get_args
 
 import torch
 
+from dinov2 import distributed
 from dinov2.data.datasets.cells import LabelledCells
-from dinov2.eval.features import Embedder, Precision
+from dinov2.distributed import Launch
+from dinov2.eval.embedding import Embedder, Precision
+from dinov2.eval.encoders import KINDS_HELP, UNTRAINED, Kind, encoder_name
+from dinov2.eval.features import DEFAULT_KIND
+from dinov2.eval.patient_files import extract_patient_files
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
 from dinov2.utils.cores import available_cores
 
+logger = logging.getLogger("dinov2")
+
 CELLS_HELP = "a folder with one folder of pictures per class, or a CSV with the columns `Image Path,Label[,patient]`"
+# Processes wait for the slowest at the end, which may have a part of large pictures more to do on a CPU. One that dies
+# is noticed at once: its connections close.
+TIMEOUT_SECONDS = 24 * 3600.0
 
 
 def add_embedder_arguments(parser: argparse.ArgumentParser, checkpoint_required: bool) -> None:
-    """The flags that say which network embeds the pictures, and how; the same in every command."""
-    parser.add_argument(
+    """The flags that say which network embeds the pictures, and how; the same in every command.
+
+    Args:
+        parser: of the command.
+        checkpoint_required: whether there must be a --checkpoint or an --encoder.
+    """
+    network = parser.add_mutually_exclusive_group(required=checkpoint_required)
+    network.add_argument(
         "--checkpoint",
         type=Path,
-        required=checkpoint_required,
         help="weights: a run's folder (its newest teacher), or a .pth or .safetensors file (teacher_checkpoint.pth of "
         "a run, DinoBloom-*.pth, a DINOv2 release)",
+    )
+    network.add_argument(
+        "--encoder",
+        type=_checked_encoder,
+        help="another network to compare with: timm:<model>, torchvision:<model>; or a baseline: pixels, histogram",
+    )
+    parser.add_argument(
+        "--encoder-weights",
+        default="",
+        metavar="FILE",
+        help=f"its state dict, where the library cannot download it; or the word {UNTRAINED}; empty: the library's own",
+    )
+    parser.add_argument(
+        "--kinds",
+        type=_checked_kind,
+        nargs="+",
+        default=[DEFAULT_KIND],
+        metavar="KIND",
+        help=f"of features: {KINDS_HELP}; the first one is what protocols take",
     )
     parser.add_argument(
         "--image-size",
         type=positive_int,
         default=0,
-        help="side of the network's input in pixels; 0: as in its training run where the file says so, else 224",
+        help="side of the network's input in pixels, a multiple of its patch size; 0: as in its training run where the "
+        "file says so, else 224, or an --encoder's own",
     )
     parser.add_argument("--batch-size", type=positive_int, default=64, help="pictures in one forward")
     parser.add_argument(
@@ -50,31 +92,54 @@ def add_embedder_arguments(parser: argparse.ArgumentParser, checkpoint_required:
     )
 
 
-def embedder_from(args: argparse.Namespace) -> Embedder:
+def has_embedder(args: argparse.Namespace) -> bool:
+    """Whether the flags of `add_embedder_arguments` name a network."""
+    return bool(args.checkpoint or args.encoder)
+
+
+def embedder_from(args: argparse.Namespace, launch: Launch | None = None) -> Embedder:
     """What `add_embedder_arguments` describes.
 
+    Args:
+        args: with a network named (`has_embedder`).
+        launch: where this process stands among several.
+
     Raises:
-        ValueError: as `device_of`.
+        ValueError, FileNotFoundError, ConnectionError: as `device_of` and `Embedder`.
     """
     return Embedder(
         args.checkpoint,
         image_size=args.image_size,
         precision=args.precision,
-        device=device_of(args),
+        device=device_of(args, launch),
         batch_size=args.batch_size,
         num_workers=args.num_workers,
+        kinds=args.kinds,
+        encoder_name=args.encoder or "",
+        encoder_weights=args.encoder_weights,
     )
 
 
-def device_of(args: argparse.Namespace) -> str:
-    """The device that `--device` means.
+def device_of(args: argparse.Namespace, launch: Launch | None = None) -> str:
+    """The device that `--device` means for this process: of several on a node, each takes the GPU of its number.
 
     Raises:
-        ValueError: for `--device cuda` on a machine without one.
+        ValueError: for `--device cuda` on a machine without one, or more processes on a node than GPUs.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here; pass --device cpu, or install a CUDA build")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    if launch is None or device == "cpu":
+        return device
+    n_devices = torch.cuda.device_count()
+    # a SLURM step may show each of its processes only its own GPU
+    index = 0 if n_devices == 1 and launch.launcher == "slurm" else launch.local_rank
+    if index >= n_devices:
+        raise ValueError(
+            f"this process needs CUDA device {index}, but there are only {n_devices}; start as many processes a node "
+            f"as it has GPUs, or pass --device cpu"
+        )
+    return f"cuda:{index}"
 
 
 def positive_int(text: str) -> int:
@@ -85,29 +150,77 @@ def positive_int(text: str) -> int:
     return number
 
 
+def _checked_encoder(text: str) -> str:
+    try:
+        return encoder_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _checked_kind(text: str) -> str:
+    try:
+        return Kind.parse(text).name
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _default_workers() -> int:
     return min(available_cores(), 16)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Embed labelled cells with a backbone and write <output-dir>/features.h5. A file that is there "
-        "already is kept if it holds just these features, and is an error otherwise.",
+        description="Embed labelled cells with a network and write <output-dir>/features.h5, or a file for each "
+        "patient. What is there already is kept if it holds just these features, and is an error otherwise. A command "
+        "that was killed goes on where it was. torchrun and srun share the work between processes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_embedder_arguments(parser, checkpoint_required=True)
     parser.add_argument("--data", type=Path, required=True, help=CELLS_HELP)
-    parser.add_argument("--output-dir", type=Path, required=True, help="where features.h5 goes; made if missing")
+    parser.add_argument("--output-dir", type=Path, required=True, help="where the files go; made if missing")
+    parser.add_argument(
+        "--layout",
+        choices=("file", "genbloom"),
+        default="file",
+        help="file: one features.h5; genbloom: <class>/<patient>.h5, which needs patients",
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
-    setup_logging()
+    launch = distributed.read_launch()
+    setup_logging(rank=launch.rank if launch else 0)
+    try:
+        if launch is not None:
+            _share_machine(args, launch)
+        _run(args, launch)
+    finally:
+        distributed.disable()
+
+
+def _share_machine(args: argparse.Namespace, launch: Launch) -> None:
+    """Join the other processes, and leave them their cores."""
+    share = max(1, available_cores() // launch.local_world_size)
+    if args.num_workers > share:
+        logger.info("--num-workers %d becomes %d, this process's share of the cores", args.num_workers, share)
+        args.num_workers = share
+    distributed.enable(launch, torch.device(device_of(args, launch)), TIMEOUT_SECONDS)
+
+
+def _run(args: argparse.Namespace, launch: Launch | None) -> None:
     cells = LabelledCells.from_path(args.data)
-    file = args.output_dir / "features.h5"
-    features = embedder_from(args).features_of(cells, file, overwrite=args.overwrite)
-    print(f"{file}: {len(features)} cells, {len(features.class_names)} classes, dim {features.features.shape[1]}")
+    embedder = embedder_from(args, launch)
+    if args.layout == "genbloom":
+        n_patients = extract_patient_files(embedder, cells, args.output_dir, args.overwrite)
+        summary = f"{args.output_dir}: {n_patients} patients, {len(cells)} cells, {len(cells.class_names)} classes"
+    else:
+        file = args.output_dir / "features.h5"
+        features = embedder.features_of(cells, file, overwrite=args.overwrite)
+        dim = features.features.shape[1]
+        summary = f"{file}: {len(features)} cells, {len(features.class_names)} classes, dim {dim}"
+    if distributed.is_main_process():
+        print(summary)
 
 
 if __name__ == "__main__":

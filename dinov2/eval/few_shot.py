@@ -61,3 +61,8 @@ def evaluate_few_shot(
             for name, mean, sd in zip(REPORTED, values.mean(axis=0).tolist(), spread, strict=True)
         }
     return results
+
+
+def size_of_draw(labels: np.ndarray, number: int) -> int:
+    """How many cells a draw of `number` a class has, given the labels int64 [N] to draw from."""
+    return int(np.minimum(np.bincount(labels), number).sum())

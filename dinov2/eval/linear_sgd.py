@@ -24,33 +24,6 @@ SGD_BATCH_SIZE = 128
 SGD_MOMENTUM = 0.9
 
 
-def layer_combinations(
-    cls_tokens: np.ndarray, patch_means: np.ndarray | None = None, n_last: Sequence[int] = (1, 4)
-) -> dict[str, np.ndarray]:
-    """The kinds of features that DINOv2's probes choose among.
-
-    Args:
-        cls_tokens: [N, layers, D] of the last layers, the very last one at the end.
-        patch_means: [N, D], mean of the last layer's patch tokens; None to do without.
-        n_last: numbers of layers to concatenate.
-
-    Returns:
-        {"cls_<n>": [N, n D]}, and with patch means also {"cls_<n>_patch_mean": [N, (n + 1) D]}.
-
-    Raises:
-        ValueError: if there are fewer layers than asked for.
-    """
-    n_cells, n_layers, _ = cls_tokens.shape
-    if max(n_last) > n_layers:
-        raise ValueError(f"layers: {max(n_last)} asked for, but there are CLS tokens of {n_layers}; extract more")
-    kinds: dict[str, np.ndarray] = {}
-    for n in n_last:
-        kinds[f"cls_{n}"] = cls_tokens[:, n_layers - n :].reshape(n_cells, -1)
-        if patch_means is not None:
-            kinds[f"cls_{n}_patch_mean"] = np.concatenate([kinds[f"cls_{n}"], patch_means], axis=1)
-    return kinds
-
-
 def fit_sgd_probes(
     features: Mapping[str, np.ndarray],
     labels: np.ndarray,

@@ -58,7 +58,7 @@ def load_backbone(source: PathLike, img_size: int = 224) -> DinoVisionTransforme
     if state["pos_embed"].shape != model.pos_embed.shape:
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], img_size // model.patch_size)  # [1, 1 + g*g, D]
     state.setdefault("mask_token", torch.zeros(1, model.embed_dim))
-    _check_names_and_shapes(model.state_dict(), state, path)
+    check_names_and_shapes(model.state_dict(), state, path)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -135,7 +135,7 @@ def read_backbone_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         ValueError: if the file cannot be read, or holds a student and no teacher.
     """
-    content = _read_file(path)
+    content = read_weights_file(path)
     recorded = content.get("architecture")
     tensors = {name: value.float() for name, value in _backbone_tensors(content, path).items()}
     return tensors, dict(recorded) if isinstance(recorded, Mapping) else {}
@@ -222,7 +222,8 @@ def _mlp_ratio(embed_dim: int, hidden_dim: int, is_gated: bool) -> float:
     return 4.0 if (int(embed_dim * 8 / 3) + 7) // 8 * 8 == hidden_dim else 1.5 * hidden_dim / embed_dim
 
 
-def _check_names_and_shapes(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
+def check_names_and_shapes(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse the tensors of a file unless they are just those that a network has; ValueError lists what differs."""
     problems = {
         "missing": [name for name in wanted if name not in state],
         "unexpected": [name for name in state if name not in wanted],
@@ -269,8 +270,12 @@ def _is_dict(value: Any) -> bool:
     return isinstance(value, Mapping)
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    """Tensors and plain values of a .pth/.pt or .safetensors file, on the CPU."""
+def read_weights_file(path: Path) -> dict[str, Any]:
+    """Tensors and plain values of a .pth/.pt or .safetensors file, on the CPU; nothing in it is executed.
+
+    Raises:
+        ValueError: if the file is damaged, is something else, or needs pickled code.
+    """
     with open(path, "rb") as file:
         start = file.read(256)
     if start.startswith(b"version https://git-lfs"):

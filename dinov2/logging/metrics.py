@@ -41,6 +41,7 @@ class MetricLogger:
         self.path, self.stop, self.batch_size, self.period = path, stop, batch_size, period
         self.trackers = list(trackers)
         self._start = start
+        self.newest: dict[str, float] = {}  # row that was written
         self._pending: list[tuple[dict[str, float], dict[str, Tensor]]] = []
         self._unwritten = ""
         self._data_seconds = 0.0
@@ -83,15 +84,23 @@ class MetricLogger:
         if is_main_process():
             self._append("".join(json.dumps({k: _json_number(v) for k, v in row.items()}) + "\n" for row in rows))
             self._report(rows[-1], now)
+        self._track([({k: v for k, v in row.items() if k != "iteration"}, int(row["iteration"])) for row in rows])
+        self._pending.clear()
+        self._data_seconds, self._flushed_at, self.newest = 0.0, now, rows[-1]
+        return rows
+
+    def log_evaluation(self, done: int, values: Mapping[str, float]) -> None:
+        """Pass on to the trackers what an evaluation after `done` iterations found: with the newest of these, since a
+        run that goes on after `done` iterations drops what stands at later ones."""
+        self._track([(values, max(done - 1, 0))])
+
+    def _track(self, rows: Sequence[tuple[Mapping[str, float], int]]) -> None:
         for tracker in list(self.trackers):
             try:
-                for row in rows:
-                    tracker.log({k: v for k, v in row.items() if k != "iteration"}, int(row["iteration"]))
+                for values, iteration in rows:
+                    tracker.log(values, iteration)
             except OSError as error:
                 self._give_up(tracker, error)
-        self._pending.clear()
-        self._data_seconds, self._flushed_at = 0.0, now
-        return rows
 
     def _append(self, lines: str) -> None:
         """Write whole lines; where the disk is full they wait for the next time, since training can go on."""

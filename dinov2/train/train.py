@@ -66,7 +66,8 @@ def train(
     ):
         if progress.iteration == 0:  # what the untrained network can do
             watchdog.beat(0, "evaluation", patient=True)
-            evaluation.judge(model, folder.path, 0)
+            with metrics.interruption():
+                evaluation.judge(model, folder.path, 0, metrics)
         stream = timed(batches.starting_at(progress.batch_number, progress.position), metrics.add_data_time)
         while progress.iteration < schedules.n_iterations:
             iteration = progress.iteration
@@ -100,7 +101,7 @@ def train(
             if is_last or (evaluation.is_due(progress.iteration) and not must_stop):
                 watchdog.beat(iteration, "evaluation", patient=True)
                 with metrics.interruption():
-                    teacher_is_written = evaluation.run(model, folder.path, progress.iteration)
+                    teacher_is_written = evaluation.run(model, folder.path, progress.iteration, metrics)
             if is_last or must_stop or folder.checkpoint_is_due(progress.iteration):
                 watchdog.beat(iteration, "checkpoint", patient=True)
                 with metrics.interruption():
@@ -112,7 +113,7 @@ def train(
     if model.device.type == "cuda":
         logger.info("peak memory %.2f GiB", torch.cuda.max_memory_allocated(model.device) / 2**30)
     if not (is_saved and teacher_is_written):
-        logger.error("trained to the end, but its last files could not be written (see above)")
+        logger.error("trained to the end, but its last files could not be written or its teacher judged (see above)")
         return 1
     logger.info("done: %s holds config.yaml, training_metrics.json, checkpoints and eval/", folder.path)
     return 0

@@ -5,6 +5,7 @@ A mistake is an error that names the key, what was found and what would be right
 
 import difflib
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ _FILLED_IN = {"train.output_dir": "give --output-dir and --name", "optim.lr": "s
 # Keys of DINOv2 and DinoBloom files that have no counterpart here, with the reason.
 _RETIRED = {"train.cache_dataset": "pictures are read from the lists; there is no metadata cache to switch"}
 
+# Keys that this package had, with what is written instead.
+_TEACHERS_CELLS = "evaluation.datasets=[{name: <name>, train: <cells to learn from>, test: <cells to be judged by>}]"
+_REPLACED = {"evaluation.train_data": _TEACHERS_CELLS, "evaluation.test_data": _TEACHERS_CELLS}
+
+# Lists of mappings; what these may hold is checked where they are used.
+_MAPPINGS = {"evaluation.datasets": "[{name: pbc, data: /data/pbc}]"}
+
 # What a key may hold besides null, where the default is null.
 _NULLABLE: dict[str, type] = {
     "train.image_size": int,
@@ -37,6 +45,7 @@ _NULLABLE: dict[str, type] = {
     "student.depth": int,
     "student.num_heads": int,
     "student.layerscale": float,
+    "evaluation.keep_teachers": int,
 }
 
 _COMMAND_LINE = "command line"
@@ -97,6 +106,7 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "crops.local_crops_number": (0, None),
     "evaluation.eval_period_iterations": (0, None),
     "evaluation.knn_k": (1, None),
+    "evaluation.keep_teachers": (1, None),
     "evaluation.batch_size": (1, None),
 }
 
@@ -130,9 +140,7 @@ def load_run_config(
             _drop_never_read(layer, origin)
         for key, value in _leaves(layer):
             checked = _checked(key, value, origin)
-            # interpolations of this layer are resolved by now: what still looks like one is text
-            text = checked.replace("${", "\\${") if isinstance(checked, str) else checked
-            OmegaConf.update(merged, key, text, force_add=False)
+            OmegaConf.update(merged, key, _escaped(checked), force_add=False)
     if resolve is not None:
         resolve(merged)
     _check_together(merged)
@@ -183,6 +191,8 @@ def _read_overrides(overrides: Sequence[str]) -> DictConfig:
             # a path or name is meant as it stands, also with # or a leading zero, which YAML reads otherwise
             OmegaConf.update(layer, key, value.replace("${", "\\${"), force_add=True)
             continue
+        if key in _MAPPINGS:  # {name:pbc} needs no quotes in a shell, but is a mapping to YAML only with a space
+            text = re.sub(r"([{,]\s*\w+):(?=\S)", r"\1: ", text)
         try:
             layer = OmegaConf.merge(layer, OmegaConf.from_dotlist([text]))
         except (YAMLError, OmegaConfBaseException) as error:
@@ -201,7 +211,16 @@ def _leaves(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
         if isinstance(value, DictConfig):
             yield from _leaves(value, f"{name}.")
         else:
-            yield name, OmegaConf.to_container(value) if isinstance(value, ListConfig) else value
+            yield name, OmegaConf.to_container(value, resolve=True) if isinstance(value, ListConfig) else value
+
+
+def _escaped(value: Any) -> Any:
+    """As a configuration is to hold it: a layer's interpolations are resolved; what still looks like one is text."""
+    if isinstance(value, list):
+        return [_escaped(member) for member in value]
+    if isinstance(value, dict):
+        return {key: _escaped(member) for key, member in value.items()}
+    return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
 def _drop_never_read(layer: DictConfig, origin: str) -> None:
@@ -226,11 +245,15 @@ def _defaults() -> dict[str, Any]:
 def _checked(key: str, value: Any, origin: str) -> Any:
     """The value as the default's type, or an error that says what is wrong with it."""
     defaults = _defaults()
+    if key in _REPLACED:
+        raise KeyError(f"{origin}: {key} is no longer a key; write {_REPLACED[key]} instead")
     if key not in defaults:
         raise KeyError(f"{origin}: {_unknown_key_text(key, list(defaults))}")
     default = defaults[key]
     if value == "???":
         return value
+    if key in _MAPPINGS:
+        return _as_mappings(key, value, origin)
     expected = _NULLABLE.get(key, type(default))
     if value is None:
         if key in _NULLABLE:
@@ -245,6 +268,12 @@ def _checked(key: str, value: Any, origin: str) -> Any:
     _check_choice(key, result, origin)
     _check_bounds(key, result, origin)
     return result
+
+
+def _as_mappings(key: str, value: Any, origin: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(member, dict) for member in value):
+        raise ValueError(f"{origin}: {key} must be a list of mappings like {_MAPPINGS[key]}, found {value!r}")
+    return value
 
 
 def _as_type(key: str, value: Any, expected: type, default: Any, origin: str) -> Any:
@@ -268,6 +297,9 @@ def _type_text(default: Any, expected: type) -> str:
 
 
 def _unknown_key_text(key: str, valid: list[str]) -> str:
+    for outer, example in _MAPPINGS.items():
+        if key.startswith(f"{outer}."):
+            return f"config key {outer} is a list of mappings, not a section; write {outer}={example}"
     name = key.rsplit(".", 1)[-1]
     elsewhere = [candidate for candidate in valid if candidate.rsplit(".", 1)[-1] == name]
     if elsewhere:
@@ -329,5 +361,3 @@ def _check_together(cfg: DictConfig) -> None:
         raise ValueError(
             "dino.koleo_loss_weight needs two pictures to compare: train.batch_size_per_gpu must be at least 2"
         )
-    if bool(cfg.evaluation.train_data) != bool(cfg.evaluation.test_data):
-        raise ValueError("evaluation.train_data and evaluation.test_data belong together; give both or neither")

@@ -274,6 +274,10 @@ def test_from_pictures_and_a_checkpoint(tmp_path):
     assert TrainedAggregator.load(tmp_path / "out" / "aggregator.pth").features["checkpoint_sha256"] == sha256
     again = run(tmp_path / "again", "--features", tmp_path / "out" / "features.h5", *QUICK, "--model", "gated")
     assert again["results"] == report["results"]
+    other = run(
+        tmp_path / "other", "--encoder", "histogram", *source[2:], *QUICK, "--model", "mean", "--num-workers", 0
+    )
+    assert (other["features"]["model"], other["features"]["kind"]) == ("histogram", "cls")
 
 
 def test_labels_of_patients_go_before_classes_of_cells(trained, tmp_path):
@@ -398,6 +402,7 @@ def test_features_without_patients_and_bags_without_labels(tmp_path):
         ([], "got no cells; give --features"),
         (["--features", "f.h5", "--bags", "b"], "got --bags --features; give --features"),
         (["--checkpoint", "c.pth"], "got --checkpoint; give"),
+        (["--encoder", "pixels", "--bags", "b"], "got --bags --encoder; give"),
         (["--bags", "b", "--apply", "a.pth", "--fold-files", "f"], "it takes no test set and no fold files"),
         (["--bags", "b", "--fold-files", "f", "--folds", "3"], "drop --folds"),
         (["--bags", "b", "--test-bags", "t", "--protocol", "crossval"], "goes with --protocol dinobloom"),

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from dinov2.eval.cell_sets import align_classes, check_same_network, join, without_copies, without_duplicates
+from dinov2.eval.cell_sets import align_classes, check_finite, check_same_network, join, without_copies
 from dinov2.eval.features import Features
 
 
@@ -15,26 +15,15 @@ def features_of(paths, patients=None, labels=None):
     return Features(np.arange(n, dtype=np.float32)[:, None], labels, ["a", "b"], [str(p) for p in paths], patients)
 
 
-def test_copies_are_dropped_from_training_and_counted(tmp_path):
-    for name, content in {"a": b"same", "b": b"else", "c": b"same", "d": b"elsE"}.items():
-        (tmp_path / name).write_bytes(content)
-    train = features_of([tmp_path / "a", tmp_path / "b", tmp_path / "gone"], patients=["p", "q", "q"])
-    test = features_of([tmp_path / "c", tmp_path / "d"], patients=["q", "r"])
-    rest, counts = without_duplicates(train, test)
-    assert rest.paths == train.paths[1:]
-    assert rest.features.ravel().tolist() == [1, 2]
-    assert rest.patients == ["q", "q"]
-    assert counts == {"dropped_identical_bytes": 1, "not_checked": 1, "patients_in_both": 1}
-
-
 def test_one_file_on_both_sides_is_an_error(tmp_path):
     (tmp_path / "cell.png").write_bytes(b"x")
     (tmp_path / "link.png").symlink_to(tmp_path / "cell.png")
-    with pytest.raises(ValueError, match="share 1 picture files, for instance .*cell.png"):
-        without_duplicates(features_of([tmp_path / "cell.png"]), features_of([tmp_path / "link.png"]))
     shutil.copy(tmp_path / "cell.png", tmp_path / "copy.png")
+    fold = np.array([0]), np.array([1])
+    with pytest.raises(ValueError, match="share 1 picture files, for instance .*cell.png"):
+        without_copies([str(tmp_path / "cell.png"), str(tmp_path / "link.png")], [fold])
     with pytest.raises(ValueError, match="every picture is a copy"):
-        without_duplicates(features_of([tmp_path / "cell.png"]), features_of([tmp_path / "copy.png"]))
+        without_copies([str(tmp_path / "cell.png"), str(tmp_path / "copy.png")], [fold])
 
 
 def test_classes_are_matched_by_name():
@@ -53,6 +42,10 @@ def test_copies_are_dropped_from_the_folds_that_test_them(tmp_path):
     assert [fold[0].tolist() for fold in kept] == [[2, 3, 4], [0, 1, 4]]  # in the second both copies are trained on
     assert [fold[1].tolist() for fold in kept] == [[0], [2, 3]]
     assert counts == {"dropped_identical_bytes": 1, "not_checked": 0}
+    _, counts = without_copies(
+        [str(tmp_path / name) for name in ("a", "gone", "b")], [(np.array([0, 1]), np.array([2]))]
+    )
+    assert counts == {"dropped_identical_bytes": 1, "not_checked": 1}
 
 
 def test_two_sets_become_one():
@@ -63,6 +56,20 @@ def test_two_sets_become_one():
     assert both.patients == ["p", "q", "r"]
     assert len(both.labels) == 3
     assert join(train, features_of("c")).patients is None
+
+
+def test_kinds_of_features_stay_with_their_cells():
+    train, test = features_of("ab"), features_of("cd", labels=np.array([1, 0]))
+    train.others.update(mean=np.array([[1.0], [2.0]]), last4=np.zeros((2, 4)))
+    test.others.update(mean=np.array([[3.0], [4.0]]))
+    both = join(train, align_classes(test, ["a", "b"]))
+    assert both.kinds == ["cls", "mean"]  # those that both have
+    assert both.of_kind("mean").features.ravel().tolist() == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match="features are 'mean' in one and 'cls' in the other"):
+        check_same_network(train.of_kind("mean"), test)
+    test.others["mean"][1] = np.nan
+    with pytest.raises(ValueError, match="1 of 2 in 'f.h5' are infinite or NaN, for instance those of 'd'"):
+        check_finite(test, "f.h5")
 
 
 def test_features_of_two_networks_are_told_apart():

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov2.eval.extract_features import main
+from dinov2.distributed import Launch
+from dinov2.eval.extract_features import device_of, embedder_from, has_embedder, main, parse_arguments
 from dinov2.eval.features import read_features
 from dinov2.hub.backbones import file_sha256
 from dinov2.models import build_backbone
@@ -124,6 +125,64 @@ def test_cuda_that_is_not_there_is_named(work):
         extract("--device", "cuda")
 
 
+def launch_of(local_rank, launcher="torchrun"):
+    return Launch(local_rank, 4, local_rank, 4, "localhost", 1234, launcher)
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    args = parse_arguments(["--checkpoint", "c", "--data", "d", "--output-dir", "o"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device_of(args) == "cuda"
+    assert [device_of(args, launch_of(rank)) for rank in range(2)] == ["cuda:0", "cuda:1"]
+    with pytest.raises(ValueError, match="needs CUDA device 2, but there are only 2"):
+        device_of(args, launch_of(2))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert device_of(args, launch_of(3, "slurm")) == "cuda:0"
+    args.device = "cpu"
+    assert device_of(args, launch_of(3)) == "cpu"
+
+
+def test_other_encoders_and_kinds(work):
+    extract("--kinds", "cls+mean", "mean")
+    assert read_features("out/features.h5").kinds == ["cls+mean", "mean"]
+    main(["--encoder", "pixels", "--data", "cells", "--output-dir", "pixels", "--num-workers", "0"])
+    found = read_features("pixels/features.h5")
+    assert found.features.shape == (6, 32 * 32 * 3)
+    assert found.attributes["model"] == "pixels"
+    assert found.attributes["image_size"] == "32"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "one of the arguments --checkpoint --encoder is required"),
+        (["--checkpoint", "c", "--encoder", "pixels"], "--encoder: not allowed with argument --checkpoint"),
+        (["--encoder", "resnet50"], "'resnet50' is unknown; there are timm:<model>"),
+        (["--checkpoint", "c", "--kinds", "cls", "pooled"], "'pooled' is unknown; there are cls, mean"),
+    ],
+)
+def test_flags_that_are_wrong_or_do_not_go_together(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments([*flags, "--data", "d", "--output-dir", "o"])
+    assert message in capsys.readouterr().err
+
+
+def test_what_names_a_network(work):
+    required = ["--data", "d", "--output-dir", "o"]
+    args = parse_arguments(["--encoder", "histogram", *required])
+    assert has_embedder(args)
+    assert embedder_from(args).encoder_name == "histogram"
+    args.encoder = None
+    assert not has_embedder(args)
+    args.checkpoint = Path("weights.pth")
+    assert has_embedder(args)
+    assert embedder_from(args).image_size == 224
+    args.encoder_weights = "untrained"
+    with pytest.raises(ValueError, match="--encoder-weights belongs to --encoder"):
+        embedder_from(args)
+
+
 def test_help_as_a_script(tmp_path):
     script = REPOSITORY / "dinov2" / "eval" / "extract_features.py"
     done = subprocess.run(
@@ -135,6 +194,7 @@ def test_help_as_a_script(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    flags = "--checkpoint --data --output-dir --batch-size --num-workers --device --precision --image-size --overwrite"
+    flags = "--checkpoint --data --output-dir --batch-size --num-workers --device --precision --image-size --overwrite "
+    flags += "--encoder --encoder-weights --kinds --layout"
     for flag in flags.split():
         assert flag in done.stdout

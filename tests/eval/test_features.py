@@ -1,32 +1,12 @@
-"""Features: the backbone's CLS tokens in the pictures' order, and a file that gives back what went in."""
+"""The features file: it gives back what went in, in all its kinds, and other files are refused."""
 
-import logging
+from dataclasses import replace
 
 import h5py
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
-from dinov2.data.datasets import load_image, resize_image
-from dinov2.data.transforms import normalize_images
-from dinov2.eval.features import Features, embed_images, extract, read_features, write_features
-from dinov2.models import build_backbone
-
-
-@pytest.fixture
-def backbone(formulas):
-    settings = {"embed_dim": 64, "depth": 1, "num_heads": 1, "patch_size": 14, "img_size": 28, "block_chunks": 0}
-    return formulas.fill_(build_backbone(settings), "features").eval()
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    rng = np.random.default_rng(0)
-    paths = [tmp_path / f"{i}.png" for i in range(7)]
-    for i, path in enumerate(paths):
-        Image.fromarray(rng.integers(0, 256, (30 + i, 40, 3), dtype=np.uint8)).save(path)
-    return paths
+from dinov2.eval.features import Features, read_features, stored_kinds, write_features
 
 
 @pytest.fixture
@@ -42,66 +22,21 @@ def stored():
     )
 
 
+@pytest.fixture
+def of_several_kinds(stored):
+    others = {"cls+mean": np.ones((3, 4), np.float32), "last2": np.arange(12, dtype=np.float32).reshape(3, 4)}
+    return replace(stored, kind="mean", others=others)
+
+
 def assert_same(found, expected):
     np.testing.assert_array_equal(found.features, expected.features)
     assert found.features.dtype == np.float32
     np.testing.assert_array_equal(found.labels, expected.labels)
-    for name in ("class_names", "paths", "patients", "unreadable", "attributes"):
+    for name in ("class_names", "paths", "patients", "unreadable", "attributes", "kind"):
         assert getattr(found, name) == getattr(expected, name), name
-
-
-def test_extract_gives_each_pictures_cls_token(backbone, pictures):
-    found = extract(backbone, pictures, image_size=28, batch_size=3, progress=False)
-    for path, feature in zip(pictures, found.features, strict=True):
-        image = resize_image(load_image(path), 28, fit="crop")
-        alone = backbone.forward_features(normalize_images(image[None]))["x_norm_clstoken"][0].detach()
-        torch.testing.assert_close(torch.from_numpy(feature), alone, rtol=0, atol=1e-5)
-    assert found.features.dtype == np.float32
-    assert found.kept.tolist() == list(range(7))
-    assert found.unreadable == {}
-
-
-def test_workers_change_nothing(backbone, pictures):
-    alone = extract(backbone, pictures, image_size=28, batch_size=3)
-    shared = extract(backbone, pictures, image_size=28, batch_size=3, num_workers=2)
-    np.testing.assert_array_equal(alone.features, shared.features)
-
-
-def test_unreadable_pictures_are_left_out_and_reported(backbone, pictures, caplog):
-    for path in (pictures[0], pictures[4]):
-        path.write_bytes(b"no picture")
-    logger = logging.getLogger("dinov2")
-    logger.addHandler(caplog.handler)
-    try:
-        found = extract(backbone, pictures, image_size=28, batch_size=1, progress=False)
-    finally:
-        logger.removeHandler(caplog.handler)
-    rest = extract(backbone, [pictures[i] for i in (1, 2, 3, 5, 6)], image_size=28, batch_size=1, progress=False)
-    assert found.kept.tolist() == [1, 2, 3, 5, 6]
-    assert list(found.unreadable) == [str(pictures[0]), str(pictures[4])]
-    np.testing.assert_array_equal(found.features, rest.features)
-    assert "2 of 7 pictures are unreadable" in caplog.text
-    assert str(pictures[4]) in caplog.text
-
-
-def test_nothing_readable_and_broken_weights_are_errors(backbone, pictures, tmp_path):
-    with pytest.raises(ValueError, match="none of the 1 could be read"):
-        extract(backbone, [tmp_path / "absent.png"], image_size=28)
-    with torch.no_grad():
-        backbone.norm.bias[0] = float("nan")
-    with pytest.raises(ValueError, match="7 of 7 are infinite or NaN"):
-        extract(backbone, pictures, image_size=28)
-
-
-def test_bf16_is_close_and_fp32_comes_out(backbone):
-    images = torch.randint(0, 256, (4, 3, 28, 28), dtype=torch.uint8)
-    exact, fast = embed_images(backbone, images), embed_images(backbone, images, "bf16")
-    assert exact.dtype == fast.dtype == torch.float32
-    assert not exact.requires_grad
-    assert not torch.equal(exact, fast)
-    torch.testing.assert_close(fast, exact, rtol=0.1, atol=0.1)
-    with pytest.raises(ValueError, match="'fp16' is unknown; choose one of fp32, bf16"):
-        embed_images(backbone, images, "fp16")
+    assert found.others.keys() == expected.others.keys()
+    for kind, values in expected.others.items():
+        np.testing.assert_array_equal(found.others[kind], values)
 
 
 def test_what_is_written_is_read(stored, tmp_path):
@@ -158,3 +93,49 @@ def test_other_files_are_refused(stored, tmp_path):
         h5["labels"] = np.array([0, 1, 3])
     with pytest.raises(ValueError, match="positions among 3 class names"):
         read_features(file)
+    write_features(file, stored)
+    with h5py.File(file, "a") as h5:
+        h5["features_mean"] = np.zeros((2, 2))
+    with pytest.raises(ValueError, match="different lengths"):
+        read_features(file)
+
+
+def test_kinds_are_kept_and_chosen(of_several_kinds, tmp_path):
+    file = tmp_path / "features.h5"
+    write_features(file, of_several_kinds)
+    found = read_features(file)
+    assert_same(found, of_several_kinds)
+    assert found.kinds == stored_kinds(file) == ["mean", "cls+mean", "last2"]
+    assert "kind" not in found.attributes
+    with h5py.File(file) as h5:
+        assert h5.attrs["kind"] == "mean"
+    other = found.of_kind("last2")
+    np.testing.assert_array_equal(other.features, of_several_kinds.others["last2"])
+    assert (other.kind, other.kinds) == ("last2", ["last2", "mean", "cls+mean"])
+    assert_same(other.of_kind("mean"), of_several_kinds)
+    np.testing.assert_array_equal(found.select(np.array([2, 0])).others["last2"], other.features[[2, 0]])
+    with pytest.raises(ValueError, match=r"none of kind 'cls', only mean, cls\+mean, last2; .* --kinds mean .* cls"):
+        found.of_kind("cls")
+
+
+def test_a_file_without_a_kind_holds_cls_tokens(stored, tmp_path):
+    file = tmp_path / "features.h5"
+    write_features(file, stored)
+    with h5py.File(file, "a") as h5:
+        del h5.attrs["kind"]
+    assert read_features(file).kind == "cls"
+    assert stored_kinds(file) == ["cls"]
+    (tmp_path / "text.h5").write_text("text")
+    with pytest.raises(ValueError, match="not an HDF5 file or is damaged"):
+        stored_kinds(tmp_path / "text.h5")
+
+
+def test_patch_grids_are_written_a_few_at_a_time_and_not_read(stored, tmp_path):
+    file = tmp_path / "features.h5"
+    grids = np.random.default_rng(0).normal(size=(3, 2, 2, 5)).astype(np.float16)
+    write_features(file, stored, iter([grids[:2], grids[2:]]))
+    with h5py.File(file) as h5:
+        assert h5["patch_grid"].dtype == np.float16
+        np.testing.assert_array_equal(h5["patch_grid"][:], grids)
+    assert_same(read_features(file), stored)
+    assert stored_kinds(file) == ["cls", "patches"]

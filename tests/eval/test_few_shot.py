@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from dinov2.eval.few_shot import evaluate_few_shot
+from dinov2.eval.few_shot import evaluate_few_shot, size_of_draw
 from dinov2.eval.knn import knn_predict
 from dinov2.eval.metrics import classification_metrics
 
@@ -33,6 +33,7 @@ def test_a_method_sees_n_cells_a_class_and_the_whole_test_side(cells):
     found = evaluate_few_shot(features, labels, NAMES, folds, predict, numbers=(1, 5), n_repeats=3)
     assert [counts for counts, _, _ in seen] == [[1, 1]] * 6 + [[5, 5]] * 6
     assert {n_test for _, _, n_test in seen} == {40}
+    assert [n_train for _, n_train, _ in seen[-3:]] == [size_of_draw(labels[folds[1][0]], 5)] * 3
     assert found["5"]["n_draws"] == 6
     of_folds = [classification_metrics(labels[test], np.zeros(40, dtype=int), NAMES)["accuracy"] for _, test in folds]
     assert found["1"]["accuracy"]["mean"] == pytest.approx(np.mean(of_folds))

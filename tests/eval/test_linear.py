@@ -24,8 +24,10 @@ from dinov2.eval.linear import (
     evaluate_linear,
     fit_linear_probe,
     main,
+    parse_arguments,
 )
 from dinov2.eval.metrics import classification_metrics, log_losses
+from dinov2.utils.command import exit_code
 
 REPOSITORY = Path(__file__).parents[2]
 NAMES = ["basophil", "blast", "eosinophil", "monocyte"]
@@ -249,7 +251,9 @@ def test_from_features_to_results(tmp_path, capsys):
     assert report["checkpoint"]["checkpoint_sha256"] == "ab"
     assert len(report["hashes"]["features"]) == len(report["files"]["predictions.csv"]) == 64
     assert report["patients_kept_apart"] is None
-    assert report["few_shot"]["model"]["5"]["n_draws"] == 10
+    assert list(report["few_shot"]["model"]["linear_dinobloom"]) == ["1", "5"]
+    assert report["few_shot"]["model"]["linear_dinobloom"]["5"]["n_draws"] == 10
+    assert report["kinds"] == ["cls"]
     for part in ("120 of 120 cells tested, 5 fold(s), 4 classes", "mean of 5 folds", "AUROC", "5 cells a class"):
         assert part in table
 
@@ -291,6 +295,34 @@ def test_a_class_with_one_picture_is_reported(tmp_path, capsys):
     monocyte = report["results"]["model"]["linear_dinobloom"]["per_class"]["monocyte"]
     assert (monocyte["support"], monocyte["recall"], monocyte["auroc"]) == (0, None, None)
     assert re.search(r"monocyte +1 +0 +- ", table)
+
+
+def test_sgd_chooses_among_the_kinds_of_a_file_and_the_others_take_one(tmp_path, capsys):
+    features, labels = draw(n=120, apart=2)
+    noise = np.random.default_rng(4).normal(size=(120, 5)).astype(np.float32)
+    file = features_file(tmp_path / "f.h5", features=noise, labels=labels, others={"last4": features})
+    flags = ("--features", file, "--folds", 2, "--sgd-iterations", 60)
+    _, report = run(capsys, tmp_path / "sgd", *flags, "--protocol", "sgd")
+    found = report["results"]["model"]["linear_sgd"]
+    assert report["kinds"] == ["cls", "last4"]
+    assert [fold["features"] for fold in found["folds"]] == ["last4", "last4"]
+    for protocol, kind, is_right in (("sweep", "last4", True), ("sgd", "cls", False), ("dinobloom", None, False)):
+        chosen = () if kind is None else ("--kind", kind)
+        _, report = run(capsys, tmp_path / protocol, *flags, "--protocol", protocol, *chosen)
+        accuracy = report["results"]["model"][f"linear_{protocol}"]["accuracy"]
+        assert report["kinds"] == [kind or "cls"]
+        assert (accuracy > 0.8) == is_right
+
+
+def test_sgd_asks_a_checkpoint_for_dinov2s_kinds(tmp_path):
+    def kinds(*flags):
+        return parse_arguments([*flags, "--data", "d", "--output-dir", str(tmp_path)]).kinds
+
+    network = ("--checkpoint", "c")
+    assert kinds(*network, "--protocol", "sgd") == ["cls", "cls+mean", "last4", "last4+mean"]
+    assert kinds(*network, "--protocol", "sgd", "--kinds", "mean", "cls") == ["mean", "cls"]
+    assert kinds(*network, "--protocol", "sweep", "--kind", "cls+mean") == ["cls+mean"]
+    assert kinds("--encoder", "histogram", "--protocol", "sgd") == kinds(*network) == ["cls"]
 
 
 def test_two_sets_and_a_baseline(tmp_path, capsys):
@@ -386,11 +418,12 @@ def test_runs_as_a_script_from_any_folder(tmp_path):
     done = subprocess.run([*script, "--output-dir", "out", "--folds", "2"], capture_output=True, **options)
     assert done.returncode == 0, done.stderr
     assert "40 of 40 cells tested, 2 fold(s)" in done.stdout
-    features_file(tmp_path / "f.h5", n=40, labels=np.zeros(40, dtype=np.int64))
-    failed = subprocess.run([*script, "--output-dir", "no"], capture_output=True, **options)
-    assert failed.returncode == 2
-    assert "all 40 cells are of class 'basophil'" in failed.stderr
-    assert not (tmp_path / "no").exists()
+
+
+def test_a_mistake_ends_with_code_2(tmp_path):
+    file = features_file(tmp_path / "f.h5", n=40, labels=np.zeros(40, dtype=np.int64))
+    assert exit_code(lambda: main(["--features", str(file), "--output-dir", str(tmp_path / "out")])) == 2
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.gpu

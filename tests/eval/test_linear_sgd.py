@@ -6,25 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from dinov2.eval.linear_sgd import choose_sgd_probe, fit_sgd_probes, layer_combinations
+from dinov2.eval.linear_sgd import choose_sgd_probe, fit_sgd_probes
 
 
 def draw(n=240, dim=6, n_classes=3, seed=0):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, n_classes, n)
     return (rng.normal(size=(n, dim)) + 2 * np.eye(n_classes, dim)[labels]).astype(np.float32), labels
-
-
-def test_kinds_of_features_are_dinov2s():
-    cls_tokens = np.arange(2 * 5 * 3, dtype=np.float32).reshape(2, 5, 3)
-    patch_means = -np.ones((2, 3), dtype=np.float32)
-    kinds = layer_combinations(cls_tokens, patch_means)
-    assert list(kinds) == ["cls_1", "cls_1_patch_mean", "cls_4", "cls_4_patch_mean"]
-    assert kinds["cls_1"][0].tolist() == [12, 13, 14]
-    assert kinds["cls_4_patch_mean"][0].tolist() == [*range(3, 15), -1, -1, -1]
-    assert list(layer_combinations(cls_tokens, n_last=(2,))) == ["cls_2"]
-    with pytest.raises(ValueError, match="6 asked for, but there are CLS tokens of 5"):
-        layer_combinations(cls_tokens, n_last=(1, 6))
 
 
 def test_training_is_sgd_with_momentum_and_a_cosine():

@@ -65,6 +65,18 @@ def test_what_is_not_finite_is_null_since_json_has_no_nan(tmp_path):
     assert lines(path)[0]["loss"] is None
 
 
+def test_an_evaluation_goes_to_the_trackers_with_the_iteration_it_follows(tmp_path):
+    path, tracker = tmp_path / "training_metrics.json", Recorder()
+    log = open_log(path, trackers=[tracker])
+    log.log_evaluation(0, {"loss": 0.25})
+    for i in range(3):
+        log.update(i, {}, {"loss": torch.tensor(float(i))})
+    log.log_evaluation(3, {"loss": 0.5})
+    assert tracker.seen == [(0, 0.25), (0, 0.0), (1, 1.0), (2, 2.0), (2, 0.5)]
+    assert [row["loss"] for row in lines(path)] == [0, 1, 2]
+    assert log.newest["loss"] == 2
+
+
 @pytest.mark.parametrize("method", ["log", "close"])
 def test_a_tracker_that_cannot_write_does_not_end_the_run(tmp_path, caplog, method):
     class Full(Recorder):

@@ -225,26 +225,6 @@ def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(tmp_path, picture_li
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-def test_knn_during_training_is_written_and_the_best_remembered(run, tmp_path):
-    rng = torch.Generator().manual_seed(0)
-    for split in ("train", "test"):
-        for label, level in (("dark", 40), ("bright", 200)):
-            folder = tmp_path / "cells" / split / label
-            folder.mkdir(parents=True)
-            for i in range(4):
-                noise = torch.randint(0, 30, (28, 28, 3), generator=rng, dtype=torch.uint8)
-                Image.fromarray((noise + level).numpy()).save(folder / f"{split}{i}.png")
-    data = [f"evaluation.{split}_data={tmp_path / 'cells' / split}" for split in ("train", "test")]
-    _, folder = run(*data, "evaluation.knn_k=[1,3]", "evaluation.eval_period_iterations=2")
-    found = sorted(int(p.parent.name.removeprefix("training_")) for p in folder.glob("eval/*/knn.json"))
-    assert found == [0, 2, 4]
-    result = json.loads((folder / "eval" / "training_4" / "knn.json").read_text())
-    assert result["knn"]["knn_1"]["accuracy"] == 1.0
-    best = json.loads((folder / "eval" / "best.json").read_text())
-    assert best["score"] == 1.0
-    assert (folder / "eval" / best["checkpoint"]).is_file()
-
-
 def test_no_resume_moves_the_old_run_aside(run, tmp_path):
     run("train.seed=1")
     before = losses(tmp_path / "out" / "run")
@@ -312,7 +292,7 @@ def test_mistakes_in_settings(failing):
         assert "no CUDA device" in failing("train.device=cuda")
     assert "give --output-dir" in failing("train.output_dir=x")
     assert "blur_sigma" in failing("augmentation.default.blur_sigma=[2.0,1.0]")
-    assert "nowhere" in failing("evaluation.train_data=nowhere", "evaluation.test_data=nowhere")
+    assert "evaluation.datasets, a: labelled cells: 'nowhere'" in failing("evaluation.datasets=[{name:a,data:nowhere}]")
     assert "at least 2" in failing("train.batch_size_per_gpu=1")
     assert "unknown dataset" in failing("train.dataset_path=ImageNet:split=TRAIN")
     assert "vit_smal" in failing("student.arch=vit_smal")

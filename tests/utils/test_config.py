@@ -115,7 +115,12 @@ def test_every_packaged_config_loads(file):
         ("optim.lr=1", ValueError, "set optim.base_lr"),
         ("train.drop_path_rate=0.1", KeyError, "it exists as student.drop_path_rate"),
         ("--epochs", ValueError, "neither a known option nor"),
-        ("evaluation.train_data=cells", ValueError, "belong together"),
+        ("evaluation.train_data=cells", KeyError, r"no longer a key; write evaluation.datasets=\[\{name"),
+        ("evaluation.datasets=cells", ValueError, r"a list of mappings like \[\{name: pbc, data: /data/pbc\}\]"),
+        ("evaluation.datasets=[cells]", ValueError, "a list of mappings"),
+        ("evaluation.datasets=null", ValueError, "a list of mappings"),
+        ("evaluation.datasets={name: a, data: b}", KeyError, "is a list of mappings, not a section"),
+        ("evaluation.keep_teachers=0", ValueError, "must be at least 1"),
     ],
 )
 def test_mistakes_are_errors_that_help(override, error, text):
@@ -129,9 +134,34 @@ def test_texts_of_the_command_line_are_taken_as_they_stand(text):
 
 
 def test_a_number_where_a_file_should_have_text_is_an_error(tmp_path):
-    (tmp_path / "run.yaml").write_text("evaluation: {train_data: 0123, test_data: x}")
-    with pytest.raises(ValueError, match=r"evaluation\.train_data must be a text"):
+    (tmp_path / "run.yaml").write_text("student: {pretrained_weights: 0123}")
+    with pytest.raises(ValueError, match=r"student\.pretrained_weights must be a text"):
         load_run_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[{name:b m,data:/a/b,linear:true,knn_k:[1,5]}]",
+        "[{name: b m, data: /a/b, linear: true, knn_k: [1, 5]}]",
+        '[{"name": "b m", "data": "/a/b", "linear": true, "knn_k": [1, 5]}]',
+    ],
+)
+def test_data_sets_on_the_command_line(text, tmp_path):
+    expected = [{"name": "b m", "data": "/a/b", "linear": True, "knn_k": [1, 5]}]
+    cfg = load_run_config(None, [f"evaluation.datasets={text}"])
+    assert cfg.evaluation.datasets == expected
+    write_config(cfg, tmp_path / "config.yaml")
+    assert load_run_config(tmp_path / "config.yaml").evaluation.datasets == expected
+
+
+def test_data_sets_of_a_file_keep_texts_that_look_like_interpolations(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("evaluation:\n  datasets:\n  - name: a\n    data: /x/\\${y}/b\n")
+    cfg = load_run_config(file)
+    write_config(cfg, tmp_path / "config.yaml")
+    for found in (cfg, load_run_config(tmp_path / "config.yaml")):
+        assert found.evaluation.datasets[0].data == "/x/${y}/b"
 
 
 def test_two_weight_files_are_an_error():

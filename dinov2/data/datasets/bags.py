@@ -42,7 +42,7 @@ COLUMNS = {
     "part": ("part",),
 }
 # bags whose files differ in one of these are from different networks
-IDENTITY = ("checkpoint_sha256", "transform")
+IDENTITY = ("checkpoint_sha256", "transform", "kind")
 PARTS = ("train", "val", "test")
 CLASS_NAMES_FILE = "label_to_diagnose.csv"
 N_EXAMPLES = 5

@@ -90,7 +90,7 @@ def test_a_run_without_a_name_is_called_after_its_job(launch, tmp_path, capsys):
         (["--config-file", "none.yaml"], "no file at 'none.yaml'"),
         (["train.global_batch_size=15"], "do not spread evenly over 8 processes"),
         (["student.pretrained_weights=none.pth"], "nothing at none.pth"),
-        (["evaluation.train_data=none", "evaluation.test_data=none"], "none"),
+        (["evaluation.datasets=[{name:cells,data:none}]"], "evaluation.datasets, cells: labelled cells: 'none'"),
         (["--nodes", "0"], "--nodes must be at least 1, found 0"),
         (["--ngpus", "2", "--tasks-per-node", "2"], "--tasks-per-node is for --ngpus 0"),
         (["--gres", "gpu:a100"], "--gres gpu:a100 is 1 GPUs of a node, but --ngpus 8"),

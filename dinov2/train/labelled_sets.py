@@ -1,0 +1,171 @@
+"""The labelled sets of evaluation.datasets: read, split where one set is given, and checked before a run starts."""
+
+import difflib
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from dinov2.data.datasets.cells import LabelledCells
+from dinov2.data.splits import make_folds
+from dinov2.eval.cell_sets import without_copies
+
+logger = logging.getLogger("dinov2")
+
+# A set is split into the first of the folds that the evaluation commands make of it if nothing else is asked for
+N_FOLDS, SPLIT_SEED = 5, 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_ks(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(k) is int and k >= 1 for k in value)
+
+
+# What an entry may hold: how to tell, and how to say it
+_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (_is_text, "a text (in quotes, if it reads as a number)"),
+    "data": (_is_text, "a path"),
+    "train": (_is_text, "a path"),
+    "test": (_is_text, "a path"),
+    "linear": (lambda value: isinstance(value, bool), "true or false"),
+    "knn_k": (_is_ks, "a list of whole numbers above 0, like [1, 20]"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledSet:
+    """Cells to learn from, and others to be judged by.
+
+    Attributes:
+        name: of the set, in logs and results.
+        train, test: with the same `class_names`; no picture is in both.
+        ks: numbers of neighbours for kNN, ascending.
+        with_linear: whether a linear probe is fitted, too.
+    """
+
+    name: str
+    train: LabelledCells
+    test: LabelledCells
+    ks: list[int]
+    with_linear: bool
+
+
+def read_labelled_sets(evaluation: Any) -> list[LabelledSet]:
+    """The sets of a configuration's section `evaluation`, in its order.
+
+    `{name, train, test}` are two sets; `{name, data}` is one, of which a fifth is judged: stratified, whole patients
+    where it names them, the same cells in every run. That the two sides share no picture file is checked here, copies
+    of a picture under other names are `without_copied_pictures`'s.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: which set is wrong, in what, and what to write instead.
+    """
+    given: Any = OmegaConf.to_container(evaluation.datasets, resolve=True)
+    entries = [{"linear": evaluation.linear, "knn_k": list(evaluation.knn_k), **entry} for entry in given]
+    for number, entry in enumerate(entries, start=1):
+        _check_entry(entry, f"evaluation.datasets, {entry.get('name') or f'entry {number}'}")
+    names = [entry["name"] for entry in entries]
+    if len(set(names)) < len(names):
+        raise ValueError(f"evaluation.datasets: two sets have the same name among {', '.join(names)}; rename one")
+    sets = []
+    for entry in entries:
+        try:
+            sets.append(_read(entry))
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"evaluation.datasets, {entry['name']}: {error}") from error
+    return sets
+
+
+def without_copied_pictures(labelled: LabelledSet) -> LabelledSet:
+    """The set without training pictures whose bytes a test picture has. Reads all files that are equally long.
+
+    Raises:
+        ValueError: if none is left to train on.
+    """
+    n_train = len(labelled.train)
+    paths = [str(path) for path in (*labelled.train.paths, *labelled.test.paths)]
+    ((kept, _),), _ = without_copies(paths, [(np.arange(n_train), np.arange(n_train, len(paths)))])
+    return replace(labelled, train=_select(labelled.train, kept))
+
+
+def _check_entry(entry: Mapping[str, Any], where: str) -> None:
+    for key, value in entry.items():
+        if key not in _KEYS:
+            near = difflib.get_close_matches(str(key), _KEYS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_KEYS)}"
+            raise KeyError(f"{where}: unknown key {key}; {hint}")
+        is_right, words = _KEYS[key]
+        if not is_right(value):
+            raise ValueError(f"{where}: {key} must be {words}, found {value!r}")
+    if not entry.get("name"):
+        raise ValueError(f"{where}: it has no name; add one, which its results go by")
+    given = [key for key in ("data", "train", "test") if entry.get(key)]
+    if given not in (["data"], ["train", "test"]):
+        raise ValueError(
+            f"{where}: found {' and '.join(given) or 'no cells'}; give data (one set, split here), or train and test"
+        )
+
+
+def _read(entry: Mapping[str, Any]) -> LabelledSet:
+    if entry.get("data"):
+        train, test = _split(LabelledCells.from_path(entry["data"]))
+    else:
+        train = LabelledCells.from_path(entry["train"])
+        test = LabelledCells.from_path(entry["test"], train.class_names)
+    found = LabelledSet(entry["name"], train, test, sorted(set(entry["knn_k"])), entry["linear"])
+    _check_sides(found)
+    return found
+
+
+def _split(cells: LabelledCells) -> tuple[LabelledCells, LabelledCells]:
+    try:
+        sides = make_folds(cells.labels, cells.patients, N_FOLDS, SPLIT_SEED)[0]
+    except ValueError as error:
+        n_patients = "" if cells.patients is None else f" of {len(set(cells.patients))} patients"
+        raise ValueError(
+            f"a fifth of its {len(cells)} cells{n_patients} cannot be set apart, by class and by whole patients; give "
+            f"train and test instead of data"
+        ) from error
+    train, test = (_select(cells, side) for side in sides)
+    return train, test
+
+
+def _select(cells: LabelledCells, positions: np.ndarray) -> LabelledCells:
+    return LabelledCells(
+        [cells.paths[i] for i in positions],
+        cells.labels[positions],
+        cells.class_names,
+        None if cells.patients is None else [cells.patients[i] for i in positions],
+    )
+
+
+def _check_sides(found: LabelledSet) -> None:
+    train, test = found.train, found.test
+    files, tested = ({os.path.realpath(path) for path in cells.paths} for cells in (train, test))
+    if shared := files & tested:
+        raise ValueError(
+            f"training and test cells share {len(shared)} pictures, for instance {min(shared)}; remove them from one "
+            f"side, or list each once: what is judged must not be learned from"
+        )
+    learned = set(train.labels.tolist())
+    if len(learned) < 2:
+        raise ValueError(
+            f"all {len(train)} training cells are of class {train.class_names[train.labels[0]]!r}; two classes or more "
+            f"are needed"
+        )
+    if found.ks[-1] > len(train):
+        raise ValueError(
+            f"knn_k asks for {found.ks[-1]} neighbours of {len(train)} training cells; choose numbers up to that"
+        )
+    if unseen := sorted(set(test.labels.tolist()) - learned):
+        names = ", ".join(test.class_names[i] for i in unseen)
+        logger.warning("%s: test classes without a training cell, which nothing can get right: %s", found.name, names)
+    if shared_patients := set(train.patients or ()) & set(test.patients or ()):
+        logger.warning("%s: %d patients have cells in both train and test", found.name, len(shared_patients))

@@ -1,0 +1,465 @@
+"""Across data sets: who learns from whom, what is left out and said, and a planted batch effect that is found."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dinov2.eval import cross
+from dinov2.eval.cross import (
+    ALL_OTHERS,
+    Comparison,
+    Method,
+    batch_effect,
+    batch_folds,
+    drop_copies,
+    gather,
+    judge,
+    left_out,
+    main,
+    pairs,
+)
+from dinov2.eval.features import Features, write_features
+from dinov2.eval.linear import fit_linear_probe
+
+REPOSITORY = Path(__file__).parents[2]
+NAMES = ["basophil", "blast", "monocyte"]
+DIM = 8
+CLASS_CENTRES = 5 * np.eye(DIM)
+BATCH_AXIS = np.eye(DIM)[-1]
+NEAREST = Method("knn", 1)
+
+
+def cells_of(folder, labels, seed=0, offset=0.0, class_names=NAMES, patients=None, **changes):
+    """Cells around their class's centre, all of them moved by `offset` along an axis that no class has."""
+    labels = np.asarray(labels)
+    rng = np.random.default_rng(seed)
+    features = CLASS_CENTRES[labels] + rng.normal(size=(len(labels), DIM)) + offset * BATCH_AXIS
+    found = {
+        "features": features.astype(np.float32),
+        "labels": labels,
+        "class_names": list(class_names),
+        "paths": [f"/{folder}/{i}.png" for i in range(len(labels))],
+        "patients": patients,
+        "attributes": {"checkpoint_sha256": "ab", "model": "ViT", "transform": "28 px"},
+    }
+    return Features(**{**found, **changes})
+
+
+def data_of(common=None, **sets):
+    return gather(list(sets), list(sets.values()), common or {})
+
+
+def entry(data, train, test, method=NEAREST, n_folds=5):
+    comparisons = [*pairs(data, n_folds), *left_out(data)]
+    (wanted,) = [found for found in comparisons if (found.train, found.test) == (train, test)]
+    return judge(data, wanted, method)
+
+
+# --- which data set is it?
+
+
+def effect_of(data, n_folds=5):
+    folds, reason = batch_folds(data, n_folds)
+    assert reason == ""
+    return batch_effect(data, folds)
+
+
+@pytest.mark.parametrize(("offset", "low", "high"), [(8.0, 0.99, 1.0), (0.0, 0.4, 0.6)])
+def test_a_planted_offset_is_found_and_none_where_there_is_none(offset, low, high):
+    labels = np.arange(360) % 3
+    found = effect_of(data_of(a=cells_of("a", labels), b=cells_of("b", labels, seed=1, offset=offset)))
+    assert list(found["per_class"]) == NAMES
+    for row in (found["overall"], *found["per_class"].values()):
+        assert row["data_sets"] == ["a", "b"]
+        assert row["chance"] == 0.5
+    for method in ("linear", "knn_1", "knn_20"):
+        mean = found["mean_over_classes"][method]
+        assert low <= mean["balanced_accuracy"] <= high, method
+        assert (mean["chance"], mean["n_classes"]) == (0.5, 3)
+        assert low <= found["overall"][method]["balanced_accuracy"] <= high, method
+        below, above = found["per_class"]["blast"][method]["interval"]
+        assert below <= found["per_class"]["blast"][method]["balanced_accuracy"] <= above
+
+
+def test_another_mixture_of_classes_is_no_batch_effect_within_them():
+    """A set of blasts is told from one of basophils by what cells they are: the number over all cells misleads."""
+    a, b = np.repeat([0, 1], [180, 40]), np.repeat([0, 1], [40, 180])
+    found = effect_of(data_of(a=cells_of("a", a), b=cells_of("b", b, seed=1)))
+    assert found["overall"]["linear"]["balanced_accuracy"] > 0.75
+    assert 0.35 < found["mean_over_classes"]["linear"]["balanced_accuracy"] < 0.65
+
+
+def test_a_large_set_does_not_hide_the_effect_on_a_small_one():
+    """Two standard deviations apart, the best answer is right in 84 %; most neighbours are of the large set anyway."""
+    a = cells_of("a", np.zeros(600, dtype=np.int64))
+    b = cells_of("b", np.zeros(60, dtype=np.int64), seed=1, offset=2.0)
+    found = effect_of(data_of(a=a, b=b))["per_class"]["basophil"]
+    for method in ("linear", "knn_20"):
+        assert 0.75 < found[method]["balanced_accuracy"] < 0.92, method
+
+
+def test_folds_have_each_set_and_class_in_equal_parts():
+    data = data_of(a=cells_of("a", np.repeat([0, 1], [50, 10])), b=cells_of("b", np.repeat([1, 2], [20, 40]), seed=1))
+    for _, test in batch_folds(data)[0]:
+        assert np.bincount(data.sets[test] * 3 + data.labels[test]).tolist() == [10, 2, 0, 0, 4, 8]
+
+
+def test_classes_that_too_few_sets_have_enough_of_are_not_compared():
+    a = np.repeat([0, 1, 2], [60, 12, 4])
+    b = np.repeat([0, 1, 2], [60, 12, 60])
+    found = effect_of(data_of(a=cells_of("a", a), b=cells_of("b", b, seed=1)))
+    assert list(found["per_class"]) == ["basophil", "blast"]
+    blast = found["per_class"]["blast"]
+    assert blast["knn_20"] == {"balanced_accuracy": None, "interval": None}  # 20 neighbours of some 10 cells a set
+    assert blast["knn_1"]["balanced_accuracy"] is not None
+    assert found["mean_over_classes"]["knn_20"]["n_classes"] == 1
+
+
+def test_a_set_of_one_patient_cannot_be_told_from_others():
+    """What a fold would learn of it is what it tests: the patient, not the place."""
+    labels = np.zeros(60, dtype=np.int64)
+    many = [f"p{i % 10}" for i in range(60)]
+    sets = {name: cells_of(name, labels, patients=many, seed=ord(name)) for name in "ab"}
+    single = cells_of("c", labels, patients=["p0"] * 60, seed=9, offset=9.0)
+    found = effect_of(data_of(**sets, c=single))
+    assert found["overall"]["data_sets"] == ["a", "b"]
+    assert effect_of(data_of(a=sets["a"], c=single))["overall"] is None
+
+
+def test_folds_keep_patients_whole_and_equal_ids_in_two_sets_are_two_patients():
+    labels = np.arange(120) % 3
+    sets = {name: cells_of(name, labels, patients=[f"p{i // 6}" for i in range(120)]) for name in "ab"}
+    data = data_of(**sets)
+    assert len(set(data.patients)) == 40
+    folds, _ = batch_folds(data)
+    folds += [fold for comparison in pairs(data) for fold in comparison.folds]
+    assert len(folds) == 5 + 2 + 2 * 5
+    for train, test in folds:
+        assert not {data.patients[i] for i in train} & {data.patients[i] for i in test}
+
+
+def test_intervals_are_by_patient_where_patients_are_known():
+    labels, patients = np.arange(120) % 3, [f"p{i // 12}" for i in range(120)]
+    features = (0.3 * CLASS_CENTRES[labels] + np.random.default_rng(1).normal(size=(120, DIM))).astype(np.float32)
+    a, b = (cells_of(name, labels, patients=patients, features=features) for name in "ab")
+    unknown = cells_of("b", labels, features=features)
+    by_patient, by_cell = (entry(data_of(a=a, b=judged), "a", "b", Method("knn", 50)) for judged in (b, unknown))
+    assert by_patient["accuracy"] == by_cell["accuracy"] < 1
+    assert by_patient["intervals"] != by_cell["intervals"]
+    folds, _ = batch_folds(data_of(a=a, b=b))
+    known, cells = (batch_effect(data_of(a=a, b=judged), folds)["overall"]["knn_1"] for judged in (b, unknown))
+    assert known["balanced_accuracy"] == cells["balanced_accuracy"]
+    assert known["interval"] != cells["interval"]
+
+
+# --- the matrix
+
+
+def test_who_saw_more_kinds_of_cells_teaches_better():
+    """A has each class in two places, B in one: A knows B's, B does not know A's other one."""
+    labels, far = np.arange(200) % 2, np.arange(200) // 2 % 2 == 1
+    a, b = cells_of("a", labels), cells_of("b", labels, seed=1)
+    rng = np.random.default_rng(2)
+    a.features[far] = rng.normal(size=(100, DIM)) + 10 * np.eye(DIM)[4 + labels[far]]
+    data = data_of(a=a, b=b)
+    for method in (Method("knn", 5), Method("linear")):
+        there, back = entry(data, "a", "b", method), entry(data, "b", "a", method)
+        assert there["balanced_accuracy"] > 0.95 > 0.85 > back["balanced_accuracy"], method
+        low, high = there["intervals"]["balanced_accuracy"]
+        assert low <= there["balanced_accuracy"] <= high
+        assert set(there["intervals"]) == {"accuracy", "balanced_accuracy", "weighted_f1", "macro_f1"}
+
+
+def test_a_set_does_not_judge_itself_by_what_it_learned():
+    labels = np.arange(150) % 3
+    noise = np.random.default_rng(3).normal(size=(150, DIM)).astype(np.float32)
+    data = data_of(a=cells_of("a", labels, features=noise), b=cells_of("b", labels))
+    found = entry(data, "a", "a")
+    assert 0.2 < found["accuracy"] < 0.5  # each cell is its own nearest neighbour
+    assert (found["n_train"], found["n_test"]) == (150, 150)
+
+
+def test_classes_are_matched_by_name_and_others_counted():
+    a = cells_of("a", np.repeat([0, 1, 2], [30, 30, 5]))
+    b = cells_of("b", np.repeat([0, 1, 2], [20, 10, 7]), class_names=["monocyte", "smudge", "basophil"], seed=1)
+    data = data_of(a=a, b=b)
+    assert data.class_names == ["basophil", "blast", "monocyte", "smudge"]
+    found = entry(data, "a", "b")
+    assert found["classes"] == ["basophil", "monocyte"]
+    assert found["left_out"] == {"smudge": 10}
+    assert (found["n_train"], found["n_test"]) == (65, 27)
+    assert {name: row["support"] for name, row in found["per_class"].items()} == {"basophil": 7, "monocyte": 20}
+    assert found["balanced_accuracy"] == 0.0  # b's monocytes lie where a's basophils do
+    assert entry(data, "b", "a")["left_out"] == {"blast": 30}
+
+
+def test_a_map_renames_and_drops_labels():
+    a = cells_of("a", np.repeat([0, 1, 2], [30, 30, 5]))
+    b = cells_of("b", np.repeat([0, 1, 2, 3], [20, 9, 7, 8]), class_names=["BAS", "blast cell", "?", "LYB"], seed=1)
+    common = {("b", "BAS"): "basophil", ("b", "blast cell"): "blast", ("b", "LYB"): "blast", ("b", "?"): ""}
+    data = data_of(common, a=a, b=b)
+    assert data.class_names == NAMES
+    assert data.per_class(data.of_set("b")) == {"basophil": 20, "blast": 17}
+    found = entry(data, "a", "b")
+    assert found["left_out"] == {}
+    assert found["per_class"]["basophil"]["recall"] == 1.0
+    with pytest.raises(ValueError, match="drops all 30 cells of 'a'"):
+        data_of({("a", "basophil"): ""}, a=a.select(np.arange(30)), b=b)
+
+
+def test_an_entry_that_cannot_be_says_why():
+    labels = np.arange(30) % 2
+    a = cells_of("a", labels)
+    b = cells_of("b", labels, class_names=["basophil", "smudge"], seed=1)
+    c = cells_of("c", np.zeros(30, dtype=np.int64))
+    data = data_of(a=a, b=b, c=c, d=cells_of("d", np.array([0, 1, 0])))
+    assert entry(data, "a", "b")["reason"].startswith("1 classes to judge (basophil on both sides)")
+    assert entry(data, "c", "a")["reason"].startswith("0 classes to judge")
+    assert entry(data, "c", "c")["reason"].startswith("0 classes to judge")
+    assert "fewer than the 5 parts" in entry(data, "d", "d")["reason"]
+    found = entry(data, "d", "a", Method("knn", 4))
+    assert found["reason"] == "3 training cells, fewer than the k = 4 neighbours asked for"
+    for name in ("accuracy", "balanced_accuracy", "weighted_f1", "macro_f1"):
+        assert found[name] is None
+    assert (found["n_test"], found["intervals"]) == (30, {})
+    assert entry(data, "d", "a", Method("knn", 3))["reason"] is None
+
+
+def test_a_class_with_one_cell_is_not_judged_by_its_own_set():
+    data = data_of(a=cells_of("a", [2, *[0, 1] * 20]), b=cells_of("b", np.arange(40) % 3))
+    found = entry(data, "a", "a")
+    assert found["left_out"] == {"monocyte": 1}
+    assert found["n_test"] == 40
+
+
+def test_leave_one_out_learns_on_all_others():
+    labels = np.arange(60) % 2
+    sets = {"a": cells_of("a", labels), "b": cells_of("b", labels + 1, seed=1), "c": cells_of("c", labels * 2, seed=2)}
+    found = entry(data_of(**sets), ALL_OTHERS, "c")
+    assert found["classes"] == ["basophil", "monocyte"]  # one from each of the others
+    assert (found["n_train"], found["n_test"], found["left_out"]) == (120, 60, {})
+    assert found["accuracy"] > 0.95
+
+
+def test_the_probe_counts_the_classes_that_it_learns(monkeypatch):
+    """lambda is 100 / (D C): the classes of a data set that takes no part must not change it."""
+    seen = []
+
+    def fit(features, labels, n_classes, **options):
+        seen.append((n_classes, int(labels.max()), len(features)))
+        return fit_linear_probe(features, labels, n_classes, **options)
+
+    monkeypatch.setattr(cross, "fit_linear_probe", fit)
+    sets = {name: cells_of(name, np.arange(40) % 2 + 1, seed=ord(name)) for name in "ab"}
+    third = cells_of("c", np.arange(40) % 8, class_names=[f"class {i}" for i in range(8)])
+    assert entry(data_of(**sets, c=third), "a", "b", Method("linear"))["accuracy"] > 0.9
+    assert seen == [(2, 1, 40)]
+
+
+def test_copies_in_two_sets_teach_nothing_and_are_counted(tmp_path):
+    sets = {}
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        paths = [tmp_path / name / f"{i}.png" for i in range(40)]
+        for i, path in enumerate(paths):
+            path.write_bytes(b"both" if i == 0 else f"{name}{i:03d}".encode())
+        sets[name] = cells_of(name, np.arange(40) % 2, seed=ord(name), paths=[str(path) for path in paths])
+    data = data_of(**sets)
+    wanted = [*pairs(data), *left_out(data), Comparison("", "", batch_folds(data)[0])]
+    kept, counts = drop_copies(wanted, data.paths)
+    assert counts["not_checked"] == 0
+    assert counts["dropped_identical_bytes"] == 2
+    for comparison in kept[:-1]:
+        found = judge(data, comparison, NEAREST)
+        n_copies = int(comparison.train != comparison.test)
+        assert found["dropped_identical_bytes"] == comparison.n_copies == n_copies
+        assert found["n_train"] == 40 - n_copies
+        assert found["n_test"] == 40
+    copies = {0, 40}
+    assert all(len(copies & {*train, *test}) < 2 or copies <= {*train} for train, test in kept[-1].folds)
+
+
+# --- the command
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Three data sets; the last one calls its classes otherwise and lies in a folder of its own."""
+    labels = np.arange(60) % 3
+    patients = [f"p{i % 12}" for i in range(60)]
+    write_features(tmp_path / "pbc.h5", cells_of("pbc", labels, patients=patients))
+    write_features(tmp_path / "ssl.h5", cells_of("ssl", labels[:40], seed=1, offset=2.0))
+    other = cells_of("bm", labels, seed=2, class_names=["BAS", "BLA", "artefact"], patients=patients)
+    write_features(tmp_path / "bm" / "features.h5", other)
+    (tmp_path / "map.csv").write_text(
+        "dataset,label,common\nbm,BAS,basophil\nbm,BLA,blast\nbm,artefact,\n", encoding="utf-8-sig"
+    )
+    return [tmp_path / name for name in ("pbc.h5", "ssl.h5", "bm/features.h5")]
+
+
+def run(output, *flags):
+    main([*map(str, flags), "--output-dir", str(output), "--device", "cpu"])
+    return json.loads((output / "results.json").read_text())
+
+
+def rows_of(file):
+    with open(file, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_from_files_to_results(files, tmp_path, capsys):
+    output = tmp_path / "out"
+    report = run(output, "--features", *files, "--classes-map", tmp_path / "map.csv", "--k", 5)
+    written = {"results.json", "matrix.csv", "leave_one_out.csv", "batch_effect.csv"}
+    assert written <= {path.name for path in output.iterdir()} <= written | {"matrix.png"}
+    results = report["results"]
+    names = ["pbc", "ssl", "bm"]  # a file called features.h5 is named by its folder
+    assert {name: list(row) for name, row in results["matrix"].items()} == dict.fromkeys(names, names)
+    assert results["matrix"]["bm"]["pbc"]["left_out"] == {"monocyte": 20}
+    assert results["leave_one_out"]["bm"]["n_train"] == 100
+    assert results["batch_effect"]["overall"]["chance"] == pytest.approx(1 / 3)
+    of_bm = report["counts"]["data_sets"]["bm"]
+    assert (of_bm["cells"], of_bm["patients"], of_bm["dropped_by_map"]) == (40, 12 - 4, 20)
+    assert report["counts"]["data_sets"]["ssl"]["patients"] is None
+    assert report["counts"]["not_checked"] == 140
+    assert report["class_names"] == NAMES
+    assert set(report["hashes"]) == {*(f"features:{name}" for name in names), "classes_map"}
+    assert report["checkpoint"]["checkpoint_sha256"] == "ab"
+    assert report["settings"]["features"] == [str(file) for file in files]
+
+    rows = rows_of(output / "matrix.csv")
+    assert [(row["train"], row["test"]) for row in rows] == [(a, b) for a in names for b in names]
+    for row in rows:
+        found = results["matrix"][row["train"]][row["test"]]
+        assert float(row["balanced_accuracy"]) == pytest.approx(found["balanced_accuracy"], abs=1e-7)
+        low, high = found["intervals"]["macro_f1"]
+        assert [float(row[f"macro_f1_{end}"]) for end in ("low", "high")] == pytest.approx([low, high], abs=1e-7)
+        assert int(row["n_left_out"]) == sum(found["left_out"].values())
+        assert row["reason"] == ""
+    assert [row["test"] for row in rows_of(output / "leave_one_out.csv")] == names
+    effect = rows_of(output / "batch_effect.csv")
+    assert {row["cells"] for row in effect} == {"all", "mean over classes", *(f"class {name}" for name in NAMES)}
+    table = capsys.readouterr().out
+    for part in ("kNN, k = 5", "all others", "bm -> pbc: 20 cells are not judged, of classes not learned: monocyte"):
+        assert part in table
+    assert re.search(r"within a class, mean of 3 +\d", table)
+
+
+@pytest.mark.parametrize("method", ["knn", "linear"])
+def test_the_same_inputs_give_the_same_bytes_but_for_the_date(files, tmp_path, method):
+    flags = ("--features", *files, "--method", method, "--k", 3, "--names", "one", "two", "three")
+    texts = []
+    for name in ("a", "b"):
+        run(tmp_path / name, *flags)
+        text = (tmp_path / name / "results.json").read_text()
+        texts.append(re.sub(r'"date": "[^"]+"', "", text))
+        assert text != texts[-1]
+    assert texts[0] == texts[1]
+    for file in (tmp_path / "a").iterdir():
+        assert file.name == "results.json" or file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_sets_without_common_classes_are_reported_and_no_crash(files, tmp_path, capsys):
+    report = run(tmp_path / "out", "--features", *files, "--k", 5, "--folds", 2)
+    found = report["results"]["matrix"]["pbc"]["bm"]
+    assert (found["n_test"], found["balanced_accuracy"]) == (0, None)
+    assert found["left_out"] == {"BAS": 20, "BLA": 20, "artefact": 20}
+    (row,) = [row for row in rows_of(tmp_path / "out" / "matrix.csv") if (row["train"], row["test"]) == ("pbc", "bm")]
+    assert row["accuracy"] == ""
+    assert row["reason"] == found["reason"]
+    assert "pbc -> bm: 0 classes to judge (none on both sides)" in capsys.readouterr().out
+
+
+def test_another_kind_of_features(tmp_path):
+    """The first kind knows nothing."""
+    for name in "ab":
+        cells = cells_of(name, np.arange(60) % 3, seed=ord(name))
+        noise = np.random.default_rng(ord(name)).normal(size=(60, 4)).astype(np.float32)
+        write_features(tmp_path / f"{name}.h5", replace(cells, features=noise, others={"mean": cells.features}))
+    flags = ("--features", tmp_path / "a.h5", tmp_path / "b.h5", "--k", 5)
+    first, mean = (run(tmp_path / "out", *flags, *kind) for kind in ((), ("--kind", "mean")))
+    assert (first["kind"], mean["kind"]) == ("cls", "mean")
+    accuracies = [report["results"]["matrix"]["a"]["b"]["accuracy"] for report in (first, mean)]
+    assert accuracies[1] > 0.95 > 0.6 > accuracies[0]
+    with pytest.raises(ValueError, match="none of kind 'last4'"):
+        run(tmp_path / "no", *flags, "--kind", "last4")
+    assert not (tmp_path / "no").exists()
+
+
+def test_too_few_cells_for_a_batch_effect(tmp_path, capsys):
+    for name in "ab":
+        write_features(tmp_path / f"{name}.h5", cells_of(name, [0, 0, 1, 1], seed=ord(name)))
+    report = run(tmp_path / "out", "--features", tmp_path / "a.h5", tmp_path / "b.h5", "--k", 1)
+    assert report["results"]["batch_effect"] is None
+    assert "fewer than the 5 parts" in report["results"]["batch_effect_reason"]
+    assert report["results"]["matrix"]["a"]["b"]["reason"] is None
+    assert "batch effect: folds: 5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["a.h5"], "one file; give those of two or more data sets"),
+        (["a.h5", "x/a.h5"], "--names: 'a' stands twice"),
+        (["a.h5", "b.h5", "--names", "one"], "1 names for 2 files"),
+        (["a.h5", "b.h5", "--names", "one", "all others"], "'all others' are not names"),
+        (["a.h5", "b.h5", "--folds", "1"], "--folds 1: choose 2 or more"),
+        (["a.h5", "b.h5", "--method", "svm"], "invalid choice: 'svm'"),
+    ],
+)
+def test_flags_that_make_no_sense(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--features", *flags, "--output-dir", str(tmp_path / "out")])
+    assert message in capsys.readouterr().err
+
+
+def expect_nothing(tmp_path, message, *flags):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_do_not_go_together_are_refused_and_leave_nothing(files, tmp_path):
+    labels = np.arange(30) % 3
+    other = cells_of("x", labels, attributes={"checkpoint_sha256": "cd", "transform": "28 px"})
+    write_features(tmp_path / "other.h5", other)
+    message = "'pbc' and 'other' do not compare: .*checkpoint_sha256 differs, 'ab' and 'cd'"
+    expect_nothing(tmp_path, message, "--features", files[0], tmp_path / "other.h5")
+    broken = cells_of("x", labels, features=np.full((30, DIM), np.nan, dtype=np.float32))
+    write_features(tmp_path / "broken.h5", broken)
+    message = r"30 of 30 in '.*broken.h5' are infinite or NaN"
+    expect_nothing(tmp_path, message, "--features", files[0], tmp_path / "broken.h5")
+    write_features(tmp_path / "again.h5", cells_of("pbc", labels))
+    expect_nothing(tmp_path, "train and test share", "--features", files[0], tmp_path / "again.h5")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("label,common\nx,y\n", r"has the columns \['label', 'common'\]; expected dataset,label,common"),
+        ("dataset,label,common\nmll,blast,x\n", "line 2: no data set is called 'mll'; there are pbc, ssl, bm"),
+        ("dataset,label,common\npbc,Blast,x\n", "line 2: pbc has no label 'Blast'; it has basophil, blast, monocyte"),
+        ("dataset,label,common\npbc,blast,x\npbc,blast,y\n", "line 3: 'blast' of pbc has a row already"),
+    ],
+)
+def test_maps_that_are_wrong(text, message, files, tmp_path):
+    (tmp_path / "map.csv").write_text(text)
+    expect_nothing(tmp_path, message, "--features", *files, "--classes-map", tmp_path / "map.csv")
+    with pytest.raises(FileNotFoundError, match="--classes-map: no file"):
+        run(tmp_path / "out", "--features", *files, "--classes-map", tmp_path / "absent.csv")
+
+
+def test_runs_as_a_script_from_any_folder(files, tmp_path):
+    script = [sys.executable, str(REPOSITORY / "dinov2" / "eval" / "cross.py"), "--features", "pbc.h5", "ssl.h5"]
+    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(REPOSITORY)}, "text": True}
+    done = subprocess.run([*script, "--output-dir", "out"], capture_output=True, **options)
+    assert done.returncode == 0, done.stderr
+    assert "which data set is it?" in done.stdout
