@@ -106,14 +106,15 @@ def agreement(what: str, ways: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def knn_ours(args: argparse.Namespace) -> Callable[[], np.ndarray]:
-    from dinov2.eval.knn import evaluate_knn, knn_predict  # noqa: F401  both imported before the clock starts
+    from dinov2.eval.knn import evaluate_knn_folds
 
     train, train_labels, test, test_labels = load_features(args.folder)
-    names = [str(i) for i in range(N_CLASSES)]
+    features, labels = np.concatenate([train, test]), np.concatenate([train_labels, test_labels])
+    folds = [(np.arange(len(train)), np.arange(len(train), len(labels)))]
 
     def work() -> np.ndarray:
-        evaluate_knn(train, train_labels, test, test_labels, names, KS)
-        return np.stack([knn_predict(train, train_labels, test[:0], k, N_CLASSES) for k in KS])
+        found = evaluate_knn_folds(features, labels, N_CLASSES, folds, KS)
+        return np.stack([found[k].predictions[folds[0][1]] for k in KS])
 
     return work
 
