@@ -198,12 +198,12 @@ WORK = {
 
 
 def make_features(folder: Path) -> None:
-    """Features as a network's are: classes overlap, and few directions hold most of the variance."""
+    """Features as those of a small trained ViT: classes overlap, deviations fall from 6 in a few directions to 0.02."""
     if (folder / "features.npz").is_file():
         return
     rng = np.random.default_rng(0)
     labels = rng.integers(0, N_CLASSES, N_CELLS)
-    scales = 1 / np.sqrt(1 + np.arange(DIM))  # of the directions
+    scales = 6 / (1 + np.arange(DIM) / 8) ** 1.5  # of the directions
     centres = 0.6 * rng.standard_normal((N_CLASSES, DIM))
     features = (centres[labels] + rng.standard_normal((N_CELLS, DIM))) * scales
     features = features @ np.linalg.qr(rng.standard_normal((DIM, DIM)))[0]
