@@ -52,6 +52,7 @@ from dinov2.eval.extract_features import (
     positive_int,
 )
 from dinov2.eval.features import read_features
+from dinov2.eval.figures import draw_confusion, draw_curves, draw_losses
 from dinov2.eval.mil_training import (
     Epoch,
     Fold,
@@ -69,7 +70,6 @@ from dinov2.eval.results import (
     PROBABILITY_PREFIX,
     FoldPredictions,
     class_table,
-    draw_confusion,
     metrics_table,
     provenance,
     settings_of,
@@ -267,6 +267,16 @@ def judge(args: argparse.Namespace) -> dict[str, Any]:
     write_predictions(output / "predictions.csv", bags.patients, bags.labels, together, names, key_column="patient")
     _write_attention(output, bags, predictions, names, args.top_cells)
     draw_confusion(output / "confusion.png", results["together"]["confusion"], names, f"ABMIL, {args.model}")
+    assert together.probabilities is not None, "aggregators give probabilities"
+    tested = together.tested
+    draw_curves(
+        output / "curves.png", bags.labels[tested], together.probabilities[tested], names, f"ABMIL, {args.model}"
+    )
+    histories = {
+        f"fold {fold_names[run.fold]}, run {run.run}": [(epoch.train_loss, epoch.val_loss) for epoch in run.history]
+        for run in runs
+    }
+    draw_losses(output / "losses.png", histories, f"ABMIL, {args.model}")
     aggregator.save(output / "aggregator.pth")
     write_report(output, report)
     return report

@@ -25,10 +25,11 @@ from torch.utils.data import DataLoader, Dataset
 from dinov2.data.datasets.cells import LabelledCells
 from dinov2.data.datasets.decode import UnreadableImageError, load_image
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, is_main_process, on_main_process
-from dinov2.eval.encoders import DinoEncoder, Encoder, Kind, Preparation, build_encoder, dino_transform
+from dinov2.eval.encoders import DinoEncoder, Encoder, Kind, Preparation, build_encoder
 from dinov2.eval.feature_parts import PART_SIZE, PATCH_PART_SIZE, Extraction, FeatureParts
 from dinov2.eval.features import DEFAULT_KIND, PATCHES, Features, read_features, stored_kinds, write_features
 from dinov2.hub.backbones import PathLike, checkpoint_file, file_sha256, load_backbone, trained_image_size
+from dinov2.hub.transform import PictureTransform
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 __all__ = ["Embedder", "Extraction", "Precision", "embed_images", "extract"]
@@ -230,7 +231,7 @@ class Embedder:
     """A network, and the settings that the features of a picture depend on.
 
     Attributes:
-        checkpoint: a file or run's folder, as `load_backbone` takes it; None for an encoder by name.
+        checkpoint: whatever `load_backbone` takes: a file, a folder, a name or a URL; None for an encoder by name.
         image_size: S; 0 takes that of the training run where the file tells it and 224 otherwise, or the named
             encoder's own.
         precision: "fp32" or "bf16".
@@ -290,7 +291,7 @@ class Embedder:
         if self.checkpoint is None:
             sha256, transform = self.encoder.sha256, self.encoder.transform
         else:
-            sha256, transform = file_sha256(self.file), dino_transform(self.image_size)
+            sha256, transform = file_sha256(self.file), str(PictureTransform(self.image_size))
         identity = {"checkpoint_sha256": sha256, "transform": transform, "precision": self.precision}
         # networks of a library may differ by an activation alone, which no tensor tells
         return identity if self.checkpoint is not None else {"model": self.encoder.description, **identity}

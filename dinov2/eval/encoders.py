@@ -34,7 +34,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dinov2.data.datasets.decode import resize_image
 from dinov2.data.transforms import normalize_images
 from dinov2.eval.baselines import BINS, CENTRE_SHARE, PIXELS_SIDE, Description, histogram_of, pixels_of
 from dinov2.eval.features import PATCHES
@@ -44,6 +43,7 @@ from dinov2.hub.backbones import (
     file_sha256,
     read_weights_file,
 )
+from dinov2.hub.transform import PictureTransform
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 TIMM, TORCHVISION = "timm:", "torchvision:"
@@ -153,8 +153,8 @@ class DinoEncoder(Encoder):
         self.network = network
         self.has_patch_tokens, self.n_blocks = True, network.n_blocks
         self.image_size = image_size
-        self.preparation = partial(resize_image, size=image_size, fit="crop")
-        self.transform = dino_transform(image_size)
+        transform = PictureTransform(image_size)
+        self.preparation, self.transform = transform.resize, str(transform)
         self.description = describe_backbone(network)
         self.file = file
         self.origin = os.path.abspath(file) if file is not None else "memory"
@@ -168,11 +168,6 @@ class DinoEncoder(Encoder):
         layers = self.network.get_intermediate_layers(normalize_images(images), n=n, return_class_token=True)
         cls_tokens = [cls_token for _, cls_token in layers]  # n times [B, D]
         return _of_kinds(kinds, cls_tokens[-1], cls_tokens, layers[-1][0])
-
-
-def dino_transform(image_size: int) -> str:
-    """`DinoEncoder.transform`."""
-    return f"RGB, shorter side to {image_size} px (Lanczos), centre crop, ImageNet mean and std"
 
 
 class TimmEncoder(Encoder):

@@ -44,9 +44,10 @@ def add_embedder_arguments(parser: argparse.ArgumentParser, checkpoint_required:
     network = parser.add_mutually_exclusive_group(required=checkpoint_required)
     network.add_argument(
         "--checkpoint",
-        type=Path,
-        help="weights: a run's folder (its newest teacher), or a .pth or .safetensors file (teacher_checkpoint.pth of "
-        "a run, DinoBloom-*.pth, a DINOv2 release)",
+        metavar="WEIGHTS",
+        help="a run's folder (its newest teacher); a .pth or .safetensors file (teacher_checkpoint.pth of a run, "
+        "DinoBloom-*.pth, a DINOv2 release); a folder of transformers or timm; or a name (dinobloom_s/b/l/g, "
+        "dinov2_vits14, dinov2_vits14_reg, ...) or URL, downloaded once",
     )
     network.add_argument(
         "--encoder",

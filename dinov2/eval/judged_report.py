@@ -14,11 +14,11 @@ import numpy as np
 from dinov2.data.splits import Fold, write_split
 from dinov2.eval.cell_sets import input_hashes
 from dinov2.eval.few_shot import Predict, evaluate_few_shot, size_of_draw
+from dinov2.eval.figures import draw_confusion, draw_curves
 from dinov2.eval.judged_set import JudgedSet
 from dinov2.eval.results import (
     FoldPredictions,
     class_table,
-    draw_confusion,
     metrics_table,
     provenance,
     scores_table,
@@ -139,6 +139,11 @@ def write_results(
     row = list(results["model"])[-1]
     title = f"{style.title}, {style.setting} = {style.value(row)}" if style.has_file_per_row else style.title
     draw_confusion(args.output_dir / "confusion.png", results["model"][row]["confusion"], cells.class_names, title)
+    shown = predicted["model"][row]
+    if shown.probabilities is not None:
+        tested = shown.tested
+        file = args.output_dir / "curves.png"
+        draw_curves(file, cells.labels[tested], shown.probabilities[tested], cells.class_names, title)
     report = {
         "protocol": style.protocol,
         "results": results,

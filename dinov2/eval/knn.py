@@ -240,8 +240,8 @@ def _known(of_protocols: dict[Protocol, tuple[int, ...]], protocol: Protocol) ->
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Classify cells by their nearest neighbours among features; print a table and write results.json, "
-        "predictions_knn_<k>.csv, split.csv, confusion.png to <output-dir>. Give --checkpoint or --encoder with "
-        "--train and --test or with --data, or else --features, with or without --test-features.",
+        "predictions_knn_<k>.csv, split.csv, confusion.png, curves.png to <output-dir>. Give --checkpoint or --encoder "
+        "with --train and --test or with --data, or else --features, with or without --test-features.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(

@@ -259,8 +259,8 @@ def evaluate_linear(
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Classify cells by a linear probe of their features; print a table and write results.json, "
-        "predictions.csv, split.csv, confusion.png to <output-dir>. Give --checkpoint or --encoder with --train and "
-        "--test or with --data, or else --features, with or without --test-features.",
+        "predictions.csv, split.csv, confusion.png, curves.png to <output-dir>. Give --checkpoint or --encoder with "
+        "--train and --test or with --data, or else --features, with or without --test-features.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(

@@ -121,10 +121,21 @@ def expected_calibration_error(
         probabilities: [N, C].
         n_bins: number of intervals.
     """
+    confidences, accuracies, counts = reliability(labels, predictions, probabilities, n_bins)
+    return float((np.abs(accuracies - confidences) * counts).sum() / len(labels))
+
+
+def reliability(
+    labels: np.ndarray, predictions: np.ndarray, probabilities: np.ndarray, n_bins: int = N_CALIBRATION_BINS
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean confidence, accuracy and size of the bins of `expected_calibration_error` that are not empty, ascending."""
     confidence = np.take_along_axis(probabilities.astype(np.float64), predictions[:, None], axis=1)[:, 0]  # [N]
     bins = np.searchsorted(np.linspace(0, 1, n_bins + 1)[1:-1], confidence, side="left")  # [N]
-    surplus = (labels == predictions) - confidence
-    return float(np.abs(np.bincount(bins, weights=surplus, minlength=n_bins)).sum() / len(labels))
+    counts = np.bincount(bins, minlength=n_bins)
+    is_filled = counts > 0
+    sums = [np.bincount(bins, weights=values, minlength=n_bins) for values in (confidence, labels == predictions)]
+    confidences, accuracies = (of_bins[is_filled] / counts[is_filled] for of_bins in sums)
+    return confidences, accuracies, counts[is_filled]
 
 
 def check_answers(labels: np.ndarray, predictions: np.ndarray, n_classes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: results.json, predictions as CSV, a table for the terminal, a confusion matrix.
+"""What an evaluation leaves behind: results.json, predictions as CSV, tables for the terminal.
 
 The same inputs give the same bytes of results.json but for its last entry, the date: settings that only say where
 results go or how fast they come are left out, and so are times.
@@ -324,72 +324,3 @@ def class_table(title: str, metrics: Mapping[str, Any], n_train: Mapping[str, in
             f"{100 * row['f1']:7.1f}"
         )
     return lines
-
-
-def draw_confusion(file: Path, confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str) -> bool:
-    """A PNG of counts, coloured by the share of the label's row; False, with a line in the log, without matplotlib.
-
-    Args:
-        file: the PNG.
-        confusion: [C, C] counts; rows are labels, columns predictions.
-        class_names: C names.
-        title: over it.
-    """
-    counts = np.asarray(confusion)
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    texts = [[str(count) if count else "" for count in row] for row in counts.tolist()]
-    return draw_matrix(
-        file,
-        shares,
-        texts,
-        class_names,
-        class_names,
-        xlabel="prediction",
-        ylabel="label",
-        title=title,
-        scale="share of the label's cells",
-    )
-
-
-def draw_matrix(
-    file: Path,
-    values: np.ndarray,
-    texts: Sequence[Sequence[str]],
-    row_names: Sequence[str],
-    column_names: Sequence[str],
-    *,
-    xlabel: str,
-    ylabel: str,
-    title: str,
-    scale: str,
-) -> bool:
-    """A PNG of a matrix, coloured by value; False, with a line in the log, without matplotlib.
-
-    Args:
-        file: the PNG.
-        values: [rows, columns], 0-1; NaN stays white.
-        texts: what stands in each field.
-        row_names, column_names: beside and under it.
-        xlabel, ylabel, title, scale: what columns, rows, all of it and the colours are.
-    """
-    try:
-        from matplotlib.figure import Figure  # not pyplot, which keeps every figure it ever made
-    except ImportError:
-        logger.info("%s is not drawn: matplotlib is missing (pip install matplotlib)", file.name)
-        return False
-    height, width = (2.5 + 0.45 * len(names) for names in (row_names, column_names))  # inches
-    figure = Figure(figsize=(width + 1, height), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(values, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, label=scale)
-    for row, of_row in enumerate(texts):
-        for column, text in enumerate(of_row):
-            if text:
-                colour = "white" if values[row, column] > 0.5 else "black"
-                axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
-    axes.set_xticks(range(len(column_names)), labels=column_names, rotation=45, ha="right")
-    axes.set_yticks(range(len(row_names)), labels=row_names)
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    with atomic_write(file) as stream:
-        figure.savefig(stream, format="png", dpi=150)
-    return True

@@ -93,7 +93,7 @@ def trained(tmp_path_factory):
 
 def test_what_a_training_leaves(trained, capsys):
     bags, output, report = trained
-    assert {path.name for path in output.iterdir()} - {"confusion.png"} == FILES
+    assert {path.name for path in output.iterdir()} - {"confusion.png", "curves.png", "losses.png"} == FILES
     results = report["results"]["classwise"]
     assert len(results["networks"]) == 2 * 2
     assert {"accuracy", "balanced_accuracy", "weighted_f1", "auroc"} <= set(results["mean"])

@@ -270,7 +270,7 @@ def test_from_features_to_results(tmp_path, capsys):
     flags = ("--features", file, "--few-shot", 8, 2, "--repeats", 3)
     table, report = run(capsys, tmp_path, *flags)
     written = {"results.json", "predictions_knn_1.csv", "predictions_knn_20.csv", "split.csv"}
-    assert written <= {path.name for path in (tmp_path / "out").iterdir()} <= written | {"confusion.png"}
+    assert written <= {path.name for path in (tmp_path / "out").iterdir()} <= written | {"confusion.png", "curves.png"}
     for k in (1, 20):
         found, rows = report["results"]["model"][f"knn_{k}"], rows_of(tmp_path / "out" / f"predictions_knn_{k}.csv")
         assert [row["path"] for row in rows] == [f"/cells/{i}.png" for i in range(80)]

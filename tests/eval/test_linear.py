@@ -229,7 +229,7 @@ def test_from_features_to_results(tmp_path, capsys):
     file = features_file(tmp_path / "f.h5")
     table, report = run(capsys, tmp_path / "out", "--features", file, "--few-shot", 5, 1, "--repeats", 2)
     written = {"results.json", "predictions.csv", "split.csv"}
-    assert written <= {path.name for path in (tmp_path / "out").iterdir()} <= written | {"confusion.png"}
+    assert written <= {path.name for path in (tmp_path / "out").iterdir()} <= written | {"confusion.png", "curves.png"}
     found = report["results"]["model"]["linear_dinobloom"]
     rows = rows_of(tmp_path / "out" / "predictions.csv")
     # pictures of one name in two folders keep their own rows, and no fold overwrites another's

@@ -1,20 +1,17 @@
-"""Reports with the same bytes each time, predictions that come back, tables and pictures that show what is in them."""
+"""Reports with the same bytes each time, predictions that come back, tables that show what is in them."""
 
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from dinov2.eval.metrics import classification_metrics
 from dinov2.eval.results import (
     FoldPredictions,
     class_table,
-    draw_confusion,
     metrics_table,
     provenance,
     read_predictions,
@@ -146,25 +143,3 @@ def test_tables_show_values_intervals_and_spread(predicted):
     assert "AUROC" not in scores_table([("model", plain)])[0]
     of_class = class_table("model", summary, dict.fromkeys(NAMES, 8))[1]
     assert re.fullmatch(r"basophil +8 +4 +100\.0 +80\.0 +88\.9", of_class)
-
-
-def test_the_confusion_is_drawn(tmp_path):
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    file = tmp_path / "new" / "confusion.png"
-    assert draw_confusion(file, [[9, 0], [1, 0]], ["a", "b"], "kNN")
-    with Image.open(file) as picture:
-        assert picture.format == "PNG"
-        colours = {picture.getpixel((x, y)) for x in range(0, picture.width, 9) for y in range(0, picture.height, 9)}
-    assert len(colours) > 5
-    first = file.read_bytes()
-    draw_confusion(file, [[9, 0], [1, 0]], ["a", "b"], "kNN")
-    assert file.read_bytes() == first
-    assert pyplot.get_fignums() == []  # none stays open
-
-
-def test_without_matplotlib_a_line_says_so(tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with caplog.at_level("INFO", logger="dinov2"):
-        assert not draw_confusion(tmp_path / "confusion.png", [[1]], ["a"], "kNN")
-    assert "confusion.png is not drawn: matplotlib is missing" in caplog.text
-    assert list(tmp_path.iterdir()) == []
