@@ -52,6 +52,7 @@ setup(
     install_requires=[RANGES.get(name, line) for name, line in requirements.items() if name not in OPTIONAL],
     extras_require={
         "xformers": ["xformers>=0.0.35"],
+        "lora": [development["peft"]],
         "plots": [requirements["matplotlib"]],
         "tensorboard": [requirements["tensorboard"]],
         "timm": [development["timm"]],

@@ -20,7 +20,7 @@ ALLOWED = {
     "utils": {"configs", "distributed"},
     **{package: {"distributed", "utils"} for package in MIDDLE},
     "models": {"layers"},
-    "hub": {"models", "utils"},
+    "hub": {"models", "utils", "data", "logging"},
     "eval": BASE | MIDDLE | {"utils", "models", "hub"},
     "train": BASE | MIDDLE | {"utils", "models", "hub", "eval"},
     "run": BASE | MIDDLE | {"utils", "models", "hub", "eval", "train"},
@@ -32,7 +32,7 @@ FREE = {"dinov2.utils.files"}
 BARE_MACHINE = """
 import importlib, sys
 
-OPTIONAL = {"xformers", "tensorboard", "torchmil", "matplotlib", "wandb", "timm", "transformers"}
+OPTIONAL = {"xformers", "tensorboard", "torchmil", "matplotlib", "wandb", "timm", "transformers", "onnxruntime", "peft"}
 
 class Missing:
     def find_spec(self, name, path=None, target=None):

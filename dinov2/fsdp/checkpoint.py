@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, is_enabled, on_main_process
 from dinov2.fsdp.sharding import checkpoint_group
 from dinov2.utils.files import atomic_write, sync_folder
+from dinov2.utils.sharded_checkpoints import TensorReader, reason_of
 
 logger = logging.getLogger("dinov2")
 
@@ -137,20 +138,21 @@ class Checkpointer:
                 logger.warning("%s is now %s, since the run goes on from iteration %d", path, aside.name, iteration)
 
     def load(self, path: Path, tensors: Tensors) -> None:
-        """Fill `tensors` in place from the checkpoint at `path`, however many processes wrote it.
+        """Fill `tensors` in place from the checkpoint at `path`, however many processes wrote it; nothing else in it is
+        looked at.
 
         Raises:
-            ValueError: it holds other names or shapes.
+            ValueError: it holds other names or shapes, or something that could run code.
         """
         try:
             dcp.load(
                 dict(tensors),
-                storage_reader=FileSystemReader(path),
+                storage_reader=TensorReader(path),
                 process_group=self._group,
                 no_dist=not is_enabled(),
             )
         except (CheckpointException, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path}: {_reason(error)}") from error
+            raise ValueError(f"{path}: {reason_of(error)}") from error
 
     def _settle(self, iteration: int, pending: "Future[bool]", written: "Future[Any]") -> None:
         """Say how it went as soon as that is known: the next checkpoint may be hours away."""
@@ -199,7 +201,7 @@ class Checkpointer:
         logger.error(
             "checkpoint after iteration %d could not be written (%s); %s. Make room or mend the disk: the run goes on "
             "and tries again at its next checkpoint",
-            *(iteration, _reason(error), f"{kept[-1]} is the last good one" if kept else "there is none before it"),
+            *(iteration, reason_of(error), f"{kept[-1]} is the last good one" if kept else "there is none before it"),
         )
 
 
@@ -261,10 +263,3 @@ def _faults(path: Path) -> list[str]:
 def _number(path: Path) -> int | None:
     digits = path.name.removeprefix(_PREFIX)
     return int(digits) if digits.isdigit() else None
-
-
-def _reason(error: BaseException) -> str:
-    """One line; of an error that several processes had, that of the first."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,5 +1,7 @@
-"""Backbones from files: every layout that weights come in, and the names that torch.hub finds."""
+"""Backbones from files, names and URLs: every layout that weights come in, and the names that torch.hub finds."""
 
 from dinov2.hub.backbones import load_backbone, untrained_backbone
+from dinov2.hub.downloads import RELEASES, resolve_weights
+from dinov2.hub.transform import PictureTransform
 
-__all__ = ["load_backbone", "untrained_backbone"]
+__all__ = ["RELEASES", "PictureTransform", "load_backbone", "resolve_weights", "untrained_backbone"]

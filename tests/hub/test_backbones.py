@@ -1,19 +1,23 @@
 """Whatever layout a weights file has, load_backbone gives the network that was saved, or says what is wrong."""
 
-import hashlib
+import copy
+import json
+import logging
 import pickle
-import runpy
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+from dinov2.data.datasets.decode import resize_image
+from dinov2.data.transforms import normalize_images
 from dinov2.hub import backbones
 from dinov2.hub.backbones import load_backbone
+from dinov2.hub.transform import PictureTransform
 from dinov2.models import architecture, build_backbone
 
-REPOSITORY = Path(__file__).parents[2]
 TINY = {
     "embed_dim": 64,
     "depth": 2,
@@ -39,7 +43,13 @@ def prefixed(prefix, state):
     return {prefix + name: value for name, value in state.items()}
 
 
-HEADS = {"dino_head.mlp.0.weight": torch.ones(2, 3), "ibot_head.last_layer.weight_g": torch.ones(2, 1)}
+HEADS = {
+    "dino_head.mlp.0.weight": torch.ones(2, 3),
+    "dino_head.last_layer.parametrizations.weight.original0": torch.full((2, 1), 3.0),
+    "dino_head.last_layer.parametrizations.weight.original1": torch.ones(2, 4),
+    "ibot_head.last_layer.weight_g": torch.ones(2, 1),
+    "ibot_head.last_layer.weight_v": torch.ones(2, 4),
+}
 LAYOUTS = {
     "bare, as DINOv2 releases": lambda state: state,
     "DinoBloom release": lambda state: {"teacher": {**prefixed("backbone.", state), **HEADS}},
@@ -65,6 +75,15 @@ LAYOUTS = {
         "student": {name: value + 1 for name, value in state.items()},
         "teacher": state,
     },
+    "with the optimizer's state": lambda state: {
+        "model": prefixed("module.", state),
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(64)}},
+            "param_groups": [{"lr": 1}],
+        },
+        "scaler": None,
+    },
+    "compiled twice and wrapped": lambda state: {"teacher": prefixed("module._orig_mod.backbone._orig_mod.", state)},
     "without the mask token": lambda state: {name: value for name, value in state.items() if name != "mask_token"},
 }
 
@@ -80,12 +99,68 @@ def test_every_layout_gives_the_saved_network(layout, tiny, tmp_path, formulas):
     assert all(parameter.dtype == torch.float32 and not parameter.is_meta for parameter in loaded.parameters())
 
 
-def test_safetensors_and_half_precision(tiny, tmp_path):
-    saved = tiny().half().state_dict()
-    save_file(saved, tmp_path / "model.safetensors")
-    loaded = load_backbone(tmp_path / "model.safetensors", img_size=56).state_dict()
-    for name, value in saved.items():
-        torch.testing.assert_close(loaded[name], value.float(), rtol=0, atol=0)
+@pytest.mark.parametrize("name", ["model.safetensors", "weights.pth", "safetensors under another name.bin"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_becomes_fp32(name, dtype, tiny, tmp_path):
+    saved = tiny().to(dtype).state_dict()
+    (torch.save if name.endswith(".pth") else save_file)(saved, tmp_path / name)
+    loaded = load_backbone(tmp_path / name, img_size=56).state_dict()
+    for parameter, value in saved.items():
+        torch.testing.assert_close(loaded[parameter], value.float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["DinoBloom release", "whole training state", "bare, as DINOv2 releases"])
+def test_heads_come_under_the_names_of_the_old_weight_norm(layout, tiny, tmp_path):
+    torch.save(LAYOUTS[layout](tiny().half().state_dict()), tmp_path / "weights.pth")
+    heads = backbones.read_heads(tmp_path / "weights.pth")
+    if layout.startswith("bare"):
+        assert heads == {}
+        return
+    assert heads.keys() == {"dino_head", "ibot_head"}
+    assert heads["dino_head"].keys() == {"mlp.0.weight", "last_layer.weight_g", "last_layer.weight_v"}
+    assert heads["ibot_head"].keys() == {"last_layer.weight_g", "last_layer.weight_v"}
+    assert torch.equal(heads["dino_head"]["last_layer.weight_g"], torch.full((2, 1), 3.0))
+
+
+def test_the_metadata_of_safetensors_tell_what_tensors_do_not(tiny, tmp_path):
+    saved = tiny(num_heads=4)
+    save_file(saved.state_dict(), tmp_path / "a.safetensors", {"architecture": json.dumps(architecture(saved))})
+    assert load_backbone(tmp_path / "a.safetensors", img_size=56).num_heads == 4
+    assert backbones.trained_image_size(tmp_path / "a.safetensors") == 56
+    save_file(saved.state_dict(), tmp_path / "b.safetensors", {"architecture": "vit_small", "format": "pt"})
+    assert load_backbone(tmp_path / "b.safetensors", img_size=56).num_heads == 1
+    save_file(saved.state_dict(), tmp_path / "c.safetensors", {"architecture": "{half"})
+    with pytest.raises(ValueError, match=r"c\.safetensors: what should be JSON"):
+        load_backbone(tmp_path / "c.safetensors", img_size=56)
+
+
+def test_the_log_says_what_was_loaded(tiny, tmp_path, caplog):
+    torch.save({"teacher": {**prefixed("backbone.", tiny(img_size=70).state_dict()), **HEADS}}, tmp_path / "w.pth")
+    with caplog.at_level(logging.INFO, "dinov2"):
+        load_backbone(tmp_path / "w.pth", img_size=56)
+    assert caplog.messages == [
+        f"{tmp_path / 'w.pth'}: ViT with dim 64, depth 2, 1 heads, patch 14; 35 tensors, all placed; position "
+        "embeddings resized from 5 x 5 to 4 x 4 patches; without its dino_head; without its ibot_head"
+    ]
+
+
+def test_the_transform_comes_with_the_network(tiny, tmp_path):
+    torch.save(tiny().state_dict(), tmp_path / "weights.pth")
+    model = load_backbone(tmp_path / "weights.pth", img_size=56)
+    picture = np.random.default_rng(0).integers(0, 256, (70, 60, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "cell.png")
+    image = model.transform(tmp_path / "cell.png")
+    assert torch.equal(image, normalize_images(resize_image(Image.fromarray(picture), 56)))
+    assert model(image[None]).shape == (1, 64)
+    assert not [name for name in model.state_dict() if "transform" in name]
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert copied.transform == model.transform == PictureTransform(56)
+    copied.load_state_dict(model.state_dict())
+    assert torch.compile(model, backend="eager").transform == model.transform
+    untrained = backbones.untrained_backbone(tmp_path / "weights.pth", img_size=70)
+    assert untrained.transform == PictureTransform(70)
+    torch.save(tiny(in_chans=1).state_dict(), tmp_path / "grey.pth")
+    assert load_backbone(tmp_path / "grey.pth", img_size=56).transform is None
 
 
 @pytest.mark.parametrize(
@@ -163,7 +238,7 @@ def test_the_newest_teacher_of_a_run_is_the_one_of_the_highest_iteration(tiny, t
 def test_nothing_to_load(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file or folder"):
         load_backbone(tmp_path / "absent.pth")
-    with pytest.raises(FileNotFoundError, match="no eval/training_<iteration>/teacher_checkpoint.pth"):
+    with pytest.raises(FileNotFoundError, match="neither eval/training_<iteration>/teacher_checkpoint.pth"):
         load_backbone(tmp_path)
 
 
@@ -264,7 +339,7 @@ def test_a_lost_block_is_noticed(tiny, tmp_path):
 def other_networks():
     state = {name: torch.ones(2, 2) for name in ("embeddings.cls_token", "encoder.layer.0.norm1.weight")}
     return [
-        ({"model": state}, "not a DINOv2 backbone: no cls_token.*it holds embeddings.cls_token"),
+        ({"model": state}, "not a DINOv2 backbone: no pos_embed, patch_embed.proj.weight, norm.weight; it holds"),
         ({"epoch": 3}, "it holds no tensors"),
         ([torch.ones(2)], "holds a list, not a dict"),
         ({"student": prefixed("backbone.", state)}, "a student and no teacher"),
@@ -315,40 +390,3 @@ def test_an_untrained_backbone_follows_its_seed_and_not_the_weights(tiny, tmp_pa
     assert torch.equal(first[name], again[name])
     assert not torch.equal(first[name], other[name])
     assert not torch.equal(first[name], trained[name])
-
-
-def test_file_sha256(tmp_path):
-    content = bytes(range(256)) * 5000  # more than one block
-    (tmp_path / "file").write_bytes(content)
-    assert backbones.file_sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
-
-
-def test_hub_names_ask_for_the_file(tmp_path):
-    with pytest.raises(ValueError, match=r"download DinoBloom-L\.pth from https://zenodo.org/records/10908163"):
-        backbones.dinobloom_l()
-    with pytest.raises(ValueError, match=r"dinov2_vitb14/dinov2_vitb14_reg4_pretrain\.pth and pass weights="):
-        backbones.dinov2_vitb14_reg()
-    with pytest.raises(ValueError, match="contradicts pretrained=False"):
-        backbones.dinobloom_s(pretrained=False, weights=tmp_path / "DinoBloom-S.pth")
-
-
-def test_torch_hub_finds_the_names_in_a_clone():
-    names = runpy.run_path(str(REPOSITORY / "hubconf.py"))
-    assert {f"dinobloom_{size}" for size in "sblg"} <= names.keys()
-    assert {f"dinov2_vit{size}14{registers}" for size in "sblg" for registers in ("", "_reg")} <= names.keys()
-    model = torch.hub.load(str(REPOSITORY), "dinov2_vits14_reg", source="local", pretrained=False, img_size=28)
-    assert (model.embed_dim, model.n_blocks, model.num_heads, model.num_register_tokens) == (384, 12, 6, 4)
-    assert (model.interpolate_antialias, model.interpolate_offset) == (True, 0.0)
-
-
-def test_dinobloom_s_by_name(tmp_path):
-    released = backbones.dinobloom_s(pretrained=False)
-    torch.save({"teacher": {**prefixed("backbone.", released.state_dict()), **HEADS}}, tmp_path / "DinoBloom-S.pth")
-    model = backbones.dinobloom_s(weights=tmp_path / "DinoBloom-S.pth")
-    assert model.pos_embed.shape == (1, 257, 384)
-    assert model.num_heads == 6
-    n_parameters = 22_056_576 - (1370 - 257) * 384  # DINOv2's ViT-S/14, less the positions of 518 px
-    assert sum(parameter.numel() for parameter in model.parameters()) == n_parameters
-    assert torch.equal(model.blocks[11].attn.qkv.weight, released.blocks[11].attn.qkv.weight)
-    with pytest.raises(ValueError, match=r"holds a ViT with dim 384, depth 12, 6 heads.*not a ViT with dim 768"):
-        backbones.dinobloom_b(weights=tmp_path / "DinoBloom-S.pth")

@@ -1,0 +1,347 @@
+"""Hand a backbone to other tools: files for each, read back and compared with ours, and a model card beside them.
+
+    python dinov2/hub/export.py --checkpoint <file or run folder> --output-dir <folder>
+
+writes, as `--formats` says,
+
+    backbone.pth            a bare state dict, as DINOv2 releases them
+    backbone.safetensors    the same
+    huggingface/            for transformers' AutoModel and AutoImageProcessor
+    timm/                   for timm.create_model(..., checkpoint_path="timm/model.safetensors")
+    backbone.onnx           any number of pictures at a time (beyond 2 GB, weights in backbone.onnx.data)
+    backbone.pt2            torch.export, likewise
+    README.md               what it is, how to load each file, how far it is from ours
+    sha256sums.txt          of all these
+
+The weights are the teacher's, in fp32, with position embeddings for one picture side. The folder appears once every
+file gave our features of drawn cells in its own library (export_formats.py says which outputs correspond), or not at
+all.
+"""
+
+import argparse
+import hashlib
+import importlib
+import logging
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dinov2.data.cell_drawing import Slide, draw_cell
+from dinov2.data.datasets.decode import resize_image
+from dinov2.data.transforms import normalize_images
+from dinov2.hub.backbones import checkpoint_file, load_backbone, read_backbone_state
+from dinov2.hub.downloads import PathLike, file_sha256
+from dinov2.hub.export_formats import FORMATS, Format, Network
+from dinov2.hub.model_card import Origin, read_results, write_card
+from dinov2.logging import setup_logging
+from dinov2.utils.command import exit_code
+from dinov2.utils.files import atomic_write, sync_folder
+
+logger = logging.getLogger("dinov2")
+
+DEFAULT_IMAGE_SIZE = 224
+CHECKED_CELLS = ("neutrophil_segmented", "lymphocyte", "platelet")
+CHECKED_BATCH_SIZES = (1, len(CHECKED_CELLS))
+SUMS_FILE = "sha256sums.txt"
+EXTRA = "pip install 'dinobloom[export]'"
+
+
+class ExportError(RuntimeError):
+    """What was exported does not give the network's features."""
+
+
+def export_backbone(
+    checkpoint: PathLike,
+    output_dir: Path,
+    formats: Sequence[str] | None = None,
+    *,
+    image_size: int = 0,
+    results: Sequence[Path] = (),
+    tolerance: float = 1e-4,
+    overwrite: bool = False,
+) -> None:
+    """Write a checkpoint's backbone to `output_dir` in several formats, checked, with a model card.
+
+    Args:
+        checkpoint: whatever `load_backbone` reads.
+        output_dir: a folder that is not there yet, or is empty.
+        formats: names out of `FORMATS`; None for all whose packages are installed and that can hold the network.
+        image_size: side of the pictures in pixels; 0 for that of the training run where the file tells it, else 224.
+        results: results.json files to quote in the card.
+        tolerance: largest difference allowed between an exported file's features and ours.
+        overwrite: replace what an earlier export left in `output_dir`.
+
+    Raises:
+        ExportError: if a file does not give our features; `output_dir` is then as it was.
+        FileNotFoundError, ValueError: what is wrong with the arguments.
+    """
+    _check_free(output_dir, overwrite)
+    chosen, left_out = _installed(formats)
+    network, origin = _read(checkpoint, image_size)
+    quoted = {file: read_results(file, origin) for file in results}
+    for name in list(chosen):
+        if reason := chosen[name].refusal(network):
+            if formats is not None:
+                raise ValueError(f"--formats {name}: {reason}; leave this format out")
+            left_out[name] = reason
+            del chosen[name]
+    for name, reason in left_out.items():
+        logger.warning("%s is left out: %s", name, reason)
+
+    cells = draw_cells()
+    with _appearing(output_dir, overwrite) as folder, torch.no_grad():
+        differences = {}
+        for name, form in chosen.items():
+            form.write(network, folder)
+            differences[name] = compare(name, form, network, folder, cells, tolerance)
+        write_card(folder, network, origin, differences, quoted, left_out)
+        _write_sums(folder)
+    logger.info("exported %s to %s: %s", origin.file, output_dir, ", ".join(differences))
+
+
+def _installed(formats: Sequence[str] | None) -> tuple[dict[str, Format], dict[str, str]]:
+    """The formats to write, and {format: why not} of the others.
+
+    Raises:
+        ValueError: if one that was asked for needs a package that is not installed.
+    """
+    chosen, left_out = {}, {}
+    for name in FORMATS if formats is None else dict.fromkeys(formats):
+        if problem := _import_problem(FORMATS[name].packages):
+            left_out[name] = f"{problem}; {EXTRA} installs what exports need"
+        else:
+            chosen[name] = FORMATS[name]
+    if formats is not None and left_out:
+        raise ValueError("; ".join(f"--formats {name}: {reason}" for name, reason in left_out.items()))
+    return chosen, left_out
+
+
+def _import_problem(packages: Sequence[str]) -> str:
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            return f"it needs {package}, which cannot be imported here ({error})"
+    return ""
+
+
+def _read(checkpoint: PathLike, image_size: int) -> tuple[Network, Origin]:
+    file = checkpoint_file(checkpoint)
+    state, recorded = read_backbone_state(file)
+    size = image_size or int(recorded.get("img_size", DEFAULT_IMAGE_SIZE))
+    n_numbers = state["pos_embed"].numel() if "pos_embed" in state else 0
+    del state  # the largest networks fill the memory of a small machine
+    model = load_backbone(checkpoint, size)
+    grid = math.isqrt(n_numbers // model.embed_dim - 1)
+    if model.in_chans != 3:
+        raise ValueError(f"--checkpoint {file}: takes {model.in_chans} channels; only networks for RGB are exported")
+    return Network(model), Origin(file, _sha256(file), grid)
+
+
+def _sha256(path: Path) -> str:
+    """Of a file; of weights that lie in several files of a folder, that of the lines that sha256sum would print."""
+    if path.is_file():
+        return file_sha256(path)
+    return hashlib.sha256("".join(_sums(path)).encode()).hexdigest()
+
+
+# --- comparing ------------------------------------------------------------------------------------------------------
+
+
+def draw_cells() -> list[Image.Image]:
+    """Pictures of cells that look real enough to use a network as it is meant, always the same ones."""
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(draw_cell(name, Slide.sample(rng), rng)) for name in CHECKED_CELLS]
+
+
+def compare(
+    name: str, form: Format, network: Network, folder: Path, cells: Sequence[Image.Image], tolerance: float
+) -> dict[str, float]:
+    """Read what `form` wrote, and hold its features of cells against ours, for one picture and for several at a time.
+
+    Where the format prepares pictures itself, its pixels are compared too, and the features that it gives of them.
+
+    Returns:
+        {output: largest difference}.
+
+    Raises:
+        ExportError: if one is beyond the tolerance, or its library cannot read the file.
+    """
+    images = normalize_images(torch.stack([resize_image(cell, network.image_size) for cell in cells]))  # [B, 3, S, S]
+    expected = network.embed(images)
+    try:
+        embed = form.read(network, folder)
+        found = [(expected, images[:n], embed(images[:n])) for n in CHECKED_BATCH_SIZES]
+        if form.prepare is not None:
+            prepared = form.prepare(folder, cells)
+            found.append(({**expected, "pixels": images}, prepared, {**embed(prepared), "pixels": prepared}))
+    except (RuntimeError, ValueError, KeyError, OSError) as error:  # whatever a library says of a file it cannot use
+        raise ExportError(f"{name}: what was written cannot be used: {' '.join(str(error).split())}") from error
+    differences: dict[str, float] = {}
+    for ours, given, theirs in found:
+        for output, value in theirs.items():
+            largest = _largest_difference(ours[output][: len(given)], value)
+            differences[output] = max(differences.get(output, 0.0), largest)
+    logger.info("%s: largest difference %s", name, _listed(differences))
+    too_large = {output: value for output, value in differences.items() if not value <= tolerance}
+    if too_large:
+        raise ExportError(
+            f"{name}: what was written differs from the network by more than --tolerance {tolerance:g}: "
+            f"{_listed(too_large)}; nothing is exported"
+        )
+    return differences
+
+
+def _largest_difference(expected: Tensor, found: Tensor) -> float:
+    """Infinite for another shape and for values that are not finite, which no tolerance lets pass."""
+    if expected.shape != found.shape:
+        return math.inf
+    largest = (expected - found).abs().max().item()
+    return largest if math.isfinite(largest) else math.inf
+
+
+def _listed(differences: Mapping[str, float]) -> str:
+    return ", ".join(f"{output} {value:.2g}" for output, value in differences.items())
+
+
+# --- the folder -----------------------------------------------------------------------------------------------------
+
+
+def _check_free(output_dir: Path, overwrite: bool) -> None:
+    """Refuse to write over what is there, unless it is an earlier export and `overwrite` allows it."""
+    if not os.path.lexists(output_dir):
+        return
+    if not output_dir.is_dir():
+        raise NotADirectoryError(f"--output-dir: {output_dir} is a file; choose another folder")
+    if not any(output_dir.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"--output-dir: {output_dir} is not empty; choose another folder, or pass --overwrite")
+    if not (output_dir / SUMS_FILE).is_file():
+        raise ValueError(
+            f"--overwrite: {output_dir} has no {SUMS_FILE}, so no export made it; choose another folder, or empty it"
+        )
+
+
+@contextmanager
+def _appearing(final: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `final` that takes its name when the block has ended well, and is removed otherwise."""
+    final = final.absolute()
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".tmp"))
+    try:
+        inner = temporary / "export"  # made with the usual rights, unlike a temporary folder
+        inner.mkdir()
+        yield inner
+        rights = inner.stat().st_mode & 0o666  # some libraries write files that only their owner may read
+        for path in (*inner.rglob("*"), inner):
+            if path.is_dir():
+                sync_folder(path)
+                continue
+            path.chmod(rights)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        _check_free(final, overwrite)
+        before = temporary / "before"
+        if final.exists():
+            final.rename(before)
+        try:
+            inner.rename(final)
+        except OSError:
+            if before.exists():
+                before.rename(final)
+            raise
+        sync_folder(final.parent)
+    finally:
+        shutil.rmtree(temporary)
+
+
+def _write_sums(folder: Path) -> None:
+    lines = list(_sums(folder))
+    with atomic_write(folder / SUMS_FILE, "w") as file:
+        file.writelines(lines)
+
+
+def _sums(folder: Path) -> Iterator[str]:
+    """A line for each file below a folder, as sha256sum prints and checks them."""
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        yield f"{file_sha256(path)}  {path.relative_to(folder).as_posix()}\n"
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Write a checkpoint's backbone for other tools: each file is read back by its own library and "
+        "compared with the network, and a model card says what it is and how to load it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="a file with weights in any layout, a run's folder, one of transformers or timm, a name or a URL",
+    )
+    parser.add_argument("--output-dir", type=Path, required=True, help="where the files go; made by this command")
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        choices=tuple(FORMATS),
+        metavar="FORMAT",
+        help=f"out of {', '.join(FORMATS)}; without it, all that this machine and the network allow",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        default=0,
+        help="side of the pictures in pixels, a multiple of the patch size, for which position embeddings are written; "
+        f"0: as in its training run where the file says so, else {DEFAULT_IMAGE_SIZE}",
+    )
+    parser.add_argument(
+        "--results", type=Path, nargs="+", default=[], metavar="FILE", help="results.json files to quote in the card"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, help="largest difference from the network's features, in fp32"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in the output folder")
+    args = parser.parse_args(argv)
+    if args.image_size < 0:
+        parser.error(f"--image-size: {args.image_size} is negative")
+    if not args.tolerance > 0:
+        parser.error(f"--tolerance: {args.tolerance} is not above 0")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0, 1 where an export is not faithful, 2 for a mistake in what was asked for."""
+    args = parse_arguments(argv)
+    setup_logging()
+    try:
+        return exit_code(
+            lambda: export_backbone(
+                args.checkpoint,
+                args.output_dir,
+                args.formats,
+                image_size=args.image_size,
+                results=args.results,
+                tolerance=args.tolerance,
+                overwrite=args.overwrite,
+            )
+        )
+    except ExportError as error:
+        logger.error("%s", error)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

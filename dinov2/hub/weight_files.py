@@ -1,0 +1,391 @@
+"""Files and folders with weights: which file is meant, and the tensors in it under our names.
+
+Nothing that a file holds is ever executed: pickles are read with `weights_only=True`.
+"""
+
+import json
+import pickle
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+
+from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from dinov2.hub.adapters import is_adapter, lora_scaling, merged
+from dinov2.hub.conversions import LAYER_NORM_EPS, to_own_names
+from dinov2.hub.downloads import PathLike, resolve_weights
+from dinov2.models import architecture, build_model_from_cfg
+from dinov2.utils.sharded_checkpoints import METADATA_FILE, read_tensors
+
+TEACHER_FILE = "teacher_checkpoint.pth"
+CONFIG_FILE, PREPROCESSOR_FILE = "config.json", "preprocessor_config.json"
+# transformers' and timm's names of the file in a folder
+FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+INDEX_FILES = tuple(f"{name}.index.json" for name in FOLDER_WEIGHTS)  # where it is split
+# what torch.compile, DistributedDataParallel, FSDP and activation checkpointing put into parameter names
+WRAPPER_COMPONENTS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+HEADS = ("dino_head", "ibot_head")
+CLASSIFIER_PREFIX = "head."  # of timm and of other projects; not used
+# torch's parametrization of weight norm -> the names before it, which this project keeps
+WEIGHT_NORM = {".parametrizations.weight.original0": ".weight_g", ".parametrizations.weight.original1": ".weight_v"}
+N_NAMES_IN_ERRORS = 8
+
+# transformers' settings -> those of `models.architecture`
+_HF_SETTINGS = {
+    "hidden_size": "embed_dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "num_heads",
+    "patch_size": "patch_size",
+}
+_HF_FIXED = {"hidden_act": "gelu", "layer_norm_eps": LAYER_NORM_EPS}
+_HF_TYPES = ("dinov2", "dinov2_with_registers")
+_TIMM_SETTINGS = {
+    "embed_dim": "embed_dim",
+    "depth": "depth",
+    "num_heads": "num_heads",
+    "reg_tokens": "num_register_tokens",
+}
+
+
+@dataclass
+class StoredNetworks:
+    """What a checkpoint holds of one network: the teacher's where there are two.
+
+    Attributes:
+        backbone: tensors in fp32 on the CPU, without prefixes and block chunks.
+        heads: {"dino_head": tensors, "ibot_head": tensors}, those that are there.
+        recorded: what is said about the architecture, with names of `models.architecture`; `img_size` is the side of
+            the pictures that the network was trained on or is meant for.
+    """
+
+    backbone: dict[str, Tensor]
+    heads: dict[str, dict[str, Tensor]]
+    recorded: dict[str, Any]
+
+
+def checkpoint_file(source: PathLike) -> Path:
+    """The file that `source` means: itself, one downloaded by name or URL, or the one that counts in a folder.
+
+    In a run's folder that is the newest teacher or, before there is one, the newest checkpoint to resume from; in one
+    of transformers or timm the file with the weights. Where weights lie in several files, as those to resume from do,
+    it is their folder.
+
+    Raises:
+        FileNotFoundError: there is nothing at `source`, or no weights in the folder.
+        ConnectionError, ValueError: as `resolve_weights`.
+    """
+    path = resolve_weights(source)
+    if not path.is_dir() or _is_split(path):
+        return path
+    for name in (TEACHER_FILE, *FOLDER_WEIGHTS):
+        if (path / name).is_file():
+            return path / name
+    teachers = _by_iteration(path, "eval/training_*", TEACHER_FILE)
+    if teachers:
+        return teachers[max(teachers)] / TEACHER_FILE
+    checkpoints = _by_iteration(path, "checkpoints/iteration_*", METADATA_FILE) or _by_iteration(
+        path, "iteration_*", METADATA_FILE
+    )
+    if checkpoints:
+        return checkpoints[max(checkpoints)]
+    raise FileNotFoundError(
+        f"checkpoint: no weights in the folder {str(path)!r}: neither eval/training_<iteration>/{TEACHER_FILE}, which "
+        f"a run writes at each evaluation, nor checkpoints/iteration_<n>/, nor {' or '.join(FOLDER_WEIGHTS)}; pass a "
+        f"run's folder or a file with weights"
+    )
+
+
+def _is_split(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (METADATA_FILE, *INDEX_FILES))
+
+
+def _by_iteration(folder: Path, pattern: str, needed: str) -> dict[int, Path]:
+    """{iteration: its folder} of the folders that have the file `needed`."""
+    return {
+        int(digits): found
+        for found in folder.glob(pattern)
+        if (digits := found.name.rpartition("_")[2]).isdigit() and (found / needed).is_file()
+    }
+
+
+# --- tensors under our names ----------------------------------------------------------------------------------------
+
+
+def read_networks(path: Path) -> StoredNetworks:
+    """The networks in a file or folder that `checkpoint_file` gave.
+
+    Raises:
+        ValueError: it cannot be read, holds a student and no teacher, or was made for other pictures than normalised
+            ones.
+    """
+    content, recorded = _read(path)
+    backbone, heads = _split(_named_tensors(content, path), path)
+    return StoredNetworks(
+        {name: value.float() for name, value in backbone.items()},
+        {head: {name: value.float() for name, value in state.items()} for head, state in heads.items()},
+        recorded,
+    )
+
+
+def _named_tensors(content: Mapping[str, Any], path: Path) -> list[tuple[str, Tensor]]:
+    """Unwrap, choose the teacher, leave out what wrappers put into names; names may come twice."""
+    while wrapper := next((key for key in ("teacher", "model", "state_dict") if _is_dict(content.get(key))), None):
+        content = content[wrapper]
+    if _is_dict(content.get("student")):
+        content = {f"student.{name}": value for name, value in content["student"].items()}
+    named = [
+        (".".join(part for part in name.split(".") if part not in WRAPPER_COMPONENTS), value)
+        for name, value in content.items()
+        if isinstance(value, Tensor)
+    ]
+    named = _below("teacher.", named) or named
+    if any(name.startswith("student.") for name, _ in named):
+        raise ValueError(
+            f"checkpoint {path}: holds a student and no teacher, which is the network to use; a run writes it to "
+            f"eval/training_<iteration>/{TEACHER_FILE}"
+        )
+    return named
+
+
+def _split(named: list[tuple[str, Tensor]], path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Backbone and heads, each without its prefix."""
+    heads = {head: _unique(_below(f"{head}.", named), path) for head in HEADS}
+    inside = _below("backbone.", named) or [
+        (name, value) for name, value in named if not name.startswith(tuple(f"{head}." for head in HEADS))
+    ]
+    backbone = [(without_chunk(name), value) for name, value in inside if not name.startswith(CLASSIFIER_PREFIX)]
+    return (
+        to_own_names(_unique(backbone, path)),
+        {head: _with_old_weight_norm(state) for head, state in heads.items() if state},
+    )
+
+
+def _below(prefix: str, named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    return [(name.removeprefix(prefix), value) for name, value in named if name.startswith(prefix)]
+
+
+def _unique(named: list[tuple[str, Tensor]], path: Path) -> dict[str, Tensor]:
+    twice = [name for name, count in Counter(name for name, _ in named).items() if count > 1]
+    if twice:
+        raise ValueError(f"checkpoint {path}: under different prefixes it holds these twice: {listed(twice)}; keep one")
+    return dict(named)
+
+
+def _with_old_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    renamed = {}
+    for name, value in state.items():
+        new = next((new for new in WEIGHT_NORM if name.endswith(new)), "")
+        renamed[name.removesuffix(new) + WEIGHT_NORM[new] if new else name] = value
+    return renamed
+
+
+def without_chunk(name: str) -> str:
+    """`blocks.<chunk>.<i>.` of a backbone with block_chunks as `blocks.<i>.`; other names as they are."""
+    return re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Content, and what is said about the architecture in it or beside it."""
+    if path.is_dir():
+        return _read_run_checkpoint(path) if (path / METADATA_FILE).is_file() else _read_split(path)
+    content = read_weights_file(path)
+    recorded = content.pop("architecture", None)
+    if _is_dict(recorded):
+        return content, dict(recorded)
+    return content, _described(path.parent) if path.name in FOLDER_WEIGHTS else {}
+
+
+def read_weights_file(path: Path) -> dict[str, Any]:
+    """Tensors and plain values of a .pth/.pt or .safetensors file, on the CPU; nothing in it is executed.
+
+    Of the metadata of a safetensors file, `architecture` (JSON) is among the values.
+
+    Raises:
+        ValueError: if the file is damaged, is something else, or needs pickled code.
+    """
+    with open(path, "rb") as file:
+        start = file.read(256)
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"checkpoint {path}: a git-lfs pointer, not the weights; run `git lfs pull` where it lies")
+    if start.lstrip().startswith(b"<"):
+        raise ValueError(
+            f"checkpoint {path}: a web page, not weights; the download was answered by a page, perhaps a login or an "
+            f"error: fetch the file again"
+        )
+    damaged = f"checkpoint {path}: damaged or cut short at {path.stat().st_size} bytes; fetch or copy it again"
+    # safetensors begins with the length of its header (8 bytes); torch.save begins a zip archive, or before torch 1.6
+    # a pickle
+    if start[8:9] == b"{":
+        return _read_safetensors(path, damaged)
+    if not start.startswith((b"PK", b"\x80")) or (start.startswith(b"PK") and not zipfile.is_zipfile(path)):
+        raise ValueError(damaged)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if forbidden := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"checkpoint {path}: holds a {forbidden[1]}, and to make one would run code that the file names; if "
+                f"you trust its source, read it with torch.load(..., weights_only=False) and save its state dict alone"
+            ) from error
+        raise ValueError(damaged) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{damaged} ({error or 'it ends too early'})") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"checkpoint {path}: holds a {type(content).__name__}, not a dict of tensors")
+    return dict(content)
+
+
+def _read_safetensors(path: Path, damaged: str) -> dict[str, Any]:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ImportError(f"checkpoint {path}: to read it, run `pip install safetensors`") from error
+    try:
+        with safe_open(path, framework="pt") as file:
+            content: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            described = (file.metadata() or {}).get("architecture")
+    except SafetensorError as error:
+        raise ValueError(f"{damaged} ({error})") from error
+    if described is None or not described.startswith("{"):  # other tools put a name there
+        return content
+    return {**content, "architecture": _parsed(described, path)}
+
+
+def _read_split(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A network of transformers that was saved in several files."""
+    index = next(folder / name for name in INDEX_FILES if (folder / name).is_file())
+    parts = sorted(set(_parsed(index.read_text(encoding="utf-8"), index).get("weight_map", {}).values()))
+    content: dict[str, Any] = {}
+    for name in parts:
+        if not (folder / name).is_file():
+            raise ValueError(f"checkpoint {folder}: {name} is missing, which {index.name} lists; copy the whole folder")
+        content |= read_weights_file(folder / name)
+    return content, _described(folder)
+
+
+def _read_run_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The teacher in a checkpoint to resume from, and the architecture in the run's config.yaml."""
+    prefix = "model.teacher."
+    try:
+        tensors = read_tensors(folder, lambda name: name.startswith(prefix))
+    except ValueError as error:
+        raise ValueError(f"checkpoint {error}; damaged, cut short or not written by a run of this project") from error
+    if not tensors:
+        raise ValueError(f"checkpoint {folder}: holds no tensors {prefix}*; only those of a run of this project do")
+    config = folder.parents[1] / "config.yaml"
+    recorded: dict[str, Any] = {}
+    scaling = None
+    if config.is_file():
+        try:
+            cfg = OmegaConf.load(config)
+            with torch.device("meta"):
+                recorded = architecture(build_model_from_cfg(cfg, only_teacher=True)[0])
+            scaling = lora_scaling(OmegaConf.select(cfg, "student"))
+        except OmegaConfBaseException as error:
+            raise ValueError(f"checkpoint {folder}: {config} is not what a run writes ({error})") from error
+    if any(map(is_adapter, tensors)) and not scaling:
+        raise ValueError(
+            f"checkpoint {folder}: has adapters, and only the run's config.yaml says how much they count; it should be "
+            f"at {config}"
+        )
+    plain = merged(tensors, scaling or 0.0)
+    return {"teacher": {name.removeprefix(prefix): value for name, value in plain.items()}}, recorded
+
+
+# --- descriptions beside weights ------------------------------------------------------------------------------------
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """What transformers' or timm's config.json says.
+
+    Raises:
+        ValueError: it is another kind of network, or one for other mean and std than ImageNet's, by which all of this
+            project normalises.
+    """
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        return {}
+    config = _parsed(file.read_text(encoding="utf-8"), file)
+    if "model_type" in config:
+        return _described_by_transformers(config, file)
+    if "architecture" in config:
+        return _described_by_timm(config, file)
+    return {}
+
+
+def _described_by_transformers(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    if config["model_type"] not in _HF_TYPES:
+        raise ValueError(
+            f"checkpoint {file.parent}: {file.name} says model_type {config['model_type']!r}, and only "
+            f"{' and '.join(_HF_TYPES)} can be read"
+        )
+    for name, value in _HF_FIXED.items():
+        if config.get(name, value) != value:
+            raise ValueError(
+                f"checkpoint {file.parent}: {name} is {config[name]} in {file.name}, only {value} is known"
+            )
+    recorded = {ours: config[theirs] for theirs, ours in _HF_SETTINGS.items() if theirs in config}
+    preprocessor = file.with_name(PREPROCESSOR_FILE)
+    if preprocessor.is_file():
+        settings = _parsed(preprocessor.read_text(encoding="utf-8"), preprocessor)
+        if settings.get("do_normalize", True):
+            _check_normalisation(settings.get("image_mean"), settings.get("image_std"), preprocessor)
+        else:
+            _check_normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), preprocessor)
+        size = settings.get("crop_size" if settings.get("do_center_crop") else "size")
+        if isinstance(size, Mapping):
+            size = size.get("height", size.get("shortest_edge"))
+        if isinstance(size, int):
+            recorded["img_size"] = size
+    return recorded
+
+
+def _described_by_timm(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    preparation = config.get("pretrained_cfg", config)
+    _check_normalisation(preparation.get("mean"), preparation.get("std"), file)
+    arguments = config.get("model_args") or {}
+    recorded = {ours: arguments[theirs] for theirs, ours in _TIMM_SETTINGS.items() if theirs in arguments}
+    size = preparation.get("input_size")
+    return {**recorded, "img_size": size[-1]} if size else recorded
+
+
+def _check_normalisation(mean: Any, std: Any, file: Path) -> None:
+    for name, found, known in (("mean", mean, IMAGENET_MEAN), ("std", std, IMAGENET_STD)):
+        if found is None:
+            continue
+        if len(found) != len(known) or any(abs(a - b) > 1e-3 for a, b in zip(found, known, strict=True)):
+            raise ValueError(
+                f"checkpoint {file.parent}: {file.name} asks for pictures of {name} {list(found)}; here they are "
+                f"normalised by ImageNet's, {list(known)}, so its features would be wrong"
+            )
+
+
+def _parsed(text: str, file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {file}: what should be JSON in it cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"checkpoint {file}: holds a JSON {type(content).__name__} where settings should be")
+    return content
+
+
+def listed(names: list[str]) -> str:
+    """The first few, and how many more there are."""
+    more = f" and {len(names) - N_NAMES_IN_ERRORS} more" if len(names) > N_NAMES_IN_ERRORS else ""
+    return ", ".join(names[:N_NAMES_IN_ERRORS]) + more

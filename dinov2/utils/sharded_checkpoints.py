@@ -1,0 +1,122 @@
+"""Folders of torch.distributed.checkpoint, read without running anything that they hold.
+
+torch unpickles a folder's `.metadata`, and values that are no tensors; a pickle can name any function to call. Here the
+metadata may hold nothing but descriptions of tensors, other values are refused, and the tensors themselves are read
+with `weights_only=True`.
+"""
+
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, LoadPlan, LoadPlanner, Metadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType
+from torch.futures import Future
+
+METADATA_FILE = ".metadata"
+
+_ALLOWED = {
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),  # looks a layout up by its name
+    ("collections", "OrderedDict"),
+    # where the folder was when it was written; Python 3.13 moved the classes
+    *((module, f"{system}Path") for module in ("pathlib", "pathlib._local") for system in ("Posix", "Windows")),
+}
+
+
+class _DescriptionUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{METADATA_FILE} holds a {module}.{name}, and to make one would run code")
+
+
+class TensorReader(FileSystemReader):
+    """torch's reader of such folders, for tensors only.
+
+    Raises:
+        pickle.UnpicklingError: when it is used, if the folder's metadata hold anything but descriptions, or a value
+            asked for is no tensor. `torch.distributed.checkpoint.load` wraps it into its CheckpointException.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with open(Path(self.path) / METADATA_FILE, "rb") as file:
+            metadata = _DescriptionUnpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(f"{METADATA_FILE} holds a {type(metadata).__name__}, not a list of tensors")
+        return metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> "Future[None]":
+        values = [item.dest_index.fqn for item in plan.items if item.type == LoadItemType.BYTE_IO]
+        if values:  # the planner would unpickle these
+            raise pickle.UnpicklingError(f"{', '.join(values[:3])}: no tensors there, and to read them may run code")
+        return super().read_data(plan, planner)
+
+
+def read_tensors(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Whole tensors, however many processes wrote them, on the CPU.
+
+    Args:
+        folder: with `.metadata` in it.
+        wanted: tells by a tensor's name, with dots between levels, whether to read it.
+
+    Returns:
+        {name: tensor}; {} where none is wanted.
+
+    Raises:
+        ValueError: the folder cannot be read, or holds anything that could run code.
+    """
+    try:
+        entries = TensorReader(folder).read_metadata().state_dict_metadata
+        tensors = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in entries.items()
+            if isinstance(entry, TensorStorageMetadata) and wanted(name)
+        }
+        with warnings.catch_warnings():  # of one process reading what many may have written, which is what is meant
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled|TypedStorage is deprecated")
+            dcp.load(dict(tensors), storage_reader=TensorReader(folder), no_dist=True)
+    except (CheckpointException, *_UNREADABLE) as error:
+        raise ValueError(f"{folder}: {reason_of(error)}") from error
+    return tensors
+
+
+# what unpickling bytes that are no pickle, or are only half of one, ends in
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    TypeError,
+)
+
+
+def reason_of(error: BaseException) -> str:
+    """One line; of an error that several processes had, that of the first."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]
