@@ -5,9 +5,11 @@
 which is scikit-learn's objective with C = 1 / lambda. With two classes it has one weight vector, the other class's is
 zero, as scikit-learn has it. Newton's method; each step comes from conjugate gradients, which need products with the
 Hessian only (Steihaug 1983). Features are centred and rotated onto their principal axes, which changes no optimum but
-makes the Hessian's diagonal a good preconditioner: about h_c s^2 + lambda for an axis with sum of squares s^2 and a
-class with h_c, the mean of p (1 - p). Features of a network are strongly correlated and the probe hardly regularised:
-first-order methods on the features as they are take many more passes over them, or stop far from the optimum.
+gives a good preconditioner: were all samples' H_n = diag(p) - p p^T the same, the Hessian would be (their mean) x (sums
+of squares s^2 of the axes) + lambda, which is diagonal in the eigenvectors of the first and inverted at once. Features
+of a network are strongly correlated and the probe hardly regularised: first-order methods on the features as they are
+take many more passes over them, or stop far from the optimum. Loss and gradient are float64, products with the Hessian
+float32: they decide how the optimum is found, not where it is.
 
 Dimension key:  N samples, D feature dim, r = min(N, D) axes, C classes, K weight vectors (C, or 1 for two classes)
 """
@@ -128,6 +130,7 @@ class LogisticProblem:
             squares, self.axes = torch.linalg.eigh(products)
             self.squares = squares.clamp_min(0)
         self.rotated = torch.cat([(chunk - self.mean) @ self.axes for chunk in features.split(CHUNK)])  # [N, r]
+        self.rotated32 = self.rotated.float()
         self.labels = labels[None]  # [1, N]
         self.n_classes = n_classes
         self.n_vectors = n_classes if n_classes > 2 else 1
@@ -149,7 +152,7 @@ class LogisticProblem:
         n_iterations, has_converged, is_stuck = 0, False, False
         while not (has_converged or is_stuck) and n_iterations < MAX_NEWTON_STEPS:
             curvature = (p * (1 - p)).mean(dim=1, keepdim=True).clamp_min(SMALLEST_CURVATURE)  # [K, 1]
-            step = self._newton_step(gradient, p, curvature, lam)
+            step = self._newton_step(gradient, p, lam)
             slope = float((gradient * step).sum())  # below 0
             size = 1.0
             while True:
@@ -189,18 +192,30 @@ class LogisticProblem:
         of_weights = torch.addmm(weights, of_logits, self.rotated, beta=lam)
         return torch.cat([of_weights, of_logits.sum(dim=1, keepdim=True)], dim=1)
 
-    def _newton_step(self, gradient: Tensor, p: Tensor, curvature: Tensor, lam: float) -> Tensor:
-        """About -H^-1 gradient: conjugate gradients, preconditioned by the Hessian's approximate diagonal."""
-        diagonal = torch.cat([curvature * self.squares + lam, curvature * p.shape[1]], dim=1)  # [K, r + 1]
+    def _newton_step(self, gradient: Tensor, p: Tensor, lam: float) -> Tensor:
+        """About -H^-1 gradient: conjugate gradients, preconditioned as the module docstring says."""
+        n_samples = p.shape[1]
+        of_classes = p.mean(dim=1).diag() - p @ p.T / n_samples  # [K, K]
+        curvatures, basis = torch.linalg.eigh(of_classes)
+        curvatures = curvatures.clamp_min(SMALLEST_CURVATURE)[:, None]  # [K, 1]
+        diagonal = torch.cat([curvatures * self.squares + lam, curvatures * n_samples], dim=1)  # [K, r + 1]
+
+        def scale(vectors: Tensor) -> Tensor:
+            return basis @ ((basis.T @ vectors) / diagonal)
+
+        p = p.float()
         step, residual = torch.zeros_like(gradient), -gradient
-        direction = scaled = residual / diagonal
+        direction = scaled = scale(residual)
         first = left = (residual * scaled).sum()
         for _ in range(MAX_PRODUCTS if first > 0 else 0):
             product = self._times_hessian(direction, p, lam)
-            length = left / (direction * product).sum()
+            bend = (direction * product).sum()
+            if bend <= 0:  # rounding; the Hessian itself bends upwards everywhere
+                break
+            length = left / bend
             step = step + length * direction
             residual = residual - length * product
-            scaled = residual / diagonal
+            scaled = scale(residual)
             before, left = left, (residual * scaled).sum()
             if left <= STEP_TOLERANCE**2 * first:
                 break
@@ -208,11 +223,18 @@ class LogisticProblem:
         return step
 
     def _times_hessian(self, direction: Tensor, p: Tensor, lam: float) -> Tensor:
+        """The Hessian times float64 [K, r + 1], given probabilities in float32."""
         weights, bias = direction[:, :-1], direction[:, -1:]
-        change = torch.addmm(bias, weights, self.rotated.T)  # [K, N], of the logits
+        change = torch.addmm(bias.float(), weights.float(), self.rotated32.T)  # [K, N], of the logits
         # of two classes the first one's logit is 0 and stays so
         of_logits = p * (change - (p * change).sum(dim=0, keepdim=True))
-        return self._gradient(of_logits, weights, lam)
+        of_bias = of_logits.sum(dim=1, keepdim=True, dtype=torch.float64)
+        product = torch.cat([(of_logits @ self.rotated32).double(), of_bias], dim=1)
+        if self.n_vectors > 1:
+            # What all classes have in common changes nothing: only lambda holds it, and rounding would be taken for it
+            product -= product.mean(dim=0)
+        product[:, :-1] += lam * weights
+        return product
 
 
 @contextmanager
