@@ -37,6 +37,7 @@ def build(args: argparse.Namespace, way: str, batch: int, device: torch.device) 
     ]
     overrides = [
         *(f"student.arch={args.arch}", f"train.batch_size_per_gpu={batch}", "train.dataset_path=none"),
+        "student.pretrained_weights=null",
         *(f"train.activation_checkpointing={args.checkpointing}", *args.overrides),
         *(f"{network}.mixed_precision.param_dtype={args.precision}" for network in networks),
         *(f"{network}.sharding_strategy={way}" for network in networks if way != "none"),

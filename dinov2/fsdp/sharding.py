@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -90,6 +90,13 @@ def without_gradient_sync(module: nn.Module) -> AbstractContextManager[Any]:
     memory that sharding saves.
     """
     return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+
+
+def reshard(module: nn.Module) -> None:
+    """Free the gathered weights of a network that no backward will pass; nothing to do where none is sharded."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ def is_adapter(name: str) -> bool:
 
 
 def lora_scaling(student: Any) -> float:
-    """alpha / rank of a configuration's section `student`; 0 without adapters, and where it is from before there were."""
-    lora = getattr(student, "lora", None)
+    """alpha / rank of a configuration's section `student`; 0 without adapters."""
+    lora = getattr(student, "lora", None)  # a run from before there were any has no such section
     return float(lora.alpha / lora.rank) if lora is not None and lora.rank else 0.0
 
 

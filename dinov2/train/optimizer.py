@@ -37,10 +37,16 @@ def build_optimizer(optim: Any, params_groups: list[dict[str, Any]]) -> torch.op
 
 
 def clip_gradients(student: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]:
-    """Scale each sub-network's gradient to a norm of at most `max_norm` (0: leave it); returns the norms before."""
+    """Scale each sub-network's gradient to a norm of at most `max_norm` (0: leave it); returns the norms before.
+
+    One that has no gradient now has the norm 0.
+    """
     norms = {}
     for name, module in student.items():
         parameters = [p for p in module.parameters() if p.grad is not None]
+        if not parameters:
+            norms[name] = torch.zeros((), device=next(module.parameters()).device)
+            continue
         norms[name] = total_norm([p.grad for p in parameters if p.grad is not None])
         if max_norm > 0:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norms[name])

@@ -3,17 +3,21 @@
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import dinov2
 from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.distributed import get_world_size, is_enabled
 from dinov2.fsdp.precision import resolve_dtype
+from dinov2.hub.downloads import RELEASES
+from dinov2.train.finetuning import count_learned
+from dinov2.train.pretrained import weights_of
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
@@ -29,7 +33,7 @@ def describe_run(cfg: Any, model: SSLMetaArch, dataset: HemaStandardDataset) -> 
     )
     precision = cfg.compute_precision.student.backbone.mixed_precision.param_dtype
     dtype = str(resolve_dtype(precision, model.device.type)).removeprefix("torch.")
-    weights = cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS
+    frozen = f"; backbone frozen for {schedules.n_backbone_frozen:,} steps" if schedules.n_backbone_frozen else ""
     lines = [
         f"data      {n_pictures:,} pictures in {dataset.n_lists} lists",
         f"crops     2 global of {crops.global_crops_size} px, {local}; augmentation {cfg.data_transform}",
@@ -39,16 +43,30 @@ def describe_run(cfg: Any, model: SSLMetaArch, dataset: HemaStandardDataset) -> 
         f"{cfg.train.accumulation_steps} parts; backbone {_spread(cfg)}",
         f"lr        peak {schedules.peak_lr:.3g} (optim.base_lr {cfg.optim.base_lr:g}, {cfg.optim.scaling_rule}) after "
         f"{schedules.n_warmup:,} warm-up steps, then cosine to {cfg.optim.min_lr:g}; last layers frozen for "
-        f"{schedules.n_last_layer_frozen:,} steps",
+        f"{schedules.n_last_layer_frozen:,} steps{frozen}",
         f"teacher   momentum {cfg.teacher.momentum_teacher:g} to {cfg.teacher.final_momentum_teacher:g}, temperature "
         f"{cfg.teacher.warmup_teacher_temp:g} to {cfg.teacher.teacher_temp:g}, {cfg.train.centering}",
         f"model     {cfg.student.arch}: {_millions(model.student['backbone'])} backbone + "
         f"{_millions(model.student) - _millions(model.student['backbone']):.1f} heads million parameters, {dtype} on "
-        f"{model.device}",
-        f"start     {weights or 'random weights (student.pretrained_weights names a file to start from)'}",
+        f"{model.device}{_learned(cfg, model)}",
+        f"start     {weights_of(cfg) or _random_start(cfg)}",
         f"memory    about {estimate_memory_gib(cfg, model):.1f} GiB (estimated from shapes)",
     ]
     return "\n".join(lines)
+
+
+def _random_start(cfg: Any) -> str:
+    name = cfg.student.arch if cfg.student.arch in RELEASES else "<name, file or URL>"
+    return f"random weights; student.pretrained_weights={name} would start from trained ones"
+
+
+def _learned(cfg: Any, model: SSLMetaArch) -> str:
+    """What of the backbone learns, where that is not all of it."""
+    n_learned, n_plain = count_learned(model.student["backbone"])
+    if n_learned == n_plain:
+        return ""
+    rank = cfg.student.lora.rank
+    return f"; of the backbone {n_learned:,} parameters learn" + (f" (LoRA of rank {rank})" if rank else "")
 
 
 def _spread(cfg: Any) -> str:
@@ -71,8 +89,9 @@ def estimate_memory_gib(cfg: Any, model: SSLMetaArch) -> float:
     """Peak memory of a training step on each device, estimated from the shapes."""
     name = cfg.compute_precision.student.backbone.mixed_precision.param_dtype
     width = torch.finfo(resolve_dtype(name, model.device.type)).bits // 8
-    n_student, n_teacher = _held(model.student), _held(model.teacher)
-    weights = 4 * (4 * n_student + n_teacher)  # fp32: student, gradient, two moments; teacher
+    n_student, n_teacher = _held(model.student.parameters()), _held(model.teacher.parameters())
+    n_learned = _held(p for p in model.student.parameters() if p.requires_grad)
+    weights = 4 * (n_student + 3 * n_learned + n_teacher)  # fp32: student, gradient, two moments; teacher
 
     batch, patch = cfg.train.batch_size_per_gpu, cfg.student.patch_size
     backbone = model.teacher_backbone  # the student has the same shape
@@ -96,9 +115,9 @@ def estimate_memory_gib(cfg: Any, model: SSLMetaArch) -> float:
     return (weights + activations + logits) / 2**30
 
 
-def _held(networks: nn.Module) -> int:
+def _held(parameters: Iterable[Tensor]) -> int:
     """Weights that this process holds for good: of sharded ones its part."""
-    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in networks.parameters())
+    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
 
 
 def _millions(module: nn.Module) -> float:

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dinov2.configs import dinov2_default_config
 from dinov2.distributed import on_main_process
 from dinov2.fsdp.checkpoint import Checkpointer
 from dinov2.logging import MetricLogger, open_trackers
@@ -33,7 +34,8 @@ logger = logging.getLogger("dinov2")
 _SHAPE_KEYS = (
     *("student.arch", "student.embed_dim", "student.depth", "student.num_heads", "student.patch_size"),
     *("student.ffn_layer", "student.block_chunks", "student.num_register_tokens", "student.qkv_bias"),
-    *("optim.layerwise_decay", "optim.patch_embed_lr_mult"),
+    *("optim.layerwise_decay", "optim.patch_embed_lr_mult", "student.freeze", "student.unfreeze"),
+    *("student.lora.rank", "student.lora.alpha", "student.lora.targets"),
     *("student.proj_bias", "student.ffn_bias", "dino.head", "ibot.head", "ibot.separate_head"),
     "crops.global_crops_size",
 )
@@ -115,6 +117,10 @@ class RunFolder:
         for torn in (*self.path.glob(".*.tmp"), *self.path.glob("eval/**/.*.tmp")):
             torn.unlink()  # a process that was killed while it wrote could not remove it
         write_config(self.cfg, earlier)
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is one to go on from, readable or not."""
+        return on_main_process(lambda: bool(self.checkpointer.paths()))
 
     def restore(self, state: TrainState, before: int | None = None) -> bool:
         """Go on from the newest readable checkpoint, whatever number of processes wrote it; False if there is none.
@@ -239,7 +245,10 @@ class RunFolder:
     def _compare_with(self, earlier: Path) -> None:
         before = OmegaConf.load(earlier)
         assert isinstance(before, DictConfig), f"{earlier} was written by a run and holds a mapping"
-        changed = differences(self.cfg, before)
+        # A key that is younger than the run was not used in it, which is what its default means
+        completed = OmegaConf.merge(dinov2_default_config, before)
+        assert isinstance(completed, DictConfig), "two mappings make a mapping"
+        changed = differences(self.cfg, completed)
         shapes = {k: v for k, v in changed.items() if k.startswith(_SHAPE_KEYS)}
         if shapes:
             text = "; ".join(f"{k}: {old} there, {new} now" for k, (new, old) in shapes.items())

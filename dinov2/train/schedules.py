@@ -53,6 +53,7 @@ class StepSettings:
     weight_decay: float
     teacher_momentum: float
     teacher_temp: float
+    backbone_is_frozen: bool = False  # heads that start at random warm up on its features
 
     def apply_to(self, optimizer: Optimizer) -> None:
         """Set each parameter group's lr and weight decay, by its multipliers."""
@@ -83,6 +84,13 @@ class Schedules:
         self.peak_lr = scaled_lr(optim, self.global_batch_size)
         self.n_warmup = round(optim.warmup_epochs * epoch)
         self.n_last_layer_frozen = round(optim.freeze_last_layer_epochs * epoch)
+        self.n_backbone_frozen = optim.freeze_backbone_iterations
+        if self.n_backbone_frozen >= max(self.n_iterations, 1):
+            raise ValueError(
+                f"optim.freeze_backbone_iterations={self.n_backbone_frozen} is all of the run, which has "
+                f"{self.n_iterations} iterations (optim.epochs x train.OFFICIAL_EPOCH_LENGTH); lower it, or train for "
+                "longer"
+            )
         n_temp_warmup = round(teacher.warmup_teacher_temp_epochs * epoch)
         self._lr = CosineScheduler(self.peak_lr, optim.min_lr, self.n_iterations, warmup_iters=self.n_warmup)
         self._weight_decay = CosineScheduler(optim.weight_decay, optim.weight_decay_end, self.n_iterations)
@@ -104,6 +112,7 @@ class Schedules:
             weight_decay=self._weight_decay[iteration],
             teacher_momentum=self._momentum[iteration],
             teacher_temp=self._temp[iteration],
+            backbone_is_frozen=iteration < self.n_backbone_frozen,
         )
 
 

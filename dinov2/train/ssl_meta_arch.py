@@ -24,16 +24,18 @@ from torch.distributed.tensor import DTensor
 from dinov2.data.augmentations import N_GLOBAL_CROPS
 from dinov2.distributed import all_gather_rows, get_rank, is_enabled, is_main_process
 from dinov2.fsdp.precision import autocast, resolve_dtype
-from dinov2.fsdp.sharding import SHARDED, lerp_, make_mesh, replicate, shard, whole, without_gradient_sync
-from dinov2.hub.backbones import load_backbone, without_chunk
+from dinov2.fsdp.sharding import SHARDED, lerp_, make_mesh, replicate, reshard, shard, whole, without_gradient_sync
+from dinov2.hub.adapters import lora_scaling, merged
 from dinov2.layers import DINOHead
 from dinov2.layers.drop_path import BatchShare, batch_share
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss, smooth_rank_loss
 from dinov2.models import architecture, build_backbone, build_model_from_cfg
 from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.train.finetuning import limit_learning
 from dinov2.train.health import feature_statistics, prototype_use
 from dinov2.train.optimizer import LossScaler
 from dinov2.train.param_groups import fuse_params_groups, get_params_groups_with_decay
+from dinov2.train.pretrained import start_from_weights
 
 logger = logging.getLogger("dinov2")
 
@@ -60,10 +62,14 @@ class SSLMetaArch(nn.Module):
     """The two networks and their losses.
 
     `student` and `teacher` are ModuleDicts of `backbone`, `dino_head` and, with `ibot.separate_head`, `ibot_head`. They
-    start equal; the teacher gets no gradient and follows by `update_teacher`.
+    start equal; the teacher gets no gradient and follows by `update_teacher`. What of the student's backbone learns,
+    and how, is in train/finetuning.py; while `backbone_is_frozen`, it gives features and gets no gradient either.
+
+    Args:
+        load_weights: start from the weights that `cfg` names; False where a checkpoint replaces them at once.
     """
 
-    def __init__(self, cfg: Any) -> None:
+    def __init__(self, cfg: Any, load_weights: bool = True) -> None:
         super().__init__()
         self.cfg = cfg
         self.do_dino = cfg.dino.loss_weight > 0
@@ -74,11 +80,13 @@ class SSLMetaArch(nn.Module):
         self.n_local_crops = cfg.crops.local_crops_number
 
         student_backbone, teacher_backbone, embed_dim = build_model_from_cfg(cfg)
-        weights = cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS
-        if weights:
-            _start_from(student_backbone, weights, cfg)
         self.student = nn.ModuleDict({"backbone": student_backbone, **self._build_heads(embed_dim)})
         self.teacher = nn.ModuleDict({"backbone": teacher_backbone, **self._build_heads(embed_dim)})
+        if load_weights:
+            start_from_weights(self.student, cfg)
+        limit_learning(student_backbone, teacher_backbone, cfg.student)
+        self.lora_scaling = lora_scaling(cfg.student)
+        self.backbone_is_frozen = False
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
 
@@ -297,7 +305,8 @@ class SSLMetaArch(nn.Module):
     def _features_ahead(self, parts: Sequence[Mapping[str, Any]]) -> Tensor:
         """CLS tokens of all parts of all processes, before the step proper: [W*A, 2, B, D]. Costs a forward pass."""
         # Stochastic depth draws for all crops in turn, so the local ones have to be there to draw the same
-        with_local_crops = self.n_local_crops > 0 and self.cfg.student.drop_path_rate > 0
+        draws = self.cfg.student.drop_path_rate > 0 or (self.lora_scaling > 0 and self.cfg.student.lora.dropout > 0)
+        with_local_crops = self.n_local_crops > 0 and draws
         features = []
         for part in parts:
             with batch_share(part.get("share", BatchShare())):
@@ -378,27 +387,34 @@ class SSLMetaArch(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, m: float) -> None:
-        """teacher <- m * teacher + (1 - m) * student, for every parameter."""
-        lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1.0 - m)
+        """teacher <- m * teacher + (1 - m) * student, for every parameter that learns."""
+        pairs = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
+        learning = [(teacher, student) for teacher, student in pairs if student.requires_grad]
+        lerp_([teacher for teacher, _ in learning], [student for _, student in learning], 1.0 - m)
 
     @torch.no_grad()
     def teacher_state(self) -> dict[str, Tensor]:
-        """The teacher put together from its shards, fp32 on the CPU; every process has to ask, the main one gets it."""
+        """The teacher put together from its shards, fp32 on the CPU; every process has to ask, the main one gets it.
+
+        Adapters are merged: these are a plain network's tensors.
+        """
         state = {}
         for name, value in self.teacher.state_dict().items():
             tensor = whole(value)
             if is_main_process():
                 state[name] = tensor.detach().to("cpu", torch.float32)
-        return state
+        return merged(state, self.lora_scaling)
 
     @torch.no_grad()
     def whole_teacher_backbone(self) -> DinoVisionTransformer:
         """The teacher's backbone as a network that one process can use alone; every process has to ask for it."""
         backbone = self.teacher_backbone
-        if not any(isinstance(parameter, DTensor) for parameter in backbone.parameters()):
+        is_sharded = any(isinstance(parameter, DTensor) for parameter in backbone.parameters())
+        if not is_sharded and not self.lora_scaling:
             return backbone
         copy = build_backbone(architecture(backbone)).to(self.device).requires_grad_(False)
-        copy.load_state_dict({name: whole(value) for name, value in backbone.state_dict().items()})
+        state = {name: whole(value) for name, value in backbone.state_dict().items()}
+        copy.load_state_dict(merged(state, self.lora_scaling))
         return copy.eval()
 
     def apply_center_updates(self) -> None:
@@ -408,7 +424,7 @@ class SSLMetaArch(nn.Module):
                 loss.apply_center_update()
 
     def get_params_groups(self) -> list[dict[str, Any]]:
-        """The student's parameters for the optimizer: groups of each sub-network, see train/param_groups.py."""
+        """What of the student learns, for the optimizer: groups of each sub-network, see train/param_groups.py."""
         groups: list[dict[str, Any]] = []
         for module in self.student.values():
             groups += fuse_params_groups(
@@ -417,8 +433,12 @@ class SSLMetaArch(nn.Module):
         return groups
 
     def _backbone(self, role: str, crops: Any, **kwargs: Any) -> Any:
-        with self._precision(role, "backbone"):
-            return self._callable[role, "backbone"](crops, is_training=True, **kwargs)
+        rests = role == "student" and self.backbone_is_frozen
+        with self._precision(role, "backbone"), torch.set_grad_enabled(torch.is_grad_enabled() and not rests):
+            tokens = self._callable[role, "backbone"](crops, is_training=True, **kwargs)
+        if rests:
+            reshard(self.student["backbone"])  # no backward will
+        return tokens
 
     def _masked_patches(self, patch_tokens: Tensor, images: Mapping[str, Any]) -> Tensor | None:
         """[M, D] tokens at the masked places of [2B, P, D]."""
@@ -474,23 +494,3 @@ def _of_the_whole_batch(loss: Callable[[Tensor], Tensor], own_features: Tensor, 
     everyone = torch.cat([own, others.to(own.dtype)])  # [n, 2, B, D]
     value = loss(everyone.transpose(0, 1).flatten(1, 2))  # of [2, n*B, D]
     return value.detach() + len(everyone) * (value - value.detach())
-
-
-def _start_from(backbone: nn.Module, weights: str, cfg: Any) -> None:
-    """Fill the student's backbone from a weights file; every tensor must find its place."""
-    loaded = load_backbone(weights, img_size=cfg.crops.global_crops_size).state_dict()
-    own = backbone.state_dict()
-    in_file = {name: without_chunk(name) for name in own}  # load_backbone gives names without block_chunks
-    wrong = []
-    for name, tensor in own.items():
-        there = tuple(loaded[in_file[name]].shape) if in_file[name] in loaded else "absent"
-        if there != tuple(tensor.shape):
-            wrong.append(f"{name}: {there} in the file, {tuple(tensor.shape)} here")
-    wrong += [f"{name}: in the file only" for name in loaded if name not in in_file.values()]
-    if wrong:
-        raise ValueError(
-            f"student.pretrained_weights: {weights} holds another architecture than student.arch={cfg.student.arch}: "
-            f"{'; '.join(wrong[:4])}" + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
-        )
-    backbone.load_state_dict({name: loaded[in_file[name]] for name in own})
-    logger.info("student and teacher start from %s (%d tensors, all placed)", weights, len(own))

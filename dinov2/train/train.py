@@ -77,6 +77,7 @@ def train(
             now = schedules.at(iteration)
             now.apply_to(optimizer)
             optimizer.zero_grad(set_to_none=True)
+            model.backbone_is_frozen = now.backbone_is_frozen
             own_losses = model.forward_backward(parts, teacher_temp=now.teacher_temp)
             shared = agreement.average({**own_losses, **model.statistics}, wants_stop=signals.received is not None)
             losses = {name: shared.pop(name) for name in own_losses}
@@ -135,6 +136,7 @@ def dry_run(cfg: Any, model: SSLMetaArch, dataset: HemaStandardDataset) -> None:
     now, seconds = schedules.at(0), 0.0
     with tempfile.TemporaryDirectory() as scratch:
         batches = TrainBatches(OmegaConf.merge(cfg, {"train": {"output_dir": scratch}}), dataset, model.device)
+        model.backbone_is_frozen = now.backbone_is_frozen
         for _, parts in zip(range(2), batches.starting_at(), strict=False):  # the first also warms the device up
             started = time.perf_counter()
             losses = model.forward_backward(parts, teacher_temp=now.teacher_temp)
@@ -249,7 +251,9 @@ def run(args: argparse.Namespace, signals: StopSignals) -> int:
             setup_logging(folder.path)
         logger.info("%s", describe_environment(cfg))
         torch.manual_seed(derive_seed(cfg.train.seed, "weights"))
-        model = SSLMetaArch(cfg).to(device)
+        # A run that goes on needs them no more, and they may be gone
+        needs_weights = args.dry_run or not folder.has_checkpoint()
+        model = SSLMetaArch(cfg, load_weights=needs_weights).to(device)
         model.prepare_for_distributed_training(launch.n_nodes if launch else 1)
         if model.fp16_scaler is not None:
             model.fp16_scaler.to(device)

@@ -35,12 +35,21 @@ _REPLACED = {"evaluation.train_data": _TEACHERS_CELLS, "evaluation.test_data": _
 # Lists of mappings; what these may hold is checked where they are used.
 _MAPPINGS = {"evaluation.datasets": "[{name: pbc, data: /data/pbc}]"}
 
+# Lists of any length, of words; a number counts as one.
+_WORDS = {
+    "student.freeze": "[patch_embed, pos_embed, 0-7]",
+    "student.unfreeze": "[norm, 10-11]",
+    "student.lora.targets": "[attn.qkv, attn.proj]",
+}
+
 # What a key may hold besides null, where the default is null.
 _NULLABLE: dict[str, type] = {
     "train.image_size": int,
     "train.accumulation_steps": int,
     "train.global_batch_size": int,
     "train.wandb.entity": str,
+    "MODEL.WEIGHTS": str,
+    "student.pretrained_weights": str,
     "student.embed_dim": int,
     "student.depth": int,
     "student.num_heads": int,
@@ -94,6 +103,9 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "student.drop_path_rate": (0, 1),
     "student.depth": (1, None),
     "student.num_register_tokens": (0, None),
+    "student.lora.rank": (0, None),
+    "student.lora.alpha": (0, None),
+    "student.lora.dropout": (0, 1),
     "teacher.momentum_teacher": (0, 1),
     "teacher.final_momentum_teacher": (0, 1),
     "teacher.teacher_temp": (1e-4, None),
@@ -101,6 +113,7 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "optim.epochs": (0, None),
     "optim.base_lr": (0, None),
     "optim.clip_grad": (0, None),
+    "optim.freeze_backbone_iterations": (0, None),
     "crops.global_crops_scale": (0, 1),
     "crops.local_crops_scale": (0, 1),
     "crops.local_crops_number": (0, None),
@@ -254,6 +267,8 @@ def _checked(key: str, value: Any, origin: str) -> Any:
         return value
     if key in _MAPPINGS:
         return _as_mappings(key, value, origin)
+    if key in _WORDS:
+        return _as_words(key, value, origin)
     expected = _NULLABLE.get(key, type(default))
     if value is None:
         if key in _NULLABLE:
@@ -274,6 +289,12 @@ def _as_mappings(key: str, value: Any, origin: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(member, dict) for member in value):
         raise ValueError(f"{origin}: {key} must be a list of mappings like {_MAPPINGS[key]}, found {value!r}")
     return value
+
+
+def _as_words(key: str, value: Any, origin: str) -> list[str]:
+    if not isinstance(value, list) or not all(type(member) in (str, int) for member in value):
+        raise ValueError(f"{origin}: {key} must be a list like {_WORDS[key]}, found {value!r}")
+    return [str(member) for member in value]
 
 
 def _as_type(key: str, value: Any, expected: type, default: Any, origin: str) -> Any:
@@ -344,7 +365,11 @@ def _check_together(cfg: DictConfig) -> None:
             nearest = max(patch, round(size / patch) * patch)
             raise ValueError(f"{key} must be a multiple of student.patch_size={patch}, found {size}; {nearest} is near")
     if cfg.MODEL.WEIGHTS and cfg.student.pretrained_weights and cfg.MODEL.WEIGHTS != cfg.student.pretrained_weights:
-        raise ValueError("MODEL.WEIGHTS and student.pretrained_weights name different files; set one of them")
+        raise ValueError(
+            "MODEL.WEIGHTS and student.pretrained_weights name different files; set one of them, and the other to null"
+        )
+    if cfg.student.lora.rank and not cfg.student.lora.alpha:
+        raise ValueError("student.lora.alpha is 0: adapters would have no effect; set student.lora.rank=0 for none")
     for key, (low, high) in {
         "crops.global_crops_scale": cfg.crops.global_crops_scale,
         "crops.local_crops_scale": cfg.crops.local_crops_scale,

@@ -8,7 +8,7 @@ TINY = [
     *("dino.head_n_prototypes=32", "dino.head_hidden_dim=16", "dino.head_bottleneck_dim=8"),
     *("ibot.head_n_prototypes=16", "ibot.head_hidden_dim=16", "ibot.head_bottleneck_dim=8"),
     *("train.batch_size_per_gpu=4", "train.num_workers=0", "train.log_period=1", "train.tensorboard=false"),
-    "train.device=cpu",
+    *("train.device=cpu", "student.pretrained_weights=null"),  # custom.yaml would download some
     *("train.OFFICIAL_EPOCH_LENGTH=2", "optim.epochs=2", "optim.warmup_epochs=1", "train.saveckp_freq=1"),
     "teacher.warmup_teacher_temp_epochs=1",
 ]

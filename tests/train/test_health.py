@@ -91,7 +91,8 @@ SMALL_DINOBLOOM = [
 
 
 def config(*overrides: str, recipe: str | None = "custom.yaml"):
-    return load_run_config(recipe and RECIPES / recipe, ["train.dataset_path=none", *overrides])
+    random_start = ["train.dataset_path=none", "student.pretrained_weights=null"]
+    return load_run_config(recipe and RECIPES / recipe, [*random_start, *overrides])
 
 
 def small_config(n_prototypes: int, *overrides: str):

@@ -12,10 +12,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from dinov2.logging import setup_logging
+from dinov2.models import build_model_from_cfg
 from dinov2.run.submit import TrainingTask, add_cluster_arguments, describe, submit, tasks_per_node, wait
 from dinov2.train.batches import build_augmentation, build_dataset
 from dinov2.train.evaluation import TeacherEvaluation
+from dinov2.train.finetuning import choose_learned
+from dinov2.train.pretrained import locate_weights
+from dinov2.train.schedules import Schedules
 from dinov2.train.train import parse_arguments, read_settings
 from dinov2.utils.command import USER_ERRORS, logger, text_of
 
@@ -35,9 +41,11 @@ def check_settings(args: argparse.Namespace, world_size: int) -> None:
         FileNotFoundError, KeyError, ValueError: what is wrong.
     """
     cfg = read_settings(args, world_size)
-    weights = cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS
-    if weights and not Path(weights).exists():
-        raise FileNotFoundError(f"student.pretrained_weights or MODEL.WEIGHTS: nothing at {weights}")
+    Schedules(cfg)
+    with torch.device("meta"):
+        backbone, _ = build_model_from_cfg(cfg, only_teacher=True)
+    choose_learned(backbone, cfg.student)
+    locate_weights(cfg)  # downloads what has a name or URL: compute nodes often have no way out
     build_augmentation(cfg)
     TeacherEvaluation(cfg)
     if not args.eval_only:

@@ -62,7 +62,7 @@ def test_without_gpus_there_are_as_many_processes_as_asked_for(launch, slurm):
 
 def test_the_other_arguments_and_the_configuration_travel(launch, slurm, tmp_path, capsys):
     config = tmp_path / "mine.yaml"
-    config.write_text("optim:\n  epochs: 3\n")
+    config.write_text("optim:\n  epochs: 30\n")
     code = launch(
         "--config-file", "mine.yaml", "--nodes", "1", "--output-dir", "out", "train.seed=4", "--name", "first"
     )
@@ -71,7 +71,7 @@ def test_the_other_arguments_and_the_configuration_travel(launch, slurm, tmp_pat
     task = DelayedSubmission.load(tmp_path / "out" / "submitit" / "7" / "7_submitted.pkl").function
     assert task.argv[:7] == ["--config-file", "mine.yaml", "--output-dir", "out", "train.seed=4", "--name", "first"]
     assert task.argv[-2:] == ["--output-dir", str(tmp_path / "out")]
-    assert task.config_text == "optim:\n  epochs: 3\n"
+    assert task.config_text == "optim:\n  epochs: 30\n"
     told = capsys.readouterr().out
     for text in (f"results  {tmp_path}/out/first\n", f"{tmp_path}/out/submitit/7/7_0_log.out", "scancel 7"):
         assert text in told
@@ -89,7 +89,10 @@ def test_a_run_without_a_name_is_called_after_its_job(launch, tmp_path, capsys):
         (["train.sed=1"], "unknown config key train.sed; did you mean train.seed"),
         (["--config-file", "none.yaml"], "no file at 'none.yaml'"),
         (["train.global_batch_size=15"], "do not spread evenly over 8 processes"),
-        (["student.pretrained_weights=none.pth"], "nothing at none.pth"),
+        (
+            ["student.pretrained_weights=none.pth"],
+            "student.pretrained_weights=none.pth: checkpoint: no file or folder 'none.pth'",
+        ),
         (["evaluation.datasets=[{name:cells,data:none}]"], "evaluation.datasets, cells: labelled cells: 'none'"),
         (["--nodes", "0"], "--nodes must be at least 1, found 0"),
         (["--ngpus", "2", "--tasks-per-node", "2"], "--tasks-per-node is for --ngpus 0"),
