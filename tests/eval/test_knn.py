@@ -293,6 +293,35 @@ def test_from_features_to_results(tmp_path, capsys):
     assert "model, k = 1, 8 cells a class: balanced accuracy" in table
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", ["dinobloom", "dino"])
+def test_a_large_set_fits_in_four_gib(tmp_path, protocol):
+    """The whole command, with 200,000 training cells of 1536 numbers; 300 are judged."""
+    rng = np.random.default_rng(0)
+    n_train, n_test = 200_000, 300
+    paths = [f"/cells/{i}.png" for i in range(n_train + n_test)]
+    cells = Features(
+        features=rng.standard_normal((len(paths), 1536), dtype=np.float32),
+        labels=rng.integers(0, 10, len(paths)),
+        class_names=[str(i) for i in range(10)],
+        paths=paths,
+    )
+    write_features(tmp_path / "large.h5", cells)
+    write_split(tmp_path / "split.csv", paths, Split([(np.arange(n_train), np.arange(n_train, len(paths)))]))
+    program = "import resource, sys; from dinov2.eval.knn import main; main(sys.argv[1:]); "
+    program += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    flags = ["--features", "large.h5", "--split", "split.csv", "--protocol", protocol, "--output-dir", "out"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *flags],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) / 2**20 < 4
+
+
 @pytest.mark.parametrize("protocol", ["dinobloom", "dino"])
 def test_the_same_inputs_give_the_same_bytes_but_for_the_date(tmp_path, capsys, protocol):
     file = features_file(tmp_path / "f.h5", patients=[f"p{i % 20}" for i in range(80)])
