@@ -1,0 +1,152 @@
+"""The notebooks: stored without outputs, and they run from the first cell to the last."""
+
+import json
+import shutil
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import pytest
+import torch
+from nbclient import NotebookClient
+from PIL import Image
+
+from dinov2.models import architecture, build_backbone
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+FEATURES_AND_PCA = Path(__file__).parents[1] / "notebooks" / "features_and_pca.ipynb"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A small network's teacher file, as a training run on 28-px crops writes it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        description = {"arch": "vit_tiny", "depth": 2, "patch_size": 14, "layerscale": 1.0, "block_chunks": 0}
+        model = build_backbone({**description, "img_size": 28})
+    backbone = {f"backbone.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"teacher": backbone, "architecture": architecture(model)}, tmp_path / "teacher_checkpoint.pth")
+    return tmp_path / "teacher_checkpoint.pth"
+
+
+@pytest.fixture
+def cells(tmp_path):
+    """Eleven pictures of two classes."""
+    rng = np.random.default_rng(0)
+    for n in range(11):
+        file = tmp_path / "cells" / ("blast", "platelet")[n % 2] / f"{n:02d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(file)
+    return tmp_path / "cells"
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Where a notebook runs: a folder `notebooks` in a folder that is not this project."""
+    (tmp_path / "clone" / "notebooks").mkdir(parents=True)
+    return tmp_path / "clone" / "notebooks"
+
+
+def read(file: Path):
+    return nbformat.read(file, as_version=4)
+
+
+def code_cells(notebook, **parameters) -> list[str]:
+    """Their code in order; `parameters` are set after the cell that is tagged so."""
+    sources = []
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            sources.append(cell.source)
+            if "parameters" in cell.metadata.get("tags", []):
+                sources.append("\n".join(f"{name} = {value!r}" for name, value in parameters.items()))
+    return sources
+
+
+@pytest.fixture
+def run_here(place, monkeypatch):
+    """Runs a notebook's code in this process, which has loaded torch already; gives its names and number of figures."""
+
+    def run(file: Path, **parameters) -> tuple[dict, int]:
+        shown = []
+        monkeypatch.chdir(place)
+        monkeypatch.setattr(plt, "show", lambda: shown.append(plt.get_fignums()))
+        names: dict = {}
+        before = matplotlib.get_backend()
+        plt.switch_backend("agg")
+        try:
+            with torch.random.fork_rng(devices=[]):
+                for source in code_cells(read(file), **parameters):
+                    exec(compile(source, str(file), "exec"), names)
+        finally:
+            plt.close("all")
+            plt.switch_backend(before)
+        return names, len(shown)
+
+    return run
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.name)
+def test_notebooks_are_stored_without_outputs(file):
+    nbformat.validate(read(file))
+    content = json.loads(file.read_text(encoding="utf-8"))
+    assert content["metadata"] == {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for cell in content["cells"]:
+        if cell["cell_type"] == "code":
+            assert (cell["outputs"], cell["execution_count"]) == ([], None)
+
+
+def test_features_and_pca_in_a_kernel(checkpoint, cells, place, monkeypatch):
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel's own draws into the notebook
+    parameters = {"CHECKPOINT": str(checkpoint), "CELLS": str(cells), "GRID": 4, "N_SHOWN": 3}
+    arrays = ("features", "places", "tokens", "first", "patch_colours")
+    notebook = read(FEATURES_AND_PCA)
+    sources = code_cells(notebook, **parameters)
+    sources.append(f"import json\nprint(json.dumps({{name: globals()[name].shape for name in {arrays}}}))")
+    notebook.cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(place)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.outputs]
+    assert {output.output_type for output in outputs} == {"stream", "display_data"}
+    assert [output.name for output in outputs if output.output_type == "stream" and output.name != "stdout"] == []
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert json.loads(outputs[-1].text) == {
+        "features": [11, 192],
+        "places": [11, 2],
+        "tokens": [3, 16, 192],
+        "first": [3, 4, 4],
+        "patch_colours": [3, 4, 4, 3],
+    }
+    text = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert "11 cells of 2 classes: blast, platelet" in text
+    assert "shorter side to 28 px" in text  # as the network was trained
+    assert "never trained" not in text
+
+
+def test_features_and_pca_takes_the_quickstarts_network_and_draws_cells(checkpoint, place, run_here, capsys):
+    teacher = place.parent / "quickstart" / "run" / "eval" / "training_3"
+    teacher.mkdir(parents=True)
+    shutil.move(checkpoint, teacher)
+    names, n_figures = run_here(FEATURES_AND_PCA, N_DRAWN=20, GRID=4, N_SHOWN=8)
+    assert n_figures == 2
+    assert names["features"].shape == (20, 192)
+    assert len(names["class_names"]) == 10
+    assert len(set(names["classes"][names["shown"]])) == 8  # one of each class before a second of any
+    colours, is_foreground = names["patch_colours"], names["is_foreground"]
+    assert 0 < is_foreground.mean() < 1
+    assert (colours[~is_foreground] == 1).all()
+    assert 0 <= colours.min() < colours.max() <= 1
+    first, is_middle = names["first"], names["is_middle"]
+    assert first[:, is_middle].mean() > first[:, ~is_middle].mean()
+    assert str(Path("../quickstart/run")) in capsys.readouterr().out
+
+
+def test_features_and_pca_without_anything_says_that_its_network_is_untrained(place, run_here, capsys):
+    names, n_figures = run_here(FEATURES_AND_PCA, N_DRAWN=10, GRID=4, N_SHOWN=2)
+    assert n_figures == 2
+    assert names["features"].shape == (10, 384)
+    assert "This network was never trained" in capsys.readouterr().out
+    assert list(place.iterdir()) == []
