@@ -1,0 +1,43 @@
+"""Raabin-WBC: double-labelled white cells, already cropped (Mousavi Kouzehkanan et al. 2022, Sci. Rep. 12, 1123).
+
+`Train.rar`, `TestA.rar` and `TestB.rar` of "double labeled cropped cells" (raabindata.com/free-data), each with a
+folder a class. An unpacker may put a folder of the same name inside: `Train/Train/<class>`. TestB is of
+another microscope and camera.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from dinov2.data.prepare.base import Cell, DataSet, Notes, child, class_folders
+
+CLASSES = ("basophil", "eosinophil", "lymphocyte", "monocyte", "neutrophil")
+PARTS = {"train": "train", "testa": "testA", "testb": "testB"}
+
+
+def find(top: Path, notes: Notes) -> Iterator[Cell]:
+    for folder in sorted(path for path in top.iterdir() if path.is_dir()):
+        part = PARTS.get(re.sub("[^a-z]", "", folder.name.lower()))
+        if part is not None:
+            inner = child(folder, folder.name)
+            for picture, label in class_folders(
+                inner if inner.is_dir() else folder, {name: name for name in CLASSES}, notes
+            ):
+                yield Cell(picture, label, part=part)
+
+
+DATASET = DataSet(
+    name="raabin_wbc",
+    title="Raabin WBC",
+    modality="peripheral blood",
+    origin="https://raabindata.com/free-data/",
+    paper="Mousavi Kouzehkanan et al. 2022, Scientific Reports 12, doi 10.1038/s41598-021-04426-x",
+    licence=None,
+    layout="Train, TestA and TestB, each <class>/*.jpg, the classes being " + ", ".join(CLASSES),
+    entries=("Train", "Test*A", "Test*B"),
+    n_entries=1,
+    classes={name: name for name in CLASSES},
+    expected={"train": 10175},
+    remarks="TestA and TestB are test sets of their own: splits/testA.csv and splits/testB.csv",
+    find=find,
+)
