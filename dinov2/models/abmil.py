@@ -13,6 +13,7 @@ All but `transmil` ignore the order of the cells; none lets padding change a bag
 Dimension key:  B bags (patients), N cells per bag after padding, D feature dim, C classes, A attention columns
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ HEAD_DIM = 64
 TRANSMIL_DIM = 512
 
 
-class Aggregator(nn.Module):
+class Aggregator(nn.Module, ABC):
     """Base of all aggregators.
 
     Attributes:
@@ -36,9 +37,9 @@ class Aggregator(nn.Module):
 
     architecture: dict[str, Any]
 
+    @abstractmethod
     def forward(self, cells: Tensor, is_cell: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, C] and attention [B, A, N] of cells [B, N, D] (zero where padded) and is_cell [B, N]."""
-        raise NotImplementedError
 
     def auxiliary_loss(self, cells: Tensor, is_cell: Tensor, labels: Tensor) -> Tensor:
         """What training adds to the cross-entropy of the logits; a scalar, 0 but for `clam` and `dsmil`.
@@ -123,9 +124,9 @@ class _OneBagAtATime(Aggregator):
             columns.append(padded)
         return torch.stack(logits), torch.stack(columns)
 
+    @abstractmethod
     def forward_bag(self, bag: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [C] and attention [A, n] of one bag [1, n, D]."""
-        raise NotImplementedError
 
 
 class TransMIL(_OneBagAtATime):
