@@ -16,6 +16,6 @@ done
 source scripts/venv.sh requirements-dev.txt
 bash scripts/lint.sh
 
-# Two threads: tiny tensors gain nothing from more, and a machine with many cores would only spend time on waiting.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
-python -m pytest -q --durations=15 -m "$marks" ${arguments[@]+"${arguments[@]}"}
+# Two processes of one thread each: tiny tensors gain nothing from more, and many tests wait for processes they start.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+python -m pytest -q --durations=15 -n 2 --dist loadgroup -m "$marks" ${arguments[@]+"${arguments[@]}"}
