@@ -53,6 +53,7 @@ setup(
     extras_require={
         "xformers": ["xformers>=0.0.35"],
         "lora": [development["peft"]],
+        "parquet": [development["pyarrow"]],
         "plots": [requirements["matplotlib"]],
         "tensorboard": [requirements["tensorboard"]],
         "timm": [development["timm"]],

@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarking import machine, resident_mib
 
 N_CELLS, N_TEST, DIM, N_CLASSES = 50_000, 10_000, 384, 10
 KS = (1, 20)
 N_PICTURES, BATCH_SIZE, IMAGE_SIZE = 400, 64, 224
 OURS, PLAIN = "ours", "plain"
+PACKAGES = ("torch", "scikit-learn")
 
 
 def main() -> None:
@@ -56,7 +58,7 @@ def main() -> None:
                 seconds = found[what][way][-1]["seconds"]
                 print(f"{n_done}/{n_all} {what} {way}: {seconds:.2f} s (eta {left / 60:.0f} min)", file=sys.stderr)
     print("\n".join(as_table(found)))
-    (args.folder / "results.json").write_text(json.dumps({"machine": machine(), "found": found}, indent=1))
+    (args.folder / "results.json").write_text(json.dumps({"machine": machine(*PACKAGES), "found": found}, indent=1))
 
 
 def in_a_process(what: str, way: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -92,7 +94,7 @@ def as_table(found: dict[str, dict[str, list[dict[str, Any]]]]) -> list[str]:
             f"| {what} | {ratio:.2f} | {min(ratios):.2f} to {max(ratios):.2f} | {memory[PLAIN]:.0f} MiB | "
             f"{memory[OURS]:.0f} MiB | {agreement(what, ways)} |"
         )
-    return [*lines, "", f"Machine: {machine()}."]
+    return [*lines, "", f"Machine: {machine(*PACKAGES)}."]
 
 
 def agreement(what: str, ways: dict[str, list[dict[str, Any]]]) -> str:
@@ -244,20 +246,6 @@ def network(arch: str) -> Any:
 
     torch.manual_seed(0)
     return getattr(vision_transformer, arch)(patch_size=14, img_size=IMAGE_SIZE, init_values=1.0).eval()
-
-
-def resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def machine() -> str:
-    import sklearn
-    import torch
-
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    name = names[0].split(":")[1].strip() if names else "CPU"
-    return f"{name}, {os.cpu_count()} cores; torch {torch.__version__}, scikit-learn {sklearn.__version__}"
 
 
 if __name__ == "__main__":

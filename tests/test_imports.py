@@ -33,6 +33,7 @@ BARE_MACHINE = """
 import importlib, sys
 
 OPTIONAL = {"xformers", "tensorboard", "torchmil", "matplotlib", "wandb", "timm", "transformers", "onnxruntime", "peft"}
+OPTIONAL |= {"pyarrow", "umap"}
 
 class Missing:
     def find_spec(self, name, path=None, target=None):

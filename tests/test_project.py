@@ -20,7 +20,19 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = [ROOT / ".ci" / "run", *sorted((ROOT / "scripts").glob("*.sh"))]
 # Packages whose import name is not their name on PyPI.
 DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless", "sklearn": "scikit-learn", "yaml": "pyyaml"}
-EXTRAS = {"matplotlib", "onnxruntime", "peft", "tensorboard", "timm", "torchmil", "transformers", "wandb", "xformers"}
+EXTRAS = {
+    "matplotlib",
+    "onnxruntime",
+    "peft",
+    "pyarrow",
+    "tensorboard",
+    "timm",
+    "torchmil",
+    "transformers",
+    "umap",
+    "wandb",
+    "xformers",
+}
 
 
 def requirement_lines() -> list[str]:

@@ -5,7 +5,8 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from dinov2.data.datasets.decode import UnreadableImageError, load_image
+from dinov2.data.datasets.decode import UnreadableImageError, decode_image
+from dinov2.data.datasets.pictures import read_picture
 from dinov2.distributed import all_gather_objects, is_main_process
 from dinov2.utils.files import atomic_write
 
@@ -73,7 +74,7 @@ class BadImages:
 
 def _is_readable(path: str) -> bool:
     try:
-        load_image(path)
+        decode_image(read_picture(path), name=path)
     except UnreadableImageError:
         return False
     return True

@@ -4,7 +4,8 @@ Dimension key:  N pictures, H height, W width, S side of a crop, T filter taps
 
 Pictures are float32 in [0, 1] and lie in memory as [N, H, 3, W], a line of each colour after the other: a vertical
 filter is then a weighted sum of whole rows of memory, and a horizontal one is the same on the transposed picture.
-Functions whose name ends in `_` change their argument. Nothing is rounded between two operations (PIL does round).
+Functions whose name ends in `_` change their argument. Nothing is rounded between two operations; PIL does round, and
+so does `image_ops_uint8`, which has the same operations for single pictures and is several times as fast on a CPU.
 """
 
 import math

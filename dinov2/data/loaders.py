@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
-from dinov2.data.datasets.hema_data import HemaStandardDataset, Sample, UnreadablePicture
+from dinov2.data.balance import Balance, BalancedSampler
+from dinov2.data.datasets.hema_data import HemaStandardDataset, Sample, Samples, UnreadablePicture
 from dinov2.data.samplers import EpochSampler, InfiniteSampler, SamplerType, ShardedInfiniteSampler
 from dinov2.distributed import get_rank, get_world_size
 from dinov2.utils.seeds import derive_seed
@@ -34,6 +35,8 @@ VALUE_READERS: dict[str, Callable[[str], Any]] = {
     "image_size": int,
     "fit": str,
     "seed": int,
+    "column": str,
+    "cache": str,
 }
 
 
@@ -41,7 +44,7 @@ class SampleBatch(NamedTuple):
     """Decoded pictures, before any augmentation.
 
     Attributes:
-        images: uint8 [B, 3, S, S].
+        images: uint8 [B, 3, S, S], which lies in memory as [B, S, S, 3] (torch's channels-last).
         indices: int64 [B], the dataset indices that were asked for.
         failures: every picture that could not be read on the way, with the reason.
     """
@@ -52,9 +55,13 @@ class SampleBatch(NamedTuple):
 
 
 def collate_samples(samples: Sequence[Sample]) -> SampleBatch:
-    """Stack what `HemaStandardDataset` gives without a transform."""
+    """Put together what `HemaStandardDataset` gives without a transform; `Samples` already have one tensor."""
+    if isinstance(samples, Samples):
+        images = samples.images
+    else:
+        images = torch.stack([sample.image.permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2)
     return SampleBatch(
-        images=torch.stack([sample.image for sample in samples]),  # [B, 3, S, S]
+        images=images,  # [B, 3, S, S]
         indices=torch.tensor([sample.index for sample in samples]),  # [B]
         failures=[failure for sample in samples for failure in sample.failures],
     )
@@ -68,8 +75,8 @@ def make_dataset(
 ) -> HemaStandardDataset:
     """Build the dataset that a string such as `HemaStandardDataset:root=/data/lists:shuffle=1` describes.
 
-    Keys: root (required), shuffle (1 or 0), image_size, fit, seed. A colon belongs to a value unless one of these keys
-    and `=` follow it, so `root=C:\\cells` and `root=/data/12:30` are read as meant.
+    Keys: root (required), shuffle (1 or 0), image_size, fit, seed, column, cache. A colon belongs to a value unless one
+    of these keys and `=` follow it, so `root=C:\\cells` and `root=/data/12:30` are read as meant.
 
     Args:
         dataset_str: name, then `:key=value` for each setting.
@@ -79,11 +86,12 @@ def make_dataset(
 
     Raises:
         ValueError: unknown name or key, a key twice or without a value, or a value of the wrong kind.
-        FileNotFoundError: no path list at `root`.
+        FileNotFoundError: nothing at `root` that names pictures.
     """
     name, stated = _parse_dataset_str(dataset_str)
     dataset = DATASETS[name](transform=transform, target_transform=target_transform, **{**settings, **stated})
-    logger.info("dataset %s: %s pictures", dataset_str, f"{len(dataset):,}")
+    pictures = dataset.pictures
+    logger.info("dataset %s: %s pictures in %s", dataset_str, f"{len(pictures):,}", pictures.kind)
     return dataset
 
 
@@ -132,6 +140,7 @@ def make_data_loader(
     collate_fn: Callable[[list[Any]], Any] | None = None,
     prefetch_factor: int = 2,
     pin_memory: bool | None = None,
+    balance: Balance | None = None,
 ) -> DataLoader:
     """Batches of a dataset for this process; the names and defaults are upstream's.
 
@@ -151,15 +160,17 @@ def make_data_loader(
         collate_fn: samples to batch; must be picklable where workers are spawned.
         prefetch_factor: batches that each worker prepares ahead.
         pin_memory: put batches where a GPU copies them from without the host waiting; None: if there is a GPU.
+        balance: how often each set of the dataset is seen, for the infinite samplers only; None: each picture as often
+            as any other.
 
     Raises:
-        ValueError: a size or an advance for a sampler that has none.
+        ValueError: a size, an advance or a balance for a sampler that has none; a balance that does not fit the sets.
     """
     # a resumed loader's workers draw numbers of their own, not those of the start again
     generator = torch.Generator().manual_seed(derive_seed(seed, "workers", sampler_advance, get_rank()))
     return DataLoader(
         dataset,
-        sampler=_make_sampler(dataset, sampler_type, shuffle, seed, sampler_size, sampler_advance),
+        sampler=_make_sampler(dataset, sampler_type, shuffle, seed, sampler_size, sampler_advance, balance),
         batch_size=batch_size,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
@@ -173,7 +184,13 @@ def make_data_loader(
 
 
 def _make_sampler(
-    dataset: Any, sampler_type: SamplerType | None, shuffle: bool, seed: int, size: int, advance: int
+    dataset: Any,
+    sampler_type: SamplerType | None,
+    shuffle: bool,
+    seed: int,
+    size: int,
+    advance: int,
+    balance: Balance | None,
 ) -> Sampler | None:
     if size > 0 and sampler_type is not SamplerType.EPOCH:
         raise ValueError(
@@ -182,6 +199,14 @@ def _make_sampler(
     infinite = (SamplerType.INFINITE, SamplerType.SHARDED_INFINITE, SamplerType.SHARDED_INFINITE_NEW)
     if advance > 0 and sampler_type not in infinite:
         raise ValueError(f"sampler_advance={advance}: only infinite samplers can start later, found {sampler_type}")
+    if balance is not None and not balance.is_natural:
+        if sampler_type not in infinite or not shuffle:
+            raise ValueError(
+                f"balance={balance}: only infinite samplers that shuffle have one, found {sampler_type} with "
+                f"shuffle={shuffle}"
+            )
+        quotas = balance.quotas(dataset.pictures.set_names, dataset.pictures.set_sizes)
+        return BalancedSampler(sets=dataset.sets(), quotas=quotas, seed=seed, advance=advance)
     n = len(dataset)
     if sampler_type is SamplerType.EPOCH:
         return EpochSampler(size=size if size > 0 else n, sample_count=n, shuffle=shuffle, seed=seed)

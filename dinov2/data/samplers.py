@@ -27,7 +27,7 @@ class SamplerType(Enum):
     SHARDED_INFINITE_NEW = 4
 
 
-def shuffled_indices(sample_count: int, seed: int, *keys: int) -> np.ndarray:
+def shuffled_indices(sample_count: int, seed: int, *keys: int | str) -> np.ndarray:
     """The permutation of 0 .. N-1 that belongs to `seed` and `keys`: int32 [N], or int64 where N needs it."""
     dtype = torch.int32 if sample_count <= torch.iinfo(torch.int32).max else torch.int64
     generator = torch.Generator().manual_seed(derive_seed(seed, "order", *keys))
@@ -61,7 +61,7 @@ class InfiniteSampler(Sampler[int]):
                 (Upstream counts those of one process.)
         """
         _check_positive("sample_count", sample_count)
-        self._sample_count = sample_count
+        self._pass_length = sample_count
         self._shuffle = shuffle
         self._seed = seed
         self._first = advance + (get_rank() if start is None else start)
@@ -72,13 +72,13 @@ class InfiniteSampler(Sampler[int]):
 
     def index_at(self, position: int) -> int:
         """The index at one position of the global stream; computes that whole pass, so not for loops."""
-        pass_number, offset = divmod(position, self._sample_count)
+        pass_number, offset = divmod(position, self._pass_length)
         return int(self._pass_order(pass_number)[offset])
 
     def __iter__(self) -> Iterator[int]:
         position = self._first
         while True:
-            pass_number, offset = divmod(position, self._sample_count)
+            pass_number, offset = divmod(position, self._pass_length)
             mine = self._pass_order(pass_number)[offset :: self._step]
             for begin in range(0, len(mine), INDICES_AT_A_TIME):
                 yield from mine[begin : begin + INDICES_AT_A_TIME].tolist()
@@ -86,8 +86,8 @@ class InfiniteSampler(Sampler[int]):
 
     def _pass_order(self, pass_number: int) -> np.ndarray:
         if self._shuffle:
-            return shuffled_indices(self._sample_count, self._seed, pass_number)
-        return np.arange(self._sample_count)
+            return shuffled_indices(self._pass_length, self._seed, pass_number)
+        return np.arange(self._pass_length)
 
 
 class ShardedInfiniteSampler(InfiniteSampler):

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dinov2.data.datasets.decode import load_image, resize_image
+from dinov2.data.datasets.decode import decode_image, resize_image
 
 Picture = Path | str | np.ndarray
 
-Description = Callable[[Image.Image], np.ndarray]
+Description = Callable[[np.ndarray], np.ndarray]
 
 CENTRE_SHARE = 0.55  # of each side: about 200 of the 360 px of an Acevedo picture, the cell without its surroundings
 BINS = 8  # of hue, saturation and value each
@@ -52,23 +52,24 @@ BASELINES: dict[str, Callable[[Iterable[Picture]], np.ndarray]] = {"histogram": 
 
 
 def _features(pictures: Iterable[Picture], describe: Description) -> np.ndarray:
-    return np.stack([describe(_image(picture)) for picture in pictures])  # [N, D]
+    return np.stack([describe(_decoded(picture)) for picture in pictures])  # [N, D]
 
 
-def _image(picture: Picture) -> Image.Image:
-    return Image.fromarray(picture) if isinstance(picture, np.ndarray) else load_image(picture)
+def _decoded(picture: Picture) -> np.ndarray:
+    return picture if isinstance(picture, np.ndarray) else decode_image(picture)
 
 
-def histogram_of(image: Image.Image) -> np.ndarray:
-    """`colour_histogram` of one picture: float32 [512]."""
-    left, top = (round(side * (1 - CENTRE_SHARE) / 2) for side in image.size)
-    centre = image.crop((left, top, image.width - left, image.height - top)).convert("HSV")
-    hue, saturation, value = np.moveaxis(np.asarray(centre).astype(np.int64) * BINS // 256, -1, 0)  # [h, w] each, 0-7
+def histogram_of(picture: np.ndarray) -> np.ndarray:
+    """`colour_histogram` of one picture, uint8 [H, W, 3]: float32 [512]."""
+    top, left = (round(side * (1 - CENTRE_SHARE) / 2) for side in picture.shape[:2])
+    centre = picture[top : len(picture) - top, left : picture.shape[1] - left]
+    hsv = np.asarray(Image.fromarray(centre).convert("HSV"))
+    hue, saturation, value = np.moveaxis(hsv.astype(np.int64) * BINS // 256, -1, 0)  # [h, w] each, 0-7
     cells = (hue * BINS + saturation) * BINS + value
     counts = np.bincount(cells.ravel(), minlength=BINS**3)  # [512]
     return np.sqrt(counts / cells.size).astype(np.float32)
 
 
-def pixels_of(image: Image.Image) -> np.ndarray:
-    """`raw_pixels` of one picture: float32 [3072]."""
-    return resize_image(image, PIXELS_SIDE, fit="crop").numpy().ravel() / np.float32(255)
+def pixels_of(picture: np.ndarray) -> np.ndarray:
+    """`raw_pixels` of one picture, uint8 [H, W, 3]: float32 [3072]."""
+    return resize_image(picture, PIXELS_SIDE, fit="crop").numpy().ravel() / np.float32(255)

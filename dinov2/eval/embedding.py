@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dinov2.data.datasets.cells import LabelledCells
-from dinov2.data.datasets.decode import UnreadableImageError, load_image
+from dinov2.data.datasets.decode import UnreadableImageError, decode_image
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, is_main_process, on_main_process
 from dinov2.eval.encoders import DinoEncoder, Encoder, Kind, Preparation, build_encoder
 from dinov2.eval.feature_parts import PART_SIZE, PATCH_PART_SIZE, Extraction, FeatureParts
@@ -188,7 +188,7 @@ class _Pictures(Dataset[tuple[int, Tensor | None, str, str]]):
     def __getitem__(self, index: int) -> tuple[int, Tensor | None, str, str]:
         path = os.fspath(self.paths[index])
         try:
-            return index, self.preparation(load_image(path)), path, ""
+            return index, self.preparation(decode_image(path)), path, ""
         except UnreadableImageError as error:
             return index, None, path, error.reason
 

@@ -30,6 +30,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ UNTRAINED = "untrained"  # in place of a file with weights
 UNTRAINED_SEED = 0
 KINDS_HELP = "cls, mean, cls+mean, last<n>, last<n>+mean, patches"
 
-Preparation = Callable[[Image.Image], Tensor]
+Preparation = Callable[[np.ndarray], Tensor]
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class Encoder(ABC):
 
     Attributes:
         network: its parameters are the identity, and it is moved between devices.
-        preparation: a decoded RGB picture to what `embed` takes a batch of; goes to the processes that decode.
+        preparation: a decoded picture, uint8 [H, W, 3] in RGB, to what `embed` takes a batch of; goes to the processes
+            that decode.
         transform: what happens to a picture before the network, in words that differ when it differs.
         description: the network, in words.
         origin: where its weights are from.
@@ -397,7 +399,8 @@ class _TimmPreparation:
     def __init__(self, transform: Callable[[Image.Image], Any]) -> None:
         self.transform = transform
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, picture: np.ndarray) -> Tensor:
+        image = Image.fromarray(picture)
         return torch.as_tensor(self.transform(image)).contiguous()  # uint8 [3, S, S]; a NumPy array in older releases
 
 
@@ -405,9 +408,10 @@ class _TorchvisionPreparation:
     def __init__(self, scaled: int, crop: int, interpolation: Any, antialias: bool | None) -> None:
         self.scaled, self.crop, self.interpolation, self.antialias = scaled, crop, interpolation, antialias
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, picture: np.ndarray) -> Tensor:
         from torchvision.transforms import functional  # type: ignore[import-untyped]
 
+        image = Image.fromarray(picture)
         image = functional.resize(image, [self.scaled], interpolation=self.interpolation, antialias=self.antialias)
         return functional.pil_to_tensor(functional.center_crop(image, [self.crop]))  # uint8 [3, S, S]
 
@@ -416,8 +420,8 @@ class _BaselinePreparation:
     def __init__(self, describe: Description) -> None:
         self.describe = describe
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        return torch.from_numpy(self.describe(image))  # [D]
+    def __call__(self, picture: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.describe(picture))  # [D]
 
 
 def _normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -6,10 +6,11 @@ Dimension key:  S image side in pixels
 import os
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from dinov2.data.datasets.decode import load_image, resize_image
+from dinov2.data.datasets.decode import decode_image, resize_image
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_images
 
 
@@ -28,16 +29,17 @@ class PictureTransform:
     mean = IMAGENET_MEAN
     std = IMAGENET_STD
 
-    def __call__(self, picture: Image.Image | str | os.PathLike[str]) -> Tensor:
+    def __call__(self, picture: Image.Image | np.ndarray | str | os.PathLike[str]) -> Tensor:
         """A picture, or the path of one, to float32 [3, S, S].
 
         Raises:
             UnreadableImageError: a path whose file cannot be decoded.
-            ValueError: a picture whose pixels have no defined brightness.
+            ValueError: a picture whose pixels have no defined brightness, or an array that is not uint8 [H, W, 3].
         """
-        return normalize_images(self.resize(picture if isinstance(picture, Image.Image) else load_image(picture)))
+        decoded = picture if isinstance(picture, Image.Image | np.ndarray) else decode_image(picture)
+        return normalize_images(self.resize(decoded))
 
-    def resize(self, image: Image.Image) -> Tensor:
+    def resize(self, image: Image.Image | np.ndarray) -> Tensor:
         """The part before normalisation: shorter side to S, centre crop; uint8 [3, S, S]."""
         return resize_image(image, self.image_size, fit="crop")
 

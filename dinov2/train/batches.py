@@ -22,9 +22,11 @@ from dinov2.data import (
 )
 from dinov2.data.augmentations import N_GLOBAL_CROPS
 from dinov2.data.bad_images import BadImages
+from dinov2.data.balance import Balance
 from dinov2.data.collate import assemble_batch, draw_masks
 from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.data.loaders import collate_samples
+from dinov2.data.transfer import sent_ahead
 from dinov2.distributed import get_rank, get_world_size
 from dinov2.layers.drop_path import BatchShare
 from dinov2.utils.seeds import derive_seed
@@ -36,9 +38,20 @@ _AUGMENTATIONS: dict[str, type[DataAugmentationDINO] | type[DataAugmentationHEMA
 
 
 def build_dataset(cfg: Any) -> HemaStandardDataset:
-    """The pictures that `train.dataset_path` names, decoded to squares."""
+    """The pictures that `train.dataset_path` names, decoded to squares.
+
+    Raises:
+        FileNotFoundError, ValueError: they cannot be read, or `train.balance` does not fit them.
+    """
     size = cfg.train.image_size or cfg.crops.global_crops_size
-    return make_dataset(cfg.train.dataset_path, image_size=size, fit=cfg.train.image_fit, seed=cfg.train.seed)
+    dataset = make_dataset(cfg.train.dataset_path, image_size=size, fit=cfg.train.image_fit, seed=cfg.train.seed)
+    build_balance(cfg).quotas(dataset.pictures.set_names, dataset.pictures.set_sizes)
+    return dataset
+
+
+def build_balance(cfg: Any) -> Balance:
+    """How often each set of pictures is seen, as `train.balance` says."""
+    return Balance(dict(cfg.train.balance.weights), cfg.train.balance.temperature)
 
 
 def build_augmentation(cfg: Any) -> DataAugmentationDINO | DataAugmentationHEMA:
@@ -115,8 +128,9 @@ class TrainBatches:
             drop_last=True,
             collate_fn=collate_samples,
             pin_memory=self.device.type == "cuda",
+            balance=build_balance(cfg),
         )
-        for number, samples in enumerate(loader, batch_number):
+        for number, samples in enumerate(sent_ahead(loader, self.device), batch_number):
             self.bad_images.record(samples.failures)
             masks = self._draw_masks(number)
             yield [self._part(number, samples.images, masks, part) for part in range(cfg.train.accumulation_steps)]
@@ -139,8 +153,7 @@ class TrainBatches:
         n_parts, seed = self.cfg.train.accumulation_steps, self.cfg.train.seed
         share, n_shares = part * get_world_size() + get_rank(), n_parts * get_world_size()
         generator = torch.Generator().manual_seed(derive_seed(seed, "augmentation", batch_number))
-        own_images = images[part::n_parts].to(self.device, non_blocking=True)
-        crops = self.augmentation(own_images, generator, rank=share, world_size=n_shares)
+        crops = self.augmentation(images[part::n_parts], generator, rank=share, world_size=n_shares)
         own_masks = masks[0][:, share::n_shares].flatten(0, 1)  # [2B, P]
         batch = assemble_batch(crops, own_masks, masks[1], torch.float32)
         # for the stochastic depth, which is drawn for the global batch too

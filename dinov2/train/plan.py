@@ -3,10 +3,11 @@
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -16,10 +17,13 @@ from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.distributed import get_world_size, is_enabled
 from dinov2.fsdp.precision import resolve_dtype
 from dinov2.hub.downloads import RELEASES
+from dinov2.train.batches import build_balance
 from dinov2.train.finetuning import count_learned
 from dinov2.train.pretrained import weights_of
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+
+N_SETS_SHOWN = 12
 
 
 def describe_run(cfg: Any, model: SSLMetaArch, dataset: HemaStandardDataset) -> str:
@@ -35,7 +39,8 @@ def describe_run(cfg: Any, model: SSLMetaArch, dataset: HemaStandardDataset) -> 
     dtype = str(resolve_dtype(precision, model.device.type)).removeprefix("torch.")
     frozen = f"; backbone frozen for {schedules.n_backbone_frozen:,} steps" if schedules.n_backbone_frozen else ""
     lines = [
-        f"data      {n_pictures:,} pictures in {dataset.n_lists} lists",
+        f"data      {n_pictures:,} pictures in {dataset.pictures.kind}",
+        *describe_sets(cfg, dataset, n * batch),
         f"crops     2 global of {crops.global_crops_size} px, {local}; augmentation {cfg.data_transform}",
         f"schedule  {n:,} steps of {batch} pictures = {n * batch / n_pictures:,.1f} passes over the data "
         f"({cfg.optim.epochs:g} epochs of {epoch} steps)",
@@ -53,6 +58,38 @@ def describe_run(cfg: Any, model: SSLMetaArch, dataset: HemaStandardDataset) -> 
         f"memory    about {estimate_memory_gib(cfg, model):.1f} GiB (estimated from shapes)",
     ]
     return "\n".join(lines)
+
+
+def describe_sets(cfg: Any, dataset: HemaStandardDataset, n_seen: int) -> Iterator[str]:
+    """How often each set is seen in a run that sees `n_seen` pictures; of many, the most seen and most repeated ones.
+
+    Nothing where there is one set.
+    """
+    names, sizes = dataset.pictures.set_names, dataset.pictures.set_sizes
+    balance = build_balance(cfg)
+    if len(names) == 1:
+        return
+    quotas = sizes if balance.is_natural else balance.quotas(names, sizes)
+    shares = quotas / quotas.sum()
+    passes = n_seen * shares / np.maximum(sizes, 1)
+    shown = list(range(len(names)))
+    if len(names) > N_SETS_SHOWN:
+        largest = np.argsort(-shares, kind="stable")[: N_SETS_SHOWN // 2].tolist()
+        repeated = [i for i in np.argsort(-passes, kind="stable").tolist() if i not in largest]
+        shown = largest + repeated[: N_SETS_SHOWN - len(largest)]
+    width, how = max(len(names[i]) for i in shown), "as many as there are" if balance.is_natural else "as balanced"
+    yield f"sets      {len(names)}, seen {how}:"
+    for i in shown:
+        yield (
+            f"          {names[i]:<{width}}  {sizes[i]:>11,} pictures, {shares[i]:6.2%} of what is seen, "
+            f"{passes[i]:,.1f} passes over it"
+        )
+    rest = np.setdiff1d(np.arange(len(names)), shown)
+    if len(rest):
+        yield (
+            f"          and {len(rest)} more: {sizes[rest].sum():,} pictures, {shares[rest].sum():.2%} of what is "
+            f"seen, at most {passes[rest].max():,.1f} passes"
+        )
 
 
 def _random_start(cfg: Any) -> str:

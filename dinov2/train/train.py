@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinov2 import distributed
 from dinov2.data.datasets.hema_data import HemaStandardDataset
+from dinov2.data.packed_cache import describe_plan
 from dinov2.distributed import Launch, StepAgreement
 from dinov2.distributed.watchdog import Watchdog
 from dinov2.fsdp.precision import resolve_precision
@@ -118,6 +119,21 @@ def train(
         return 1
     logger.info("done: %s holds config.yaml, training_metrics.json, checkpoints and eval/", folder.path)
     return 0
+
+
+def fill_cache(dataset: HemaStandardDataset, signals: StopSignals, *, only_tell: bool) -> bool:
+    """Pack what the data set's cache, if it has one, lacks; all processes share the work. False if told to stop.
+
+    With `only_tell` nothing is written, and pictures are decoded as if there were no cache.
+    """
+    if dataset.cache is None:
+        return True
+    if only_tell:
+        logger.info("packed cache %s: %s", dataset.cache.folder, describe_plan(dataset.cache.plan()))
+        dataset.cache = None
+        return True
+    summary = dataset.cache.build(should_stop=lambda: signals.received is not None, together=True)
+    return all(distributed.all_gather_objects(summary.is_complete))
 
 
 def open_watchdog(timeout_seconds: float) -> Watchdog:
@@ -250,6 +266,9 @@ def run(args: argparse.Namespace, signals: StopSignals) -> int:
             folder.prepare(resume=not args.no_resume, eval_only=args.eval_only)
             setup_logging(folder.path)
         logger.info("%s", describe_environment(cfg))
+        if dataset is not None and not fill_cache(dataset, signals, only_tell=args.dry_run):
+            logger.warning("stopped while the cache was being built, as asked; the same command goes on")
+            return REQUEUE_EXIT_CODE
         torch.manual_seed(derive_seed(cfg.train.seed, "weights"))
         # A run that goes on needs them no more, and they may be gone
         needs_weights = args.dry_run or not folder.has_checkpoint()

@@ -42,6 +42,9 @@ _WORDS = {
     "student.lora.targets": "[attn.qkv, attn.proj]",
 }
 
+# Mappings of names, which nobody knows beforehand, to numbers.
+_NUMBERS_BY_NAME = {"train.balance.weights": "{bmc: 0.5, acevedo: 2}"}
+
 # What a key may hold besides null, where the default is null.
 _NULLABLE: dict[str, type] = {
     "train.image_size": int,
@@ -204,8 +207,9 @@ def _read_overrides(overrides: Sequence[str]) -> DictConfig:
             # a path or name is meant as it stands, also with # or a leading zero, which YAML reads otherwise
             OmegaConf.update(layer, key, value.replace("${", "\\${"), force_add=True)
             continue
-        if key in _MAPPINGS:  # {name:pbc} needs no quotes in a shell, but is a mapping to YAML only with a space
-            text = re.sub(r"([{,]\s*\w+):(?=\S)", r"\1: ", text)
+        if key in _MAPPINGS or key in _NUMBERS_BY_NAME:
+            # {name:pbc} needs no quotes in a shell, but is a mapping to YAML only with a space
+            text = re.sub(r"([{,]\s*[\w.-]+):(?=\S)", r"\1: ", text)
         try:
             layer = OmegaConf.merge(layer, OmegaConf.from_dotlist([text]))
         except (YAMLError, OmegaConfBaseException) as error:
@@ -214,17 +218,18 @@ def _read_overrides(overrides: Sequence[str]) -> DictConfig:
 
 
 def _leaves(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf; lists are leaves."""
+    """(dotted key, value) of every leaf; lists are leaves, and mappings of names to numbers."""
     for key in map(str, config):
         name = f"{prefix}{key}"
         if OmegaConf.is_missing(config, key):
             yield name, "???"
             continue
         value = config[key]
-        if isinstance(value, DictConfig):
+        if isinstance(value, DictConfig) and name not in _NUMBERS_BY_NAME:
             yield from _leaves(value, f"{name}.")
         else:
-            yield name, OmegaConf.to_container(value, resolve=True) if isinstance(value, ListConfig) else value
+            is_config = isinstance(value, (DictConfig, ListConfig))
+            yield name, OmegaConf.to_container(value, resolve=True) if is_config else value
 
 
 def _escaped(value: Any) -> Any:
@@ -267,6 +272,8 @@ def _checked(key: str, value: Any, origin: str) -> Any:
         return value
     if key in _MAPPINGS:
         return _as_mappings(key, value, origin)
+    if key in _NUMBERS_BY_NAME:
+        return _as_numbers_by_name(key, value, origin)
     if key in _WORDS:
         return _as_words(key, value, origin)
     expected = _NULLABLE.get(key, type(default))
@@ -295,6 +302,12 @@ def _as_words(key: str, value: Any, origin: str) -> list[str]:
     if not isinstance(value, list) or not all(type(member) in (str, int) for member in value):
         raise ValueError(f"{origin}: {key} must be a list like {_WORDS[key]}, found {value!r}")
     return [str(member) for member in value]
+
+
+def _as_numbers_by_name(key: str, value: Any, origin: str) -> dict[str, float]:
+    if not isinstance(value, dict) or not all(type(number) in (int, float) for number in value.values()):
+        raise ValueError(f"{origin}: {key} must give numbers to names, like {_NUMBERS_BY_NAME[key]}, found {value!r}")
+    return {str(name): float(number) for name, number in value.items()}
 
 
 def _as_type(key: str, value: Any, expected: type, default: Any, origin: str) -> Any:

@@ -6,6 +6,7 @@ from itertools import islice
 import pytest
 import torch
 
+from dinov2.data.balance import Balance
 from dinov2.data.datasets.hema_data import HemaStandardDataset, UnreadablePicture
 from dinov2.data.loaders import collate_samples, make_data_loader, make_dataset
 from dinov2.data.samplers import SamplerType
@@ -46,6 +47,16 @@ def test_batches(dataset):
     assert isinstance(failures[0], UnreadablePicture)
 
 
+def test_pictures_lie_in_memory_as_channels_last(dataset):
+    (batch,) = batches(dataset, 1, num_workers=1)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    stacked = collate_samples([dataset[int(index)] for index in batch.indices])
+    assert stacked.images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(stacked.images, batch.images)
+    samples = dataset.__getitems__([1, 2])
+    assert collate_samples(samples).images.data_ptr() == samples[0].image.data_ptr()  # without a copy
+
+
 def test_workers_change_nothing(dataset):
     assert_same(batches(dataset, 6, num_workers=2), batches(dataset, 6))
 
@@ -79,6 +90,24 @@ def test_a_size_or_advance_that_would_be_ignored_is_an_error(dataset):
             batches(dataset, 1, sampler_type=kind, sampler_advance=4)
 
 
+def test_a_balance_reaches_the_order(dataset, picture_list):
+    root = dataset.root
+    (root / "few.txt").write_text("pictures/000.png\npictures/001.png\n")
+    two = HemaStandardDataset(root=root, image_size=14, shuffle=True)
+    sets = torch.from_numpy(two.sets())
+    for balance, share in ((Balance({"few": 1000}), 0.9), (Balance({"few": 0}), 0.0)):
+        found = batches(two, 40, balance=balance)
+        seen = sets[torch.cat([batch.indices for batch in found])].float().mean()
+        assert (seen > share) if share else seen == 0
+        assert_same(batches(two, 3, num_workers=2, balance=balance, sampler_advance=37 * 4), found[37:])
+    assert_same(batches(two, 8, balance=Balance()), batches(two, 8))  # as before there were balances
+    for wrong in ({"sampler_type": SamplerType.EPOCH}, {"sampler_type": None}, {"shuffle": False}):
+        with pytest.raises(ValueError, match="balance=.*only infinite samplers that shuffle"):
+            batches(two, 1, balance=Balance({"few": 2}), **wrong)
+    with pytest.raises(ValueError, match="no set is called 'many'"):
+        batches(two, 1, balance=Balance({"many": 2}))
+
+
 def test_no_workers_need_no_worker_settings(dataset):
     assert len(batches(dataset, 1, num_workers=0, persistent_workers=True, prefetch_factor=4)) == 1
 
@@ -107,6 +136,22 @@ def test_dataset_strings(picture_list):
     for text in ("0", "false", "False"):
         kept = make_dataset(f"HemaStandardDataset:shuffle={text}:root={root}/all.txt")
         assert [kept.path(i) for i in range(6)] == [plain.path(i) for i in range(6)]
+
+
+def test_tables_and_caches_in_dataset_strings(picture_list, tmp_path):
+    root = picture_list(n=3)
+    (root / "t.csv").write_text("file,path\npictures/001.png,pictures/002.png\n")
+    assert make_dataset(f"HemaStandardDataset:root={root}/t.csv").path(0).endswith("002.png")
+    dataset = make_dataset(
+        f"HemaStandardDataset:root={root}/t.csv:column=file:cache={tmp_path}/at 12:30", image_size=14
+    )
+    assert dataset.path(0).endswith("001.png")
+    dataset.cache.build(n_workers=1)
+    assert (tmp_path / "at 12:30").is_dir()
+    assert_same(
+        batches(dataset, 1, batch_size=1),
+        batches(make_dataset(f"HemaStandardDataset:root={root}/t.csv:column=file", image_size=14), 1, batch_size=1),
+    )
 
 
 def test_the_string_wins_over_settings(picture_list):

@@ -53,7 +53,7 @@ def seeded(build):
 def embed(encoder, image, kinds):
     encoder.check(kinds)
     with torch.no_grad():
-        return encoder.embed(encoder.preparation(image)[None], kinds)
+        return encoder.embed(encoder.preparation(np.asarray(image))[None], kinds)
 
 
 def timm_input(timm, network, image, size):
@@ -160,7 +160,7 @@ def test_baselines_are_those_of_the_protocols(files):
 def test_preparations_can_go_to_other_processes(name, image, timm, models):
     encoder = build_encoder(name, weights="" if name in ("pixels", "histogram") else "untrained")
     copy = pickle.loads(pickle.dumps(encoder.preparation))
-    torch.testing.assert_close(copy(image), encoder.preparation(image), rtol=0, atol=0)
+    torch.testing.assert_close(copy(np.asarray(image)), encoder.preparation(np.asarray(image)), rtol=0, atol=0)
 
 
 def test_untrained_weights_are_seeded_and_leave_the_random_state_alone(timm):

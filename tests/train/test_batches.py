@@ -1,6 +1,7 @@
 """Batches of training: presets, and that a batch depends on nothing but the seed and its number."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from omegaconf import OmegaConf
 from dinov2.configs import dinov2_default_config
 from dinov2.data.augmentations import DINO_SETTINGS, HEMA_SETTINGS
 from dinov2.layers.drop_path import BatchShare
-from dinov2.train.batches import TrainBatches, build_dataset, resolve_batch_size
+from dinov2.train.batches import TrainBatches, build_balance, build_dataset, resolve_batch_size
 from dinov2.utils.config import load_run_config
 
 
@@ -76,6 +77,50 @@ def test_parts_share_the_batch_that_one_process_would_have_at_once(config):
         for key, views in (("collated_global_crops", 2), ("collated_masks", 2), ("collated_local_crops", 8)):
             expected = whole[key].unflatten(0, (views, -1))[:, number::2].flatten(0, 1)
             torch.testing.assert_close(part[key], expected, rtol=0, atol=0)
+
+
+def test_a_balance_is_kept_when_a_run_goes_on_with_more_processes(config, monkeypatch):
+    cfg = config(8, "train.balance.weights={all:3,few:1}", "train.batch_size_per_gpu=4")
+    lists = next(iter(Path(cfg.train.dataset_path.split("root=")[1].split(":shuffle")[0]).glob("all.txt"))).parent
+    (lists / "few.txt").write_text("pictures/000.png\n")
+    whole = batches(cfg, 0, 3)
+    assert not torch.equal(whole[0]["collated_global_crops"], batches(config(8), 0, 1)[0]["collated_global_crops"])
+    half = config(8, "train.balance.weights={all:3,few:1}", "train.batch_size_per_gpu=2", world_size=2)
+    for rank in range(2):
+        for module in ("dinov2.train.batches", "dinov2.data.samplers", "dinov2.data.loaders"):
+            monkeypatch.setattr(f"{module}.get_rank", lambda rank=rank: rank)
+            monkeypatch.setattr(f"{module}.get_world_size", lambda: 2)
+        (part,) = batches(half, 2, 1)
+        expected = whole[2]["collated_global_crops"].unflatten(0, (2, -1))[:, rank::2].flatten(0, 1)
+        torch.testing.assert_close(part["collated_global_crops"], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.balance.weights={none:2}", "no set is called 'none'; the sets here are all"),
+        ("train.balance.weights={all:-1}", "all has -1.0; a weight is 0"),
+        ("train.balance.weights={all:.nan}", "all has nan"),
+        ("train.balance.weights={all:0}", "every set that has pictures has weight 0"),
+        ("train.balance.weights={all:much}", "must give numbers to names, like {bmc: 0.5"),
+        ("train.balance.weights=2", "must give numbers to names"),
+        ("train.balance.temperature=0", "0.0 is not above 0"),
+        ("train.balance.temperature=.nan", "nan is not above 0"),
+        ("train.balance.temperature=inf", "must be a number"),
+    ],
+)
+def test_a_balance_that_cannot_be_kept_is_an_error_before_the_run(config, override, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_dataset(config(3, override))
+
+
+def test_weights_come_from_file_and_command_line(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("train: {balance: {weights: {bmc: 2, 2024: 0.5}}}")
+    cfg = load_run_config(file, ["train.balance.weights.apl-1=3", "train.balance.temperature=.inf"])
+    assert dict(cfg.train.balance.weights) == {"bmc": 2, "2024": 0.5, "apl-1": 3}
+    assert build_balance(cfg).temperature == float("inf")
+    assert build_balance(load_run_config(None)).is_natural
 
 
 @pytest.mark.parametrize(

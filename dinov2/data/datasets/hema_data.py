@@ -1,19 +1,22 @@
-"""Unlabelled single-cell pictures for pre-training, named by .txt lists with one path a line.
+"""Unlabelled single-cell pictures for pre-training, decoded to squares.
 
-Letters: N pictures, S side of a picture in pixels.
+Letters: N pictures, B of them in a batch, S side of a picture in pixels.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dinov2.data.datasets.decode import UnreadableImageError, check_fit, load_image, resize_image
+from dinov2.data.datasets.decode import UnreadableImageError, check_fit, decode_image, resize_image
+from dinov2.data.datasets.pictures import Pictures
+from dinov2.data.packed_cache import PackedCache
 
 MAX_REPLACEMENTS = 20
 N_PROBED_PATHS = 16
@@ -30,7 +33,7 @@ class Sample(NamedTuple):
     """One picture, and what went wrong on the way to it.
 
     Attributes:
-        image: uint8 [3, S, S].
+        image: uint8 [3, S, S], which lies in memory as [S, S, 3].
         index: the index that was asked for, also when another picture stands in.
         failures: the pictures that could not be read, the asked one first; empty as a rule.
     """
@@ -40,38 +43,30 @@ class Sample(NamedTuple):
     failures: tuple[UnreadablePicture, ...]
 
 
-class PathLists:
-    """The lines of all lists as one block of bytes: a million Python strings would cost every worker some 100 MB."""
+class Samples(list[Sample]):
+    """The samples of a batch, whose pictures are views of one tensor.
 
-    def __init__(self, files: list[Path]) -> None:
-        lines: list[bytes] = []
-        counts = []
-        for file in files:
-            listed = _read_list(file)
-            lines += listed
-            counts.append(len(listed))
-        self._folders = [os.path.abspath(file.parent) for file in files]
-        self._ends_of_lists = np.cumsum(counts, dtype=np.int64)
-        self._ends = np.cumsum([len(line) for line in lines], dtype=np.int64)  # [N]
-        self._bytes = b"".join(lines)
+    Attributes:
+        images: uint8 [B, 3, S, S], which lies in memory as [B, S, S, 3].
+    """
 
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, position: int) -> str:
-        """The absolute path of one picture."""
-        start = self._ends[position - 1] if position else 0
-        line = self._bytes[start : self._ends[position]].decode()
-        folder = self._folders[int(np.searchsorted(self._ends_of_lists, position, side="right"))]
-        return os.path.join(folder, line)  # which leaves an absolute line as it is
+    def __init__(self, samples: Sequence[Sample], images: Tensor) -> None:
+        super().__init__(samples)
+        self.images = images
 
 
 class HemaStandardDataset(Dataset):
-    """Pictures named by path lists: `HemaStandardDataset:root=<folder with *.txt, or one list>:shuffle=1`.
+    """Unlabelled pictures: `HemaStandardDataset:root=<folder with *.txt lists>:shuffle=1`.
 
-    In a list, blank lines and lines that begin with `#` are skipped, and relative paths count from the list's own
-    folder; the lists of a folder are read in sorted order. A picture that cannot be read is replaced by another one,
-    the same whenever this index is asked for; what failed travels with the sample, for the training loop to record.
+    `root` may also be one list, a .csv or .parquet file with a column of paths, a folder of pictures, or .tar shards:
+    see `Pictures.from_root`. In a list, blank lines and lines that begin with `#` are skipped, and relative paths count
+    from the list's own folder; the lists of a folder are read in sorted order. A picture that cannot be read is
+    replaced by another one, the same whenever this index is asked for; what failed travels with the sample, for the
+    training loop to record.
+
+    Attributes:
+        pictures: where the N pictures lie, in the order before any shuffling.
+        cache: the packed store that they are read from, or None.
     """
 
     def __init__(
@@ -84,11 +79,13 @@ class HemaStandardDataset(Dataset):
         transform: Callable[[Image.Image], Any] | None = None,
         target_transform: Callable[[None], Any] | None = None,
         seed: int = 0,
+        column: str | None = None,
+        cache: str | os.PathLike[str] | None = None,
     ) -> None:
         """Read the lists; the pictures themselves are not looked at, but for a few that must not all be missing.
 
         Args:
-            root: a folder with .txt lists, or one list.
+            root: what names the pictures.
             shuffle: permute the order by `seed`, so that neighbours in a list are not neighbours here.
             image_size: S in pixels.
             fit: how a picture becomes square, see `resize_image`.
@@ -96,40 +93,48 @@ class HemaStandardDataset(Dataset):
                 (transform(picture), target) and do not tell of replacements.
             target_transform: called with None, since nothing is labelled; without it the target is ().
             seed: decides the order under `shuffle` and which pictures replace unreadable ones; not negative.
+            column: of a table, the column with the paths; None: "Image Path", or else "path".
+            cache: folder of a packed store of the squares, which has to be built before items are read
+                (`dataset.cache.build`).
 
         Raises:
-            FileNotFoundError: no list at `root`, or none of its pictures exists.
-            ValueError: the lists name no picture, one is not UTF-8 text, or `fit` or `seed` is not allowed.
+            FileNotFoundError: nothing known is at `root`, or none of its pictures exists.
+            ValueError: what is there names no picture or cannot be read, or an argument is not allowed.
         """
         check_fit(fit)
         if seed < 0:
             raise ValueError(f"seed: {seed} is negative; choose 0 or more")
+        if cache is not None and transform is not None:
+            raise ValueError(
+                f"train.dataset_path: cache={os.fspath(cache)!r} holds squares of {image_size} px, and a transform is "
+                f"given whole pictures; leave one of the two out"
+            )
         self.root = Path(root)
         self.image_size = image_size
         self.fit = fit
         self.transform = transform
         self.target_transform = target_transform
         self.seed = seed
-        files = _find_lists(self.root)
-        self.n_lists = len(files)
-        self._paths = PathLists(files)
-        n = len(self._paths)
-        if n == 0:
-            raise ValueError(
-                f"train.dataset_path: the lists in {str(root)!r} ({', '.join(file.name for file in files)}) name no "
-                f"picture; write one picture path per line"
-            )
-        self._order = np.random.default_rng(seed).permutation(n) if shuffle else None
+        self.pictures = Pictures.from_root(root, column)
+        n = len(self.pictures)
+        self._order: Tensor | None = None  # a tensor, as what `pictures` holds: spawned workers share its memory
+        if shuffle:
+            order = np.random.default_rng(seed).permutation(n)
+            self._order = torch.from_numpy(order.astype(np.int32) if n <= np.iinfo(np.int32).max else order)
         self._check_that_some_exist()
+        self.cache = None if cache is None else PackedCache(cache, self.pictures, image_size, fit)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.pictures)
 
     def path(self, index: int) -> str:
-        """The absolute path of the picture at `index`."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} of a dataset with {len(self)} pictures")
-        return self._paths[index if self._order is None else int(self._order[index])]
+        """The absolute path of the picture at `index`; `<shard>.tar::<member>` of one in a shard."""
+        return self.pictures.path(self._position(index))
+
+    def sets(self) -> np.ndarray:
+        """The set of the picture at each index, as a position in `pictures.set_names`: int32 [N]."""
+        sets = self.pictures.all_sets()
+        return sets if self._order is None else sets[self._order.numpy()]
 
     def __getitem__(self, index: int) -> Any:
         """`Sample`, or with a `transform` the pair (transform(picture), target).
@@ -137,20 +142,53 @@ class HemaStandardDataset(Dataset):
         Raises:
             RuntimeError: neither this picture nor any of its replacements can be read.
         """
-        image, failures = self._load_or_replace(index)
         if self.transform is None:
-            return Sample(resize_image(image, self.image_size, self.fit), index, failures)
+            square, failures = self._first_readable(index, self._read_square)
+            return Sample(torch.from_numpy(np.require(square, requirements="W")).permute(2, 0, 1), index, failures)
+        array, _ = self._first_readable(index, self._read_whole)
         target = () if self.target_transform is None else self.target_transform(None)
-        return self.transform(image), target
+        return self.transform(Image.fromarray(array)), target
 
-    def _load_or_replace(self, index: int) -> tuple[Image.Image, tuple[UnreadablePicture, ...]]:
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """The items of a batch; samples come as `Samples`, each picture copied once, to its place in the batch."""
+        if self.transform is not None:
+            return [self[index] for index in indices]
+        batch = torch.empty((len(indices), self.image_size, self.image_size, 3), dtype=torch.uint8)
+        images = batch.permute(0, 3, 1, 2)  # [B, 3, S, S]
+        unread: Iterable[int] = range(len(indices))
+        if self.cache is not None:
+            unread = self.cache.copy_into([self._position(index) for index in indices], batch.numpy())
+        samples = [Sample(image, index, ()) for image, index in zip(images, indices, strict=True)]
+        for number in unread:
+            square, failures = self._first_readable(indices[number], self._read_square)
+            np.copyto(batch[number].numpy(), square)
+            samples[number] = samples[number]._replace(failures=failures)
+        return Samples(samples, images)
+
+    def _position(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} of a dataset with {len(self)} pictures")
+        return index if self._order is None else int(self._order[index])
+
+    def _read_whole(self, position: int) -> np.ndarray:
+        """uint8 [H, W, 3]."""
+        return decode_image(self.pictures.read(position), name=self.pictures.path(position))
+
+    def _read_square(self, position: int) -> np.ndarray:
+        """uint8 [S, S, 3]."""
+        if self.cache is not None:
+            return self.cache.fetch(position)
+        return resize_image(self._read_whole(position), self.image_size, self.fit).permute(1, 2, 0).numpy()
+
+    def _first_readable(
+        self, index: int, read: Callable[[int], np.ndarray]
+    ) -> tuple[np.ndarray, tuple[UnreadablePicture, ...]]:
         failures: list[UnreadablePicture] = []
         for candidate in self._candidates(index):
-            path = self.path(candidate)
             try:
-                return load_image(path), tuple(failures)
+                return read(self._position(candidate)), tuple(failures)
             except UnreadableImageError as error:
-                failures.append(UnreadablePicture(path, error.reason))
+                failures.append(UnreadablePicture(self.path(candidate), error.reason))
         reasons = "; ".join(f"{path}: {reason}" for path, reason in failures[:3])
         raise RuntimeError(
             f"train.dataset_path: picture {index} and all {len(failures) - 1} tried in its place cannot be read "
@@ -165,41 +203,15 @@ class HemaStandardDataset(Dataset):
         yield from [int(draw) for draw in draws if draw != index][:MAX_REPLACEMENTS]
 
     def _check_that_some_exist(self) -> None:
-        probes = np.linspace(0, len(self) - 1, num=min(len(self), N_PROBED_PATHS)).astype(int)
-        paths = [self._paths[int(position)] for position in probes]
-        if not any(os.path.exists(path) for path in paths):
-            raise FileNotFoundError(
-                f"train.dataset_path: none of the {len(paths)} pictures probed among the {len(self)} in "
-                f"{str(self.root)!r} exists on this machine, for instance {paths[0]!r}; "
-                f"relative paths count from the folder of their list"
-            )
-
-
-def _find_lists(root: Path) -> list[Path]:
-    hint = "scripts/make_patch_lists.py writes one (one picture path per line)"
-    if root.is_file():
-        if root.suffix.lower() != ".txt":
-            raise ValueError(f"train.dataset_path: root={str(root)!r} is not a .txt list of picture paths; {hint}")
-        return [root]
-    if not root.is_dir():
+        probes = np.linspace(0, len(self) - 1, num=min(len(self), N_PROBED_PATHS)).astype(int).tolist()
+        for position in probes:
+            try:
+                self.pictures.stamp(position)
+            except OSError:
+                continue
+            return
         raise FileNotFoundError(
-            f"train.dataset_path: root={str(root)!r} does not exist; it must hold *.txt lists; {hint}"
+            f"train.dataset_path: none of the {len(probes)} pictures probed among the {len(self)} that "
+            f"{self.pictures.kind} in {str(self.root)!r} name exists on this machine, for instance "
+            f"{self.pictures.path(probes[0])!r}; relative paths count from the folder of what names them"
         )
-    found = sorted(root.glob("[!.]*"))
-    files = [file for file in found if file.suffix.lower() == ".txt" and file.is_file()]
-    if not files:
-        raise FileNotFoundError(f"train.dataset_path: no *.txt list of picture paths in {str(root)!r}; {hint}")
-    return files
-
-
-def _read_list(file: Path) -> list[bytes]:
-    data = file.read_bytes().removeprefix(b"\xef\xbb\xbf")  # Windows editors put this mark before UTF-8
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"train.dataset_path: {str(file)!r}, line {line}, is not UTF-8 text ({error.reason}); save it as UTF-8"
-        ) from error
-    lines = (line.strip() for line in data.splitlines())
-    return [line for line in lines if line and not line.startswith(b"#")]

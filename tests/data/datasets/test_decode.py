@@ -1,5 +1,6 @@
 """What each kind of picture file becomes, and that no damaged file gets past UnreadableImageError."""
 
+import io
 import pickle
 
 import numpy as np
@@ -9,7 +10,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from dinov2.data.datasets.decode import UnreadableImageError, load_image, resize_image
+from dinov2.data.datasets import decode
+from dinov2.data.datasets.decode import UnreadableImageError, decode_image, load_image, resize_image
 
 
 @pytest.fixture
@@ -189,6 +191,172 @@ def test_damaged_bytes_never_raise_anything_else(tmp_path, pixels, mode, suffix,
     capfd.readouterr()  # libtiff writes its own complaints to stderr
 
 
+def by_pillow(data: bytes) -> np.ndarray | None:
+    """What Pillow alone makes of a file, None if it finds fault with it."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return np.asarray(decode.to_rgb(image))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+def ours(data: bytes) -> np.ndarray | None:
+    try:
+        return decode_image(data)
+    except UnreadableImageError:
+        return None
+
+
+def encoded(image: Image.Image, file_format: str, **settings) -> bytes:
+    file = io.BytesIO()
+    image.save(file, file_format, **settings)
+    return file.getvalue()
+
+
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+
+# mode, format, settings of Pillow's save, whether Pillow is not needed for the pixels
+FILES = {
+    "jpeg": ("RGB", "JPEG", {}, True),
+    "jpeg 4:4:4": ("RGB", "JPEG", {"subsampling": 0, "quality": 95}, True),
+    "jpeg 4:2:2": ("RGB", "JPEG", {"subsampling": 1}, True),
+    "jpeg progressive": ("RGB", "JPEG", {"progressive": True}, True),
+    "jpeg with restarts": ("RGB", "JPEG", {"restart_marker_rows": 1}, True),
+    "jpeg in rgb": ("RGB", "JPEG", {"keep_rgb": True}, True),
+    "jpeg turned": ("RGB", "JPEG", {"exif": TURNED}, True),
+    "jpeg grey": ("L", "JPEG", {}, True),
+    "jpeg cmyk": ("CMYK", "JPEG", {}, False),
+    "png": ("RGB", "PNG", {}, False),
+    "png rgba": ("RGBA", "PNG", {}, False),
+    "png grey": ("L", "PNG", {}, False),
+    "png palette": ("P", "PNG", {}, False),
+    "bmp": ("RGB", "BMP", {}, True),
+    "bmp palette": ("P", "BMP", {}, False),
+    "bmp 32": ("RGBA", "BMP", {}, False),
+    "tiff": ("RGB", "TIFF", {}, True),
+    "tiff in strips": ("RGB", "TIFF", {"tiffinfo": {278: 7}}, True),
+    "tiff turned": ("RGB", "TIFF", {"tiffinfo": {274: 6}}, False),
+    "tiff opaque": ("RGBA", "TIFF", {}, True),
+    "tiff grey": ("L", "TIFF", {}, False),
+    "tiff lzw": ("RGB", "TIFF", {"compression": "tiff_lzw"}, False),
+    "tiff deflate": ("RGB", "TIFF", {"compression": "tiff_adobe_deflate"}, False),
+    "webp": ("RGB", "WEBP", {}, False),
+    "gif": ("P", "GIF", {}, False),
+}
+
+
+def file_of(name: str) -> bytes:
+    mode, file_format, settings, _ = FILES[name]
+    picture = np.asarray(smooth(41, 37)).astype(int) + np.random.default_rng(2).integers(-20, 21, (41, 37, 3))
+    return encoded(Image.fromarray(picture.clip(0, 255).astype(np.uint8)).convert(mode), file_format, **settings)
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """Collects, for each picture, whether its pixels came without Pillow."""
+    calls, unspied = [], decode.decode_faster
+
+    def spy(image, data):
+        pixels = unspied(image, data)
+        calls.append(pixels is not None)
+        return pixels
+
+    monkeypatch.setattr(decode, "decode_faster", spy)
+    return calls
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_pixels_are_pillows_from_a_path_and_from_bytes(tmp_path, name, fast):
+    data = file_of(name)
+    found = decode_image(data)
+    assert (found.dtype, found.ndim) == (np.uint8, 3)
+    np.testing.assert_array_equal(found, by_pillow(data))
+    path = tmp_path / "Zellen, größere 細胞.jpg"
+    path.write_bytes(data)
+    np.testing.assert_array_equal(decode_image(path), found)
+    np.testing.assert_array_equal(np.asarray(load_image(str(path))), found)
+    if name != "bmp 32":  # whose alpha some versions of Pillow keep
+        assert set(fast) == {FILES[name][3]}
+
+
+@pytest.mark.parametrize(
+    "name", ["jpeg", "jpeg progressive", "jpeg grey", "png", "png rgba", "bmp", "tiff", "tiff opaque"]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_file_cut_short_anywhere_is_what_it_is_to_pillow(name, capfd):
+    data = file_of(name)
+    n_good = 0
+    for n in {*range(0, len(data), 7), *range(len(data) - 60, len(data))}:
+        expected, found = by_pillow(data[:n]), ours(data[:n])
+        assert (found is None) == (expected is None), n
+        if expected is not None:
+            np.testing.assert_array_equal(found, expected)
+            n_good += 1
+    assert n_good <= 30  # PNGs without their last checksums
+
+
+@pytest.mark.parametrize("name", [name for name, (*_, is_fast) in FILES.items() if is_fast])
+@pytest.mark.filterwarnings("ignore")
+def test_a_damaged_file_is_what_it_is_to_pillow(name, capfd):
+    data = file_of(name)
+    rng = np.random.default_rng(3)
+    header = 600 if name.startswith("jpeg") else 150
+    verdicts = set()
+    for trial in range(150):
+        damaged = bytearray(data)
+        for place in rng.integers(0, len(data) if trial % 2 else header, size=rng.integers(1, 4)):
+            damaged[place] = rng.integers(256)
+        expected, found = by_pillow(bytes(damaged)), ours(bytes(damaged))
+        assert (found is None) == (expected is None), trial
+        if expected is not None:
+            np.testing.assert_array_equal(found, expected)
+        verdicts.add(found is None)
+    assert verdicts == {False, True}
+
+
+def test_a_tiff_whose_alpha_is_in_use_lies_over_white(pixels, fast):
+    alpha = np.full((40, 52, 1), 255, dtype=np.uint8)
+    alpha[:10] = 0
+    found = decode_image(encoded(Image.fromarray(np.concatenate([pixels, alpha], axis=2)), "TIFF"))
+    assert fast == [False]
+    assert (found[:10] == 255).all()
+    np.testing.assert_array_equal(found[10:], pixels[10:])
+
+
+def test_a_damaged_marker_behind_the_pixels_of_a_jpeg(capfd):
+    data = file_of("jpeg grey")
+    damaged = data[:-2] + b"\xff\xc0\x00\x03\x08" + data[-2:]  # a second header of a frame
+    assert by_pillow(damaged) is None
+    assert ours(damaged) is None
+
+
+def test_another_jpeg_library_in_opencv_is_not_used(monkeypatch, fast):
+    from dinov2.data.datasets import codecs
+
+    data = file_of("jpeg")
+    unchanged = codecs._opencv_jpeg
+    monkeypatch.setattr(codecs, "_opencv_jpeg", lambda file: unchanged(file) ^ 1)
+    codecs._opencv_agrees.cache_clear()
+    try:
+        np.testing.assert_array_equal(decode_image(data), by_pillow(data))
+    finally:
+        codecs._opencv_agrees.cache_clear()
+    assert fast == [False]
+
+
+def test_the_name_in_errors_and_without_one_the_path(tmp_path):
+    with pytest.raises(UnreadableImageError, match=r"shard\.tar::7\.jpg.*the file is empty"):
+        decode_image(b"", "shard.tar::7.jpg")
+    path = tmp_path / "größer.png"
+    path.write_bytes(b"text")
+    for name in ("", "cell 7"):
+        with pytest.raises(UnreadableImageError) as caught:
+            decode_image(path, name)
+        assert caught.value.path == (name or str(path))
+
+
 def test_a_decompression_bomb(tmp_path, pixels, monkeypatch):
     path = saved(Image.fromarray(pixels), tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
@@ -209,7 +377,7 @@ def test_crop_is_torchvisions_resize_and_centre_crop(height, width):
     theirs = TF.center_crop(TF.resize(image, [224], InterpolationMode.LANCZOS), [224, 224])
     assert ours.shape == (3, 224, 224)
     assert ours.dtype == torch.uint8
-    assert ours.is_contiguous()
+    assert ours.permute(1, 2, 0).is_contiguous()
     difference = (ours.int() - TF.pil_to_tensor(theirs).int()).abs()
     assert difference.max() <= 1
 
@@ -218,6 +386,26 @@ def test_squash_is_upstreams_resize(pixels):
     image = Image.fromarray(pixels)
     expected = np.asarray(image.resize((28, 28), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
     np.testing.assert_array_equal(resize_image(image, 28, "squash").numpy(), expected)
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
+def test_arrays_and_pictures_give_the_same_in_rows_of_pixels(pixels, fit):
+    found = resize_image(pixels, 28, fit)
+    assert (found.shape, found.dtype) == ((3, 28, 28), torch.uint8)
+    assert found.permute(1, 2, 0).is_contiguous()
+    assert torch.equal(found, resize_image(Image.fromarray(pixels), 28, fit))
+
+
+def test_the_result_is_no_view_of_the_picture(pixels):
+    square = pixels[:, :40].copy()
+    resize_image(square, 40).zero_()
+    np.testing.assert_array_equal(square, pixels[:, :40])
+
+
+@pytest.mark.parametrize("array", [np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8)])
+def test_arrays_of_another_kind_are_refused(array):
+    with pytest.raises(ValueError, match=r"uint8 \[H, W, 3\] is needed, not"):
+        resize_image(array, 28)
 
 
 def test_pad_keeps_all_and_repeats_the_border(pixels):
@@ -256,3 +444,11 @@ def test_real_rgba_pngs_and_bmps(shared_data):
     with Image.open(pngs[0]) as stored:
         assert stored.mode == "RGBA"
         np.testing.assert_array_equal(as_array(pngs[0]), np.asarray(stored)[..., :3])
+
+
+def test_real_files_are_what_they_are_to_pillow(shared_data):
+    files = [path for suffix in ("jpg", "bmp", "png") for path in sorted(shared_data.rglob(f"*.{suffix}"))[::20]]
+    assert len(files) > 100
+    for path in files:
+        data = path.read_bytes()
+        np.testing.assert_array_equal(decode_image(data), by_pillow(data), err_msg=path.name)

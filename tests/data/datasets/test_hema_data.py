@@ -1,6 +1,7 @@
 """Path lists as people write them, and what happens when pictures cannot be read."""
 
 import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -132,11 +133,11 @@ def test_roots_without_a_usable_list(tmp_path):
         HemaStandardDataset(root=tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match=r"train.dataset_path: no \*.txt list.*make_patch_lists"):
         HemaStandardDataset(root=tmp_path)
-    picture = save_picture(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="not a .txt list"):
+    picture = save_picture(tmp_path / "other" / "a.png")
+    with pytest.raises(ValueError, match="a file of another kind; it must be a folder with"):
         HemaStandardDataset(root=picture)
     (tmp_path / "list.txt").write_text("\n# only a comment\n \r\n")
-    with pytest.raises(ValueError, match=r"list\.txt\) name no picture"):
+    with pytest.raises(ValueError, match=r"1 \.txt list in .* name no picture"):
         HemaStandardDataset(root=tmp_path)
     (tmp_path / "list.txt").write_bytes("a.png\nZelle_ä.png\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"list\.txt', line 2, is not UTF-8"):
@@ -162,6 +163,71 @@ def test_with_a_transform_items_are_pairs_as_upstream(picture_list):
     image, target = dataset[0]
     assert image.shape == (30, 30, 3)
     assert target == (None, 1)
+
+
+def test_a_batch_at_once_is_its_samples(tmp_path):
+    make_set(tmp_path, 12, bad=(3,))
+    dataset = HemaStandardDataset(root=tmp_path, image_size=8, shuffle=True)
+    asked = [5, 0, *range(12), 5]
+    batch = dataset.__getitems__(asked)
+    assert batch.images.shape == (15, 3, 8, 8)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    for sample, index in zip(batch, asked, strict=True):
+        alone = dataset[index]
+        assert torch.equal(sample.image, alone.image)
+        assert sample[1:] == alone[1:]
+    assert sum(bool(sample.failures) for sample in batch) == 1
+    assert batch[0].image.untyped_storage().data_ptr() == batch.images.untyped_storage().data_ptr()
+    with_transform = HemaStandardDataset(root=tmp_path, transform=lambda image: image.getpixel((0, 0))[0])
+    assert with_transform.__getitems__([4, 2]) == [(4, ()), (2, ())]
+    with pytest.raises(IndexError):
+        dataset.__getitems__([0, 12])
+
+
+def test_sets_follow_the_order(tmp_path):
+    make_set(tmp_path, 20)
+    (tmp_path / "more.txt").write_text("000.png\n001.png\n")
+    dataset = HemaStandardDataset(root=tmp_path, shuffle=True)
+    of_more = [index for index in range(22) if dataset.path(index).endswith(("000.png", "001.png"))]
+    assert dataset.pictures.set_names == ["list", "more"]
+    assert np.bincount(dataset.sets()).tolist() == [20, 2]
+    assert set(np.flatnonzero(dataset.sets() == 1)) < set(of_more)
+    assert HemaStandardDataset(root=tmp_path).sets().tolist() == [0] * 20 + [1] * 2
+
+
+@pytest.fixture
+def cached(tmp_path):
+    """12 pictures, the fourth of which is none, and the same from a packed cache."""
+    make_set(tmp_path, 12, bad=(3,))
+    settings = {"root": tmp_path, "image_size": 8, "shuffle": True}
+    packed = HemaStandardDataset(**settings, cache=tmp_path / "cache")
+    packed.cache.build(n_workers=1)
+    return HemaStandardDataset(**settings), packed
+
+
+def test_a_cache_changes_nothing(cached):
+    plain, packed = cached
+    for ours, theirs in zip(packed.__getitems__(range(12)), plain.__getitems__(range(12)), strict=True):
+        assert torch.equal(ours.image, theirs.image)
+        assert ours[1:] == theirs[1:]
+    for index in range(12):
+        assert torch.equal(packed[index].image, plain[index].image)
+    packed[0].image.fill_(0)  # is not the cache's own memory
+    assert torch.equal(packed[0].image, plain[0].image)
+    again = pickle.loads(pickle.dumps(packed))  # as a spawned worker has it
+    assert torch.equal(again[5].image, plain[5].image)
+    ForkingPickler.dumps(packed)  # moves its tensors to shared memory
+    assert torch.equal(packed[5].image, plain[5].image)
+
+
+def test_pictures_that_are_not_packed(tmp_path):
+    make_set(tmp_path, 2)
+    dataset = HemaStandardDataset(root=tmp_path, image_size=8, cache=tmp_path / "cache")
+    for ask in (lambda: dataset[0], lambda: dataset.__getitems__([0])):
+        with pytest.raises(KeyError, match="build the cache first"):
+            ask()
+    with pytest.raises(ValueError, match="a transform is given whole pictures"):
+        HemaStandardDataset(root=tmp_path, cache=tmp_path / "cache", transform=np.asarray)
 
 
 def test_fit_reaches_the_picture(tmp_path):

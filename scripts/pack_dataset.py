@@ -1,0 +1,94 @@
+"""Decode and resize all pictures of a data set once, into a packed cache that training reads without decoding.
+
+Give the same folder to training with `:cache=FOLDER` in train.dataset_path. Killed or stopped, the same command goes
+on; started several times at once, on one machine or on many, the commands share the work.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from dinov2.data.datasets.decode import FITS
+from dinov2.data.loaders import make_dataset
+from dinov2.data.packed_cache import PackedCache, describe_plan
+from dinov2.logging import setup_logging
+from dinov2.utils.command import REQUEUE_EXIT_CODE, exit_code
+from dinov2.utils.stop_signals import StopSignals
+
+logger = logging.getLogger("dinov2")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help="as in train.dataset_path, for instance HemaStandardDataset:root=/data/lists")
+    parser.add_argument("--cache", type=Path, help="folder for the cache, if `dataset` does not name it with cache=")
+    parser.add_argument("--image-size", type=int, help="side of the packed pictures in pixels (default: the dataset's)")
+    parser.add_argument("--fit", choices=FITS, help="how a picture becomes square (default: the dataset's)")
+    parser.add_argument("--workers", type=int, help="processes that decode; 0 for none (default: one a core)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="say what is to do and the room it takes, write nothing")
+    what.add_argument(
+        "--verify", action="store_true", help="pack nothing, check all that is stored; 1 if it is damaged"
+    )
+    args = parser.parse_args(argv)
+    setup_logging()
+    code = 0
+
+    def run() -> None:
+        nonlocal code
+        cache = _open(args)
+        if args.verify:
+            code = _verify(cache, signals)
+        elif args.dry_run:
+            code = _dry_run(cache, signals)
+        else:
+            summary = cache.build(args.workers, should_stop=lambda: signals.received is not None)
+            code = 0 if summary.is_complete else REQUEUE_EXIT_CODE
+
+    with StopSignals() as signals:
+        return exit_code(run) or code
+
+
+def _open(args: argparse.Namespace) -> PackedCache:
+    flags = {"cache": args.cache, "image_size": args.image_size, "fit": args.fit}
+    given = {name: value for name, value in flags.items() if value is not None}
+    dataset = make_dataset(args.dataset, **given)
+    if dataset.cache is None:
+        raise ValueError("--cache: missing; give the folder for the cache, on a fast disk")
+    stated = {
+        "cache": str(dataset.cache.folder.parent),
+        "image_size": dataset.image_size,
+        "fit": dataset.fit,
+    }
+    for name, value in given.items():
+        value = os.path.abspath(value) if name == "cache" else value
+        if value != stated[name]:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {value}: {args.dataset!r} says {stated[name]}; leave one of the two out")
+    return dataset.cache
+
+
+def _dry_run(cache: PackedCache, signals: StopSignals) -> int:
+    stamps = cache.look_at_sources(should_stop=lambda: signals.received is not None)
+    if stamps is None:
+        return REQUEUE_EXIT_CODE
+    print(describe_plan(cache.plan(stamps)))
+    return 0
+
+
+def _verify(cache: PackedCache, signals: StopSignals) -> int:
+    result = cache.verify(should_stop=lambda: signals.received is not None)
+    print(f"{result.n_checked:,} stored pictures checked, {len(result.damaged)} shards damaged")
+    if result.are_removed:
+        print("the damaged shards are removed; start the command without --verify to pack their pictures again")
+    elif result.damaged:
+        print("they stay while other processes use the cache: end these, and start this command again")
+    if result.damaged:
+        return 1
+    return 0 if result.is_complete else REQUEUE_EXIT_CODE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

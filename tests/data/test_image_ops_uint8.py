@@ -1,0 +1,155 @@
+"""Each OpenCV operation against its tensor counterpart, torchvision and PIL, on pictures of several kinds."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as F
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+
+from dinov2.data import image_ops, image_ops_uint8
+from dinov2.data.transforms import normalize_images
+
+ROUNDING = 0.51  # levels
+
+
+def random_pictures(height=33, width=33):
+    """Smooth, noisy, gray, black, white and purely coloured: six uint8 [H, W, 3]."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(6, 3, 5, 5, generator=generator)
+    pictures = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
+    pictures[1] = torch.rand(3, height, width, generator=generator)
+    pictures[2] = pictures[2, :1]
+    pictures[3], pictures[4] = 0, 1
+    pictures[5] = torch.rand(3, height, width, generator=generator).round()
+    return list((pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+
+
+def levels_by_tensors(operation, picture, *arguments):
+    """What a tensor operation makes of the picture: float [H, W, 3], in levels of 0 to 255."""
+    lines = torch.from_numpy(picture).permute(0, 2, 1)[None] / 255  # [1, H, 3, W]
+    return 255 * operation(lines.contiguous(), *arguments)[0].permute(0, 2, 1).numpy()
+
+
+@pytest.mark.parametrize(
+    ("name", "strengths", "tolerance"),
+    [
+        ("adjust_brightness", [0.0, 0.6, 1.0, 1.4, 3.0], ROUNDING),
+        ("adjust_contrast", [0.0, 0.6, 1.0, 1.4, 3.0], ROUNDING),
+        ("adjust_saturation", [0.0, 0.7, 1.0, 1.2, 3.0], 0.75),  # OpenCV's weights have steps of 1/1024
+        ("adjust_hue", [-0.5, -0.15, -0.01, 0.0, 0.03, 0.2, 0.5], ROUNDING),
+    ],
+)
+def test_jitter_equals_the_tensor_operations_to_rounding(name, strengths, tolerance):
+    for picture in random_pictures():
+        for strength in strengths:
+            ours = getattr(image_ops_uint8, name)(picture, strength)
+            exact = levels_by_tensors(getattr(image_ops, f"{name}_"), picture, torch.tensor([strength]))
+            assert ours.dtype == np.uint8
+            assert np.abs(ours - exact).max() <= tolerance, strength
+
+
+@pytest.mark.parametrize("operation", [image_ops_uint8.adjust_saturation, image_ops_uint8.adjust_hue])
+def test_gray_stays_gray(operation):
+    levels = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(16, 16, 3)
+    for strength in (0.2, 0.7, 1.3):
+        np.testing.assert_array_equal(operation(levels, strength), levels)
+
+
+def test_grayscale_equals_the_tensor_operation_and_pil():
+    for picture in random_pictures():
+        ours = image_ops_uint8.to_grayscale(picture)
+        assert np.abs(ours - levels_by_tensors(image_ops.to_grayscale_, picture)).max() <= ROUNDING
+        of_pil = np.asarray(Image.fromarray(picture).convert("L").convert("RGB"), dtype=int)
+        assert np.abs(ours - of_pil).max() <= 1
+
+
+@pytest.mark.parametrize("threshold", [0, 100.5, 128, 255])
+def test_solarize_equals_torchvision(threshold):
+    for picture in random_pictures():
+        reference = F.solarize(torch.from_numpy(picture).permute(2, 0, 1), threshold).permute(1, 2, 0)
+        np.testing.assert_array_equal(image_ops_uint8.solarize(picture, threshold), reference)
+
+
+@pytest.mark.parametrize(("size", "kernel_size"), [(33, 9), (33, 13), (33, 1), (5, 9)])
+@pytest.mark.parametrize("sigma", [0.1, 0.23, 0.45, 0.7, 1.0, 2.0, 9.0])
+def test_blur_equals_torchvision_to_rounding(size, kernel_size, sigma):
+    for picture in random_pictures(size, size):
+        planes = torch.from_numpy(picture).permute(2, 0, 1).float()
+        reference = F.gaussian_blur(planes, [kernel_size] * 2, [sigma] * 2).permute(1, 2, 0).numpy()
+        ours = image_ops_uint8.gaussian_blur(picture, sigma, kernel_size)
+        assert np.abs(ours - reference).max() < 0.55  # with the taps that are left out
+
+
+@pytest.mark.parametrize("size", [32, 33, 98])
+def test_rotation_equals_torchvision_and_pil(size):
+    """But for near-ties, where fixed-point or float coordinates may pick the neighbour."""
+    picture = random_pictures(size, size)[1]
+    for angle, fill in ((0.0, 0), (10.0, 51), (45.5, 102), (133.0, 153), (271.3, 204), (359.0, 255)):
+        ours = image_ops_uint8.rotate(picture, angle, fill)
+        planes = torch.from_numpy(picture).permute(2, 0, 1)
+        reference = F.rotate(planes, angle, InterpolationMode.NEAREST, fill=[fill] * 3).permute(1, 2, 0).numpy()
+        of_pil = Image.fromarray(picture).rotate(angle, Image.Resampling.NEAREST, fillcolor=(fill,) * 3)
+        assert (ours != reference).mean() < 0.001
+        assert (ours != np.asarray(of_pil)).mean() < 0.003
+
+
+def test_flips_and_quarter_turn():
+    picture = random_pictures(20, 30)[1]
+    for hflip in (False, True):
+        for vflip in (False, True):
+            expected = picture[:: -1 if vflip else 1, :: -1 if hflip else 1]
+            np.testing.assert_array_equal(image_ops_uint8.flip(picture, hflip, vflip), expected)
+    np.testing.assert_array_equal(image_ops_uint8.quarter_turn(picture), np.rot90(picture))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "box", "size"),
+    [
+        (40, 40, (0, 0, 40, 40), 24),
+        (40, 61, (3, 20, 30, 41), 24),
+        (200, 90, (100, 5, 88, 80), 16),
+        (20, 18, (0, 0, 20, 18), 37),
+        (28, 28, (0, 0, 28, 28), 28),
+        (7, 5, (6, 4, 1, 1), 5),
+    ],
+)
+def test_crop_resize_equals_pil(height, width, box, size):
+    top, left, box_height, box_width = box
+    for picture in random_pictures(height, width):
+        ours = image_ops_uint8.crop_resize(picture, box, size)
+        assert ours.flags.c_contiguous
+        cut = Image.fromarray(picture).crop((left, top, left + box_width, top + box_height))
+        difference = np.abs(ours - np.asarray(cut.resize((size, size), Image.Resampling.BICUBIC), dtype=int))
+        assert difference.max() <= 2
+        assert difference.mean() < 0.05
+        planar = np.ascontiguousarray(picture.transpose(2, 0, 1)).transpose(1, 2, 0)
+        np.testing.assert_array_equal(image_ops_uint8.crop_resize(planar, box, size), ours)
+
+
+def test_normalize_equals_the_transform_of_evaluation():
+    picture = random_pictures(20, 30)[1]
+    out = np.full((3, 20, 30), np.nan, dtype=np.float32)
+    image_ops_uint8.normalize(picture, out)
+    expected = normalize_images(torch.from_numpy(picture).permute(2, 0, 1)[None])[0]
+    torch.testing.assert_close(torch.from_numpy(out), expected, atol=2e-6, rtol=0)
+
+
+def test_arguments_stay_as_they_are():
+    picture = random_pictures()[0]
+    before = picture.copy()
+    for operation, *arguments in (
+        (image_ops_uint8.crop_resize, (0, 0, 33, 33), 33),
+        (image_ops_uint8.rotate, 20.0, 5),
+        (image_ops_uint8.flip, True, False),
+        (image_ops_uint8.quarter_turn,),
+        (image_ops_uint8.adjust_brightness, 1.2),
+        (image_ops_uint8.adjust_contrast, 1.2),
+        (image_ops_uint8.adjust_saturation, 1.2),
+        (image_ops_uint8.adjust_hue, 0.2),
+        (image_ops_uint8.to_grayscale,),
+        (image_ops_uint8.gaussian_blur, 1.0, 9),
+        (image_ops_uint8.solarize, 128),
+    ):
+        operation(picture, *arguments)
+        np.testing.assert_array_equal(picture, before)
