@@ -1,6 +1,6 @@
 """Pictures a second and core: upstream's data path against ours, without and with a packed cache; lists of a million.
 
-    python scripts/bench_data.py --folder bench [--pictures <folder of cells>] [--rounds 7] [--only steps stages lists]
+    python scripts/bench_data.py --folder bench [--pictures <folder of cells>] [--rounds 7] [--only steps decoders ...]
 
 The ways, each in one process on one thread:
 
@@ -10,12 +10,17 @@ The ways, each in one process on one thread:
   cache      ours from a packed cache: copy, then the batch is augmented on the CPU
   ... read   the same two without augmentation: what is left to the CPU where the training device augments
 
+`decoders` times what libraries need for one file, those that are installed: simplejpeg, imagecodecs and PyTurboJPEG are
+not among this project's requirements. `stages` tells where the time goes, `lists` opens a list of a million paths.
+
 A round runs all of them on the same pictures, rounds take turns in their order, and a ratio is that of the medians.
 Pictures are real ones (or drawn), saved as JPEG of 360 x 363, BMP of 120 x 120, RGBA PNG of 256 x 256 and TIFF of 400 x
 400 pixels: the formats and sizes of PBC, SSL Seg, Aslan and AML Matek. Lists name pictures that do not exist.
 """
 
 import argparse
+import importlib.util
+import io
 import json
 import multiprocessing
 import os
@@ -36,13 +41,14 @@ SIZE, LOCAL_SIZE = 224, 98
 SCALE, LOCAL_SCALE = (0.32, 1.0), (0.05, 0.32)
 UPSTREAM, NO_CACHE, CACHE, READ, READ_CACHE = "upstream", "no cache", "cache", "no cache, read", "cache, read"
 N_LISTED = 1_000_000
+PARTS = ["steps", "decoders", "stages", "lists"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="for what is made, and results.json")
     parser.add_argument("--pictures", type=Path, help=f"folder of cells, of which {N_PICTURES} are taken; else drawn")
-    parser.add_argument("--only", nargs="+", choices=["steps", "stages", "lists"], default=["steps", "stages", "lists"])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--open-list", choices=[*LIST_WAYS], help=argparse.SUPPRESS)  # a process of its own
     args = parser.parse_args()
@@ -51,12 +57,15 @@ def main() -> None:
         return
     args.folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"machine": machine("torch", "torchvision", "pillow", "opencv-python-headless")}
-    if {"steps", "stages"} & {*args.only}:
+    if {"steps", "decoders", "stages"} & {*args.only}:
         make_formats(args.folder, args.pictures)
         one_thread()
     if "steps" in args.only:
         results["steps"] = {f"{recipe} {kind}": time_ways(recipe, kind, args) for recipe in RECIPES for kind in FORMATS}
         print("\n".join(steps_table(results["steps"])), end="\n\n")
+    if "decoders" in args.only:
+        results["decoders"] = {kind: time_decoders(kind, args) for kind in FORMATS}
+        print("\n".join(decoders_table(results["decoders"])), end="\n\n")
     if "stages" in args.only:
         results["stages"] = time_stages(args)
         print("\n".join(stages_table(results["stages"])), end="\n\n")
@@ -209,11 +218,70 @@ class UpstreamTransform:
         return result
 
 
+# --- what a file costs ----------------------------------------------------------------------------------------------
+
+
+def time_decoders(kind: str, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of N_PICTURES files for each library that reads this format and is installed."""
+    files = [path.read_bytes() for path in sorted((args.folder / kind).glob(f"*{FORMATS[kind][2]}"))]
+
+    def of_all(decode: Callable[[bytes], Any]) -> Callable[[], Any]:
+        return lambda: [decode(file) for file in files]
+
+    return take_turns({name: of_all(decode) for name, decode in decoders(kind).items()}, args.rounds, f"decode {kind}")
+
+
+def decoders(kind: str) -> dict[str, Callable[[bytes], Any]]:
+    import cv2
+    import numpy as np
+    import torch
+    from PIL import Image
+    from torchvision import io as vision
+
+    from dinov2.data.datasets.decode import decode_image
+
+    def pillow(file: bytes, draft: bool = False) -> Any:
+        with Image.open(io.BytesIO(file)) as image:
+            if draft:
+                image.draft("RGB", (SIZE, SIZE))
+            return np.asarray(image.convert("RGB"))
+
+    found: dict[str, Callable[[bytes], Any]] = {"Pillow": pillow, "ours": decode_image}
+    found["OpenCV"] = lambda file: cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR_RGB)
+    if kind == "JPEG":
+        found["Pillow with draft"] = lambda file: pillow(file, draft=True)
+        if simplejpeg := installed("simplejpeg"):
+            found["simplejpeg"] = simplejpeg.decode_jpeg
+        if turbojpeg := installed("turbojpeg"):
+            found["PyTurboJPEG"] = turbojpeg.TurboJPEG().decode
+    if kind in ("JPEG", "PNG"):
+        found["torchvision.io"] = lambda file: vision.decode_image(torch.frombuffer(bytearray(file), dtype=torch.uint8))
+    if imagecodecs := installed("imagecodecs"):
+        names = {"JPEG": "jpeg8_decode", "PNG": "png_decode", "TIFF": "tiff_decode", "BMP": "bmp_decode"}
+        found["imagecodecs"] = getattr(imagecodecs, names[kind])
+    if kind == "TIFF" and (tifffile := installed("tifffile")):
+        found["tifffile"] = lambda file: tifffile.imread(io.BytesIO(file))
+    return found
+
+
+def installed(name: str) -> Any:
+    """The module, or None."""
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+
+
+def decoders_table(found: dict[str, dict[str, list[float]]]) -> list[str]:
+    lines = ["| files | Pillow's time / that of others |", "|---|---|"]
+    for kind, seconds in found.items():
+        others = [f"{name} {ratio(seconds['Pillow'], taken)[0]:.2f}" for name, taken in seconds.items()]
+        lines.append(f"| {kind} | {', '.join(others[1:])} |")
+    return lines
+
+
 # --- where the time goes --------------------------------------------------------------------------------------------
 
 
 def time_stages(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
-    """Milliseconds a picture of each stage, by recipe and way, of JPEG pictures."""
+    """Share of each stage in upstream's time for a picture, by recipe and way, of JPEG pictures."""
     import torch
 
     from dinov2.data.datasets.decode import decode_image, resize_image
@@ -249,18 +317,22 @@ def time_stages(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float
                 begin = time.perf_counter()
                 results = work(results)
                 stages.setdefault(name, []).append(time.perf_counter() - begin)
-        found[recipe] = {
-            way: {name: 1000 * statistics.median(seconds) / len(paths) for name, seconds in times.items()}
+        medians = {
+            way: {name: statistics.median(seconds) for name, seconds in times.items()}
             for way, times in ((UPSTREAM, upstream_stages), ("ours", stages))
+        }
+        total = sum(medians[UPSTREAM].values())
+        found[recipe] = {
+            way: {name: seconds / total for name, seconds in times.items()} for way, times in medians.items()
         }
     return found
 
 
 def stages_table(found: dict[str, dict[str, dict[str, float]]]) -> list[str]:
-    lines = ["| recipe | way | stages, ms a picture |", "|---|---|---|"]
+    lines = ["| recipe | way | stages, of upstream's time for a picture |", "|---|---|---|"]
     for recipe, ways in found.items():
         for way, stages in ways.items():
-            told = ", ".join(f"{name} {value:.2f}" for name, value in stages.items())
+            told = ", ".join(f"{name} {share:.1%}" for name, share in stages.items())
             lines.append(f"| {recipe} | {way} | {told} |")
     return lines
 
