@@ -58,6 +58,7 @@ setup(
         "tensorboard": [requirements["tensorboard"]],
         "timm": [development["timm"]],
         "torchmil": ["torchmil>=1.0.2,<2"],
+        "umap": [development["umap-learn"]],
         "wandb": ["wandb>=0.17"],
         "export": [development[name] for name in ("onnx", "onnxruntime", "onnxscript", "timm", "transformers")],
         "dev": list(development.values()),

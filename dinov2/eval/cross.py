@@ -22,6 +22,7 @@ Dimension key:  S data sets, N cells of all of them, D feature dim, C classes
 
 import argparse
 import csv
+import io
 import logging
 import sys
 from collections import Counter
@@ -433,7 +434,7 @@ def read_classes_map(file: Path, labels_of: Mapping[str, Sequence[str]]) -> dict
         text = file.read_text(encoding="utf-8-sig")  # -sig: Excel writes a byte-order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"--classes-map: {str(file)!r} is not UTF-8 text ({error}); save it as CSV UTF-8") from error
-    reader = csv.DictReader(text.splitlines(), skipinitialspace=True, restval="")
+    reader = csv.DictReader(io.StringIO(text), skipinitialspace=True, restval="")
     reader.fieldnames = [column.strip() for column in reader.fieldnames or []]
     missing = [column for column in MAP_COLUMNS if column not in reader.fieldnames]
     if missing:

@@ -8,6 +8,7 @@ Letters: N samples (cells, or patients), C classes
 
 import argparse
 import csv
+import io
 import json
 import logging
 import platform
@@ -244,7 +245,7 @@ def read_predictions(file: Path) -> PredictionTable:
     if not file.is_file():
         raise FileNotFoundError(f"predictions: no file {str(file)!r}; linear.py and abmil.py write predictions.csv")
     try:
-        reader = csv.DictReader(file.read_text(encoding="utf-8-sig").splitlines())
+        reader = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig")))
     except UnicodeDecodeError as error:
         raise ValueError(f"predictions: {str(file)!r} is not UTF-8 text ({error})") from error
     header = list(reader.fieldnames or [])

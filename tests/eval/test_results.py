@@ -59,6 +59,15 @@ def test_a_summary_has_all_folds_together_and_each(predicted):
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
 
 
+def test_predictions_of_odd_class_names_come_back(predicted, tmp_path):
+    labels, found = predicted
+    names = ["two\nlines", "a\u2028b", '"<b>", &']
+    write_predictions(tmp_path / "predictions.csv", [f"{i}.png" for i in range(12)], labels, found, names)
+    table = read_predictions(tmp_path / "predictions.csv")
+    assert table.labels == [names[i] for i in labels[:11]]
+    assert table.predictions == [names[i] for i in found.predictions[:11]]
+
+
 def test_one_fold_has_no_spread_and_patients_decide_the_intervals(predicted):
     labels, found = predicted
     one = FoldPredictions(found.folds[:1], np.where(found.fold_of == 0, found.predictions, -1), None, [{}])

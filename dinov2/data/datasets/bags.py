@@ -13,6 +13,7 @@ Letters: P patients, N cells of a patient, D feature dim.
 
 import csv
 import hashlib
+import io
 import json
 import logging
 import os
@@ -534,7 +535,7 @@ def read_table(file: Path, required: Sequence[str], optional: Sequence[str] = ()
         text = file.read_text(encoding="utf-8-sig")  # -sig: Excel writes a byte-order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"CSV: {str(file)!r} is not UTF-8 text ({error}); save it as CSV UTF-8") from error
-    reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
+    reader = csv.DictReader(io.StringIO(text), skipinitialspace=True)
     header = [column.strip() for column in reader.fieldnames or []]
     reader.fieldnames = header
     found = {name: next((c for c in COLUMNS[name] if c in header), None) for name in (*required, *optional)}

@@ -4,6 +4,7 @@ Letters: N cells, C classes.
 """
 
 import csv
+import io
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -117,7 +118,7 @@ def _read_csv(file: Path) -> tuple[list[str], list[dict[str, str]]]:
         text = file.read_text(encoding="utf-8-sig")  # -sig: Excel writes a byte-order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"labelled cells: {str(file)!r} is not UTF-8 text ({error}); save it as CSV UTF-8") from error
-    reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
+    reader = csv.DictReader(io.StringIO(text), skipinitialspace=True)
     header = [column.strip() for column in reader.fieldnames or []]
     reader.fieldnames = header
     missing = [column for column in (PATH_COLUMN, LABEL_COLUMN) if column not in header]

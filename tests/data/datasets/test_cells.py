@@ -1,5 +1,7 @@
 """Labelled cells from folders and from CSV files."""
 
+import csv
+
 import numpy as np
 import pytest
 
@@ -102,6 +104,14 @@ def test_a_csv_as_spreadsheets_write_it(tmp_path):
 def test_malformed_csv_files(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         LabelledCells.from_path(write_csv(tmp_path, text))
+
+
+def test_labels_hold_commas_quotes_and_line_breaks(tmp_path):
+    labels = ["band, left", 'the "other"', "two\nlines", "a\u2028b", "<b>&"]
+    with open(tmp_path / "cells.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["Image Path", "Label"], *([touch(tmp_path, "a.png") / "a.png", x] for x in labels)])
+    cells = LabelledCells.from_path(tmp_path / "cells.csv")
+    assert [cells.class_names[i] for i in cells.labels] == labels
 
 
 def test_a_csv_in_another_encoding(tmp_path):
