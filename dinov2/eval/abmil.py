@@ -322,6 +322,13 @@ def apply(args: argparse.Namespace) -> dict[str, Any]:
             ("patient", "prediction", *_probability_columns(names)),
             ([patient, names[i], *(f"{p:.8g}" for p in of_classes)] for patient, i, of_classes in rows),
         )
+    rows_of_networks = [
+        [number, patient, names[of_classes.argmax()], *(f"{p:.8g}" for p in of_classes)]
+        for patient, of_networks in zip(bags.patients, predictions.of_networks, strict=True)
+        for number, of_classes in enumerate(of_networks)
+    ]
+    header = ("network", "patient", "prediction", *_probability_columns(names))
+    _write_csv(output / "predictions_of_networks.csv", header, rows_of_networks)
     _write_attention(output, bags, predictions, names, args.top_cells)
     write_report(output, report)
     return report

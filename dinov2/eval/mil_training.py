@@ -325,12 +325,14 @@ class Predictions:
         n_networks: int64 [T], how many networks judged each.
         probabilities: float64 [T, C], the mean of theirs.
         attention: T arrays float64 [A, N], the mean of theirs; each column sums to 1 over the cells.
+        of_networks: T arrays float64 [networks of that patient, C], what each network says.
     """
 
     positions: np.ndarray
     n_networks: np.ndarray
     probabilities: np.ndarray
     attention: list[np.ndarray]
+    of_networks: list[np.ndarray]
 
     @property
     def classes(self) -> np.ndarray:
@@ -350,6 +352,7 @@ class PredictionSums:
         self.counts: dict[int, int] = {}
         self.probabilities: dict[int, np.ndarray] = {}
         self.attention: dict[int, np.ndarray] = {}
+        self.of_networks: dict[int, list[np.ndarray]] = {}
 
     def add(self, positions: np.ndarray, probabilities: np.ndarray, attention: Sequence[np.ndarray]) -> None:
         for i, of_patient, columns in zip(positions.tolist(), probabilities, attention, strict=True):
@@ -357,6 +360,7 @@ class PredictionSums:
             self.counts[i] = 1 if is_new else self.counts[i] + 1
             self.probabilities[i] = of_patient if is_new else self.probabilities[i] + of_patient
             self.attention[i] = columns if is_new else self.attention[i] + columns
+            self.of_networks.setdefault(i, []).append(of_patient)
 
     def mean(self) -> Predictions:
         positions = sorted(self.counts)
@@ -365,6 +369,7 @@ class PredictionSums:
             np.array([self.counts[i] for i in positions], dtype=np.int64),
             np.stack([self.probabilities[i] / self.counts[i] for i in positions]),
             [self.attention[i] / self.counts[i] for i in positions],
+            [np.stack(self.of_networks[i]) for i in positions],
         )
 
 

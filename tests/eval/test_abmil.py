@@ -181,6 +181,11 @@ def test_a_saved_aggregator_says_the_same_again(trained, tmp_path, caplog):
         assert columns == [
             {k: v for k, v in row.items() if k != "source"} for row in rows_of(tmp_path / "applied" / name)
         ]
+    of_each, of_each_again = (
+        sorted([row["patient"], row["p_NPM1"]] for row in rows_of(folder / "predictions_of_networks.csv"))
+        for folder in (output, tmp_path / "applied")
+    )
+    assert of_each == of_each_again
     assert report["aggregator"] == {"model": "classwise", "dim": 6, "n_classes": 2, "networks": 4}
     assert report["counts"]["seen_in_training"] == 0
 

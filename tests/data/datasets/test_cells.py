@@ -108,8 +108,9 @@ def test_malformed_csv_files(tmp_path, text, message):
 
 def test_labels_hold_commas_quotes_and_line_breaks(tmp_path):
     labels = ["band, left", 'the "other"', "two\nlines", "a\u2028b", "<b>&"]
+    picture = touch(tmp_path, "a.png") / "a.png"
     with open(tmp_path / "cells.csv", "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([["Image Path", "Label"], *([touch(tmp_path, "a.png") / "a.png", x] for x in labels)])
+        csv.writer(file).writerows([["Image Path", "Label"], *([picture, label] for label in labels)])
     cells = LabelledCells.from_path(tmp_path / "cells.csv")
     assert [cells.class_names[i] for i in cells.labels] == labels
 
