@@ -6,15 +6,17 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dinov2.distributed import is_main_process
+from dinov2.logging.projector import EmbeddedCells, write_projector
 from dinov2.utils.files import atomic_write
 
 logger = logging.getLogger("dinov2")
@@ -26,6 +28,15 @@ class Tracker(Protocol):
     def log(self, values: Mapping[str, float], iteration: int) -> None: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class PictureTracker(Tracker, Protocol):
+    """One that shows pictures and embedded cells, too."""
+
+    def show_pictures(self, pictures: Mapping[str, np.ndarray], iteration: int) -> None: ...
+
+    def show_cells(self, sets: Sequence[EmbeddedCells], iteration: int) -> None: ...
 
 
 class MetricLogger:
@@ -93,6 +104,27 @@ class MetricLogger:
         """Pass on to the trackers what an evaluation after `done` iterations found: with the newest of these, since a
         run that goes on after `done` iterations drops what stands at later ones."""
         self._track([(values, max(done - 1, 0))])
+
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether any tracker shows what `log_pictures` and `log_cells` pass on."""
+        return any(isinstance(tracker, PictureTracker) for tracker in self.trackers)
+
+    def log_pictures(self, done: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Pass pictures uint8 [height, width, 3] by name on, which show the run after `done` iterations."""
+        self._show(lambda tracker: tracker.show_pictures(pictures, max(done - 1, 0)))
+
+    def log_cells(self, done: int, sets: Sequence[EmbeddedCells]) -> None:
+        """Pass on cells with the features that they have after `done` iterations."""
+        self._show(lambda tracker: tracker.show_cells(sets, done))
+
+    def _show(self, action: Callable[[PictureTracker], None]) -> None:
+        for tracker in list(self.trackers):
+            if isinstance(tracker, PictureTracker):
+                try:
+                    action(tracker)
+                except OSError as error:
+                    self._give_up(tracker, error)
 
     def _track(self, rows: Sequence[tuple[Mapping[str, float], int]]) -> None:
         for tracker in list(self.trackers):
@@ -191,11 +223,19 @@ class _TensorBoard:
     def __init__(self, folder: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._folder = folder
         self._writer = SummaryWriter(str(folder), purge_step=start)
 
     def log(self, values: Mapping[str, float], iteration: int) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, iteration)
+
+    def show_pictures(self, pictures: Mapping[str, np.ndarray], iteration: int) -> None:
+        for name, picture in pictures.items():
+            self._writer.add_image(f"views/{name}", picture, iteration, dataformats="HWC")
+
+    def show_cells(self, sets: Sequence[EmbeddedCells], iteration: int) -> None:
+        write_projector(self._folder, sets, iteration)
 
     def close(self) -> None:
         self._writer.close()

@@ -38,6 +38,7 @@ from dinov2.models import architecture
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.train.health import feature_statistics
 from dinov2.train.labelled_sets import LabelledSet, read_labelled_sets, without_copied_pictures
+from dinov2.train.shown_cells import ShownCells
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.files import atomic_write
 
@@ -61,6 +62,7 @@ class TeacherEvaluation:
     def __init__(self, cfg: Any) -> None:
         self.cfg = cfg
         self.sets = read_labelled_sets(cfg.evaluation)
+        self._shown = ShownCells()
 
     @cached_property
     def _judging_sets(self) -> list[LabelledSet]:
@@ -127,6 +129,8 @@ class TeacherEvaluation:
         _report(results, best)
         if metrics is not None:
             metrics.log_evaluation(done, _scalars(results))
+            if metrics.takes_pictures:
+                metrics.log_cells(done, self._shown.of_sets(self._judging_sets, embedded))
 
     def _embed(self, model: SSLMetaArch) -> dict[Path, np.ndarray]:
         """Features [D] of each readable picture of the sets, on every process; each embeds its share of them.

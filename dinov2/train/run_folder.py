@@ -4,6 +4,7 @@
                    training_metrics.json      one JSON object an iteration
                    checkpoints/               to resume from
                    eval/training_<n>/teacher_checkpoint.pth   to use
+                   views/                     crops and masks of some batches, to look at
                    logs/  tensorboard/  bad_images.csv
 """
 
@@ -44,7 +45,7 @@ _HARMLESS_KEYS = (
     *("train.output_dir", "train.device", "train.num_workers", "train.saveckp_freq", "train.keep_checkpoints"),
     *("train.milestone_freq", "train.log_period", "train.tensorboard", "train.wandb", "train.max_bad", "evaluation"),
     *("train.batch_size_per_gpu", "train.accumulation_steps", "train.activation_checkpointing"),
-    *("train.hang_timeout_seconds", "train.max_rollbacks"),
+    *("train.hang_timeout_seconds", "train.max_rollbacks", "train.views"),
 )
 # An NFS server keeps the locks of a machine that died for this long
 _LOCK_PATIENCE_SECONDS = 120.0
@@ -114,8 +115,9 @@ class RunFolder:
             logger.warning("the run in %s %s; it is now in %s", self.path, reason, aside)
         elif has_checkpoint and earlier.is_file():
             self._compare_with(earlier)
-        for torn in (*self.path.glob(".*.tmp"), *self.path.glob("eval/**/.*.tmp")):
-            torn.unlink()  # a process that was killed while it wrote could not remove it
+        for pattern in (".*.tmp", "eval/**/.*.tmp", "views/.*.tmp", "tensorboard/**/.*.tmp"):
+            for torn in self.path.glob(pattern):
+                torn.unlink()  # a process that was killed while it wrote could not remove it
         write_config(self.cfg, earlier)
 
     def has_checkpoint(self) -> bool:

@@ -38,6 +38,7 @@ from dinov2.train.run_folder import RunFolder, open_metrics, run_folder_path
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.state import TrainState
+from dinov2.train.views import TrainingViews
 from dinov2.utils.command import REQUEUE_EXIT_CODE, USER_ERRORS, text_of
 from dinov2.utils.config import load_run_config, missing_keys
 from dinov2.utils.cores import available_cores
@@ -58,7 +59,7 @@ def train(
     """Pre-train from where `state` is up to optim.epochs; returns the exit code."""
     model, optimizer, guard, progress = state.model, state.optimizer, state.guard, state.progress
     schedules, agreement = Schedules(cfg), StepAgreement(model.device)
-    batches = TrainBatches(cfg, dataset, model.device)
+    batches, views = TrainBatches(cfg, dataset, model.device), TrainingViews(cfg, folder.path)
     teacher_is_written = True
 
     with (
@@ -74,6 +75,9 @@ def train(
             iteration = progress.iteration
             watchdog.beat(iteration, "waiting for data")
             parts = next(stream)
+            if iteration == 0:
+                with metrics.interruption():
+                    views.write(parts, 0, metrics)
             watchdog.beat(iteration, "step")
             now = schedules.at(iteration)
             now.apply_to(optimizer)
@@ -104,6 +108,7 @@ def train(
                 watchdog.beat(iteration, "evaluation", patient=True)
                 with metrics.interruption():
                     teacher_is_written = evaluation.run(model, folder.path, progress.iteration, metrics)
+                    views.write(parts, progress.iteration, metrics)
             if is_last or must_stop or folder.checkpoint_is_due(progress.iteration):
                 watchdog.beat(iteration, "checkpoint", patient=True)
                 with metrics.interruption():

@@ -1,0 +1,119 @@
+"""Make the pictures that the README shows: pages of a quickstart's results in Chromium, and what its network sees.
+
+    bash scripts/quickstart.sh && python scripts/make_media.py --quickstart quickstart --output media
+
+Needs Chromium with its driver (Debian: chromium, chromium-driver) and `pip install selenium umap-learn`. All cells
+shown are drawn ones.
+"""
+
+import argparse
+import io
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from dinov2.eval import report
+from dinov2.eval.cell_maps import choose_pictures, make_cell_maps, sheets
+from dinov2.eval.explorer import explorer_section
+from dinov2.eval.features import read_features
+from dinov2.eval.pages import write_page
+from dinov2.hub.backbones import load_backbone
+from dinov2.logging import setup_logging
+from dinov2.utils.files import atomic_write
+
+logger = logging.getLogger("dinov2")
+
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-background-networking")
+CELL = 12  # of the explorer, which is clicked
+MAPS_SIZE = 196  # px, a side that shows more patches than the network was trained with
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quickstart", type=Path, required=True, help="the folder that scripts/quickstart.sh wrote")
+    parser.add_argument("--output", type=Path, default=Path("media"))
+    args = parser.parse_args(argv)
+    setup_logging()
+    args.quickstart, args.output = args.quickstart.absolute(), args.output.absolute()
+    args.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        report_page, explorer_page = Path(scratch) / "report.html", Path(scratch) / "explorer.html"
+        given = [str(args.quickstart / name) for name in ("run", "knn")]
+        if report.main([*given, "--no-explorer", "--title", "Report", "--output", str(report_page)]):
+            raise SystemExit(f"no report of {' and '.join(given)}: run scripts/quickstart.sh first")
+        features = read_features(args.quickstart / "knn" / "features_test.h5")
+        # where the quickstart lies is nobody's business
+        shown = replace(features, paths=[os.path.relpath(path, args.quickstart.parent) for path in features.paths])
+        os.chdir(args.quickstart.parent)
+        write_page(explorer_page, "Cells of the quickstart", [explorer_section(shown)])
+        with open_browser(Path(scratch)) as browser:
+            save(args.output / "report.png", picture_of_report(browser, report_page))
+            save(args.output / "explorer.png", picture_of_explorer(browser, explorer_page))
+    save(args.output / "cell_maps.png", picture_of_cells(args.quickstart))
+
+
+def picture_of_report(browser: Any, page: Path) -> bytes:
+    browser.set_window_size(1200, 900)
+    browser.get(page.resolve().as_uri())
+    browser.execute_script("document.getElementById('curves').scrollIntoView({behavior: 'instant'})")
+    return browser.get_screenshot_as_png()
+
+
+def picture_of_explorer(browser: Any, page: Path) -> bytes:
+    """A cell with its neighbours, one of which is under the mouse."""
+    from selenium.webdriver.common.actions.action_builder import ActionBuilder
+
+    browser.set_window_size(1400, 1000)
+    browser.get(page.resolve().as_uri())
+    browser.execute_script(
+        """
+        document.querySelector(".explorer-plot").scrollIntoView({behavior: "instant"});
+        explorer.setProjection("umap");
+        explorer.goTo(arguments[0]);
+        """,
+        CELL,
+    )
+    x, y = browser.execute_script("return explorer.place(explorer.neighbours(arguments[0])[3])", CELL)
+    mouse = ActionBuilder(browser)
+    mouse.pointer_action.move_to_location(round(x), round(y))
+    mouse.perform()
+    return browser.get_screenshot_as_png()
+
+
+def picture_of_cells(quickstart: Path) -> bytes:
+    """A cell of each class, through the trained network."""
+    paths, names = choose_pictures(quickstart / "cells" / "probe" / "test", 10)
+    names = [name.partition("/")[0].replace("_", " ") for name in names]
+    sheet = sheets(make_cell_maps(load_backbone(quickstart / "run", MAPS_SIZE), paths, MAPS_SIZE, names=names))["cells"]
+    content = io.BytesIO()
+    Image.fromarray(sheet).save(content, "PNG", optimize=True)
+    return content.getvalue()
+
+
+def open_browser(scratch: Path) -> Any:
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        raise SystemExit("needs Chromium and its driver: apt-get install chromium chromium-driver")
+    options.binary_location = chromium
+    for flag in (*FLAGS, f"--user-data-dir={scratch / 'profile'}"):
+        options.add_argument(flag)
+    return webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+
+
+def save(path: Path, content: bytes) -> None:
+    with atomic_write(path) as file:
+        file.write(content)
+    logger.info("%s", path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""What a run shows of its batches and cells: the sheets, which of them stay, and that the run is the same without."""
+
+import errno
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinov2.data.collate import assemble_batch
+from dinov2.data.transforms import normalize_images
+from dinov2.eval.run_records import read_run
+from dinov2.train import views
+from dinov2.train.train import main
+from dinov2.train.views import GAP, MASK_COLOUR, MASK_OPACITY, draw_sheets
+
+EACH = "evaluation.eval_period_iterations=1"
+RED, GREEN, BLUE, GREY = (200, 10, 10), (10, 200, 10), (10, 10, 200), (90, 90, 90)
+
+
+def flat(colours, size: int) -> torch.Tensor:
+    """Normalised crops [B, 3, S, S], each of one colour."""
+    pixels = torch.tensor(colours, dtype=torch.uint8)[:, :, None, None]
+    return normalize_images(pixels.expand(-1, -1, size, size).contiguous())
+
+
+def batch(size=56, local_size=28, n_local=3):
+    """Two pictures: red and green in their first crops, blue in the second, grey in local ones; one mask."""
+    crops = {
+        "global_crops": [flat([RED, GREEN], size), flat([BLUE, BLUE], size)],
+        "local_crops": [flat([GREY, GREY], local_size)] * n_local,
+    }
+    masks = torch.zeros(4, (size // 14) ** 2, dtype=torch.bool)
+    masks[1, 0] = True  # the first patch of the second picture's first crop
+    return assemble_batch(crops, masks, 1, torch.float32)
+
+
+@pytest.fixture
+def run(tmp_path, picture_list, tiny_overrides):
+    lists = picture_list()
+
+    def go(*overrides, name="run", arguments=()):
+        common = ["--output-dir", str(tmp_path / "out"), "--name", name, *arguments]
+        return main([*common, *tiny_overrides(lists, *overrides)]), tmp_path / "out" / name
+
+    return go
+
+
+def shown(folder) -> dict[str, list[int]]:
+    """Iterations of the sheets by kind, as a report finds them."""
+    found: dict[str, list[int]] = {}
+    for view in read_run(folder, "run").views:
+        found.setdefault(view.kind, []).append(view.iteration)
+    return found
+
+
+def rows(folder) -> list[dict]:
+    found = [json.loads(line) for line in (folder / "training_metrics.json").read_text().splitlines()]
+    times = ("iter_time", "data_time", "images_per_second")
+    return [{name: value for name, value in row.items() if name not in times} for row in found]
+
+
+# --- a sheet --------------------------------------------------------------------------------------------------------
+
+
+def test_each_row_is_a_picture_in_its_own_colours_and_masks_lie_over_their_patches():
+    sheets, told = draw_sheets(batch(), 8)
+    tile = told["shown_px"]
+    assert tile == 84  # small crops are made larger: a pixel becomes a square, and patches are whole pixels
+    crops, masks = sheets["crops"], sheets["masks"]
+    assert crops.shape == (2 * tile + GAP, 2 * tile + 2 * ((tile - GAP) // 2) + 3 * GAP, 3)
+    below, right = tile + GAP, tile + GAP
+    assert (crops[:tile, :tile] == RED).all()
+    assert (crops[below:, :tile] == GREEN).all()
+    assert (crops[:tile, right : right + tile] == BLUE).all()
+    assert tuple(crops[0, 2 * right]) == tuple(crops[tile - 1, 2 * right]) == GREY  # local crops: two, and then one
+    assert tuple(crops[0, -1]) == GREY
+    assert tuple(crops[tile - 1, -1]) == (255, 255, 255)
+
+    patch = tile // 4
+    covered = [round((1 - MASK_OPACITY) * a + MASK_OPACITY * b) for a, b in zip(GREEN, MASK_COLOUR, strict=True)]
+    assert (masks[below : below + patch, :patch] == covered).all()
+    assert (masks[below : below + patch, patch:tile] == GREEN).all()
+    assert (masks[:tile, :tile] == RED).all()
+    assert told["masked_share"] == [[0, 0], [1 / 16, 0]]
+    assert (told["pictures"], told["local_crops"], told["local_crops_of_each"]) == (2, 3, 3)
+
+
+def test_a_large_crop_is_made_smaller_and_a_sheet_stays_small_enough_for_a_report():
+    sheets, told = draw_sheets(batch(size=224, local_size=98, n_local=10), 1)
+    assert told["shown_px"] == 160
+    assert told["local_crops"] == 8
+    assert len(sheets["crops"]) == 160
+    n_many = 60
+    crops = {"global_crops": [torch.rand(n_many, 3, 224, 224)] * 2, "local_crops": [torch.rand(n_many, 3, 98, 98)] * 8}
+    many = assemble_batch(crops, torch.ones(2 * n_many, 256, dtype=torch.bool), 256, torch.float32)
+    for sheet in draw_sheets(many, 64)[0].values():
+        assert sheet.size <= 3_000_000
+
+
+def test_without_masks_there_is_no_sheet_of_them_and_broken_numbers_are_drawn():
+    part = batch(n_local=0)
+    part["collated_masks"][:] = False
+    part["collated_global_crops"][0, 0, 0, 0] = float("nan")
+    before = {name: value.clone() for name, value in part.items() if isinstance(value, torch.Tensor)}
+    sheets, told = draw_sheets(part, 1)
+    assert list(sheets) == ["crops"]
+    assert told["local_crop_px"] is None
+    assert all(torch.equal(part[name], value) for name, value in before.items() if name != "collated_global_crops")
+
+
+# --- of a run -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_shows_its_first_batch_and_those_before_evaluations_and_keeps_the_newest(run, monkeypatch):
+    monkeypatch.setattr(views, "N_KEPT", 2)
+    code, folder = run(EACH, "ibot.mask_sample_probability=1.0", "train.views=3")
+    assert code == 0
+    assert shown(folder) == {"crops": [0, 3, 4], "masks": [0, 3, 4]}
+    index = json.loads((folder / "views" / "views.json").read_text())["views"]
+    assert [entry["iteration"] for entry in index] == [0, 3, 4]
+    for entry in index:
+        with Image.open(folder / "views" / entry["crops"]) as crops:
+            assert crops.height == 3 * entry["shown_px"] + 2 * GAP
+        assert (folder / "views" / entry["masks"]).is_file()
+        assert entry["pictures"] == 3
+        assert np.max(entry["masked_share"]) > 0
+
+
+def test_no_views_where_none_are_asked_for(run):
+    code, folder = run(EACH, "train.views=0")
+    assert code == 0
+    assert not (folder / "views").exists()
+
+
+def test_a_run_that_goes_on_shows_what_comes_and_drops_what_was_lost(run):
+    _, folder = run("evaluation.eval_period_iterations=2")
+    lost = folder / "views" / "crops_12.png"
+    lost.write_bytes((folder / "views" / "crops_4.png").read_bytes())
+    (folder / "views" / "views.json").write_text('{"views": [{"iter')
+    (folder / "views" / ".crops_12.png.abc.tmp").write_bytes(b"torn")
+    code, _ = run("evaluation.eval_period_iterations=2", "optim.epochs=4")
+    assert code == 0
+    assert shown(folder)["crops"] == [0, 2, 4, 6, 8]
+    index = json.loads((folder / "views" / "views.json").read_text())["views"]
+    assert [entry["iteration"] for entry in index] == [6, 8]
+    assert not list((folder / "views").glob(".*"))
+
+
+def test_no_number_of_the_run_changes(run):
+    _, without = run("train.views=0", "student.drop_path_rate=0.5", EACH, name="without")
+    _, shown_too = run("student.drop_path_rate=0.5", EACH, name="with")
+    assert rows(shown_too) == rows(without)
+
+
+def test_a_full_disk_costs_the_pictures_and_not_the_run(run, monkeypatch, caplog):
+    def full(path, mode="wb"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(views, "atomic_write", full)
+    monkeypatch.setattr("dinov2.train.train.setup_logging", lambda *_, **__: None)  # caplog reads along
+    code, folder = run(EACH)
+    assert code == 0
+    assert len(rows(folder)) == 4
+    assert "crops and masks after iteration 0 are not in" in caplog.text
+    assert "No space left on device" in caplog.text
+
+
+# --- in TensorBoard -------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_gets_the_sheets_and_the_judged_cells(run, tmp_path):
+    pytest.importorskip("tensorboard")
+    from google.protobuf import text_format
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+
+    cells = tmp_path / "cells"
+    levels = {'dark "A", B': 30, "bright\u00df": 200}
+    for name, level in levels.items():
+        (cells / name).mkdir(parents=True)
+        for i in range(10):
+            Image.fromarray(np.full((28, 28, 3), level + i, dtype=np.uint8)).save(cells / name / f"{i}.png")
+    datasets = json.dumps([{"name": "two", "data": str(cells), "knn_k": [1]}])
+    code, folder = run(f"evaluation.datasets={datasets}", "train.tensorboard=true", "train.views=2")
+    assert code == 0
+
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    assert set(events.Tags()["images"]) == {"views/crops", "views/masks"}
+    assert [image.step for image in events.Images("views/crops")] == [0, 3]
+    with Image.open(folder / "views" / "crops_4.png") as sheet:
+        assert (events.Images("views/crops")[-1].width, events.Images("views/crops")[-1].height) == sheet.size
+
+    text = (folder / "tensorboard" / "projector_config.pbtxt").read_text()
+    (shown_set,) = text_format.Parse(text, ProjectorConfig()).embeddings
+    assert shown_set.tensor_name == "two after 4"
+    features = np.loadtxt(folder / "tensorboard" / shown_set.tensor_path, delimiter="\t")
+    assert features.shape == tuple(shown_set.tensor_shape) == (20, 32)
+    lines = (folder / "tensorboard" / shown_set.metadata_path).read_text(encoding="utf-8").splitlines()
+    assert lines[0].split("\t") == ["class", "side", "picture"]
+    assert {line.split("\t")[0] for line in lines[1:]} == set(levels)
+    with Image.open(folder / "tensorboard" / shown_set.sprite.image_path) as sprite:
+        tiles = np.asarray(sprite).reshape(5, 40, 5, 40, 3).swapaxes(1, 2).reshape(25, 40, 40, 3)
+    for tile, line in zip(tiles, lines[1:], strict=False):  # each cell has its own picture
+        name, _, picture = line.split("\t")
+        level = levels[name] + int(picture.rsplit("/", 1)[1].removesuffix(".png"))
+        assert abs(int(tile.mean()) - level) <= 2
