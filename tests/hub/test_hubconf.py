@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -74,6 +75,18 @@ def test_each_name_has_the_size_of_its_release():
     assert sizes["dinov2_vitl14"] == 304_368_640
     assert sizes["dinov2_vitg14"] == 1_136_480_768
     assert sizes["dinobloom_s"] == 22_056_576 - (1370 - 257) * 384
+
+
+def test_the_readmes_table_has_each_networks_size():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`dino.*?) \| ViT-\w/14 \| ([\d,]+) \| ([\d,]+) million \|", text, re.MULTILINE)
+    told = {name: (dim, size) for names, dim, size in rows for name in re.findall(r"`(\w+)`", names)}
+    assert set(told) == set(NAMES)
+    with torch.device("meta"):
+        for name, (dim, size) in told.items():
+            network = ENTRY_POINTS[name](pretrained=False)
+            n_parameters = sum(p.numel() for p in network.parameters())
+            assert (dim, size) == (f"{network.embed_dim:,}", f"{n_parameters / 1e6:,.0f}"), name
 
 
 def test_a_released_network_by_name(small, cache):
