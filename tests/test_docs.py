@@ -1,11 +1,16 @@
-"""docs/python.md: its code runs on weights and pictures made here, and gives what its comments say."""
+"""README.md and docs/: links and names lead somewhere, commands take their arguments, examples give what they say."""
 
 import contextlib
 import http.server
 import io
 import json
+import os
 import re
+import runpy
+import shlex
 import shutil
+import subprocess
+import sys
 import threading
 from functools import partial
 from pathlib import Path
@@ -13,12 +18,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
+from sklearn.neighbors import NearestCentroid
 
+from dinov2.configs import dinov2_default_config
+from dinov2.data.sample_cells import write_sample_cells
+from dinov2.data.splits import make_folds
+from dinov2.eval.features import Features, write_features
 from dinov2.hub import load_backbone
 from dinov2.hub.conversions import hugging_face_config, to_hugging_face
 from dinov2.models import architecture, build_backbone
+from dinov2.run.train import train as submit_train
+from dinov2.train import train as train_command
+from dinov2.utils.config import load_run_config
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "python.md"
@@ -172,3 +186,192 @@ def test_lower_precision_and_many_pictures(after):
     assert found["kept_paths"] == found["paths"]
     assert found["features"].shape == found["found"].of_kinds["mean"].shape == (N_PICTURES, 384)
     np.testing.assert_allclose(found["features"][:4], page["features"].numpy(), atol=0.2)
+
+
+# --- all pages ------------------------------------------------------------------------------------------------------
+
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+READERS_PAGES = [ROOT / "README.md", *(page for page in PAGES if page.parent.name != "benchmarks")]
+# commands of the examples that are made by the reader, or by others
+OWN_FILES = ("train_with_agreement.py", "nearest_mean.py")
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def without_blocks(page: Path) -> str:
+    return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """Those that GitHub and MkDocs give to headings without punctuation but hyphens."""
+    titles = re.findall(r"^#+ (.+)$", without_blocks(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CHANGELOG.md", *PAGES], ids=name_of)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^()\s]+)\)", without_blocks(page)):
+        if re.match(r"(https?|mailto):", target):
+            continue
+        file, _, anchor = target.partition("#")
+        there = (page.parent / file).resolve() if file else page
+        assert there.exists(), target
+        assert there.is_relative_to(ROOT), target
+        assert not anchor or anchor in anchors(there), target
+
+
+def test_the_site_is_built_and_fetches_nothing(tmp_path):
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in PAGES:
+        html = (tmp_path / "site" / page.relative_to(ROOT / "docs").with_suffix(".html")).read_text(encoding="utf-8")
+        assert not re.findall(r'<(?:script|img|iframe)[^>]+src="(?:https?:)?//', html)
+        assert not re.findall(r'<link[^>]+rel="(?:stylesheet|preconnect|preload)"[^>]+href="(?:https?:)?//', html)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Every command line in a page's blocks of bash, as words."""
+    found = []
+    for block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["torchrun"]:
+                words = ["python", *words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]]
+            elif words[:1] == ["sbatch"]:
+                batch = next(i for i, word in enumerate(words) if word.endswith(".sbatch"))
+                assert (ROOT / words[batch]).is_file(), line
+                words = ["python", "dinov2/train/train.py", *words[batch + 1 :]]
+            if words:
+                found.append(words)
+    return found
+
+
+def options(script: str) -> set[str]:
+    """The flags in a script's --help."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as told:
+        patch.setattr(sys, "argv", [script, "--help"])
+        patch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])  # as `python <script>` has it
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", told.getvalue()))
+
+
+@pytest.mark.parametrize("page", READERS_PAGES, ids=name_of)
+def test_commands_take_what_the_page_gives_them(page):
+    for words in commands(page):
+        if words[0] == "bash":
+            assert (ROOT / words[1]).is_file(), words
+        if words[0] != "python":
+            assert words[0] in ("bash", "pip", "source"), words
+            continue
+        script, arguments = words[1], words[2:]
+        if script in OWN_FILES:
+            script = {"nearest_mean.py": "dinov2/eval/knn.py"}.get(script, "dinov2/train/train.py")
+        assert (ROOT / script).is_file(), words
+        if script.endswith("train/train.py"):
+            check_training(script, arguments)
+        else:
+            known = options(script)
+            assert {word.partition("=")[0] for word in arguments if word.startswith("--")} <= known, words
+
+
+def check_training(script: str, arguments: list[str]) -> None:
+    if script.startswith("dinov2/run/"):
+        arguments = submit_train.build_parser().parse_known_args(arguments)[1]
+    args = train_command.parse_arguments(arguments)
+    cfg = load_run_config(str(ROOT / args.config_file), args.overrides)
+    assert cfg.train.dataset_path.startswith("HemaStandardDataset:root=")
+
+
+def test_keys_and_files_that_pages_name_exist():
+    defaults = OmegaConf.to_container(dinov2_default_config)
+    sections = "|".join(key for key, value in defaults.items() if isinstance(value, dict))
+    n_keys = 0
+    for page in READERS_PAGES:
+        for code in re.findall(r"`([^`\n]+)`", without_blocks(page)):
+            for word in re.findall(rf"(?<![\w./-])(?:{sections})\.[A-Za-z_][\w.]*", code):
+                if word.endswith((".py", ".yaml", ".md")):
+                    continue
+                value = defaults
+                for part in word.split("."):
+                    assert part in value, (page.name, word)
+                    value = value[part]
+                n_keys += 1
+            if re.fullmatch(r"(?:dinov2|scripts|tests|notebooks)/[\w./-]+", code):
+                assert (ROOT / code).exists(), (page.name, code)
+    assert n_keys > 60
+
+
+@pytest.mark.parametrize("name", ["evaluation.md", "design.md"])
+def test_short_examples_run(name, capsys):
+    for block in blocks(ROOT / "docs" / name, "python"):
+        told = [line.partition("  # ")[2] for line in block.splitlines() if line.startswith("print(")]
+        exec(compile(block, name, "exec"), {})
+        assert capsys.readouterr().out.splitlines() == told
+
+
+def example(name: str) -> str:
+    (code,) = [block for block in blocks(ROOT / "docs" / "extending.md", "python") if block.startswith(f"# {name}\n")]
+    return code
+
+
+def test_the_example_of_a_loss_trains(tmp_path, monkeypatch):
+    write_sample_cells(tmp_path / "cells", n_train=16, n_probe_train=0, n_probe_test=0, n_patients=0, size=64)
+    shown = []
+    names: dict = {"__name__": "example"}
+    exec(compile(example("train_with_agreement.py"), "train_with_agreement.py", "exec"), names)
+
+    class Watched(names["WithAgreement"]):
+        def forward_backward(self, *args, **kwargs):
+            losses = super().forward_backward(*args, **kwargs)
+            shown.append({name: value.item() for name, value in losses.items()})
+            return losses
+
+    monkeypatch.setattr(train_command, "SSLMetaArch", Watched)
+    small = ["student.depth=1", "train.batch_size_per_gpu=4", "crops.global_crops_size=28", "train.image_size=32"]
+    code = train_command.main(
+        [
+            *("--config-file", str(ROOT / "dinov2/configs/train/small_from_scratch.yaml"), "--dry-run"),
+            *("--output-dir", str(tmp_path), f"train.dataset_path=HemaStandardDataset:root={tmp_path}/cells/lists"),
+            *small,
+        ]
+    )
+    assert code == 0
+    assert len(shown) == 2
+    assert all(0 < losses["agreement_loss"] <= 0.4 for losses in shown)
+    apart = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0], [0.0, -1.0]])  # views equal; opposite: distance 4
+    assert names["view_distance"](apart) == pytest.approx(2.0)
+
+
+def test_the_example_of_a_protocol_judges(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], 10)
+    stored = Features(
+        (rng.normal(size=(30, 4)) + 5 * np.eye(3, 4)[labels]).astype(np.float32),
+        labels,
+        ["blast", "lymphocyte", "monocyte"],
+        [f"/cells/{n}.png" for n in range(30)],
+    )
+    write_features(tmp_path / "features.h5", stored)
+    names: dict = {"__name__": "example"}
+    exec(compile(example("nearest_mean.py"), "nearest_mean.py", "exec"), names)
+    names["main"](["--features", str(tmp_path / "features.h5"), "--output-dir", str(tmp_path / "results")])
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    found = results["results"]["model"]["nearest-mean_euclidean"]
+    reference = NearestCentroid()
+    folds = make_folds(labels, None, 5, 0)
+    right = sum(
+        (reference.fit(stored.features[train], labels[train]).predict(stored.features[test]) == labels[test]).sum()
+        for train, test in folds
+    )
+    assert found["accuracy"] == pytest.approx(right / 30)
+    assert found["accuracy"] > 0.9
+    assert "Nearest class mean" in capsys.readouterr().out

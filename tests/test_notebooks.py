@@ -16,7 +16,10 @@ from PIL import Image
 from dinov2.models import architecture, build_backbone
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-FEATURES_AND_PCA = Path(__file__).parents[1] / "notebooks" / "features_and_pca.ipynb"
+FEATURES_AND_PCA, TRAIN_ON_YOUR_CELLS, AML_SUBTYPING = (
+    Path(__file__).parents[1] / "notebooks" / f"{name}.ipynb"
+    for name in ("features_and_pca", "train_on_your_cells", "aml_subtyping_abmil")
+)
 
 
 @pytest.fixture
@@ -150,3 +153,59 @@ def test_features_and_pca_without_anything_says_that_its_network_is_untrained(pl
     assert names["features"].shape == (10, 384)
     assert "This network was never trained" in capsys.readouterr().out
     assert list(place.iterdir()) == []
+
+
+def test_train_on_your_cells_draws_trains_and_finds_neighbours(place, tmp_path, run_here):
+    settings = ["student.depth=1", "train.tensorboard=false"]
+    output = tmp_path / "output"
+    names, n_figures = run_here(
+        TRAIN_ON_YOUR_CELLS, STEPS=4, PICTURES_A_STEP=4, OUTPUT=str(output), MORE_SETTINGS=settings
+    )
+    assert names["code"] == 0
+    assert n_figures == 3
+    assert [step["iteration"] for step in names["steps"]] == [0, 1, 2, 3]
+    assert [result["iteration"] for result in names["results"]] == [0, 1, 2, 3, 4]
+    assert names["features"].shape == (300, 192)
+    assert names["positions"][:, 0].tolist() == names["asked"].tolist()
+    assert "dino_global_crops_loss" in (output / "report.html").read_text(encoding="utf-8")
+    assert list(place.iterdir()) == []
+
+
+def test_train_on_your_cells_takes_a_folder_without_labels(place, cells, run_here):
+    settings = ["student.depth=1", "train.tensorboard=false"]
+    names, n_figures = run_here(
+        TRAIN_ON_YOUR_CELLS, CELLS=str(cells), STEPS=1, PICTURES_A_STEP=2, MORE_SETTINGS=settings
+    )
+    assert names["code"] == 0
+    assert n_figures == 3
+    assert names["results"] == []
+    assert len(names["kept"]) == 11
+
+
+def test_aml_subtyping_draws_patients_and_tests_each_once(place, run_here):
+    names, n_figures = run_here(AML_SUBTYPING, N_DRAWN=25, EPOCHS=2)
+    assert n_figures == 5
+    assert names["confusion"].sum() == 25
+    assert names["predicted"].keys() == names["label_of"].keys()
+    assert len(names["attention"]) == len(names["cells"])
+    assert sum(names["weights"]) == pytest.approx(25, abs=1e-3)  # 1 a patient
+    assert len(names["excess"]) == 10
+    assert list(place.iterdir()) == []
+
+
+def test_aml_subtyping_takes_patients_and_a_checkpoint(place, checkpoint, tmp_path, run_here):
+    rng = np.random.default_rng(0)
+    lines = ["Image Path,Label,patient"]
+    for patient in range(20):
+        label = ("AML", "control")[patient % 2]
+        for number in range(3):
+            file = tmp_path / f"{patient}_{number}.png"
+            Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(file)
+            lines.append(f"{file.name},{label},p{patient:02d}")
+    (tmp_path / "patients.csv").write_text("\n".join(lines) + "\n")
+    names, n_figures = run_here(
+        AML_SUBTYPING, PATIENTS=str(tmp_path / "patients.csv"), CHECKPOINT=str(checkpoint), EPOCHS=1
+    )
+    assert n_figures == 4  # a bag, the matrix, a patient of each of two classes
+    assert names["names"] == ["AML", "control"]
+    assert names["excess"] == {}
