@@ -528,7 +528,10 @@ class RanksKilled:
         kind = "checkpoint" if 2 * self.torn <= number else self.rng.choice(["step", "restart", "evaluation"])
         last = self.iterations - 2 * EVALUATION_PERIOD
         iteration = round(last * (number + self.rng.random()) / self.kills)
-        return _Moment(kind, iteration, self.rng.random())
+        fraction = self.rng.random()
+        if kind == "checkpoint" and number and not self.torn:
+            fraction = 0.0  # those before came too late on a busy machine: strike as soon as one begins
+        return _Moment(kind, iteration, fraction)
 
     def wait_until_up(self) -> None:
         """Until the processes that were started again train; they must have gone on where they should."""
