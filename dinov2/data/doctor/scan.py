@@ -10,16 +10,13 @@ import json
 import logging
 import multiprocessing
 import os
-import signal
 import stat
-import threading
 import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +28,7 @@ from PIL import Image
 from dinov2.data.datasets.decode import UnreadableImageError, decode_image
 from dinov2.data.doctor.fingerprint import TURNS, perceptual_hash, similarity, thumbnail, turned
 from dinov2.utils.files import atomic_write
-from dinov2.utils.stop_signals import ignore_stop_signals
+from dinov2.utils.pool_workers import become_pool_worker
 
 logger = logging.getLogger("dinov2")
 
@@ -317,19 +314,8 @@ def _in_processes(work: Callable[[Any], Any], chunks: Iterable[Any], n_workers: 
 
 
 def _begin() -> None:
-    ignore_stop_signals()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that gave the work
+    become_pool_worker()
     cv2.setNumThreads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    # a pool's workers wait for work for ever if their parent was killed
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        with suppress(OSError):
-            parent.join()
-        os._exit(1)
 
 
 class _Progress:

@@ -2,11 +2,8 @@
 
 import multiprocessing
 import os
-import signal
-import threading
 import zlib
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +15,7 @@ import torch
 from dinov2.data.datasets.decode import UnreadableImageError, decode_image, resize_image
 from dinov2.data.packed_cache.pictures import GONE, PictureSource, stamp_of
 from dinov2.data.packed_cache.shards import UNREADABLE
-from dinov2.utils.stop_signals import ignore_stop_signals
+from dinov2.utils.pool_workers import become_pool_worker
 
 # The stamp kept for a picture that the file system did not give, though its file is there: no file has it, so the next
 # build tries again
@@ -122,20 +119,9 @@ _of_this_process: tuple[PictureSource, int, str] | None = None
 def _begin(pictures: PictureSource, image_size: int, fit: str) -> None:
     global _of_this_process
     _of_this_process = pictures, image_size, fit
-    ignore_stop_signals()  # a terminal and a batch system send them to all; the builder decides what they mean
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    become_pool_worker()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    # a pool's workers wait for work for ever if their parent was killed
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        with suppress(OSError):
-            parent.join()
-        os._exit(1)
 
 
 def _pack_in_worker(batch: Batch) -> list[PackedPicture]:
