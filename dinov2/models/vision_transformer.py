@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2.layers import LayerNorm, Mlp, NestedTensorBlock, PatchEmbed, SwiGLUFFNFused
+from dinov2.layers.block import Shapes, pack, unpack
 
 
 def _no_ffn(**_: Any) -> nn.Module:
@@ -34,10 +35,16 @@ FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
 class BlockChunk(nn.ModuleList):
     """Consecutive blocks as one module; leading identities keep each block's number within the whole network."""
 
-    def forward(self, x: Any) -> Any:
-        for block in self:
-            x = block(x)
-        return x
+    def forward(self, x: Any, shapes: Shapes | None = None, rows: Tensor | None = None) -> Any:
+        """Through all of them; with `rows`, the last one gives those tokens alone."""
+        if isinstance(x, list):
+            for block in self:
+                x = block(x)
+            return x
+        *others, last = (block for block in self if not isinstance(block, nn.Identity))
+        for block in others:
+            x = block(x, shapes)
+        return last(x, shapes, rows)
 
 
 class DinoVisionTransformer(nn.Module):
@@ -210,41 +217,90 @@ class DinoVisionTransformer(nn.Module):
         return torch.cat(tokens, dim=1)  # [B, N, D]
 
     def forward_features_list(
-        self, x_list: list[Tensor], masks_list: Sequence[Tensor | None] | None = None
+        self,
+        x_list: list[Tensor],
+        masks_list: Sequence[Tensor | None] | None = None,
+        patch_indices_list: Sequence[Tensor | None] | None = None,
     ) -> list[dict[str, Any]]:
         """forward_features of several batches whose pictures may differ in size, in one pass through the blocks."""
-        if masks_list is None:
-            masks_list = [None] * len(x_list)
+        nones = [None] * len(x_list)
+        masks_list, patch_indices_list = masks_list or nones, patch_indices_list or nones
         tokens = [self.prepare_tokens_with_masks(x, masks) for x, masks in zip(x_list, masks_list, strict=True)]
-        for block in self.blocks:
-            tokens = block(tokens)
-        return [self._features(x, masks) for x, masks in zip(tokens, masks_list, strict=True)]
-
-    @overload
-    def forward_features(self, x: Tensor, masks: Tensor | None = None) -> dict[str, Any]: ...
+        packed, shapes = pack(tokens)
+        wanted = None
+        if any(indices is not None for indices in patch_indices_list):
+            wanted = [
+                self._rows(shape, indices, packed.device)
+                for shape, indices in zip(shapes, patch_indices_list, strict=True)
+            ]
+        packed = self._through_blocks(packed, shapes, _in_packed(wanted, shapes))
+        if wanted is None:
+            return [self._features(x, masks) for x, masks in zip(unpack(packed, shapes), masks_list, strict=True)]
+        parts = packed.split([len(rows) for rows in wanted])
+        return [
+            self._chosen_features(part, shape, indices, masks)
+            for part, shape, indices, masks in zip(parts, shapes, patch_indices_list, masks_list, strict=True)
+        ]
 
     @overload
     def forward_features(
-        self, x: list[Tensor], masks: Sequence[Tensor | None] | None = None
+        self, x: Tensor, masks: Tensor | None = None, patch_indices: Tensor | None = None
+    ) -> dict[str, Any]: ...
+
+    @overload
+    def forward_features(
+        self,
+        x: list[Tensor],
+        masks: Sequence[Tensor | None] | None = None,
+        patch_indices: Sequence[Tensor | None] | None = None,
     ) -> list[dict[str, Any]]: ...
 
-    def forward_features(self, x: Any, masks: Any = None) -> Any:
+    def forward_features(self, x: Any, masks: Any = None, patch_indices: Any = None) -> Any:
         """Features of pictures.
 
         Args:
             x: [B, C, H, W] normalised pictures, or a list of such.
             masks: [B, P] bool or None; a list of them for a list of pictures.
+            patch_indices: int64 [M] into the B * P patches, or None; a list of them for a list of pictures. Given, only
+                these patch tokens and the CLS tokens leave the last block, which is spared the work for the others.
 
         Returns:
             x_norm_clstoken [B, D], x_norm_regtokens [B, R, D], x_norm_patchtokens [B, P, D], all after the last norm,
-            x_prenorm [B, N, D] and masks; a list of such dictionaries for a list of pictures.
+            x_prenorm [B, N, D] and masks; a list of such dictionaries for a list of pictures. With `patch_indices`,
+            x_norm_clstoken, x_norm_patchtokens [M, D] and masks.
         """
         if isinstance(x, list):
-            return self.forward_features_list(x, masks)
-        x = self.prepare_tokens_with_masks(x, masks)
-        for block in self.blocks:
-            x = block(x)
-        return self._features(x, masks)
+            return self.forward_features_list(x, masks, patch_indices)
+        return self.forward_features_list([x], [masks], [patch_indices])[0]
+
+    def _through_blocks(self, tokens: Tensor, shapes: Shapes, rows: Tensor | None) -> Tensor:
+        """[T, D] to [T, D], or, of `rows` alone, to [R, D]."""
+        *others, last = self.blocks
+        for block in others:
+            tokens = block(tokens, shapes)
+        return last(tokens, shapes, rows)
+
+    def _rows(self, shape: tuple[int, int], patch_indices: Tensor | None, device: torch.device) -> Tensor:
+        """Where a batch's CLS tokens, and behind them its chosen patch tokens, stand in the B * N tokens of its shape
+        (B, N): [B + M]; all patch tokens for None."""
+        n_samples, n_tokens = shape
+        extra = 1 + self.num_register_tokens
+        n_patches = n_tokens - extra
+        cls_rows = torch.arange(0, n_samples * n_tokens, n_tokens, device=device)
+        if patch_indices is None:
+            patch_indices = torch.arange(n_samples * n_patches, device=device)
+        return torch.cat([cls_rows, patch_indices + (patch_indices // n_patches + 1) * extra])
+
+    def _chosen_features(
+        self, tokens: Tensor, shape: tuple[int, int], patch_indices: Tensor | None, masks: Tensor | None
+    ) -> dict[str, Any]:
+        """The features of tokens [B + M, D] that `_rows` chose."""
+        n_samples = shape[0]
+        normed = self.norm(tokens)
+        patches = normed[n_samples:]
+        if patch_indices is None:
+            patches = patches.unflatten(0, (n_samples, -1))  # [B, P, D]
+        return {"x_norm_clstoken": normed[:n_samples], "x_norm_patchtokens": patches, "masks": masks}
 
     def _features(self, x: Tensor, masks: Tensor | None) -> dict[str, Any]:
         normed = self.norm(x)
@@ -308,8 +364,26 @@ class DinoVisionTransformer(nn.Module):
 
     def forward(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         """The dictionary of forward_features if `is_training`, else `head` (identity) of the CLS token: [B, D]."""
-        features = self.forward_features(*args, **kwargs)
-        return features if is_training else self.head(features["x_norm_clstoken"])
+        if is_training:
+            return self.forward_features(*args, **kwargs)
+        return self.head(self._cls_tokens(*args, **kwargs))
+
+    def _cls_tokens(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        """forward_features for its CLS tokens [B, D] alone."""
+        no_patches = torch.empty(0, dtype=torch.int64, device=x.device)
+        cls_tokens: Tensor = self.forward_features(x, masks, no_patches)["x_norm_clstoken"]
+        return cls_tokens
+
+
+def _in_packed(rows_of_batches: Sequence[Tensor] | None, shapes: Shapes) -> Tensor | None:
+    """Rows of each of several batches as rows of their packed tokens."""
+    if rows_of_batches is None:
+        return None
+    shifted, start = [], 0
+    for rows, (n_samples, n_tokens) in zip(rows_of_batches, shapes, strict=True):
+        shifted.append(rows + start)
+        start += n_samples * n_tokens
+    return torch.cat(shifted)
 
 
 def _chunk(blocks: list[nn.Module], n_chunks: int) -> list[nn.Module]:

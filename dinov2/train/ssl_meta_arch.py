@@ -12,6 +12,7 @@ Dimension key:  A parts of this process, W processes, B images in a part, L loca
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -97,8 +98,11 @@ class SSLMetaArch(nn.Module):
         if self.do_ibot:
             head = cfg.ibot if self.ibot_separate_head else cfg.dino
             self.ibot_patch_loss = iBOTPatchLoss(head.head_n_prototypes)
-        for block in student_backbone.each_block():
-            block.checkpoint_activations = cfg.train.activation_checkpointing
+        blocks = list(student_backbone.each_block())
+        # From the first one on, whose inner values would stay the longest: when backward computes them again, those of
+        # all later blocks are gone. Of the last blocks they would come on top of what the first ones keep.
+        for block in blocks[: math.ceil(round(cfg.train.activation_checkpointing * len(blocks), 6))]:
+            block.checkpoint_activations = True  # type: ignore[assignment]
         self.fp16_scaler: LossScaler | None = None
         if cfg.compute_precision.grad_scaler and self._computes_in_fp16():
             self.fp16_scaler = LossScaler()
@@ -221,11 +225,10 @@ class SSLMetaArch(nn.Module):
         """
         cls_tokens, cls_logits, patch_logits = [], [], []
         for part in parts:
-            tokens = self._backbone("teacher", part["collated_global_crops"])
+            tokens = self._backbone("teacher", part["collated_global_crops"], patch_indices=self._masked_patches(part))
             first, second = tokens["x_norm_clstoken"].chunk(N_GLOBAL_CROPS)
             other_view = torch.cat([second, first])  # [2B, D]: each view is predicted from the other
-            masked = self._masked_patches(tokens["x_norm_patchtokens"], part)
-            of_cls, of_patches = self._heads("teacher", other_view, masked)
+            of_cls, of_patches = self._heads("teacher", other_view, tokens["x_norm_patchtokens"])
             cls_tokens.append(tokens["x_norm_clstoken"])
             cls_logits.append(of_cls)
             patch_logits.append(of_patches)
@@ -275,8 +278,7 @@ class SSLMetaArch(nn.Module):
         n_global = len(cls_tokens)
         if local_tokens is not None:
             cls_tokens = torch.cat([cls_tokens, local_tokens["x_norm_clstoken"]])
-        masked = self._masked_patches(global_tokens["x_norm_patchtokens"], images)
-        cls_logits, patch_logits = self._heads("student", cls_tokens, masked)
+        cls_logits, patch_logits = self._heads("student", cls_tokens, global_tokens["x_norm_patchtokens"])
 
         global_logits = local_logits = None
         if cls_logits is not None:
@@ -290,10 +292,13 @@ class SSLMetaArch(nn.Module):
         if "seed" in images:
             torch.manual_seed(images["seed"])
         global_crops, masks = images["collated_global_crops"], images["collated_masks"]
+        masked = self._masked_patches(images)
         if not with_local_crops:
-            return self._backbone("student", global_crops, masks=masks), None
+            return self._backbone("student", global_crops, masks=masks, patch_indices=masked), None
         crops = [global_crops, images["collated_local_crops"]]
-        global_tokens, local_tokens = self._backbone("student", crops, masks=[masks, None])
+        global_tokens, local_tokens = self._backbone(
+            "student", crops, masks=[masks, None], patch_indices=[masked, masked[:0]]
+        )
         return global_tokens, local_tokens
 
     @property
@@ -440,17 +445,14 @@ class SSLMetaArch(nn.Module):
             reshard(self.student["backbone"])  # no backward will
         return tokens
 
-    def _masked_patches(self, patch_tokens: Tensor, images: Mapping[str, Any]) -> Tensor | None:
-        """[M, D] tokens at the masked places of [2B, P, D]."""
-        if not self.do_ibot:
-            return None
-        return patch_tokens.flatten(0, 1).index_select(0, images["mask_indices_list"])
+    def _masked_patches(self, images: Mapping[str, Any]) -> Tensor:
+        """Which of the 2B * P patches a loss reads: [M], none without iBOT."""
+        indices: Tensor = images["mask_indices_list"]
+        return indices if self.do_ibot else indices[:0]
 
-    def _heads(
-        self, role: str, cls_tokens: Tensor, masked_patches: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _heads(self, role: str, cls_tokens: Tensor, masked_patches: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Logits of CLS tokens and of masked patches; a shared head sees both in one call."""
-        if masked_patches is not None and not self.ibot_separate_head:
+        if self.do_ibot and not self.ibot_separate_head:
             with self._precision(role, "dino_head"):
                 logits = self._callable[role, "dino_head"](torch.cat([cls_tokens, masked_patches]))
             cls_logits, patch_logits = logits.split([len(cls_tokens), len(masked_patches)])
@@ -459,7 +461,7 @@ class SSLMetaArch(nn.Module):
         if self.do_dino:
             with self._precision(role, "dino_head"):
                 cls_logits = self._callable[role, "dino_head"](cls_tokens)
-        if masked_patches is not None:
+        if self.do_ibot:
             with self._precision(role, "ibot_head"):
                 patch_logits = self._callable[role, "ibot_head"](masked_patches)
         return cls_logits, patch_logits

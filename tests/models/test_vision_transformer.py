@@ -390,3 +390,32 @@ def test_start_values():
             assert name == "mask_token" or name.endswith("bias"), name
             assert not value.any()
     assert {module.eps for module in model.modules() if isinstance(module, torch.nn.LayerNorm)} == {1e-6}
+
+
+@pytest.mark.parametrize("chunks", [0, 2])
+@pytest.mark.parametrize("n_registers", [0, 2])
+def test_chosen_patches_are_those_of_the_whole_output(formulas, chunks, n_registers):
+    network = formulas.fill_(
+        vit_small(
+            **{"patch_size": 14, "img_size": 56, "embed_dim": 24, "depth": 4, "num_heads": 3, "init_values": 0.1},
+            block_chunks=chunks,
+            num_register_tokens=n_registers,
+        ),
+        "test/chosen",
+    )
+    large, small = formulas.sym("test/large", (3, 3, 56, 56), 1.0), formulas.sym("test/small", (4, 3, 28, 28), 1.0)
+    masks = torch.zeros(3, 16, dtype=torch.bool)
+    masks[1, 4:9] = True
+    wanted = masks.flatten().nonzero().flatten()
+
+    whole, whole_small = network.forward_features([large, small], [masks, None])
+    chosen, chosen_small = network.forward_features([large, small], [masks, None], [wanted, wanted[:0]])
+    torch.testing.assert_close(chosen["x_norm_clstoken"], whole["x_norm_clstoken"])
+    torch.testing.assert_close(
+        chosen["x_norm_patchtokens"], whole["x_norm_patchtokens"].flatten(0, 1).index_select(0, wanted)
+    )
+    torch.testing.assert_close(chosen_small["x_norm_clstoken"], whole_small["x_norm_clstoken"])
+    assert chosen_small["x_norm_patchtokens"].shape == (0, 24)
+    mixed, mixed_small = network.forward_features([large, small], [masks, None], [wanted, None])
+    torch.testing.assert_close(mixed_small["x_norm_patchtokens"], whole_small["x_norm_patchtokens"])
+    torch.testing.assert_close(network(small), whole_small["x_norm_clstoken"])
