@@ -4,10 +4,14 @@ Dimension key:  N tokens, D embedding dim, d bottleneck dim, K prototypes
 """
 
 import math
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Result = TypeVar("Result")
 
 
 class WeightNormLinear(nn.Module):
@@ -31,8 +35,7 @@ class WeightNormLinear(nn.Module):
     def weight(self) -> Tensor:
         """W, [K, d], in float32 also where sharding gathers half-precision weights: a rounded length shifts a whole
         prototype, and the temperature magnifies it."""
-        direction = self.weight_v.float()
-        return direction * (self.weight_g.float() / torch.linalg.vector_norm(direction, dim=1, keepdim=True))
+        return torch._weight_norm(self.weight_v.float(), self.weight_g.float(), 0)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] to [..., K]."""
@@ -80,9 +83,19 @@ class DINOHead(nn.Module):
         # 1e-12 is 0 in float16, where a zero vector would become NaN
         return F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits: [N, D] to [N, K]."""
-        return self.last_layer(self.embed(x))
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, score: Callable[[Tensor, Tensor], Result]) -> Result: ...
+
+    def forward(self, x: Tensor, score: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+        """Logits: [N, D] to [N, K]; or what `score` makes of unit vectors [N, d] and prototypes [K, d] without them.
+
+        A loss is to be worked out here, not outside: sharded prototypes are whole only within this call.
+        """
+        embedding = self.embed(x)
+        return self.last_layer(embedding) if score is None else score(embedding, self.last_layer.weight())
 
 
 def _build_mlp(

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dinov2.distributed import is_enabled
-from dinov2.loss.teacher_targets import TeacherCenter, similarity, sinkhorn_knopp
+from dinov2.loss.prototype_loss import Targets
+from dinov2.loss.teacher_targets import TeacherCenter, balance_, similarity
 
 
 class iBOTPatchLoss(TeacherCenter):
@@ -27,10 +28,18 @@ class iBOTPatchLoss(TeacherCenter):
         Args:
             n_masked_patches_tensor: [1] int, M of this process; processes mask different numbers of patches.
         """
+        logits = teacher_output.float().clone()
+        return self.balance_teacher_(logits, teacher_temp, n_masked_patches_tensor, n_iterations).dense()
+
+    @torch.no_grad()
+    def balance_teacher_(
+        self, teacher_output: Tensor, teacher_temp: float, n_masked_patches_tensor: Tensor, n_iterations: int = 3
+    ) -> Targets:
+        """`sinkhorn_knopp_teacher` in the place of the logits and not written out."""
         n_rows_global = n_masked_patches_tensor.float()
         if is_enabled():
             dist.all_reduce(n_rows_global)
-        return sinkhorn_knopp(teacher_output, teacher_temp, n_rows_global, n_iterations)
+        return balance_(teacher_output, teacher_temp, n_rows_global, n_iterations)
 
     def forward(self, student_patch_tokens: Tensor, teacher_patch_tokens: Tensor, student_masks_flat: Tensor) -> Tensor:
         """Mean over crops of the mean cross-entropy over each crop's masked patches.

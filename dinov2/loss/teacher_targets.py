@@ -8,43 +8,60 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dinov2.distributed import is_enabled
+from dinov2.loss.prototype_loss import Targets, chunks, elements_at_a_time
 
 
 @torch.no_grad()
-def sinkhorn_knopp(logits: Tensor, teacher_temp: float, n_rows_global: int | Tensor, n_iterations: int = 3) -> Tensor:
+def balance_(logits: Tensor, teacher_temp: float, n_rows_global: int | Tensor, n_iterations: int = 3) -> Targets:
     """Assign rows to prototypes so that every prototype gets the same mass over all processes (SwAV, arXiv 2006.09882).
 
     The balanced matrix is diag(v) M diag(u) with M = exp(logits / temp): only the two scaling vectors are iterated, and
-    M is written once. Starting from the rows as they are gives what normalising the whole matrix in turn gives.
+    M stands where the logits stood. Starting from the rows as they are gives what normalising the whole matrix in turn
+    gives. A round reads M once: what makes the new v of some rows then adds these to the next u.
 
     Args:
-        logits: [R, K] teacher outputs; R may differ between processes and may be 0.
+        logits: [R, K] teacher outputs, overwritten; R may differ between processes and may be 0.
         teacher_temp: temperature of the assignment.
         n_rows_global: R summed over all processes.
         n_iterations: rounds of prototype- then row-normalisation.
 
     Returns:
-        [R, K] float32, each row sums to 1.
+        targets whose rows sum to 1.
     """
-    scaled = logits.float() / teacher_temp
+    n_rows, n_prototypes = logits.shape
+    slices = list(chunks(n_rows, n_prototypes, elements_at_a_time(logits.device)))
     # Row b of M is kept divided by exp(its largest logit), so that exp() neither overflows nor loses a whole row; the
     # factors come back through v, relative to the largest over all processes, so that rows keep their weights.
-    row_max = scaled.amax(dim=1) if scaled.shape[0] else scaled.new_zeros(0)  # [R]
-    largest = row_max.max() if scaled.shape[0] else scaled.new_full((), float("-inf"))
+    row_max = torch.empty(n_rows, device=logits.device)
+    for rows in slices:
+        scaled = logits[rows].float().div_(teacher_temp)
+        row_max[rows] = scaled.amax(dim=1)
+        logits[rows] = scaled.sub_(row_max[rows].unsqueeze(1)).exp_()
+    largest = row_max.max() if n_rows else row_max.new_full((), float("-inf"))
     if is_enabled():
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    mass = scaled.sub_(row_max.unsqueeze(1)).exp_()  # [R, K]
-    row_scale = torch.exp(row_max - largest)  # v: [R]
-    n_prototypes = mass.shape[1]
-    column_scale = mass.new_ones(n_prototypes)  # u: [K]
-    for _ in range(n_iterations):
-        column_mass = row_scale @ mass  # [K]
+    mass, row_scale = logits, torch.exp(row_max - largest)  # v: [R]
+    column_scale = mass.new_ones(n_prototypes, dtype=torch.float32)  # u: [K]
+    for number in range(n_iterations):
+        column_mass = torch.zeros_like(column_scale)
+        for rows in slices:
+            some = mass[rows].float()
+            if number:
+                row_scale[rows] = 1.0 / (n_rows_global * (some @ column_scale))
+            column_mass += row_scale[rows] @ some
         if is_enabled():
             dist.all_reduce(column_mass)
         # a prototype that no row comes near has no mass to scale up
         column_scale = 1.0 / (n_prototypes * column_mass.clamp(min=torch.finfo(torch.float32).tiny))
-        row_scale = 1.0 / (n_rows_global * (mass @ column_scale))  # [R]
-    return mass.mul_(column_scale).mul_((row_scale * n_rows_global).unsqueeze(1))
+    for rows in slices:
+        row_scale[rows] = 1.0 / (mass[rows].float() @ column_scale)
+    return Targets(mass, row_scale, column_scale)
+
+
+@torch.no_grad()
+def sinkhorn_knopp(logits: Tensor, teacher_temp: float, n_rows_global: int | Tensor, n_iterations: int = 3) -> Tensor:
+    """`balance_` of a copy of the logits, written out: float32 [R, K], each row sums to 1."""
+    return balance_(logits.float().clone(), teacher_temp, n_rows_global, n_iterations).dense()
 
 
 def similarity(student: Tensor, targets: Tensor, student_temp: float) -> Tensor:

@@ -100,17 +100,21 @@ def feature_statistics(cls_tokens: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def prototype_use(targets: Tensor) -> Tensor:
-    """Share of prototypes in use: those that are the largest of some row of `targets` [R, K], over min(R, K).
+def prototype_use(choices: Tensor, n_prototypes: int) -> Tensor:
+    """Share of K prototypes in use: those that some row has as its largest, over min(R, K).
+
+    Args:
+        choices: int64 [R], each row's largest.
+        n_prototypes: K.
 
     Returns:
-        0-d float32 on the targets' device, for which nothing waits; NaN if R is 0.
+        0-d float32 on the choices' device, for which nothing waits; NaN if R is 0.
     """
-    n_rows, n_prototypes = targets.shape
+    n_rows = len(choices)
     if n_rows == 0:
-        return torch.full((), math.nan, device=targets.device)
-    is_used = torch.zeros(n_prototypes, device=targets.device)
-    is_used.scatter_(0, targets.argmax(dim=1), 1.0)
+        return torch.full((), math.nan, device=choices.device)
+    is_used = torch.zeros(n_prototypes, device=choices.device)
+    is_used.scatter_(0, choices, 1.0)
     return is_used.sum() / min(n_rows, n_prototypes)
 
 

@@ -29,7 +29,7 @@ from dinov2.fsdp.sharding import SHARDED, lerp_, make_mesh, replicate, reshard, 
 from dinov2.hub.adapters import lora_scaling, merged
 from dinov2.layers import DINOHead
 from dinov2.layers.drop_path import BatchShare, batch_share
-from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss, smooth_rank_loss
+from dinov2.loss import DINOLoss, KoLeoLoss, Targets, iBOTPatchLoss, prototype_cross_entropy, smooth_rank_loss
 from dinov2.models import architecture, build_backbone, build_model_from_cfg
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.train.finetuning import limit_learning
@@ -46,17 +46,16 @@ class TeacherTargets:
     """What the student has to predict; rows sum to 1."""
 
     cls: Tensor | None  # [2, B, K]: entry v is the target for view v, made from the other view
-    patches: Tensor | None  # [M, K]
+    patches: Targets | None  # of M rows
 
 
 @dataclass
 class StudentOutputs:
-    """What the student says."""
+    """What the student's backbone says, before the heads."""
 
-    global_cls_tokens: Tensor  # [2B, D], before the head: KoLeo acts on these
-    global_cls_logits: Tensor | None  # [2B, K]
-    local_cls_logits: Tensor | None  # [L*B, K]
-    patch_logits: Tensor | None  # [M, K]
+    global_cls_tokens: Tensor  # [2B, D]
+    local_cls_tokens: Tensor | None  # [L*B, D]
+    masked_patches: Tensor  # [M, D]
 
 
 class SSLMetaArch(nn.Module):
@@ -228,24 +227,29 @@ class SSLMetaArch(nn.Module):
             tokens = self._backbone("teacher", part["collated_global_crops"], patch_indices=self._masked_patches(part))
             first, second = tokens["x_norm_clstoken"].chunk(N_GLOBAL_CROPS)
             other_view = torch.cat([second, first])  # [2B, D]: each view is predicted from the other
-            of_cls, of_patches = self._heads("teacher", other_view, tokens["x_norm_patchtokens"])
+            of_cls, of_patches = self._teacher_logits(other_view, tokens["x_norm_patchtokens"])
             cls_tokens.append(tokens["x_norm_clstoken"])
             cls_logits.append(of_cls)
             patch_logits.append(of_patches)
 
+        n_patches = [len(logits) for logits in patch_logits if logits is not None]
         cls = self._cls_targets(_joined(cls_logits), teacher_temp)
         patches = self._patch_targets(_joined(patch_logits), parts, teacher_temp)
         self.statistics = feature_statistics(all_gather_rows(torch.cat(cls_tokens)))
         if cls is not None:
-            self.statistics["prototype_use"] = prototype_use(cls)
+            self.statistics["prototype_use"] = prototype_use(cls.argmax(dim=1), cls.shape[1])
         if patches is not None:
-            self.statistics["patch_prototype_use"] = prototype_use(patches)
-
-        cls_of_part = _split_like(cls, cls_logits)
-        return [
-            TeacherTargets(None if c is None else c.unflatten(0, (N_GLOBAL_CROPS, -1)), p)  # [2, B, K], [M, K]
-            for c, p in zip(cls_of_part, _split_like(patches, patch_logits), strict=True)
-        ]
+            self.statistics["patch_prototype_use"] = prototype_use(patches.choices(), patches.mass.shape[1])
+        of_parts = []
+        for number in range(len(parts)):
+            start = sum(n_patches[:number])
+            of_parts.append(
+                TeacherTargets(
+                    None if cls is None else cls.chunk(len(parts))[number].unflatten(0, (N_GLOBAL_CROPS, -1)),
+                    None if patches is None else patches[start : start + n_patches[number]],
+                )
+            )
+        return of_parts
 
     def _cls_targets(self, logits: Tensor | None, teacher_temp: float) -> Tensor | None:
         """[A*2B, K] to the same shape."""
@@ -259,32 +263,26 @@ class SSLMetaArch(nn.Module):
 
     def _patch_targets(
         self, logits: Tensor | None, parts: Sequence[Mapping[str, Any]], teacher_temp: float
-    ) -> Tensor | None:
-        """[M of all parts, K] to the same shape."""
+    ) -> Targets | None:
+        """Of logits [M of all parts, K], which are not to be used any more."""
         if logits is None:
             return None
         if self.cfg.train.centering == "sinkhorn_knopp":
             n_masked = torch.stack([part["n_masked_patches"] for part in parts]).sum(dim=0)  # [1]
-            return self.ibot_patch_loss.sinkhorn_knopp_teacher(logits, teacher_temp, n_masked_patches_tensor=n_masked)
+            return self.ibot_patch_loss.balance_teacher_(logits, teacher_temp, n_masked_patches_tensor=n_masked)
         batch = logits.unsqueeze(0)  # [1, M, K]
         targets = self.ibot_patch_loss.softmax_center_teacher(batch, teacher_temp).squeeze(0)
         self.ibot_patch_loss.update_center(batch)
-        return targets
+        return Targets(targets)
 
     def student_outputs(self, images: Mapping[str, Any]) -> StudentOutputs:
         """The student sees the global crops with masks and the local crops without."""
         global_tokens, local_tokens = self._student_tokens(images, self.n_local_crops > 0)
-        cls_tokens = global_tokens["x_norm_clstoken"]
-        n_global = len(cls_tokens)
-        if local_tokens is not None:
-            cls_tokens = torch.cat([cls_tokens, local_tokens["x_norm_clstoken"]])
-        cls_logits, patch_logits = self._heads("student", cls_tokens, global_tokens["x_norm_patchtokens"])
-
-        global_logits = local_logits = None
-        if cls_logits is not None:
-            global_logits = cls_logits[:n_global]
-            local_logits = cls_logits[n_global:] if local_tokens is not None else None
-        return StudentOutputs(global_tokens["x_norm_clstoken"], global_logits, local_logits, patch_logits)
+        return StudentOutputs(
+            global_tokens["x_norm_clstoken"],
+            None if local_tokens is None else local_tokens["x_norm_clstoken"],
+            global_tokens["x_norm_patchtokens"],
+        )
 
     def _student_tokens(
         self, images: Mapping[str, Any], with_local_crops: bool
@@ -340,19 +338,14 @@ class SSLMetaArch(nn.Module):
         total = outputs.global_cls_tokens.new_zeros((), dtype=torch.float32)
         shown: dict[str, Tensor] = {}
         weights = self.cfg.dino
+        cross_entropy, cls_losses, patch_losses = self._cross_entropies(targets, outputs, images)
+        total = total + cross_entropy
         if self.do_dino:
-            assert targets.cls is not None and outputs.global_cls_logits is not None, "dino_head gave no logits"
-            # Two views predict each other, and each of L local crops predicts both: 2 + 2L terms share the loss
-            n_terms = N_GLOBAL_CROPS + N_GLOBAL_CROPS * self.n_local_crops
-            if outputs.local_cls_logits is not None:
-                local_loss = self.dino_loss(outputs.local_cls_logits.chunk(self.n_local_crops), targets.cls) / n_terms
-                shown["dino_local_crops_loss"] = local_loss
-                total = total + weights.loss_weight * local_loss
-            # One mean over 2B rows stands for two terms of B rows each
-            pairs = self.dino_loss([outputs.global_cls_logits], [targets.cls.flatten(0, 1)])
-            global_loss = pairs * N_GLOBAL_CROPS / n_terms
-            shown["dino_global_crops_loss"] = global_loss
-            total = total + weights.loss_weight * global_loss
+            n_global = len(outputs.global_cls_tokens)
+            share = 1 / self._n_cls_rows(outputs)
+            if outputs.local_cls_tokens is not None:
+                shown["dino_local_crops_loss"] = cls_losses[n_global:].sum() * share
+            shown["dino_global_crops_loss"] = cls_losses[:n_global].sum() * share
         if self.do_koleo:
             # Within a view: the two views of a picture are meant to be near
             if weights.koleo_loss_distributed:
@@ -371,16 +364,62 @@ class SSLMetaArch(nn.Module):
             shown["smooth_rank_loss"] = rank_loss / N_GLOBAL_CROPS
             total = total + rank_loss
         if self.do_ibot:
-            assert targets.patches is not None and outputs.patch_logits is not None, "no head gave patch logits"
-            patch_loss = self.ibot_patch_loss.forward_masked(
-                outputs.patch_logits,
-                targets.patches,
-                student_masks_flat=images["collated_masks"],
-                masks_weight=images["masks_weight"],
-            )
-            shown["ibot_loss"] = patch_loss / 2
-            total = total + self.cfg.ibot.loss_weight * patch_loss
+            n_crops = len(outputs.global_cls_tokens)
+            shown["ibot_loss"] = (patch_losses * images["masks_weight"]).sum() / n_crops / 2
         return total, shown
+
+    def _n_cls_rows(self, outputs: StudentOutputs) -> int:
+        """By how much the cross-entropies of CLS predictions are divided: two views predict each other, and each of L
+        local crops predicts both, so 2 + 2L means over B pictures share the loss. A local crop's two are one row."""
+        n_terms = N_GLOBAL_CROPS + N_GLOBAL_CROPS * self.n_local_crops
+        return n_terms * len(outputs.global_cls_tokens) // N_GLOBAL_CROPS
+
+    def _cross_entropies(
+        self, targets: TeacherTargets, outputs: StudentOutputs, images: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What DINO and iBOT add to the loss, and the cross-entropies of CLS tokens [2B + L*B] and patches [M]."""
+        cls_rows, cls_targets = outputs.global_cls_tokens[:0], []
+        if self.do_dino:
+            assert targets.cls is not None, "the teacher gave no CLS targets"
+            cls_rows, cls_targets = outputs.global_cls_tokens, [Targets(targets.cls.flatten(0, 1))]
+            if outputs.local_cls_tokens is not None:
+                cls_rows = torch.cat([cls_rows, outputs.local_cls_tokens])
+                # Targets meet predictions in sums of products alone, so those of both views can be added up first
+                cls_targets += [Targets(targets.cls.sum(dim=0))] * self.n_local_crops
+        patch_rows, patch_targets = outputs.masked_patches[:0], []
+        if self.do_ibot:
+            assert targets.patches is not None, "the teacher gave no patch targets"
+            patch_rows, patch_targets = outputs.masked_patches, [targets.patches]
+        device = cls_rows.device
+        cls_weights = torch.full((len(cls_rows),), self.cfg.dino.loss_weight / self._n_cls_rows(outputs), device=device)
+        n_crops = len(outputs.global_cls_tokens)
+        patch_weights = images["masks_weight"][: len(patch_rows)] * (self.cfg.ibot.loss_weight / n_crops)
+
+        if not self.ibot_separate_head:
+            total, losses = self._scored(
+                *("dino_head", torch.cat([cls_rows, patch_rows]), [*cls_targets, *patch_targets]),
+                torch.cat([cls_weights, patch_weights]),
+                self.dino_loss if self.do_dino else self.ibot_patch_loss,
+            )
+            return total, losses[: len(cls_rows)], losses[len(cls_rows) :]
+        total, patch_losses = self._scored("ibot_head", patch_rows, patch_targets, patch_weights, self.ibot_patch_loss)
+        cls_losses = patch_losses[:0]
+        if self.do_dino:
+            of_cls, cls_losses = self._scored("dino_head", cls_rows, cls_targets, cls_weights, self.dino_loss)
+            total = total + of_cls
+        return total, cls_losses, patch_losses
+
+    def _scored(
+        self, head: str, tokens: Tensor, targets: Sequence[Targets], weights: Tensor, loss: DINOLoss | iBOTPatchLoss
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted sum of the cross-entropies of a student head's predictions for tokens [N, D], and each: [N]."""
+
+        def score(embedding: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
+            return prototype_cross_entropy(embedding, prototypes, targets, weights, loss.student_temp)
+
+        with self._precision("student", head):
+            scored: tuple[Tensor, Tensor] = self._callable["student", head](tokens, score)
+        return scored
 
     def _koleo_of_views(self, views: Tensor) -> Tensor:
         """Sum over views [2, N, D] of the loss of each."""
@@ -450,20 +489,20 @@ class SSLMetaArch(nn.Module):
         indices: Tensor = images["mask_indices_list"]
         return indices if self.do_ibot else indices[:0]
 
-    def _heads(self, role: str, cls_tokens: Tensor, masked_patches: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _teacher_logits(self, cls_tokens: Tensor, masked_patches: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Logits of CLS tokens and of masked patches; a shared head sees both in one call."""
         if self.do_ibot and not self.ibot_separate_head:
-            with self._precision(role, "dino_head"):
-                logits = self._callable[role, "dino_head"](torch.cat([cls_tokens, masked_patches]))
+            with self._precision("teacher", "dino_head"):
+                logits = self._callable["teacher", "dino_head"](torch.cat([cls_tokens, masked_patches]))
             cls_logits, patch_logits = logits.split([len(cls_tokens), len(masked_patches)])
             return (cls_logits if self.do_dino else None), patch_logits
         cls_logits = patch_logits = None
         if self.do_dino:
-            with self._precision(role, "dino_head"):
-                cls_logits = self._callable[role, "dino_head"](cls_tokens)
+            with self._precision("teacher", "dino_head"):
+                cls_logits = self._callable["teacher", "dino_head"](cls_tokens)
         if self.do_ibot:
-            with self._precision(role, "ibot_head"):
-                patch_logits = self._callable[role, "ibot_head"](masked_patches)
+            with self._precision("teacher", "ibot_head"):
+                patch_logits = self._callable["teacher", "ibot_head"](masked_patches)
         return cls_logits, patch_logits
 
     def _precision(self, role: str, part: str) -> torch.autocast:
@@ -477,13 +516,6 @@ def _joined(logits: Sequence[Tensor | None]) -> Tensor | None:
     if len(present) <= 1:
         return present[0] if present else None
     return torch.cat(present)
-
-
-def _split_like(targets: Tensor | None, logits: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """The rows of each part."""
-    if targets is None:
-        return [None] * len(logits)
-    return targets.split([len(part) for part in logits if part is not None])
 
 
 def _of_the_whole_batch(loss: Callable[[Tensor], Tensor], own_features: Tensor, others: Tensor) -> Tensor:

@@ -70,16 +70,17 @@ def test_statistics_never_wait_for_the_device():
         features = torch.empty(8, 4)
         with pytest.raises(DataDependentOutputException):
             features.sum().item()
-        values = [*feature_statistics(features).values(), prototype_use(features), prototype_use(features[:0])]
+        choices = torch.empty(8, dtype=torch.int64)
+        values = [*feature_statistics(features).values(), prototype_use(choices, 4), prototype_use(choices[:0], 4)]
     assert [(value.shape, value.dtype) for value in values] == [((), torch.float32)] * 4
 
 
 def test_prototype_use_by_hand():
-    targets = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.9, 0.1, 0.0]])
-    assert prototype_use(targets).item() == pytest.approx(2 / 3)  # the first and second of three prototypes
-    assert prototype_use(targets[:2]).item() == pytest.approx(1 / 2)  # one of the two that two rows can have
-    assert prototype_use(torch.eye(5).bfloat16()).item() == 1.0
-    assert prototype_use(targets[:0]).isnan()
+    choices = torch.tensor([0, 0, 1, 0])
+    assert prototype_use(choices, 3).item() == pytest.approx(2 / 3)  # the first and second of three prototypes
+    assert prototype_use(choices[:2], 3).item() == pytest.approx(1 / 2)  # one of the two that two rows can have
+    assert prototype_use(torch.arange(5), 5).item() == 1.0
+    assert prototype_use(choices[:0], 3).isnan()
 
 
 # ---- the monitor
@@ -473,7 +474,8 @@ def test_an_untrained_network_that_stays_as_it_is_is_found(n_local_crops, separa
         rows.append({"iteration": iteration, **{name: value.item() for name, value in losses.items()}})
     tokens = model.teacher_backbone(inputs["collated_global_crops"], is_training=True)["x_norm_clstoken"]
     statistics = {name: value.item() for name, value in feature_statistics(tokens).items()}
-    use = prototype_use(model.dino_loss.sinkhorn_knopp_teacher(targets[-1], 0.07)).item()
+    choices = model.dino_loss.sinkhorn_knopp_teacher(targets[-1], 0.07).argmax(dim=1)
+    use = prototype_use(choices, cfg.dino.head_n_prototypes).item()
     assert statistics["feature_spread"] < 0.01  # at layer scale 1e-5 all pictures are alike
     assert 0 < use <= 1
     stays = [{**rows[i % 3], **statistics, "prototype_use": use, "iteration": i} for i in range(200)]

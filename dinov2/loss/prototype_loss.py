@@ -1,0 +1,168 @@
+"""Prototype layer and cross-entropy in one: logits over K prototypes exist for some rows at a time, and are not kept.
+
+With student logits s = x W^T / temp and targets t that the teacher gave, the loss of a row is
+
+    l = -sum_k t_k log softmax(s)_k,     dl/ds = (sum_k t_k) softmax(s) - t,
+
+so a chunk of rows needs its logits once: what they owe to x and W is worked out beside the loss itself and waits for
+backward, [R, d] and [K, d] instead of [R, K]. Targets of Sinkhorn-Knopp stay what that algorithm makes of them, two
+scaling vectors around exp(teacher logits / temp).
+
+Dimension key:  R rows (CLS tokens or masked patches), K prototypes, d bottleneck dim
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Logits at a time: enough rows for the matrix products, which read all K prototypes for each chunk
+CHUNK_ELEMENTS = 2**24
+# and as many of these as a CPU's cache holds, for what is done to them element by element
+CACHED_ELEMENTS = 2**20
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Assignments of rows to prototypes: t_rk = mass_rk * row_scale_r * column_scale_k."""
+
+    mass: Tensor  # [R, K]
+    row_scale: Tensor | None = None  # [R]
+    column_scale: Tensor | None = None  # [K]
+
+    def __len__(self) -> int:
+        return len(self.mass)
+
+    def __getitem__(self, rows: slice) -> "Targets":
+        return Targets(self.mass[rows], None if self.row_scale is None else self.row_scale[rows], self.column_scale)
+
+    def dense(self) -> Tensor:
+        """The assignments themselves, float32 [R, K]: a new tensor unless they are just the mass."""
+        dense = self.mass.float()
+        if self.column_scale is not None:
+            dense = dense * self.column_scale
+        return dense if self.row_scale is None else dense * self.row_scale.unsqueeze(1)
+
+    def choices(self) -> Tensor:
+        """The prototype that each row is assigned to most, int64 [R]."""
+        if not len(self):
+            return torch.empty(0, dtype=torch.int64, device=self.mass.device)
+        scale = self.column_scale
+        chosen = [
+            (self.mass[rows] if scale is None else self.mass[rows] * scale).argmax(dim=1)
+            for rows in chunks(len(self), self.mass.shape[1], elements_at_a_time(self.mass.device))
+        ]
+        return torch.cat(chosen)
+
+
+def prototype_cross_entropy(
+    embedding: Tensor, prototypes: Tensor, targets: Sequence[Targets], weights: Tensor, student_temp: float
+) -> tuple[Tensor, Tensor]:
+    """sum_r weights_r l_r, l_r the cross-entropy of row r's prediction and target.
+
+    Args:
+        embedding: [R, d], in the type that the products compute in.
+        prototypes: [K, d] in any floating-point type.
+        targets: of consecutive rows, R in all.
+        weights: [R], float32.
+        student_temp: temperature of the predictions.
+
+    Returns:
+        the sum, 0-d float32, and l [R] float32 without gradient.
+    """
+    with torch.autocast(embedding.device.type, enabled=False):
+        total, losses = _PrototypeCrossEntropy.apply(
+            embedding, prototypes, targets, weights, student_temp, torch.is_grad_enabled()
+        )
+    return total, losses
+
+
+class _PrototypeCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        embedding: Tensor,
+        prototypes: Tensor,
+        targets: Sequence[Targets],
+        weights: Tensor,
+        student_temp: float,
+        keeps: bool,
+    ) -> tuple[Tensor, Tensor]:
+        # The temperature is taken into the smaller factor. Weights go into the gradients relative to the largest, so
+        # that float16 holds them, and are made up for in float32
+        x, w = embedding / student_temp, prototypes.to(embedding.dtype)
+        largest = weights.amax() if len(weights) else weights.new_ones(())
+        relative = weights / largest
+        d_x = torch.empty(x.shape, dtype=torch.float32, device=x.device) if keeps else None
+        d_w = None
+        losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        start = 0
+        for of_segment in targets:
+            for rows in chunks(len(of_segment), len(w), CHUNK_ELEMENTS):
+                here = slice(start + rows.start, start + rows.stop)
+                logits = x[here] @ w.T
+                losses[here] = _cross_entropy_and_gradient_(logits, of_segment[rows], relative[here], keeps)
+                if d_x is None:
+                    continue
+                d_x[here] = logits @ w
+                if ctx.needs_input_grad[1]:
+                    share = (logits.T @ x[here]).float()  # [K, d]
+                    d_w = share if d_w is None else d_w.add_(share)
+            start += len(of_segment)
+        assert start == len(x), f"targets for {start} of {len(x)} rows"
+        if d_x is not None:
+            d_x.mul_(largest / student_temp)
+            ctx.save_for_backward(d_x, largest)
+            ctx.d_w = (
+                d_w if d_w is not None or not ctx.needs_input_grad[1] else torch.zeros_like(w, dtype=torch.float32)
+            )
+            ctx.dtypes = embedding.dtype, prototypes.dtype
+        ctx.mark_non_differentiable(losses)
+        return (losses * weights).sum(), losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        d_x, largest = ctx.saved_tensors
+        d_w, ctx.d_w = ctx.d_w, None  # changed in place, so of use once
+        d_embedding = (d_x * gradient).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
+        return (
+            d_embedding,
+            None if d_w is None else d_w.mul_(gradient * largest).to(ctx.dtypes[1]),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def chunks(n_rows: int, n_columns: int, n_elements: int) -> Iterator[slice]:
+    """Consecutive slices of 0 .. n_rows, of about `n_elements` each and even sizes."""
+    if not n_rows:
+        return
+    n_chunks = -(-n_rows * n_columns // n_elements)
+    size = -(-n_rows // n_chunks)
+    for start in range(0, n_rows, size):
+        yield slice(start, min(start + size, n_rows))
+
+
+def elements_at_a_time(device: torch.device) -> int:
+    """How many to work on at a time where a pass follows the other."""
+    return CACHED_ELEMENTS if device.type == "cpu" else CHUNK_ELEMENTS
+
+
+def _cross_entropy_and_gradient_(logits: Tensor, targets: Targets, weights: Tensor, keeps: bool) -> Tensor:
+    """The loss [R] of logits [R, K], which, if `keeps`, become the gradient of sum_r weights_r l_r."""
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    for rows in chunks(len(logits), logits.shape[1], elements_at_a_time(logits.device)):
+        some, target = logits[rows], targets[rows].dense()
+        log_probabilities = torch.log_softmax(some, dim=1, dtype=torch.float32)
+        losses[rows] = -torch.linalg.vecdot(target, log_probabilities)
+        if keeps:
+            factor = weights[rows].unsqueeze(1)
+            probabilities = log_probabilities.exp_().mul_(target.sum(dim=1, keepdim=True))
+            some.copy_(probabilities.sub_(target).mul_(factor))
+    return losses
