@@ -3,14 +3,13 @@
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 import dinov2
 from dinov2.data.datasets.hema_data import HemaStandardDataset
@@ -19,6 +18,7 @@ from dinov2.fsdp.precision import resolve_dtype
 from dinov2.hub.downloads import RELEASES
 from dinov2.train.batches import build_balance
 from dinov2.train.finetuning import count_learned
+from dinov2.train.memory import estimate_memory_gib
 from dinov2.train.pretrained import weights_of
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -109,7 +109,9 @@ def _learned(cfg: Any, model: SSLMetaArch) -> str:
 def _spread(cfg: Any) -> str:
     strategy = cfg.compute_precision.student.backbone.sharding_strategy
     how = "on one device" if not is_enabled() else "copied (DDP)" if strategy == "NO_SHARD" else f"sharded ({strategy})"
-    return how + (", activations computed again in backward" if cfg.train.activation_checkpointing else "")
+    share = cfg.train.activation_checkpointing
+    which = "activations" if share == 1 else f"activations of {share:.0%} of the blocks"
+    return how + (f", {which} computed again in backward" if share else "")
 
 
 def describe_environment(cfg: Any) -> str:
@@ -120,41 +122,6 @@ def describe_environment(cfg: Any) -> str:
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     code = f"dinov2 {dinov2.__version__}" + (f" at {commit}" if commit else "")
     return f"seed {cfg.train.seed}; {code}; torch {torch.__version__}; Python {platform.python_version()}"
-
-
-def estimate_memory_gib(cfg: Any, model: SSLMetaArch) -> float:
-    """Peak memory of a training step on each device, estimated from the shapes."""
-    name = cfg.compute_precision.student.backbone.mixed_precision.param_dtype
-    width = torch.finfo(resolve_dtype(name, model.device.type)).bits // 8
-    n_student, n_teacher = _held(model.student.parameters()), _held(model.teacher.parameters())
-    n_learned = _held(p for p in model.student.parameters() if p.requires_grad)
-    weights = 4 * (n_student + 3 * n_learned + n_teacher)  # fp32: student, gradient, two moments; teacher
-
-    batch, patch = cfg.train.batch_size_per_gpu, cfg.student.patch_size
-    backbone = model.teacher_backbone  # the student has the same shape
-    extra = 1 + backbone.num_register_tokens
-    tokens = 2 * batch * ((cfg.crops.global_crops_size // patch) ** 2 + extra)
-    tokens += cfg.crops.local_crops_number * batch * ((cfg.crops.local_crops_size // patch) ** 2 + extra)
-    # A block keeps for its backward pass about 17 values a channel and token: two norms' outputs, q, k, v, the
-    # attention's output and projection, both sides of the GELU at four times the width, two layer-scaled branches.
-    # Computing them again in backward, a block keeps its input, and one block at a time the rest.
-    kept = backbone.n_blocks + 17 if cfg.train.activation_checkpointing else backbone.n_blocks * 17
-    activations = tokens * backbone.embed_dim * kept * width
-
-    # A head's logits exist as student logits, log-probabilities and their gradient, and of all accumulated parts as
-    # teacher logits and targets.
-    cls_rows = (2 + cfg.crops.local_crops_number) * batch
-    masked = 2 * batch * cfg.ibot.mask_sample_probability * sum(cfg.ibot.mask_ratio_min_max) / 2
-    patch_rows = masked * (cfg.crops.global_crops_size // patch) ** 2 if model.do_ibot else 0
-    patch_prototypes = (cfg.ibot if model.ibot_separate_head else cfg.dino).head_n_prototypes
-    copies = 3 + 2 * cfg.train.accumulation_steps
-    logits = 4 * copies * (cls_rows * cfg.dino.head_n_prototypes * model.do_dino + patch_rows * patch_prototypes)
-    return (weights + activations + logits) / 2**30
-
-
-def _held(parameters: Iterable[Tensor]) -> int:
-    """Weights that this process holds for good: of sharded ones its part."""
-    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
 
 
 def _millions(module: nn.Module) -> float:

@@ -29,6 +29,7 @@ from dinov2.fsdp.sharding import SHARDED, lerp_, make_mesh, replicate, reshard, 
 from dinov2.hub.adapters import lora_scaling, merged
 from dinov2.layers import DINOHead
 from dinov2.layers.drop_path import BatchShare, batch_share
+from dinov2.logging.step_clock import StepClock
 from dinov2.loss import DINOLoss, KoLeoLoss, Targets, iBOTPatchLoss, prototype_cross_entropy, smooth_rank_loss
 from dinov2.models import architecture, build_backbone, build_model_from_cfg
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -105,6 +106,7 @@ class SSLMetaArch(nn.Module):
         self.fp16_scaler: LossScaler | None = None
         if cfg.compute_precision.grad_scaler and self._computes_in_fp16():
             self.fp16_scaler = LossScaler()
+        self.clock: StepClock | None = None  # is told where a step's time goes
         self.statistics: dict[str, Tensor] = {}  # of the last step's teacher: 0-d, on the device
         # What forward calls: the networks themselves, or DDP around them
         self._callable: dict[tuple[str, str], nn.Module] = {
@@ -195,6 +197,7 @@ class SSLMetaArch(nn.Module):
         parts = [images] if isinstance(images, Mapping) else list(images)
         parts = [self._on_device(part) for part in parts]
         targets = self.teacher_targets(parts, teacher_temp)
+        self._lap("teacher")
         everyone = self._features_ahead(parts) if len(parts) > 1 and self.compares_pictures else None
         means: dict[str, Tensor] = {}
         for number, (part, target) in enumerate(zip(parts, targets, strict=True)):
@@ -206,11 +209,17 @@ class SSLMetaArch(nn.Module):
                 outputs = self.student_outputs(part)
                 others = self._others(outputs, everyone, number, len(parts))
                 total, shown = self.losses(target, outputs, part, others)
+                self._lap("student")
                 self.backprop_loss(total / len(parts))
+                self._lap("backward")
             for name, value in shown.items():
                 share = value.detach() / len(parts)
                 means[name] = means[name] + share if name in means else share
         return means
+
+    def _lap(self, name: str) -> None:
+        if self.clock is not None:
+            self.clock.lap(name)
 
     def _on_device(self, part: Mapping[str, Any]) -> dict[str, Any]:
         device = self.device

@@ -12,14 +12,12 @@ import argparse
 import logging
 import math
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dinov2 import distributed
 from dinov2.data.datasets.hema_data import HemaStandardDataset
@@ -32,6 +30,7 @@ from dinov2.models import fixed_settings
 from dinov2.train.batches import TrainBatches, build_augmentation, build_dataset, resolve_batch_size, timed
 from dinov2.train.evaluation import TeacherEvaluation
 from dinov2.train.health import CollapseMonitor
+from dinov2.train.memory import find_batch_size, measure_steps
 from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
 from dinov2.train.plan import describe_environment, describe_run
 from dinov2.train.run_folder import RunFolder, open_metrics, run_folder_path
@@ -42,6 +41,7 @@ from dinov2.train.views import TrainingViews
 from dinov2.utils.command import REQUEUE_EXIT_CODE, USER_ERRORS, text_of
 from dinov2.utils.config import load_run_config, missing_keys
 from dinov2.utils.cores import available_cores
+from dinov2.utils.matmul import fast_matmul
 from dinov2.utils.seeds import derive_seed
 from dinov2.utils.stop_signals import StopSignals
 
@@ -151,23 +151,46 @@ def open_watchdog(timeout_seconds: float) -> Watchdog:
     )
 
 
-def dry_run(cfg: Any, model: SSLMetaArch, dataset: HemaStandardDataset) -> None:
-    """Time two steps; nothing is written."""
-    schedules = Schedules(cfg)
-    now, seconds = schedules.at(0), 0.0
-    with tempfile.TemporaryDirectory() as scratch:
-        batches = TrainBatches(OmegaConf.merge(cfg, {"train": {"output_dir": scratch}}), dataset, model.device)
-        model.backbone_is_frozen = now.backbone_is_frozen
-        for _, parts in zip(range(2), batches.starting_at(), strict=False):  # the first also warms the device up
-            started = time.perf_counter()
-            losses = model.forward_backward(parts, teacher_temp=now.teacher_temp)
-            values = {name: value.item() for name, value in losses.items()}
-            seconds = time.perf_counter() - started
-    logger.info("one step works: %s", "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
+def dry_run(cfg: Any, model: SSLMetaArch, dataset: HemaStandardDataset) -> int:
+    """Try steps and tell what they take; nothing is written, and the model is of no use afterwards.
+
+    Returns:
+        the exit code: 1 if the run's batch does not fit into the memory.
+    """
+    cost, memory = measure_steps(cfg, model, dataset)
+    logger.info("%s", memory)
+    if cost is None:
+        logger.error(
+            "train.batch_size_per_gpu=%d does not fit; --find-batch-size looks for one that does, and "
+            "train.activation_checkpointing=1 or fewer head_n_prototypes make room",
+            cfg.train.batch_size_per_gpu,
+        )
+        return 1
+    logger.info("one step works: %s", "  ".join(f"{name} {value:.4f}" for name, value in cost.losses.items()))
     logger.info(
         "a step takes about %.2f s besides decoding, so the run at least %.1f h",
-        *(seconds, seconds * schedules.n_iterations / 3600),
+        *(cost.seconds, cost.seconds * Schedules(cfg).n_iterations / 3600),
     )
+    return 0
+
+
+def tell_batch_size(args: argparse.Namespace, cfg: DictConfig, model: SSLMetaArch, dataset: HemaStandardDataset) -> int:
+    """Print the override that sets the largest batch that fits; returns the exit code."""
+    # What follows from the batch size is open again, as the user left it
+    given, unsettled = load_run_config(args.config_file, args.overrides, resolve_arch), cfg.copy()
+    for key in ("accumulation_steps", "global_batch_size"):
+        unsettled.train[key] = given.train[key]
+    batch_size = find_batch_size(unsettled, model, dataset)
+    if batch_size is None:
+        logger.error(
+            "train.batch_size_per_gpu: not even the smallest batch fits; train.activation_checkpointing=1, fewer "
+            "head_n_prototypes or a smaller student.arch make room"
+        )
+        return 1
+    override = f"train.batch_size_per_gpu={batch_size}"
+    logger.info("the largest batch that fits: add %s to the command", override)
+    print(override)
+    return 0
 
 
 def pick_device(name: str, launch: Launch | None) -> torch.device:
@@ -234,8 +257,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-resume", action="store_true", help="start anew; a run that D/N holds is moved aside")
     parser.add_argument("--eval-only", action="store_true", help="write and judge the teacher of the latest checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, try a step, write nothing")
+    parser.add_argument(
+        "--find-batch-size",
+        action="store_true",
+        help="print the largest train.batch_size_per_gpu that fits into the memory, write nothing",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values, for instance optim.epochs=10")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if args.dry_run + args.find_batch_size + args.eval_only > 1:
+        parser.error("--dry-run, --find-batch-size and --eval-only are three things to do; give one of them")
+    return args
 
 
 def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) -> int:
@@ -253,9 +284,15 @@ def run(args: argparse.Namespace, signals: StopSignals) -> int:
     try:
         launch = distributed.read_launch()
         setup_logging(rank=launch.rank if launch else 0)
+        if args.find_batch_size and launch is not None and launch.world_size > 1:
+            raise ValueError(
+                f"--find-batch-size works in one process, found {launch.world_size}; start it with plain python, "
+                "on one of the GPUs"
+            )
         cfg = read_settings(args, launch.world_size if launch else 1)
         device = pick_device(cfg.train.device, launch)
         resolve_precision(cfg.compute_precision, device.type)
+        fast_matmul(cfg.compute_precision.fp32_matmul == "fast", device)
         if cfg.train.num_workers > available_cores():
             logger.info("train.num_workers=%d becomes %d, the cores here", cfg.train.num_workers, available_cores())
             cfg.train.num_workers = available_cores()
@@ -267,23 +304,24 @@ def run(args: argparse.Namespace, signals: StopSignals) -> int:
         evaluation = TeacherEvaluation(cfg)
         dataset = None if args.eval_only else build_dataset(cfg)
         build_augmentation(cfg)  # here its settings are checked
-        if not args.dry_run:
+        only_tries = args.dry_run or args.find_batch_size
+        if not only_tries:
             folder.prepare(resume=not args.no_resume, eval_only=args.eval_only)
             setup_logging(folder.path)
         logger.info("%s", describe_environment(cfg))
-        if dataset is not None and not fill_cache(dataset, signals, only_tell=args.dry_run):
+        if dataset is not None and not fill_cache(dataset, signals, only_tell=only_tries):
             logger.warning("stopped while the cache was being built, as asked; the same command goes on")
             return REQUEUE_EXIT_CODE
         torch.manual_seed(derive_seed(cfg.train.seed, "weights"))
         # A run that goes on needs them no more, and they may be gone
-        needs_weights = args.dry_run or not folder.has_checkpoint()
+        needs_weights = not args.find_batch_size and (args.dry_run or not folder.has_checkpoint())
         model = SSLMetaArch(cfg, load_weights=needs_weights).to(device)
         model.prepare_for_distributed_training(launch.n_nodes if launch else 1)
         if model.fp16_scaler is not None:
             model.fp16_scaler.to(device)
         if args.eval_only:
             iteration = folder.restore_networks(model)
-        elif not args.dry_run:
+        elif not only_tries:
             state = TrainState(
                 model,
                 build_optimizer(cfg.optim, model.get_params_groups()),
@@ -297,10 +335,11 @@ def run(args: argparse.Namespace, signals: StopSignals) -> int:
     try:
         if dataset is None:
             return 0 if evaluation.run(model, folder.path, iteration) else 1
+        if args.find_batch_size:
+            return tell_batch_size(args, cfg, model, dataset)
         logger.info("%s", describe_run(cfg, model, dataset))
         if args.dry_run:
-            dry_run(cfg, model, dataset)
-            return 0
+            return dry_run(cfg, model, dataset)
         return train(cfg, state, dataset, evaluation, folder, signals)
     except (RuntimeError, FloatingPointError, OSError) as error:
         logger.exception("the run stopped: %s", error)

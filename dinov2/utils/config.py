@@ -45,6 +45,9 @@ _WORDS = {
 # Mappings of names, which nobody knows beforehand, to numbers.
 _NUMBERS_BY_NAME = {"train.balance.weights": "{bmc: 0.5, acevedo: 2}"}
 
+# Shares from 0 to 1 that may also be said as false (none) or true (all).
+_SHARES = {"train.activation_checkpointing"}
+
 # What a key may hold besides null, where the default is null.
 _NULLABLE: dict[str, type] = {
     "train.image_size": int,
@@ -65,6 +68,7 @@ _COMMAND_LINE = "command line"
 _DTYPES = ("auto", "fp32", "bf16", "fp16")
 _CHOICES: dict[str, Sequence[str]] = {
     "data_transform": ("default", "hema"),
+    "compute_precision.fp32_matmul": ("fast", "exact"),
     "train.centering": ("centering", "sinkhorn_knopp"),
     "train.image_fit": ("crop", "pad", "squash"),
     "student.ffn_layer": ("mlp", "swiglu", "swiglufused", "identity"),
@@ -88,6 +92,7 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "train.max_rollbacks": (0, None),
     "train.max_loss_spike": (0, None),
     "train.hang_timeout_seconds": (0, None),
+    "train.activation_checkpointing": (0, 1),
     "train.saveckp_freq": (0, None),
     "train.milestone_freq": (0, None),
     "train.keep_checkpoints": (1, None),
@@ -276,6 +281,8 @@ def _checked(key: str, value: Any, origin: str) -> Any:
         return _as_numbers_by_name(key, value, origin)
     if key in _WORDS:
         return _as_words(key, value, origin)
+    if key in _SHARES and isinstance(value, bool):
+        value = float(value)
     expected = _NULLABLE.get(key, type(default))
     if value is None:
         if key in _NULLABLE:

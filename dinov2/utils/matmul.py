@@ -1,0 +1,91 @@
+"""On which path the CPU multiplies float32 matrices: a fast one that is checked before it is used, or the exact one.
+
+torch has one switch for the whole process, `torch.set_float32_matmul_precision`. At "highest", its default, products of
+float32 matrices go to MKL, which on AMD processors does not take its best kernels. "medium" sends them to oneDNN, and
+allows it to round inputs to bfloat16 (8 significant bits instead of 24; sums stay float32) on processors where that is
+faster: those with matrix units for it (AMX on x86, BF16 on Arm). Others compute in float32 as before, only faster. As
+the setting does not tell which of the two happens, products of known result do: where one is off by more than
+`TOLERANCE`, "highest" stays. Convolutions are not affected.
+
+On CUDA the same switch means TF32 (11 significant bits), which is never this accurate: it stays off there.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("dinov2")
+
+FAST, EXACT = "medium", "highest"
+# of the largest entry of a product over 256 numbers: float32 is below 1e-6, bfloat16 inputs are above 1e-4
+TOLERANCE = 1e-5
+
+
+def fast_matmul(is_wanted: bool, device: torch.device | str = "cpu") -> bool:
+    """Choose how this process multiplies float32 matrices, from now on.
+
+    Args:
+        is_wanted: the fast path where it is as accurate as float32; False for torch's default.
+        device: where the products are computed; only "cpu" has a fast path.
+
+    Returns:
+        whether the fast path is on.
+    """
+    is_fast = is_wanted and torch.device(device).type == "cpu" and _is_fast_path_accurate()
+    torch.set_float32_matmul_precision(FAST if is_fast else EXACT)
+    return is_fast
+
+
+@contextmanager
+def fast_matmul_within(is_wanted: bool, device: torch.device | str = "cpu") -> Iterator[bool]:
+    """`fast_matmul` for the length of a `with` block; what was set before is set again after it."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        yield fast_matmul(is_wanted, device)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def largest_error() -> float:
+    """How far products of float32 matrices are off on the CPU with the present setting, as a share of their largest.
+
+    The products are those of a transformer: a linear map with bias, its two gradients, and a batch of small ones.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, weight, grad = (torch.randn(256, 256, generator=generator) for _ in range(3))
+    bias = torch.randn(256, generator=generator)
+    many = torch.randn(8, 64, 64, generator=generator)
+    products: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = [
+        (torch.nn.functional.linear, (x, weight, bias)),
+        (torch.matmul, (grad, weight)),
+        (torch.matmul, (grad.T, x)),
+        (torch.bmm, (many, many.transpose(1, 2))),
+    ]
+    errors = []
+    for product, factors in products:
+        wanted = product(*(factor.double() for factor in factors))
+        errors.append(((product(*factors) - wanted).abs().max() / wanted.abs().max()).item())
+    return max(errors)
+
+
+@cache
+def _is_fast_path_accurate() -> bool:
+    """Asked once in a process, as the answer is the processor's; it takes milliseconds."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(FAST)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            error = largest_error()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    is_accurate = error <= TOLERANCE
+    if not is_accurate:
+        logger.info(
+            "float32 matrix products: the fast path of this processor rounds (error %.0e), so the exact one is used",
+            error,
+        )
+    return is_accurate
