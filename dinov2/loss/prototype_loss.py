@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dinov2.loss import triton_kernels
+
 # Logits at a time: enough rows for the matrix products, which read all K prototypes for each chunk
 CHUNK_ELEMENTS = 2**24
 # and as many of these as a CPU's cache holds, for what is done to them element by element
@@ -156,6 +158,10 @@ def elements_at_a_time(device: torch.device) -> int:
 
 def _cross_entropy_and_gradient_(logits: Tensor, targets: Targets, weights: Tensor, keeps: bool) -> Tensor:
     """The loss [R] of logits [R, K], which, if `keeps`, become the gradient of sum_r weights_r l_r."""
+    if keeps and triton_kernels.available(logits.device):
+        return triton_kernels.cross_entropy_and_gradient_(
+            logits, targets.mass, targets.row_scale, targets.column_scale, weights, inverse_temp=1.0
+        )
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     for rows in chunks(len(logits), logits.shape[1], elements_at_a_time(logits.device)):
         some, target = logits[rows], targets[rows].dense()

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dinov2.distributed import is_enabled
-from dinov2.loss.prototype_loss import Targets, chunks, elements_at_a_time
+from dinov2.loss import sinkhorn_passes, triton_kernels
+from dinov2.loss.prototype_loss import Targets
 
 
 @torch.no_grad()
@@ -28,34 +29,24 @@ def balance_(logits: Tensor, teacher_temp: float, n_rows_global: int | Tensor, n
     Returns:
         targets whose rows sum to 1.
     """
+    passes = triton_kernels if triton_kernels.available(logits.device) else sinkhorn_passes
     n_rows, n_prototypes = logits.shape
-    slices = list(chunks(n_rows, n_prototypes, elements_at_a_time(logits.device)))
     # Row b of M is kept divided by exp(its largest logit), so that exp() neither overflows nor loses a whole row; the
     # factors come back through v, relative to the largest over all processes, so that rows keep their weights.
-    row_max = torch.empty(n_rows, device=logits.device)
-    for rows in slices:
-        scaled = logits[rows].float().div_(teacher_temp)
-        row_max[rows] = scaled.amax(dim=1)
-        logits[rows] = scaled.sub_(row_max[rows].unsqueeze(1)).exp_()
+    row_max = passes.exponentiate_(logits, 1 / teacher_temp)
     largest = row_max.max() if n_rows else row_max.new_full((), float("-inf"))
     if is_enabled():
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    mass, row_scale = logits, torch.exp(row_max - largest)  # v: [R]
-    column_scale = mass.new_ones(n_prototypes, dtype=torch.float32)  # u: [K]
-    for number in range(n_iterations):
-        column_mass = torch.zeros_like(column_scale)
-        for rows in slices:
-            some = mass[rows].float()
-            if number:
-                row_scale[rows] = 1.0 / (n_rows_global * (some @ column_scale))
-            column_mass += row_scale[rows] @ some
+    mass = logits
+    column_mass = passes.column_sums(mass, torch.exp(row_max - largest))  # [K]
+    for is_last in [False] * (n_iterations - 1) + [True]:
         if is_enabled():
             dist.all_reduce(column_mass)
         # a prototype that no row comes near has no mass to scale up
-        column_scale = 1.0 / (n_prototypes * column_mass.clamp(min=torch.finfo(torch.float32).tiny))
-    for rows in slices:
-        row_scale[rows] = 1.0 / (mass[rows].float() @ column_scale)
-    return Targets(mass, row_scale, column_scale)
+        column_scale = 1.0 / (n_prototypes * column_mass.clamp(min=torch.finfo(torch.float32).tiny))  # u: [K]
+        if not is_last:
+            _, column_mass = passes.row_and_column_sums(mass, column_scale, n_rows_global)
+    return Targets(mass, 1.0 / passes.row_sums(mass, column_scale), column_scale)
 
 
 @torch.no_grad()
