@@ -8,7 +8,7 @@ Dimension key:  B pictures, L local crops, S crop side, s local crop side
 All that is random comes from one matrix of uniform numbers, a row per picture, drawn on the CPU: what happens to a
 batch is the same function of the generator on every device, and a process that holds every W-th picture of a larger
 batch can draw its share of it. `crop_parameters` turns these numbers into boxes, angles and so on, `crop_making` makes
-the crops: with OpenCV on a CPU and tensor operations on a GPU, whose values differ by the rounding of the former.
+the crops: with OpenCV on a CPU and tensors on a GPU, whose values differ by the rounding of the former.
 """
 
 from collections.abc import Sequence
@@ -73,6 +73,9 @@ class _MultiCropAugmentation:
         local_crops_number: int,
         global_crops_size: int = 224,
         local_crops_size: int = 96,
+        *,
+        dtype: torch.dtype = torch.float32,
+        compiled: bool = False,
         **settings: Any,
     ) -> None:
         """Set up the recipe.
@@ -83,6 +86,8 @@ class _MultiCropAugmentation:
             local_crops_number: L local crops a picture; 0 means none.
             global_crops_size: S, side in pixels.
             local_crops_size: s, side in pixels.
+            dtype: of the crops: float32, bfloat16 or float16. They are computed in float32 (OpenCV: in whole levels).
+            compiled: on a GPU, let `torch.compile` make a few kernels of all operations.
             **settings: fields of `AugmentationSettings` that replace the recipe's own value.
 
         Raises:
@@ -92,6 +97,9 @@ class _MultiCropAugmentation:
         unknown = sorted(settings.keys() - known)
         if unknown:
             raise ValueError(f"unknown augmentation settings {unknown}; there are: {', '.join(known)}")
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype: must be torch.float32, torch.bfloat16 or torch.float16, found {dtype}")
+        self.dtype, self.compiled = dtype, compiled
         self.settings = replace(self.preset, **settings)
         self.global_crops_scale = _checked_scale("global_crops_scale", global_crops_scale)
         self.local_crops_scale = _checked_scale("local_crops_scale", local_crops_scale)
@@ -166,8 +174,8 @@ class _MultiCropAugmentation:
             world_size: number of shares.
 
         Returns:
-            `global_crops`: two float32 [B, 3, S, S], normalised; `global_crops_teacher`: the same two; `local_crops`:
-            L of [B, 3, s, s]; `offsets`: (), a key that upstream's users expect.
+            `global_crops`: two [B, 3, S, S] of `dtype`, normalised; `global_crops_teacher`: the same two;
+            `local_crops`: L of [B, 3, s, s]; `offsets`: (), a key that upstream's users expect.
 
         Raises:
             ValueError: if the pictures have another type or shape, or the generator is not on the CPU.
@@ -187,11 +195,11 @@ class _MultiCropAugmentation:
         n, _, height, width = batch.shape
         global_crops, local_crops = self.draw(n, height, width, generator, rank=rank, world_size=world_size)
 
-        made = apply_crops(batch, global_crops, self.global_crops_size, self.settings)
+        made = apply_crops(batch, global_crops, self.global_crops_size, self.settings, self.dtype, self.compiled)
         global_views = list(made.view(N_GLOBAL_CROPS, n, *made.shape[1:]).unbind())
         local_views: list[Tensor] = []
         if self.local_crops_number:
-            made = apply_crops(batch, local_crops, self.local_crops_size, self.settings)
+            made = apply_crops(batch, local_crops, self.local_crops_size, self.settings, self.dtype, self.compiled)
             local_views = list(made.view(self.local_crops_number, n, *made.shape[1:]).unbind())
         if images.ndim == 3:
             global_views, local_views = [view[0] for view in global_views], [view[0] for view in local_views]

@@ -109,8 +109,8 @@ class CropParameters:
     def __len__(self) -> int:
         return len(self.picture)
 
-    def select(self, crops: slice) -> "CropParameters":
-        """The parameters of some crops."""
+    def select(self, crops: slice | Tensor) -> "CropParameters":
+        """The parameters of some crops: a slice, or their numbers."""
         return CropParameters(**{name: values[crops] for name, values in vars(self).items()})
 
 

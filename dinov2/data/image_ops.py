@@ -63,45 +63,49 @@ def _cubic(distance: Tensor) -> Tensor:
     return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
 
 
-def filter_lines(pictures: Tensor, taps: Tensor, weights: Tensor) -> Tensor:
-    """Replace the lines of each picture by weighted sums of its lines.
+def filter_lines(pictures: Tensor, picture: Tensor, taps: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums of the lines of pictures.
 
-    A sparse matrix product per picture, for which torch's embedding bag is the kernel that is fast on CPU and GPU.
+    A sparse matrix product per output, for which torch's embedding bag is the kernel that is fast on CPU and GPU.
 
     Args:
-        pictures: [N, H, 3, W].
+        pictures: [B, H, 3, W].
+        picture: int64 [N], of which picture each output is made.
         taps: int64 [N, S, T], lines in [0, H).
         weights: [N, S, T].
 
     Returns:
         [N, S, 3, W].
     """
-    n, height, _, width = pictures.shape
-    first_lines = torch.arange(0, n * height, height, device=pictures.device)
+    n_pictures, height, _, width = pictures.shape
     lines = torch.nn.functional.embedding_bag(
-        (taps + first_lines.view(n, 1, 1)).flatten(0, 1),
-        pictures.reshape(n * height, 3 * width),
+        (taps + height * picture.view(-1, 1, 1)).flatten(0, 1),
+        pictures.reshape(n_pictures * height, 3 * width),
         per_sample_weights=weights.flatten(0, 1),
         mode="sum",
     )
-    return lines.view(n, -1, 3, width)
+    return lines.view(len(picture), -1, 3, width)
 
 
-def crop_resize(pictures: Tensor, vertical: tuple[Tensor, Tensor], horizontal: tuple[Tensor, Tensor]) -> Tensor:
+def crop_resize(
+    pictures: Tensor, picture: Tensor, vertical: tuple[Tensor, Tensor], horizontal: tuple[Tensor, Tensor]
+) -> Tensor:
     """Apply the `resize_taps` of both axes.
 
     Args:
-        pictures: [N, 3, H, W] of any type and memory layout.
+        pictures: [B, 3, H, W] of any type and memory layout.
+        picture: int64 [N], of which picture each crop is.
         vertical: taps into H and their weights.
         horizontal: taps into W and their weights.
 
     Returns:
         float32 [N, S, 3, S], not clamped (the cubic overshoots at edges).
     """
-    n, _, height, width = pictures.shape
-    columns = torch.empty(n, width, 3, height, device=pictures.device)
+    n_pictures, _, height, width = pictures.shape
+    columns = torch.empty(n_pictures, width, 3, height, device=pictures.device)
     columns.copy_(pictures.permute(0, 3, 1, 2))
-    return filter_lines(transpose(filter_lines(columns, *horizontal)), *vertical)
+    narrow = transpose(filter_lines(columns, picture, *horizontal))  # [N, H, 3, S]
+    return filter_lines(narrow, torch.arange(len(picture), device=pictures.device), *vertical)
 
 
 def transpose(pictures: Tensor) -> Tensor:
@@ -146,14 +150,13 @@ def adjust_contrast_(pictures: Tensor, factor: Tensor) -> Tensor:
     """Move away from (factor > 1) or towards the picture's mean luma, clamp to [0, 1]; `factor` [N] >= 0."""
     red, green, blue = pictures.mean(dim=(1, 3)).unbind(dim=1)  # [N]
     luma = red * GRAY_WEIGHTS[0] + green * GRAY_WEIGHTS[1] + blue * GRAY_WEIGHTS[2]
-    return pictures.mul_(factor.view(-1, 1, 1, 1)).add_(((1 - factor) * luma).view(-1, 1, 1, 1)).clamp_(0.0, 1.0)
+    blended = torch.lerp(luma.view(-1, 1, 1, 1), pictures, factor.view(-1, 1, 1, 1), out=pictures)
+    return blended.clamp_(0.0, 1.0)
 
 
 def adjust_saturation_(pictures: Tensor, factor: Tensor) -> Tensor:
     """Move away from (factor > 1) or towards each pixel's luma, clamp to [0, 1]; `factor` [N] >= 0."""
-    factor = factor.view(-1, 1, 1, 1)
-    offset = _gray(pictures).mul_(1 - factor)
-    return pictures.mul_(factor).add_(offset).clamp_(0.0, 1.0)
+    return torch.lerp(_gray(pictures), pictures, factor.view(-1, 1, 1, 1), out=pictures).clamp_(0.0, 1.0)
 
 
 def adjust_hue_(pictures: Tensor, shift: Tensor) -> Tensor:
@@ -174,7 +177,7 @@ def adjust_hue_(pictures: Tensor, shift: Tensor) -> Tensor:
     torch.eq(red, high, out=is_largest)
     hue.lerp_((green - blue).mul_(per_chroma), is_largest)
     hue += 6 * shift.view(-1, 1, 1)
-    hue -= (hue / 6).floor_().mul_(6)  # [0, 6)
+    hue.remainder_(6)  # [0, 6)
     torch.addcmul(low, chroma, (hue - 3).abs_().sub_(1).clamp_(0.0, 1.0), out=red)
     torch.addcmul(low, chroma, (hue - 2).abs_().neg_().add_(2).clamp_(0.0, 1.0), out=green)
     torch.addcmul(low, chroma, (hue - 4).abs_().neg_().add_(2).clamp_(0.0, 1.0), out=blue)
@@ -204,10 +207,11 @@ def gaussian_blur(pictures: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
     n, size = pictures.shape[:2]
     radius = kernel_size // 2
     offsets = torch.arange(-radius, radius + 1, device=pictures.device)
-    taps = (torch.arange(size, device=pictures.device)[:, None] + offsets).abs_()  # [S, T]
-    taps = torch.minimum(taps, 2 * (size - 1) - taps).expand(n, -1, -1)
     weights = torch.exp(-0.5 * (offsets / sigma[:, None]).square())
-    weights /= weights.sum(dim=1, keepdim=True)
-    weights = weights[:, None].expand(-1, size, -1)  # [N, S, T]
-    blurred = filter_lines(pictures, taps, weights)
-    return transpose(filter_lines(transpose(blurred), taps, weights))
+    weights = (weights / weights.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)  # [3 N, T]
+    # Each colour of each picture is a channel that is filtered alone.
+    planes = torch.nn.functional.pad(pictures.transpose(1, 2), [radius] * 4, mode="reflect")
+    planes = planes.reshape(1, 3 * n, size + 2 * radius, size + 2 * radius)
+    planes = torch.nn.functional.conv2d(planes, weights[:, None, :, None], groups=3 * n)
+    planes = torch.nn.functional.conv2d(planes, weights[:, None, None, :], groups=3 * n)
+    return planes.view(n, 3, size, size).transpose(1, 2)

@@ -64,6 +64,7 @@ def build_augmentation(cfg: Any) -> DataAugmentationDINO | DataAugmentationHEMA:
         crops.local_crops_number,
         global_crops_size=crops.global_crops_size,
         local_crops_size=crops.local_crops_size,
+        compiled=cfg.train.compile_augmentation,
         **settings,
     )
 

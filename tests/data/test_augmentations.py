@@ -10,7 +10,7 @@ from PIL import Image
 from scipy import stats
 from torchvision.transforms import InterpolationMode
 
-from dinov2.data import augmentations, crop_making
+from dinov2.data import augmentations, crop_making, fused_crops
 from dinov2.data.augmentations import (
     DINO_SETTINGS,
     HEMA_SETTINGS,
@@ -18,7 +18,7 @@ from dinov2.data.augmentations import (
     DataAugmentationHEMA,
     apply_crops,
 )
-from dinov2.data.crop_making import apply_crops_as_tensors, apply_crops_with_opencv
+from dinov2.data.crop_making import apply_crops_as_tensors, apply_crops_compiled, apply_crops_with_opencv
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_images
 
 RECIPES = [DataAugmentationDINO, DataAugmentationHEMA]
@@ -301,22 +301,59 @@ def test_shares_of_a_batch_are_the_pictures_of_the_whole(world_size):
                 assert torch.equal(ours, all_pictures[rank::world_size])
 
 
-def test_the_chunk_size_of_tensor_operations_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("apply", [apply_crops_as_tensors, apply_crops_compiled])
+@pytest.mark.parametrize("n_chunks", [3, 8])
+def test_the_chunk_size_of_tensors_changes_nothing(apply, n_chunks, monkeypatch):
+    monkeypatch.setattr(fused_crops, "run_compiled", fused_crops.run_program)
     images, augmentation = random_images(), DataAugmentationHEMA(GLOBAL, LOCAL, 1, 32, 16)
     for crops in augmentation.draw(8, 60, 50, seeded()):
-        at_once = apply_crops_as_tensors(images, crops, 32, augmentation.settings)
+        at_once = apply(images, crops, 32, augmentation.settings)
         with monkeypatch.context() as patch:
-            patch.setattr(crop_making, "CHUNK_VALUES", 1)
-            one_by_one = apply_crops_as_tensors(images, crops, 32, augmentation.settings)
-        torch.testing.assert_close(at_once, one_by_one, atol=1e-5, rtol=0)
+            patch.setattr(crop_making, "CHUNK_VALUES", 3 * (32 * 32 * len(crops) // 8 + 60 * 50) * 8 // n_chunks)
+            in_chunks = apply(images, crops, 32, augmentation.settings)
+        torch.testing.assert_close(at_once, in_chunks, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("apply", [apply_crops_with_opencv, apply_crops_as_tensors, apply_crops_compiled])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_crops_are_the_long_ones_rounded(apply, dtype, monkeypatch):
+    monkeypatch.setattr(fused_crops, "run_compiled", fused_crops.run_program)
+    images, augmentation = random_images(), DataAugmentationHEMA(GLOBAL, LOCAL, 0, 32)
+    crops, _ = augmentation.draw(8, 60, 50, seeded())
+    exact = apply(images, crops, 32, augmentation.settings)
+    assert torch.equal(apply(images, crops, 32, augmentation.settings, dtype), exact.to(dtype))
+
+
+def test_the_augmentation_passes_its_type_on():
+    images = random_images()
+    out = DataAugmentationDINO(GLOBAL, LOCAL, 1, 32, 16, dtype=torch.bfloat16)(images, seeded())
+    exact = DataAugmentationDINO(GLOBAL, LOCAL, 1, 32, 16)(images, seeded())
+    for short, long in zip(
+        out["global_crops"] + out["local_crops"], exact["global_crops"] + exact["local_crops"], strict=True
+    ):
+        assert torch.equal(short, long.bfloat16())
+    with pytest.raises(ValueError, match="dtype: must be"):
+        DataAugmentationDINO(GLOBAL, LOCAL, 1, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_key_chooses_what_a_gpu_runs(compiled, monkeypatch):
+    """The device `meta` stands for a GPU: it has no values, but is not the CPU."""
+    called = []
+    for name in ("apply_crops_as_tensors", "apply_crops_compiled"):
+        monkeypatch.setattr(crop_making, name, lambda *_, name=name: called.append(name))
+    augmentation = DataAugmentationDINO(GLOBAL, LOCAL, 0, 32)
+    crops, _ = augmentation.draw(8, 60, 50, seeded())
+    apply_crops(random_images().to("meta"), crops, 32, augmentation.settings, compiled=compiled)
+    assert called == ["apply_crops_compiled" if compiled else "apply_crops_as_tensors"]
 
 
 def test_no_local_crops_cost_nothing(monkeypatch):
     sizes = []
 
-    def counting(images, crops, size, settings):
+    def counting(images, crops, size, *others):
         sizes.append(size)
-        return apply_crops(images, crops, size, settings)
+        return apply_crops(images, crops, size, *others)
 
     monkeypatch.setattr(augmentations, "apply_crops", counting)
     generator, reference = seeded(), seeded()
@@ -411,11 +448,12 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_gpu_makes_the_crops_of_the_cpu(recipe, monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gpu_makes_the_crops_of_the_cpu(recipe, compiled, monkeypatch):
     """By the same tensor operations, but for pixels at which rotation or solarisation are near a tie."""
-    images, augmentation = random_images(32, 100, 90), recipe(GLOBAL, LOCAL, 2, 64, 32)
+    images, augmentation = random_images(32, 100, 90), recipe(GLOBAL, LOCAL, 2, 64, 32, compiled=compiled)
     on_gpu = augmentation(images.cuda(), seeded())
-    monkeypatch.setattr(augmentations, "apply_crops", apply_crops_as_tensors)
+    monkeypatch.setattr(augmentations, "apply_crops", lambda *given: apply_crops_as_tensors(*given[:5]))
     on_cpu = augmentation(images, seeded())
     for key in ("global_crops", "local_crops"):
         for a, b in zip(on_cpu[key], on_gpu[key], strict=True):
@@ -426,8 +464,9 @@ def test_gpu_makes_the_crops_of_the_cpu(recipe, monkeypatch):
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_gpu_is_never_waited_for(recipe):
-    images, augmentation = random_images(32).cuda(), recipe(GLOBAL, LOCAL, 2, 64, 32)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gpu_is_never_waited_for(recipe, compiled):
+    images, augmentation = random_images(32).cuda(), recipe(GLOBAL, LOCAL, 2, 64, 32, compiled=compiled)
     augmentation(images, seeded())
     torch.cuda.set_sync_debug_mode("error")
     try:

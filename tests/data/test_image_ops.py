@@ -57,6 +57,7 @@ def test_crop_resize_and_flips_equal_torchvision(height, width, size, flips):
     vflip, hflip = (torch.full((N,), flip) for flip in flips)
     ours = image_ops.crop_resize(
         pictures,
+        torch.arange(N),
         image_ops.resize_taps(tops, heights, vflip, size, height),
         image_ops.resize_taps(lefts, widths, hflip, size, width),
     )
@@ -73,6 +74,7 @@ def test_crop_resize_equals_pil_to_rounding():
     start, length, no = torch.tensor([[10, 7]] * N), torch.tensor([[52, 57]] * N), torch.zeros(N, dtype=torch.bool)
     ours = image_ops.crop_resize(
         pictures,
+        torch.arange(N),
         image_ops.resize_taps(start[:, 0], length[:, 0], no, 24, 80),
         image_ops.resize_taps(start[:, 1], length[:, 1], no, 24, 64),
     )
