@@ -13,64 +13,31 @@ import statistics
 import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
+from step_setup import NETWORKS, OurStep, build_model, made_up_batch, recipe
 
 from dinov2 import distributed
-from dinov2.configs import CONFIG_FOLDER
-from dinov2.data.collate import assemble_batch, draw_masks
-from dinov2.data.masking import MaskingGenerator
 from dinov2.distributed import Launch
-from dinov2.fsdp.precision import resolve_precision
-from dinov2.train.batches import resolve_batch_size
-from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
-from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.utils.config import load_run_config
 
 WAYS = ("none", "NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD")
 
 
-def build(args: argparse.Namespace, way: str, batch: int, device: torch.device) -> Callable[[], None]:
+def build(args: argparse.Namespace, way: str, batch: int, device: torch.device) -> Callable[[], object]:
     """One training step of custom.yaml's recipe on made-up crops."""
-    networks = [
-        f"compute_precision.{r}.{p}" for r in ("student", "teacher") for p in ("backbone", "dino_head", "ibot_head")
-    ]
     overrides = [
-        *(f"student.arch={args.arch}", f"train.batch_size_per_gpu={batch}", "train.dataset_path=none"),
-        "student.pretrained_weights=null",
+        *(f"student.arch={args.arch}", f"train.batch_size_per_gpu={batch}"),
         *(f"train.activation_checkpointing={args.checkpointing}", *args.overrides),
-        *(f"{network}.mixed_precision.param_dtype={args.precision}" for network in networks),
-        *(f"{network}.sharding_strategy={way}" for network in networks if way != "none"),
+        *(f"{network}.sharding_strategy={way}" for network in NETWORKS if way != "none"),
     ]
-    cfg = load_run_config(CONFIG_FOLDER / "train" / "custom.yaml", overrides)
-    resolve_batch_size(cfg.train, distributed.get_world_size())
-    resolve_precision(cfg.compute_precision, device.type)
-    torch.manual_seed(0)
-    model = SSLMetaArch(cfg).to(device)
+    cfg = recipe(device, args.precision, overrides)
+    model = build_model(cfg, device)
     if way != "none":
         model.prepare_for_distributed_training()
-    optimizer, guard = build_optimizer(cfg.optim, model.get_params_groups()), StepGuard(device)
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-5
-
-    size, side = cfg.crops.global_crops_size, cfg.crops.global_crops_size // cfg.student.patch_size
-    masks, upperbound = draw_masks(
-        *(2 * batch, cfg.ibot.mask_ratio_min_max, cfg.ibot.mask_sample_probability),
-        *(MaskingGenerator((side, side), max_num_patches=side * side // 2), np.random.default_rng(0)),
-    )
-    crops = {"global_crops": [torch.randn(batch, 3, size, size, device=device) for _ in range(2)], "local_crops": []}
-    images = assemble_batch(crops, masks, upperbound, torch.float32)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        losses = model.forward_backward(images, teacher_temp=0.05)
-        guard.step(optimizer, losses, clip_gradients(model.student, max_norm=3.0))
-        model.update_teacher(0.994)
-
-    return step
+    step, images = OurStep(model), made_up_batch(cfg, device)
+    return lambda: step(images)
 
 
-def seconds_of(step: Callable[[], None], device: torch.device) -> float:
+def seconds_of(step: Callable[[], object], device: torch.device) -> float:
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     started = time.perf_counter()

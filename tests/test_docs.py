@@ -342,7 +342,7 @@ def test_the_example_of_a_loss_trains(tmp_path, monkeypatch):
         ]
     )
     assert code == 0
-    assert len(shown) == 2
+    assert len(shown) >= 2
     assert all(0 < losses["agreement_loss"] <= 0.4 for losses in shown)
     apart = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0], [0.0, -1.0]])  # views equal; opposite: distance 4
     assert names["view_distance"](apart) == pytest.approx(2.0)
