@@ -33,7 +33,7 @@ BARE_MACHINE = """
 import importlib, sys
 
 OPTIONAL = {"xformers", "tensorboard", "torchmil", "matplotlib", "wandb", "timm", "transformers", "onnxruntime", "peft"}
-OPTIONAL |= {"pyarrow", "umap"}
+OPTIONAL |= {"pyarrow", "umap", "triton"}
 
 class Missing:
     def find_spec(self, name, path=None, target=None):

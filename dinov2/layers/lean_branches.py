@@ -119,10 +119,9 @@ class _AttentionBranch(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (x, norm_weight, norm_bias, mean, rstd, w_qkv, qkv, attended, w_proj, proj_weight, proj_bias, gamma, rows) = (
-            ctx.saved_tensors[:13]
-        )
-        weights = ctx.saved_tensors[13:]
+        saved = ctx.saved_tensors  # asked for once: activation checkpointing gives them out once
+        x, norm_weight, norm_bias, mean, rstd, w_qkv, qkv, attended, w_proj, *of_proj, rows = saved[:13]
+        weights, (proj_weight, proj_bias, gamma) = saved[13:], of_proj
         needs = ctx.needs_input_grad
         g = gradient.to(ctx.dtype)
         d_proj = _scaled_gradients(g, attended, proj_weight, proj_bias, gamma, needs[5:8])

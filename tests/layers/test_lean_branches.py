@@ -133,3 +133,12 @@ def test_stochastic_depth_with_rows_drops_the_same_samples():
     whole = block(x, shapes)
     torch.manual_seed(3)
     torch.testing.assert_close(block(x, shapes, rows), whole[rows], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [None, torch.tensor([0, 7, 14, 21])], ids=["all", "rows"])
+def test_activations_may_be_computed_again_in_backward(rows):
+    block = make()
+    expected = outputs_and_gradients(block, lean=True, rows=rows)
+    block.checkpoint_activations = True
+    for ours, theirs in zip(outputs_and_gradients(block, lean=True, rows=rows), expected, strict=True):
+        assert torch.equal(ours, theirs)
