@@ -95,15 +95,13 @@ class Attention(nn.Module):
         qkv = self.qkv(x)
         if shapes is None:
             attended = self._attend(qkv)
-        elif len(shapes) == 1:
-            attended = self._attend(qkv.unflatten(0, shapes[0])).flatten(0, 1)
         else:
             batches = qkv.split([n_samples * n_tokens for n_samples, n_tokens in shapes])
             attended = torch.cat(
                 [self._attend(b.unflatten(0, shape)).flatten(0, 1) for b, shape in zip(batches, shapes, strict=True)]
             )  # [T, D]
         if rows is not None:
-            attended = attended.index_select(0, rows)
+            attended = attended.reshape(-1, attended.shape[-1]).index_select(0, rows)
         return self.proj_drop(self.proj(attended))
 
     def _attend(self, qkv: Tensor) -> Tensor:

@@ -133,8 +133,12 @@ class Block(nn.Module):
                 eps=_eps(self.norm1),
                 dtype=_matmul_dtype(attn.qkv.weight),
             )
-        added = self.ls1(attn(self.norm1(x), shapes, rows))
-        return (x if rows is None else x.index_select(0, rows)) + added
+        normed = self.norm1(x)
+        if len(shapes) == 1:  # who listens to attention finds samples and tokens
+            added = attn(normed.unflatten(0, shapes[0]), rows=rows).reshape(-1, x.shape[1])
+        else:
+            added = attn(normed, shapes, rows)
+        return (x if rows is None else x.index_select(0, rows)) + self.ls1(added)
 
     def _add_ffn(self, x: Tensor) -> Tensor:
         mlp = self.mlp
