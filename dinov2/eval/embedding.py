@@ -3,19 +3,24 @@
 What a picture's features depend on is said by `encoders`; nothing is random. Batches are cut the same way however many
 processes there are, so on one kind of device they give the same features, bit for bit.
 
+Nobody waits for the other: pictures of the next batches are decoded while the network has one, by processes or by a
+thread; on CUDA, they are copied there while it computes, and its features come back behind it.
+
 Dimension key:  B pictures in a batch, N pictures, D embedding dim, S image side in pixels
 """
 
 import logging
 import os
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -31,19 +36,32 @@ from dinov2.eval.features import DEFAULT_KIND, PATCHES, Features, read_features,
 from dinov2.hub.backbones import PathLike, checkpoint_file, file_sha256, load_backbone, trained_image_size
 from dinov2.hub.transform import PictureTransform
 from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.utils.matmul import fast_matmul_within
 
-__all__ = ["Embedder", "Extraction", "Precision", "embed_images", "extract"]
+__all__ = ["Embedder", "Extraction", "Fp32Matmul", "Precision", "embed_images", "extract"]
 
 logger = logging.getLogger("dinov2")
 
+T = TypeVar("T")
 Precision = Literal["fp32", "bf16"]
+Fp32Matmul = Literal["fast", "exact"]
 SECONDS_BETWEEN_REPORTS = 10.0
 N_EXAMPLES = 5
 DEFAULT_IMAGE_SIZE = 224
+# A CPU takes a batch in pieces of about these many pictures for each of its threads, and at least the second number:
+# what a layer writes is then still in its cache when the next one reads it (docs/benchmarks/features.md)
+PICTURES_PER_THREAD, LEAST_PICTURES_AT_ONCE = 4, 8
+N_BATCHES_AHEAD = 2  # that wait decoded, and features of as many on their way back from a GPU
+N_COMPARED = 8  # pictures whose bf16 features are held against fp32
+BF16_COSINE = 0.999
 
 
 def embed_images(
-    model: DinoVisionTransformer | Encoder, images: Tensor, precision: Precision = "fp32", kind: str = DEFAULT_KIND
+    model: DinoVisionTransformer | Encoder,
+    images: Tensor,
+    precision: Precision = "fp32",
+    kind: str = DEFAULT_KIND,
+    fp32_matmul: Fp32Matmul = "fast",
 ) -> Tensor:
     """The features of one batch.
 
@@ -52,6 +70,7 @@ def embed_images(
         images: uint8 [B, 3, S, S] (what the encoder's preparation gives), on the model's device.
         precision: "bf16" runs the network under autocast.
         kind: of the features, see `encoders`.
+        fp32_matmul: as for `extract`.
 
     Returns:
         float32 [B, D], on the model's device.
@@ -61,15 +80,34 @@ def embed_images(
     """
     encoder = _as_encoder(model, images.shape[-1])
     encoder.check([kind])
-    return _embed(encoder, images, [kind], precision)[kind]
+    with _arithmetic(images.device, precision, fp32_matmul):
+        return _embed(encoder, images, [kind])[kind]
 
 
-@torch.no_grad()
-def _embed(encoder: Encoder, images: Tensor, kinds: Sequence[str], precision: Precision) -> dict[str, Tensor]:
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision: {precision!r} is unknown; choose one of {', '.join(get_args(Precision))}")
-    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+def _embed(encoder: Encoder, images: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
+    if images.device.type != "cpu":
         return encoder.embed(images, kinds)
+    size = max(LEAST_PICTURES_AT_ONCE, PICTURES_PER_THREAD * torch.get_num_threads())
+    pieces = [encoder.embed(piece, kinds) for piece in images.split(size)]
+    if len(pieces) == 1:
+        return pieces[0]
+    with torch.autocast("cpu", enabled=False):  # which would not let float16 be put together
+        return {kind: torch.cat([piece[kind] for piece in pieces]) for kind in kinds}
+
+
+@contextmanager
+def _arithmetic(device: torch.device, precision: Precision, fp32_matmul: Fp32Matmul) -> Iterator[None]:
+    """How the network computes inside, without gradients; bf16 weights are made once for all batches of a block."""
+    for name, value, known in (("precision", precision, Precision), ("fp32_matmul", fp32_matmul, Fp32Matmul)):
+        if value not in get_args(known):
+            raise ValueError(f"{name}: {value!r} is unknown; choose one of {', '.join(get_args(known))}")
+    is_bf16 = precision == "bf16"
+    with (
+        torch.no_grad(),
+        torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16),
+        fast_matmul_within(fp32_matmul == "fast", device),
+    ):
+        yield
 
 
 def _as_encoder(model: DinoVisionTransformer | Encoder, image_size: int) -> Encoder:
@@ -86,6 +124,8 @@ def extract(
     precision: Precision = "fp32",
     progress: bool = True,
     kinds: Sequence[str] = (DEFAULT_KIND,),
+    fp32_matmul: Fp32Matmul = "fast",
+    compiled: bool = False,
 ) -> Extraction:
     """Embed picture files in their order; unreadable ones are left out, counted and named in the log.
 
@@ -95,16 +135,21 @@ def extract(
         image_size: S, for a backbone; an encoder has its own.
         batch_size: pictures in one forward.
         device: where the network runs.
-        num_workers: processes that decode; 0 decodes in this one.
-        precision: "fp32" or "bf16".
+        num_workers: processes that decode; 0: a thread of this one does.
+        precision: "fp32" or "bf16", which is held against fp32 on a few pictures; a large difference is a warning.
         progress: log speed and remaining time every ten seconds.
         kinds: of features, see `encoders`.
+        fp32_matmul: "fast" or "exact": how a CPU multiplies float32 matrices, see `dinov2.utils.matmul`.
+        compiled: have torch compile the network on CUDA: a minute at the start, worth it for many pictures. A CPU gains
+            nothing, so there it is ignored.
 
     Raises:
         ValueError: if no picture could be read, features came out infinite or NaN, or the model lacks a kind.
     """
     encoder = _as_encoder(model, image_size)
-    settings = _LoopSettings(tuple(kinds), precision, device, batch_size, num_workers, progress)
+    settings = _LoopSettings(
+        tuple(kinds), precision, device, batch_size, num_workers, fp32_matmul, compiled, progress=progress
+    )
     (found,) = _embed_ranges(encoder, paths, [range(len(paths))], settings)
     _report_unreadable(found.unreadable, len(paths))
     return found
@@ -117,6 +162,8 @@ class _LoopSettings:
     device: str | torch.device
     batch_size: int
     num_workers: int
+    fp32_matmul: Fp32Matmul
+    compiled: bool
     progress: bool = True
 
 
@@ -125,36 +172,124 @@ def _embed_ranges(
 ) -> Iterator[Extraction]:
     """What each range of the pictures gives, one after the other; no batch reaches across two of them."""
     encoder.check(settings.kinds)
-    encoder.network.to(settings.device).eval()
-    size = settings.batch_size
-    batches = [list(part[start : start + size]) for part in ranges for start in range(0, len(part), size)]
+    device, size = torch.device(settings.device), settings.batch_size
+    batches = [[list(part[start : start + size]) for start in range(0, len(part), size)] for part in ranges]
     loader: DataLoader[Any] = DataLoader(
         _Pictures(paths, encoder.preparation),
-        batch_sampler=batches,
+        batch_sampler=[batch for of_part in batches for batch in of_part],
         num_workers=settings.num_workers,
         collate_fn=_collate,
-        pin_memory=torch.device(settings.device).type == "cuda",
+        pin_memory=device.type == "cuda",
     )
     report = _Progress(sum(map(len, ranges))) if settings.progress else None
-    remaining = iter(ranges)
-    part = next(remaining, None)
-    collected: dict[str, list[Tensor]] = defaultdict(list)
-    kept: list[int] = []
-    unreadable: dict[str, str] = {}
-    for batch, (images, indices, failures) in zip(batches, loader, strict=True):
-        if indices:
-            on_device = images.to(settings.device, non_blocking=True)
-            for kind, values in _embed(encoder, on_device, settings.kinds, settings.precision).items():
-                collected[kind].append(values.cpu())  # [B, D]
-        kept += indices
-        unreadable |= failures
-        if report:
-            report.advance(len(batch))
-        if part is not None and batch[-1] == part[-1]:
-            of_kinds = {kind: _finite(torch.cat(values).numpy()) for kind, values in collected.items()}
+    network = _Network(encoder, device, settings)
+    with closing(_loaded(loader)) as loaded:
+        for part, of_part in zip(ranges, batches, strict=True):
+            kept: list[int] = []
+            unreadable: dict[str, str] = {}
+            with _arithmetic(device, settings.precision, settings.fp32_matmul):
+                for batch, (images, indices, failures) in zip(of_part, loaded, strict=False):
+                    if indices:
+                        network.embed(images)
+                    kept += indices
+                    unreadable |= failures
+                    if report:
+                        report.advance(len(batch))
+            of_kinds = {kind: _finite(values) for kind, values in network.collect().items()}
             yield Extraction(np.array(kept, dtype=np.int64) - part.start, unreadable, of_kinds)
-            collected, kept, unreadable = defaultdict(list), [], {}
-            part = next(remaining, None)
+
+
+class _Network:
+    """An encoder on its device: nobody waits while pictures go there and features come back.
+
+    Args:
+        encoder: its network is moved to the device.
+        device: where it runs.
+        settings: of the extraction.
+    """
+
+    def __init__(self, encoder: Encoder, device: torch.device, settings: _LoopSettings) -> None:
+        encoder.network.to(device).eval()
+        self.encoder, self.device, self.settings = encoder, device, settings
+        self._has_started = False
+        self._uploads = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._coming: deque[tuple[dict[str, Tensor], torch.cuda.Event]] = deque()
+        self._here: dict[str, list[Tensor]] = defaultdict(list)
+
+    def embed(self, images: Tensor) -> None:
+        """Take a batch, uint8 [B, 3, S, S] (what the encoder's preparation gives), pinned where the device is CUDA."""
+        images = self._on_device(images)
+        if not self._has_started:
+            self._start(images)
+        self._fetch(_embed(self.encoder, images, self.settings.kinds))
+
+    def collect(self) -> dict[str, np.ndarray]:
+        """{kind: [N, D]} of the batches since it was last asked."""
+        self._receive(all_of_them=True)
+        found = {kind: torch.cat(values).numpy() for kind, values in self._here.items()}
+        self._here.clear()
+        return found
+
+    def _start(self, images: Tensor) -> None:
+        self._has_started = True
+        if self.settings.precision == "bf16":
+            self._compare_with_fp32(images[:N_COMPARED])
+        if self.settings.compiled and self.device.type == "cuda":
+            self.encoder.compile()
+        elif self.settings.compiled:
+            logger.info("--compile: a CPU gains nothing by it, so the network runs as it is")
+
+    def _compare_with_fp32(self, images: Tensor) -> None:
+        vectors = [kind for kind in self.settings.kinds if kind != PATCHES]
+        fast = self.encoder.embed(images, vectors)
+        with torch.autocast(self.device.type, enabled=False):
+            exact = self.encoder.embed(images, vectors)
+        least = 1.0
+        for kind in vectors:
+            # zeros, as of a black picture to the encoder `pixels`, have no direction
+            has_direction = exact[kind].any(dim=1)
+            cosines = torch.cosine_similarity(fast[kind], exact[kind])[has_direction]
+            least = min([least, *cosines.tolist()])
+        if least < BF16_COSINE:
+            logger.warning(
+                "precision bf16: features of the first pictures differ from fp32's (least cosine %.4f); "
+                "use --precision fp32",
+                least,
+            )
+        else:
+            logger.info("precision bf16: least cosine to fp32 features of the first pictures %.5f", least)
+
+    def _on_device(self, images: Tensor) -> Tensor:
+        if self._uploads is None:
+            return images
+        with torch.cuda.stream(self._uploads):  # beside the batch that is being computed
+            there = images.to(self.device, non_blocking=True)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self._uploads)
+        there.record_stream(computing)
+        return there
+
+    def _fetch(self, of_kinds: dict[str, Tensor]) -> None:
+        if self._uploads is None:
+            for kind, values in of_kinds.items():
+                self._here[kind].append(values)  # [B, D]
+            return
+        pinned = {}
+        for kind, values in of_kinds.items():
+            pinned[kind] = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            pinned[kind].copy_(values, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(self.device))
+        self._coming.append((pinned, copied))
+        self._receive()
+
+    def _receive(self, all_of_them: bool = False) -> None:
+        """Wait for batches that are far behind the newest one, which also bounds how many are on their way."""
+        while self._coming and (all_of_them or len(self._coming) > N_BATCHES_AHEAD):
+            pinned, copied = self._coming.popleft()
+            copied.synchronize()
+            for kind, values in pinned.items():
+                self._here[kind].append(values.clone())  # not pinned: there is only so much of that memory
 
 
 def _finite(features: np.ndarray) -> np.ndarray:
@@ -175,6 +310,32 @@ def _report_unreadable(unreadable: Mapping[str, str], n_pictures: int) -> None:
         raise ValueError(f"pictures: none of the {n_pictures} could be read; the log gives reasons")
 
 
+class _Batch(NamedTuple):
+    """Readable pictures, stacked, with their indices, and {path: reason} of the others."""
+
+    images: Tensor
+    indices: list[int]
+    failures: dict[str, str]
+
+
+def _loaded(loader: DataLoader[Any]) -> Generator[_Batch, None, None]:
+    """The loader's batches; without processes that are ahead of the network, a thread is."""
+    yield from loader if loader.num_workers else _ahead(loader, N_BATCHES_AHEAD)
+
+
+def _ahead(items: Iterable[T], n_ahead: int) -> Generator[T, None, None]:
+    """The same items in their order, made by a thread while those before are in use; its errors are raised here."""
+    iterator, end = iter(items), object()
+    thread = ThreadPoolExecutor(1, thread_name_prefix="pictures")
+    try:
+        coming: deque[Future[Any]] = deque(thread.submit(next, iterator, end) for _ in range(n_ahead))
+        while (item := coming.popleft().result()) is not end:
+            coming.append(thread.submit(next, iterator, end))
+            yield item
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
 class _Pictures(Dataset[tuple[int, Tensor | None, str, str]]):
     """(index, what the network gets or None, path, why it is unreadable or "")."""
 
@@ -193,12 +354,11 @@ class _Pictures(Dataset[tuple[int, Tensor | None, str, str]]):
             return index, None, path, error.reason
 
 
-def _collate(items: list[tuple[int, Tensor | None, str, str]]) -> tuple[Tensor, list[int], dict[str, str]]:
-    """Readable pictures, stacked, with their indices, and {path: reason} of the others."""
+def _collate(items: list[tuple[int, Tensor | None, str, str]]) -> _Batch:
     images = [image for _, image, _, _ in items if image is not None]
     indices = [index for index, image, _, _ in items if image is not None]
     failures = {path: reason for _, image, path, reason in items if image is None}
-    return torch.stack(images) if images else torch.empty(0), indices, failures
+    return _Batch(torch.stack(images) if images else torch.empty(0), indices, failures)
 
 
 class _Progress:
@@ -238,6 +398,7 @@ class Embedder:
         device, batch_size, num_workers: as for `extract`; they change speed alone.
         kinds: of features; the first is `Features.features`, a vector.
         encoder_name, encoder_weights: as for `build_encoder`, instead of a checkpoint.
+        fp32_matmul, compiled: as for `extract`; features differ by rounding in float32 alone.
 
     Raises:
         ValueError: unless there is one of checkpoint and encoder_name; for kinds that are unknown, named twice or begin
@@ -253,6 +414,8 @@ class Embedder:
     kinds: Sequence[str] = (DEFAULT_KIND,)
     encoder_name: str = ""
     encoder_weights: str = ""
+    fp32_matmul: Fp32Matmul = "fast"
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         if (self.checkpoint is None) == (not self.encoder_name):
@@ -307,6 +470,8 @@ class Embedder:
             num_workers=self.num_workers,
             precision=self.precision,
             kinds=self.kinds,
+            fp32_matmul=self.fp32_matmul,
+            compiled=self.compiled,
         )
 
     def features_of(self, cells: LabelledCells, file: Path, overwrite: bool = False) -> Features:
@@ -355,7 +520,14 @@ class Embedder:
         if not numbers:
             return
         settings = _LoopSettings(
-            self.kinds, self.precision, self.device, self.batch_size, self.num_workers, progress=is_main_process()
+            self.kinds,
+            self.precision,
+            self.device,
+            self.batch_size,
+            self.num_workers,
+            self.fp32_matmul,
+            self.compiled,
+            progress=is_main_process(),
         )
         found = _embed_ranges(self.encoder, paths, [parts.ranges[number] for number in numbers], settings)
         for number, part in zip(numbers, found, strict=True):

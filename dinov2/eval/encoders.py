@@ -23,7 +23,7 @@ import os
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property, partial
@@ -123,6 +123,15 @@ class Encoder(ABC):
             if lacks_patches or kind.n_last > self.n_blocks:
                 raise ValueError(f"--kinds {kind.name}: {self.description} has only {', '.join(has)}")
 
+    def compile(self, backend: str = "inductor") -> None:
+        """Have torch compile the network, where it is next called with inputs of a new kind."""
+        for part in self._parts_to_compile():
+            part.compile(backend=backend)
+
+    def _parts_to_compile(self) -> Iterable[nn.Module]:
+        """Modules that `embed` calls; equal ones are compiled once for all of them."""
+        return [self.network]
+
     @abstractmethod
     def embed(self, images: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
         """All these kinds of features of a batch, in one forward.
@@ -165,8 +174,15 @@ class DinoEncoder(Encoder):
     def sha256(self) -> str:
         return state_sha256(self.network) if self.file is None else file_sha256(self.file)
 
+    def _parts_to_compile(self) -> Iterable[nn.Module]:
+        return self.network.each_block()
+
     def embed(self, images: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
-        n = max(1, *(Kind.parse(kind).n_last for kind in kinds))
+        parsed = [Kind.parse(kind) for kind in kinds]
+        if not any(kind.has_mean or kind.is_grid or kind.n_last > 1 for kind in parsed):
+            cls_token = self.network(normalize_images(images))  # [B, D]; the last block computes it alone
+            return dict.fromkeys(kinds, cls_token.float())
+        n = max(1, *(kind.n_last for kind in parsed))
         layers = self.network.get_intermediate_layers(normalize_images(images), n=n, return_class_token=True)
         cls_tokens = [cls_token for _, cls_token in layers]  # n times [B, D]
         return _of_kinds(kinds, cls_tokens[-1], cls_tokens, layers[-1][0])
@@ -213,6 +229,10 @@ class TimmEncoder(Encoder):
         self._normalize = partial(_normalize, mean=config["mean"], std=config["std"])
         if self.image_size != own_size:
             _check_takes(self, lambda images: self.embed(images, ["cls"]))
+
+    def _parts_to_compile(self) -> Iterable[nn.Module]:
+        network: Any = self.network
+        return network.blocks if self.has_patch_tokens else network.children()
 
     def embed(self, images: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
         network: Any = self.network

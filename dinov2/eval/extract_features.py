@@ -18,7 +18,7 @@ import torch
 from dinov2 import distributed
 from dinov2.data.datasets.cells import LabelledCells
 from dinov2.distributed import Launch
-from dinov2.eval.embedding import Embedder, Precision
+from dinov2.eval.embedding import Embedder, Fp32Matmul, Precision
 from dinov2.eval.encoders import KINDS_HELP, UNTRAINED, Kind, encoder_name
 from dinov2.eval.features import DEFAULT_KIND
 from dinov2.eval.patient_files import extract_patient_files
@@ -80,13 +80,25 @@ def add_embedder_arguments(parser: argparse.ArgumentParser, checkpoint_required:
         "--num-workers",
         type=int,
         default=_default_workers(),
-        help="processes that decode pictures; 0: none of their own",
+        help="processes that decode pictures; 0: a thread of this one does",
     )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one"
     )
     parser.add_argument(
-        "--precision", choices=get_args(Precision), default="fp32", help="bf16 is faster on recent GPUs"
+        "--precision", choices=get_args(Precision), default="fp32", help="bf16 is faster on recent GPUs and CPUs"
+    )
+    parser.add_argument(
+        "--fp32-matmul",
+        choices=get_args(Fp32Matmul),
+        default="fast",
+        help="how a CPU multiplies float32 matrices; fast: a library that was seen to be as accurate, on this machine",
+    )
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compile the network on CUDA: a minute at the start, which many thousand pictures repay",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="extract again even if the output folder has features already"
@@ -118,6 +130,8 @@ def embedder_from(args: argparse.Namespace, launch: Launch | None = None) -> Emb
         kinds=args.kinds,
         encoder_name=args.encoder or "",
         encoder_weights=args.encoder_weights,
+        fp32_matmul=args.fp32_matmul,
+        compiled=args.compile,
     )
 
 

@@ -122,14 +122,13 @@ def measure_steps(cfg: DictConfig, model: SSLMetaArch, dataset: HemaStandardData
     """
     n_images, alone = cfg.train.batch_size_per_gpu, distributed.get_world_size() == 1
     trials, device = StepTrials(cfg, model, dataset), model.device
-    small = max(fewest_images(cfg), min(N_SMALL // 2, n_images // 2))
+    fewest = _fewest_images(cfg, has_others=not alone or cfg.train.accumulation_steps > 1)
+    small = max(fewest, min(N_SMALL // 2, n_images // 2))
     fewer, more = (trials.step(_with_images(cfg, n)) for n in (small, 2 * small))
     growth, room = Growth.through(fewer, more), memory_room(device)
     estimates = [estimate_memory_gib(_with_images(cfg, n), model) for n in (2 * small, n_images)]
-    whole = None
-    if more.batch_size == n_images:
-        whole = more
-    elif device.type == "cuda" or not alone or growth.at(n_images) <= room:
+    whole = next((cost for cost in (fewer, more) if cost.batch_size == n_images), None)
+    if whole is None and (device.type == "cuda" or not alone or growth.at(n_images) <= room):
         with suppress(torch.OutOfMemoryError):
             whole = trials.step(cfg)
     need = growth.at(n_images) if whole is None else whole.peak
@@ -174,17 +173,17 @@ def _with_images(cfg: DictConfig, batch_size: int) -> DictConfig:
     return changed
 
 
-def fewest_images(cfg: DictConfig) -> int:
-    """The smallest B: KoLeo needs two to compare."""
-    train = cfg.train
-    n_shares = (train.accumulation_steps or 1) * distributed.get_world_size()
-    compares_all = cfg.dino.koleo_loss_distributed and (train.global_batch_size is not None or n_shares > 1)
-    return 1 if compares_all or cfg.dino.koleo_loss_weight == 0 else 2
+def _fewest_images(cfg: DictConfig, *, has_others: bool) -> int:
+    """The smallest B: KoLeo needs two to compare, unless a step `has_others` to compare with."""
+    is_free = cfg.dino.koleo_loss_weight == 0 or (cfg.dino.koleo_loss_distributed and has_others)
+    return 1 if is_free else 2
 
 
 def batch_sizes(cfg: DictConfig) -> Sequence[int]:
     """Sizes that `train.batch_size_per_gpu` may have in one process; `cfg` is as given, not yet settled."""
-    train, fewest = cfg.train, fewest_images(cfg)
+    train = cfg.train
+    has_others = train.global_batch_size is not None or (train.accumulation_steps or 1) > 1
+    fewest = _fewest_images(cfg, has_others=has_others)
     if train.global_batch_size is None:
         return range(fewest, MAX_IMAGES + 1)
     if train.accumulation_steps is not None:

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import h5py
@@ -17,6 +18,7 @@ from dinov2.data.datasets import LabelledCells, load_image, resize_image
 from dinov2.data.transforms import normalize_images
 from dinov2.eval import embedding, extract_features
 from dinov2.eval.embedding import Embedder, embed_images, extract
+from dinov2.eval.encoders import DinoEncoder
 from dinov2.eval.features import stored_kinds
 from dinov2.models import architecture, build_backbone
 
@@ -91,6 +93,148 @@ def test_bf16_is_close_and_fp32_comes_out(backbone):
     torch.testing.assert_close(fast, exact, rtol=0.1, atol=0.1)
     with pytest.raises(ValueError, match="'fp16' is unknown; choose one of fp32, bf16"):
         embed_images(backbone, images, "fp16")
+
+
+@pytest.fixture
+def log(caplog):
+    """The package's log, at all levels."""
+    logger = logging.getLogger("dinov2")
+    logger.addHandler(caplog.handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    yield caplog
+    logger.setLevel(level)
+    logger.removeHandler(caplog.handler)
+
+
+def test_decoding_ahead_changes_nothing(backbone, pictures, monkeypatch):
+    pictures[2].write_bytes(b"no picture")
+    ranges = [range(3), range(3, 7)]
+
+    def parts():
+        settings = embedding._LoopSettings(["cls", "mean"], "fp32", "cpu", 2, 0, "fast", False, progress=False)
+        return list(embedding._embed_ranges(DinoEncoder(backbone, 28), pictures, ranges, settings))
+
+    ahead = parts()
+    monkeypatch.setattr(embedding, "_ahead", lambda items, _: iter(items))
+    for one, other in zip(ahead, parts(), strict=True):
+        assert one.unreadable == other.unreadable
+        np.testing.assert_array_equal(one.kept, other.kept)
+        for kind, values in other.of_kinds.items():
+            np.testing.assert_array_equal(one.of_kinds[kind], values)
+    assert [list(part.unreadable) for part in ahead] == [[str(pictures[2])], []]
+
+
+def test_the_next_batches_are_made_while_one_is_used():
+    made = [threading.Event() for _ in range(6)]
+
+    def numbers():
+        for number, event in enumerate(made):
+            event.set()
+            yield number
+
+    ahead = embedding._ahead(numbers(), 2)
+    assert next(ahead) == 0
+    assert made[2].wait(10)  # without being asked for
+    assert not made[3].wait(0.05)
+    assert list(ahead) == [1, 2, 3, 4, 5]
+
+
+def test_the_thread_ends_with_the_loop_and_passes_errors_on():
+    def threads():
+        return [thread for thread in threading.enumerate() if thread.name.startswith("pictures")]
+
+    def broken():
+        yield 0
+        raise OSError("the disk is gone")
+
+    ahead = embedding._ahead(broken(), 2)
+    assert next(ahead) == 0
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(ahead)
+    stopped = embedding._ahead(iter(range(100)), 2)
+    assert next(stopped) == 0
+    stopped.close()
+    assert threads() == []
+
+
+def test_the_last_block_computes_cls_tokens_alone_if_no_other_is_wanted(backbone, pictures):
+    whole = extract(backbone, pictures, image_size=28, progress=False, kinds=["cls", "mean"]).features
+    rows = []
+    backbone.blocks[-1].mlp.register_forward_hook(lambda _module, inputs, _output: rows.append(inputs[0].shape[:-1]))
+    for kind in ("cls", "last1"):
+        alone = extract(backbone, pictures, image_size=28, progress=False, kinds=[kind]).features
+        np.testing.assert_allclose(alone, whole, rtol=0, atol=1e-5)
+    assert [shape.numel() for shape in rows] == [7, 7]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_cpu_takes_large_batches_in_pieces(precision, backbone, monkeypatch):
+    images = torch.randint(0, 256, (21, 3, 28, 28), dtype=torch.uint8)
+    seen = []
+    backbone.patch_embed.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    for kind in ("cls", "patches"):
+        found = embed_images(backbone, images, precision, kind)
+        alone = torch.cat([embed_images(backbone, image[None], precision, kind) for image in images])
+        torch.testing.assert_close(found, alone, rtol=0, atol=1e-2 if precision == "bf16" else 1e-3)
+    assert seen == [8, 8, 5, *[1] * 21] * 2
+    seen.clear()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    embed_images(backbone, images, precision)
+    assert seen == [16, 5]
+
+
+def test_bf16_is_compared_with_fp32(backbone, pictures, log, monkeypatch):
+    settings = {"image_size": 28, "batch_size": 3, "progress": False, "kinds": ["cls", "mean", "patches"]}
+    exact = extract(backbone, pictures, **settings)
+    assert "bf16" not in log.text
+    fast = extract(backbone, pictures, precision="bf16", **settings)
+    for kind in ("cls", "mean"):
+        one, other = (torch.from_numpy(found.of_kinds[kind]) for found in (exact, fast))
+        assert torch.cosine_similarity(one, other).min() > 0.999
+        assert not torch.equal(one, other)
+    assert "precision bf16: least cosine to fp32 features" in log.text
+    assert not [record for record in log.records if record.levelno >= logging.WARNING]
+    monkeypatch.setattr(embedding, "BF16_COSINE", 0.9999999)
+    extract(backbone, pictures, precision="bf16", **settings)
+    assert "use --precision fp32" in log.text
+
+
+@pytest.mark.parametrize(("fp32_matmul", "during"), [("fast", {"medium", "highest"}), ("exact", {"highest"})])
+def test_how_products_are_computed_is_set_for_the_network_alone(fp32_matmul, during, backbone, pictures):
+    seen = set()
+    backbone.norm.register_forward_hook(lambda *_: seen.add(torch.get_float32_matmul_precision()))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        found = extract(backbone, pictures, image_size=28, progress=False, fp32_matmul=fp32_matmul)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen
+    assert seen <= during
+    exact = extract(backbone, pictures, image_size=28, progress=False, fp32_matmul="exact")
+    np.testing.assert_allclose(found.features, exact.features, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="fp32_matmul: 'tf32' is unknown; choose one of fast, exact"):
+        extract(backbone, pictures, image_size=28, progress=False, fp32_matmul="tf32")
+
+
+def test_a_cpu_does_not_compile(backbone, pictures, log, monkeypatch):
+    monkeypatch.setattr(DinoEncoder, "compile", lambda *_: pytest.fail("compiled"))
+    extract(backbone, pictures[:1], image_size=28, progress=False, compiled=True)
+    assert "--compile: a CPU gains nothing" in log.text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gpu_gives_the_same_features(precision, backbone, pictures):
+    settings = {"image_size": 28, "batch_size": 1, "progress": False, "kinds": ["cls", "mean", "patches"]}
+    expected = extract(backbone, pictures, **settings).of_kinds
+    for compiled in (False, True):
+        found = extract(backbone, pictures, device="cuda", precision=precision, compiled=compiled, **settings).of_kinds
+        for kind, values in expected.items():
+            np.testing.assert_allclose(found[kind], values, rtol=0, atol=1e-3 if precision == "fp32" else 0.1)
 
 
 @pytest.fixture
@@ -270,7 +414,7 @@ def other_order(checkpoint, cells):
     ("change", "settings", "n_again"),
     [
         (None, {}, 1),
-        (None, {"precision": "bf16"}, 7),
+        (None, {"precision": "bf16"}, 7 + 2 * 2),  # the first batch is compared with fp32
         (None, {"image_size": 42}, 7),
         (None, {"kinds": ["mean"]}, 7),
         (other_weights, {}, 7),

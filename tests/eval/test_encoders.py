@@ -282,3 +282,29 @@ def test_a_backbone_in_memory_has_the_hash_of_its_tensors():
     assert encoder.sha256 == state_sha256(encoder.network)
     images = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
     torch.testing.assert_close(embed_images(encoder, images), embed_images(encoder.network, images), rtol=0, atol=0)
+
+
+def test_compiled_blocks_give_the_same_features(image):
+    settings = {"embed_dim": 64, "depth": 3, "num_heads": 1, "patch_size": 14, "img_size": 28, "block_chunks": 2}
+    encoder = DinoEncoder(build_backbone(settings).eval(), 28)
+    images = encoder.preparation(np.asarray(image))[None]
+    kinds = ["cls", "last2", "patches"]
+    with torch.no_grad():
+        expected = [encoder.embed(images, ["cls"]), encoder.embed(images, kinds)]
+        encoder.compile(backend="eager")
+        found = [encoder.embed(images, ["cls"]), encoder.embed(images, kinds)]
+    assert all(block._compiled_call_impl is not None for block in encoder.network.each_block())
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)  # float16 among them
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+def test_what_is_compiled_of_a_timm_network_is_what_it_calls(name, image, timm):
+    encoder = build_encoder(f"timm:{name}", 32, "untrained")
+    images = encoder.preparation(np.asarray(image))[None]
+    called = []
+    for part in encoder._parts_to_compile():
+        part.register_forward_hook(lambda module, *_: called.append(module))
+    with torch.no_grad():
+        encoder.embed(images, ["cls"])
+    assert len(called) > 3

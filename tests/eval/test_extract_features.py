@@ -178,6 +178,9 @@ def test_what_names_a_network(work):
     args.checkpoint = Path("weights.pth")
     assert has_embedder(args)
     assert embedder_from(args).image_size == 224
+    assert (embedder_from(args).fp32_matmul, embedder_from(args).compiled) == ("fast", False)
+    other = parse_arguments(["--encoder", "pixels", "--fp32-matmul", "exact", "--compile", *required])
+    assert (embedder_from(other).fp32_matmul, embedder_from(other).compiled) == ("exact", True)
     args.encoder_weights = "untrained"
     with pytest.raises(ValueError, match="--encoder-weights belongs to --encoder"):
         embedder_from(args)
@@ -195,6 +198,6 @@ def test_help_as_a_script(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     flags = "--checkpoint --data --output-dir --batch-size --num-workers --device --precision --image-size --overwrite "
-    flags += "--encoder --encoder-weights --kinds --layout"
+    flags += "--encoder --encoder-weights --kinds --layout --fp32-matmul --compile"
     for flag in flags.split():
         assert flag in done.stdout
