@@ -78,7 +78,11 @@ def main() -> None:
     results: dict[str, Any] = {"machine": machine("torch", "torchvision", "pillow", "opencv-python-headless")}
     if "ways" in args.only:
         counts = sorted({1, os.cpu_count() or 1})
-        results["ways"] = {f"{case}, {n} threads": time_ways(case, n, images, args) for case in cases for n in counts}
+        results["ways"] = {
+            f"{case}, {n} core{'s' if n > 1 else ''}": time_ways(case, n, images, args)
+            for case in cases
+            for n in counts
+        }
         print("\n".join(ways_table(results["ways"], len(images))), end="\n\n")
     if "memory" in args.only:
         results["memory"] = {case: {way: memory_of(way, case, args) for way in WAYS} for case in cases}
@@ -153,7 +157,7 @@ def ways_of(case: str, images: Tensor) -> dict[str, Callable[[], Any]]:
 
 def time_ways(case: str, n_threads: int, images: Tensor, args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of a batch in each round."""
-    title = f"{case}, {n_threads} threads"
+    title = f"{case}, {n_threads} cores"
     if n_threads == 1:
         return take_turns(ways_of(case, images), args.rounds, title)
     shares = list(images.chunk(n_threads))
