@@ -7,7 +7,7 @@ layer scale multiplies are made again in backward (cheap beside a matrix product
   and b' = gamma b, dW = diag(gamma) dW', and dgamma = rowsum(dW' * W) + db' * b: products the size of a weight instead
   of the size of all tokens.
 - Attention goes from sample to sample: the [H, N, N] weights of one lie in the processor's cache, where those of a
-  batch do not.
+  batch do not. Backward makes them again for the price of reading them, so memory does not grow with N^2.
 
 Made for CPUs, where each pass over all tokens goes through main memory; on a GPU compiled blocks and fused attention
 kernels do as much.
@@ -61,9 +61,8 @@ def attention_branch(
     Returns:
         [T, D], or [R, D], in x's dtype.
     """
-    keeps = torch.is_grad_enabled()
     with torch.autocast(x.device.type, enabled=False):
-        return _AttentionBranch.apply(x, *norm, *qkv, *proj, gamma, rows, shapes, n_heads, eps, dtype, keeps)
+        return _AttentionBranch.apply(x, *norm, *qkv, *proj, gamma, rows, shapes, n_heads, eps, dtype)
 
 
 def ffn_branch(
@@ -97,21 +96,19 @@ class _AttentionBranch(torch.autograd.Function):
         n_heads: int,
         eps: float,
         dtype: torch.dtype,
-        keeps: bool,
     ) -> Tensor:
         normed, mean, rstd = _norm(x, norm_weight, norm_bias, eps, dtype)
         w_qkv = qkv_weight.to(dtype)
         qkv = F.linear(normed, w_qkv, _to(qkv_bias, dtype))  # [T, 3 D]
         del normed
-        attended, weights = _attend(qkv, shapes, n_heads, keeps)  # [T, D], a [H, N, N] a sample
+        attended = _attend(qkv, shapes, n_heads)  # [T, D]
         w_proj, b_proj = _scaled(proj_weight, proj_bias, gamma, dtype)
         if rows is not None:
             attended = attended.index_select(0, rows)  # [R, D]
         out = F.linear(attended, w_proj, b_proj).to(x.dtype)
         out += x if rows is None else x.index_select(0, rows)
         ctx.save_for_backward(
-            *(x, norm_weight, norm_bias, mean, rstd, w_qkv, qkv, attended, w_proj, proj_weight, proj_bias, gamma, rows),
-            *weights,
+            *(x, norm_weight, norm_bias, mean, rstd, w_qkv, qkv, attended, w_proj, proj_weight, proj_bias, gamma, rows)
         )
         ctx.shapes, ctx.n_heads, ctx.eps, ctx.dtype = shapes, n_heads, eps, dtype
         return out
@@ -120,8 +117,8 @@ class _AttentionBranch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # asked for once: activation checkpointing gives them out once
-        x, norm_weight, norm_bias, mean, rstd, w_qkv, qkv, attended, w_proj, *of_proj, rows = saved[:13]
-        weights, (proj_weight, proj_bias, gamma) = saved[13:], of_proj
+        x, norm_weight, norm_bias, mean, rstd, w_qkv, qkv, attended, w_proj, *of_proj, rows = saved
+        proj_weight, proj_bias, gamma = of_proj
         needs = ctx.needs_input_grad
         g = gradient.to(ctx.dtype)
         d_proj = _scaled_gradients(g, attended, proj_weight, proj_bias, gamma, needs[5:8])
@@ -130,14 +127,14 @@ class _AttentionBranch(torch.autograd.Function):
         else:
             d_attended = g.new_zeros(x.shape).index_add_(0, rows, g @ w_proj)
             d_stream = gradient.new_zeros(x.shape).index_add_(0, rows, gradient)
-        d_qkv = _attend_backward(qkv, d_attended, weights, ctx.shapes, ctx.n_heads)  # [T, 3 D]
+        d_qkv = _attend_backward(qkv, d_attended, ctx.shapes, ctx.n_heads)  # [T, 3 D]
         d_weight = d_bias = None
         if needs[3]:
             d_weight = (d_qkv.T @ _norm(x, norm_weight, norm_bias, ctx.eps, ctx.dtype)[0]).to(norm_weight.dtype)
         if needs[4]:
             d_bias = d_qkv.sum(dim=0, dtype=torch.float32)
         d_norm = _norm_backward(d_qkv @ w_qkv, x, mean, rstd, norm_weight, norm_bias, d_stream, needs[:3])
-        return (*d_norm, d_weight, d_bias, *d_proj, None, None, None, None, None, None)
+        return (*d_norm, d_weight, d_bias, *d_proj, None, None, None, None, None)
 
 
 class _FfnBranch(torch.autograd.Function):
@@ -237,51 +234,70 @@ def _scaled_gradients(
     return d_weight.mul_(gamma.unsqueeze(1)), None if d_bias is None else d_bias * gamma, d_gamma
 
 
-def _of_samples(tokens: Tensor, shapes: Shapes, n_parts: int, n_heads: int) -> list[Sequence[Tensor]]:
-    """[T, n_parts * D] as views [H, N, d], `n_parts` of them a sample."""
-    lengths = [n for n_samples, n in shapes for _ in range(n_samples)]
-    return [
-        sample.unflatten(1, (n_parts, n_heads, -1)).permute(1, 2, 0, 3).unbind(0)  # each [H, N, d]
-        for sample in tokens.split(lengths)
-    ]
+class _Sample:
+    """Room for the attention of one sample after the other: [H, N, N] numbers that stay in the processor's cache.
+
+    What a product reads and writes is contiguous here, as the library would copy it otherwise, each time anew.
+    """
+
+    def __init__(self, like: Tensor, n_heads: int, n_tokens: int, head_dim: int) -> None:
+        self.scale = head_dim**-0.5
+        self.parts = like.new_empty(3, n_heads, n_tokens, head_dim)
+        self.output = like.new_empty(n_heads, n_tokens, head_dim)
+        self.scores, self.weights = like.new_empty(2, n_heads, n_tokens, n_tokens)
+
+    def attend(self, qkv: Tensor) -> None:
+        """From the sample's [N, 3 D]: `weights` = softmax(Q K^T / sqrt(d))."""
+        self.parts.copy_(_by_head(qkv, self.parts))
+        query, key, _ = self.parts
+        torch.baddbmm(self.scores, query, key.transpose(1, 2), beta=0, alpha=self.scale, out=self.scores)
+        torch.softmax(self.scores, dim=-1, out=self.weights)
 
 
-def _attention_weights(query: Tensor, key: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(d)), [H, N, N]."""
-    scores = torch.baddbmm(query.new_empty(()), query, key.transpose(1, 2), beta=0, alpha=query.shape[-1] ** -0.5)
-    return torch.softmax(scores, dim=-1)
+def _by_head(tokens: Tensor, like: Tensor) -> Tensor:
+    """A sample's [N, D], or [N, 3 D], as a view of the shape [(3,) H, N, d] that `like` has."""
+    *parts, n_heads, n_tokens, head_dim = like.shape
+    return tokens.view(n_tokens, *parts, n_heads, head_dim).movedim(0, -2)
 
 
-def _attend(qkv: Tensor, shapes: Shapes, n_heads: int, keeps_weights: bool) -> tuple[Tensor, list[Tensor]]:
-    """[T, 3 D] to [T, D], and the attention weights where a backward pass will want them."""
-    attended = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
-    kept = []
-    outputs = _of_samples(attended, shapes, 1, n_heads)
-    for (query, key, value), (output,) in zip(_of_samples(qkv, shapes, 3, n_heads), outputs, strict=True):
-        weights = _attention_weights(query, key)
-        output.copy_(torch.bmm(weights, value))
-        if keeps_weights:
-            kept.append(weights)
-    return attended, kept
+def _attend(qkv: Tensor, shapes: Shapes, n_heads: int) -> Tensor:
+    """[T, 3 D] to [T, D]."""
+    dim = qkv.shape[1] // 3
+    attended = qkv.new_empty(qkv.shape[0], dim)
+    start = 0
+    for n_samples, n_tokens in shapes:
+        sample = _Sample(qkv, n_heads, n_tokens, dim // n_heads)
+        for _ in range(n_samples):
+            rows = slice(start, start + n_tokens)
+            start += n_tokens
+            sample.attend(qkv[rows])
+            torch.bmm(sample.weights, sample.parts[2], out=sample.output)
+            _by_head(attended[rows], sample.output).copy_(sample.output)
+    return attended
 
 
-def _attend_backward(
-    qkv: Tensor, d_attended: Tensor, weights: Sequence[Tensor], shapes: Shapes, n_heads: int
-) -> Tensor:
-    """Gradient [T, 3 D] of queries, keys and values from that of what `_attend` gives."""
+def _attend_backward(qkv: Tensor, d_attended: Tensor, shapes: Shapes, n_heads: int) -> Tensor:
+    """Gradient [T, 3 D] of queries, keys and values from that of what `_attend` gives, whose weights are made again."""
+    dim = qkv.shape[1] // 3
     d_qkv = torch.empty_like(qkv)
-    samples = zip(
-        _of_samples(qkv, shapes, 3, n_heads),
-        _of_samples(d_qkv, shapes, 3, n_heads),
-        _of_samples(d_attended, shapes, 1, n_heads),
-        weights,
-        strict=True,
-    )
-    nothing, scale = qkv.new_empty(()), (qkv.shape[1] // 3 // n_heads) ** -0.5
-    for (query, key, value), (d_query, d_key, d_value), (d_output,), a in samples:
-        d_value.copy_(torch.bmm(a.transpose(1, 2), d_output))
-        d_a = torch.bmm(d_output, value.transpose(1, 2))
-        d_scores = torch.ops.aten._softmax_backward_data(d_a, a, -1, a.dtype)  # [H, N, N]
-        d_query.copy_(torch.baddbmm(nothing, d_scores, key, beta=0, alpha=scale))
-        d_key.copy_(torch.baddbmm(nothing, d_scores.transpose(1, 2), query, beta=0, alpha=scale))
+    start = 0
+    for n_samples, n_tokens in shapes:
+        sample = _Sample(qkv, n_heads, n_tokens, dim // n_heads)
+        query, key, value = sample.parts
+        d_parts, d_output, d_weights = map(torch.empty_like, (sample.parts, sample.output, sample.weights))
+        d_query, d_key, d_value = d_parts
+        for _ in range(n_samples):
+            rows = slice(start, start + n_tokens)
+            start += n_tokens
+            sample.attend(qkv[rows])
+            d_output.copy_(_by_head(d_attended[rows], d_output))
+            torch.bmm(sample.weights.transpose(1, 2), d_output, out=d_value)
+            torch.bmm(d_output, value.transpose(1, 2), out=d_weights)
+            d_scores = sample.scores  # needed no more
+            torch.ops.aten._softmax_backward_data.out(
+                d_weights, sample.weights, -1, d_weights.dtype, grad_input=d_scores
+            )
+            torch.baddbmm(d_query, d_scores, key, beta=0, alpha=sample.scale, out=d_query)
+            torch.baddbmm(d_key, d_scores.transpose(1, 2), query, beta=0, alpha=sample.scale, out=d_key)
+            _by_head(d_qkv[rows], d_parts).copy_(d_parts)
     return d_qkv

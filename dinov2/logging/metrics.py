@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dinov2.distributed import is_main_process
 from dinov2.logging.projector import EmbeddedCells, write_projector
+from dinov2.logging.step_clock import StepClock
 from dinov2.utils.files import atomic_write
 
 logger = logging.getLogger("dinov2")
@@ -44,7 +45,14 @@ class MetricLogger:
 
     Values on a device stay there and are fetched together every `period` iterations: the loop does not wait for them.
     They are the same on every process; the main one writes and reports.
+
+    Attributes:
+        clock: whose laps become `seconds_<name>` of each row; None for none.
+        matmul_rate: FLOP/s of matrix products that the device can do; None if nobody measured it.
     """
+
+    clock: StepClock | None = None
+    matmul_rate: float | None = None
 
     def __init__(
         self, path: Path, start: int, stop: int, batch_size: int, period: int, trackers: Sequence[Tracker] = ()
@@ -55,7 +63,7 @@ class MetricLogger:
         self.newest: dict[str, float] = {}  # row that was written
         self._pending: list[tuple[dict[str, float], dict[str, Tensor]]] = []
         self._unwritten = ""
-        self._data_seconds = 0.0
+        self._data_seconds = self._flops = 0.0
         self._started = self._flushed_at = time.perf_counter()
         if is_main_process():
             _keep_lines_before(path, start)
@@ -65,9 +73,13 @@ class MetricLogger:
         self._data_seconds += seconds
 
     def update(
-        self, iteration: int, values: dict[str, float], device_values: dict[str, Tensor]
+        self, iteration: int, values: dict[str, float], device_values: dict[str, Tensor], flops: float = 0.0
     ) -> list[dict[str, float]]:
-        """Take up one iteration's numbers; every `period` iterations return those so far, fetched and written."""
+        """Take up one iteration's numbers; every `period` iterations return those so far, fetched and written.
+
+        `flops` are the operations that this process owed to the iteration: see `matmul_rate`.
+        """
+        self._flops += flops
         self._pending.append(({"iteration": iteration, **values}, device_values))
         if (iteration + 1) % self.period and iteration + 1 != self.stop:
             return []
@@ -88,6 +100,10 @@ class MetricLogger:
             "data_time": self._data_seconds / n,
             "images_per_second": self.batch_size / seconds,
         }
+        if self.matmul_rate is not None:
+            timing["matmul_share"] = self._flops / n / seconds / self.matmul_rate
+        if self.clock is not None:  # after the wait for the device: these need none of their own
+            timing |= {f"seconds_{name.replace(' ', '_')}": lap for name, lap in self.clock.means().items()}
         rows = [
             {**host, **dict(zip(names, row, strict=True)), **timing}
             for (host, _), row in zip(self._pending, fetched, strict=True)
@@ -97,7 +113,8 @@ class MetricLogger:
             self._report(rows[-1], now)
         self._track([({k: v for k, v in row.items() if k != "iteration"}, int(row["iteration"])) for row in rows])
         self._pending.clear()
-        self._data_seconds, self._flushed_at, self.newest = 0.0, now, rows[-1]
+        self._data_seconds = self._flops = 0.0
+        self._flushed_at, self.newest = now, rows[-1]
         return rows
 
     def log_evaluation(self, done: int, values: Mapping[str, float]) -> None:
@@ -165,6 +182,8 @@ class MetricLogger:
         seconds = time.perf_counter() - started
         self._flushed_at += seconds
         self._started += seconds
+        if self.clock is not None:
+            self.clock.restart()
 
     def close(self) -> None:
         self.flush()
@@ -187,10 +206,17 @@ class MetricLogger:
         per_iteration = (now - self._started) / (done - self._start)
         losses = "  ".join(f"{name.removesuffix('_loss')} {row[name]:.4f}" for name in row if name.endswith("_loss"))
         logger.info(
-            "iteration %d/%d  eta %s  %.1f images/s (waiting for data %.0f %%)  lr %.2e  %s",
+            "iteration %d/%d  eta %s  %.1f images/s%s (waiting for data %.0f %%)  lr %.2e  %s",
             *(done, self.stop, _duration((self.stop - done) * per_iteration), row["images_per_second"]),
-            *(100 * row["data_time"] / row["iter_time"], row.get("lr", math.nan), losses),
+            f", {row['matmul_share']:.0%} of the matrix-product rate" if "matmul_share" in row else "",
+            *(100 * _data_seconds(row) / row["iter_time"], row.get("lr", math.nan), losses),
         )
+
+
+def _data_seconds(row: dict[str, float]) -> float:
+    """How long a step was without data: the device, if that was timed, since a host that waits ahead of it is idle for
+    nothing."""
+    return row.get("seconds_data", row["data_time"])
 
 
 def _duration(seconds: float) -> str:
