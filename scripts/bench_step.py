@@ -140,6 +140,8 @@ def make_step(
     model = build_model(cfg, device)
     images = made_up_batch(cfg, device)
     flops = count_step_flops(model, n_masked=len(images["mask_indices_list"])).total
+    if way.is_ours:
+        model.prepare_for_distributed_training()  # compiles, if --set asks for it
     step = OurStep(model) if way.is_ours else UpstreamsStep(model, DTYPES[way.precision], plain_attention)
     return step, images, flops
 

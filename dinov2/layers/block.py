@@ -78,6 +78,7 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.sample_drop_ratio = drop_path
         self.checkpoint_activations = False  # compute the inner values again in backward instead of keeping them
+        self.branches_checkpoint = False  # each branch does that for itself
         self.lean = True  # False: always by the modules
 
     @overload
@@ -102,7 +103,7 @@ class Block(nn.Module):
             return unpack(self(packed, shapes), shapes)
         tokens = x.flatten(0, 1) if shapes is None else x
         of_batches = [(x.shape[0], x.shape[1])] if shapes is None else shapes
-        if self.checkpoint_activations and torch.is_grad_enabled():
+        if self.checkpoint_activations and torch.is_grad_enabled() and not self.branches_checkpoint:
             out: Tensor = checkpoint(self._forward, tokens, of_batches, rows, use_reentrant=False)
         else:
             out = self._forward(tokens, of_batches, rows)

@@ -101,19 +101,22 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         d_x = torch.empty(x.shape, dtype=torch.float32, device=x.device) if keeps else None
         d_w = None
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        pieces = [(segment, list(chunks(len(segment), len(w), CHUNK_ELEMENTS))) for segment in targets]
+        room = x.new_empty(
+            max((rows.stop - rows.start for _, of_segment in pieces for rows in of_segment), default=0), len(w)
+        )
         start = 0
-        for of_segment in targets:
-            for rows in chunks(len(of_segment), len(w), CHUNK_ELEMENTS):
+        for segment, of_segment in pieces:
+            for rows in of_segment:
                 here = slice(start + rows.start, start + rows.stop)
-                logits = x[here] @ w.T
-                losses[here] = _cross_entropy_and_gradient_(logits, of_segment[rows], relative[here], keeps)
+                logits = torch.mm(x[here], w.T, out=room[: rows.stop - rows.start])
+                losses[here] = _cross_entropy_and_gradient_(logits, segment[rows], relative[here], keeps)
                 if d_x is None:
                     continue
                 d_x[here] = logits @ w
                 if ctx.needs_input_grad[1]:
-                    share = (logits.T @ x[here]).float()  # [K, d]
-                    d_w = share if d_w is None else d_w.add_(share)
-            start += len(of_segment)
+                    d_w = _add_product(d_w, logits.T, x[here])  # [K, d]
+            start += len(segment)
         assert start == len(x), f"targets for {start} of {len(x)} rows"
         if d_x is not None:
             d_x.mul_(largest / student_temp)
@@ -141,6 +144,13 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         )
 
 
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a b in float32; `total`, if there is one, is changed."""
+    if total is None:
+        return (a @ b).float()
+    return total.addmm_(a, b) if a.dtype == torch.float32 else total.add_(a @ b)
+
+
 def chunks(n_rows: int, n_columns: int, n_elements: int) -> Iterator[slice]:
     """Consecutive slices of 0 .. n_rows, of about `n_elements` each and even sizes."""
     if not n_rows:
@@ -164,11 +174,14 @@ def _cross_entropy_and_gradient_(logits: Tensor, targets: Targets, weights: Tens
         )
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     for rows in chunks(len(logits), logits.shape[1], elements_at_a_time(logits.device)):
-        some, target = logits[rows], targets[rows].dense()
+        some, target = logits[rows], targets[rows]
+        # Of the two scaling vectors, that of the rows waits for sums over the prototypes: fewer passes over all of it
+        shares = target.mass.float() if target.column_scale is None else target.mass * target.column_scale
         log_probabilities = torch.log_softmax(some, dim=1, dtype=torch.float32)
-        losses[rows] = -torch.linalg.vecdot(target, log_probabilities)
+        sums = torch.linalg.vecdot(shares, log_probabilities)
+        losses[rows] = -sums if target.row_scale is None else -sums * target.row_scale
         if keeps:
-            factor = weights[rows].unsqueeze(1)
-            probabilities = log_probabilities.exp_().mul_(target.sum(dim=1, keepdim=True))
-            some.copy_(probabilities.sub_(target).mul_(factor))
+            factor = weights[rows] if target.row_scale is None else weights[rows] * target.row_scale
+            probabilities = log_probabilities.exp_().mul_((factor * shares.sum(dim=1)).unsqueeze(1))
+            some.copy_(probabilities.addcmul_(shares, factor.unsqueeze(1), value=-1))
     return losses

@@ -15,12 +15,13 @@ Dimension key:  R rows (tokens), K prototypes
 import functools
 import logging
 import os
-import shutil
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dinov2.utils.compilers import has_c_compiler
 
 try:
     import triton
@@ -55,7 +56,7 @@ def _runs_on_gpu(device: torch.device) -> bool:
         missing = "the package triton does not load; `pip install triton` brings it"
     elif torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
         missing = f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    elif "CC" not in os.environ and shutil.which("gcc") is None and shutil.which("clang") is None:
+    elif not has_c_compiler():
         missing = "Triton needs a C compiler and found none; install gcc, or name one in the variable CC"
     if missing is not None:
         logger.warning("the loss runs without its GPU kernels, slower and with the same result: %s", missing)

@@ -87,6 +87,8 @@ class StepTrials:
             torch.OutOfMemoryError: they do not fit on the GPU.
         """
         device, train = self.model.device, cfg.train
+        if self.model.uses_graphs:
+            torch.compiler.reset()  # graphs of earlier sizes keep memory of their own
         now = Schedules(cfg).at(0)
         now.apply_to(self.optimizer)
         with tempfile.TemporaryDirectory() as scratch, PeakMemory(device) as peak:
@@ -157,6 +159,7 @@ def _prototype_text(
         n_fewer += section.head_n_prototypes // 2
         section.head_n_prototypes -= section.head_n_prototypes // 2
     model = kind(halved, load_weights=False).to(device)
+    model.prepare_for_distributed_training()  # compiled, if the whole one is
     if model.fp16_scaler is not None:
         model.fp16_scaler.to(device)
     cost = StepTrials(halved, model, dataset).step(halved)

@@ -45,7 +45,7 @@ _HARMLESS_KEYS = (
     *("train.output_dir", "train.device", "train.num_workers", "train.saveckp_freq", "train.keep_checkpoints"),
     *("train.milestone_freq", "train.log_period", "train.tensorboard", "train.wandb", "train.max_bad", "evaluation"),
     *("train.batch_size_per_gpu", "train.accumulation_steps", "train.activation_checkpointing"),
-    *("train.hang_timeout_seconds", "train.max_rollbacks", "train.views"),
+    *("train.compile", "train.hang_timeout_seconds", "train.max_rollbacks", "train.views"),
 )
 # An NFS server keeps the locks of a machine that died for this long
 _LOCK_PATIENCE_SECONDS = 120.0

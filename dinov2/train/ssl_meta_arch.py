@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dinov2.data.augmentations import N_GLOBAL_CROPS
-from dinov2.distributed import all_gather_rows, get_rank, is_enabled, is_main_process
+from dinov2.distributed import all_gather_rows, get_rank, get_world_size, is_enabled, is_main_process
 from dinov2.fsdp.precision import autocast, resolve_dtype
 from dinov2.fsdp.sharding import SHARDED, lerp_, make_mesh, replicate, reshard, shard, whole, without_gradient_sync
 from dinov2.hub.adapters import lora_scaling, merged
@@ -33,11 +33,13 @@ from dinov2.logging.step_clock import StepClock
 from dinov2.loss import DINOLoss, KoLeoLoss, Targets, iBOTPatchLoss, prototype_cross_entropy, smooth_rank_loss
 from dinov2.models import architecture, build_backbone, build_model_from_cfg
 from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.train.compiling import check_compilable, compile_blocks, fill_up, most_masked_patches
 from dinov2.train.finetuning import limit_learning
 from dinov2.train.health import feature_statistics, prototype_use
 from dinov2.train.optimizer import LossScaler
 from dinov2.train.param_groups import fuse_params_groups, get_params_groups_with_decay
 from dinov2.train.pretrained import start_from_weights
+from dinov2.utils.memory import trim_heap
 
 logger = logging.getLogger("dinov2")
 
@@ -88,6 +90,7 @@ class SSLMetaArch(nn.Module):
         limit_learning(student_backbone, teacher_backbone, cfg.student)
         self.lora_scaling = lora_scaling(cfg.student)
         self.backbone_is_frozen = False
+        self.uses_graphs = cfg.train.compile_blocks == "graphs"
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
 
@@ -117,10 +120,18 @@ class SSLMetaArch(nn.Module):
         self.train()
 
     def prepare_for_distributed_training(self, n_nodes: int = 1) -> None:
-        """Spread the networks over the processes as `compute_precision.*.*.sharding_strategy` says.
+        """Compile the networks, and spread them over the processes, as `train.compile_blocks` and
+        `compute_precision.*.*.sharding_strategy` say.
 
-        To be called on the training device, before the optimizer is built; a process that is alone needs nothing.
+        To be called on the training device, before the optimizer is built.
+
+        Raises:
+            ValueError: `train.compile_blocks` does not go with other settings or this machine.
         """
+        check_compilable(self.cfg, self.device, get_world_size())
+        if self.cfg.train.compile_blocks != "none":
+            backbones = [networks["backbone"] for networks in (self.student, self.teacher)]
+            compile_blocks(backbones, with_graphs=self.uses_graphs)  # type: ignore[arg-type]
         if not is_enabled():
             return
         device_type = self.device.type
@@ -207,6 +218,8 @@ class SSLMetaArch(nn.Module):
                     for module in self._callable.values():
                         stack.enter_context(without_gradient_sync(module))
                 outputs = self.student_outputs(part)
+                if self.device.type == "cpu":
+                    trim_heap()  # the step's peak comes next; what the teacher left in pieces would come on top of it
                 others = self._others(outputs, everyone, number, len(parts))
                 total, shown = self.losses(target, outputs, part, others)
                 self._lap("student")
@@ -236,7 +249,7 @@ class SSLMetaArch(nn.Module):
             tokens = self._backbone("teacher", part["collated_global_crops"], patch_indices=self._masked_patches(part))
             first, second = tokens["x_norm_clstoken"].chunk(N_GLOBAL_CROPS)
             other_view = torch.cat([second, first])  # [2B, D]: each view is predicted from the other
-            of_cls, of_patches = self._teacher_logits(other_view, tokens["x_norm_patchtokens"])
+            of_cls, of_patches = self._teacher_logits(other_view, self._of_masked(tokens, part))
             cls_tokens.append(tokens["x_norm_clstoken"])
             cls_logits.append(of_cls)
             patch_logits.append(of_patches)
@@ -290,7 +303,7 @@ class SSLMetaArch(nn.Module):
         return StudentOutputs(
             global_tokens["x_norm_clstoken"],
             None if local_tokens is None else local_tokens["x_norm_clstoken"],
-            global_tokens["x_norm_patchtokens"],
+            self._of_masked(global_tokens, images),
         )
 
     def _student_tokens(
@@ -463,7 +476,8 @@ class SSLMetaArch(nn.Module):
         """The teacher's backbone as a network that one process can use alone; every process has to ask for it."""
         backbone = self.teacher_backbone
         is_sharded = any(isinstance(parameter, DTensor) for parameter in backbone.parameters())
-        if not is_sharded and not self.lora_scaling:
+        is_compiled = self.cfg.train.compile_blocks != "none"  # for the batches of training alone
+        if not (is_sharded or is_compiled or self.lora_scaling):
             return backbone
         copy = build_backbone(architecture(backbone)).to(self.device).requires_grad_(False)
         state = {name: whole(value) for name, value in backbone.state_dict().items()}
@@ -487,6 +501,8 @@ class SSLMetaArch(nn.Module):
 
     def _backbone(self, role: str, crops: Any, **kwargs: Any) -> Any:
         rests = role == "student" and self.backbone_is_frozen
+        if self.uses_graphs:  # what earlier calls left in the graphs' memory has been read: the last norm copies it
+            torch.compiler.cudagraph_mark_step_begin()
         with self._precision(role, "backbone"), torch.set_grad_enabled(torch.is_grad_enabled() and not rests):
             tokens = self._callable[role, "backbone"](crops, is_training=True, **kwargs)
         if rests:
@@ -494,9 +510,19 @@ class SSLMetaArch(nn.Module):
         return tokens
 
     def _masked_patches(self, images: Mapping[str, Any]) -> Tensor:
-        """Which of the 2B * P patches a loss reads: [M], none without iBOT."""
+        """Which of the 2B * P patches a loss reads: [M], none without iBOT; with some more behind them where their
+        number must be the same in each step."""
         indices: Tensor = images["mask_indices_list"]
-        return indices if self.do_ibot else indices[:0]
+        if not self.do_ibot:
+            return indices[:0]
+        if self.uses_graphs:
+            return fill_up(indices, most_masked_patches(images, self.cfg.ibot.mask_ratio_min_max[1]))
+        return indices
+
+    def _of_masked(self, tokens: Mapping[str, Tensor], images: Mapping[str, Any]) -> Tensor:
+        """The patch tokens [M, D] of `_masked_patches`, without what may stand behind them."""
+        patch_tokens = tokens["x_norm_patchtokens"]
+        return patch_tokens[: len(images["mask_indices_list"])] if self.uses_graphs else patch_tokens
 
     def _teacher_logits(self, cls_tokens: Tensor, masked_patches: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Logits of CLS tokens and of masked patches; a shared head sees both in one call."""

@@ -77,8 +77,13 @@ def release_free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        return
-    # glibc keeps what was freed, and other C libraries have no such function
+    else:
+        trim_heap()
+
+
+def trim_heap() -> None:
+    """Give what malloc keeps of freed memory back to the system: milliseconds, and pages that are wanted again cost
+    their price again. glibc alone keeps so much that it matters, and has a function for it."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
