@@ -98,16 +98,11 @@ class OurStep:
         with fast_matmul_within(self.is_fast, self.model.device):
             self.optimizer.zero_grad(set_to_none=True)
             losses = self.model.forward_backward(images, teacher_temp)
-            self.guard.step(self.optimizer, losses, clip_gradients(self.model.student, max_norm))
-            self._lap("optimizer")
-            self.model.update_teacher(momentum)
-            self._lap("teacher update")
+            with self.model.clock.stage("optimizer"):
+                self.guard.step(self.optimizer, losses, clip_gradients(self.model.student, max_norm))
+            with self.model.clock.stage("teacher update"):
+                self.model.update_teacher(momentum)
         return losses
-
-    def _lap(self, name: str) -> None:
-        clock = getattr(self.model, "clock", None)
-        if clock is not None:
-            clock.lap(name)
 
 
 class UpstreamsStep:

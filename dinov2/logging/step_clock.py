@@ -1,6 +1,8 @@
 """Where the time of a training step goes, by name, without waiting for the device."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -23,6 +25,13 @@ class StepClock:
     def lap(self, name: str) -> None:
         """The time since the lap before belongs to `name`; a name may come several times a step."""
         self._clock.mark(name)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """What the block does is a lap, and a range of this name in a profiler's trace."""
+        with torch.profiler.record_function(name):
+            yield
+        self.lap(name)
 
     def restart(self) -> None:
         """The time since the lap before belongs to nothing: an evaluation, a checkpoint."""

@@ -41,6 +41,7 @@ from dinov2.train.labelled_sets import LabelledSet, read_labelled_sets, without_
 from dinov2.train.shown_cells import ShownCells
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.files import atomic_write
+from dinov2.utils.matmul import fast_matmul_within
 
 logger = logging.getLogger("dinov2")
 
@@ -98,7 +99,7 @@ class TeacherEvaluation:
         if not self.sets:
             return True
         try:
-            with random_state_kept(model.device):
+            with random_state_kept(model.device), fast_matmul_within(False, model.device):  # as the commands judge
                 embedded = self._embed(model)
                 on_main_process(lambda: self._judge(embedded, model.device, run_folder, done, metrics))
         except (OSError, ValueError) as error:
@@ -164,6 +165,7 @@ class TeacherEvaluation:
             device=device,
             num_workers=self.cfg.train.num_workers,
             progress=False,
+            fp32_matmul=self.cfg.compute_precision.fp32_matmul,
         )
 
 

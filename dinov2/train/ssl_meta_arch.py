@@ -109,7 +109,7 @@ class SSLMetaArch(nn.Module):
         self.fp16_scaler: LossScaler | None = None
         if cfg.compute_precision.grad_scaler and self._computes_in_fp16():
             self.fp16_scaler = LossScaler()
-        self.clock: StepClock | None = None  # is told where a step's time goes
+        self.clock = StepClock("cpu")  # is told where a step's time goes; a loop sets one for its device
         self.statistics: dict[str, Tensor] = {}  # of the last step's teacher: 0-d, on the device
         # What forward calls: the networks themselves, or DDP around them
         self._callable: dict[tuple[str, str], nn.Module] = {
@@ -183,6 +183,12 @@ class SSLMetaArch(nn.Module):
     def device(self) -> torch.device:
         return next(self.student.parameters()).device
 
+    @property
+    def matmul_dtype(self) -> torch.dtype:
+        """What the student's backbone multiplies matrices in."""
+        name = self.cfg.compute_precision.student.backbone.mixed_precision.param_dtype
+        return resolve_dtype(name, self.device.type)
+
     def train(self, mode: bool = True) -> "SSLMetaArch":
         super().train(mode)
         self.teacher.eval()
@@ -207,9 +213,10 @@ class SSLMetaArch(nn.Module):
         """
         parts = [images] if isinstance(images, Mapping) else list(images)
         parts = [self._on_device(part) for part in parts]
-        targets = self.teacher_targets(parts, teacher_temp)
-        self._lap("teacher")
-        everyone = self._features_ahead(parts) if len(parts) > 1 and self.compares_pictures else None
+        with self.clock.stage("teacher"):
+            targets = self.teacher_targets(parts, teacher_temp)
+        with self.clock.stage("student"):
+            everyone = self._features_ahead(parts) if len(parts) > 1 and self.compares_pictures else None
         means: dict[str, Tensor] = {}
         for number, (part, target) in enumerate(zip(parts, targets, strict=True)):
             with ExitStack() as stack:
@@ -217,22 +224,18 @@ class SSLMetaArch(nn.Module):
                 if number < len(parts) - 1:
                     for module in self._callable.values():
                         stack.enter_context(without_gradient_sync(module))
-                outputs = self.student_outputs(part)
-                if self.device.type == "cpu":
-                    trim_heap()  # the step's peak comes next; what the teacher left in pieces would come on top of it
-                others = self._others(outputs, everyone, number, len(parts))
-                total, shown = self.losses(target, outputs, part, others)
-                self._lap("student")
-                self.backprop_loss(total / len(parts))
-                self._lap("backward")
+                with self.clock.stage("student"):
+                    outputs = self.student_outputs(part)
+                    if self.device.type == "cpu":
+                        trim_heap()  # the step's peak comes next; what the teacher left in pieces would add to it
+                    others = self._others(outputs, everyone, number, len(parts))
+                    total, shown = self.losses(target, outputs, part, others)
+                with self.clock.stage("backward"):
+                    self.backprop_loss(total / len(parts))
             for name, value in shown.items():
                 share = value.detach() / len(parts)
                 means[name] = means[name] + share if name in means else share
         return means
-
-    def _lap(self, name: str) -> None:
-        if self.clock is not None:
-            self.clock.lap(name)
 
     def _on_device(self, part: Mapping[str, Any]) -> dict[str, Any]:
         device = self.device

@@ -26,13 +26,17 @@ from dinov2.distributed import Launch, StepAgreement
 from dinov2.distributed.watchdog import Watchdog
 from dinov2.fsdp.precision import resolve_precision
 from dinov2.logging import setup_logging
+from dinov2.logging.metrics import MetricLogger
+from dinov2.logging.step_clock import StepClock
 from dinov2.models import fixed_settings
 from dinov2.train.batches import TrainBatches, build_augmentation, build_dataset, resolve_batch_size, timed
 from dinov2.train.evaluation import TeacherEvaluation
+from dinov2.train.flops import count_step_flops, measured_matmul_rate
 from dinov2.train.health import CollapseMonitor
 from dinov2.train.memory import find_batch_size, measure_steps
 from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
 from dinov2.train.plan import describe_environment, describe_run
+from dinov2.train.profiling import StepProfile
 from dinov2.train.run_folder import RunFolder, open_metrics, run_folder_path
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -41,7 +45,7 @@ from dinov2.train.views import TrainingViews
 from dinov2.utils.command import REQUEUE_EXIT_CODE, USER_ERRORS, text_of
 from dinov2.utils.config import load_run_config, missing_keys
 from dinov2.utils.cores import available_cores
-from dinov2.utils.matmul import fast_matmul
+from dinov2.utils.matmul import fast_matmul, matmul_setting_kept
 from dinov2.utils.seeds import derive_seed
 from dinov2.utils.stop_signals import StopSignals
 
@@ -55,8 +59,9 @@ def train(
     evaluation: TeacherEvaluation,
     folder: RunFolder,
     signals: StopSignals,
+    n_profiled: int = 0,
 ) -> int:
-    """Pre-train from where `state` is up to optim.epochs; returns the exit code."""
+    """Pre-train from where `state` is up to optim.epochs, profiling `n_profiled` steps; returns the exit code."""
     model, optimizer, guard, progress = state.model, state.optimizer, state.guard, state.progress
     schedules, agreement = Schedules(cfg), StepAgreement(model.device)
     batches, views = TrainBatches(cfg, dataset, model.device), TrainingViews(cfg, folder.path)
@@ -65,7 +70,9 @@ def train(
     with (
         closing(open_metrics(cfg, folder.path, progress.iteration, schedules)) as metrics,
         open_watchdog(cfg.train.hang_timeout_seconds) as watchdog,
+        StepProfile(folder.path / "profile", n_profiled, model.device) as profile,
     ):
+        clock, flops = watch_speed(model, metrics)
         if progress.iteration == 0:  # what the untrained network can do
             watchdog.beat(0, "evaluation", patient=True)
             with metrics.interruption():
@@ -74,7 +81,8 @@ def train(
         while progress.iteration < schedules.n_iterations:
             iteration = progress.iteration
             watchdog.beat(iteration, "waiting for data")
-            parts = next(stream)
+            with clock.stage("data"):
+                parts = next(stream)
             if iteration == 0:
                 with metrics.interruption():
                     views.write(parts, 0, metrics)
@@ -84,16 +92,21 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             model.backbone_is_frozen = now.backbone_is_frozen
             own_losses = model.forward_backward(parts, teacher_temp=now.teacher_temp)
-            shared = agreement.average({**own_losses, **model.statistics}, wants_stop=signals.received is not None)
-            losses = {name: shared.pop(name) for name in own_losses}
-            if state.scaler is not None:
-                state.scaler.unscale_(optimizer)
-            norms = clip_gradients(model.student, max_norm=cfg.optim.clip_grad)
-            guard.step(optimizer, losses, norms, state.scaler)
-            model.update_teacher(now.teacher_momentum)  # teacher <- m * teacher + (1 - m) * student
+            with clock.stage("optimizer"):
+                shared = agreement.average({**own_losses, **model.statistics}, wants_stop=signals.received is not None)
+                losses = {name: shared.pop(name) for name in own_losses}
+                if state.scaler is not None:
+                    state.scaler.unscale_(optimizer)
+                norms = clip_gradients(model.student, max_norm=cfg.optim.clip_grad)
+                guard.step(optimizer, losses, norms, state.scaler)
+            with clock.stage("teacher update"):
+                model.update_teacher(now.teacher_momentum)  # teacher <- m * teacher + (1 - m) * student
             progress.advance(schedules.global_batch_size)
+            profile.step()
 
-            rows = metrics.update(iteration, now.shown(), {**guard.shown(losses, norms), **shared})
+            rows = metrics.update(
+                iteration, now.shown(), {**guard.shown(losses, norms), **shared}, flops[now.backbone_is_frozen]
+            )
             if rows:
                 batches.bad_images.settle()
                 state.monitor.check(rows)
@@ -124,6 +137,17 @@ def train(
         return 1
     logger.info("done: %s holds config.yaml, training_metrics.json, checkpoints and eval/", folder.path)
     return 0
+
+
+def watch_speed(model: SSLMetaArch, metrics: MetricLogger) -> tuple[StepClock, dict[bool, float]]:
+    """Have model and log tell where a step's time goes, and of which rate of matrix products it makes use.
+
+    Returns:
+        the clock for the rest of the loop, and a step's FLOP by whether the backbone is frozen in it.
+    """
+    model.clock = metrics.clock = StepClock(model.device)
+    metrics.matmul_rate = measured_matmul_rate(model.device, model.matmul_dtype)
+    return model.clock, {frozen: count_step_flops(model, backbone_is_frozen=frozen).total for frozen in (False, True)}
 
 
 def fill_cache(dataset: HemaStandardDataset, signals: StopSignals, *, only_tell: bool) -> bool:
@@ -262,10 +286,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="print the largest train.batch_size_per_gpu that fits into the memory, write nothing",
     )
+    parser.add_argument(
+        "--profile", action="store_true", help="record some steps, as a trace and a table in the run's folder profile/"
+    )
+    parser.add_argument("--profile-steps", type=int, default=5, metavar="N", help="how many (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values, for instance optim.epochs=10")
     args = parser.parse_intermixed_args(argv)
     if args.dry_run + args.find_batch_size + args.eval_only > 1:
         parser.error("--dry-run, --find-batch-size and --eval-only are three things to do; give one of them")
+    if args.profile and (args.dry_run or args.find_batch_size or args.eval_only):
+        parser.error("--profile records steps of a training; --dry-run, --find-batch-size and --eval-only do not train")
+    if args.profile_steps < 1:
+        parser.error(f"--profile-steps {args.profile_steps}: at least 1 step has to be recorded")
     return args
 
 
@@ -273,7 +305,7 @@ def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) 
     """Run the command; returns its exit code. `signals` then tells which signal stopped it, if one did."""
     args = parse_arguments(argv)
     try:
-        with signals or StopSignals() as active:
+        with signals or StopSignals() as active, matmul_setting_kept():
             return run(args, active)
     finally:
         distributed.disable()
@@ -340,7 +372,7 @@ def run(args: argparse.Namespace, signals: StopSignals) -> int:
         logger.info("%s", describe_run(cfg, model, dataset))
         if args.dry_run:
             return dry_run(cfg, model, dataset)
-        return train(cfg, state, dataset, evaluation, folder, signals)
+        return train(cfg, state, dataset, evaluation, folder, signals, args.profile_steps if args.profile else 0)
     except (RuntimeError, FloatingPointError, OSError) as error:
         logger.exception("the run stopped: %s", error)
         return 1

@@ -41,13 +41,20 @@ def fast_matmul(is_wanted: bool, device: torch.device | str = "cpu") -> bool:
 
 
 @contextmanager
-def fast_matmul_within(is_wanted: bool, device: torch.device | str = "cpu") -> Iterator[bool]:
-    """`fast_matmul` for the length of a `with` block; what was set before is set again after it."""
+def matmul_setting_kept() -> Iterator[None]:
+    """What is set before a `with` block is set again after it."""
     before = torch.get_float32_matmul_precision()
     try:
-        yield fast_matmul(is_wanted, device)
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def fast_matmul_within(is_wanted: bool, device: torch.device | str = "cpu") -> Iterator[bool]:
+    """`fast_matmul` for the length of a `with` block; what was set before is set again after it."""
+    with matmul_setting_kept():
+        yield fast_matmul(is_wanted, device)
 
 
 def largest_error() -> float:
@@ -75,13 +82,9 @@ def largest_error() -> float:
 @cache
 def _is_fast_path_accurate() -> bool:
     """Asked once in a process, as the answer is the processor's; it takes milliseconds."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(FAST)
-    try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            error = largest_error()
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with matmul_setting_kept(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        torch.set_float32_matmul_precision(FAST)
+        error = largest_error()
     is_accurate = error <= TOLERANCE
     if not is_accurate:
         logger.info(

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from dinov2.logging.metrics import is_time
 from dinov2.train import evaluation
 from dinov2.train.evaluation import FOLLOWED, TeacherEvaluation
 from dinov2.train.train import main
@@ -80,8 +81,7 @@ def run(tmp_path, picture_list, tiny_overrides):
 def rows(folder: Path) -> list[dict]:
     """training_metrics.json without times."""
     found = [json.loads(line) for line in (folder / "training_metrics.json").read_text().splitlines()]
-    times = ("iter_time", "data_time", "images_per_second")
-    return [{name: value for name, value in row.items() if name not in times} for row in found]
+    return [{name: value for name, value in row.items() if not is_time(name)} for row in found]
 
 
 def networks(folder: Path, n: int) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from PIL import Image
 from dinov2.data.collate import assemble_batch
 from dinov2.data.transforms import normalize_images
 from dinov2.eval.run_records import read_run
+from dinov2.logging.metrics import is_time
 from dinov2.train import views
 from dinov2.train.train import main
 from dinov2.train.views import GAP, MASK_COLOUR, MASK_OPACITY, draw_sheets
@@ -57,8 +58,7 @@ def shown(folder) -> dict[str, list[int]]:
 
 def rows(folder) -> list[dict]:
     found = [json.loads(line) for line in (folder / "training_metrics.json").read_text().splitlines()]
-    times = ("iter_time", "data_time", "images_per_second")
-    return [{name: value for name, value in row.items() if name not in times} for row in found]
+    return [{name: value for name, value in row.items() if not is_time(name)} for row in found]
 
 
 # --- a sheet --------------------------------------------------------------------------------------------------------
