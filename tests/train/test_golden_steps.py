@@ -10,6 +10,7 @@ from dinov2.train.optimizer import build_optimizer, clip_gradients
 from dinov2.train.schedules import StepSettings
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.config import load_run_config
+from dinov2.utils.matmul import fast_matmul_within
 
 NAMES = (
     "dinobloom",
@@ -103,8 +104,19 @@ def close_checksum(actual, expected, rtol):
     assert (difference <= rtol * scale).all(), f"{actual} is not {expected}"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_three_steps(name, golden_json, golden_arrays, formulas):
+@pytest.fixture
+def fp32_matmul(request):
+    """As train.py sets it: the fast path is the default of a run, exact products are a key away."""
+    with fast_matmul_within(request.param == "fast"):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("name", "fp32_matmul"),
+    [*((name, "fast") for name in NAMES), ("dinobloom", "exact"), ("dinov2_8local_center_sharedhead", "exact")],
+    indirect=["fp32_matmul"],
+)
+def test_three_steps(name, fp32_matmul, golden_json, golden_arrays, formulas):
     golden = golden_json["steps"][name]
     model = build(golden, formulas)
     n_local = model.n_local_crops
@@ -166,3 +178,21 @@ def test_three_steps(name, golden_json, golden_arrays, formulas):
     for parameter, value in arrays.items():
         ours = without_key_bias(parameter, parameters[parameter].detach())
         torch.testing.assert_close(ours, torch.from_numpy(value), rtol=0, atol=ARRAY_ATOL)
+
+
+@pytest.mark.parametrize("name", ["dinobloom", "dinov2_8local"])
+def test_bf16_is_near_fp32(name, golden_json, formulas):
+    """Losses of upstream's own first step within 1 %, and gradients in fp32's direction."""
+    golden = golden_json["steps"][name]
+    models = {dtype: build(golden, formulas) for dtype in ("fp32", "bf16")}
+    for role in ("student", "teacher"):
+        for part in models["bf16"].cfg.compute_precision[role].values():
+            part.mixed_precision.param_dtype = "bf16"
+    step, losses, gradients = golden["steps"][0], {}, {}
+    for dtype, model in models.items():
+        losses[dtype] = model.forward_backward(batch_of(0, model.n_local_crops, formulas), step["teacher_temp"])
+        gradients[dtype] = torch.cat([p.grad.double().flatten() for p in model.student.parameters() if p.requires_grad])
+    for key, value in losses["fp32"].items():
+        assert losses["bf16"][key].item() == pytest.approx(value.item(), rel=0.01), key
+    assert not torch.equal(gradients["bf16"], gradients["fp32"])
+    assert torch.cosine_similarity(gradients["bf16"], gradients["fp32"], dim=0) > 0.9995
