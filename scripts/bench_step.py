@@ -5,7 +5,8 @@
 `ours` is the step of train.py, `plain` that of scripts/plain_step.py, both with custom.yaml's recipe, the same random
 weights and the same made-up crops, in fp32 and bf16.
 
-  speed      rounds of all ways in turns; where the time of ours goes; losses and gradients against plain fp32
+  speed      rounds of all ways in turns, each in a process of its own; where the time of ours goes; losses and
+             gradients against plain fp32
   memory     the peak of each way, in a process of its own
   growth     images/s and memory against batch size, prototypes, local crops and network, drawn as step_*.svg
   attention  each kernel by type and number of tokens, forward alone and with backward
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,11 @@ class Way:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.child:
-        print(json.dumps(measure(json.loads(args.child))))
+        task = json.loads(args.child)
+        if task.get("serves"):
+            serve(task)
+        else:
+            print(json.dumps(measure(task)))
         return
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.threads:
@@ -168,28 +173,77 @@ def matmul_rate(way: Way, device: torch.device) -> float:
 
 def speed(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     overrides, ways = base_overrides(args, args.arch, args.batch), [Way(name) for name in args.ways]
-    made = {way: make_step(way, args.device, overrides, args.plain_attention) for way in ways}
-    agreement = compare_gradients({way: (step, images) for way, (step, images, _) in made.items()})
-
-    def runner(way: Way) -> Callable[[], None]:
-        step, images, _ = made[way]
-        return lambda: finished(lambda: step(images), args.device)
-
-    seconds = take_turns({way.name: runner(way) for way in ways}, args.rounds, "speed")
-    found: dict[str, Any] = {"batch": args.batch, "arch": args.arch, "agreement": agreement, "ways": {}, "split": {}}
-    for way in ways:
-        rate, (step, images, flops) = matmul_rate(way, args.device), made[way]
-        found["ways"][way.name] = {"seconds": seconds[way.name], "flops": flops, "matmul_rate": rate}
-        if way.is_ours:
-            found["split"][way.name] = split_of(step, images, args)
+    agreement = {}
+    if REFERENCE in args.ways:
+        made = {way: make_step(way, args.device, overrides, args.plain_attention) for way in ways}
+        agreement = compare_gradients({way: (step, images) for way, (step, images, _) in made.items()})
+        del made
+        gc.collect()
+    with ExitStack() as stack:
+        steppers = {way.name: stack.enter_context(Stepper(way, overrides, args)) for way in ways}
+        seconds = take_turns({name: stepper.step for name, stepper in steppers.items()}, args.rounds, "speed")
+        found: dict[str, Any] = {"batch": args.batch, "arch": args.arch, "agreement": agreement}
+        found["ways"] = {name: {"seconds": seconds[name], **each.ask("rate")} for name, each in steppers.items()}
+        found["split"] = {way.name: steppers[way.name].ask("split") for way in ways if way.is_ours}
     return found, [*speed_table(found), "", *split_table(found["split"]), "", *agreement_table(agreement)]
 
 
-def split_of(step: OurStep | UpstreamsStep, images: Mapping[str, Any], args: argparse.Namespace) -> dict[str, float]:
+class Stepper:
+    """Takes steps of one way when asked, in a process of its own: how one treats memory is no other's concern."""
+
+    def __init__(self, way: Way, overrides: Sequence[str], args: argparse.Namespace) -> None:
+        task = {
+            **{"serves": True, "way": way.name, "overrides": [*overrides], "device": str(args.device)},
+            **{"plain_attention": args.plain_attention, "threads": args.threads, "rounds": args.rounds},
+        }
+        command = [sys.executable, __file__, "--child", json.dumps(task)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> "Stepper":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.communicate()  # the end of its input ends it
+
+    def step(self) -> None:
+        self.ask("step")
+
+    def ask(self, what: str) -> Any:
+        """What `serve` answers."""
+        assert self.process.stdin is not None, "opened with pipes"
+        assert self.process.stdout is not None, "opened with pipes"
+        self.process.stdin.write(f"{what}\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"a process that takes steps ended with {self.process.wait()}; its error stands above")
+        return json.loads(answer)
+
+
+def serve(task: Mapping[str, Any]) -> None:
+    """Answer each line of the input with a line: `step` takes a step, `split` and `rate` tell about steps."""
+    if task["threads"]:
+        torch.set_num_threads(task["threads"])
+    way, device = Way(task["way"]), torch.device(task["device"])
+    step, images, flops = make_step(way, device, task["overrides"], task["plain_attention"])
+    for line in sys.stdin:
+        answer: Any = None
+        if line.strip() == "step":
+            finished(lambda: step(images), device)
+        elif line.strip() == "split":
+            answer = split_of(step, images, device, max(1, task["rounds"] // 2))
+        else:
+            answer = {"flops": flops, "matmul_rate": matmul_rate(way, device)}
+        print(json.dumps(answer), flush=True)
+
+
+def split_of(
+    step: OurStep | UpstreamsStep, images: Mapping[str, Any], device: torch.device, n_steps: int
+) -> dict[str, float]:
     """Seconds of each part of our step, the mean over some."""
     assert isinstance(step, OurStep), "only our step has a clock"
-    step.model.clock = clock = StepClock(args.device)
-    for _ in range(max(1, args.rounds // 2)):
+    step.model.clock = clock = StepClock(device)
+    for _ in range(n_steps):
         clock.restart()
         step(images)
     return clock.means()

@@ -18,7 +18,7 @@ BACKENDS = ("auto", "xformers", "sdpa", "explicit")
 
 # Which kernel "auto" takes on a CPU, by type: "explicit" up to so many tokens, sdpa beyond, whose memory does not grow
 # with their square. Measured: docs/benchmarks/step.md, `python scripts/bench_step.py --only attention`.
-EXPLICIT_UP_TO = {torch.float32: 0, torch.bfloat16: 2048}
+EXPLICIT_UP_TO = {torch.float32: 1024, torch.bfloat16: 2049}
 
 
 @lru_cache(maxsize=1)

@@ -338,11 +338,9 @@ def estimate_memory_gib(cfg: Any, model: SSLMetaArch) -> float:
     ]
     tokens = sum(n * length for n, length in sequences)
     # What a block keeps for its backward pass, a channel and token: the inputs of both branches in fp32; q, k, v, the
-    # attention's output and four times the width in the MLP. Besides, on a CPU the attention weights; on a GPU, by the
-    # modules, both norms' outputs, both branches before layer scale, and the other side of the GELU.
+    # attention's output and four times the width in the MLP. On a GPU, by the modules, also both norms' outputs, both
+    # branches before layer scale, and the other side of the GELU.
     kept = tokens * backbone.embed_dim * (8 + (8 if device_type == "cpu" else 16) * width)
-    if device_type == "cpu":
-        kept += width * backbone.num_heads * sum(n * length**2 for n, length in sequences)
     # Computed again in backward, a block keeps its input only, and one of them at a time the rest
     student_blocks = [module for module in model.student["backbone"].modules() if isinstance(module, Block)]
     n_again = sum(block.checkpoint_activations for block in student_blocks)
@@ -362,7 +360,7 @@ def estimate_memory_gib(cfg: Any, model: SSLMetaArch) -> float:
         min(patch_rows, _STUDENT_ROWS) * patch_prototypes,
     )
     # The peak is where backward begins, with the gradients of the heads alone, or where it ends, with all of them
-    begins = activations + 4 * (2 * chunk + n_learned - learned["backbone"])
+    begins = activations + 4 * (chunk + n_learned - learned["backbone"])
     ends = 4 * n_learned
     base = _LIBRARIES if device_type == "cpu" else 0
     return (base + always + 4 * targets + max(begins, ends)) / 2**30
