@@ -252,7 +252,7 @@ def split_of(
 def gradients_of(step: OurStep | UpstreamsStep, images: Mapping[str, Any]) -> tuple[dict[str, float], list[Tensor]]:
     """Losses, and the gradient of each parameter, which is then forgotten."""
     model = step.model if isinstance(step, OurStep) else step.plain
-    with fast_matmul_within(isinstance(step, OurStep) and step.is_fast, model.device):
+    with fast_matmul_within(isinstance(step, OurStep), model.device):
         losses = model.forward_backward(images, TEACHER_TEMP)
     network = model.student
     gradients = [parameter.grad for _, parameter in sorted(network.named_parameters()) if parameter.grad is not None]

@@ -75,14 +75,10 @@ def made_up_batch(cfg: DictConfig, device: torch.device, seed: int = 0) -> dict[
 
 
 class OurStep:
-    """One step as train.py takes it: zero the gradients, forward and backward, clip, AdamW with its guard, EMA.
+    """One step as train.py takes it: zero the gradients, forward and backward, clip, AdamW with its guard, EMA."""
 
-    Args:
-        is_fast: whether float32 matrices may take the CPU's fast path.
-    """
-
-    def __init__(self, model: SSLMetaArch, is_fast: bool = True) -> None:
-        self.model, self.is_fast = model, is_fast
+    def __init__(self, model: SSLMetaArch) -> None:
+        self.model = model
         self.optimizer = build_optimizer(model.cfg.optim, model.get_params_groups())
         self.guard = StepGuard(model.device)
         for group in self.optimizer.param_groups:
@@ -95,7 +91,7 @@ class OurStep:
         momentum: float = MOMENTUM,
         max_norm: float = MAX_NORM,
     ) -> dict[str, Tensor]:
-        with fast_matmul_within(self.is_fast, self.model.device):
+        with fast_matmul_within(True, self.model.device):
             self.optimizer.zero_grad(set_to_none=True)
             losses = self.model.forward_backward(images, teacher_temp)
             with self.model.clock.stage("optimizer"):
