@@ -44,6 +44,7 @@ from dinov2.logging.step_clock import StepClock
 from dinov2.train.flops import count_step_flops, measured_matmul_rate
 from dinov2.utils.files import atomic_write
 from dinov2.utils.matmul import fast_matmul_within
+from dinov2.utils.memory import keep_freed_memory
 
 PARTS = ("speed", "memory", "growth", "attention", "models")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -225,6 +226,8 @@ def serve(task: Mapping[str, Any]) -> None:
     if task["threads"]:
         torch.set_num_threads(task["threads"])
     way, device = Way(task["way"]), torch.device(task["device"])
+    if way.is_ours and device.type == "cpu":
+        keep_freed_memory()  # as train.py does
     step, images, flops = make_step(way, device, task["overrides"], task["plain_attention"])
     for line in sys.stdin:
         answer: Any = None
@@ -340,6 +343,8 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(task["threads"])
     way, device = Way(task["way"]), torch.device(task["device"])
     at_start = resident_mib()
+    if way.is_ours and device.type == "cpu":
+        keep_freed_memory()  # as train.py does
     step, images, flops = make_step(way, device, task["overrides"], task["plain_attention"])
     gc.collect()
     seconds: list[float] = []

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 Result = TypeVar("Result")
 
+# Prototypes, and rows of tokens, that a CPU multiplies at a time: both and what they make fit its caches
+PIECE, PIECE_ROWS = 4096, 256
+
 
 class WeightNormLinear(nn.Module):
     """x W^T without bias, W's rows having a direction and a length of their own (Salimans & Kingma, arXiv 1602.07868).
@@ -39,7 +42,20 @@ class WeightNormLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] to [..., K]."""
+        if x.device.type == "cpu" and not torch.is_grad_enabled():
+            return self._by_pieces(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         return F.linear(x, self.weight().to(x.dtype))
+
+    def _by_pieces(self, x: Tensor) -> Tensor:
+        """[N, d] to [N, K], with some of W in the processor's cache at a time: it is never whole."""
+        logits = x.new_empty(len(x), self.out_features)
+        with torch.autocast("cpu", enabled=False):
+            for start in range(0, self.out_features, PIECE):
+                some = slice(start, start + PIECE)
+                w = torch._weight_norm(self.weight_v[some].float(), self.weight_g[some].float(), 0).to(x.dtype)
+                for rows, of_rows in zip(x.split(PIECE_ROWS), logits[:, some].split(PIECE_ROWS), strict=True):
+                    torch.mm(rows, w.T, out=of_rows)
+        return logits
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -87,15 +103,18 @@ class DINOHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor: ...
 
     @overload
-    def forward(self, x: Tensor, score: Callable[[Tensor, Tensor], Result]) -> Result: ...
+    def forward(self, x: Tensor, score: Callable[[Tensor, Tensor, Tensor], Result]) -> Result: ...
 
-    def forward(self, x: Tensor, score: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
-        """Logits: [N, D] to [N, K]; or what `score` makes of unit vectors [N, d] and prototypes [K, d] without them.
+    def forward(self, x: Tensor, score: Callable[[Tensor, Tensor, Tensor], Any] | None = None) -> Any:
+        """Logits: [N, D] to [N, K]; or what `score` makes without them of unit vectors [N, d] and of the prototypes'
+        directions [K, d] and lengths [K, 1].
 
         A loss is to be worked out here, not outside: sharded prototypes are whole only within this call.
         """
         embedding = self.embed(x)
-        return self.last_layer(embedding) if score is None else score(embedding, self.last_layer.weight())
+        if score is None:
+            return self.last_layer(embedding)
+        return score(embedding, self.last_layer.weight_v, self.last_layer.weight_g)
 
 
 def _build_mlp(

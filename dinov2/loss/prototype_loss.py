@@ -6,7 +6,9 @@ With student logits s = x W^T / temp and targets t that the teacher gave, the lo
 
 so a chunk of rows needs its logits once: what they owe to x and W is worked out beside the loss itself and waits for
 backward, [R, d] and [K, d] instead of [R, K]. Targets of Sinkhorn-Knopp stay what that algorithm makes of them, two
-scaling vectors around exp(teacher logits / temp).
+scaling vectors around exp(teacher logits / temp). Prototypes have a direction and a length of their own, W_k = g_k v_k
+/ ||v_k|| (weight normalisation, arXiv 1602.07868): W is made where it is multiplied, in the type of the products, and
+its gradient becomes that of v in place.
 
 Dimension key:  R rows (CLS tokens or masked patches), K prototypes, d bottleneck dim
 """
@@ -53,21 +55,30 @@ class Targets:
         if not len(self):
             return torch.empty(0, dtype=torch.int64, device=self.mass.device)
         scale = self.column_scale
-        chosen = [
-            (self.mass[rows] if scale is None else self.mass[rows] * scale).argmax(dim=1)
-            for rows in chunks(len(self), self.mass.shape[1], elements_at_a_time(self.mass.device))
-        ]
+        chosen, room = [], None
+        for rows in chunks(len(self), self.mass.shape[1], elements_at_a_time(self.mass.device)):
+            some = self.mass[rows]
+            if scale is not None:
+                room = torch.empty_like(some, dtype=torch.float32) if room is None else room[: len(some)]
+                some = room.copy_(some).mul_(scale)
+            chosen.append(some.argmax(dim=1))
         return torch.cat(chosen)
 
 
 def prototype_cross_entropy(
-    embedding: Tensor, prototypes: Tensor, targets: Sequence[Targets], weights: Tensor, student_temp: float
+    embedding: Tensor,
+    direction: Tensor,
+    length: Tensor,
+    targets: Sequence[Targets],
+    weights: Tensor,
+    student_temp: float,
 ) -> tuple[Tensor, Tensor]:
     """sum_r weights_r l_r, l_r the cross-entropy of row r's prediction and target.
 
     Args:
         embedding: [R, d], in the type that the products compute in.
-        prototypes: [K, d] in any floating-point type.
+        direction: [K, d] of the prototypes, v, in any floating-point type.
+        length: [K, 1] of the prototypes, g.
         targets: of consecutive rows, R in all.
         weights: [R], float32.
         student_temp: temperature of the predictions.
@@ -77,7 +88,7 @@ def prototype_cross_entropy(
     """
     with torch.autocast(embedding.device.type, enabled=False):
         total, losses = _PrototypeCrossEntropy.apply(
-            embedding, prototypes, targets, weights, student_temp, torch.is_grad_enabled()
+            embedding, direction, length, targets, weights, student_temp, torch.is_grad_enabled()
         )
     return total, losses
 
@@ -87,7 +98,8 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         embedding: Tensor,
-        prototypes: Tensor,
+        direction: Tensor,
+        length: Tensor,
         targets: Sequence[Targets],
         weights: Tensor,
         student_temp: float,
@@ -95,11 +107,14 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         # The temperature is taken into the smaller factor. Weights go into the gradients relative to the largest, so
         # that float16 holds them, and are made up for in float32
-        x, w = embedding / student_temp, prototypes.to(embedding.dtype)
+        x = embedding / student_temp
+        w, norms = _prototypes(direction, length, embedding.dtype)
         largest = weights.amax() if len(weights) else weights.new_ones(())
         relative = weights / largest
         d_x = torch.empty(x.shape, dtype=torch.float32, device=x.device) if keeps else None
         d_w = None
+        if keeps and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
+            d_w = torch.empty(w.shape, dtype=torch.float32, device=w.device)
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
         pieces = [(segment, list(chunks(len(segment), len(w), CHUNK_ELEMENTS))) for segment in targets]
         room = x.new_empty(
@@ -111,44 +126,71 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
                 here = slice(start + rows.start, start + rows.stop)
                 logits = torch.mm(x[here], w.T, out=room[: rows.stop - rows.start])
                 losses[here] = _cross_entropy_and_gradient_(logits, segment[rows], relative[here], keeps)
-                if d_x is None:
-                    continue
-                d_x[here] = logits @ w
-                if ctx.needs_input_grad[1]:
-                    d_w = _add_product(d_w, logits.T, x[here])  # [K, d]
+                if d_x is not None:
+                    d_x[here] = logits @ w
+                if d_w is not None:
+                    _add_product(d_w, logits.T, x[here], is_first=here.start == 0)
             start += len(segment)
         assert start == len(x), f"targets for {start} of {len(x)} rows"
+        if d_w is not None and not len(x):
+            d_w.zero_()
         if d_x is not None:
             d_x.mul_(largest / student_temp)
-            ctx.save_for_backward(d_x, largest)
-            ctx.d_w = (
-                d_w if d_w is not None or not ctx.needs_input_grad[1] else torch.zeros_like(w, dtype=torch.float32)
-            )
-            ctx.dtypes = embedding.dtype, prototypes.dtype
+            ctx.save_for_backward(d_x, largest, direction, length, norms)
+            ctx.d_w, ctx.dtype = d_w, embedding.dtype
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        d_x, largest = ctx.saved_tensors
+        d_x, largest, direction, length, norms = ctx.saved_tensors
         d_w, ctx.d_w = ctx.d_w, None  # changed in place, so of use once
-        d_embedding = (d_x * gradient).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
-        return (
-            d_embedding,
-            None if d_w is None else d_w.mul_(gradient * largest).to(ctx.dtypes[1]),
-            None,
-            None,
-            None,
-            None,
+        d_embedding = (d_x * gradient).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        if d_w is None:
+            return (d_embedding, *[None] * 6)
+        d_length = _unnormalise_(d_w, direction, length, norms, gradient * largest)
+        return d_embedding, d_w.to(direction.dtype), d_length.to(length.dtype), None, None, None, None
+
+
+def _prototypes(direction: Tensor, length: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """W = g v / ||v|| in `dtype`, and ||v||: [K, d] and float32 [K, 1]. Worked out in float32: a rounded length shifts
+    a whole prototype, and the temperature magnifies it."""
+    w = torch.empty(direction.shape, dtype=dtype, device=direction.device)
+    norms = torch.empty(length.shape, dtype=torch.float32, device=direction.device)
+    for some in _pieces(w):
+        w[some], norms[some] = torch._weight_norm_interface(direction[some].float(), length[some].float(), 0)
+    return w, norms
+
+
+def _unnormalise_(d_w: Tensor, direction: Tensor, length: Tensor, norms: Tensor, factor: Tensor) -> Tensor:
+    """`d_w` [K, d], the gradient of W over `factor`, becomes that of v; returns that of g: float32 [K, 1]."""
+    d_length = torch.empty_like(norms)
+    for some in _pieces(d_w):
+        d_w[some], d_length[some] = torch.ops.aten._weight_norm_interface_backward(
+            d_w[some].mul_(factor), direction[some].float(), length[some].float(), norms[some], 0
         )
+    return d_length
 
 
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a b in float32; `total`, if there is one, is changed."""
-    if total is None:
-        return (a @ b).float()
-    return total.addmm_(a, b) if a.dtype == torch.float32 else total.add_(a @ b)
+def _add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
+    """total += a b in float32, or total = a b, some rows of it at a time where these stay in a cache."""
+    room = None
+    for some in _pieces(total):
+        if a.dtype == torch.float32:
+            total[some].addmm_(a[some], b, beta=0 if is_first else 1)
+            continue
+        room = total.new_empty(total[some].shape, dtype=a.dtype) if room is None else room[: len(total[some])]
+        product = torch.mm(a[some], b, out=room)
+        if is_first:
+            total[some] = product
+        else:
+            total[some] += product
+
+
+def _pieces(matrix: Tensor) -> Iterator[slice]:
+    """Rows of a [K, d] matrix to take at a time."""
+    return chunks(matrix.shape[0], matrix.shape[1], elements_at_a_time(matrix.device))
 
 
 def chunks(n_rows: int, n_columns: int, n_elements: int) -> Iterator[slice]:
@@ -173,15 +215,24 @@ def _cross_entropy_and_gradient_(logits: Tensor, targets: Targets, weights: Tens
             logits, targets.mass, targets.row_scale, targets.column_scale, weights, inverse_temp=1.0
         )
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    room: tuple[Tensor, ...] = ()  # taken once: new memory costs more than what is done to it here
     for rows in chunks(len(logits), logits.shape[1], elements_at_a_time(logits.device)):
         some, target = logits[rows], targets[rows]
+        room = room or tuple(torch.empty_like(some, dtype=torch.float32) for _ in range(3))
+        shares, probabilities, scores = (of_all[: len(some)] for of_all in room)
         # Of the two scaling vectors, that of the rows waits for sums over the prototypes: fewer passes over all of it
-        shares = target.mass.float() if target.column_scale is None else target.mass * target.column_scale
-        log_probabilities = torch.log_softmax(some, dim=1, dtype=torch.float32)
-        sums = torch.linalg.vecdot(shares, log_probabilities)
-        losses[rows] = -sums if target.row_scale is None else -sums * target.row_scale
+        shares.copy_(target.mass)
+        if target.column_scale is not None:
+            shares.mul_(target.column_scale)
+        total = shares.sum(dim=1)
+        scores.copy_(some)
+        torch.softmax(scores, dim=1, out=probabilities)
+        # from the largest of a row, whose probability is at least 1/K
+        log_normaliser = scores.amax(dim=1) - probabilities.amax(dim=1).log()
+        cross_entropy = total * log_normaliser - scores.mul_(shares).sum(dim=1)
+        losses[rows] = cross_entropy if target.row_scale is None else cross_entropy * target.row_scale
         if keeps:
             factor = weights[rows] if target.row_scale is None else weights[rows] * target.row_scale
-            probabilities = log_probabilities.exp_().mul_((factor * shares.sum(dim=1)).unsqueeze(1))
-            some.copy_(probabilities.addcmul_(shares, factor.unsqueeze(1), value=-1))
+            probabilities.mul_((factor * total).unsqueeze(1)).addcmul_(shares, factor.unsqueeze(1), value=-1)
+            some.copy_(probabilities)
     return losses

@@ -439,8 +439,8 @@ class SSLMetaArch(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Weighted sum of the cross-entropies of a student head's predictions for tokens [N, D], and each: [N]."""
 
-        def score(embedding: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
-            return prototype_cross_entropy(embedding, prototypes, targets, weights, loss.student_temp)
+        def score(embedding: Tensor, direction: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+            return prototype_cross_entropy(embedding, direction, length, targets, weights, loss.student_temp)
 
         with self._precision("student", head):
             scored: tuple[Tensor, Tensor] = self._callable["student", head](tokens, score)

@@ -46,6 +46,7 @@ from dinov2.utils.command import REQUEUE_EXIT_CODE, USER_ERRORS, text_of
 from dinov2.utils.config import load_run_config, missing_keys
 from dinov2.utils.cores import available_cores
 from dinov2.utils.matmul import fast_matmul, matmul_setting_kept
+from dinov2.utils.memory import keep_freed_memory
 from dinov2.utils.seeds import derive_seed
 from dinov2.utils.stop_signals import StopSignals
 
@@ -325,6 +326,8 @@ def run(args: argparse.Namespace, signals: StopSignals) -> int:
         device = pick_device(cfg.train.device, launch)
         resolve_precision(cfg.compute_precision, device.type)
         fast_matmul(cfg.compute_precision.fp32_matmul == "fast", device)
+        if device.type == "cpu":
+            keep_freed_memory()
         if cfg.train.num_workers > available_cores():
             logger.info("train.num_workers=%d becomes %d, the cores here", cfg.train.num_workers, available_cores())
             cfg.train.num_workers = available_cores()

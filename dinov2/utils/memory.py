@@ -16,6 +16,7 @@ PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
 _SAMPLED_EVERY_SECONDS = 0.001
 _RESET_HIGH_WATER = "5"  # what clear_refs takes for it, see proc(5)
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # see mallopt(3)
 _SLACK = 64 * 2**20  # bytes that a high-water mark just reset may be above what is in use
 
 _UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
@@ -79,6 +80,18 @@ def release_free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
     else:
         trim_heap()
+
+
+def keep_freed_memory() -> None:
+    """Have malloc keep what is freed for what comes next, of any size, until `trim_heap`; for the rest of the process.
+
+    By default glibc gives large pieces back at once, and each page that a step then asks for anew costs about as much
+    as filling it. Other libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, -1)  # none
+        mallopt(_M_MMAP_MAX, 0)
 
 
 def trim_heap() -> None:

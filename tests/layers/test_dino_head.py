@@ -43,6 +43,21 @@ def test_weight_norm_is_torchs_own_in_value_and_gradient(formulas):
     torch.testing.assert_close(ours.weight_v.grad, parametrized.original1.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pieces_of_prototypes_give_the_logits_of_all(monkeypatch, formulas, dtype):
+    """What the teacher, which learns nothing, computes on a CPU."""
+    monkeypatch.setattr("dinov2.layers.dino_head.PIECE", 6)
+    monkeypatch.setattr("dinov2.layers.dino_head.PIECE_ROWS", 2)
+    layer = formulas.fill_(WeightNormLinear(8, 20), "test/wn")
+    x = formulas.sym("test/wn/x", (5, 8), 1).to(dtype)
+    expected = layer(x).detach()
+    with torch.no_grad():
+        for some, wanted in ((x, expected), (x[0], expected[0]), (x[None], expected[None]), (x[:0], expected[:0])):
+            torch.testing.assert_close(layer(some), wanted)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == dtype
+
+
 def test_a_zero_bottleneck_stays_finite_in_half_precision():
     head = DINOHead(8, 16, nlayers=1, bottleneck_dim=4).half()
     assert not head.embed(torch.zeros(2, 8, dtype=torch.half)).any()

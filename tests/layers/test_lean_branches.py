@@ -66,6 +66,30 @@ def test_outputs_and_gradients_are_those_of_the_modules(settings, rows, counted)
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_it_does_not_matter_how_many_samples_attend_at_a_time(at_once, monkeypatch):
+    block = make()
+    expected = outputs_and_gradients(block, lean=False)
+    n_weights = 3 * 4**2  # of a sample of the second batch, whose five are no multiple of two or three
+    monkeypatch.setattr("dinov2.layers.grouped_attention.CACHED_WEIGHTS", at_once * n_weights)
+    for ours, theirs in zip(outputs_and_gradients(block, lean=True), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+def test_an_earlier_output_outlives_the_memory_that_branches_share():
+    """Twice forward before backward, as gradient accumulation's features ahead, and a smaller batch in between."""
+    block = make()
+    x = torch.randn(N_TOKENS, 24)
+    expected = outputs_and_gradients(block, lean=True)
+    first = block(x, SHAPES)
+    kept = first.detach().clone()
+    block(x[:7], [(1, 7)]).sum().backward()
+    block(2 * x, SHAPES).sum().backward()
+    assert torch.equal(first, kept)
+    for ours, theirs in zip(outputs_and_gradients(block, lean=True), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_in_bfloat16_both_are_as_far_from_float32():
     block = make()
     exact = outputs_and_gradients(block, lean=False)

@@ -1,4 +1,8 @@
-"""Peak memory of this process, and what containers leave of a machine's."""
+"""Peak memory of this process, what malloc keeps, and what containers leave of a machine's."""
+
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -34,6 +38,31 @@ def test_the_peak_is_known_after_an_error():
     with pytest.raises(torch.OutOfMemoryError), peak:
         raise torch.OutOfMemoryError("made up")
     assert peak.bytes >= 10 * MIB
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
+def test_freed_memory_is_kept_until_it_is_trimmed():
+    script = """
+import resource
+import torch
+from dinov2.utils.memory import keep_freed_memory, resident_memory, trim_heap
+
+def page_faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+keep_freed_memory()  # for the whole process, so in one of its own
+torch.zeros(25_000_000)
+before = page_faults()
+for _ in range(5):
+    torch.zeros(25_000_000)
+faults, kept = page_faults() - before, resident_memory()
+trim_heap()
+print(faults, (kept - resident_memory()) // 2**20)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    faults, trimmed_mib = map(int, done.stdout.split())
+    assert faults < 1000  # 100 MB have 24,000 pages
+    assert trimmed_mib > 80
 
 
 def test_there_is_room_for_this_process_and_more():
