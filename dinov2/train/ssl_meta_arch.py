@@ -358,12 +358,14 @@ class SSLMetaArch(nn.Module):
         """The scalar to differentiate, and the terms as they are shown.
 
         Args:
+            targets: used up by this; their memory is free afterwards.
             others: [W*A - 1, 2, B, D] features of the rest of the batch, where a loss compares pictures.
         """
         total = outputs.global_cls_tokens.new_zeros((), dtype=torch.float32)
         shown: dict[str, Tensor] = {}
         weights = self.cfg.dino
         cross_entropy, cls_losses, patch_losses = self._cross_entropies(targets, outputs, images)
+        targets.cls = targets.patches = None
         total = total + cross_entropy
         if self.do_dino:
             n_global = len(outputs.global_cls_tokens)
@@ -428,6 +430,8 @@ class SSLMetaArch(nn.Module):
             )
             return total, losses[: len(cls_rows)], losses[len(cls_rows) :]
         total, patch_losses = self._scored("ibot_head", patch_rows, patch_targets, patch_weights, self.ibot_patch_loss)
+        patch_targets.clear()  # as large as all patches' logits: neither the other head nor backward is to wait with it
+        targets.patches = None
         cls_losses = patch_losses[:0]
         if self.do_dino:
             of_cls, cls_losses = self._scored("dino_head", cls_rows, cls_targets, cls_weights, self.dino_loss)
