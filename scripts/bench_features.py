@@ -6,12 +6,13 @@
 eager, all tokens through all blocks, attention written out on a CPU, PyTorch's own settings.
 
   network  a batch that is in memory already, as uint8 pixels; how near features come to those of plain fp32
-  files    pictures on disk to features.h5, every measurement in processes of its own; plain is a loader with one
+  files    pictures on disk to features.h5; plain is a loader with one
            worker, Pillow and torchvision's transforms, and a list of features. Time counts from when libraries and
            weights are loaded to when the file is there.
 
-All ways take turns; ratios are those of the medians, the range is over rounds. Weights are random with layer scale 1
-unless files are given, pictures are made up. Tables go to the terminal, all numbers to results.json in the folder.
+Each way has a process of its own, and all take turns; ratios are those of the medians, the range is over rounds.
+Weights are random with layer scale 1 unless files are given, pictures are made up. Tables go to the terminal, all
+numbers to results.json in the folder.
 """
 
 import argparse
@@ -22,14 +23,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from benchmarking import machine, ratio, take_turns
+from benchmarking import ProcessOfItsOwn, answer_questions, machine, ratio, take_turns
 from plain_vit import PlainViT
 from torch import Tensor
 
@@ -40,11 +43,12 @@ from dinov2.eval import embedding
 from dinov2.eval.embedding import Embedder, embed_images
 from dinov2.eval.encoders import DinoEncoder
 from dinov2.hub.backbones import load_backbone
-from dinov2.models import architecture, build_backbone, vision_transformer
+from dinov2.models import architecture, vision_transformer
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.cores import available_cores
 from dinov2.utils.files import atomic_write
 from dinov2.utils.matmul import fast_matmul_within
+from dinov2.utils.memory import keep_freed_memory
 
 ARCHS = {"Ti": "vit_tiny", "S": "vit_small", "B": "vit_base", "L": "vit_large"}
 REFERENCE = "plain fp32"
@@ -82,7 +86,8 @@ FILE_WAYS = [
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.child:
-        _measure_files(json.loads(args.child))
+        settings = json.loads(args.child)
+        (_serve_network if "way" in settings else _measure_files)(settings)
         return
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.threads:
@@ -136,26 +141,24 @@ def backbone(args: argparse.Namespace, arch: str) -> DinoVisionTransformer:
     return build(patch_size=14, img_size=args.image_size, init_values=1.0, block_chunks=0).eval()
 
 
+def save_backbone(args: argparse.Namespace, arch: str) -> Path:
+    """A file with the weights of `backbone`, for processes of their own."""
+    weights, model = args.folder / f"weights_{arch}.pth", backbone(args, arch)
+    with atomic_write(weights) as file:
+        torch.save({"model": model.state_dict(), "architecture": architecture(model)}, file)
+    return Path(weights)
+
+
 # --- the network alone ----------------------------------------------------------------------------------------------
 
 
 def network(args: argparse.Namespace, arch: str) -> tuple[dict[str, Any], list[str]]:
-    model = backbone(args, arch).to(args.device)
-    plain = PlainViT(model).eval()
-    images = made_up_pictures(args.batch, args.image_size).to(args.device)
-    computes = {way: _computes(way, model, plain, images) for way in args.ways}
-    features = {way: compute().float().cpu() for way, compute in computes.items()}
-
-    def runner(compute: Callable[[], Tensor]) -> Callable[[], None]:
-        def run() -> None:
-            for _ in range(args.batches):
-                compute()
-            if args.device.type == "cuda":
-                torch.cuda.synchronize(args.device)
-
-        return run
-
-    seconds = take_turns({way: runner(compute) for way, compute in computes.items()}, args.rounds, f"network {arch}")
+    weights = save_backbone(args, arch)
+    with ExitStack() as stack:
+        processes = {way: stack.enter_context(_process(args, way, weights)) for way in args.ways}
+        features = {way: torch.tensor(each.ask("features")) for way, each in processes.items()}
+        runs = {way: partial(each.ask, "run") for way, each in processes.items()}
+        seconds = take_turns(runs, args.rounds, f"network {arch}")
     found: dict[str, Any] = {"seconds": seconds, "n_pictures": args.batch * args.batches, "agreement": {}}
     if REFERENCE in features:
         wanted = features[REFERENCE]
@@ -163,9 +166,38 @@ def network(args: argparse.Namespace, arch: str) -> tuple[dict[str, Any], list[s
     return found, [f"ViT-{arch}/14, {args.image_size} px, batch {args.batch}:", "", *network_table(found)]
 
 
-def _computes(way: str, model: DinoVisionTransformer, plain: PlainViT, images: Tensor) -> Callable[[], Tensor]:
+def _process(args: argparse.Namespace, way: str, weights: Path) -> ProcessOfItsOwn:
+    settings = {
+        **{"way": way, "weights": str(weights), "device": str(args.device), "threads": args.threads},
+        **{"image_size": args.image_size, "batch": args.batch, "batches": args.batches},
+    }
+    return ProcessOfItsOwn([sys.executable, __file__, "--child", json.dumps(settings)])
+
+
+def _serve_network(settings: Mapping[str, Any]) -> None:
+    """The child's part: embed the same pictures when asked to."""
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+    device, way = torch.device(settings["device"]), settings["way"]
+    if way.startswith("ours") and device.type == "cpu":
+        keep_freed_memory()  # as the commands do
+    model = load_backbone(settings["weights"], settings["image_size"]).to(device)
+    images = made_up_pictures(settings["batch"], settings["image_size"]).to(device)
+    compute = _computes(way, model, images)
+
+    def run() -> None:
+        for _ in range(settings["batches"]):
+            compute()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    answer_questions({"run": run, "features": lambda: compute().float().cpu().tolist()})
+
+
+def _computes(way: str, model: DinoVisionTransformer, images: Tensor) -> Callable[[], Tensor]:
     precision: Any = way.split()[1]
     if way.startswith("plain"):
+        plain = PlainViT(model).eval()
 
         @torch.no_grad()
         def compute() -> Tensor:
@@ -178,16 +210,8 @@ def _computes(way: str, model: DinoVisionTransformer, plain: PlainViT, images: T
 
         return compute
     if way.endswith("compiled"):
-        model = backbone_copy(model)
         DinoEncoder(model, images.shape[-1]).compile()
     return lambda: embed_images(model, images, precision, fp32_matmul="exact" if way.endswith("exact") else "fast")
-
-
-def backbone_copy(model: DinoVisionTransformer) -> DinoVisionTransformer:
-    """Another network with the same weights: what is compiled stays so."""
-    copy = build_backbone(architecture(model)).to(model.pos_embed.device).eval()
-    copy.load_state_dict(model.state_dict())
-    return copy
 
 
 def _agreement(ours: Tensor, wanted: Tensor) -> dict[str, float]:
@@ -238,10 +262,7 @@ def made_up_pictures(n: int, size: int) -> Tensor:
 
 def files(args: argparse.Namespace, arch: str) -> tuple[dict[str, Any], list[str]]:
     pictures = args.pictures or draw_pictures(args)
-    weights = args.folder / f"weights_{arch}.pth"
-    model = backbone(args, arch)
-    with atomic_write(weights) as file:
-        torch.save({"model": model.state_dict(), "architecture": architecture(model)}, file)
+    weights = save_backbone(args, arch)
     n_devices = torch.cuda.device_count() if args.device.type == "cuda" else available_cores()
     ways = [way for way in FILE_WAYS if way.n_processes <= max(1, n_devices)]
     said: dict[str, list[dict[str, float]]] = {way.name: [] for way in ways}
@@ -286,6 +307,8 @@ def _measure_files(settings: Mapping[str, Any]) -> None:
     if launch is not None:
         device = torch.device("cuda", launch.local_rank) if device.type == "cuda" else device
         distributed.enable(launch, device, timeout_seconds=600.0)
+    if settings["is_ours"] and device.type == "cpu":
+        keep_freed_memory()  # as the commands do
     cells = _first_cells(Path(settings["pictures"]), settings["n_pictures"])
     embed = (_ours_from_files if settings["is_ours"] else _plain_from_files)(settings, cells, device)
     distributed.on_main_process(lambda: None)  # all of them are ready

@@ -29,12 +29,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmarking import machine, ratio, resident_mib, take_turns
+from benchmarking import ProcessOfItsOwn, answer_questions, machine, ratio, resident_mib, take_turns
 from step_setup import TEACHER_TEMP, OurStep, UpstreamsStep, build_model, made_up_batch, recipe
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -181,63 +182,44 @@ def speed(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         del made
         gc.collect()
     with ExitStack() as stack:
-        steppers = {way.name: stack.enter_context(Stepper(way, overrides, args)) for way in ways}
-        seconds = take_turns({name: stepper.step for name, stepper in steppers.items()}, args.rounds, "speed")
+        steppers = {way.name: stack.enter_context(stepper(way, overrides, args)) for way in ways}
+        takes = {name: partial(each.ask, "step") for name, each in steppers.items()}
+        seconds = take_turns(takes, args.rounds, "speed")
         found: dict[str, Any] = {"batch": args.batch, "arch": args.arch, "agreement": agreement}
         found["ways"] = {name: {"seconds": seconds[name], **each.ask("rate")} for name, each in steppers.items()}
         found["split"] = {way.name: steppers[way.name].ask("split") for way in ways if way.is_ours}
     return found, [*speed_table(found), "", *split_table(found["split"]), "", *agreement_table(agreement)]
 
 
-class Stepper:
-    """Takes steps of one way when asked, in a process of its own: how one treats memory is no other's concern."""
-
-    def __init__(self, way: Way, overrides: Sequence[str], args: argparse.Namespace) -> None:
-        task = {
-            **{"serves": True, "way": way.name, "overrides": [*overrides], "device": str(args.device)},
-            **{"plain_attention": args.plain_attention, "threads": args.threads, "rounds": args.rounds},
-        }
-        command = [sys.executable, __file__, "--child", json.dumps(task)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __enter__(self) -> "Stepper":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.communicate()  # the end of its input ends it
-
-    def step(self) -> None:
-        self.ask("step")
-
-    def ask(self, what: str) -> Any:
-        """What `serve` answers."""
-        assert self.process.stdin is not None, "opened with pipes"
-        assert self.process.stdout is not None, "opened with pipes"
-        self.process.stdin.write(f"{what}\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"a process that takes steps ended with {self.process.wait()}; its error stands above")
-        return json.loads(answer)
+def stepper(way: Way, overrides: Sequence[str], args: argparse.Namespace) -> ProcessOfItsOwn:
+    """Takes steps of one way when asked."""
+    task = {
+        **{"serves": True, "way": way.name, "overrides": [*overrides], "device": str(args.device)},
+        **{"plain_attention": args.plain_attention, "threads": args.threads, "rounds": args.rounds},
+    }
+    return ProcessOfItsOwn([sys.executable, __file__, "--child", json.dumps(task)])
 
 
 def serve(task: Mapping[str, Any]) -> None:
-    """Answer each line of the input with a line: `step` takes a step, `split` and `rate` tell about steps."""
+    """Take a step when asked to, and tell about steps."""
     if task["threads"]:
         torch.set_num_threads(task["threads"])
     way, device = Way(task["way"]), torch.device(task["device"])
-    if way.is_ours and device.type == "cpu":
-        keep_freed_memory()  # as train.py does
+    settle(way, device)
     step, images, flops = make_step(way, device, task["overrides"], task["plain_attention"])
-    for line in sys.stdin:
-        answer: Any = None
-        if line.strip() == "step":
-            finished(lambda: step(images), device)
-        elif line.strip() == "split":
-            answer = split_of(step, images, device, max(1, task["rounds"] // 2))
-        else:
-            answer = {"flops": flops, "matmul_rate": matmul_rate(way, device)}
-        print(json.dumps(answer), flush=True)
+    answer_questions(
+        {
+            "step": lambda: finished(lambda: step(images), device),
+            "split": lambda: split_of(step, images, device, max(1, task["rounds"] // 2)),
+            "rate": lambda: {"flops": flops, "matmul_rate": matmul_rate(way, device)},
+        }
+    )
+
+
+def settle(way: Way, device: torch.device) -> None:
+    """What train.py sets for its process before a step, besides the path of matrix products."""
+    if way.is_ours and device.type == "cpu":
+        keep_freed_memory()
 
 
 def split_of(
@@ -343,8 +325,7 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(task["threads"])
     way, device = Way(task["way"]), torch.device(task["device"])
     at_start = resident_mib()
-    if way.is_ours and device.type == "cpu":
-        keep_freed_memory()  # as train.py does
+    settle(way, device)
     step, images, flops = make_step(way, device, task["overrides"], task["plain_attention"])
     gc.collect()
     seconds: list[float] = []

@@ -1,12 +1,15 @@
-"""What the benchmarks in this folder share: turns, ratios, and the name of the machine."""
+"""What the benchmarks in this folder share: turns, processes of their own, ratios, and the name of the machine."""
 
 import importlib.metadata
+import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def take_turns(ways: Mapping[str, Callable[[], object]], rounds: int, what: str = "") -> dict[str, list[float]]:
@@ -25,6 +28,43 @@ def take_turns(ways: Mapping[str, Callable[[], object]], rounds: int, what: str 
         left = (time.monotonic() - started) / (number + 2) * (rounds - number - 1)
         print(f"{what}: round {max(number + 1, 0)} of {rounds}, {left:.0f} s to go", file=sys.stderr)
     return seconds
+
+
+class ProcessOfItsOwn:
+    """Does what it is asked for, by `answer_questions`: how one way treats memory is no other's concern."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> "ProcessOfItsOwn":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.communicate()  # the end of its input ends it
+
+    def ask(self, what: str) -> Any:
+        """Its answer.
+
+        Raises:
+            RuntimeError: if it ended instead.
+        """
+        assert self.process.stdin is not None, "opened with pipes"
+        assert self.process.stdout is not None, "opened with pipes"
+        try:
+            self.process.stdin.write(f"{what}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # nor will it answer
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"a process ended with {self.process.wait()} when asked; its error stands above")
+        return json.loads(answer)
+
+
+def answer_questions(answers: Mapping[str, Callable[[], Any]]) -> None:
+    """Answer each line of the input with a line of JSON, until the input ends."""
+    for line in sys.stdin:
+        print(json.dumps(answers[line.strip()]()), flush=True)
 
 
 def ratio(slow: Sequence[float], fast: Sequence[float]) -> tuple[float, float, float]:

@@ -48,9 +48,9 @@ Fp32Matmul = Literal["fast", "exact"]
 SECONDS_BETWEEN_REPORTS = 10.0
 N_EXAMPLES = 5
 DEFAULT_IMAGE_SIZE = 224
-# A CPU takes a batch in pieces of about these many pictures for each of its threads, and at least the second number:
-# what a layer writes is then still in its cache when the next one reads it (docs/benchmarks/features.md)
-PICTURES_PER_THREAD, LEAST_PICTURES_AT_ONCE = 4, 8
+# A CPU takes a batch in pieces of so many pictures for each of its threads: what a layer writes is then still in its
+# cache when the next one reads it (docs/benchmarks/features.md)
+PICTURES_PER_THREAD = 8
 N_BATCHES_AHEAD = 2  # that wait decoded, and features of as many on their way back from a GPU
 N_COMPARED = 8  # pictures whose bf16 features are held against fp32
 BF16_COSINE = 0.999
@@ -87,7 +87,7 @@ def embed_images(
 def _embed(encoder: Encoder, images: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
     if images.device.type != "cpu":
         return encoder.embed(images, kinds)
-    size = max(LEAST_PICTURES_AT_ONCE, PICTURES_PER_THREAD * torch.get_num_threads())
+    size = PICTURES_PER_THREAD * torch.get_num_threads()
     pieces = [encoder.embed(piece, kinds) for piece in images.split(size)]
     if len(pieces) == 1:
         return pieces[0]

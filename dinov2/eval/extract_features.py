@@ -25,6 +25,7 @@ from dinov2.eval.patient_files import extract_patient_files
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
 from dinov2.utils.cores import available_cores
+from dinov2.utils.memory import keep_freed_memory
 
 logger = logging.getLogger("dinov2")
 
@@ -111,7 +112,7 @@ def has_embedder(args: argparse.Namespace) -> bool:
 
 
 def embedder_from(args: argparse.Namespace, launch: Launch | None = None) -> Embedder:
-    """What `add_embedder_arguments` describes.
+    """What `add_embedder_arguments` describes; on a CPU, this process keeps memory for it from now on.
 
     Args:
         args: with a network named (`has_embedder`).
@@ -120,11 +121,14 @@ def embedder_from(args: argparse.Namespace, launch: Launch | None = None) -> Emb
     Raises:
         ValueError, FileNotFoundError, ConnectionError: as `device_of` and `Embedder`.
     """
+    device = device_of(args, launch)
+    if device == "cpu":
+        keep_freed_memory()
     return Embedder(
         args.checkpoint,
         image_size=args.image_size,
         precision=args.precision,
-        device=device_of(args, launch),
+        device=device,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         kinds=args.kinds,

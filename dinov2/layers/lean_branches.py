@@ -16,6 +16,7 @@ Dimension key:  T all tokens of several batches, B samples, N tokens of a sample
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class _AttentionBranch(torch.autograd.Function):
     ) -> Tensor:
         normed, mean, rstd = _norm(x, norm_weight, norm_bias, eps, dtype)
         w_qkv = qkv_weight.to(dtype)
-        qkv = F.linear(normed, w_qkv, _to(qkv_bias, dtype))  # [T, 3 D]
+        qkv = _widen(normed, w_qkv, _to(qkv_bias, dtype))  # [T, 3 D]
         attended = attend(qkv, shapes, n_heads)  # [T, D]
         w_proj, b_proj = _scaled(proj_weight, proj_bias, gamma, dtype)
         if rows is not None:
@@ -153,7 +154,7 @@ class _FfnBranch(torch.autograd.Function):
     ) -> Tensor:
         normed, mean, rstd = _norm(x, norm_weight, norm_bias, eps, dtype)
         w1 = fc1_weight.to(dtype)
-        hidden = F.linear(normed, w1, _to(fc1_bias, dtype))  # [T, 4 D]
+        hidden = _widen(normed, w1, _to(fc1_bias, dtype))  # [T, 4 D]
         w2, b2 = _scaled(fc2_weight, fc2_bias, gamma, dtype)
         activated = torch.ops.aten.gelu.out(hidden, out=scratch_like(hidden))
         out = F.linear(activated, w2, b2).to(x.dtype)
@@ -180,6 +181,23 @@ class _FfnBranch(torch.autograd.Function):
             d_bias = _sum_of_tokens(d_hidden)
         d_norm = _norm_backward(d_hidden @ w1, x, mean, rstd, norm_weight, norm_bias, gradient, needs[:3])
         return (*d_norm, d_weight, d_bias, *d_fc2, None, None)
+
+
+def _widen(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b with more outputs than inputs, by oneDNN's own linear map where there is one: it adds the bias as a
+    product leaves the registers, where F.linear writes it to all tokens first and reads it again."""
+    if _has_own_linear(x.dtype) and not (
+        x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    ):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], None)
+    return F.linear(x, weight, bias)
+
+
+@cache
+def _has_own_linear(dtype: torch.dtype) -> bool:
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -6,6 +6,7 @@ import torch
 from dinov2.layers import Block, LayerNorm, SwiGLUFFN
 from dinov2.layers import block as block_module
 from dinov2.layers.block import pack
+from dinov2.utils.matmul import fast_matmul_within
 
 SHAPES = [(3, 7), (5, 4)]
 N_TOKENS = sum(n_samples * n_tokens for n_samples, n_tokens in SHAPES)
@@ -88,6 +89,21 @@ def test_an_earlier_output_outlives_the_memory_that_branches_share():
     assert torch.equal(first, kept)
     for ours, theirs in zip(outputs_and_gradients(block, lean=True), expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("has_own", [True, False], ids=["oneDNN's linear map", "F.linear"])
+def test_the_fast_path_of_products_is_as_exact(has_own, monkeypatch):
+    if not has_own:
+        monkeypatch.setattr("dinov2.layers.lean_branches._has_own_linear", lambda dtype: False)
+    for settings in ({}, {"qkv_bias": False, "ffn_bias": False}):
+        block = make(**settings)
+        expected = outputs_and_gradients(block, lean=False)
+        with fast_matmul_within(True) as is_fast:
+            if not is_fast:
+                pytest.skip("the fast path of this processor rounds")
+            found = outputs_and_gradients(block, lean=True)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
 
 
 def test_in_bfloat16_both_are_as_far_from_float32():
