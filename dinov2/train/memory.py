@@ -359,11 +359,12 @@ def estimate_memory_gib(cfg: Any, model: SSLMetaArch) -> float:
         min(cls_rows, _STUDENT_ROWS) * cfg.dino.head_n_prototypes * model.do_dino,
         min(patch_rows, _STUDENT_ROWS) * patch_prototypes,
     )
-    # The peak is where backward begins, with the gradients of the heads alone, or where it ends, with all of them
-    begins = activations + 4 * (chunk + n_learned - learned["backbone"])
+    # The peak is before backward begins, with targets and the gradients of the heads alone, or where it ends, with all
+    # gradients
+    begins = activations + 4 * (targets + chunk + n_learned - learned["backbone"])
     ends = 4 * n_learned
     base = _LIBRARIES if device_type == "cpu" else 0
-    return (base + always + 4 * targets + max(begins, ends)) / 2**30
+    return (base + always + max(begins, ends)) / 2**30
 
 
 def _held(parameters: Iterable[Tensor]) -> int:
