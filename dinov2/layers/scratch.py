@@ -26,5 +26,6 @@ def scratch_like(tensor: Tensor) -> Tensor:
     n_elements = math.prod(tensor.shape)
     held = _HELD.by_type.get(tensor.dtype)
     if held is None or len(held) < n_elements:
-        held = _HELD.by_type[tensor.dtype] = tensor.new_empty(n_elements)
+        with torch.inference_mode(False):  # or nothing outside that mode could write to it
+            held = _HELD.by_type[tensor.dtype] = torch.empty(n_elements, dtype=tensor.dtype)
     return held[:n_elements].view(tensor.shape)

@@ -1,11 +1,14 @@
 """The lean branches against the modules that they stand for."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from dinov2.layers import Block, LayerNorm, SwiGLUFFN
 from dinov2.layers import block as block_module
 from dinov2.layers.block import pack
+from dinov2.layers.scratch import _Held, scratch_like
 from dinov2.utils.matmul import fast_matmul_within
 
 SHAPES = [(3, 7), (5, 4)]
@@ -104,6 +107,23 @@ def test_the_fast_path_of_products_is_as_exact(has_own, monkeypatch):
             found = outputs_and_gradients(block, lean=True)
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+def test_memory_first_taken_in_inference_mode_serves_training_too(monkeypatch):
+    monkeypatch.setattr("dinov2.layers.scratch._HELD", _Held())
+    block = make()
+    with torch.inference_mode():
+        block(torch.randn(N_TOKENS, 24), SHAPES)
+    outputs_and_gradients(block, lean=True)
+    with torch.inference_mode():
+        block(torch.randn(N_TOKENS, 24), SHAPES)
+
+
+def test_each_thread_has_memory_of_its_own():
+    here = scratch_like(torch.empty(4))
+    with ThreadPoolExecutor(1) as pool:
+        there = pool.submit(scratch_like, torch.empty(4)).result()
+    assert here.data_ptr() == scratch_like(torch.empty(2, 2)).data_ptr() != there.data_ptr()
 
 
 def test_in_bfloat16_both_are_as_far_from_float32():
