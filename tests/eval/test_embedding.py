@@ -180,7 +180,7 @@ def test_a_cpu_takes_large_batches_in_pieces(precision, backbone, monkeypatch):
         torch.testing.assert_close(found, alone, rtol=0, atol=1e-2 if precision == "bf16" else 1e-3)
     assert seen == [8, 8, 5, *[1] * 21] * 2
     seen.clear()
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     embed_images(backbone, images, precision)
     assert seen == [16, 5]
 
