@@ -115,6 +115,10 @@ def test_balanced_targets_are_sinkhorns_whatever_the_cutting(cut):
     # prototypes that one row has for itself are equally much its own: their order is one of rounding
     chosen = expected.gather(1, targets.choices().unsqueeze(1)).squeeze(1)
     torch.testing.assert_close(chosen, expected.amax(dim=1), atol=0, rtol=1e-5)
+    first, second = expected.topk(2, dim=1).values.T
+    is_clear = first > 1.0001 * second
+    assert is_clear.sum() > N_ROWS // 2
+    assert torch.equal(targets.choices()[is_clear], expected.argmax(dim=1)[is_clear])
     torch.testing.assert_close(targets[3:7].dense().double(), expected[3:7] * N_ROWS, atol=1e-6, rtol=1e-4)
 
 
