@@ -4,17 +4,10 @@ Dimension key:  N tokens, D embedding dim, d bottleneck dim, K prototypes
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-Result = TypeVar("Result")
-
-# Prototypes, and rows of tokens, that a CPU multiplies at a time: both and what they make fit its caches
-PIECE, PIECE_ROWS = 4096, 256
 
 
 class WeightNormLinear(nn.Module):
@@ -36,26 +29,14 @@ class WeightNormLinear(nn.Module):
         nn.init.uniform_(self.weight_v, -bound, bound)
 
     def weight(self) -> Tensor:
-        """W, [K, d], in float32 also where sharding gathers half-precision weights: a rounded length shifts a whole
-        prototype, and the temperature magnifies it."""
-        return torch._weight_norm(self.weight_v.float(), self.weight_g.float(), 0)
+        """Compute W [K, d] in float32, also where sharding gathers half-precision weights: a rounded length shifts a
+        whole prototype, and the temperature magnifies it."""
+        with torch.autocast(self.weight_v.device.type, enabled=False):
+            return F.normalize(self.weight_v.float(), dim=1) * self.weight_g.float()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] to [..., K]."""
-        if x.device.type == "cpu" and not torch.is_grad_enabled():
-            return self._by_pieces(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         return F.linear(x, self.weight().to(x.dtype))
-
-    def _by_pieces(self, x: Tensor) -> Tensor:
-        """[N, d] to [N, K], with some of W in the processor's cache at a time: it is never whole."""
-        logits = x.new_empty(len(x), self.out_features)
-        with torch.autocast("cpu", enabled=False):
-            for start in range(0, self.out_features, PIECE):
-                some = slice(start, start + PIECE)
-                w = torch._weight_norm(self.weight_v[some].float(), self.weight_g[some].float(), 0).to(x.dtype)
-                for rows, of_rows in zip(x.split(PIECE_ROWS), logits[:, some].split(PIECE_ROWS), strict=True):
-                    torch.mm(rows, w.T, out=of_rows)
-        return logits
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -93,28 +74,20 @@ class DINOHead(nn.Module):
                     nn.init.zeros_(module.bias)
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
 
-    def embed(self, x: Tensor) -> Tensor:
-        """The bottleneck's unit vectors: [N, D] to [N, d]."""
-        x = self.mlp(x)
-        # 1e-12 is 0 in float16, where a zero vector would become NaN
-        return F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
+    def forward(self, x: Tensor, with_logits: bool = True) -> Tensor | tuple[Tensor, Tensor]:
+        """Compute logits [N, K] of tokens [N, D].
 
-    @overload
-    def forward(self, x: Tensor) -> Tensor: ...
-
-    @overload
-    def forward(self, x: Tensor, score: Callable[[Tensor, Tensor, Tensor], Result]) -> Result: ...
-
-    def forward(self, x: Tensor, score: Callable[[Tensor, Tensor, Tensor], Any] | None = None) -> Any:
-        """Logits: [N, D] to [N, K]; or what `score` makes without them of unit vectors [N, d] and of the prototypes'
-        directions [K, d] and lengths [K, 1].
-
-        A loss is to be worked out here, not outside: sharded prototypes are whole only within this call.
+        Args:
+            x: [N, D].
+            with_logits: False for what the logits are made of, embeddings [N, d] (unit vectors) and prototypes [K, d],
+                for a loss that computes them in chunks. Sharded prototypes are whole only within this call.
         """
-        embedding = self.embed(x)
-        if score is None:
+        x = self.mlp(x)
+        # in float32, and back, as the products with the prototypes are to run in the type of the head
+        embedding = F.normalize(x.float(), dim=-1).to(x.dtype)
+        if with_logits:
             return self.last_layer(embedding)
-        return score(embedding, self.last_layer.weight_v, self.last_layer.weight_g)
+        return embedding, self.last_layer.weight()
 
 
 def _build_mlp(

@@ -4,8 +4,6 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from .lean_branches import has_hooks
-
 
 class Mlp(nn.Module):
     """fc2(act(fc1(x))), token by token.
@@ -38,15 +36,3 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether this is two linear layers around the exact GELU, with nothing that listens or drops."""
-        return (
-            type(self.fc1) is nn.Linear
-            and type(self.fc2) is nn.Linear
-            and type(self.act) is nn.GELU
-            and self.act.approximate == "none"
-            and not (self.training and self.drop.p > 0)
-            and not any(has_hooks(module) for module in (self.fc1, self.act, self.fc2))
-        )

@@ -19,7 +19,7 @@ class PatchEmbed(nn.Module):
     """One linear map of each non-overlapping patch, written as a convolution whose stride is its kernel size.
 
     Args:
-        img_size: pixels of the pictures that the position embedding is made for, one number or (height, width).
+        img_size: pixels of the images that the position embedding is made for, one number or (height, width).
         patch_size: pixels of a patch, one number or (height, width).
         in_chans: channels C.
         embed_dim: D.
@@ -51,11 +51,11 @@ class PatchEmbed(nn.Module):
         self.norm = norm_layer(embed_dim) if norm_layer is not None else nn.Identity()
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches in a picture of `height` x `width` pixels; ValueError if they don't fit."""
+        """Rows and columns of patches in a image of `height` x `width` pixels; ValueError if they don't fit."""
         rows, cols = height // self.patch_size[0], width // self.patch_size[1]
         if rows * self.patch_size[0] != height or cols * self.patch_size[1] != width or not rows * cols:
             raise ValueError(
-                f"picture size: {height} x {width} px (height x width) can't be cut into patches of "
+                f"image size: {height} x {width} px (height x width) can't be cut into patches of "
                 f"{self.patch_size[0]} x {self.patch_size[1]} px; resize or crop it to a multiple of the patch size"
             )
         return rows, cols

@@ -3,7 +3,6 @@
 from dinov2.loss.dino_clstoken_loss import DINOLoss
 from dinov2.loss.ibot_patch_loss import iBOTPatchLoss
 from dinov2.loss.koleo_loss import KoLeoLoss
-from dinov2.loss.prototype_loss import Targets, prototype_cross_entropy
 from dinov2.loss.smooth_rank_loss import smooth_rank_loss
 
-__all__ = ["DINOLoss", "KoLeoLoss", "Targets", "iBOTPatchLoss", "prototype_cross_entropy", "smooth_rank_loss"]
+__all__ = ["DINOLoss", "KoLeoLoss", "iBOTPatchLoss", "smooth_rank_loss"]

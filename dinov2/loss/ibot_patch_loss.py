@@ -1,6 +1,7 @@
 """iBOT loss between masked patch tokens (Zhou et al. 2021, arXiv 2111.07832), as DINOv2 scales it.
 
-Dimension key:  C crops in the batch (2B), P patches per crop, M masked patches in the batch, K prototypes
+Dimension key:  C crops in the batch (2B), P patches per crop, M masked patches in the batch, K prototypes,
+                d bottleneck dim
 """
 
 import torch
@@ -8,50 +9,51 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dinov2.distributed import is_enabled
-from dinov2.loss.prototype_loss import Targets
-from dinov2.loss.teacher_targets import TeacherCenter, balance_, similarity
+from dinov2.loss.prototype_cross_entropy import prototype_cross_entropy
+from dinov2.loss.sinkhorn import TeacherCenter, sinkhorn_knopp
 
 
 class iBOTPatchLoss(TeacherCenter):
-    """Cross-entropy of student predictions at masked patches against the teacher's view of the same patches."""
+    """Cross-entropy of student predictions at masked patches against the teacher's view of the same patches.
 
-    def __init__(self, patch_out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9) -> None:
+    Args:
+        patch_out_dim: K.
+        student_temp: temperature of the predictions.
+        center_momentum: momentum of the moving center of teacher logits.
+        compiled: fuse the loss by torch.compile (for CUDA).
+    """
+
+    def __init__(
+        self, patch_out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9, compiled: bool = False
+    ) -> None:
         super().__init__((1, 1, patch_out_dim), center_momentum)
         self.student_temp = student_temp
+        self.compiled = compiled
 
     @torch.no_grad()
     def sinkhorn_knopp_teacher(
         self, teacher_output: Tensor, teacher_temp: float, n_masked_patches_tensor: Tensor, n_iterations: int = 3
     ) -> Tensor:
-        """Balanced assignments [M, K] of teacher logits [M, K] at the masked patches.
+        """Balance teacher logits [M, K] at the masked patches into assignments [M, K].
 
         Args:
             n_masked_patches_tensor: [1] int, M of this process; processes mask different numbers of patches.
         """
-        logits = teacher_output.float().clone()
-        return self.balance_teacher_(logits, teacher_temp, n_masked_patches_tensor, n_iterations).dense()
-
-    @torch.no_grad()
-    def balance_teacher_(
-        self, teacher_output: Tensor, teacher_temp: float, n_masked_patches_tensor: Tensor, n_iterations: int = 3
-    ) -> Targets:
-        """`sinkhorn_knopp_teacher` in the place of the logits and not written out."""
         n_rows_global = n_masked_patches_tensor.float()
         if is_enabled():
             dist.all_reduce(n_rows_global)
-        return balance_(teacher_output, teacher_temp, n_rows_global, n_iterations)
+        return sinkhorn_knopp(teacher_output, teacher_temp, n_rows_global, n_iterations)
 
     def forward(self, student_patch_tokens: Tensor, teacher_patch_tokens: Tensor, student_masks_flat: Tensor) -> Tensor:
-        """Mean over crops of the mean cross-entropy over each crop's masked patches.
+        """Average over crops the mean cross-entropy over each crop's masked patches.
 
         Args:
             student_patch_tokens: [C, P, K] logits.
             teacher_patch_tokens: [C, P, K] targets.
             student_masks_flat: [C, P] bool, True where the student saw the mask token.
         """
-        cross_entropy = -similarity(student_patch_tokens, teacher_patch_tokens, self.student_temp)  # [C, P]
-        masks = student_masks_flat.float()
-        return ((cross_entropy * masks).sum(dim=-1) / masks.sum(dim=-1).clamp(min=1.0)).mean()
+        masks = student_masks_flat
+        return self.forward_masked(student_patch_tokens[masks], teacher_patch_tokens[masks], masks)
 
     def forward_masked(
         self,
@@ -60,15 +62,17 @@ class iBOTPatchLoss(TeacherCenter):
         student_masks_flat: Tensor,
         n_masked_patches: int | None = None,
         masks_weight: Tensor | None = None,
+        prototypes: Tensor | None = None,
     ) -> Tensor:
-        """The same from the masked patches alone, in the order in which they stand in the flattened masks.
+        """Compute the same from the masked patches alone, in the order in which they stand in the flattened masks.
 
         Args:
-            student_patch_tokens_masked: [M, K] logits.
+            student_patch_tokens_masked: [M, K] logits; or, with `prototypes`, embeddings [M, d] of the head.
             teacher_patch_tokens_masked: [M, K] targets.
             student_masks_flat: [C, P] bool; crops without a mask count in C.
             n_masked_patches: M, where the tensors carry padding rows behind it.
-            masks_weight: [M] one over the number of masked patches of the patch's crop; worked out if not given.
+            masks_weight: [M] one over the number of masked patches of the patch's crop; computed if not given.
+            prototypes: [K, d], the weight of the head's last layer.
 
         Returns:
             scalar: -1/C sum_m w_m sum_k t_mk log softmax(s_m / student_temp)_k
@@ -76,10 +80,15 @@ class iBOTPatchLoss(TeacherCenter):
         if masks_weight is None:
             per_crop = (1.0 / student_masks_flat.sum(dim=-1).clamp(min=1.0)).unsqueeze(-1)
             masks_weight = per_crop.expand_as(student_masks_flat)[student_masks_flat]  # [M]
-        agreement = similarity(student_patch_tokens_masked, teacher_patch_tokens_masked, self.student_temp)  # [M]
-        if n_masked_patches is not None:
-            agreement = agreement[:n_masked_patches]
-        return -(agreement * masks_weight).sum() / student_masks_flat.shape[0]
+        n_crops, rows = student_masks_flat.shape[0], slice(n_masked_patches)
+        return prototype_cross_entropy(
+            student_patch_tokens_masked[rows],
+            teacher_patch_tokens_masked[rows],
+            masks_weight / n_crops,
+            self.student_temp,
+            prototypes,
+            self.compiled,
+        )
 
     @torch.no_grad()
     def update_center(self, teacher_patch_tokens: Tensor) -> None:

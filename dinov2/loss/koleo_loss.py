@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # DinoBloom's value; DINOv2 has 1e-8. The distance between two identical features is eps * sqrt(D), so this
-# bounds how hard a duplicate picture in the batch pushes.
+# bounds how hard a duplicate image in the batch pushes.
 PAIRWISE_EPS = 1e-4
 
 
@@ -26,7 +26,7 @@ class KoLeoLoss(nn.Module):
         """Loss of features [B, D]; B must be at least 2, since a lone feature has no neighbour."""
         if student_output.shape[0] < 2:
             raise ValueError(
-                f"KoLeo needs two pictures per view to have neighbours, found {student_output.shape[0]}; "
+                f"KoLeo needs two images per view to have neighbours, found {student_output.shape[0]}; "
                 "raise train.batch_size_per_gpu or set dino.koleo_loss_weight=0"
             )
         with torch.autocast(student_output.device.type, enabled=False):

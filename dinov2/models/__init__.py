@@ -158,7 +158,7 @@ def build_model_from_cfg(cfg: Any, only_teacher: Literal[True]) -> tuple[DinoVis
 
 
 def build_model_from_cfg(cfg: Any, only_teacher: bool = False) -> Any:
-    """build_model of a whole config: section `student`, and `crops.global_crops_size` for the picture size."""
+    """build_model of a whole config: section `student`, and `crops.global_crops_size` for the image size."""
     img_size = cfg.crops.global_crops_size
     if only_teacher:
         return build_model(cfg.student, only_teacher=True, img_size=img_size)

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2.layers import LayerNorm, Mlp, NestedTensorBlock, PatchEmbed, SwiGLUFFNFused
-from dinov2.layers.block import Shapes, pack, unpack
+from dinov2.layers import Block, LayerNorm, Mlp, NestedTensorBlock, PatchEmbed, SwiGLUFFNFused
 
 
 def _no_ffn(**_: Any) -> nn.Module:
@@ -35,23 +34,18 @@ FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
 class BlockChunk(nn.ModuleList):
     """Consecutive blocks as one module; leading identities keep each block's number within the whole network."""
 
-    def forward(self, x: Any, shapes: Shapes | None = None, rows: Tensor | None = None) -> Any:
-        """Through all of them; with `rows`, the last one gives those tokens alone."""
-        if isinstance(x, list):
-            for block in self:
-                x = block(x)
-            return x
-        *others, last = (block for block in self if not isinstance(block, nn.Identity))
-        for block in others:
-            x = block(x, shapes)
-        return last(x, shapes, rows)
+    def forward(self, x: Any) -> Any:
+        """Apply the blocks in order to one tensor, or to a list of tensors."""
+        for block in self:
+            x = block(x)
+        return x
 
 
 class DinoVisionTransformer(nn.Module):
     """ViT whose CLS token and patch tokens are both features.
 
     Args:
-        img_size: pixels of the pictures that `pos_embed` is made for, one number or (height, width); others are
+        img_size: pixels of the images that `pos_embed` is made for, one number or (height, width); others are
             served by interpolation.
         patch_size: pixels of a patch.
         in_chans: C.
@@ -171,11 +165,11 @@ class DinoVisionTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
-        """Position embedding for pictures of another size than `img_size`.
+        """Position embedding for images of another size than `img_size`.
 
         Args:
             x: [B, 1 + P, D], tells the dtype.
-            w, h: the pictures' first and second spatial size in pixels: upstream's names, though w is the height.
+            w, h: the images' first and second spatial size in pixels: upstream's names, though w is the height.
 
         Returns:
             [1, 1 + P, D]: bicubic, computed in float32 and given in x's dtype; `pos_embed` itself where it fits.
@@ -196,7 +190,7 @@ class DinoVisionTransformer(nn.Module):
         """The first block's input.
 
         Args:
-            x: [B, C, H, W] normalised pictures.
+            x: [B, C, H, W] normalised images.
             masks: [B, P] bool, True where the mask token stands in for the patch; None for no mask.
 
         Returns:
@@ -217,90 +211,37 @@ class DinoVisionTransformer(nn.Module):
         return torch.cat(tokens, dim=1)  # [B, N, D]
 
     def forward_features_list(
-        self,
-        x_list: list[Tensor],
-        masks_list: Sequence[Tensor | None] | None = None,
-        patch_indices_list: Sequence[Tensor | None] | None = None,
+        self, x_list: list[Tensor], masks_list: Sequence[Tensor | None] | None = None
     ) -> list[dict[str, Any]]:
-        """forward_features of several batches whose pictures may differ in size, in one pass through the blocks."""
-        nones = [None] * len(x_list)
-        masks_list, patch_indices_list = masks_list or nones, patch_indices_list or nones
+        """Compute forward_features of several batches whose images may differ in size; each block is called once."""
+        masks_list = masks_list or [None] * len(x_list)
         tokens = [self.prepare_tokens_with_masks(x, masks) for x, masks in zip(x_list, masks_list, strict=True)]
-        packed, shapes = pack(tokens)
-        wanted = None
-        if any(indices is not None for indices in patch_indices_list):
-            wanted = [
-                self._rows(shape, indices, packed.device)
-                for shape, indices in zip(shapes, patch_indices_list, strict=True)
-            ]
-        packed = self._through_blocks(packed, shapes, _in_packed(wanted, shapes))
-        if wanted is None:
-            return [self._features(x, masks) for x, masks in zip(unpack(packed, shapes), masks_list, strict=True)]
-        parts = packed.split([len(rows) for rows in wanted])
-        return [
-            self._chosen_features(part, shape, indices, masks)
-            for part, shape, indices, masks in zip(parts, shapes, patch_indices_list, masks_list, strict=True)
-        ]
+        for block in self.blocks:
+            tokens = block(tokens)
+        return [self._features(x, masks) for x, masks in zip(tokens, masks_list, strict=True)]
+
+    @overload
+    def forward_features(self, x: Tensor, masks: Tensor | None = None) -> dict[str, Any]: ...
 
     @overload
     def forward_features(
-        self, x: Tensor, masks: Tensor | None = None, patch_indices: Tensor | None = None
-    ) -> dict[str, Any]: ...
-
-    @overload
-    def forward_features(
-        self,
-        x: list[Tensor],
-        masks: Sequence[Tensor | None] | None = None,
-        patch_indices: Sequence[Tensor | None] | None = None,
+        self, x: list[Tensor], masks: Sequence[Tensor | None] | None = None
     ) -> list[dict[str, Any]]: ...
 
-    def forward_features(self, x: Any, masks: Any = None, patch_indices: Any = None) -> Any:
-        """Features of pictures.
+    def forward_features(self, x: Any, masks: Any = None) -> Any:
+        """Compute the features of images.
 
         Args:
-            x: [B, C, H, W] normalised pictures, or a list of such.
-            masks: [B, P] bool or None; a list of them for a list of pictures.
-            patch_indices: int64 [M] into the B * P patches, or None; a list of them for a list of pictures. Given, only
-                these patch tokens and the CLS tokens leave the last block, which is spared the work for the others.
+            x: [B, C, H, W] normalised images, or a list of such.
+            masks: [B, P] bool or None; a list of them for a list of images.
 
         Returns:
             x_norm_clstoken [B, D], x_norm_regtokens [B, R, D], x_norm_patchtokens [B, P, D], all after the last norm,
-            x_prenorm [B, N, D] and masks; a list of such dictionaries for a list of pictures. With `patch_indices`,
-            x_norm_clstoken, x_norm_patchtokens [M, D] and masks.
+            x_prenorm [B, N, D] and masks; a list of such dictionaries for a list of images.
         """
         if isinstance(x, list):
-            return self.forward_features_list(x, masks, patch_indices)
-        return self.forward_features_list([x], [masks], [patch_indices])[0]
-
-    def _through_blocks(self, tokens: Tensor, shapes: Shapes, rows: Tensor | None) -> Tensor:
-        """[T, D] to [T, D], or, of `rows` alone, to [R, D]."""
-        *others, last = self.blocks
-        for block in others:
-            tokens = block(tokens, shapes)
-        return last(tokens, shapes, rows)
-
-    def _rows(self, shape: tuple[int, int], patch_indices: Tensor | None, device: torch.device) -> Tensor:
-        """Where a batch's CLS tokens, and behind them its chosen patch tokens, stand in the B * N tokens of its shape
-        (B, N): [B + M]; all patch tokens for None."""
-        n_samples, n_tokens = shape
-        extra = 1 + self.num_register_tokens
-        n_patches = n_tokens - extra
-        cls_rows = torch.arange(0, n_samples * n_tokens, n_tokens, device=device)
-        if patch_indices is None:
-            patch_indices = torch.arange(n_samples * n_patches, device=device)
-        return torch.cat([cls_rows, patch_indices + (patch_indices // n_patches + 1) * extra])
-
-    def _chosen_features(
-        self, tokens: Tensor, shape: tuple[int, int], patch_indices: Tensor | None, masks: Tensor | None
-    ) -> dict[str, Any]:
-        """The features of tokens [B + M, D] that `_rows` chose."""
-        n_samples = shape[0]
-        normed = self.norm(tokens)
-        patches = normed[n_samples:]
-        if patch_indices is None:
-            patches = patches.unflatten(0, (n_samples, -1))  # [B, P, D]
-        return {"x_norm_clstoken": normed[:n_samples], "x_norm_patchtokens": patches, "masks": masks}
+            return self.forward_features_list(x, masks)
+        return self.forward_features_list([x], [masks])[0]
 
     def _features(self, x: Tensor, masks: Tensor | None) -> dict[str, Any]:
         normed = self.norm(x)
@@ -324,7 +265,7 @@ class DinoVisionTransformer(nn.Module):
         """Patch tokens after chosen blocks, never with the registers.
 
         Args:
-            x: [B, C, H, W] normalised pictures.
+            x: [B, C, H, W] normalised images.
             n: how many of the last blocks, or the numbers of the blocks, from 0; the order is that of the blocks.
             reshape: give [B, D, H / patch, W / patch] instead of [B, P, D].
             return_class_token: give (patch tokens, CLS token [B, D]) for each block.
@@ -354,36 +295,14 @@ class DinoVisionTransformer(nn.Module):
                 break
         return tuple(layers)
 
-    def each_block(self) -> Iterator[nn.Module]:
-        """The transformer blocks in order, whether they stand in chunks or not."""
-        for block in self.blocks:
-            if isinstance(block, BlockChunk):
-                yield from (inner for inner in block if not isinstance(inner, nn.Identity))
-            else:
-                yield block
+    def each_block(self) -> Iterator[Block]:
+        """Iterate over the transformer blocks in order, whether they stand in chunks or not."""
+        return (module for module in self.blocks.modules() if isinstance(module, Block))
 
     def forward(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
-        """The dictionary of forward_features if `is_training`, else `head` (identity) of the CLS token: [B, D]."""
-        if is_training:
-            return self.forward_features(*args, **kwargs)
-        return self.head(self._cls_tokens(*args, **kwargs))
-
-    def _cls_tokens(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
-        """forward_features for its CLS tokens [B, D] alone."""
-        no_patches = torch.empty(0, dtype=torch.int64, device=x.device)
-        cls_tokens: Tensor = self.forward_features(x, masks, no_patches)["x_norm_clstoken"]
-        return cls_tokens
-
-
-def _in_packed(rows_of_batches: Sequence[Tensor] | None, shapes: Shapes) -> Tensor | None:
-    """Rows of each of several batches as rows of their packed tokens."""
-    if rows_of_batches is None:
-        return None
-    shifted, start = [], 0
-    for rows, (n_samples, n_tokens) in zip(rows_of_batches, shapes, strict=True):
-        shifted.append(rows + start)
-        start += n_samples * n_tokens
-    return torch.cat(shifted)
+        """Return the dictionary of forward_features if `is_training`, else `head` (identity) of the CLS token [B, D]."""
+        features = self.forward_features(*args, **kwargs)
+        return features if is_training else self.head(features["x_norm_clstoken"])
 
 
 def _chunk(blocks: list[nn.Module], n_chunks: int) -> list[nn.Module]:

@@ -71,7 +71,6 @@ _CHOICES: dict[str, Sequence[str]] = {
     "compute_precision.fp32_matmul": ("fast", "exact"),
     "train.centering": ("centering", "sinkhorn_knopp"),
     "train.image_fit": ("crop", "pad", "squash"),
-    "train.compile_blocks": ("none", "blocks", "graphs"),
     "student.ffn_layer": ("mlp", "swiglu", "swiglufused", "identity"),
     "optim.scaling_rule": ("sqrt_wrt_1024", "none"),
     "sharding_strategy": ("NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD"),

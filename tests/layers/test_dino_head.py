@@ -23,9 +23,9 @@ def test_recorded_logits(formulas, golden_arrays, golden_json, nlayers):
 def test_logits_are_the_bottleneck_times_the_normalised_prototypes(formulas):
     head = golden_head(formulas, 3)
     x = formulas.sym("golden/head/x", (6, 64), 1)
-    z = head.embed(x)
-    torch.testing.assert_close(z.norm(dim=-1), torch.ones(6))
-    torch.testing.assert_close(z @ head.last_layer.weight().T, head(x))
+    embedding, prototypes = head(x, with_logits=False)
+    torch.testing.assert_close(embedding.norm(dim=-1), torch.ones(6))
+    torch.testing.assert_close(embedding @ prototypes.T, head(x))
 
 
 def test_weight_norm_is_torchs_own_in_value_and_gradient(formulas):
@@ -43,24 +43,20 @@ def test_weight_norm_is_torchs_own_in_value_and_gradient(formulas):
     torch.testing.assert_close(ours.weight_v.grad, parametrized.original1.grad)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pieces_of_prototypes_give_the_logits_of_all(monkeypatch, formulas, dtype):
-    """What the teacher, which learns nothing, computes on a CPU."""
-    monkeypatch.setattr("dinov2.layers.dino_head.PIECE", 6)
-    monkeypatch.setattr("dinov2.layers.dino_head.PIECE_ROWS", 2)
-    layer = formulas.fill_(WeightNormLinear(8, 20), "test/wn")
-    x = formulas.sym("test/wn/x", (5, 8), 1).to(dtype)
-    expected = layer(x).detach()
-    with torch.no_grad():
-        for some, wanted in ((x, expected), (x[0], expected[0]), (x[None], expected[None]), (x[:0], expected[:0])):
-            torch.testing.assert_close(layer(some), wanted)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert layer(x).dtype == dtype
+def test_products_run_in_the_type_of_the_head_and_prototypes_are_made_in_float32(formulas):
+    head = golden_head(formulas, 3)
+    x = formulas.sym("golden/head/x", (6, 64), 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head(x)
+        embedding, prototypes = head(x, with_logits=False)
+    assert (logits.dtype, embedding.dtype, prototypes.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    torch.testing.assert_close(prototypes, head.last_layer.weight())
 
 
 def test_a_zero_bottleneck_stays_finite_in_half_precision():
     head = DINOHead(8, 16, nlayers=1, bottleneck_dim=4).half()
-    assert not head.embed(torch.zeros(2, 8, dtype=torch.half)).any()
+    embedding, _ = head(torch.zeros(2, 8, dtype=torch.half), with_logits=False)
+    assert not embedding.any()
 
 
 def test_start_values():

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dinov2.layers import DropPath
-from dinov2.layers.drop_path import BatchShare, batch_share, choose_samples, n_kept_samples
+from dinov2.layers.drop_path import choose_samples, n_kept_samples
 
 
 def test_drop_path_zeroes_whole_samples_and_keeps_the_mean():
@@ -28,24 +28,11 @@ def test_kept_samples_are_rounded_down_and_never_none(n, rate, kept):
 
 def test_chosen_samples_are_distinct_and_every_sample_gets_its_turn():
     torch.manual_seed(0)
-    draws = torch.stack([choose_samples(6, 0.5, torch.device("cpu"))[0] for _ in range(600)])
+    draws = torch.stack([choose_samples(6, 0.5, torch.device("cpu")) for _ in range(600)])
     assert all(len(set(row)) == 3 for row in draws.tolist())
     counts = draws.flatten().bincount(minlength=6)
     assert (counts - 300).abs().max() < 60  # five standard deviations
 
 
-def test_shares_of_a_batch_drop_together_what_the_whole_batch_would_drop():
-    def draw(n_samples: int, share: BatchShare) -> tuple[list[int], float]:
-        torch.manual_seed(3)
-        with batch_share(share):
-            index, scale = choose_samples(n_samples, 0.3, torch.device("cpu"))
-        return [i * share.n_shares + share.index for i in index.tolist()], scale
-
-    whole, scale = draw(12, BatchShare())
-    shares = [draw(4, BatchShare(i, 3)) for i in range(3)]
-    assert sorted(whole) == sorted(i for kept, _ in shares for i in kept)
-    assert [s for _, s in shares] == [scale] * 3 == [12 / 8] * 3
-
-
-def test_a_batch_of_which_nothing_is_to_spare_is_computed_whole():
-    assert choose_samples(1, 0.3, torch.device("cpu")) == (None, 1.0)
+def test_a_batch_with_no_sample_to_spare_is_computed_whole():
+    assert choose_samples(1, 0.3, torch.device("cpu")) is None
