@@ -32,7 +32,8 @@ class WeightNormLinear(nn.Module):
         """Compute W [K, d] in float32, also where sharding gathers half-precision weights: a rounded length shifts a
         whole prototype, and the temperature magnifies it."""
         with torch.autocast(self.weight_v.device.type, enabled=False):
-            return F.normalize(self.weight_v.float(), dim=1) * self.weight_g.float()
+            direction = self.weight_v.float()
+            return direction * (self.weight_g.float() / direction.norm(dim=1, keepdim=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] to [..., K]."""

@@ -295,8 +295,7 @@ class SSLMetaArch(nn.Module):
             features: of the global batch, where there are several micro-batches and a loss compares images.
         """
         with self.clock.stage("student"):
-            student = self.student_outputs(images)
-            terms = self.losses(images, targets, student, features)
+            terms = self.losses(images, targets, self.student_outputs(images), features)
             targets.cls = targets.patches = None  # as large as logits, and not needed in backward
         with self.clock.stage("backward"):
             total = torch.stack([weight * loss for weight, loss in terms.values()]).sum()
