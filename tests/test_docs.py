@@ -320,32 +320,45 @@ def example(name: str) -> str:
     return code
 
 
-def test_the_example_of_a_loss_trains(tmp_path, monkeypatch):
-    write_sample_cells(tmp_path / "cells", n_train=16, n_probe_train=0, n_probe_test=0, n_patients=0, size=64)
-    shown = []
-    names: dict = {"__name__": "example"}
-    exec(compile(example("train_with_agreement.py"), "train_with_agreement.py", "exec"), names)
-
-    class Watched(names["WithAgreement"]):
-        def forward_backward(self, *args, **kwargs):
-            losses = super().forward_backward(*args, **kwargs)
-            shown.append({name: value.item() for name, value in losses.items()})
-            return losses
-
-    monkeypatch.setattr(train_command, "SSLMetaArch", Watched)
-    small = ["student.depth=1", "train.batch_size_per_gpu=4", "crops.global_crops_size=28", "train.image_size=32"]
-    code = train_command.main(
-        [
-            *("--config-file", str(ROOT / "dinov2/configs/train/small_from_scratch.yaml"), "--dry-run"),
-            *("--output-dir", str(tmp_path), f"train.dataset_path=HemaStandardDataset:root={tmp_path}/cells/lists"),
-            *small,
-        ]
+def test_the_example_of_a_loss_trains(tmp_path):
+    """A copy of the package with the page's three edits, and nothing else, trains with the new loss."""
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    loss, on_top, line = blocks(ROOT / "docs" / "extending.md", "python")[:3]
+    (key,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    shutil.copytree(ROOT / "dinov2", tmp_path / "dinov2", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "dinov2/loss/view_distance_loss.py").write_text(loss)
+    defaults = tmp_path / "dinov2/configs/ssl_default_config.yaml"
+    defaults.write_text(defaults.read_text().replace("\ndino:\n", f"\ndino:\n{key}", 1))
+    step = tmp_path / "dinov2/train/ssl_meta_arch.py"
+    step.write_text(
+        step.read_text()
+        .replace("from dinov2.models import", f"{on_top}from dinov2.models import", 1)
+        .replace("        return terms\n", f"{line}        return terms\n", 1)
     )
-    assert code == 0
-    assert len(shown) >= 2
-    assert all(0 < losses["agreement_loss"] <= 0.4 for losses in shown)
+    write_sample_cells(tmp_path / "cells", n_train=16, n_probe_train=0, n_probe_test=0, n_patients=0, size=64)
+    small = ["student.depth=1", "train.batch_size_per_gpu=4", "crops.global_crops_size=28", "train.image_size=32"]
+    subprocess.run(
+        [
+            *(sys.executable, "dinov2/train/train.py", "--output-dir", str(tmp_path), "--name", "run"),
+            *("--config-file", "dinov2/configs/train/small_from_scratch.yaml"),
+            *(*small, "optim.epochs=1", "train.OFFICIAL_EPOCH_LENGTH=2", "dino.view_distance_loss_weight=0.1"),
+            *("optim.warmup_epochs=0", "train.num_workers=0", "train.log_period=1"),
+            f"train.dataset_path=HemaStandardDataset:root={tmp_path}/cells/lists",
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=True,
+        timeout=300,
+    )
+    rows = [json.loads(row) for row in (tmp_path / "run/training_metrics.json").read_text().splitlines()]
+    assert rows
+    assert all(0 < row["view_distance_loss"] <= 4 for row in rows)
+    weighted = {"dino_global_crops_loss", "dino_local_crops_loss", "koleo_loss", "ibot_loss", "view_distance_loss"}
+    assert weighted <= rows[0].keys() | {"dino_local_crops_loss"}
+    names: dict = {}
+    exec(compile(loss, "view_distance_loss.py", "exec"), names)
     apart = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0], [0.0, -1.0]])  # views equal; opposite: distance 4
-    assert names["view_distance"](apart) == pytest.approx(2.0)
+    assert names["ViewDistanceLoss"]()(apart).item() == pytest.approx(2.0)
 
 
 def test_the_example_of_a_protocol_judges(tmp_path, capsys):

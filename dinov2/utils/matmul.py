@@ -1,13 +1,12 @@
-"""On which path the CPU multiplies float32 matrices: a fast one that is checked before it is used, or the exact one.
+"""Matrix products of float32 on a CPU: by the fast library path where it is as accurate as the default one.
 
 torch has one switch for the whole process, `torch.set_float32_matmul_precision`. At "highest", its default, products of
-float32 matrices go to MKL, which on AMD processors does not take its best kernels. "medium" sends them to oneDNN, and
-allows it to round inputs to bfloat16 (8 significant bits instead of 24; sums stay float32) on processors where that is
-faster: those with matrix units for it (AMX on x86, BF16 on Arm). Others compute in float32 as before, only faster. As
-the setting does not tell which of the two happens, products of known result do: where one is off by more than
-`TOLERANCE`, "highest" stays. Convolutions are not affected.
+float32 matrices go to MKL, which does not use its best kernels on AMD processors. "medium" sends them to oneDNN, and
+allows it to round inputs to bfloat16 on processors where that is faster (AMX on x86, BF16 on Arm); others compute in
+float32 as before, only faster. The setting does not tell which of the two happens, so products of known result are
+checked: where one is off by more than `TOLERANCE`, "highest" stays. Convolutions are not affected.
 
-On CUDA the same switch means TF32 (11 significant bits), which is never this accurate: it stays off there.
+On CUDA the same switch means TF32, which is never this accurate: it stays off there.
 """
 
 import logging
@@ -26,7 +25,7 @@ TOLERANCE = 1e-5
 
 
 def fast_matmul(is_wanted: bool, device: torch.device | str = "cpu") -> bool:
-    """Choose how this process multiplies float32 matrices, from now on.
+    """Set how this process multiplies float32 matrices.
 
     Args:
         is_wanted: the fast path where it is as accurate as float32; False for torch's default.
@@ -42,7 +41,7 @@ def fast_matmul(is_wanted: bool, device: torch.device | str = "cpu") -> bool:
 
 @contextmanager
 def matmul_setting_kept() -> Iterator[None]:
-    """What is set before a `with` block is set again after it."""
+    """Restore the setting after a `with` block."""
     before = torch.get_float32_matmul_precision()
     try:
         yield
@@ -52,13 +51,13 @@ def matmul_setting_kept() -> Iterator[None]:
 
 @contextmanager
 def fast_matmul_within(is_wanted: bool, device: torch.device | str = "cpu") -> Iterator[bool]:
-    """`fast_matmul` for the length of a `with` block; what was set before is set again after it."""
+    """Apply `fast_matmul` within a `with` block."""
     with matmul_setting_kept():
         yield fast_matmul(is_wanted, device)
 
 
 def largest_error() -> float:
-    """How far products of float32 matrices are off on the CPU with the present setting, as a share of their largest.
+    """Measure the error of float32 products on the CPU with the present setting, as a share of their largest entry.
 
     The products are those of a transformer: a linear map with bias, its two gradients, and a batch of small ones.
     """
@@ -81,7 +80,7 @@ def largest_error() -> float:
 
 @cache
 def _is_fast_path_accurate() -> bool:
-    """Asked once in a process, as the answer is the processor's; it takes milliseconds."""
+    """Check the fast path once in a process; takes milliseconds."""
     with matmul_setting_kept(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         torch.set_float32_matmul_precision(FAST)
         error = largest_error()

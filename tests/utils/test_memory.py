@@ -14,15 +14,16 @@ MIB = 2**20
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=["high-water mark", "sampled"])
-def way(request, monkeypatch):
-    if request.param == "sampled":
-        monkeypatch.setattr(memory, "_reset_high_water", lambda: False)
-    elif not memory._reset_high_water():
-        pytest.skip("the kernel does not reset high-water marks")
+def peak_is_reset() -> bool:
+    with PeakMemory(CPU) as peak:
+        pass
+    return peak.bytes < 1.05 * resident_memory() + 8 * MIB
 
 
-def test_the_peak_is_of_the_work_alone(way):
+def test_the_peak_is_of_the_work_alone():
+    torch.zeros(100 * MIB)  # 400 MiB that are freed again
+    if not peak_is_reset():
+        pytest.skip("the kernel does not reset the peak of a process")
     with PeakMemory(CPU) as nothing:
         pass
     for n in (64, 256, 64):  # a smaller one after a larger one counts as little as before
@@ -41,11 +42,11 @@ def test_the_peak_is_known_after_an_error():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
-def test_freed_memory_is_kept_until_it_is_trimmed():
+def test_freed_memory_is_kept():
     script = """
 import resource
 import torch
-from dinov2.utils.memory import keep_freed_memory, resident_memory, trim_heap
+from dinov2.utils.memory import keep_freed_memory
 
 def work():
     for _ in range(10):
@@ -53,14 +54,10 @@ def work():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 keep_freed_memory()  # for the whole process, so in one of its own
-faults, kept = work() - work(), resident_memory()
-trim_heap()
-print(-faults, (kept - resident_memory()) // 2**20)
+print(-(work() - work()))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    faults, trimmed_mib = map(int, done.stdout.split())
-    assert faults < 25_000  # ten times 100 MB have 244,000 pages
-    assert trimmed_mib > 80
+    assert int(done.stdout) < 25_000  # ten times 100 MB have 244,000 pages
 
 
 def test_there_is_room_for_this_process_and_more():
@@ -71,8 +68,8 @@ def test_where_the_system_tells_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "PROC", tmp_path)
     with PeakMemory(CPU) as peak:
         pass
-    assert peak.bytes == pytest.approx(resident_memory())
-    assert memory_room(CPU) >= peak.bytes > 10 * MIB
+    assert peak.bytes > 10 * MIB
+    assert memory_room(CPU) > 10 * MIB
 
 
 @pytest.fixture
