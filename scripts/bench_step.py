@@ -1,6 +1,6 @@
-"""The training step against a plain PyTorch rendering of upstream's: speed, memory, growth, and kernels of attention.
+"""The training step against a plain PyTorch rendering of upstream's: speed, memory, and kernels of attention.
 
-    python scripts/bench_step.py --folder bench [--only speed memory growth attention models] [--rounds 7]
+    python scripts/bench_step.py --folder bench [--only speed memory attention models] [--rounds 7]
 
 `ours` is the step of train.py, `plain` that of scripts/plain_step.py, both with custom.yaml's recipe, the same random
 weights and the same made-up crops, in fp32 and bf16.
@@ -8,7 +8,6 @@ weights and the same made-up crops, in fp32 and bf16.
   speed      rounds of all ways in turns, each in a process of its own; where the time of ours goes; losses and
              gradients against plain fp32
   memory     the peak of each way, in a process of its own
-  growth     images/s and memory against batch size, prototypes, local crops and network, drawn as step_*.svg
   attention  each kernel by type and number of tokens, forward alone and with backward
   models     S, B and L with --batches, their share of the measured rate of matrix products, and of what an H100 could
              do at 800 TFLOP/s: on a GPU
@@ -47,7 +46,7 @@ from dinov2.utils.files import atomic_write
 from dinov2.utils.matmul import fast_matmul_within
 from dinov2.utils.memory import keep_freed_memory
 
-PARTS = ("speed", "memory", "growth", "attention", "models")
+PARTS = ("speed", "memory", "attention", "models")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REFERENCE = "plain fp32"
 WAYS = ("ours fp32", "ours bf16", REFERENCE, "plain bf16")
@@ -101,19 +100,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("bench"), help="of results.json and charts (%(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path("bench"), help="of results.json (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="default: all that the device is fit for")
     parser.add_argument("--arch", default="dinov2_vits14", help="of speed and memory (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="pictures a step (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="images a step (default: %(default)s)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of speed and memory")
     parser.add_argument("--rounds", type=int, default=7, help="of speed, and repetitions of attention")
     parser.add_argument("--steps", type=int, default=2, help="timed steps of each process (default: %(default)s)")
     parser.add_argument("--plain-attention", choices=("explicit", "sdpa"), help="default: explicit, and sdpa on a GPU")
-    parser.add_argument("--growth-ways", nargs="+", choices=WAYS, help="default: ours in both types, plain fp32")
-    parser.add_argument("--growth-batches", nargs="+", type=int, help="default: 2 to 32, on a GPU 16 to 256")
-    parser.add_argument("--growth-prototypes", nargs="+", type=int, default=[8192, 16384, 32768, 65536, 131072])
-    parser.add_argument("--growth-crops", nargs="+", type=int, default=[0, 2, 8], help="local crops")
-    parser.add_argument("--growth-networks", nargs="+", choices=ARCHS, default=["tiny", "S", "B"])
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS), help="of a crop, in attention")
     parser.add_argument("--batches", nargs="+", default=["S=152", "B=120", "L=56"], metavar="S=152", help="of models")
     parser.add_argument("--threads", type=int, help="of PyTorch (default: its own choice)")
@@ -122,11 +116,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="config values for every step")
     args = parser.parse_args(argv)
     args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    is_cuda = args.device.type == "cuda"
-    args.only = args.only or [part for part in PARTS if is_cuda or part != "models"]
-    default_ways = ["ours bf16", "plain bf16"] if is_cuda else ["ours fp32", "ours bf16", REFERENCE]
-    args.growth_ways = args.growth_ways or default_ways
-    args.growth_batches = args.growth_batches or ([16, 32, 64, 128, 256] if is_cuda else [2, 4, 8, 16, 32])
+    args.only = args.only or [part for part in PARTS if part != "models" or args.device.type == "cuda"]
     try:
         args.batches = {name: int(batch) for name, batch in (each.split("=") for each in args.batches)}
     except ValueError:
@@ -316,7 +306,7 @@ def agreement_table(agreement: Mapping[str, Mapping[str, float]]) -> list[str]:
     return lines
 
 
-# --- processes of their own: memory, growth, models -----------------------------------------------------------------
+# --- processes of their own: memory, models -------------------------------------------------------------------------
 
 
 def measure(task: Mapping[str, Any]) -> dict[str, Any]:
@@ -342,9 +332,9 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
         peak, at_start = torch.cuda.max_memory_allocated(device) / 2**20, 0.0
     else:
         peak = high_water_mib()
-    n_pictures = len(images["collated_global_crops"]) // 2
+    n_images = len(images["collated_global_crops"]) // 2
     return {
-        **{"seconds": seconds, "images_per_second": n_pictures / statistics.median(seconds)},
+        **{"seconds": seconds, "images_per_second": n_images / statistics.median(seconds)},
         **{"peak_mib": peak, "added_mib": peak - at_start, "flops": flops},
         "matmul_rate": matmul_rate(way, device) if task["with_rate"] else None,
     }
@@ -376,24 +366,11 @@ def in_a_process(
     return None
 
 
-class Progress:
-    """Tells what was measured and how long the rest may take, by the costs that were expected."""
-
-    def __init__(self, costs: Sequence[float]) -> None:
-        self.costs, self.n_done, self.started = costs, 0, time.monotonic()
-
-    def tell(self, text: str) -> None:
-        self.n_done += 1
-        left = (time.monotonic() - self.started) * sum(self.costs[self.n_done :]) / sum(self.costs[: self.n_done])
-        print(f"{self.n_done} of {len(self.costs)}: {text}, {left:.0f} s to go", file=sys.stderr)
-
-
 def memory(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     overrides, found = base_overrides(args, args.arch, args.batch), {}
-    progress = Progress([1.0] * len(args.ways))
     for way in args.ways:
         each = found[way] = in_a_process(way, overrides, args)
-        progress.tell(f"memory, {way}: {each['peak_mib']:.0f} MiB" if each else f"memory, {way}: does not fit")
+        print(f"memory, {way}: {each['peak_mib']:.0f} MiB" if each else f"memory, {way}: does not fit", file=sys.stderr)
     lines = [
         f"{args.arch}, batch {args.batch}:",
         "",
@@ -410,119 +387,8 @@ def memory(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     return {"batch": args.batch, "arch": args.arch, "ways": found}, lines
 
 
-@dataclass(frozen=True)
-class Axis:
-    """What grows, its values, and the config values that each stands for."""
-
-    name: str
-    label: str
-    points: dict[str, list[str]]
-    xs: list[int]
-    is_log: bool = False
-
-
-def axes_of(args: argparse.Namespace) -> list[Axis]:
-    usual = recipe(args.device, "fp32", base_overrides(args, args.arch, args.batch))
-
-    def point(
-        arch: str = args.arch,
-        batch: int = args.batch,
-        prototypes: int = usual.dino.head_n_prototypes,
-        crops: int = usual.crops.local_crops_number,
-    ) -> list[str]:
-        heads = [f"{section}.head_n_prototypes={prototypes}" for section in ("dino", "ibot")]
-        return [*base_overrides(args, arch, batch), *heads, f"crops.local_crops_number={crops}"]
-
-    batches, networks = args.growth_batches, args.growth_networks
-    prototypes, crops = args.growth_prototypes, args.growth_crops
-    return [
-        Axis("batch", "pictures a step", {str(n): point(batch=n) for n in batches}, batches, True),
-        Axis("prototypes", "prototypes a head", {str(n): point(prototypes=n) for n in prototypes}, prototypes, True),
-        Axis("crops", "local crops a picture", {str(n): point(crops=n) for n in crops}, crops),
-        Axis("network", "network", {name: point(ARCHS[name]) for name in networks}, list(range(len(networks)))),
-    ]
-
-
-def growth(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    axes = axes_of(args)
-    tasks = {(axis.name, name): tuple(overrides) for axis in axes for name, overrides in axis.points.items()}
-    distinct = list(dict.fromkeys(tasks.values()))  # several axes share a point
-    progress = Progress([expected_cost(overrides) for overrides in distinct for _ in args.growth_ways])
-    measured = {}
-    for overrides in distinct:
-        for way in args.growth_ways:
-            each = measured[overrides, way] = in_a_process(way, overrides, args)
-            said = f"{each['images_per_second']:.2f} images/s, {each['peak_mib']:.0f} MiB" if each else "does not fit"
-            progress.tell(f"{way}, {' '.join(overrides)}: {said}")
-    found = {
-        axis.name: {
-            way: {point: measured[tasks[axis.name, point], way] for point in axis.points} for way in args.growth_ways
-        }
-        for axis in axes
-    }
-    for axis in axes:
-        draw(axis, found[axis.name], args.folder / f"step_{axis.name}.svg")
-    return found, [line for axis in axes for line in ["", *growth_table(axis, found[axis.name])]]
-
-
-def expected_cost(overrides: Sequence[str]) -> float:
-    """Of a step and the start of its process, roughly, as multiples of ViT-S's with one picture."""
-    given = dict(override.split("=", 1) for override in overrides)
-    of_network = {ARCHS["tiny"]: 0.4, ARCHS["S"]: 1.0, ARCHS["B"]: 3.4, ARCHS["L"]: 11.0}
-    share_of_heads = 0.2 * int(given["dino.head_n_prototypes"]) / 65536
-    of_crops = 1 + 0.12 * int(given["crops.local_crops_number"])
-    network = of_network.get(given["student.arch"], 1.0)
-    return 4 + int(given["train.batch_size_per_gpu"]) * (network * of_crops + share_of_heads)
-
-
-def growth_table(axis: Axis, found: Mapping[str, Mapping[str, dict[str, Any] | None]]) -> list[str]:
-    ways = list(found)
-    header = " | ".join(f"{way}: images/s, peak MiB" for way in ways)
-    lines = [f"| {axis.label} | {header} |", "|---" * (len(ways) + 1) + "|"]
-    for point in axis.points:
-        measured = [found[way][point] for way in ways]
-        cells = [
-            f"{each['images_per_second']:.2f}, {each['peak_mib']:.0f}" if each else "does not fit" for each in measured
-        ]
-        lines.append(f"| {point} | {' | '.join(cells)} |")
-    return lines
-
-
-def draw(axis: Axis, found: Mapping[str, Mapping[str, dict[str, Any] | None]], file: Path) -> None:
-    """images/s and peak memory over the axis, as an SVG; nothing, and a word about it, without matplotlib."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"{file.name} is not drawn: pip install matplotlib", file=sys.stderr)
-        return
-    # the same numbers give the same file
-    with matplotlib.rc_context({"svg.hashsalt": axis.name, "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(7.2, 2.8), layout="constrained")
-        panels = (("images_per_second", 1.0, "images/s"), ("peak_mib", 1 / 1024, "peak memory, GiB"))
-        for plot, (key, factor, label) in zip(figure.subplots(1, 2), panels, strict=True):
-            for way, marker in zip(found, "osd^", strict=False):
-                points = [
-                    (x, each[key] * factor)
-                    for x, each in zip(axis.xs, found[way].values(), strict=True)
-                    if each is not None
-                ]
-                plot.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=way) if points else None
-            if axis.is_log:
-                plot.set_xscale("log", base=2)
-            plot.set_xticks(axis.xs, labels=list(axis.points))
-            plot.minorticks_off()
-            plot.set_ylim(bottom=0)
-            plot.set(xlabel=axis.label, ylabel=label)
-            plot.grid(alpha=0.3)
-        figure.axes[0].legend(fontsize=8)
-        with atomic_write(file) as opened:
-            figure.savefig(opened, format="svg", metadata={"Date": None})
-
-
 def models(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    ways = [way for way in args.growth_ways if Way(way).precision != "fp32"] or args.growth_ways
-    progress = Progress([1.0] * (len(ways) * len(args.batches)))
+    ways = [way for way in args.ways if Way(way).precision != "fp32"] or args.ways
     found: dict[str, Any] = {}
     lines = [
         "| network | batch | way | images/s | share of matmul rate | of 800 TFLOP/s | of half the ceiling | memory |",
@@ -532,7 +398,7 @@ def models(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         for way in ways:
             each = in_a_process(way, base_overrides(args, ARCHS[name], batch), args, with_rate=True)
             found.setdefault(name, {"batch": batch})[way] = each
-            progress.tell(f"{name}, {way}")
+            print(f"{name}, {way}: measured", file=sys.stderr)
             if each is None:
                 lines.append(f"| {name} | {batch} | {way} | does not fit | | | | |")
                 continue
@@ -641,7 +507,6 @@ def attention_table(found: Sequence[Mapping[str, Any]], names: Sequence[str], de
 WORK: dict[str, Callable[[argparse.Namespace], tuple[Any, list[str]]]] = {
     "speed": speed,
     "memory": memory,
-    "growth": growth,
     "attention": attention,
     "models": models,
 }

@@ -144,28 +144,6 @@ def test_a_process_of_its_own_measures_what_it_held(script):
     assert found["matmul_rate"] > 0
 
 
-def test_growth_measures_a_shared_point_once_and_draws(script, tmp_path, monkeypatch):
-    bench = script("bench_step")
-    asked = []
-
-    def measured(way, overrides, args):
-        asked.append((way, *overrides))
-        if "train.batch_size_per_gpu=32" in overrides:
-            return None
-        return {"images_per_second": 2.0, "peak_mib": 1024.0}
-
-    monkeypatch.setattr(bench, "in_a_process", measured)
-    args = bench.parse_arguments(["--folder", str(tmp_path), "--device", "cpu", "--growth-ways", "ours bf16"])
-    found, lines = bench.growth(args)
-    n_points = 5 + 5 + 3 + 3
-    assert len(asked) == len(set(asked)) == n_points - 3  # batch 8 of ViT-S stands on all four axes
-    assert found["batch"]["ours bf16"]["32"] is None
-    assert "| 32 | does not fit |" in lines
-    assert "| 131072 | 2.00, 1024 |" in lines
-    for axis in ("batch", "prototypes", "crops", "network"):
-        assert (tmp_path / f"step_{axis}.svg").read_text().startswith("<?xml")
-
-
 def test_learning_is_compared_seed_by_seed(script):
     compare = script("compare_learning")
 

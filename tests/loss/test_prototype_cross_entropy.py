@@ -62,9 +62,7 @@ def test_half_precision_is_close_and_small_gradients_survive(problem, dtype):
     expected = written_out(embeddings, targets, weights, prototypes)
     torch.testing.assert_close(total, expected, rtol=1e-2, atol=0)
     gradients = torch.autograd.grad(1e6 * total, (embeddings, prototypes))
-    for ours, theirs in zip(
-        gradients, torch.autograd.grad(1e6 * expected, (embeddings, prototypes)), strict=True
-    ):
+    for ours, theirs in zip(gradients, torch.autograd.grad(1e6 * expected, (embeddings, prototypes)), strict=True):
         assert ours.dtype == torch.float32
         assert F.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.999
 
