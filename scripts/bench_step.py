@@ -450,11 +450,10 @@ def attention(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]
     dtypes = ("bf16", "fp16", "fp32") if args.device.type == "cuda" else ("fp32", "bf16")
     kernels, found = kernels_for(args.device), []
     cases = [(dtype, n, with_backward) for dtype in dtypes for with_backward in (False, True) for n in args.tokens]
-    progress = Progress([1.0] * len(cases))
     for dtype, n_tokens, with_backward in cases:
         seconds = time_kernels(kernels, DTYPES[dtype], n_tokens, with_backward, args)
         found.append({"dtype": dtype, "tokens": n_tokens, "with_backward": with_backward, "seconds": seconds})
-        progress.tell(f"attention, {dtype}, {n_tokens} tokens")
+        print(f"attention, {dtype}, {n_tokens} tokens: measured", file=sys.stderr)
     return found, attention_table(found, list(kernels), args.device.type)
 
 

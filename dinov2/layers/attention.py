@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 BACKENDS = ("auto", "sdpa", "xformers", "explicit")
 
-# Tokens up to which "auto" is "explicit" on a CPU: two matrix products and a softmax are faster there than torch's kernel
-# (docs/benchmarks/step.md), but keep [B, H, N, N] for backward.
+# Tokens up to which "auto" is "explicit" on a CPU: two matrix products and a softmax are faster there than torch's
+# kernel (docs/benchmarks/step.md), but keep [B, H, N, N] for backward.
 EXPLICIT_UP_TO = {torch.float32: 512, torch.bfloat16: 1024}
 
 

@@ -4,8 +4,8 @@ With student logits s = x W^T / temp and teacher targets t, the loss of a row an
 
     l = -sum_k t_k log softmax(s)_k,     dl/ds = (sum_k t_k) softmax(s) - t.
 
-Both come from one pass over the logits, so a chunk of rows computes its logits, its losses and its part of the gradients
-of x [R, d] and W [K, d], and is freed before the next chunk: [R, K] is never stored for backward.
+Both come from one pass over the logits, so a chunk of rows computes its logits, its losses and its part of the
+gradients of x [R, d] and W [K, d], and is freed before the next chunk: [R, K] is never stored for backward.
 
 Dimension key:  R rows (CLS tokens or masked patches), K prototypes, d bottleneck dim
 """

@@ -300,7 +300,7 @@ class DinoVisionTransformer(nn.Module):
         return (module for module in self.blocks.modules() if isinstance(module, Block))
 
     def forward(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
-        """Return the dictionary of forward_features if `is_training`, else `head` (identity) of the CLS token [B, D]."""
+        """Return forward_features' dictionary if `is_training`, else `head` (identity) of the CLS tokens [B, D]."""
         features = self.forward_features(*args, **kwargs)
         return features if is_training else self.head(features["x_norm_clstoken"])
 

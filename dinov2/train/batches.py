@@ -28,8 +28,13 @@ from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.data.loaders import collate_samples
 from dinov2.data.transfer import sent_ahead
 from dinov2.distributed import get_rank, get_world_size
+
+
 class BatchShare:  # replaced with the data path
-    def __init__(self, *_): pass
+    def __init__(self, *_):
+        pass
+
+
 from dinov2.utils.seeds import derive_seed
 
 _AUGMENTATIONS: dict[str, type[DataAugmentationDINO] | type[DataAugmentationHEMA]] = {

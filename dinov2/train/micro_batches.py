@@ -1,8 +1,8 @@
 """Gradient accumulation whose loss is that of the global batch.
 
-Sinkhorn-Knopp, centering, KoLeo and the smooth rank compare images with each other, so a step over A micro-batches cannot
-treat each of them alone: the teacher runs over all of them first and its logits are balanced together, and the student's
-features are computed once ahead, without gradient, so that each image meets those of all others.
+Sinkhorn-Knopp, centering, KoLeo and the smooth rank compare images with each other, so a step over A micro-batches
+cannot treat each of them alone: the teacher runs over all of them first and its logits are balanced together, and the
+student's features are computed once ahead, without gradient, so that each image meets those of all others.
 """
 
 from collections.abc import Mapping, Sequence

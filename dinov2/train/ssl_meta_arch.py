@@ -1,8 +1,8 @@
 """Student and teacher, and one step of self-distillation between them: DINO + iBOT + KoLeo (DINOv2, arXiv 2304.07193).
 
 A step's global batch is spread over W processes, and over A micro-batches that a process takes one after the other
-(train/micro_batches.py). Neither changes the loss: Sinkhorn-Knopp and centering see the teacher's logits of all of them,
-and KoLeo finds each feature's neighbour among all features (with dino.koleo_loss_distributed: false within each
+(train/micro_batches.py). Neither changes the loss: Sinkhorn-Knopp and centering see the teacher's logits of all of
+them, and KoLeo finds each feature's neighbour among all features (with dino.koleo_loss_distributed: false within each
 micro-batch, as upstream does within each GPU). All else is a mean over images, and gradients are averaged.
 
 Dimension key:  W processes, A micro-batches of a process, B images in one, N = W*A*B images in the global batch,
@@ -151,8 +151,8 @@ class SSLMetaArch(nn.Module):
             if self.cfg.train[key] and (obstacle := obstacle_to_compiling(self.device)):
                 raise ValueError(f"train.{key}=true: {obstacle}; set it to false")
         if self.cfg.train.compile_blocks:
-            for backbone in (self.student["backbone"], self.teacher["backbone"]):
-                for block in backbone.each_block():
+            for networks in (self.student, self.teacher):
+                for block in _backbone_of(networks).each_block():
                     block.compile_branches()
         if not is_enabled():
             return
@@ -197,9 +197,7 @@ class SSLMetaArch(nn.Module):
     @property
     def teacher_backbone(self) -> DinoVisionTransformer:
         """The network that is kept and used after training."""
-        backbone = self.teacher["backbone"]
-        assert isinstance(backbone, DinoVisionTransformer), "build_model_from_cfg gives nothing else"
-        return backbone
+        return _backbone_of(self.teacher)
 
     @property
     def device(self) -> torch.device:
@@ -353,8 +351,11 @@ class SSLMetaArch(nn.Module):
             embeddings, prototypes = student.cls
             n_global = len(student.global_cls_tokens)
             if self.n_local_crops:
-                views = targets.cls.chunk(N_GLOBAL_CROPS)  # 2 x [B, K]
-                local_loss = self.dino_loss(embeddings[n_global:].chunk(self.n_local_crops), views, prototypes)
+                local_cls, both_views = (
+                    embeddings[n_global:].chunk(self.n_local_crops),
+                    targets.cls.chunk(N_GLOBAL_CROPS),
+                )
+                local_loss = self.dino_loss(local_cls, both_views, prototypes)
                 terms["dino_local_crops_loss"] = dino.loss_weight, local_loss / n_pairs
             global_loss = N_GLOBAL_CROPS * self.dino_loss([embeddings[:n_global]], [targets.cls], prototypes)
             terms["dino_global_crops_loss"] = dino.loss_weight, global_loss / n_pairs
@@ -489,6 +490,12 @@ class SSLMetaArch(nn.Module):
     def _precision(self, role: str, part: str) -> torch.autocast:
         name = self.cfg.compute_precision[role][part].mixed_precision.param_dtype
         return autocast(name, self.device.type)
+
+
+def _backbone_of(networks: nn.ModuleDict) -> DinoVisionTransformer:
+    backbone = networks["backbone"]
+    assert isinstance(backbone, DinoVisionTransformer), "build_model_from_cfg builds nothing else"
+    return backbone
 
 
 def _by_view(cls_tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Memory that a piece of work has in use at its peak, and memory there is for it: on a GPU, or of a process on a CPU."""
+"""Measure the memory that a piece of work uses at its peak, and what there is for it, on a GPU or a CPU."""
 
 import ctypes
 import gc
@@ -23,7 +23,7 @@ _UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 class PeakMemory:
     """Measure the most memory in use while it is active; `.bytes` has it afterwards.
 
-    CUDA: what PyTorch's allocator gave out, the weights included. CPU: the resident memory of the whole process, for that
+    CUDA: what PyTorch's allocator gave out, the weights included. CPU: the resident memory of the whole process, which
     is what a machine runs out of; where the kernel does not reset its peak, that since the process started.
     """
 
