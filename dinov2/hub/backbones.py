@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dinov2.hub.downloads import RELEASES, PathLike, Release, file_sha256
+from dinov2.hub.downloads import RELEASES, Release
 from dinov2.hub.transform import PictureTransform
 from dinov2.hub.weight_files import (
     checkpoint_file,
@@ -31,6 +31,7 @@ from dinov2.hub.weight_files import (
 )
 from dinov2.models import build_backbone
 from dinov2.models.vision_transformer import DinoVisionTransformer, resize_pos_embed
+from dinov2.utils.files import PathLike, file_sha256
 
 __all__ = [
     "ENTRY_POINTS",

@@ -40,12 +40,11 @@ from dinov2.data.cell_drawing import Slide, draw_cell
 from dinov2.data.datasets.decode import resize_image
 from dinov2.data.transforms import normalize_images
 from dinov2.hub.backbones import checkpoint_file, load_backbone, read_backbone_state
-from dinov2.hub.downloads import PathLike, file_sha256
 from dinov2.hub.export_formats import FORMATS, Format, Network
 from dinov2.hub.model_card import Origin, read_results, write_card
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
-from dinov2.utils.files import atomic_write, sync_folder
+from dinov2.utils.files import PathLike, atomic_write, file_sha256, sync_folder
 
 logger = logging.getLogger("dinov2")
 

@@ -18,7 +18,6 @@ import dinov2
 from dinov2.data.loaders import VALUE_READERS
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.hub.conversions import timm_arguments
-from dinov2.hub.downloads import file_sha256
 from dinov2.hub.export_formats import (
     FORMATS,
     HUGGING_FACE_FOLDER,
@@ -31,6 +30,7 @@ from dinov2.hub.export_formats import (
     WEIGHTS_NAME,
     Network,
 )
+from dinov2.utils.files import file_sha256
 
 # what a run's config.yaml tells of the method and of the schedule
 _RECIPE = (

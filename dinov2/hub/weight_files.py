@@ -21,8 +21,9 @@ from torch import Tensor
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.hub.adapters import is_adapter, lora_scaling, merged
 from dinov2.hub.conversions import LAYER_NORM_EPS, to_own_names
-from dinov2.hub.downloads import PathLike, resolve_weights
+from dinov2.hub.downloads import resolve_weights
 from dinov2.models import architecture, build_model_from_cfg
+from dinov2.utils.files import PathLike
 from dinov2.utils.sharded_checkpoints import METADATA_FILE, read_tensors
 
 TEACHER_FILE = "teacher_checkpoint.pth"
