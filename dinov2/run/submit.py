@@ -1,4 +1,4 @@
-"""What the launchers share: their options, the job that submitit runs, and what is told about it.
+"""What the launchers share: their options, the job that submitit runs, and messages about it.
 
 This module is imported in the job before submitit has set up its signal handlers, so it imports nothing heavy.
 """
@@ -33,10 +33,25 @@ _PATIENCE_SECONDS = 300  # with a controller that does not answer, or restarts
 _HOLD_SECONDS = 60  # for rank 0 to notice that the run has failed
 
 
+# Options that are handed to sbatch as they are, with their help
+_SAME_IN_SBATCH = {
+    "partition": "(default: the cluster's)",
+    "qos": "quality of service",
+    "account": "who pays",
+    "constraint": "features that the nodes must have",
+    "mem": "memory of a node, for instance 64G",
+    "comment": "some clusters ask for a reason here",
+    "exclude": "nodes not to use",
+    "nodelist": "nodes to use",
+    "gres": "how the cluster wants the GPUs of --ngpus asked for, for instance gpu:a100:8",
+    "dependency": "what to wait for, for instance afterok:<job id>",
+}
+
+
 def add_cluster_arguments(
     parser: argparse.ArgumentParser, *, ngpus: int, minutes: int, many_tasks: bool, max_timeouts: int
 ) -> None:
-    """The options of a launcher: upstream's, and what else clusters ask for. Nothing of a cluster is preset.
+    """Add the options of a launcher: upstream's, and what else clusters ask for. Nothing of a cluster is preset.
 
     Args:
         ngpus: default of --ngpus.
@@ -45,25 +60,26 @@ def add_cluster_arguments(
         max_timeouts: default of --max-timeouts.
     """
     group = parser.add_argument_group("cluster")
+
+    def add_number(*flags: str, help: str, default: int | None = None, metavar: str = "N") -> None:
+        shown = "" if default is None else " (default: %(default)s)"
+        group.add_argument(*flags, type=int, default=default, metavar=metavar, help=help + shown)
+
+    def add_texts(flag: str, metavar: str, help: str) -> None:
+        group.add_argument(flag, action="append", default=[], metavar=metavar, help=f"{help}; may be repeated")
+
     if many_tasks:
-        group.add_argument("--nodes", "-n", type=int, default=1, metavar="N", help="nodes (default: %(default)s)")
-        group.add_argument(
-            "--tasks-per-node", type=int, metavar="N", help="processes of a node with --ngpus 0 (default: 1)"
-        )
-    group.add_argument(
-        *("--ngpus", "--gpus", "--gpus-per-node"),
-        type=int,
-        default=ngpus,
-        metavar="N",
-        help="GPUs of a node, one process each; 0: the CPU (default: %(default)s)",
+        add_number("--nodes", "-n", help="nodes", default=1)
+        add_number("--tasks-per-node", help="processes of a node with --ngpus 0 (default: 1)")
+    else:
+        parser.set_defaults(nodes=1, tasks_per_node=None)
+    add_number(
+        "--ngpus", "--gpus", "--gpus-per-node", help="GPUs of a node, one process each; 0: the CPU", default=ngpus
     )
-    group.add_argument(
-        "--timeout", type=int, default=minutes, metavar="MINUTES", help="time limit (default: %(default)s)"
-    )
-    group.add_argument("--partition", "-p", metavar="P", help="(default: the cluster's)")
-    group.add_argument("--qos", metavar="Q")
-    group.add_argument("--account", metavar="A")
-    group.add_argument("--constraint", metavar="C", help="features that the nodes must have")
+    add_number("--timeout", help="time limit", default=minutes, metavar="MINUTES")
+    for name, text in _SAME_IN_SBATCH.items():
+        flags = (f"--{name}", "-p") if name == "partition" else (f"--{name}",)
+        group.add_argument(*flags, metavar=name[0].upper(), help=text)
     group.add_argument(
         "--use-volta32",
         dest="constraint",
@@ -71,47 +87,17 @@ def add_cluster_arguments(
         const="volta32gb",
         help="the same as --constraint volta32gb",
     )
-    group.add_argument("--cpus-per-task", type=int, metavar="N", help="cores of a process; decoding needs several")
-    group.add_argument("--mem", metavar="SIZE", help="memory of a node, for instance 64G")
-    group.add_argument("--comment", metavar="TEXT", help="some clusters ask for a reason here")
-    group.add_argument("--exclude", metavar="NODES", help="nodes not to use")
-    group.add_argument("--nodelist", metavar="NODES", help="nodes to use")
-    group.add_argument(
-        "--gres", metavar="G", help="how the cluster wants the GPUs of --ngpus asked for, for instance gpu:a100:8"
-    )
-    group.add_argument("--dependency", metavar="D", help="what to wait for, for instance afterok:<job id>")
-    group.add_argument(
-        "--slurm",
-        action="append",
-        default=[],
-        metavar="KEY[=VALUE]",
-        help="any other option of sbatch, for instance --slurm reservation=r1 --slurm exclusive; may be repeated",
-    )
-    group.add_argument(
-        "--setup",
-        action="append",
-        default=[],
-        metavar="LINE",
-        help="shell line to run before, for instance 'module load cuda'; may be repeated",
-    )
-    group.add_argument(
+    add_number("--cpus-per-task", help="cores of a process; decoding needs several")
+    add_texts("--slurm", "KEY[=VALUE]", "any other option of sbatch, as in --slurm reservation=r1 --slurm exclusive")
+    add_texts("--setup", "LINE", "shell line to run before, for instance 'module load cuda'")
+    add_number(
         "--signal-delay",
-        type=int,
+        help="how long before the time limit the job is told to save and to queue again; SLURM may be a minute early",
         default=120,
         metavar="SECONDS",
-        help="how long before the time limit the job is told to save and to queue again (default: %(default)s); SLURM "
-        "may be a minute early",
     )
-    group.add_argument(
-        "--max-timeouts",
-        type=int,
-        default=max_timeouts,
-        metavar="N",
-        help="how often the job may reach its time limit and queue again (default: %(default)s)",
-    )
+    add_number("--max-timeouts", help="how often the job may reach its limit and queue again", default=max_timeouts)
     group.add_argument("--wait", action="store_true", help="stay until the job has ended, with its exit code")
-    if not many_tasks:
-        parser.set_defaults(nodes=1, tasks_per_node=None)
 
 
 class TrainingTask:
@@ -120,10 +106,10 @@ class TrainingTask:
     The configuration file travels with the job: editing it while the job waits, or between its parts, changes nothing.
     """
 
-    def __init__(self, argv: Sequence[str], config_file: str | None) -> None:
+    def __init__(self, argv: Sequence[str], config_file: Path | None) -> None:
         self.argv = list(argv)
-        self.config_name = Path(config_file).name if config_file else None
-        self.config_text = Path(config_file).read_text(encoding="utf-8") if config_file else ""
+        self.config_name = config_file.name if config_file else None
+        self.config_text = config_file.read_text(encoding="utf-8") if config_file else ""
 
     def __call__(self) -> None:
         """Train. Returns from a finished run only: to submitit and SLURM that is success."""
@@ -216,12 +202,9 @@ def submit(
         "srun_args": srun_args,
         "stderr_to_stdout": True,
         "signal_delay_s": args.signal_delay,
-        "additional_parameters": {"requeue": True, **_other_options(args.slurm)},
+        "additional_parameters": {"requeue": True, **dict(map(_sbatch_option, args.slurm))},
     }
-    same_name = ("partition", "qos", "account", "constraint", "cpus_per_task", "mem", "comment", "exclude", "nodelist")
-    for key in (*same_name, "gres", "dependency"):
-        parameters[key] = getattr(args, key)
-
+    parameters |= {key: getattr(args, key) for key in (*_SAME_IN_SBATCH, "cpus_per_task")}
     executor = submitit.SlurmExecutor(folder / "%j", max_num_timeout=args.max_timeouts)
     executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
     try:
@@ -253,16 +236,13 @@ def tasks_per_node(args: argparse.Namespace) -> int:
     return int(args.ngpus)
 
 
-def _other_options(texts: Sequence[str]) -> dict[str, str | bool]:
-    options: dict[str, str | bool] = {}
-    for text in texts:
-        key, equals, value = text.lstrip("-").partition("=")
-        options[key.replace("-", "_")] = value if equals else True
-    return options
+def _sbatch_option(text: str) -> tuple[str, str | bool]:
+    key, equals, value = text.lstrip("-").partition("=")
+    return key.replace("-", "_"), value if equals else True
 
 
 def describe(job: submitit.Job[None], args: argparse.Namespace, results: Path) -> str:
-    """What the user of a launcher wants to know."""
+    """Tell the user of a launcher where results and logs are, and how to follow, queue again and cancel the job."""
     log, n_tasks = job.paths.stdout, job.num_tasks
     others = f" (task 0; task k: {job.job_id}_<k>_log.out)" if n_tasks > 1 else ""
     return "\n".join(
@@ -280,21 +260,21 @@ def describe(job: submitit.Job[None], args: argparse.Namespace, results: Path) -
 
 
 def wait(job_id: str) -> int:
-    """Stay until the job has ended, telling each new state; returns its exit code. Ctrl-C leaves the job alone.
+    """Wait until the job has ended, and print each new state; returns its exit code. Ctrl-C leaves the job alone.
 
     Raises:
         ConnectionError: SLURM tells nothing of the job for five minutes.
     """
-    told, started = "", time.monotonic()
+    printed, started = "", time.monotonic()
     answered = started
     try:
         while True:
             fields, now = _fields_of(job_id), time.monotonic()
             if fields:
-                answered, text = now, " ".join([f"job {job_id}", *_state_of(fields)])
-                if text != told:
+                answered, text = now, f"job {job_id} {_state_of(fields)}"
+                if text != printed:
                     print(time.strftime("%H:%M:%S"), text, flush=True)
-                    told = text
+                    printed = text
                 if fields["JobState"] in _ENDED:
                     return _exit_code_of(fields)
             elif now - answered > _PATIENCE_SECONDS:
@@ -313,15 +293,13 @@ def _exit_code_of(fields: dict[str, str]) -> int:
     return next((int(code) or 128 + int(number) for code, number in codes if (code, number) != ("0", "0")), 1)
 
 
-def _state_of(fields: dict[str, str]) -> list[str]:
-    words = [fields["JobState"]]
-    if fields["JobState"] == "PENDING":
-        words.append(f"({fields['Reason']})")
+def _state_of(fields: dict[str, str]) -> str:
+    state = fields["JobState"]
+    if state == "PENDING":
+        state += f" ({fields['Reason']})"
     elif fields.get("NodeList", "(null)") != "(null)":
-        words.append(f"on {fields['NodeList']}")
-    if fields["Restarts"] != "0":
-        words.append(f"(restarts: {fields['Restarts']})")
-    return words
+        state += f" on {fields['NodeList']}"
+    return state if fields["Restarts"] == "0" else f"{state} (restarts: {fields['Restarts']})"
 
 
 def _let_rank_0_go_first(job_id: str, at_most_seconds: float) -> None:
