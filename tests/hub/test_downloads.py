@@ -12,11 +12,15 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
+from PIL import Image
 
+from dinov2.data.datasets import HemaStandardDataset
+from dinov2.data.datasets.cells import LabelledCells
 from dinov2.eval.extract_features import embedder_from, parse_arguments
 from dinov2.hub.backbones import load_backbone
 from dinov2.hub.downloads import RELEASES, resolve_weights
 from dinov2.models import build_backbone
+from dinov2.utils.config import load_run_config
 
 CONTENT = bytes(range(256)) * 4000  # 1 MB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -251,3 +255,24 @@ def test_commands_take_a_url(server, tmp_path):
     assert torch.equal(embedder.encoder.network.cls_token, network.cls_token)
     assert torch.equal(load_backbone(url).cls_token, network.cls_token)
     assert len(server.requests) == 1
+
+
+def test_files_of_users_may_be_urls_and_have_a_tilde(server, tmp_path, monkeypatch):
+    """A configuration, an image list, labelled cells and a split: each path that a user gives is opened by one door."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.new("RGB", (8, 8)).save(tmp_path / "cell.png")
+    files = {
+        "run.yaml": "train: {seed: 5}",
+        "list.txt": f"{tmp_path}/cell.png\n",
+        "cells.csv": f"Image Path,Label\n{tmp_path}/cell.png,monocyte\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        server.content = text.encode()
+        for source in (f"~/{name}", f"{server.url}/{name}"):
+            if name == "run.yaml":
+                assert load_run_config(source).train.seed == 5
+            elif name == "list.txt":
+                assert len(HemaStandardDataset(root=source)) == 1
+            else:
+                assert LabelledCells.from_path(source).class_names == ["monocyte"]
