@@ -1,6 +1,6 @@
-"""The README.md beside exported weights: what network this is, where it comes from, how to load each file.
+"""The model card (README.md) beside exported weights; its text is in model_card.md.jinja.
 
-Its text is in model_card.md.jinja. A card goes where the weights go, so it names files and lists without their folders.
+A card is published with the weights, so it names files and lists without their folders.
 """
 
 import json
@@ -22,7 +22,7 @@ from dinov2.hub.conversions import timm_arguments
 from dinov2.hub.export_formats import FORMATS, PROCESSOR_ARGUMENTS, TIMM_FOLDER, WEIGHTS_NAME, Network
 from dinov2.utils.files import file_sha256
 
-# what a run's config.yaml tells of the method and of the schedule
+# keys of a run's config.yaml in the card
 _RECIPE = (
     *("student.arch", "student.drop_path_rate", "student.layerscale", "crops.global_crops_size"),
     *("crops.global_crops_scale", "crops.local_crops_number", "crops.local_crops_size", "crops.local_crops_scale"),
@@ -60,14 +60,14 @@ class Origin:
 
     @property
     def title(self) -> str:
-        """The run's name where there is a run, else the file's, or its folder's where all such files have one name."""
+        """The name of the run, else of the file, or of its folder for file names that all exports share."""
         if self.run_folder is not None:
             return self.run_folder.name
         return self.file.parent.name if self.file.name == WEIGHTS_NAME else self.file.stem
 
     @property
     def iteration(self) -> int | None:
-        """How many steps it was trained for, from the names that runs give; None where they do not tell."""
+        """The number of training steps, from the names of a run's folders; None if unknown."""
         match = re.fullmatch(r"training_(\d+)", self.file.parent.name) or re.fullmatch(
             r"iteration_(\d+)", self.file.name
         )
@@ -75,7 +75,7 @@ class Origin:
 
     @property
     def run_folder(self) -> Path | None:
-        """The run that wrote eval/training_<n>/<file> or checkpoints/iteration_<n>, if it has its config.yaml yet."""
+        """The run that wrote eval/training_<n>/<file> or checkpoints/iteration_<n>, if it still has its config.yaml."""
         if self.iteration is None:
             return None
         parents = [parent for parent in self.file.parents if parent.name in ("eval", "checkpoints")]
@@ -94,16 +94,15 @@ def write_card(
     """Write README.md into a folder with exported files.
 
     Args:
-        folder: with all the files.
-        network: what they hold.
-        origin: of the network.
-        differences: {format: {output: largest difference from ours}} of what was written.
+        folder: the folder with all files.
+        network: the exported network.
+        origin: where the network comes from.
+        differences: {format: {output: largest difference from ours}}.
         results: {file: its content}, as `read_results` gives it.
         left_out: {format: why it was not written}.
     """
     model = network.model
     timm_name, timm_options = timm_arguments(network.architecture)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         trim_blocks=True,
@@ -126,9 +125,16 @@ def write_card(
         differences=differences,
         compared=[(name, f"{max(found.values()):.1e}", ", ".join(found)) for name, found in differences.items()],
         left_out=left_out,
-        files=[(path.relative_to(folder).as_posix(), f"{path.stat().st_size:,}", file_sha256(path)) for path in files],
+        files=[
+            (path.relative_to(folder).as_posix(), f"{path.stat().st_size:,}", file_sha256(path))
+            for path in files_below(folder)
+        ],
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _origin_rows(origin: Origin) -> dict[str, str]:
@@ -144,7 +150,7 @@ def _origin_rows(origin: Origin) -> dict[str, str]:
 
 
 def _run_sections(folder: Path) -> dict[str, Any]:
-    """Recipe, schedule and path lists of a run, from its config.yaml; an older one may lack some keys."""
+    """Read recipe, schedule and path lists of a run from its config.yaml; an old one may lack keys."""
     cfg = OmegaConf.load(folder / "config.yaml")
     recipe, schedule = (
         {key: value for key in keys if (value := OmegaConf.select(cfg, key)) is not None}
@@ -174,11 +180,11 @@ def _count_images(file: Path) -> int:
 
 
 def read_results(file: Path, origin: Origin) -> dict[str, Any]:
-    """A results.json about this checkpoint.
+    """Read a results.json of this checkpoint.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is something else, or about another checkpoint.
+        ValueError: it holds something else, or is about another checkpoint.
     """
     if not file.is_file():
         raise FileNotFoundError(f"--results: no file {str(file)!r}")
@@ -204,12 +210,12 @@ def read_results(file: Path, origin: Origin) -> dict[str, Any]:
 
 
 def _numbers_of(content: Mapping[str, Any]) -> Any:
-    """The part with metrics: of an evaluation's results.json, or of one that training wrote."""
+    """Return the part with metrics, of an evaluation's results.json or of one that training wrote."""
     return content.get("results", content.get("datasets"))
 
 
 def _quoted(file: Path, content: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
-    """What a results.json is about, and a table of its metrics: header and rows."""
+    """Return a description of a results.json, and header and rows of the table of its metrics."""
     settings = content.get("settings", {})
     about = [f"`{file.name}` ({file_sha256(file)})", f"protocol {content.get('protocol', 'of training')}"]
     about += [f"{flag} {_file_names(settings[flag])}" for flag in _DATA_FLAGS if settings.get(flag)]
@@ -225,7 +231,7 @@ def _quoted(file: Path, content: Mapping[str, Any]) -> tuple[str, list[str], lis
 
 
 def _accuracies(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, float]]]:
-    """(where it stands, metrics) of each innermost dictionary with an accuracy."""
+    """Yield (path of keys, metrics) of each innermost dictionary with an accuracy."""
     if not isinstance(content, Mapping):
         return
     metrics = {name: content[name] for name in _METRICS if isinstance(content.get(name), (int, float))}
@@ -240,11 +246,11 @@ def _file_names(value: Any) -> str:
     return ", ".join(Path(str(one)).name for one in (value if isinstance(value, list) else [value]))
 
 
-# --- what the template calls ----------------------------------------------------------------------------------------
+# --- functions of the template---------------------------------------------------------------------------------------
 
 
 def _as_arguments(arguments: Mapping[str, Any]) -> str:
-    """Further arguments of a call, as code."""
+    """Write further arguments of a call as code."""
     return "".join(
         f", {name}={json.dumps(value) if isinstance(value, str) else value}" for name, value in arguments.items()
     )

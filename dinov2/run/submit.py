@@ -101,9 +101,9 @@ def add_cluster_arguments(
 
 
 class TrainingTask:
-    """Each process of a training job: train.py, and what to do when it was interrupted.
+    """Each process of a training job: run train.py, and queue an interrupted job again.
 
-    The configuration file travels with the job: editing it while the job waits, or between its parts, changes nothing.
+    The job has a copy of the configuration file: editing the file while the job waits or restarts changes nothing.
     """
 
     def __init__(self, argv: Sequence[str], config_file: Path | None) -> None:
@@ -112,9 +112,9 @@ class TrainingTask:
         self.config_text = config_file.read_text(encoding="utf-8") if config_file else ""
 
     def __call__(self) -> None:
-        """Train. Returns from a finished run only: to submitit and SLURM that is success."""
+        """Train; returns only if the run has finished, which submitit and SLURM take for success."""
         argv = list(self.argv)
-        if int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:  # goes on with what it began anew at first
+        if int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:  # it resumes the run that it started
             argv = [text for text in argv if not (len(text) > 3 and "--no-resume".startswith(text))]
         signals = StopSignals()  # train.py enters it
         with tempfile.TemporaryDirectory() as folder:
@@ -127,30 +127,29 @@ class TrainingTask:
             self._end(code, signals.received)
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit queues again: the same, since train.py continues from its own checkpoints."""
+        """Return this task for submitit to queue again: train.py continues from its own checkpoints."""
         return DelayedSubmission(self)
 
     @staticmethod
     def _end(code: int, received: int | None) -> None:
-        """End a process whose run has not ended well, and queue an interrupted job again if nobody else does.
+        """End the process of an unfinished run, and queue an interrupted job again unless SLURM does so.
 
         - The signal before the time limit, or one sent by hand: submitit's handler queues the job again.
-        - SIGTERM of a job that SLURM is taking off its nodes (scontrol requeue, preemption, scancel): what becomes of
-          it is settled.
-        - SIGTERM as the notice of a preemption (GraceTime): SLURM would take a job that ends now for a failed one.
+        - SIGTERM of a job that SLURM removes (scontrol requeue, preemption, scancel): SLURM has decided already.
+        - SIGTERM as the notice of a preemption (GraceTime): queued again, since SLURM would call the job failed.
         """
         environment = submitit.JobEnvironment()
         if environment.global_rank != 0:
             _let_rank_0_go_first(environment.job_id, math.inf if code == REQUEUE_EXIT_CODE else _HOLD_SECONDS)
         elif code == REQUEUE_EXIT_CODE:
-            told_to_end = received in (signal.SIGTERM, signal.SIGINT)
-            if not told_to_end or _is_being_preempted(environment.job_id):
+            asked_to_end = received in (signal.SIGTERM, signal.SIGINT)
+            if not asked_to_end or _is_being_preempted(environment.job_id):
                 signal.raise_signal(signal.Signals[f"SIG{environment.USR_SIG}"])
         sys.exit(code)
 
 
 class EvaluationTask:
-    """An evaluation command as a job. Queued again, it runs again: what it writes is there whole or not at all."""
+    """An evaluation command as a job; queued again, it starts from the beginning."""
 
     def __init__(self, module: str, argv: Sequence[str]) -> None:
         self.module, self.argv = module, list(argv)
@@ -168,13 +167,13 @@ class EvaluationTask:
 def submit(
     task: TrainingTask | EvaluationTask, args: argparse.Namespace, output_dir: Path, name: str
 ) -> submitit.Job[None]:
-    """Hand `task` to SLURM as `args` (of `add_cluster_arguments`) say.
+    """Submit `task` to SLURM with the options `args` of `add_cluster_arguments`.
 
-    What submitit writes (the task, its logs) goes to `output_dir/submitit/<job id>`. That is beside the runs, because a
-    run's folder may be moved aside.
+    submitit writes the task and its logs to `output_dir/submitit/<job id>`, beside the runs, because a run's folder may
+    be moved aside.
 
     Raises:
-        ValueError: options that contradict each other, no SLURM here, or SLURM's refusal.
+        ValueError: options contradict each other, this machine has no SLURM, or SLURM refuses the job.
         PermissionError: `output_dir` cannot be written.
     """
     for program in ("sbatch", "srun"):
@@ -214,7 +213,7 @@ def submit(
 
 
 def tasks_per_node(args: argparse.Namespace) -> int:
-    """Processes of a node: one a GPU. Raises ValueError for options that contradict each other."""
+    """Return the number of processes of a node, one for each GPU; ValueError if options contradict each other."""
     for name, low in {"nodes": 1, "ngpus": 0, "timeout": 1, "cpus_per_task": 1, "tasks_per_node": 1}.items():
         value = getattr(args, name)
         if value is not None and value < low:
@@ -263,7 +262,7 @@ def wait(job_id: str) -> int:
     """Wait until the job has ended, and print each new state; returns its exit code. Ctrl-C leaves the job alone.
 
     Raises:
-        ConnectionError: SLURM tells nothing of the job for five minutes.
+        ConnectionError: no answer from SLURM for five minutes.
     """
     printed, started = "", time.monotonic()
     answered = started
@@ -278,7 +277,7 @@ def wait(job_id: str) -> int:
                 if fields["JobState"] in _ENDED:
                     return _exit_code_of(fields)
             elif now - answered > _PATIENCE_SECONDS:
-                raise ConnectionError(f"scontrol tells nothing of job {job_id}, which may go on; see sacct -j {job_id}")
+                raise ConnectionError(f"scontrol shows nothing of job {job_id}, which may go on; see sacct -j {job_id}")
             time.sleep(min(30.0, 1 + (now - started) / 20))
     except KeyboardInterrupt:
         print(f"job {job_id} goes on; scancel {job_id} ends it")
@@ -286,7 +285,7 @@ def wait(job_id: str) -> int:
 
 
 def _exit_code_of(fields: dict[str, str]) -> int:
-    """As a shell would have it. That of the training itself comes first; srun's is that of the process killed last."""
+    """Return a shell's exit code; that of the training comes before srun's, which is of the process killed last."""
     if fields["JobState"] == "COMPLETED":
         return 0
     codes = [fields.get(name, "0:0").split(":") for name in ("DerivedExitCode", "ExitCode")]
@@ -303,7 +302,7 @@ def _state_of(fields: dict[str, str]) -> str:
 
 
 def _let_rank_0_go_first(job_id: str, at_most_seconds: float) -> None:
-    """Stay while rank 0 may be queueing the job again, or saying what went wrong: whoever exits first ends all."""
+    """Wait while rank 0 may queue the job again or log an error: the first process that exits ends all."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     deadline = time.monotonic() + at_most_seconds
     while time.monotonic() < deadline and _fields_of(job_id).get("JobState", "RUNNING") == "RUNNING":
@@ -316,7 +315,7 @@ def _is_being_preempted(job_id: str) -> bool:
 
 
 def _fields_of(job_id: str) -> dict[str, str]:
-    """What scontrol tells of a job, or nothing; the accounting would tell more, but not every cluster keeps one."""
+    """Return scontrol's fields of a job, {} without an answer; sacct has more, but not on every cluster."""
     try:
         run = subprocess.run(
             ["scontrol", "--details", "--oneliner", "show", "job", job_id],
@@ -327,5 +326,5 @@ def _fields_of(job_id: str) -> dict[str, str]:
         )
     except subprocess.TimeoutExpired:
         return {}
-    # a key may come up again in a text that the user wrote, which stands further back
+    # the user's own texts come last, and may contain a key again
     return dict(reversed(re.findall(r"(\w+)=(\S*)", run.stdout)))
