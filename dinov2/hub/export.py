@@ -35,12 +35,12 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2.data.cell_drawing import Slide, draw_cell
-from dinov2.data.datasets.decode import resize_image
-from dinov2.data.transforms import normalize_images
 from dinov2.hub.backbones import checkpoint_file, load_backbone, read_backbone_state
-from dinov2.hub.export_formats import FORMATS, Format, Network
+from dinov2.hub.export_formats import FORMATS, Format, exported_size, own_tokens
 from dinov2.hub.model_card import Origin, files_below, read_results, write_card
+from dinov2.hub.transform import ImageTransform
 from dinov2.logging import setup_logging
+from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.command import exit_code
 from dinov2.utils.files import PathLike, file_sha256
 
@@ -83,57 +83,38 @@ def export_backbone(
         FileNotFoundError, ValueError: a wrong argument.
     """
     _check_free(output_dir, overwrite)
-    chosen, left_out = _installed(formats)
-    network, origin = _read(checkpoint, image_size)
+    model, origin = _read(checkpoint, image_size)
     quoted = {file: read_results(file, origin) for file in results}
-    for name in list(chosen):
-        if reason := chosen[name].refusal(network):
-            if formats is not None:
-                raise ValueError(f"--formats {name}: {reason}; leave this format out")
-            left_out[name] = reason
-            del chosen[name]
+    left_out = {name: reason for name in formats or FORMATS if (reason := _obstacle(FORMATS[name], model))}
+    if formats is not None and left_out:
+        raise ValueError("; ".join(f"--formats {name}: {reason}" for name, reason in left_out.items()))
     for name, reason in left_out.items():
         logger.warning("%s is left out: %s", name, reason)
 
     cells = draw_cells()
     with _appearing(output_dir, overwrite) as folder, torch.no_grad():
         differences = {}
-        for name, form in chosen.items():
-            form.write(network, folder)
-            differences[name] = compare(name, form, network, folder, cells, tolerance)
-        write_card(folder, network, origin, differences, quoted, left_out)
+        for name in dict.fromkeys(formats or FORMATS):
+            if name not in left_out:
+                FORMATS[name].write(model, folder)
+                differences[name] = compare(name, model, folder, cells, tolerance)
+        write_card(folder, model, origin, differences, quoted, left_out)
         lines = [f"{file_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files_below(folder)]
         (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
     logger.info("exported %s to %s: %s", origin.file, output_dir, ", ".join(differences))
 
 
-def _installed(formats: Sequence[str] | None) -> tuple[dict[str, Format], dict[str, str]]:
-    """Return the formats to write, and {format: why not} of the others.
-
-    Raises:
-        ValueError: a requested format needs a package that is not installed.
-    """
-    chosen, left_out = {}, {}
-    for name in FORMATS if formats is None else dict.fromkeys(formats):
-        if problem := _import_problem(FORMATS[name].packages):
-            left_out[name] = f"{problem}; {EXTRA} installs what exports need"
-        else:
-            chosen[name] = FORMATS[name]
-    if formats is not None and left_out:
-        raise ValueError("; ".join(f"--formats {name}: {reason}" for name, reason in left_out.items()))
-    return chosen, left_out
-
-
-def _import_problem(packages: Sequence[str]) -> str:
-    for package in packages:
+def _obstacle(form: Format, model: DinoVisionTransformer) -> str:
+    """Return why a format cannot be written; empty if it can."""
+    for package in form.packages:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            return f"it needs {package}, which cannot be imported here ({error})"
-    return ""
+            return f"it needs {package}, which cannot be imported here ({error}); {EXTRA} installs what exports need"
+    return form.refusal(model)
 
 
-def _read(checkpoint: PathLike, image_size: int) -> tuple[Network, Origin]:
+def _read(checkpoint: PathLike, image_size: int) -> tuple[DinoVisionTransformer, Origin]:
     file = checkpoint_file(checkpoint)
     state, recorded = read_backbone_state(file)
     size = image_size or int(recorded.get("img_size", DEFAULT_IMAGE_SIZE))
@@ -143,7 +124,7 @@ def _read(checkpoint: PathLike, image_size: int) -> tuple[Network, Origin]:
     grid = math.isqrt(n_numbers // model.embed_dim - 1)
     if model.in_chans != 3:
         raise ValueError(f"--checkpoint {file}: takes {model.in_chans} channels; only networks for RGB are exported")
-    return Network(model), Origin(file, file_sha256(file), grid)
+    return model, Origin(file, file_sha256(file), grid)
 
 
 # --- comparing ------------------------------------------------------------------------------------------------------
@@ -156,9 +137,9 @@ def draw_cells() -> list[Image.Image]:
 
 
 def compare(
-    name: str, form: Format, network: Network, folder: Path, cells: Sequence[Image.Image], tolerance: float
+    name: str, model: DinoVisionTransformer, folder: Path, cells: Sequence[Image.Image], tolerance: float
 ) -> dict[str, float]:
-    """Read what `form` wrote, and compare its features of cells with ours, one image and several at a time.
+    """Read what a format wrote, and compare its features of cells with ours, one image and several at a time.
 
     Where the format prepares images itself, its pixels are compared too, and the features that it gives of them.
 
@@ -168,10 +149,11 @@ def compare(
     Raises:
         ExportError: a difference is above the tolerance, or the library cannot read the file.
     """
-    images = normalize_images(torch.stack([resize_image(cell, network.image_size) for cell in cells]))  # [B, 3, S, S]
-    expected = network.embed(images)
+    form, transform = FORMATS[name], ImageTransform(exported_size(model))
+    images = torch.stack([transform(cell) for cell in cells])  # [B, 3, S, S]
+    expected = own_tokens(model, images)
     try:
-        embed = form.read(network, folder)
+        embed = form.read(model, folder)
         found = [(expected, images[:n], embed(images[:n])) for n in CHECKED_BATCH_SIZES]
         if form.prepare is not None:
             prepared = form.prepare(folder, cells)

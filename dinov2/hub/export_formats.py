@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -55,50 +55,9 @@ INPUT_NAME, OUTPUT_NAMES = "images", ("cls", "patches")
 Embed = Callable[[Tensor], dict[str, Tensor]]
 
 
-@dataclass(frozen=True)
-class Network:
-    """A backbone in fp32 on the CPU, in eval mode and without block chunks, as `load_backbone` gives it."""
-
-    model: DinoVisionTransformer
-
-    @cached_property
-    def state(self) -> dict[str, Tensor]:
-        return dict(self.model.state_dict())
-
-    @cached_property
-    def architecture(self) -> dict[str, Any]:
-        return architecture(self.model)
-
-    @property
-    def image_size(self) -> int:
-        return int(self.architecture["img_size"])
-
-    @property
-    def n_registers(self) -> int:
-        return self.model.num_register_tokens
-
-    @property
-    def is_described_by_tensors(self) -> bool:
-        """Return True if names and shapes of the tensors are enough to build the network again."""
-        try:
-            inferred = infer_architecture(self.state, {}, Path(PTH_FILE))
-        except ValueError:  # the number of heads
-            return False
-        names = ("num_heads", "mlp_ratio", "interpolate_antialias", "interpolate_offset")
-        return all(inferred[name] == self.architecture[name] for name in names)
-
-    @cached_property
-    def program(self) -> ExportedProgram:
-        """The graph of `TwoOutputs` for any number of images."""
-        # two images: torch.export takes a batch of one for a constant
-        example = torch.zeros(2, 3, self.image_size, self.image_size)
-        any_number = {INPUT_NAME: {0: torch.export.Dim("batch")}}
-        with _exporter_warnings_off():
-            return torch.export.export(TwoOutputs(self.model).eval(), (example,), dynamic_shapes=any_number)
-
-    def embed(self, images: Tensor) -> dict[str, Tensor]:
-        """Compute the features that all formats must reproduce."""
-        return own_tokens(self.model, images)
+def exported_size(model: DinoVisionTransformer) -> int:
+    """Return S of a backbone that `load_backbone` made."""
+    return int(architecture(model)["img_size"])
 
 
 def own_tokens(model: DinoVisionTransformer, images: Tensor) -> dict[str, Tensor]:
@@ -123,31 +82,41 @@ class Format:
 
     title: str
     packages: tuple[str, ...]
-    write: Callable[[Network, Path], None]
-    read: Callable[[Network, Path], Embed]
-    refusal: Callable[[Network], str] = lambda network: ""
+    write: Callable[[DinoVisionTransformer, Path], None]
+    read: Callable[[DinoVisionTransformer, Path], Embed]
+    refusal: Callable[[DinoVisionTransformer], str] = lambda model: ""
     prepare: Callable[[Path, Sequence[Image.Image]], Tensor] | None = None
 
 
 # --- our own names --------------------------------------------------------------------------------------------------
 
 
-def _write_pth(network: Network, folder: Path) -> None:
+def _write_pth(model: DinoVisionTransformer, folder: Path) -> None:
     """Write a bare state dict, as DINOv2 releases them, or one with a description where tensors are not enough."""
-    state: dict[str, Any] = network.state
-    if not network.is_described_by_tensors:
-        state = {"model": state, "architecture": network.architecture}
+    state: dict[str, Any] = dict(model.state_dict())
+    if not _is_described_by_tensors(model):
+        state = {"model": state, "architecture": architecture(model)}
     torch.save(state, folder / PTH_FILE)
 
 
-def _write_safetensors(network: Network, folder: Path) -> None:
-    metadata = {"format": "pt", "architecture": json.dumps(network.architecture)}
-    save_file(network.state, folder / SAFETENSORS_FILE, metadata)
+def _is_described_by_tensors(model: DinoVisionTransformer) -> bool:
+    """Return True if names and shapes of the tensors are enough to build the network again."""
+    try:
+        inferred = infer_architecture(model.state_dict(), {}, Path(PTH_FILE))
+    except ValueError:  # the number of heads
+        return False
+    names = ("num_heads", "mlp_ratio", "interpolate_antialias", "interpolate_offset")
+    return all(inferred[name] == architecture(model)[name] for name in names)
 
 
-def _read_own(file: str, network: Network, folder: Path) -> Embed:
-    model = load_backbone(folder / file, network.image_size)
-    return lambda images: own_tokens(model, images)
+def _write_safetensors(model: DinoVisionTransformer, folder: Path) -> None:
+    metadata = {"format": "pt", "architecture": json.dumps(architecture(model))}
+    save_file(model.state_dict(), folder / SAFETENSORS_FILE, metadata)
+
+
+def _read_own(file: str, model: DinoVisionTransformer, folder: Path) -> Embed:
+    loaded = load_backbone(folder / file, exported_size(model))
+    return lambda images: own_tokens(loaded, images)
 
 
 # --- transformers ---------------------------------------------------------------------------------------------------
@@ -171,37 +140,37 @@ def hugging_face_preprocessor(image_size: int) -> dict[str, Any]:
     }
 
 
-def _hugging_face_refusal(network: Network) -> str:
+def _hugging_face_refusal(model: DinoVisionTransformer) -> str:
     try:
-        conversions.hugging_face_config(network.architecture)
+        conversions.hugging_face_config(architecture(model))
     except ValueError as error:
         return str(error)
     return ""
 
 
-def _write_hugging_face(network: Network, folder: Path) -> None:
+def _write_hugging_face(model: DinoVisionTransformer, folder: Path) -> None:
     from transformers import Dinov2Config, Dinov2WithRegistersConfig
 
     folder = folder / HUGGING_FACE_FOLDER
     folder.mkdir()
-    config_class = Dinov2WithRegistersConfig if network.n_registers else Dinov2Config
-    config = config_class(**conversions.hugging_face_config(network.architecture))
-    config.architectures = ["Dinov2WithRegistersModel" if network.n_registers else "Dinov2Model"]
+    config_class = Dinov2WithRegistersConfig if model.num_register_tokens else Dinov2Config
+    config = config_class(**conversions.hugging_face_config(architecture(model)))
+    config.architectures = ["Dinov2WithRegistersModel" if model.num_register_tokens else "Dinov2Model"]
     config.save_pretrained(folder)
-    save_file(conversions.to_hugging_face(network.state), folder / WEIGHTS_NAME, {"format": "pt"})
-    _write_json(folder / "preprocessor_config.json", hugging_face_preprocessor(network.image_size))
+    save_file(conversions.to_hugging_face(model.state_dict()), folder / WEIGHTS_NAME, {"format": "pt"})
+    _write_json(folder / "preprocessor_config.json", hugging_face_preprocessor(exported_size(model)))
 
 
-def _read_hugging_face(network: Network, folder: Path) -> Embed:
+def _read_hugging_face(model: DinoVisionTransformer, folder: Path) -> Embed:
     from transformers import AutoModel
 
     path = folder / HUGGING_FACE_FOLDER
-    model, found = AutoModel.from_pretrained(path, local_files_only=True, output_loading_info=True)
+    theirs, found = AutoModel.from_pretrained(path, local_files_only=True, output_loading_info=True)
     lost = {kind: sorted(map(str, names)) for kind, names in found.items() if names}
     if lost:  # transformers only warns, and fills missing tensors at random
         raise ValueError(f"transformers does not find all tensors in their places: {lost}")
-    model.eval()
-    return lambda images: _split_tokens(model(pixel_values=images).last_hidden_state, network.n_registers)
+    theirs.eval()
+    return lambda images: _split_tokens(theirs(pixel_values=images).last_hidden_state, model.num_register_tokens)
 
 
 def _prepare_hugging_face(folder: Path, cells: Sequence[Image.Image]) -> Tensor:
@@ -217,13 +186,13 @@ def _prepare_hugging_face(folder: Path, cells: Sequence[Image.Image]) -> Tensor:
 # --- timm -----------------------------------------------------------------------------------------------------------
 
 
-def _write_timm(network: Network, folder: Path) -> None:
+def _write_timm(model: DinoVisionTransformer, folder: Path) -> None:
     folder = folder / TIMM_FOLDER
     folder.mkdir()
-    save_file(conversions.to_timm(network.state), folder / WEIGHTS_NAME, {"format": "pt"})
-    name, arguments = conversions.timm_arguments(network.architecture)
+    save_file(conversions.to_timm(model.state_dict()), folder / WEIGHTS_NAME, {"format": "pt"})
+    name, arguments = conversions.timm_arguments(architecture(model))
     preparation = {
-        "input_size": [3, network.image_size, network.image_size],
+        "input_size": [3, exported_size(model), exported_size(model)],
         "fixed_input_size": True,
         "interpolation": "lanczos",
         "crop_pct": 1.0,
@@ -238,21 +207,21 @@ def _write_timm(network: Network, folder: Path) -> None:
     content = {
         "architecture": name,
         "num_classes": 0,
-        "num_features": network.model.embed_dim,
+        "num_features": model.embed_dim,
         "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
         "pretrained_cfg": preparation,
     }
     _write_json(folder / "config.json", content)
 
 
-def _read_timm(network: Network, folder: Path) -> Embed:
+def _read_timm(model: DinoVisionTransformer, folder: Path) -> Embed:
     import timm
 
-    name, arguments = conversions.timm_arguments(network.architecture)
+    name, arguments = conversions.timm_arguments(architecture(model))
     # checkpoint_path is read strictly: no tensor may be missing or left over
     path = folder / TIMM_FOLDER / WEIGHTS_NAME
-    model: Any = timm.create_model(name, **arguments, checkpoint_path=str(path)).eval()
-    return lambda images: _split_tokens(model.forward_features(images), network.n_registers)
+    theirs: Any = timm.create_model(name, **arguments, checkpoint_path=str(path)).eval()
+    return lambda images: _split_tokens(theirs.forward_features(images), model.num_register_tokens)
 
 
 # --- graphs ---------------------------------------------------------------------------------------------------------
@@ -270,10 +239,20 @@ class TwoOutputs(nn.Module):
         return features["x_norm_clstoken"], features["x_norm_patchtokens"]
 
 
-def _write_onnx(network: Network, folder: Path) -> None:
+@lru_cache(maxsize=1)
+def _exported_program(model: DinoVisionTransformer) -> ExportedProgram:
+    """Export the graph of `TwoOutputs` for any number of images."""
+    # two images: torch.export takes a batch of one for a constant
+    example = torch.zeros(2, 3, exported_size(model), exported_size(model))
+    any_number = {INPUT_NAME: {0: torch.export.Dim("batch")}}
+    with _exporter_warnings_off():
+        return torch.export.export(TwoOutputs(model).eval(), (example,), dynamic_shapes=any_number)
+
+
+def _write_onnx(model: DinoVisionTransformer, folder: Path) -> None:
     with _exporter_warnings_off():
         onnx_program = torch.onnx.export(
-            network.program,
+            _exported_program(model),
             dynamo=True,
             input_names=[INPUT_NAME],
             output_names=list(OUTPUT_NAMES),
@@ -281,11 +260,11 @@ def _write_onnx(network: Network, folder: Path) -> None:
             verbose=False,
         )
     assert onnx_program is not None, "with dynamo=True, torch returns the program"
-    n_bytes = sum(value.numel() * value.element_size() for value in network.state.values())
+    n_bytes = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     onnx_program.save(folder / ONNX_FILE, external_data=n_bytes > ONNX_ONE_FILE_BYTES)
 
 
-def _read_onnx(network: Network, folder: Path) -> Embed:
+def _read_onnx(model: DinoVisionTransformer, folder: Path) -> Embed:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(folder / ONNX_FILE, providers=["CPUExecutionProvider"])
@@ -297,12 +276,12 @@ def _read_onnx(network: Network, folder: Path) -> Embed:
     return embed
 
 
-def _write_torch_export(network: Network, folder: Path) -> None:
+def _write_torch_export(model: DinoVisionTransformer, folder: Path) -> None:
     with _exporter_warnings_off():
-        torch.export.save(network.program, folder / TORCH_EXPORT_FILE)
+        torch.export.save(_exported_program(model), folder / TORCH_EXPORT_FILE)
 
 
-def _read_torch_export(network: Network, folder: Path) -> Embed:
+def _read_torch_export(model: DinoVisionTransformer, folder: Path) -> Embed:
     with _exporter_warnings_off():
         module = torch.export.load(folder / TORCH_EXPORT_FILE).module()
     return lambda images: dict(zip(OUTPUT_NAMES, module(images), strict=True))

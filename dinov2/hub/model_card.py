@@ -19,7 +19,9 @@ import dinov2
 from dinov2.data.loaders import VALUE_READERS
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.hub.conversions import timm_arguments
-from dinov2.hub.export_formats import FORMATS, PROCESSOR_ARGUMENTS, TIMM_FOLDER, WEIGHTS_NAME, Network
+from dinov2.hub.export_formats import FORMATS, PROCESSOR_ARGUMENTS, TIMM_FOLDER, WEIGHTS_NAME, exported_size
+from dinov2.models import architecture
+from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.files import file_sha256
 
 # keys of a run's config.yaml in the card
@@ -85,7 +87,7 @@ class Origin:
 
 def write_card(
     folder: Path,
-    network: Network,
+    model: DinoVisionTransformer,
     origin: Origin,
     differences: Mapping[str, Mapping[str, float]],
     results: Mapping[Path, Mapping[str, Any]],
@@ -95,14 +97,14 @@ def write_card(
 
     Args:
         folder: the folder with all files.
-        network: the exported network.
+        model: the exported network.
         origin: where the network comes from.
         differences: {format: {output: largest difference from ours}}.
         results: {file: its content}, as `read_results` gives it.
         left_out: {format: why it was not written}.
     """
-    model = network.model
-    timm_name, timm_options = timm_arguments(network.architecture)
+    known, size = architecture(model), exported_size(model)
+    timm_name, timm_options = timm_arguments(known)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         trim_blocks=True,
@@ -112,10 +114,10 @@ def write_card(
     )
     environment.globals.update(grid=_grid, table=_table, as_arguments=_as_arguments)
     card = environment.get_template("model_card.md.jinja").render(
-        **{"origin": origin, "origin_rows": _origin_rows(origin), "model": model, "known": network.architecture},
-        **{"size": network.image_size, "grid_side": network.image_size // model.patch_size},
+        **{"origin": origin, "origin_rows": _origin_rows(origin), "model": model, "known": known},
+        **{"size": size, "grid_side": size // model.patch_size},
         **{"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
-        n_parameters=f"{sum(value.numel() for value in network.state.values()):,}",
+        n_parameters=f"{sum(value.numel() for value in model.state_dict().values()):,}",
         **(_run_sections(origin.run_folder) if origin.run_folder is not None else {"recipe": {}}),
         results=[_quoted(file, content) for file, content in results.items()],
         formats=FORMATS,
