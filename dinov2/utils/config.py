@@ -7,7 +7,7 @@ import difflib
 import logging
 import math
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -133,7 +133,7 @@ def write_config(cfg: DictConfig, path: Path) -> None:
 
 
 def differences(ours: DictConfig, theirs: DictConfig, prefixes: Sequence[str] = ("",)) -> dict[str, tuple[Any, Any]]:
-    """Keys below `prefixes` whose values differ: {key: (ours, theirs)}; a key that one side lacks counts as None."""
+    """Find the keys below `prefixes` whose values differ: {key: (ours, theirs)}, None for a missing key."""
     a, b = (dict(_leaves(OmegaConf.to_container(cfg, resolve=True), _defaults())) for cfg in (ours, theirs))
     keys = [key for key in sorted(a.keys() | b.keys()) if key.startswith(tuple(prefixes))]
     return {key: (a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)}
@@ -162,7 +162,7 @@ def _read_override(text: str) -> tuple[str, Any]:
     if key in _FILLED_IN:
         raise ValueError(f"command line: {key} is filled in by the run; {_FILLED_IN[key]} instead")
     if isinstance(_defaults().get(key), str) and value != "null":
-        return key, value  # a path or name is meant as it stands, also with # or a leading zero
+        return key, value  # a path or name is taken literally, also with # or a leading zero
     if isinstance(_EXAMPLES.get(key), (list, dict)):
         # {name:pbc} needs no quotes in a shell, but is a mapping to YAML only with a space
         value = re.sub(r"([{,]\s*[\w.-]+):(?=\S)", r"\1: ", value)
@@ -173,11 +173,11 @@ def _read_override(text: str) -> tuple[str, Any]:
     return key, content["value"]
 
 
-def _leaves(content: Any, known: Container[str] = (), prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of every leaf: whatever is no mapping, is an empty one, or is a `known` key."""
+def _leaves(content: Any, known: Collection[str] = (), prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of all values that are no sections; without `known`, an empty mapping is a value."""
     for name, value in content.items():
         key = f"{prefix}{name}"
-        if isinstance(value, dict) and value and key not in known:
+        if isinstance(value, dict) and key not in known and (value or known):
             yield from _leaves(value, known, f"{key}.")
         else:
             yield key, value
@@ -262,7 +262,7 @@ def _unknown_key_text(key: str) -> str:
 
 
 def _check_together(cfg: DictConfig) -> None:
-    """Rules between keys."""
+    """Check the rules between keys."""
     if cfg.crops.local_crops_number == 1:
         logger.warning(
             "crops.local_crops_number is 1: here that is one local crop. If 1 was meant as DinoBloom means it (none), "

@@ -62,7 +62,7 @@ def dinov2_log(caplog, monkeypatch):
 
 def test_defaults_file_and_command_line_win_in_that_order(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("optim: {epochs: 7, base_lr: 1e-3}\n")
+    file.write_text("optim: {epochs: 7, base_lr: 1e-3}\nstudent: {}\n")
     cfg = load_run_config(file, ["optim.epochs=9"])
     assert (cfg.optim.epochs, cfg.optim.base_lr, cfg.optim.clip_grad) == (9.0, 1e-3, 3.0)
     assert dinov2_default_config.optim.epochs == 100.0
