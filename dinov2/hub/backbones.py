@@ -42,7 +42,6 @@ __all__ = [
     "file_sha256",
     "infer_architecture",
     "load_backbone",
-    "read_backbone_state",
     "read_heads",
     "read_weights_file",
     "trained_image_size",
@@ -119,16 +118,11 @@ def untrained_backbone(source: PathLike, img_size: int = 224, seed: int = 0) -> 
     untrained network is the stronger baseline.
     """
     path = checkpoint_file(source)
-    description = infer_architecture(*read_backbone_state(path), path)
+    stored = read_networks(path)
+    description = infer_architecture(stored.backbone, stored.recorded, path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _with_transform(build_backbone({**description, "img_size": img_size}).eval(), img_size)
-
-
-def read_backbone_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read `backbone` and `recorded` of `read_networks(path)`."""
-    stored = read_networks(path)
-    return stored.backbone, stored.recorded
 
 
 def read_heads(source: PathLike) -> dict[str, dict[str, Tensor]]:

@@ -35,10 +35,11 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2.data.cell_drawing import Slide, draw_cell
-from dinov2.hub.backbones import checkpoint_file, load_backbone, read_backbone_state
+from dinov2.hub.backbones import checkpoint_file, load_backbone
 from dinov2.hub.export_formats import FORMATS, Format, exported_size, own_tokens
 from dinov2.hub.model_card import Origin, files_below, read_results, write_card
 from dinov2.hub.transform import ImageTransform
+from dinov2.hub.weight_files import read_networks
 from dinov2.logging import setup_logging
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.command import exit_code
@@ -116,10 +117,10 @@ def _obstacle(form: Format, model: DinoVisionTransformer) -> str:
 
 def _read(checkpoint: PathLike, image_size: int) -> tuple[DinoVisionTransformer, Origin]:
     file = checkpoint_file(checkpoint)
-    state, recorded = read_backbone_state(file)
-    size = image_size or int(recorded.get("img_size", DEFAULT_IMAGE_SIZE))
-    n_numbers = state["pos_embed"].numel() if "pos_embed" in state else 0
-    del state  # two copies of the largest network may not fit into memory
+    stored = read_networks(file)
+    size = image_size or int(stored.recorded.get("img_size", DEFAULT_IMAGE_SIZE))
+    n_numbers = stored.backbone["pos_embed"].numel() if "pos_embed" in stored.backbone else 0
+    del stored  # two copies of the largest network may not fit into memory
     model = load_backbone(checkpoint, size)
     grid = math.isqrt(n_numbers // model.embed_dim - 1)
     if model.in_chans != 3:
