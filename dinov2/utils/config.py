@@ -23,8 +23,9 @@ from dinov2.utils.paths import local_path
 
 logger = logging.getLogger("dinov2")
 
-# Keys of DINOv2 and DinoBloom files that are read with a warning. DinoBloom's own has the last four under `train`.
+# Keys of earlier files that are read with a warning. DinoBloom's own has the last four under `train`.
 _IGNORED = {
+    "train.compile_augmentation": "the workers augment, in one implementation",
     "train.cache_dataset": "images are read from the lists; there is no metadata cache to switch",
     **{
         f"train.{name}": "it never had an effect: DinoBloom's code does not read it, and ran with drop path 0, the MLP "
