@@ -65,7 +65,7 @@ def test_setup_names_the_distribution_and_the_version_of_the_package():
 def test_build_has_every_module_and_config(tmp_path: Path):
     setup_py("-q", "build_py", "--build-lib", str(tmp_path))
     wanted = {"dinov2/py.typed"}
-    for pattern in ("*.py", "*.yaml", "*.css", "*.js"):
+    for pattern in ("*.py", "*.yaml", "*.css", "*.js", "*.jinja"):
         wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "dinov2").rglob(pattern)}
     built = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert built == wanted
@@ -75,9 +75,9 @@ def test_torch_and_what_is_built_against_it_are_pinned_together():
     assert {"torch==2.10.0", "torchvision==0.25.0", "xformers==0.0.35"} <= set(requirement_lines())
 
 
-def test_every_import_is_a_requirement():
-    listed = {re.split(r"[^\w.-]", line)[0].lower() for line in requirement_lines()}
-    missing = {}
+def imported_distributions() -> dict[str, str]:
+    """{package on PyPI: a line of dinov2/ that imports it}."""
+    found = {}
     for path in sorted((ROOT / "dinov2").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
@@ -87,9 +87,15 @@ def test_every_import_is_a_requirement():
             else:
                 continue
             for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"dinov2"}:
-                if DISTRIBUTIONS.get(name, name).lower() not in listed | EXTRAS:
-                    missing[name] = f"{path.relative_to(ROOT)}:{node.lineno}"
-    assert not missing
+                found[DISTRIBUTIONS.get(name, name).lower()] = f"{path.relative_to(ROOT)}:{node.lineno}"
+    return found
+
+
+def test_every_import_is_a_requirement_and_every_requirement_is_imported():
+    listed = {re.split(r"[^\w.-]", line)[0].lower() for line in requirement_lines()}
+    imported = imported_distributions()
+    assert {name: line for name, line in imported.items() if name not in listed | EXTRAS} == {}
+    assert listed - imported.keys() == set()
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

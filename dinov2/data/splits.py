@@ -18,6 +18,7 @@ import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from dinov2.utils.files import atomic_write
+from dinov2.utils.paths import local_path
 
 logger = logging.getLogger("dinov2")
 
@@ -312,7 +313,7 @@ def read_split(file: PathLike, paths: Sequence[str]) -> Split:
         ValueError: if columns are missing, a value is none of the known, a path stands twice or lacks a row, or a side
             is empty.
     """
-    file = Path(file)
+    file = local_path(file)
     if not file.is_file():
         raise FileNotFoundError(f"split: no file {str(file)!r}; give a CSV with the columns path,fold or path,part")
     positions = _positions(paths, file)

@@ -41,7 +41,7 @@ from dinov2.eval.patch_maps import (
     pca_colours,
     similarity_maps,
 )
-from dinov2.hub.transform import PictureTransform
+from dinov2.hub.transform import ImageTransform
 from dinov2.logging import setup_logging
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.command import exit_code
@@ -142,7 +142,7 @@ def make_cell_maps(
             f"other are too many for a page; choose {most} or less"
         )
     model.to(device).eval()
-    transform = PictureTransform(image_size)
+    transform = ImageTransform(image_size)
     titles = [f"{path.parent.name}/{path.name}" for path in paths] if names is None else list(names)
     found: dict[str, list[Any]] = defaultdict(list)
     unreadable: dict[str, str] = {}

@@ -56,6 +56,7 @@ from dinov2.hub.backbones import file_sha256
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
 from dinov2.utils.files import atomic_write
+from dinov2.utils.paths import local_path
 
 logger = logging.getLogger("dinov2")
 
@@ -426,6 +427,7 @@ def read_classes_map(file: Path, labels_of: Mapping[str, Sequence[str]]) -> dict
         FileNotFoundError: if there is no such file.
         ValueError: if it lacks a column, names a data set or a label that is not there, or names one twice.
     """
+    file = local_path(file)
     if not file.is_file():
         raise FileNotFoundError(
             f"--classes-map: no file {str(file)!r}; give a CSV with the columns dataset,label,common"

@@ -34,7 +34,7 @@ from dinov2.eval.encoders import DinoEncoder, Encoder, Kind, Preparation, build_
 from dinov2.eval.feature_parts import PART_SIZE, PATCH_PART_SIZE, Extraction, FeatureParts
 from dinov2.eval.features import DEFAULT_KIND, PATCHES, Features, read_features, stored_kinds, write_features
 from dinov2.hub.backbones import PathLike, checkpoint_file, file_sha256, load_backbone, trained_image_size
-from dinov2.hub.transform import PictureTransform
+from dinov2.hub.transform import ImageTransform
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.matmul import fast_matmul_within
 
@@ -454,7 +454,7 @@ class Embedder:
         if self.checkpoint is None:
             sha256, transform = self.encoder.sha256, self.encoder.transform
         else:
-            sha256, transform = file_sha256(self.file), str(PictureTransform(self.image_size))
+            sha256, transform = file_sha256(self.file), str(ImageTransform(self.image_size))
         identity = {"checkpoint_sha256": sha256, "transform": transform, "precision": self.precision}
         # networks of a library may differ by an activation alone, which no tensor tells
         return identity if self.checkpoint is not None else {"model": self.encoder.description, **identity}

@@ -44,7 +44,7 @@ from dinov2.hub.backbones import (
     file_sha256,
     read_weights_file,
 )
-from dinov2.hub.transform import PictureTransform
+from dinov2.hub.transform import ImageTransform
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 TIMM, TORCHVISION = "timm:", "torchvision:"
@@ -164,7 +164,7 @@ class DinoEncoder(Encoder):
         self.network = network
         self.has_patch_tokens, self.n_blocks = True, network.n_blocks
         self.image_size = image_size
-        transform = PictureTransform(image_size)
+        transform = ImageTransform(image_size)
         self.preparation, self.transform = transform.resize, str(transform)
         self.description = describe_backbone(network)
         self.file = file

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 
 from dinov2.utils.files import atomic_write
+from dinov2.utils.paths import local_path
 
 PathLike = str | os.PathLike[str]
 
@@ -127,7 +128,7 @@ def read_features(path: PathLike) -> Features:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not such a file, is damaged, or its parts do not fit together.
     """
-    _check_exists(path)
+    path = _existing(path)
     try:
         with h5py.File(path, "r") as file:
             missing = [name for name in ("features", "labels", "class_names", "paths") if name not in file]
@@ -184,7 +185,7 @@ def stored_kinds(path: PathLike) -> list[str]:
     Raises:
         FileNotFoundError, ValueError: as `read_features`.
     """
-    _check_exists(path)
+    path = _existing(path)
     try:
         with h5py.File(path, "r") as file:
             kind = str(file.attrs.get("kind", DEFAULT_KIND))
@@ -197,9 +198,12 @@ def _other_kinds(file: h5py.File) -> list[str]:
     return [name.removeprefix(OTHER_PREFIX) for name in file if name.startswith(OTHER_PREFIX)]
 
 
-def _check_exists(path: PathLike) -> None:
-    if not Path(path).is_file():
+def _existing(path: PathLike) -> Path:
+    """Return the file on this machine; `path` may be a URL."""
+    file = local_path(path)
+    if not file.is_file():
         raise FileNotFoundError(f"features: no file {str(path)!r}; dinov2/eval/extract_features.py writes one")
+    return file
 
 
 def _damaged(path: PathLike, error: Exception) -> ValueError:

@@ -1,7 +1,7 @@
 """What a backbone makes of the parts of a picture: PCA of patch tokens, attention, rollout, occlusion, similarity.
 
 Every function takes pictures or patch tokens and gives numbers on the grid of patches, row by row from the upper left.
-Pictures are normalised (`PictureTransform`) and on the model's device; their sides are multiples of the patch size and
+Pictures are normalised (`ImageTransform`) and on the model's device; their sides are multiples of the patch size and
 need not be equal. The model is in eval mode. Nothing is random.
 
 An attention map says where a token takes its input from, and an occlusion map what the output depends on; neither says

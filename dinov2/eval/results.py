@@ -27,6 +27,7 @@ from dinov2.data.splits import Fold
 from dinov2.eval.metrics import classification_metrics
 from dinov2.eval.uncertainty import bootstrap_intervals
 from dinov2.utils.files import atomic_write
+from dinov2.utils.paths import local_path
 
 logger = logging.getLogger("dinov2")
 
@@ -242,6 +243,7 @@ def read_predictions(file: Path) -> PredictionTable:
         FileNotFoundError: if there is no such file.
         ValueError: if it lacks columns or rows, or a key stands twice.
     """
+    file = local_path(file)
     if not file.is_file():
         raise FileNotFoundError(f"predictions: no file {str(file)!r}; linear.py and abmil.py write predictions.csv")
     try:

@@ -1,1 +1,1 @@
-"""Precision and checkpoints of a run, on one device or many."""
+"""Sharding, precision and checkpoints of a run, on one device or many."""

@@ -36,7 +36,7 @@ from dinov2.utils.sharded_checkpoints import TensorReader, reason_of
 
 logger = logging.getLogger("dinov2")
 
-# Said at each checkpoint of a lone process, which is what was asked for; and about torch's own use of its storages
+# Warnings at each checkpoint of a single process, which is intended, and about torch's own use of its storages
 for _noise in ("torch.distributed is disabled, unavailable", "TypedStorage is deprecated"):
     warnings.filterwarnings("ignore", message=_noise, module=r"torch\.distributed\.checkpoint")
 
@@ -62,8 +62,8 @@ class Checkpointer:
     def save(self, iteration: int, tensors: Tensors, numbers: Mapping[str, Any]) -> None:
         """Start to write the state after `iteration` iterations; training may go on, since the tensors are copied.
 
-        The checkpoint before is waited for. A write that fails is logged, and leaves the checkpoints before it as they
-        are; `wait` tells how it went.
+        The previous checkpoint is waited for. A write that fails is logged, and leaves earlier checkpoints as they are;
+        `wait` returns the outcome.
 
         Args:
             tensors: nested mappings of tensors; DTensors are written shard by shard.
@@ -90,23 +90,23 @@ class Checkpointer:
         future.add_done_callback(partial(self._settle, iteration, self._pending))
 
     def wait(self) -> bool:
-        """Wait for the checkpoint that is being written; False if it could not be."""
+        """Wait for the checkpoint that is being written; returns False if writing failed."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self._last_is_good = pending.result()
         return self._last_is_good
 
     def path_of(self, iteration: int) -> Path:
-        """Where the checkpoint after `iteration` iterations is."""
+        """Return the folder of the checkpoint after `iteration` iterations."""
         return self.folder / f"{_PREFIX}{iteration:07d}"
 
     def paths(self) -> list[Path]:
-        """All complete checkpoints, oldest first."""
+        """List all complete checkpoints, oldest first."""
         found = [path for path in self.folder.glob(f"{_PREFIX}*") if path.is_dir() and _number(path) is not None]
         return sorted(found, key=lambda path: _number(path) or 0)
 
     def newest(self, before: int | None = None) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint whose files are what was written, and its numbers; None if there is none at all.
+        """Find the newest checkpoint whose files are undamaged, and its numbers; None if there is no checkpoint.
 
         Every process checks its share of the files. Those after more than `before` iterations do not count.
 
@@ -138,8 +138,7 @@ class Checkpointer:
                 logger.warning("%s is now %s, since the run goes on from iteration %d", path, aside.name, iteration)
 
     def load(self, path: Path, tensors: Tensors) -> None:
-        """Fill `tensors` in place from the checkpoint at `path`, however many processes wrote it; nothing else in it is
-        looked at.
+        """Fill `tensors` in place from the checkpoint at `path`, however many processes wrote it.
 
         Raises:
             ValueError: it holds other names or shapes, or something that could run code.
@@ -155,7 +154,7 @@ class Checkpointer:
             raise ValueError(f"{path}: {reason_of(error)}") from error
 
     def _settle(self, iteration: int, pending: "Future[bool]", written: "Future[Any]") -> None:
-        """Say how it went as soon as that is known: the next checkpoint may be hours away."""
+        """Log the outcome as soon as it is known: the next checkpoint may be hours away."""
         error = written.exception()
         if error is None:
             logger.info("checkpoint: %s", self.path_of(iteration))
@@ -175,7 +174,7 @@ class Checkpointer:
         temporary.mkdir()
 
     def _commit(self, temporary: Path, final: Path, numbers: dict[str, Any]) -> None:
-        """On the process that wrote last, with all files of all processes in place."""
+        """Give the folder its final name, on the coordinating process, once all processes have written their files."""
         with atomic_write(temporary / _NUMBERS, "w") as file:
             json.dump(numbers, file)
         lists = sorted(temporary.glob("checksums_*.json"))
@@ -190,7 +189,7 @@ class Checkpointer:
                 self._remove(old)
 
     def _remove(self, path: Path) -> None:
-        """Never in halves under its own name."""
+        """Rename first: a folder with its final name must stay complete."""
         doomed = path.with_name(f".{path.name}.old.tmp")
         path.rename(doomed)
         shutil.rmtree(doomed)
@@ -240,7 +239,7 @@ def _crc32(path: Path) -> int:
 
 
 def _faults(path: Path) -> list[str]:
-    """What is wrong with this process's share of the files."""
+    """List what is wrong with this process's share of the files."""
     lists = sorted(path.glob("checksums_*.json"))
     if get_rank() == 0 and not (path / "checksums_all.json").is_file():
         return [f"{path.name}/checksums_all.json is missing"]

@@ -1,4 +1,4 @@
-"""Which floating-point type each network computes in."""
+"""The floating-point type of each network's computations."""
 
 import functools
 import logging
@@ -13,7 +13,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @functools.cache
 def resolve_dtype(name: str, device_type: str) -> torch.dtype:
-    """The type that `param_dtype: name` means on a device.
+    """Return the type of `param_dtype: name` on a device.
 
     Args:
         name: auto, fp32, bf16 or fp16. auto is bf16 on CUDA (fp16 on GPUs without it) and fp32 on a CPU.
@@ -30,7 +30,7 @@ def resolve_dtype(name: str, device_type: str) -> torch.dtype:
 
 
 def resolve_precision(compute_precision: Any, device_type: str) -> None:
-    """Replace `auto`, and what the device cannot compute in, by the type that is really used."""
+    """Replace `auto` and types that the device does not support by the type that is used."""
     names = {dtype: name for name, dtype in _DTYPES.items()}
     for role in ("student", "teacher"):
         for name, part in compute_precision[role].items():
@@ -43,7 +43,7 @@ def resolve_precision(compute_precision: Any, device_type: str) -> None:
 
 
 def autocast(name: str, device_type: str) -> torch.autocast:
-    """Run what follows in the type that `param_dtype: name` means; weights stay fp32, sensitive operations too."""
+    """Return an autocast context for `param_dtype: name`; weights and sensitive operations stay fp32."""
     dtype = resolve_dtype(name, device_type)
     # autocast warns about a type it would not use, so a disabled one gets a type that every device knows
     enabled = dtype != torch.float32

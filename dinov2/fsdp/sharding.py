@@ -1,7 +1,7 @@
-"""Spreading a network over processes: FSDP2 where its weights are sharded, DDP where they are copies.
+"""Distribute a network over processes: FSDP2 for sharded weights, DDP for copies.
 
-FSDP2 (`fully_shard`) keeps parameter names and gives DTensors; what computes with weights outside a forward pass (the
-teacher's moving average, norms, files) handles both kinds through the functions below.
+FSDP2 (`fully_shard`) keeps parameter names and makes DTensors. Computations with weights outside a forward pass (the
+teacher's moving average, norms, files) use the functions below, which take both kinds.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +28,7 @@ _COMPRESS: dict[torch.dtype, Callable[..., Any]] = {
 
 
 def make_mesh(strategy: str, device_type: str, n_nodes: int) -> DeviceMesh:
-    """The processes as `strategy` arranges them: a row, or for HYBRID_SHARD copies over nodes x shards in a node."""
+    """Arrange the processes in a row, or for HYBRID_SHARD in nodes (copies) x processes of a node (shards)."""
     world_size = get_world_size()
     if strategy == "HYBRID_SHARD" and n_nodes > 1:
         if world_size % n_nodes:
@@ -70,7 +70,7 @@ def shard(
 
 
 def replicate(module: nn.Module, *, reduce_dtype: torch.dtype) -> DistributedDataParallel:
-    """`module` behind DDP: to be called through what this returns, which averages gradients over the processes."""
+    """Wrap `module` in DDP; call the returned module, which averages gradients over the processes."""
     device = next(module.parameters()).device
     wrapped = DistributedDataParallel(
         module,
@@ -84,29 +84,29 @@ def replicate(module: nn.Module, *, reduce_dtype: torch.dtype) -> DistributedDat
 
 
 def without_gradient_sync(module: nn.Module) -> AbstractContextManager[Any]:
-    """Around a forward and backward whose gradients a later one will send along.
+    """Return a context for a micro-batch whose gradients are all-reduced with those of a later one.
 
-    DDP waits; sharded gradients are summed each time all the same: kept whole until the last part, they would take the
+    DDP waits. Sharded gradients are reduced for each micro-batch: kept whole until the last one, they would take the
     memory that sharding saves.
     """
     return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
 
 
 def reshard(module: nn.Module) -> None:
-    """Free the gathered weights of a network that no backward will pass; nothing to do where none is sharded."""
+    """Free the gathered weights of a sharded network after a forward without backward."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor put together from its shards; every process must ask for it."""
+    """Gather a tensor from its shards; every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def lerp_(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -> None:
-    """targets <- targets + weight * (sources - targets), in place, whichever way each side is sharded."""
+    """targets <- targets + weight * (sources - targets), in place, for any sharding of either side."""
     matched = [_laid_out_as(target, source) for target, source in zip(targets, sources, strict=True)]
     plain = [(_local(target), _local(source)) for target, source in zip(targets, matched, strict=True)]
     torch._foreach_lerp_([target for target, _ in plain], [source for _, source in plain], weight)
@@ -119,7 +119,7 @@ def _laid_out_as(target: Tensor, source: Tensor) -> Tensor:
             target.placements,
         ):
             return source
-        # every process has the whole source, so none has to be sent
+        # every process has the whole source, so nothing is sent
         return distribute_tensor(whole(source), target.device_mesh, target.placements, src_data_rank=None)
     return whole(source)
 
@@ -129,10 +129,10 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of all entries of `tensors` together, over all shards: 0-d, the same on every process."""
+    """Compute the 2-norm of all entries of `tensors` over all shards: 0-d, the same on every process."""
     return whole(nn.utils.get_total_norm(tensors))
 
 
 def checkpoint_group() -> "dist.ProcessGroup | None":
-    """A group of its own for writing checkpoints beside the training: their messages must not meet."""
+    """Make a process group for writing checkpoints beside the training, so that messages do not mix."""
     return dist.new_group(backend="gloo") if dist.is_initialized() else None

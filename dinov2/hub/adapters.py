@@ -9,7 +9,7 @@ _BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weigh
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter is one of an adapter's two."""
+    """Return True for the two parameters of an adapter."""
     return name.endswith((_A, _B))
 
 

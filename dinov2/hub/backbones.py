@@ -3,10 +3,10 @@
 `load_backbone` reads, by path, name or URL: a training run's `teacher_checkpoint.pth`, folder, or checkpoint to resume
 from; the DinoBloom releases (`{"teacher": {"backbone.*"}}`); bare state dicts as DINOv2 releases them, with registers
 and without; `{"model": ...}` and `{"state_dict": ...}` around any of these; safetensors; a folder or file of
-transformers' Dinov2 and of timm's DINOv2 networks. The architecture is read off the tensors. Nothing that a file holds
-is ever executed.
+transformers' Dinov2 and of timm's DINOv2 networks. The architecture is read off the tensors. No code in a file is ever
+run.
 
-Dimension key:  B pictures, S image side in pixels, D embedding dim, g patches along one side of the grid
+Dimension key:  B images, S image side in pixels, D embedding dim, g patches along one side of the grid
 """
 
 import logging
@@ -20,8 +20,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dinov2.hub.downloads import RELEASES, PathLike, Release, file_sha256
-from dinov2.hub.transform import PictureTransform
+from dinov2.hub.downloads import RELEASES, Release
+from dinov2.hub.transform import ImageTransform
 from dinov2.hub.weight_files import (
     checkpoint_file,
     listed,
@@ -31,6 +31,7 @@ from dinov2.hub.weight_files import (
 )
 from dinov2.models import build_backbone
 from dinov2.models.vision_transformer import DinoVisionTransformer, resize_pos_embed
+from dinov2.utils.files import PathLike, file_sha256
 
 __all__ = [
     "ENTRY_POINTS",
@@ -41,7 +42,6 @@ __all__ = [
     "file_sha256",
     "infer_architecture",
     "load_backbone",
-    "read_backbone_state",
     "read_heads",
     "read_weights_file",
     "trained_image_size",
@@ -53,10 +53,10 @@ logger = logging.getLogger("dinov2")
 
 
 def load_backbone(source: PathLike, img_size: int = 224) -> DinoVisionTransformer:
-    """A backbone with its weights, in eval mode and fp32 on the CPU.
+    """Load a backbone with its weights, in eval mode and fp32 on the CPU.
 
-    Its attribute `transform` makes its input of a picture or of the path of one: `model(model.transform(p)[None])` is
-    [1, D]. `transform.mean` and `transform.std` are ImageNet's, which all of these networks were trained with.
+    Its attribute `transform` prepares an image or the file at a path: `model(model.transform(path)[None])` is [1, D].
+    `transform.mean` and `transform.std` are ImageNet's, which all of these networks were trained with.
 
     Position embeddings of another grid are resized once, as DinoBloom does before it trains. A DINOv2 release that is
     loaded with `img_size=518` keeps its own 37 x 37 grid and interpolates in each forward, as Meta's code does.
@@ -65,7 +65,7 @@ def load_backbone(source: PathLike, img_size: int = 224) -> DinoVisionTransforme
         source: a file in any layout of the module docstring; a folder, in which `checkpoint_file` chooses; a name out
             of `dinov2.hub.downloads.RELEASES` (`dinobloom_b`, `dinov2_vits14_reg`, ...) or a URL, which are downloaded
             once.
-        img_size: S, side of the square pictures it will see; a multiple of the patch size.
+        img_size: S, side of the square images it will see; a multiple of the patch size.
 
     Raises:
         FileNotFoundError: if there is no such file, no weights in the folder, or no such name.
@@ -98,54 +98,38 @@ def load_backbone(source: PathLike, img_size: int = 224) -> DinoVisionTransforme
 
 def _with_transform(model: DinoVisionTransformer, img_size: int) -> DinoVisionTransformer:
     # a plain attribute: neither in the state dict nor in the way of copies, compilation and sharding
-    cast(Any, model).transform = PictureTransform(img_size) if model.in_chans == 3 else None
+    cast(Any, model).transform = ImageTransform(img_size) if model.in_chans == 3 else None
     return model
 
 
 def trained_image_size(source: PathLike) -> int | None:
-    """Side in pixels of the pictures that a network was trained on or is meant for; None where nothing says so.
+    """Return the side in pixels of the images that a network was trained on or is meant for; None if unknown.
 
-    A training run's files tell the size of its global crops; folders of transformers and timm that of their pictures.
+    A training run's files record the size of its global crops; folders of transformers and timm that of their images.
     """
     size = read_networks(checkpoint_file(source)).recorded.get("img_size")
     return None if size is None else int(size)
 
 
 def untrained_backbone(source: PathLike, img_size: int = 224, seed: int = 0) -> DinoVisionTransformer:
-    """The architecture of `load_backbone(source)` with fresh weights drawn from `seed`, in eval mode.
+    """Build the architecture of `load_backbone(source)` with random weights from `seed`, in eval mode.
 
-    This is what training has to beat. Layer scale starts where the file's `architecture` says, or at 1.0, where an
+    This is the baseline of training. Layer scale starts where the file's `architecture` says, or at 1.0, where an
     untrained network is the stronger baseline.
     """
     path = checkpoint_file(source)
-    description = infer_architecture(*read_backbone_state(path), path)
+    stored = read_networks(path)
+    description = infer_architecture(stored.backbone, stored.recorded, path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _with_transform(build_backbone({**description, "img_size": img_size}).eval(), img_size)
 
 
-def read_backbone_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A checkpoint's backbone tensors, and what it says about its architecture.
-
-    Args:
-        path: as `checkpoint_file` gives it.
-
-    Returns:
-        tensors in fp32 on the CPU, under our names without prefixes and block chunks; and fields of
-        `models.architecture`, {} where nothing is said.
-
-    Raises:
-        ValueError: as `read_networks`.
-    """
-    stored = read_networks(path)
-    return stored.backbone, stored.recorded
-
-
 def read_heads(source: PathLike) -> dict[str, dict[str, Tensor]]:
-    """The heads beside a backbone, of the teacher where there are two networks.
+    """Read the heads beside a backbone, of the teacher where there are two networks.
 
     Returns:
-        {"dino_head": tensors, "ibot_head": tensors} in fp32, those that are there, with names as `DINOHead` has them:
+        {"dino_head": tensors, "ibot_head": tensors} in fp32, those that exist, with names as `DINOHead` has them:
         `last_layer.weight_g` and `_v` also for files that use torch's parametrization. Releases of DINOv2 have none.
 
     Raises:
@@ -155,7 +139,7 @@ def read_heads(source: PathLike) -> dict[str, dict[str, Tensor]]:
 
 
 def describe_backbone(model: DinoVisionTransformer) -> str:
-    """One line for logs and result files: what tells one backbone's size from another's."""
+    """Describe a backbone's size in one line, for logs and result files."""
     registers = f", {model.num_register_tokens} registers" if model.num_register_tokens else ""
     return (
         f"ViT with dim {model.embed_dim}, depth {model.n_blocks}, {model.num_heads} heads, patch {model.patch_size}"
@@ -166,8 +150,8 @@ def describe_backbone(model: DinoVisionTransformer) -> str:
 def infer_architecture(state: Mapping[str, Tensor], recorded: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Read the architecture off the tensors' names and shapes, as `models.build_backbone` takes it.
 
-    What tensors do not tell is the number of heads and how position embeddings are interpolated. That comes from
-    `recorded`, else from what all released networks have: 64 dimensions a head; antialiasing and no offset with
+    Tensors do not show the number of heads and how position embeddings are interpolated. These come from `recorded`,
+    else from the values of all released networks: 64 dimensions a head; antialiasing and no offset with
     registers, no antialiasing and offset 0.1 without.
 
     Raises:
@@ -235,12 +219,12 @@ def _mlp_ratio(embed_dim: int, hidden_dim: int, is_gated: bool) -> float:
     if not is_gated:
         return hidden_dim / embed_dim
     # gated networks take 2/3 of the width and round up to a multiple of 8, so several ratios give one width;
-    # 4 is the one that everybody uses
+    # 4 is the usual one
     return 4.0 if (int(embed_dim * 8 / 3) + 7) // 8 * 8 == hidden_dim else 1.5 * hidden_dim / embed_dim
 
 
 def check_names_and_shapes(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse the tensors of a file unless they are just those that a network has; ValueError lists what differs."""
+    """Check that a file has exactly a network's tensors; the ValueError lists the differences."""
     problems = {
         "missing": [name for name in wanted if name not in state],
         "unexpected": [name for name in state if name not in wanted],
@@ -268,7 +252,7 @@ def _check_architecture(model: DinoVisionTransformer, release: Release, path: Pa
 
 
 def _entry_point(release: Release) -> Callable[..., DinoVisionTransformer]:
-    """The function that torch.hub finds under the name of a release."""
+    """Make the function that torch.hub finds under the name of a release."""
 
     def build(
         *, pretrained: bool = True, weights: PathLike | None = None, img_size: int = release.img_size
@@ -280,7 +264,7 @@ def _entry_point(release: Release) -> Callable[..., DinoVisionTransformer]:
                 )
             description = {"arch": release.arch, "layerscale": 1.0, "block_chunks": 0, "img_size": img_size}
             return _with_transform(build_backbone(description), img_size)
-        source = release.url if weights is None else weights  # the name could be that of a folder here
+        source = release.url if weights is None else weights  # a local folder could have the release's name
         model = load_backbone(source, img_size)
         _check_architecture(model, release, source)
         return model

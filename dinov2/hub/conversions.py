@@ -1,7 +1,6 @@
-"""Our backbone's tensors under the names of transformers' Dinov2 and timm's vision transformers, and back.
+"""Rename our backbone's tensors for transformers' Dinov2 and timm's vision transformers, and back.
 
-What the three have in common is the network; they differ in names, in what is one matrix and what is several, and in
-what may be absent:
+The network is the same in all three. Names differ, and so do the matrices that are split and those that may be absent:
 
 - transformers (`Dinov2Model`, `Dinov2WithRegistersModel`): queries, keys and values are three maps, ours is one; layer
   scale and biases are always there. Two sets of names are in use, that of the files and, since release 5, another in
@@ -9,10 +8,10 @@ what may be absent:
 - timm (`vit_*_patch14_dinov2`, `vit_*_patch14_reg4_dinov2`): no mask token; the gated network's maps are `fc1` and
   `fc2`; with registers, the CLS token has its position in it already. Layer scale and biases are always there, too.
 
-Going there, layer scale and biases that a network lacks become ones and zeros, so its features stay the same. Names
-that no rule knows stay as they are, for the caller to find them.
+Conversion to them writes ones and zeros for layer scale and biases that a network lacks, so its features stay the same.
+Unknown names stay as they are, and the caller reports them.
 
-Dimension key:  D embedding dim, P patches, R register tokens, S side of the pictures in pixels
+Dimension key:  D embedding dim, P patches, R register tokens, S side of the images in pixels
 """
 
 import re
@@ -54,7 +53,7 @@ _HF_IN_MEMORY = {
     "attention.o_proj": "attention.output.dense",
     "mlp.down_proj": "mlp.weights_out",
 }
-# maps that are one here -> their parts in transformers' files or memory, in order
+# our matrices -> their parts in transformers' files or memory, in order
 _HF_PARTS = {
     "attn.qkv": tuple(f"attention.attention.{third}" for third in THIRDS),
     "mlp.w12": ("mlp.gate_proj", "mlp.up_proj"),
@@ -62,7 +61,7 @@ _HF_PARTS = {
 _HF_PREFIXES = (
     "dinov2_with_registers.",
     "dinov2.",
-)  # what a network with a classifier puts before the backbone's names
+)  # before the backbone's names in a network with a classifier
 
 _TIMM_GATED = {"mlp.w12": "mlp.fc1", "mlp.w3": "mlp.fc2"}
 _TIMM_SIZES = {
@@ -73,12 +72,12 @@ _TIMM_PATCH_SIZE, _TIMM_N_REGISTERS, _TIMM_MLP_RATIO = 14, 4, {False: 4.0, True:
 
 
 def to_own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors in any of the three spellings, in ours; those that are ours already come back as they are."""
+    """Rename tensors from any of the three to our names; our own names stay as they are."""
     return from_hugging_face(state) if is_hugging_face(state) else from_timm(state)
 
 
 def is_hugging_face(state: Mapping[str, Tensor]) -> bool:
-    """Whether the names are transformers'."""
+    """Return True if the names are transformers'."""
     return any(name.endswith("embeddings.cls_token") for name in state)
 
 
@@ -86,7 +85,7 @@ def is_hugging_face(state: Mapping[str, Tensor]) -> bool:
 
 
 def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A backbone's tensors as `Dinov2Model.from_pretrained` and `Dinov2WithRegistersModel.from_pretrained` read them.
+    """Rename a backbone's tensors for `Dinov2Model.from_pretrained` and `Dinov2WithRegistersModel.from_pretrained`.
 
     Args:
         state: our names, without block chunks.
@@ -106,7 +105,7 @@ def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of transformers' Dinov2 and Dinov2WithRegisters under our names; a classifier is left out."""
+    """Rename the tensors of transformers' Dinov2 and Dinov2WithRegisters to ours, and leave out a classifier."""
     outside = {theirs: ours for ours, theirs in _HF_OUTSIDE.items()}
     inside = {theirs: ours for ours, theirs in _HF_INSIDE.items()}
     renamed: dict[str, Tensor] = {}
@@ -124,7 +123,7 @@ def from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _joined(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Put the maps that transformers splits together again, where all of their parts are there."""
+    """Join the matrices that transformers splits, if all of their parts exist."""
     joined = dict(state)
     for name in state:
         block, inner = _split_block(name)
@@ -139,20 +138,20 @@ def _joined(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def hugging_face_config(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of transformers' `Dinov2Config`, or of `Dinov2WithRegistersConfig` where there are registers.
+    """Return the arguments of transformers' `Dinov2Config`, or of `Dinov2WithRegistersConfig` for registers.
 
-    transformers uses the position embeddings as they are for pictures of side `image_size`, and interpolates by a rule
-    of its own (bicubic, without offset and antialiasing) for others.
+    transformers does not change the position embeddings for images of side `image_size`, and interpolates them in its
+    own way (bicubic, without offset and antialiasing) for others.
 
     Args:
         architecture: as `dinov2.models.architecture` gives it, with a square img_size.
 
     Raises:
-        ValueError: for what the class cannot hold.
+        ValueError: the class does not support this architecture.
     """
     if architecture["mlp_ratio"] != int(architecture["mlp_ratio"]):
         raise ValueError(
-            f"transformers' Dinov2 holds whole multiples of the width in its feed-forward networks only; this one has "
+            f"transformers' Dinov2 has whole multiples of the width in its feed-forward networks only; this one has "
             f"mlp_ratio {architecture['mlp_ratio']:g}"
         )
     config = {
@@ -177,7 +176,7 @@ def hugging_face_config(architecture: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A backbone's tensors as the timm model of `timm_arguments` loads them, all of them and no others.
+    """Rename a backbone's tensors for the timm model of `timm_arguments`, exactly those that it loads.
 
     Args:
         state: our names, without block chunks.
@@ -195,7 +194,7 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of timm's DINOv2 models under our names, but for the mask token, which timm does not keep."""
+    """Rename the tensors of timm's DINOv2 models to ours; timm keeps no mask token."""
     renamed = {}
     gated_names = {theirs: ours for ours, theirs in _TIMM_GATED.items()}
     for name, value in state.items():
@@ -205,7 +204,7 @@ def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         renamed[name] = value
     if {"reg_token", "pos_embed"} <= renamed.keys():
         renamed["register_tokens"] = renamed.pop("reg_token")
-        # the CLS token has its position in it already
+        # timm's CLS token includes its position
         pos_embed = renamed["pos_embed"]
         renamed["pos_embed"] = torch.cat([torch.zeros_like(pos_embed[:, :1]), pos_embed], dim=1)  # [1, 1 + P, D]
     return renamed
@@ -217,17 +216,17 @@ def _is_gated_in_timm(state: Mapping[str, Tensor], block: str) -> bool:
 
 
 def timm_arguments(architecture: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Name and further arguments of `timm.create_model` for a backbone.
+    """Return the name and further arguments of `timm.create_model` for a backbone.
 
-    With `img_size` given, timm uses the position embeddings as they are; it then takes pictures of that side only,
-    unless `dynamic_img_size=True` asks for its own interpolation (bicubic with antialiasing).
+    With `img_size`, timm does not change the position embeddings and takes images of that side only, unless
+    `dynamic_img_size=True` turns on its own interpolation (bicubic with antialiasing).
 
     Args:
         architecture: as `dinov2.models.architecture` gives it, with a square img_size.
 
     Returns:
-        for instance ("vit_small_patch14_dinov2", {"img_size": 224, "num_classes": 0}); a network that timm has no name
-        for gets the dimensions as arguments of a similar one.
+        for instance ("vit_small_patch14_dinov2", {"img_size": 224, "num_classes": 0}); a network without a name in timm
+        gets a similar one's name with its dimensions as arguments.
     """
     is_gated, n_registers = _is_gated(architecture), architecture["num_register_tokens"]
     sizes = _TIMM_SIZES[is_gated]
@@ -249,15 +248,15 @@ def timm_arguments(architecture: Mapping[str, Any]) -> tuple[str, dict[str, Any]
     return model_name, {"img_size": architecture["img_size"], "num_classes": 0, **arguments}
 
 
-# --- what both need -------------------------------------------------------------------------------------------------
+# --- for both -------------------------------------------------------------------------------------------------------
 
 
 def _completed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Layer scale and biases that do nothing, in the blocks that have none."""
+    """Add layer scale and biases without effect to blocks that have none."""
     completed = dict(state)
     n_blocks = 1 + max(int(block) for name in state if (block := _split_block(name)[0]) is not None)
     for prefix in (f"blocks.{i}." for i in range(n_blocks)):
-        norm = state[f"{prefix}norm1.weight"]  # [D], tells dtype and device
+        norm = state[f"{prefix}norm1.weight"]  # [D], has dtype and device
         for layer_scale in ("ls1.gamma", "ls2.gamma"):
             completed.setdefault(prefix + layer_scale, torch.ones_like(norm))
         for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "mlp.w12", "mlp.w3"):
@@ -268,13 +267,13 @@ def _completed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _split_block(name: str) -> tuple[str | None, str]:
-    """("3", "attn.qkv.weight") of "blocks.3.attn.qkv.weight"; (None, name) of a name outside the blocks."""
+    """Split "blocks.3.attn.qkv.weight" into ("3", "attn.qkv.weight"); a name outside the blocks into (None, name)."""
     match = re.match(r"blocks\.(\d+)\.(.+)", name)
     return (match[1], match[2]) if match else (None, name)
 
 
 def _with_module(name: str, renamed: Mapping[str, str]) -> str:
-    """`name` with its beginning, up to a dot or the end, replaced as `renamed` says."""
+    """Replace the beginning of `name`, up to a dot or the end, by `renamed`."""
     old = next((old for old in renamed if name == old or name.startswith(f"{old}.")), "")
     return renamed[old] + name.removeprefix(old) if old else name
 

@@ -1,4 +1,4 @@
-"""Hand a backbone to other tools: files for each, read back and compared with ours, and a model card beside them.
+"""Export a backbone to other tools: a file for each, read back and compared with ours, and a model card.
 
     python dinov2/hub/export.py --checkpoint <file or run folder> --output-dir <folder>
 
@@ -8,18 +8,16 @@ writes, as `--formats` says,
     backbone.safetensors    the same
     huggingface/            for transformers' AutoModel and AutoImageProcessor
     timm/                   for timm.create_model(..., checkpoint_path="timm/model.safetensors")
-    backbone.onnx           any number of pictures at a time (beyond 2 GB, weights in backbone.onnx.data)
+    backbone.onnx           any number of images at a time (beyond 2 GB, weights in backbone.onnx.data)
     backbone.pt2            torch.export, likewise
-    README.md               what it is, how to load each file, how far it is from ours
+    README.md               a model card: the network, how to load each file, differences from ours
     sha256sums.txt          of all these
 
-The weights are the teacher's, in fp32, with position embeddings for one picture side. The folder appears once every
-file gave our features of drawn cells in its own library (export_formats.py says which outputs correspond), or not at
-all.
+The weights are the teacher's, in fp32, with position embeddings for one image size. The folder appears only if every
+file reproduced our features of drawn cells in its own library (export_formats.py lists the corresponding outputs).
 """
 
 import argparse
-import hashlib
 import importlib
 import logging
 import math
@@ -37,15 +35,15 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2.data.cell_drawing import Slide, draw_cell
-from dinov2.data.datasets.decode import resize_image
-from dinov2.data.transforms import normalize_images
-from dinov2.hub.backbones import checkpoint_file, load_backbone, read_backbone_state
-from dinov2.hub.downloads import PathLike, file_sha256
-from dinov2.hub.export_formats import FORMATS, Format, Network
-from dinov2.hub.model_card import Origin, read_results, write_card
+from dinov2.hub.backbones import checkpoint_file, load_backbone
+from dinov2.hub.export_formats import FORMATS, Format, exported_size, own_tokens
+from dinov2.hub.model_card import Origin, files_below, read_results, write_card
+from dinov2.hub.transform import ImageTransform
+from dinov2.hub.weight_files import read_networks
 from dinov2.logging import setup_logging
+from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.command import exit_code
-from dinov2.utils.files import atomic_write, sync_folder
+from dinov2.utils.files import PathLike, file_sha256
 
 logger = logging.getLogger("dinov2")
 
@@ -57,7 +55,7 @@ EXTRA = "pip install 'dinobloom[export]'"
 
 
 class ExportError(RuntimeError):
-    """What was exported does not give the network's features."""
+    """An exported file does not reproduce the network's features."""
 
 
 def export_backbone(
@@ -74,118 +72,94 @@ def export_backbone(
 
     Args:
         checkpoint: whatever `load_backbone` reads.
-        output_dir: a folder that is not there yet, or is empty.
-        formats: names out of `FORMATS`; None for all whose packages are installed and that can hold the network.
-        image_size: side of the pictures in pixels; 0 for that of the training run where the file tells it, else 224.
+        output_dir: a new or empty folder.
+        formats: names out of `FORMATS`; None for all that are installed and support the network.
+        image_size: side of the images in pixels; 0 for that of the training run if the file has it, else 224.
         results: results.json files to quote in the card.
         tolerance: largest difference allowed between an exported file's features and ours.
-        overwrite: replace what an earlier export left in `output_dir`.
+        overwrite: replace an earlier export in `output_dir`.
 
     Raises:
-        ExportError: if a file does not give our features; `output_dir` is then as it was.
-        FileNotFoundError, ValueError: what is wrong with the arguments.
+        ExportError: a file does not reproduce our features; `output_dir` is then unchanged.
+        FileNotFoundError, ValueError: a wrong argument.
     """
     _check_free(output_dir, overwrite)
-    chosen, left_out = _installed(formats)
-    network, origin = _read(checkpoint, image_size)
+    model, origin = _read(checkpoint, image_size)
     quoted = {file: read_results(file, origin) for file in results}
-    for name in list(chosen):
-        if reason := chosen[name].refusal(network):
-            if formats is not None:
-                raise ValueError(f"--formats {name}: {reason}; leave this format out")
-            left_out[name] = reason
-            del chosen[name]
+    left_out = {name: reason for name in formats or FORMATS if (reason := _obstacle(FORMATS[name], model))}
+    if formats is not None and left_out:
+        raise ValueError("; ".join(f"--formats {name}: {reason}" for name, reason in left_out.items()))
     for name, reason in left_out.items():
         logger.warning("%s is left out: %s", name, reason)
 
     cells = draw_cells()
     with _appearing(output_dir, overwrite) as folder, torch.no_grad():
         differences = {}
-        for name, form in chosen.items():
-            form.write(network, folder)
-            differences[name] = compare(name, form, network, folder, cells, tolerance)
-        write_card(folder, network, origin, differences, quoted, left_out)
-        _write_sums(folder)
+        for name in dict.fromkeys(formats or FORMATS):
+            if name not in left_out:
+                FORMATS[name].write(model, folder)
+                differences[name] = compare(name, model, folder, cells, tolerance)
+        write_card(folder, model, origin, differences, quoted, left_out)
+        lines = [f"{file_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files_below(folder)]
+        (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
     logger.info("exported %s to %s: %s", origin.file, output_dir, ", ".join(differences))
 
 
-def _installed(formats: Sequence[str] | None) -> tuple[dict[str, Format], dict[str, str]]:
-    """The formats to write, and {format: why not} of the others.
-
-    Raises:
-        ValueError: if one that was asked for needs a package that is not installed.
-    """
-    chosen, left_out = {}, {}
-    for name in FORMATS if formats is None else dict.fromkeys(formats):
-        if problem := _import_problem(FORMATS[name].packages):
-            left_out[name] = f"{problem}; {EXTRA} installs what exports need"
-        else:
-            chosen[name] = FORMATS[name]
-    if formats is not None and left_out:
-        raise ValueError("; ".join(f"--formats {name}: {reason}" for name, reason in left_out.items()))
-    return chosen, left_out
-
-
-def _import_problem(packages: Sequence[str]) -> str:
-    for package in packages:
+def _obstacle(form: Format, model: DinoVisionTransformer) -> str:
+    """Return why a format cannot be written; empty if it can."""
+    for package in form.packages:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            return f"it needs {package}, which cannot be imported here ({error})"
-    return ""
+            return f"it needs {package}, which cannot be imported here ({error}); {EXTRA} installs what exports need"
+    return form.refusal(model)
 
 
-def _read(checkpoint: PathLike, image_size: int) -> tuple[Network, Origin]:
+def _read(checkpoint: PathLike, image_size: int) -> tuple[DinoVisionTransformer, Origin]:
     file = checkpoint_file(checkpoint)
-    state, recorded = read_backbone_state(file)
-    size = image_size or int(recorded.get("img_size", DEFAULT_IMAGE_SIZE))
-    n_numbers = state["pos_embed"].numel() if "pos_embed" in state else 0
-    del state  # the largest networks fill the memory of a small machine
+    stored = read_networks(file)
+    size = image_size or int(stored.recorded.get("img_size", DEFAULT_IMAGE_SIZE))
+    n_numbers = stored.backbone["pos_embed"].numel() if "pos_embed" in stored.backbone else 0
+    del stored  # two copies of the largest network may not fit into memory
     model = load_backbone(checkpoint, size)
     grid = math.isqrt(n_numbers // model.embed_dim - 1)
     if model.in_chans != 3:
         raise ValueError(f"--checkpoint {file}: takes {model.in_chans} channels; only networks for RGB are exported")
-    return Network(model), Origin(file, _sha256(file), grid)
-
-
-def _sha256(path: Path) -> str:
-    """Of a file; of weights that lie in several files of a folder, that of the lines that sha256sum would print."""
-    if path.is_file():
-        return file_sha256(path)
-    return hashlib.sha256("".join(_sums(path)).encode()).hexdigest()
+    return model, Origin(file, file_sha256(file), grid)
 
 
 # --- comparing ------------------------------------------------------------------------------------------------------
 
 
 def draw_cells() -> list[Image.Image]:
-    """Pictures of cells that look real enough to use a network as it is meant, always the same ones."""
+    """Draw the cells that exported networks are compared on, always the same ones."""
     rng = np.random.default_rng(0)
     return [Image.fromarray(draw_cell(name, Slide.sample(rng), rng)) for name in CHECKED_CELLS]
 
 
 def compare(
-    name: str, form: Format, network: Network, folder: Path, cells: Sequence[Image.Image], tolerance: float
+    name: str, model: DinoVisionTransformer, folder: Path, cells: Sequence[Image.Image], tolerance: float
 ) -> dict[str, float]:
-    """Read what `form` wrote, and hold its features of cells against ours, for one picture and for several at a time.
+    """Read what a format wrote, and compare its features of cells with ours, one image and several at a time.
 
-    Where the format prepares pictures itself, its pixels are compared too, and the features that it gives of them.
+    Where the format prepares images itself, its pixels are compared too, and the features that it gives of them.
 
     Returns:
         {output: largest difference}.
 
     Raises:
-        ExportError: if one is beyond the tolerance, or its library cannot read the file.
+        ExportError: a difference is above the tolerance, or the library cannot read the file.
     """
-    images = normalize_images(torch.stack([resize_image(cell, network.image_size) for cell in cells]))  # [B, 3, S, S]
-    expected = network.embed(images)
+    form, transform = FORMATS[name], ImageTransform(exported_size(model))
+    images = torch.stack([transform(cell) for cell in cells])  # [B, 3, S, S]
+    expected = own_tokens(model, images)
     try:
-        embed = form.read(network, folder)
+        embed = form.read(model, folder)
         found = [(expected, images[:n], embed(images[:n])) for n in CHECKED_BATCH_SIZES]
         if form.prepare is not None:
             prepared = form.prepare(folder, cells)
             found.append(({**expected, "pixels": images}, prepared, {**embed(prepared), "pixels": prepared}))
-    except (RuntimeError, ValueError, KeyError, OSError) as error:  # whatever a library says of a file it cannot use
+    except (RuntimeError, ValueError, KeyError, OSError) as error:  # from libraries that cannot read a file
         raise ExportError(f"{name}: what was written cannot be used: {' '.join(str(error).split())}") from error
     differences: dict[str, float] = {}
     for ours, given, theirs in found:
@@ -203,7 +177,7 @@ def compare(
 
 
 def _largest_difference(expected: Tensor, found: Tensor) -> float:
-    """Infinite for another shape and for values that are not finite, which no tolerance lets pass."""
+    """Return the largest difference: infinite for another shape and for values that are not finite."""
     if expected.shape != found.shape:
         return math.inf
     largest = (expected - found).abs().max().item()
@@ -235,47 +209,24 @@ def _check_free(output_dir: Path, overwrite: bool) -> None:
 
 @contextmanager
 def _appearing(final: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `final` that takes its name when the block has ended well, and is removed otherwise."""
+    """Yield a folder beside `final`, which takes its name when the block has ended well and is removed otherwise."""
     final = final.absolute()
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".tmp"))
     try:
-        inner = temporary / "export"  # made with the usual rights, unlike a temporary folder
+        inner = temporary / "export"  # has the usual rights, unlike a temporary folder
         inner.mkdir()
         yield inner
         rights = inner.stat().st_mode & 0o666  # some libraries write files that only their owner may read
-        for path in (*inner.rglob("*"), inner):
-            if path.is_dir():
-                sync_folder(path)
-                continue
-            path.chmod(rights)
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+        for path in inner.rglob("*"):
+            if path.is_file():
+                path.chmod(rights)
         _check_free(final, overwrite)
-        before = temporary / "before"
         if final.exists():
-            final.rename(before)
-        try:
-            inner.rename(final)
-        except OSError:
-            if before.exists():
-                before.rename(final)
-            raise
-        sync_folder(final.parent)
+            final.rename(temporary / "before")
+        inner.rename(final)
     finally:
         shutil.rmtree(temporary)
-
-
-def _write_sums(folder: Path) -> None:
-    lines = list(_sums(folder))
-    with atomic_write(folder / SUMS_FILE, "w") as file:
-        file.writelines(lines)
-
-
-def _sums(folder: Path) -> Iterator[str]:
-    """A line for each file below a folder, as sha256sum prints and checks them."""
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        yield f"{file_sha256(path)}  {path.relative_to(folder).as_posix()}\n"
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -304,7 +255,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--image-size",
         type=int,
         default=0,
-        help="side of the pictures in pixels, a multiple of the patch size, for which position embeddings are written; "
+        help="side of the images in pixels, a multiple of the patch size, for which position embeddings are written; "
         f"0: as in its training run where the file says so, else {DEFAULT_IMAGE_SIZE}",
     )
     parser.add_argument(
@@ -323,7 +274,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0, 1 where an export is not faithful, 2 for a mistake in what was asked for."""
+    """Run the command; returns 0, 1 if an export differs from the network, 2 for a user's mistake."""
     args = parse_arguments(argv)
     setup_logging()
     try:

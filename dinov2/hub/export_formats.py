@@ -1,20 +1,20 @@
-"""The formats that a backbone is exported to: how each is written, and how its own library reads it again.
+"""Write a backbone in each export format, and read it back with the format's own library.
 
-In every one the tokens after the last norm are ours to rounding. transformers' `last_hidden_state` and timm's
-`forward_features(images)` hold all of them in the order CLS token, registers, patches:
+In each of them the tokens after the last norm equal ours up to rounding. transformers' `last_hidden_state` and timm's
+`forward_features(images)` hold them in the order CLS token, registers, patches:
 
-    ours (forward_features)         there              ONNX and torch.export
+    ours (forward_features)         these two          ONNX and torch.export
     x_norm_clstoken [B, D]          [:, 0]             first output, `cls`
     x_norm_regtokens [B, R, D]      [:, 1 : 1 + R]     none
     x_norm_patchtokens [B, P, D]    [:, 1 + R :]       second output, `patches`
 
-This holds for pictures of the exported side, where all of them use the position embeddings as they are. For pictures of
-other sides transformers and timm each interpolate by their own rule, and the last two take none.
+This holds for images of the exported side. For others, transformers and timm interpolate position embeddings in their
+own ways, and ONNX and torch.export files do not take them.
 
-Everything runs on the CPU in fp32; attention there is torch's own, never xFormers', so graphs need no extension. The
-libraries are imported where they are used, and `Format.packages` names them.
+Everything runs on the CPU in fp32, with torch's own attention. The libraries are imported where they are used, and
+`Format.packages` names them.
 
-Dimension key:  B pictures, S their side in pixels, D embedding dim, R registers, P patches
+Dimension key:  B images, S image side in pixels, D embedding dim, R registers, P patches
 """
 
 import json
@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,67 +42,26 @@ from dinov2.models.vision_transformer import DinoVisionTransformer
 PTH_FILE, SAFETENSORS_FILE = "backbone.pth", "backbone.safetensors"
 HUGGING_FACE_FOLDER, TIMM_FOLDER = "huggingface", "timm"
 ONNX_FILE, TORCH_EXPORT_FILE = "backbone.onnx", "backbone.pt2"
-WEIGHTS_NAME = "model.safetensors"  # what transformers and timm look for in a folder
+WEIGHTS_NAME = "model.safetensors"  # transformers' and timm's name of the file in a folder
 # transformers' other image processors have no Lanczos filter before torchvision 0.27: they fail, or take bicubic. Its
-# releases say it in two ways, and each ignores the other's.
+# releases have two names for this argument, and each ignores the other's.
 PROCESSOR_ARGUMENTS: dict[str, Any] = {"backend": "pil", "use_fast": False}
 ONNX_OPSET = 18
-# protobuf ends at 2 GiB; larger weights go into a second file
+# protobuf files have at most 2 GiB; larger weights go into a second file
 ONNX_ONE_FILE_BYTES = 1_500_000_000
 INPUT_NAME, OUTPUT_NAMES = "images", ("cls", "patches")
 
-# normalised pictures [B, 3, S, S] -> {"cls": [B, D], "registers": [B, R, D] (if any), "patches": [B, P, D]}
+# normalised images [B, 3, S, S] -> {"cls": [B, D], "registers": [B, R, D] (if any), "patches": [B, P, D]}
 Embed = Callable[[Tensor], dict[str, Tensor]]
 
 
-@dataclass(frozen=True)
-class Network:
-    """A backbone in fp32 on the CPU, in eval mode and without block chunks, as `load_backbone` gives it."""
-
-    model: DinoVisionTransformer
-
-    @cached_property
-    def state(self) -> dict[str, Tensor]:
-        return dict(self.model.state_dict())
-
-    @cached_property
-    def architecture(self) -> dict[str, Any]:
-        return architecture(self.model)
-
-    @property
-    def image_size(self) -> int:
-        return int(self.architecture["img_size"])
-
-    @property
-    def n_registers(self) -> int:
-        return self.model.num_register_tokens
-
-    @property
-    def is_told_by_tensors(self) -> bool:
-        """Whether names and shapes of the tensors are enough to build the network again."""
-        try:
-            told = infer_architecture(self.state, {}, Path(PTH_FILE))
-        except ValueError:  # the number of heads
-            return False
-        names = ("num_heads", "mlp_ratio", "interpolate_antialias", "interpolate_offset")
-        return all(told[name] == self.architecture[name] for name in names)
-
-    @cached_property
-    def program(self) -> ExportedProgram:
-        """The graph of `TwoOutputs` for any number of pictures."""
-        # two pictures: a batch of one would be taken for a constant
-        example = torch.zeros(2, 3, self.image_size, self.image_size)
-        any_number = {INPUT_NAME: {0: torch.export.Dim("batch")}}
-        with _exporters_own_warnings_off():
-            return torch.export.export(TwoOutputs(self.model).eval(), (example,), dynamic_shapes=any_number)
-
-    def embed(self, images: Tensor) -> dict[str, Tensor]:
-        """The features that all formats must give."""
-        return own_tokens(self.model, images)
+def exported_size(model: DinoVisionTransformer) -> int:
+    """Return S of a backbone that `load_backbone` made."""
+    return int(architecture(model)["img_size"])
 
 
 def own_tokens(model: DinoVisionTransformer, images: Tensor) -> dict[str, Tensor]:
-    """The tokens of `Embed` that one of our backbones gives."""
+    """Compute the tokens of `Embed` with one of our backbones."""
     features = model.forward_features(images)
     tokens = {"cls": features["x_norm_clstoken"], "patches": features["x_norm_patchtokens"]}
     return {**tokens, "registers": features["x_norm_regtokens"]} if model.num_register_tokens else tokens
@@ -114,52 +73,57 @@ class Format:
 
     Attributes:
         title: for readers.
-        packages: modules that writing and reading it again import, beyond what this project requires.
-        write: puts it below a folder.
-        read: gives what its library makes of it.
-        refusal: why a network cannot be written so; empty where it can.
-        prepare: what it makes of picture files itself: normalised [B, 3, S, S]; None where it leaves that to the user.
+        packages: modules to import for writing and reading, beyond this project's requirements.
+        write: writes it below a folder.
+        read: reads it with its own library.
+        refusal: returns why a network cannot be written in this format; empty if it can.
+        prepare: transforms images with its own library, to normalised [B, 3, S, S]; None if it has no transform.
     """
 
     title: str
     packages: tuple[str, ...]
-    write: Callable[[Network, Path], None]
-    read: Callable[[Network, Path], Embed]
-    refusal: Callable[[Network], str] = lambda network: ""
+    write: Callable[[DinoVisionTransformer, Path], None]
+    read: Callable[[DinoVisionTransformer, Path], Embed]
+    refusal: Callable[[DinoVisionTransformer], str] = lambda model: ""
     prepare: Callable[[Path, Sequence[Image.Image]], Tensor] | None = None
 
 
 # --- our own names --------------------------------------------------------------------------------------------------
 
 
-def _write_pth(network: Network, folder: Path) -> None:
-    """A bare state dict as DINOv2 releases them; with a description around it only where tensors do not tell all."""
-    state: dict[str, Any] = network.state
-    if not network.is_told_by_tensors:
-        state = {"model": state, "architecture": network.architecture}
+def _write_pth(model: DinoVisionTransformer, folder: Path) -> None:
+    """Write a bare state dict, as DINOv2 releases them, or one with a description where tensors are not enough."""
+    state: dict[str, Any] = dict(model.state_dict())
+    if not _is_described_by_tensors(model):
+        state = {"model": state, "architecture": architecture(model)}
     torch.save(state, folder / PTH_FILE)
 
 
-def _read_pth(network: Network, folder: Path) -> Embed:
-    model = load_backbone(folder / PTH_FILE, network.image_size)
-    return lambda images: own_tokens(model, images)
+def _is_described_by_tensors(model: DinoVisionTransformer) -> bool:
+    """Return True if names and shapes of the tensors are enough to build the network again."""
+    try:
+        inferred = infer_architecture(model.state_dict(), {}, Path(PTH_FILE))
+    except ValueError:  # the number of heads
+        return False
+    names = ("num_heads", "mlp_ratio", "interpolate_antialias", "interpolate_offset")
+    return all(inferred[name] == architecture(model)[name] for name in names)
 
 
-def _write_safetensors(network: Network, folder: Path) -> None:
-    metadata = {"format": "pt", "architecture": json.dumps(network.architecture)}
-    save_file(network.state, folder / SAFETENSORS_FILE, metadata)
+def _write_safetensors(model: DinoVisionTransformer, folder: Path) -> None:
+    metadata = {"format": "pt", "architecture": json.dumps(architecture(model))}
+    save_file(model.state_dict(), folder / SAFETENSORS_FILE, metadata)
 
 
-def _read_safetensors(network: Network, folder: Path) -> Embed:
-    model = load_backbone(folder / SAFETENSORS_FILE, network.image_size)
-    return lambda images: own_tokens(model, images)
+def _read_own(file: str, model: DinoVisionTransformer, folder: Path) -> Embed:
+    loaded = load_backbone(folder / file, exported_size(model))
+    return lambda images: own_tokens(loaded, images)
 
 
 # --- transformers ---------------------------------------------------------------------------------------------------
 
 
 def hugging_face_preprocessor(image_size: int) -> dict[str, Any]:
-    """Content of preprocessor_config.json: shorter side to S by Lanczos, centre crop, ImageNet's mean and deviation."""
+    """Return preprocessor_config.json: shorter side to S by Lanczos, centre crop, ImageNet's mean and deviation."""
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
@@ -176,59 +140,59 @@ def hugging_face_preprocessor(image_size: int) -> dict[str, Any]:
     }
 
 
-def _hugging_face_refusal(network: Network) -> str:
+def _hugging_face_refusal(model: DinoVisionTransformer) -> str:
     try:
-        conversions.hugging_face_config(network.architecture)
+        conversions.hugging_face_config(architecture(model))
     except ValueError as error:
         return str(error)
     return ""
 
 
-def _write_hugging_face(network: Network, folder: Path) -> None:
+def _write_hugging_face(model: DinoVisionTransformer, folder: Path) -> None:
     from transformers import Dinov2Config, Dinov2WithRegistersConfig
 
     folder = folder / HUGGING_FACE_FOLDER
     folder.mkdir()
-    config_class = Dinov2WithRegistersConfig if network.n_registers else Dinov2Config
-    config = config_class(**conversions.hugging_face_config(network.architecture))
-    config.architectures = ["Dinov2WithRegistersModel" if network.n_registers else "Dinov2Model"]
+    config_class = Dinov2WithRegistersConfig if model.num_register_tokens else Dinov2Config
+    config = config_class(**conversions.hugging_face_config(architecture(model)))
+    config.architectures = ["Dinov2WithRegistersModel" if model.num_register_tokens else "Dinov2Model"]
     config.save_pretrained(folder)
-    save_file(conversions.to_hugging_face(network.state), folder / WEIGHTS_NAME, {"format": "pt"})
-    _write_json(folder / "preprocessor_config.json", hugging_face_preprocessor(network.image_size))
+    save_file(conversions.to_hugging_face(model.state_dict()), folder / WEIGHTS_NAME, {"format": "pt"})
+    _write_json(folder / "preprocessor_config.json", hugging_face_preprocessor(exported_size(model)))
 
 
-def _read_hugging_face(network: Network, folder: Path) -> Embed:
+def _read_hugging_face(model: DinoVisionTransformer, folder: Path) -> Embed:
     from transformers import AutoModel
 
     path = folder / HUGGING_FACE_FOLDER
-    model, found = AutoModel.from_pretrained(path, local_files_only=True, output_loading_info=True)
+    theirs, found = AutoModel.from_pretrained(path, local_files_only=True, output_loading_info=True)
     lost = {kind: sorted(map(str, names)) for kind, names in found.items() if names}
-    if lost:  # transformers only warns, and draws what is missing at random
+    if lost:  # transformers only warns, and fills missing tensors at random
         raise ValueError(f"transformers does not find all tensors in their places: {lost}")
-    model.eval()
-    return lambda images: _split_tokens(model(pixel_values=images).last_hidden_state, network.n_registers)
+    theirs.eval()
+    return lambda images: _split_tokens(theirs(pixel_values=images).last_hidden_state, model.num_register_tokens)
 
 
-def _prepare_hugging_face(folder: Path, pictures: Sequence[Image.Image]) -> Tensor:
+def _prepare_hugging_face(folder: Path, cells: Sequence[Image.Image]) -> Tensor:
     from transformers import AutoImageProcessor
 
     processor = AutoImageProcessor.from_pretrained(
         folder / HUGGING_FACE_FOLDER, local_files_only=True, **PROCESSOR_ARGUMENTS
     )
-    pixels: Tensor = processor(list(pictures), return_tensors="pt")["pixel_values"]
+    pixels: Tensor = processor(list(cells), return_tensors="pt")["pixel_values"]
     return pixels
 
 
 # --- timm -----------------------------------------------------------------------------------------------------------
 
 
-def _write_timm(network: Network, folder: Path) -> None:
+def _write_timm(model: DinoVisionTransformer, folder: Path) -> None:
     folder = folder / TIMM_FOLDER
     folder.mkdir()
-    save_file(conversions.to_timm(network.state), folder / WEIGHTS_NAME, {"format": "pt"})
-    name, arguments = conversions.timm_arguments(network.architecture)
+    save_file(conversions.to_timm(model.state_dict()), folder / WEIGHTS_NAME, {"format": "pt"})
+    name, arguments = conversions.timm_arguments(architecture(model))
     preparation = {
-        "input_size": [3, network.image_size, network.image_size],
+        "input_size": [3, exported_size(model), exported_size(model)],
         "fixed_input_size": True,
         "interpolation": "lanczos",
         "crop_pct": 1.0,
@@ -243,28 +207,28 @@ def _write_timm(network: Network, folder: Path) -> None:
     content = {
         "architecture": name,
         "num_classes": 0,
-        "num_features": network.model.embed_dim,
+        "num_features": model.embed_dim,
         "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
         "pretrained_cfg": preparation,
     }
     _write_json(folder / "config.json", content)
 
 
-def _read_timm(network: Network, folder: Path) -> Embed:
+def _read_timm(model: DinoVisionTransformer, folder: Path) -> Embed:
     import timm
 
-    name, arguments = conversions.timm_arguments(network.architecture)
-    # checkpoint_path is read strictly: every tensor is there and has its place
+    name, arguments = conversions.timm_arguments(architecture(model))
+    # checkpoint_path is read strictly: no tensor may be missing or left over
     path = folder / TIMM_FOLDER / WEIGHTS_NAME
-    model: Any = timm.create_model(name, **arguments, checkpoint_path=str(path)).eval()
-    return lambda images: _split_tokens(model.forward_features(images), network.n_registers)
+    theirs: Any = timm.create_model(name, **arguments, checkpoint_path=str(path)).eval()
+    return lambda images: _split_tokens(theirs.forward_features(images), model.num_register_tokens)
 
 
 # --- graphs ---------------------------------------------------------------------------------------------------------
 
 
 class TwoOutputs(nn.Module):
-    """A backbone as graphs have it: CLS token [B, D] and patch tokens [B, P, D] of normalised pictures [B, 3, S, S]."""
+    """Return the CLS token [B, D] and patch tokens [B, P, D] of normalised images [B, 3, S, S]."""
 
     def __init__(self, backbone: DinoVisionTransformer) -> None:
         super().__init__()
@@ -275,22 +239,32 @@ class TwoOutputs(nn.Module):
         return features["x_norm_clstoken"], features["x_norm_patchtokens"]
 
 
-def _write_onnx(network: Network, folder: Path) -> None:
-    with _exporters_own_warnings_off():
+@lru_cache(maxsize=1)
+def _exported_program(model: DinoVisionTransformer) -> ExportedProgram:
+    """Export the graph of `TwoOutputs` for any number of images."""
+    # two images: torch.export takes a batch of one for a constant
+    example = torch.zeros(2, 3, exported_size(model), exported_size(model))
+    any_number = {INPUT_NAME: {0: torch.export.Dim("batch")}}
+    with _exporter_warnings_off():
+        return torch.export.export(TwoOutputs(model).eval(), (example,), dynamic_shapes=any_number)
+
+
+def _write_onnx(model: DinoVisionTransformer, folder: Path) -> None:
+    with _exporter_warnings_off():
         onnx_program = torch.onnx.export(
-            network.program,
+            _exported_program(model),
             dynamo=True,
             input_names=[INPUT_NAME],
             output_names=list(OUTPUT_NAMES),
             opset_version=ONNX_OPSET,
             verbose=False,
         )
-    assert onnx_program is not None, "with dynamo=True, torch gives the program back"
-    n_bytes = sum(value.numel() * value.element_size() for value in network.state.values())
+    assert onnx_program is not None, "with dynamo=True, torch returns the program"
+    n_bytes = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     onnx_program.save(folder / ONNX_FILE, external_data=n_bytes > ONNX_ONE_FILE_BYTES)
 
 
-def _read_onnx(network: Network, folder: Path) -> Embed:
+def _read_onnx(model: DinoVisionTransformer, folder: Path) -> Embed:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(folder / ONNX_FILE, providers=["CPUExecutionProvider"])
@@ -302,34 +276,28 @@ def _read_onnx(network: Network, folder: Path) -> Embed:
     return embed
 
 
-def _write_torch_export(network: Network, folder: Path) -> None:
-    with _exporters_own_warnings_off():
-        torch.export.save(network.program, folder / TORCH_EXPORT_FILE)
+def _write_torch_export(model: DinoVisionTransformer, folder: Path) -> None:
+    with _exporter_warnings_off():
+        torch.export.save(_exported_program(model), folder / TORCH_EXPORT_FILE)
 
 
-def _read_torch_export(network: Network, folder: Path) -> Embed:
-    with _exporters_own_warnings_off():
+def _read_torch_export(model: DinoVisionTransformer, folder: Path) -> Embed:
+    with _exporter_warnings_off():
         module = torch.export.load(folder / TORCH_EXPORT_FILE).module()
     return lambda images: dict(zip(OUTPUT_NAMES, module(images), strict=True))
 
 
 @contextmanager
-def _exporters_own_warnings_off() -> Iterator[None]:
-    """torch's exporters warn of their own internals, which no user of this command can change."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            for category in (FutureWarning, DeprecationWarning, UserWarning):
-                warnings.simplefilter("ignore", category)
-            yield
-    finally:
-        logger.setLevel(level)
+def _exporter_warnings_off() -> Iterator[None]:
+    """Silence warnings of torch's exporters about their own internals, which no user of this command can change."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _split_tokens(tokens: Tensor, n_registers: int) -> dict[str, Tensor]:
-    """[B, 1 + R + P, D] as `Embed` gives it."""
+    """Split tokens [B, 1 + R + P, D] as in `Embed`."""
     parts = {"cls": tokens[:, 0], "patches": tokens[:, 1 + n_registers :]}
     return {**parts, "registers": tokens[:, 1 : 1 + n_registers]} if n_registers else parts
 
@@ -339,8 +307,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 FORMATS: dict[str, Format] = {
-    "pth": Format("bare state dict", (), _write_pth, _read_pth),
-    "safetensors": Format("safetensors", (), _write_safetensors, _read_safetensors),
+    "pth": Format("bare state dict", (), _write_pth, partial(_read_own, PTH_FILE)),
+    "safetensors": Format("safetensors", (), _write_safetensors, partial(_read_own, SAFETENSORS_FILE)),
     "huggingface": Format(
         "Hugging Face transformers",
         ("transformers",),

@@ -1,4 +1,4 @@
-"""What happens to a picture before a backbone sees it.
+"""The transform of an image before a backbone takes it.
 
 Dimension key:  S image side in pixels
 """
@@ -15,10 +15,10 @@ from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_images
 
 
 @dataclass(frozen=True)
-class PictureTransform:
-    """A picture as the released networks and those of this project take it: squared, then ImageNet's mean and std.
+class ImageTransform:
+    """Square an image and normalise it by ImageNet's mean and std, as the released networks and this project's need it.
 
-    It can be pickled, compared and sent to other processes; `str()` says it in words that differ when it differs.
+    Transforms can be pickled and compared; `str()` describes one for results and cache keys.
 
     Attributes:
         image_size: S.
@@ -29,18 +29,18 @@ class PictureTransform:
     mean = IMAGENET_MEAN
     std = IMAGENET_STD
 
-    def __call__(self, picture: Image.Image | np.ndarray | str | os.PathLike[str]) -> Tensor:
-        """A picture, or the path of one, to float32 [3, S, S].
+    def __call__(self, image: Image.Image | np.ndarray | str | os.PathLike[str]) -> Tensor:
+        """Transform an image, or the file at a path, to float32 [3, S, S].
 
         Raises:
             UnreadableImageError: a path whose file cannot be decoded.
-            ValueError: a picture whose pixels have no defined brightness, or an array that is not uint8 [H, W, 3].
+            ValueError: an image whose pixels have no defined brightness, or an array that is not uint8 [H, W, 3].
         """
-        decoded = picture if isinstance(picture, Image.Image | np.ndarray) else decode_image(picture)
+        decoded = image if isinstance(image, Image.Image | np.ndarray) else decode_image(image)
         return normalize_images(self.resize(decoded))
 
     def resize(self, image: Image.Image | np.ndarray) -> Tensor:
-        """The part before normalisation: shorter side to S, centre crop; uint8 [3, S, S]."""
+        """Resize the shorter side to S and crop the centre: uint8 [3, S, S], before normalisation."""
         return resize_image(image, self.image_size, fit="crop")
 
     def __str__(self) -> str:

@@ -1,6 +1,6 @@
-"""Files and folders with weights: which file is meant, and the tensors in it under our names.
+"""Find the file with the weights, and read its tensors under our names.
 
-Nothing that a file holds is ever executed: pickles are read with `weights_only=True`.
+No code in a file is ever run: pickles are read with `weights_only=True`.
 """
 
 import json
@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.hub.adapters import is_adapter, lora_scaling, merged
 from dinov2.hub.conversions import LAYER_NORM_EPS, to_own_names
-from dinov2.hub.downloads import PathLike, resolve_weights
+from dinov2.hub.downloads import resolve_weights
 from dinov2.models import architecture, build_model_from_cfg
+from dinov2.utils.files import PathLike
 from dinov2.utils.sharded_checkpoints import METADATA_FILE, read_tensors
 
 TEACHER_FILE = "teacher_checkpoint.pth"
@@ -30,7 +32,7 @@ CONFIG_FILE, PREPROCESSOR_FILE = "config.json", "preprocessor_config.json"
 # transformers' and timm's names of the file in a folder
 FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = tuple(f"{name}.index.json" for name in FOLDER_WEIGHTS)  # where it is split
-# what torch.compile, DistributedDataParallel, FSDP and activation checkpointing put into parameter names
+# added to parameter names by torch.compile, DistributedDataParallel, FSDP and activation checkpointing
 WRAPPER_COMPONENTS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 HEADS = ("dino_head", "ibot_head")
 CLASSIFIER_PREFIX = "head."  # of timm and of other projects; not used
@@ -57,13 +59,13 @@ _TIMM_SETTINGS = {
 
 @dataclass
 class StoredNetworks:
-    """What a checkpoint holds of one network: the teacher's where there are two.
+    """The teacher's networks of a checkpoint, or its only ones.
 
     Attributes:
         backbone: tensors in fp32 on the CPU, without prefixes and block chunks.
-        heads: {"dino_head": tensors, "ibot_head": tensors}, those that are there.
-        recorded: what is said about the architecture, with names of `models.architecture`; `img_size` is the side of
-            the pictures that the network was trained on or is meant for.
+        heads: {"dino_head": tensors, "ibot_head": tensors}, those that exist.
+        recorded: the recorded architecture, with names of `models.architecture`; `img_size` is the side of the images
+            that the network was trained on or is meant for.
     """
 
     backbone: dict[str, Tensor]
@@ -72,11 +74,10 @@ class StoredNetworks:
 
 
 def checkpoint_file(source: PathLike) -> Path:
-    """The file that `source` means: itself, one downloaded by name or URL, or the one that counts in a folder.
+    """Return the file with the weights: a file, one downloaded by name or URL, or the right one in a folder.
 
-    In a run's folder that is the newest teacher or, before there is one, the newest checkpoint to resume from; in one
-    of transformers or timm the file with the weights. Where weights lie in several files, as those to resume from do,
-    it is their folder.
+    In a run's folder this is the newest teacher or, before the first one, the newest checkpoint to resume from; in a
+    folder of transformers or timm, the file with the weights. If weights are split over files, it is their folder.
 
     Raises:
         FileNotFoundError: there is nothing at `source`, or no weights in the folder.
@@ -108,7 +109,7 @@ def _is_split(folder: Path) -> bool:
 
 
 def _by_iteration(folder: Path, pattern: str, needed: str) -> dict[int, Path]:
-    """{iteration: its folder} of the folders that have the file `needed`."""
+    """Map iterations to their folders, for folders that have the file `needed`."""
     return {
         int(digits): found
         for found in folder.glob(pattern)
@@ -120,11 +121,10 @@ def _by_iteration(folder: Path, pattern: str, needed: str) -> dict[int, Path]:
 
 
 def read_networks(path: Path) -> StoredNetworks:
-    """The networks in a file or folder that `checkpoint_file` gave.
+    """Read the networks of a file or folder that `checkpoint_file` returned.
 
     Raises:
-        ValueError: it cannot be read, holds a student and no teacher, or was made for other pictures than normalised
-            ones.
+        ValueError: it cannot be read, holds a student and no teacher, or needs another normalisation of images.
     """
     content, recorded = _read(path)
     backbone, heads = _split(_named_tensors(content, path), path)
@@ -136,7 +136,7 @@ def read_networks(path: Path) -> StoredNetworks:
 
 
 def _named_tensors(content: Mapping[str, Any], path: Path) -> list[tuple[str, Tensor]]:
-    """Unwrap, choose the teacher, leave out what wrappers put into names; names may come twice."""
+    """Unwrap, choose the teacher and remove the names of wrappers; the result may have a name twice."""
     while wrapper := next((key for key in ("teacher", "model", "state_dict") if _is_dict(content.get(key))), None):
         content = content[wrapper]
     if _is_dict(content.get("student")):
@@ -156,7 +156,7 @@ def _named_tensors(content: Mapping[str, Any], path: Path) -> list[tuple[str, Te
 
 
 def _split(named: list[tuple[str, Tensor]], path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Backbone and heads, each without its prefix."""
+    """Split into backbone and heads, each without its prefix."""
     heads = {head: _unique(_below(f"{head}.", named), path) for head in HEADS}
     inside = _below("backbone.", named) or [
         (name, value) for name, value in named if not name.startswith(tuple(f"{head}." for head in HEADS))
@@ -188,7 +188,7 @@ def _with_old_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def without_chunk(name: str) -> str:
-    """`blocks.<chunk>.<i>.` of a backbone with block_chunks as `blocks.<i>.`; other names as they are."""
+    """Turn `blocks.<chunk>.<i>.` of a backbone with block_chunks into `blocks.<i>.`; keep other names."""
     return re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
 
 
@@ -200,7 +200,7 @@ def _is_dict(value: Any) -> bool:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Content, and what is said about the architecture in it or beside it."""
+    """Read the content, and the architecture recorded in it or beside it."""
     if path.is_dir():
         return _read_run_checkpoint(path) if (path / METADATA_FILE).is_file() else _read_split(path)
     content = read_weights_file(path)
@@ -211,12 +211,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def read_weights_file(path: Path) -> dict[str, Any]:
-    """Tensors and plain values of a .pth/.pt or .safetensors file, on the CPU; nothing in it is executed.
+    """Read tensors and plain values of a .pth/.pt or .safetensors file to the CPU, without running any code in it.
 
-    Of the metadata of a safetensors file, `architecture` (JSON) is among the values.
+    The values include `architecture` (JSON) from the metadata of a safetensors file.
 
     Raises:
-        ValueError: if the file is damaged, is something else, or needs pickled code.
+        ValueError: the file is damaged, is something else, or needs pickled code.
     """
     with open(path, "rb") as file:
         start = file.read(256)
@@ -252,10 +252,6 @@ def read_weights_file(path: Path) -> dict[str, Any]:
 
 def _read_safetensors(path: Path, damaged: str) -> dict[str, Any]:
     try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ImportError(f"checkpoint {path}: to read it, run `pip install safetensors`") from error
-    try:
         with safe_open(path, framework="pt") as file:
             content: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             described = (file.metadata() or {}).get("architecture")
@@ -267,7 +263,7 @@ def _read_safetensors(path: Path, damaged: str) -> dict[str, Any]:
 
 
 def _read_split(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A network of transformers that was saved in several files."""
+    """Read a network of transformers that was saved in several files."""
     index = next(folder / name for name in INDEX_FILES if (folder / name).is_file())
     parts = sorted(set(_parsed(index.read_text(encoding="utf-8"), index).get("weight_map", {}).values()))
     content: dict[str, Any] = {}
@@ -279,7 +275,7 @@ def _read_split(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _read_run_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The teacher in a checkpoint to resume from, and the architecture in the run's config.yaml."""
+    """Read the teacher of a checkpoint to resume from, and the architecture from the run's config.yaml."""
     prefix = "model.teacher."
     try:
         tensors = read_tensors(folder, lambda name: name.startswith(prefix))
@@ -311,11 +307,10 @@ def _read_run_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    """What transformers' or timm's config.json says.
+    """Read the architecture from transformers' or timm's config.json.
 
     Raises:
-        ValueError: it is another kind of network, or one for other mean and std than ImageNet's, by which all of this
-            project normalises.
+        ValueError: it is another kind of network, or needs another mean and std than ImageNet's.
     """
     file = folder / CONFIG_FILE
     if not file.is_file():
@@ -370,7 +365,7 @@ def _check_normalisation(mean: Any, std: Any, file: Path) -> None:
             continue
         if len(found) != len(known) or any(abs(a - b) > 1e-3 for a, b in zip(found, known, strict=True)):
             raise ValueError(
-                f"checkpoint {file.parent}: {file.name} asks for pictures of {name} {list(found)}; here they are "
+                f"checkpoint {file.parent}: {file.name} asks for images of {name} {list(found)}; here they are "
                 f"normalised by ImageNet's, {list(known)}, so its features would be wrong"
             )
 
@@ -386,6 +381,6 @@ def _parsed(text: str, file: Path) -> dict[str, Any]:
 
 
 def listed(names: list[str]) -> str:
-    """The first few, and how many more there are."""
+    """Join the first few names, and count the others."""
     more = f" and {len(names) - N_NAMES_IN_ERRORS} more" if len(names) > N_NAMES_IN_ERRORS else ""
     return ", ".join(names[:N_NAMES_IN_ERRORS]) + more

@@ -1,4 +1,4 @@
-"""What the launchers share: their options, the job that submitit runs, and what is told about it.
+"""What the launchers share: their options, the job that submitit runs, and messages about it.
 
 This module is imported in the job before submitit has set up its signal handlers, so it imports nothing heavy.
 """
@@ -33,10 +33,25 @@ _PATIENCE_SECONDS = 300  # with a controller that does not answer, or restarts
 _HOLD_SECONDS = 60  # for rank 0 to notice that the run has failed
 
 
+# Options that are handed to sbatch as they are, with their help
+_SAME_IN_SBATCH = {
+    "partition": "(default: the cluster's)",
+    "qos": "quality of service",
+    "account": "who pays",
+    "constraint": "features that the nodes must have",
+    "mem": "memory of a node, for instance 64G",
+    "comment": "some clusters ask for a reason here",
+    "exclude": "nodes not to use",
+    "nodelist": "nodes to use",
+    "gres": "how the cluster wants the GPUs of --ngpus asked for, for instance gpu:a100:8",
+    "dependency": "what to wait for, for instance afterok:<job id>",
+}
+
+
 def add_cluster_arguments(
     parser: argparse.ArgumentParser, *, ngpus: int, minutes: int, many_tasks: bool, max_timeouts: int
 ) -> None:
-    """The options of a launcher: upstream's, and what else clusters ask for. Nothing of a cluster is preset.
+    """Add the options of a launcher: upstream's, and what else clusters ask for. Nothing of a cluster is preset.
 
     Args:
         ngpus: default of --ngpus.
@@ -45,25 +60,26 @@ def add_cluster_arguments(
         max_timeouts: default of --max-timeouts.
     """
     group = parser.add_argument_group("cluster")
+
+    def add_number(*flags: str, help: str, default: int | None = None, metavar: str = "N") -> None:
+        shown = "" if default is None else " (default: %(default)s)"
+        group.add_argument(*flags, type=int, default=default, metavar=metavar, help=help + shown)
+
+    def add_texts(flag: str, metavar: str, help: str) -> None:
+        group.add_argument(flag, action="append", default=[], metavar=metavar, help=f"{help}; may be repeated")
+
     if many_tasks:
-        group.add_argument("--nodes", "-n", type=int, default=1, metavar="N", help="nodes (default: %(default)s)")
-        group.add_argument(
-            "--tasks-per-node", type=int, metavar="N", help="processes of a node with --ngpus 0 (default: 1)"
-        )
-    group.add_argument(
-        *("--ngpus", "--gpus", "--gpus-per-node"),
-        type=int,
-        default=ngpus,
-        metavar="N",
-        help="GPUs of a node, one process each; 0: the CPU (default: %(default)s)",
+        add_number("--nodes", "-n", help="nodes", default=1)
+        add_number("--tasks-per-node", help="processes of a node with --ngpus 0 (default: 1)")
+    else:
+        parser.set_defaults(nodes=1, tasks_per_node=None)
+    add_number(
+        "--ngpus", "--gpus", "--gpus-per-node", help="GPUs of a node, one process each; 0: the CPU", default=ngpus
     )
-    group.add_argument(
-        "--timeout", type=int, default=minutes, metavar="MINUTES", help="time limit (default: %(default)s)"
-    )
-    group.add_argument("--partition", "-p", metavar="P", help="(default: the cluster's)")
-    group.add_argument("--qos", metavar="Q")
-    group.add_argument("--account", metavar="A")
-    group.add_argument("--constraint", metavar="C", help="features that the nodes must have")
+    add_number("--timeout", help="time limit", default=minutes, metavar="MINUTES")
+    for name, text in _SAME_IN_SBATCH.items():
+        flags = (f"--{name}", "-p") if name == "partition" else (f"--{name}",)
+        group.add_argument(*flags, metavar=name[0].upper(), help=text)
     group.add_argument(
         "--use-volta32",
         dest="constraint",
@@ -71,64 +87,34 @@ def add_cluster_arguments(
         const="volta32gb",
         help="the same as --constraint volta32gb",
     )
-    group.add_argument("--cpus-per-task", type=int, metavar="N", help="cores of a process; decoding needs several")
-    group.add_argument("--mem", metavar="SIZE", help="memory of a node, for instance 64G")
-    group.add_argument("--comment", metavar="TEXT", help="some clusters ask for a reason here")
-    group.add_argument("--exclude", metavar="NODES", help="nodes not to use")
-    group.add_argument("--nodelist", metavar="NODES", help="nodes to use")
-    group.add_argument(
-        "--gres", metavar="G", help="how the cluster wants the GPUs of --ngpus asked for, for instance gpu:a100:8"
-    )
-    group.add_argument("--dependency", metavar="D", help="what to wait for, for instance afterok:<job id>")
-    group.add_argument(
-        "--slurm",
-        action="append",
-        default=[],
-        metavar="KEY[=VALUE]",
-        help="any other option of sbatch, for instance --slurm reservation=r1 --slurm exclusive; may be repeated",
-    )
-    group.add_argument(
-        "--setup",
-        action="append",
-        default=[],
-        metavar="LINE",
-        help="shell line to run before, for instance 'module load cuda'; may be repeated",
-    )
-    group.add_argument(
+    add_number("--cpus-per-task", help="cores of a process; decoding needs several")
+    add_texts("--slurm", "KEY[=VALUE]", "any other option of sbatch, as in --slurm reservation=r1 --slurm exclusive")
+    add_texts("--setup", "LINE", "shell line to run before, for instance 'module load cuda'")
+    add_number(
         "--signal-delay",
-        type=int,
+        help="how long before the time limit the job is told to save and to queue again; SLURM may be a minute early",
         default=120,
         metavar="SECONDS",
-        help="how long before the time limit the job is told to save and to queue again (default: %(default)s); SLURM "
-        "may be a minute early",
     )
-    group.add_argument(
-        "--max-timeouts",
-        type=int,
-        default=max_timeouts,
-        metavar="N",
-        help="how often the job may reach its time limit and queue again (default: %(default)s)",
-    )
+    add_number("--max-timeouts", help="how often the job may reach its limit and queue again", default=max_timeouts)
     group.add_argument("--wait", action="store_true", help="stay until the job has ended, with its exit code")
-    if not many_tasks:
-        parser.set_defaults(nodes=1, tasks_per_node=None)
 
 
 class TrainingTask:
-    """Each process of a training job: train.py, and what to do when it was interrupted.
+    """Each process of a training job: run train.py, and queue an interrupted job again.
 
-    The configuration file travels with the job: editing it while the job waits, or between its parts, changes nothing.
+    The job has a copy of the configuration file: editing the file while the job waits or restarts changes nothing.
     """
 
-    def __init__(self, argv: Sequence[str], config_file: str | None) -> None:
+    def __init__(self, argv: Sequence[str], config_file: Path | None) -> None:
         self.argv = list(argv)
-        self.config_name = Path(config_file).name if config_file else None
-        self.config_text = Path(config_file).read_text(encoding="utf-8") if config_file else ""
+        self.config_name = config_file.name if config_file else None
+        self.config_text = config_file.read_text(encoding="utf-8") if config_file else ""
 
     def __call__(self) -> None:
-        """Train. Returns from a finished run only: to submitit and SLURM that is success."""
+        """Train; returns only if the run has finished, which submitit and SLURM take for success."""
         argv = list(self.argv)
-        if int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:  # goes on with what it began anew at first
+        if int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:  # it resumes the run that it started
             argv = [text for text in argv if not (len(text) > 3 and "--no-resume".startswith(text))]
         signals = StopSignals()  # train.py enters it
         with tempfile.TemporaryDirectory() as folder:
@@ -141,30 +127,29 @@ class TrainingTask:
             self._end(code, signals.received)
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit queues again: the same, since train.py continues from its own checkpoints."""
+        """Return this task for submitit to queue again: train.py continues from its own checkpoints."""
         return DelayedSubmission(self)
 
     @staticmethod
     def _end(code: int, received: int | None) -> None:
-        """End a process whose run has not ended well, and queue an interrupted job again if nobody else does.
+        """End the process of an unfinished run, and queue an interrupted job again unless SLURM does so.
 
         - The signal before the time limit, or one sent by hand: submitit's handler queues the job again.
-        - SIGTERM of a job that SLURM is taking off its nodes (scontrol requeue, preemption, scancel): what becomes of
-          it is settled.
-        - SIGTERM as the notice of a preemption (GraceTime): SLURM would take a job that ends now for a failed one.
+        - SIGTERM of a job that SLURM removes (scontrol requeue, preemption, scancel): SLURM has decided already.
+        - SIGTERM as the notice of a preemption (GraceTime): queued again, since SLURM would call the job failed.
         """
         environment = submitit.JobEnvironment()
         if environment.global_rank != 0:
             _let_rank_0_go_first(environment.job_id, math.inf if code == REQUEUE_EXIT_CODE else _HOLD_SECONDS)
         elif code == REQUEUE_EXIT_CODE:
-            told_to_end = received in (signal.SIGTERM, signal.SIGINT)
-            if not told_to_end or _is_being_preempted(environment.job_id):
+            asked_to_end = received in (signal.SIGTERM, signal.SIGINT)
+            if not asked_to_end or _is_being_preempted(environment.job_id):
                 signal.raise_signal(signal.Signals[f"SIG{environment.USR_SIG}"])
         sys.exit(code)
 
 
 class EvaluationTask:
-    """An evaluation command as a job. Queued again, it runs again: what it writes is there whole or not at all."""
+    """An evaluation command as a job; queued again, it starts from the beginning."""
 
     def __init__(self, module: str, argv: Sequence[str]) -> None:
         self.module, self.argv = module, list(argv)
@@ -182,13 +167,13 @@ class EvaluationTask:
 def submit(
     task: TrainingTask | EvaluationTask, args: argparse.Namespace, output_dir: Path, name: str
 ) -> submitit.Job[None]:
-    """Hand `task` to SLURM as `args` (of `add_cluster_arguments`) say.
+    """Submit `task` to SLURM with the options `args` of `add_cluster_arguments`.
 
-    What submitit writes (the task, its logs) goes to `output_dir/submitit/<job id>`. That is beside the runs, because a
-    run's folder may be moved aside.
+    submitit writes the task and its logs to `output_dir/submitit/<job id>`, beside the runs, because a run's folder may
+    be moved aside.
 
     Raises:
-        ValueError: options that contradict each other, no SLURM here, or SLURM's refusal.
+        ValueError: options contradict each other, this machine has no SLURM, or SLURM refuses the job.
         PermissionError: `output_dir` cannot be written.
     """
     for program in ("sbatch", "srun"):
@@ -216,12 +201,9 @@ def submit(
         "srun_args": srun_args,
         "stderr_to_stdout": True,
         "signal_delay_s": args.signal_delay,
-        "additional_parameters": {"requeue": True, **_other_options(args.slurm)},
+        "additional_parameters": {"requeue": True, **dict(map(_sbatch_option, args.slurm))},
     }
-    same_name = ("partition", "qos", "account", "constraint", "cpus_per_task", "mem", "comment", "exclude", "nodelist")
-    for key in (*same_name, "gres", "dependency"):
-        parameters[key] = getattr(args, key)
-
+    parameters |= {key: getattr(args, key) for key in (*_SAME_IN_SBATCH, "cpus_per_task")}
     executor = submitit.SlurmExecutor(folder / "%j", max_num_timeout=args.max_timeouts)
     executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
     try:
@@ -231,7 +213,7 @@ def submit(
 
 
 def tasks_per_node(args: argparse.Namespace) -> int:
-    """Processes of a node: one a GPU. Raises ValueError for options that contradict each other."""
+    """Return the number of processes of a node, one for each GPU; ValueError if options contradict each other."""
     for name, low in {"nodes": 1, "ngpus": 0, "timeout": 1, "cpus_per_task": 1, "tasks_per_node": 1}.items():
         value = getattr(args, name)
         if value is not None and value < low:
@@ -253,16 +235,13 @@ def tasks_per_node(args: argparse.Namespace) -> int:
     return int(args.ngpus)
 
 
-def _other_options(texts: Sequence[str]) -> dict[str, str | bool]:
-    options: dict[str, str | bool] = {}
-    for text in texts:
-        key, equals, value = text.lstrip("-").partition("=")
-        options[key.replace("-", "_")] = value if equals else True
-    return options
+def _sbatch_option(text: str) -> tuple[str, str | bool]:
+    key, equals, value = text.lstrip("-").partition("=")
+    return key.replace("-", "_"), value if equals else True
 
 
 def describe(job: submitit.Job[None], args: argparse.Namespace, results: Path) -> str:
-    """What the user of a launcher wants to know."""
+    """Tell the user of a launcher where results and logs are, and how to follow, queue again and cancel the job."""
     log, n_tasks = job.paths.stdout, job.num_tasks
     others = f" (task 0; task k: {job.job_id}_<k>_log.out)" if n_tasks > 1 else ""
     return "\n".join(
@@ -280,25 +259,25 @@ def describe(job: submitit.Job[None], args: argparse.Namespace, results: Path) -
 
 
 def wait(job_id: str) -> int:
-    """Stay until the job has ended, telling each new state; returns its exit code. Ctrl-C leaves the job alone.
+    """Wait until the job has ended, and print each new state; returns its exit code. Ctrl-C leaves the job alone.
 
     Raises:
-        ConnectionError: SLURM tells nothing of the job for five minutes.
+        ConnectionError: no answer from SLURM for five minutes.
     """
-    told, started = "", time.monotonic()
+    printed, started = "", time.monotonic()
     answered = started
     try:
         while True:
             fields, now = _fields_of(job_id), time.monotonic()
             if fields:
-                answered, text = now, " ".join([f"job {job_id}", *_state_of(fields)])
-                if text != told:
+                answered, text = now, f"job {job_id} {_state_of(fields)}"
+                if text != printed:
                     print(time.strftime("%H:%M:%S"), text, flush=True)
-                    told = text
+                    printed = text
                 if fields["JobState"] in _ENDED:
                     return _exit_code_of(fields)
             elif now - answered > _PATIENCE_SECONDS:
-                raise ConnectionError(f"scontrol tells nothing of job {job_id}, which may go on; see sacct -j {job_id}")
+                raise ConnectionError(f"scontrol shows nothing of job {job_id}, which may go on; see sacct -j {job_id}")
             time.sleep(min(30.0, 1 + (now - started) / 20))
     except KeyboardInterrupt:
         print(f"job {job_id} goes on; scancel {job_id} ends it")
@@ -306,26 +285,24 @@ def wait(job_id: str) -> int:
 
 
 def _exit_code_of(fields: dict[str, str]) -> int:
-    """As a shell would have it. That of the training itself comes first; srun's is that of the process killed last."""
+    """Return a shell's exit code; that of the training comes before srun's, which is of the process killed last."""
     if fields["JobState"] == "COMPLETED":
         return 0
     codes = [fields.get(name, "0:0").split(":") for name in ("DerivedExitCode", "ExitCode")]
     return next((int(code) or 128 + int(number) for code, number in codes if (code, number) != ("0", "0")), 1)
 
 
-def _state_of(fields: dict[str, str]) -> list[str]:
-    words = [fields["JobState"]]
-    if fields["JobState"] == "PENDING":
-        words.append(f"({fields['Reason']})")
+def _state_of(fields: dict[str, str]) -> str:
+    state = fields["JobState"]
+    if state == "PENDING":
+        state += f" ({fields['Reason']})"
     elif fields.get("NodeList", "(null)") != "(null)":
-        words.append(f"on {fields['NodeList']}")
-    if fields["Restarts"] != "0":
-        words.append(f"(restarts: {fields['Restarts']})")
-    return words
+        state += f" on {fields['NodeList']}"
+    return state if fields["Restarts"] == "0" else f"{state} (restarts: {fields['Restarts']})"
 
 
 def _let_rank_0_go_first(job_id: str, at_most_seconds: float) -> None:
-    """Stay while rank 0 may be queueing the job again, or saying what went wrong: whoever exits first ends all."""
+    """Wait while rank 0 may queue the job again or log an error: the first process that exits ends all."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     deadline = time.monotonic() + at_most_seconds
     while time.monotonic() < deadline and _fields_of(job_id).get("JobState", "RUNNING") == "RUNNING":
@@ -338,7 +315,7 @@ def _is_being_preempted(job_id: str) -> bool:
 
 
 def _fields_of(job_id: str) -> dict[str, str]:
-    """What scontrol tells of a job, or nothing; the accounting would tell more, but not every cluster keeps one."""
+    """Return scontrol's fields of a job, {} without an answer; sacct has more, but not on every cluster."""
     try:
         run = subprocess.run(
             ["scontrol", "--details", "--oneliner", "show", "job", job_id],
@@ -349,5 +326,5 @@ def _fields_of(job_id: str) -> dict[str, str]:
         )
     except subprocess.TimeoutExpired:
         return {}
-    # a key may come up again in a text that the user wrote, which stands further back
+    # the user's own texts come last, and may contain a key again
     return dict(reversed(re.findall(r"(\w+)=(\S*)", run.stdout)))

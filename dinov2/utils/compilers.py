@@ -1,4 +1,4 @@
-"""Whether the machine has what PyTorch compiles with at run time: its own compiler, Triton, and one for C or C++."""
+"""Check that the machine can run torch.compile: Triton, and a compiler for C or C++."""
 
 import importlib.util
 import os
@@ -11,18 +11,18 @@ OLDEST_CAPABILITY = (7, 0)  # of a GPU that torch.compile writes kernels for
 
 
 def has_c_compiler() -> bool:
-    """For the C that Triton puts around its kernels."""
+    """Return True if a compiler for Triton's C wrappers is found."""
     return "CC" in os.environ or shutil.which("gcc") is not None or shutil.which("clang") is not None
 
 
 def has_cpp_compiler() -> bool:
-    """For the C++ that torch.compile writes for a CPU."""
+    """Return True if a compiler for torch.compile's C++ code is found."""
     default = "clang++" if sys.platform == "darwin" else "g++"
     return shutil.which(os.environ.get("CXX", default)) is not None
 
 
 def obstacle_to_compiling(device: torch.device) -> str | None:
-    """Why torch.compile does not work on `device` and what would help, or None where nothing is known against it."""
+    """Return why torch.compile does not work on `device` and what would help, or None if it should work."""
     if not torch._dynamo.is_dynamo_supported():
         version = sys.version.split()[0]
         return f"torch.compile of PyTorch {torch.__version__} does not run on Python {version}; take an older one"

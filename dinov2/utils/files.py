@@ -1,15 +1,20 @@
-"""Files that exist whole or not at all."""
+"""Files that exist whole or not at all, and their checksums."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
+
+PathLike: TypeAlias = str | os.PathLike[str]
+
+_BLOCK_BYTES = 1 << 20
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
+def atomic_write(path: PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary neighbour of `path`; rename it to `path` once the block has ended and the bytes are on disk.
 
     If the block raises, or the process dies inside it, whatever stood at `path` before still stands there.
@@ -54,3 +59,16 @@ def sync_folder(folder: Path) -> None:
         pass
     finally:
         os.close(handle)
+
+
+def file_sha256(path: PathLike) -> str:
+    """SHA-256 of a file, in hexadecimal; of a folder, that of the names and SHA-256 of the files in it."""
+    digest = hashlib.sha256()
+    if os.path.isdir(path):
+        for file in sorted(file for file in Path(path).rglob("*") if file.is_file()):
+            digest.update(f"{file_sha256(file)}  {file.relative_to(path).as_posix()}\n".encode())
+        return digest.hexdigest()
+    with open(path, "rb") as opened:
+        while block := opened.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

@@ -21,6 +21,12 @@ from torch.futures import Future
 
 METADATA_FILE = ".metadata"
 
+# Errors of unpickling bytes that are no pickle, or are only half of one
+_UNREADABLE = (
+    *(pickle.UnpicklingError, EOFError, OSError, RuntimeError),
+    *(ValueError, AttributeError, LookupError, TypeError),
+)
+
 _ALLOWED = {
     *(
         ("torch.distributed.checkpoint.metadata", name)
@@ -52,7 +58,7 @@ class _DescriptionUnpickler(pickle.Unpickler):
 
 
 class TensorReader(FileSystemReader):
-    """torch's reader of such folders, for tensors only.
+    """Read such folders, tensors only.
 
     Raises:
         pickle.UnpicklingError: when it is used, if the folder's metadata hold anything but descriptions, or a value
@@ -74,11 +80,11 @@ class TensorReader(FileSystemReader):
 
 
 def read_tensors(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Whole tensors, however many processes wrote them, on the CPU.
+    """Read whole tensors to the CPU, however many processes wrote them.
 
     Args:
         folder: with `.metadata` in it.
-        wanted: tells by a tensor's name, with dots between levels, whether to read it.
+        wanted: returns True for the names of tensors to read, which have dots between levels.
 
     Returns:
         {name: tensor}; {} where none is wanted.
@@ -101,22 +107,8 @@ def read_tensors(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tenso
     return tensors
 
 
-# what unpickling bytes that are no pickle, or are only half of one, ends in
-_UNREADABLE = (
-    pickle.UnpicklingError,
-    EOFError,
-    OSError,
-    RuntimeError,
-    ValueError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    TypeError,
-)
-
-
 def reason_of(error: BaseException) -> str:
-    """One line; of an error that several processes had, that of the first."""
+    """Return an error's first line; of an error that several processes had, that of the first."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -25,7 +25,7 @@ from dinov2.eval.cell_maps import (
 from dinov2.eval.embedding import Embedder
 from dinov2.eval.pages import page_html
 from dinov2.eval.patch_maps import similarity_maps
-from dinov2.hub.transform import PictureTransform
+from dinov2.hub.transform import ImageTransform
 from dinov2.models import architecture, build_backbone
 
 SIZE, PATCH = 56, 14
@@ -198,7 +198,7 @@ def test_on_real_cells_the_first_component_is_higher_on_the_nucleus(shared_data,
     folder = shared_data / "segmentation_WBC" / "Dataset 1"
     paths = sorted(folder.glob("*.bmp"))[:6]
     maps = make_cell_maps(model, paths, 112, with_occlusion=False, per_picture=True)
-    transform = PictureTransform(112)
+    transform = ImageTransform(112)
     for path, colours in zip(paths, maps.pca, strict=True):
         mask = transform.resize(np.asarray(Image.open(path.with_suffix(".png")).convert("RGB")))[0]
         is_nucleus = mask.reshape(8, PATCH, 8, PATCH).float().mean(dim=(1, 3)).numpy() > 230

@@ -15,7 +15,7 @@ from dinov2.data.datasets.decode import resize_image
 from dinov2.data.transforms import normalize_images
 from dinov2.hub import backbones
 from dinov2.hub.backbones import load_backbone
-from dinov2.hub.transform import PictureTransform
+from dinov2.hub.transform import ImageTransform
 from dinov2.models import architecture, build_backbone
 
 TINY = {
@@ -94,8 +94,8 @@ def test_every_layout_gives_the_saved_network(layout, tiny, tmp_path, formulas):
     torch.save(LAYOUTS[layout](saved.state_dict()), tmp_path / "weights.pth")
     loaded = load_backbone(tmp_path / "weights.pth", img_size=56)
     assert not loaded.training
-    pictures = formulas.sym("x", (2, 3, 56, 56), 2)
-    torch.testing.assert_close(loaded(pictures), saved(pictures), rtol=0, atol=0)
+    images = formulas.sym("x", (2, 3, 56, 56), 2)
+    torch.testing.assert_close(loaded(images), saved(images), rtol=0, atol=0)
     assert all(parameter.dtype == torch.float32 and not parameter.is_meta for parameter in loaded.parameters())
 
 
@@ -147,18 +147,18 @@ def test_the_log_says_what_was_loaded(tiny, tmp_path, caplog):
 def test_the_transform_comes_with_the_network(tiny, tmp_path):
     torch.save(tiny().state_dict(), tmp_path / "weights.pth")
     model = load_backbone(tmp_path / "weights.pth", img_size=56)
-    picture = np.random.default_rng(0).integers(0, 256, (70, 60, 3), dtype=np.uint8)
-    Image.fromarray(picture).save(tmp_path / "cell.png")
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "cell.png")
     image = model.transform(tmp_path / "cell.png")
-    assert torch.equal(image, normalize_images(resize_image(Image.fromarray(picture), 56)))
+    assert torch.equal(image, normalize_images(resize_image(Image.fromarray(pixels), 56)))
     assert model(image[None]).shape == (1, 64)
     assert not [name for name in model.state_dict() if "transform" in name]
     copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
-    assert copied.transform == model.transform == PictureTransform(56)
+    assert copied.transform == model.transform == ImageTransform(56)
     copied.load_state_dict(model.state_dict())
     assert torch.compile(model, backend="eager").transform == model.transform
     untrained = backbones.untrained_backbone(tmp_path / "weights.pth", img_size=70)
-    assert untrained.transform == PictureTransform(70)
+    assert untrained.transform == ImageTransform(70)
     torch.save(tiny(in_chans=1).state_dict(), tmp_path / "grey.pth")
     assert load_backbone(tmp_path / "grey.pth", img_size=56).transform is None
 
@@ -183,8 +183,8 @@ def test_the_architecture_is_read_off_the_tensors(settings, tiny, tmp_path, form
     saved = tiny(**settings)
     torch.save(saved.state_dict(), tmp_path / "weights.pth")
     loaded = load_backbone(tmp_path / "weights.pth", img_size=56)
-    pictures = formulas.sym("x", (2, saved.in_chans, 56, 56), 2)
-    torch.testing.assert_close(loaded(pictures), saved(pictures), rtol=0, atol=0)
+    images = formulas.sym("x", (2, saved.in_chans, 56, 56), 2)
+    torch.testing.assert_close(loaded(images), saved(images), rtol=0, atol=0)
     expected = architecture(saved) | {"block_chunks": 0}
     assert architecture(loaded) == expected
 
@@ -196,8 +196,8 @@ def test_a_runs_file_tells_what_tensors_do_not(tiny, tmp_path, formulas):
     )
     loaded = load_backbone(tmp_path / "t.pth", img_size=56)
     assert (loaded.num_heads, loaded.interpolate_antialias, loaded.interpolate_offset) == (4, True, 0.0)
-    pictures = formulas.sym("x", (2, 3, 98, 98), 2)  # another size than the grid's: interpolation shows
-    torch.testing.assert_close(loaded(pictures), saved(pictures), rtol=0, atol=0)
+    images = formulas.sym("x", (2, 3, 98, 98), 2)  # another size than the grid's: interpolation shows
+    torch.testing.assert_close(loaded(images), saved(images), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("config", ["chunk2", "reg4", "swiglu", "nols"])
@@ -206,8 +206,8 @@ def test_upstreams_weights_give_upstreams_features(config, golden_json, golden_a
     state = {name: formulas.parameter(f"golden/{config}", name, tuple(shape)) for name, shape in shapes.items()}
     torch.save({"teacher": prefixed("backbone.", state), "architecture": {"num_heads": 4}}, tmp_path / "upstream.pth")
     height, width = golden_json["backbone_configs"][config]["input"]
-    pictures = formulas.sym(f"golden/{config}/x", (2, 3, height, width), 2)
-    features = load_backbone(tmp_path / "upstream.pth")(pictures)
+    images = formulas.sym(f"golden/{config}/x", (2, 3, height, width), 2)
+    features = load_backbone(tmp_path / "upstream.pth")(images)
     expected = torch.from_numpy(golden_arrays[f"bb/{config}/nomask/cls"])
     torch.testing.assert_close(features, expected, rtol=0, atol=2e-5)
 

@@ -61,8 +61,8 @@ def shapes(state):
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
-def all_tokens(model, pictures):
-    features = model.forward_features(pictures)
+def all_tokens(model, images):
+    features = model.forward_features(images)
     parts = (features["x_norm_clstoken"][:, None], features["x_norm_regtokens"], features["x_norm_patchtokens"])
     return torch.cat(parts, dim=1)
 
@@ -79,11 +79,11 @@ def test_names_and_shapes_are_those_of_files_that_transformers_writes(kind, tiny
 def test_transformers_tensors_give_transformers_features(kind, tiny, tmp_path, formulas):
     model = tiny(**KINDS[kind])
     theirs = formulas.fill_(hugging_face_network(architecture(model)), "theirs")
-    pictures = formulas.sym("x", (2, 3, 56, 56), 2)
+    images = formulas.sym("x", (2, 3, 56, 56), 2)
     for state in (theirs.state_dict(), conversions.to_hugging_face(conversions.from_hugging_face(theirs.state_dict()))):
         model.load_state_dict(conversions.to_own_names(state))
-        expected = theirs(pictures).last_hidden_state
-        torch.testing.assert_close(all_tokens(model, pictures), expected, rtol=0, atol=2e-5)
+        expected = theirs(images).last_hidden_state
+        torch.testing.assert_close(all_tokens(model, images), expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -92,9 +92,9 @@ def test_timms_tensors_give_timms_features(kind, tiny, formulas):
     theirs = formulas.fill_(timm_network(architecture(model)), "theirs")
     own = conversions.to_own_names(theirs.state_dict())
     model.load_state_dict({**own, "mask_token": model.mask_token})
-    pictures = formulas.sym("x", (2, 3, 56, 56), 2)
-    expected = theirs.forward_features(pictures)
-    torch.testing.assert_close(all_tokens(model, pictures), expected, rtol=0, atol=2e-5)
+    images = formulas.sym("x", (2, 3, 56, 56), 2)
+    expected = theirs.forward_features(images)
+    torch.testing.assert_close(all_tokens(model, images), expected, rtol=0, atol=2e-5)
     assert shapes(conversions.to_timm(model.state_dict())) == shapes(theirs.state_dict())
 
 
@@ -105,10 +105,10 @@ def test_there_and_back_nothing_changes(kind, tiny, formulas):
     back = conversions.to_own_names(conversions.to_hugging_face(state))
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], value) for name, value in state.items())
-    pictures = formulas.sym("x", (2, 3, 56, 56), 2)
-    before = all_tokens(model, pictures)
+    images = formulas.sym("x", (2, 3, 56, 56), 2)
+    before = all_tokens(model, images)
     model.load_state_dict({**conversions.to_own_names(conversions.to_timm(state)), "mask_token": state["mask_token"]})
-    torch.testing.assert_close(all_tokens(model, pictures), before, rtol=0, atol=2e-6)
+    torch.testing.assert_close(all_tokens(model, images), before, rtol=0, atol=2e-6)
 
 
 def test_our_own_names_stay(tiny):
@@ -137,11 +137,11 @@ def test_what_a_network_lacks_is_filled_with_what_does_nothing(tiny, formulas):
     bare = tiny(layerscale=None, qkv_bias=False, proj_bias=False, ffn_bias=False)
     theirs = timm_network(architecture(bare))
     theirs.load_state_dict(conversions.to_timm(bare.state_dict()))
-    pictures = formulas.sym("x", (2, 3, 56, 56), 2)
-    torch.testing.assert_close(theirs.forward_features(pictures), all_tokens(bare, pictures), rtol=0, atol=2e-5)
+    images = formulas.sym("x", (2, 3, 56, 56), 2)
+    torch.testing.assert_close(theirs.forward_features(images), all_tokens(bare, images), rtol=0, atol=2e-5)
     full = tiny(layerscale=1.0)
     full.load_state_dict(conversions.from_hugging_face(conversions.to_hugging_face(bare.state_dict())))
-    torch.testing.assert_close(all_tokens(full, pictures), all_tokens(bare, pictures), rtol=0, atol=2e-6)
+    torch.testing.assert_close(all_tokens(full, images), all_tokens(bare, images), rtol=0, atol=2e-6)
 
 
 def test_a_classifier_around_the_network_is_left_out(tiny):
@@ -171,12 +171,12 @@ def test_lost_and_unknown_tensors_are_left_for_the_caller_to_find(tiny):
 def test_position_embeddings_are_used_as_they_are(tiny, formulas):
     """At the size that is stated, neither library interpolates: a shift by one patch would show."""
     model = tiny(img_size=98)
-    pictures = formulas.sym("x", (1, 3, 98, 98), 2)
+    images = formulas.sym("x", (1, 3, 98, 98), 2)
     known = architecture(model)
     of_timm, of_transformers = timm_network(known), hugging_face_network(known)
     assert of_timm.pos_embed.shape == model.pos_embed.shape
     of_timm.load_state_dict(conversions.to_timm(model.state_dict()))
-    torch.testing.assert_close(of_timm.forward_features(pictures), all_tokens(model, pictures), rtol=0, atol=2e-5)
+    torch.testing.assert_close(of_timm.forward_features(images), all_tokens(model, images), rtol=0, atol=2e-5)
     position = of_transformers.embeddings.interpolate_pos_encoding(torch.zeros(1, 1 + 49, 64), 98, 98)
     assert position is of_transformers.embeddings.position_embeddings
 

@@ -216,7 +216,7 @@ def test_a_wrong_file_is_noticed_and_nothing_is_left(
     assert list(out.parent.iterdir()) == []
 
 
-def test_wrong_pictures_are_noticed(release, tmp_path, monkeypatch, caplog):
+def test_wrong_images_are_noticed(release, tmp_path, monkeypatch, caplog):
     right = export_formats.hugging_face_preprocessor
     monkeypatch.setattr(
         export_formats, "hugging_face_preprocessor", lambda size: {**right(size), "image_std": [0.2, 0.2, 0.2]}
@@ -435,7 +435,7 @@ def test_results_of_something_else_are_refused(change, message, run_folder, tmp_
     assert "is not JSON" in caplog.text
 
 
-def test_checked_pictures_are_pictures():
+def test_checked_images_are_images():
     for cell in export.draw_cells():
         assert isinstance(cell, Image.Image)
         assert np.asarray(cell).std() > 10

@@ -17,7 +17,7 @@ TINY = {"embed_dim": 64, "depth": 2, "num_heads": 4, "patch_size": 14, "img_size
 
 
 @pytest.fixture
-def pictures(formulas):
+def images(formulas):
     return formulas.sym("x", (2, 3, 56, 56), 2)
 
 
@@ -57,7 +57,7 @@ def save_dinov2(formulas, tmp_path):
     ],
     ids=["plain", "in several files", "gated", "registers", "with a classifier"],
 )
-def test_a_folder_of_transformers_gives_its_features(kind, settings, save_dinov2, pictures):
+def test_a_folder_of_transformers_gives_its_features(kind, settings, save_dinov2, images):
     network, folder = save_dinov2(kind, **settings)
     if "max_shard_size" in settings:
         assert len(list(folder.glob("*.safetensors"))) > 1
@@ -66,14 +66,14 @@ def test_a_folder_of_transformers_gives_its_features(kind, settings, save_dinov2
     assert (loaded.num_heads, loaded.num_register_tokens) == (4, settings.get("n_registers", 0))
     with torch.no_grad():
         backbone = getattr(network, "dinov2", network)
-        expected = backbone(pixel_values=pictures).last_hidden_state
-        found = loaded(pictures, is_training=True)
+        expected = backbone(pixel_values=images).last_hidden_state
+        found = loaded(images, is_training=True)
     torch.testing.assert_close(found["x_norm_clstoken"], expected[:, 0], rtol=0, atol=2e-5)
     n_patches = found["x_norm_patchtokens"].shape[1]
     torch.testing.assert_close(found["x_norm_patchtokens"], expected[:, -n_patches:], rtol=0, atol=2e-5)
 
 
-def test_the_file_in_a_folder_of_transformers_is_the_same(save_dinov2, pictures):
+def test_the_file_in_a_folder_of_transformers_is_the_same(save_dinov2, images):
     _, folder = save_dinov2()
     assert checkpoint_file(folder) == folder / "model.safetensors"
     from_folder = load_backbone(folder, img_size=56)
@@ -110,7 +110,7 @@ PREPROCESSOR = {
 }
 
 
-def test_what_the_preprocessor_says_of_pictures(save_dinov2):
+def test_what_the_preprocessor_says_of_images(save_dinov2):
     _, folder = save_dinov2()
     assert trained_image_size(folder) is None
     file = folder / "preprocessor_config.json"
@@ -149,7 +149,7 @@ def test_another_network_than_its_config_is_refused(change, message, save_dinov2
 
 @pytest.mark.parametrize("suffix", ["dinov2", "reg4_dinov2"])
 @pytest.mark.parametrize("layout", ["file", "folder"])
-def test_timms_files_and_folders_give_its_features(suffix, layout, formulas, pictures, tmp_path):
+def test_timms_files_and_folders_give_its_features(suffix, layout, formulas, images, tmp_path):
     timm = pytest.importorskip("timm")
     heads = 4 if layout == "folder" else 1  # a file cannot tell
     arguments = {"embed_dim": 64, "depth": 2, "num_heads": heads, "img_size": 56}
@@ -164,12 +164,12 @@ def test_timms_files_and_folders_give_its_features(suffix, layout, formulas, pic
     loaded = load_backbone(source, img_size=56)
     assert loaded.num_register_tokens == (4 if "reg4" in suffix else 0)
     with torch.no_grad():
-        torch.testing.assert_close(loaded(pictures), network.forward_features(pictures)[:, 0], rtol=0, atol=2e-5)
+        torch.testing.assert_close(loaded(images), network.forward_features(images)[:, 0], rtol=0, atol=2e-5)
     if layout == "folder":
         config = json.loads((source / "config.json").read_text())
         config["pretrained_cfg"]["mean"] = [0.5, 0.5, 0.5]
         (source / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match=r"config\.json asks for pictures of mean \[0\.5, 0\.5, 0\.5\]"):
+        with pytest.raises(ValueError, match=r"config\.json asks for images of mean \[0\.5, 0\.5, 0\.5\]"):
             load_backbone(source, img_size=56)
 
 
@@ -207,14 +207,14 @@ def run(formulas, tmp_path):
     return folder, teacher
 
 
-def test_a_runs_checkpoint_gives_its_teacher(run, pictures):
+def test_a_runs_checkpoint_gives_its_teacher(run, images):
     folder, teacher = run
     newest = folder / "checkpoints" / "iteration_0000200"
     for source in (folder, folder / "checkpoints", newest):
         assert checkpoint_file(source) == newest
     loaded = load_backbone(newest, img_size=56)
     with torch.no_grad():
-        torch.testing.assert_close(loaded(pictures), teacher(pictures) + 200, rtol=0, atol=5e-5)
+        torch.testing.assert_close(loaded(images), teacher(images) + 200, rtol=0, atol=5e-5)
     assert architecture(loaded) == architecture(teacher) | {"block_chunks": 0}
     assert trained_image_size(folder) == 56
     assert read_heads(folder).keys() == {"dino_head"}

@@ -43,7 +43,7 @@ def training(monkeypatch, slurm):
 def test_a_finished_run_returns(training, tmp_path):
     config = tmp_path / "mine.yaml"
     config.write_text("as submitted")
-    task = TrainingTask(["--name", "a", "--config-file", "mine.yaml"], str(config))
+    task = TrainingTask(["--name", "a", "--config-file", "mine.yaml"], config)
     config.write_text("edited")
     task()
     assert training.config == "as submitted"

@@ -62,7 +62,7 @@ def dinov2_log(caplog, monkeypatch):
 
 def test_defaults_file_and_command_line_win_in_that_order(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("optim: {epochs: 7, base_lr: 1e-3}\n")
+    file.write_text("optim: {epochs: 7, base_lr: 1e-3}\nstudent: {}\n")
     cfg = load_run_config(file, ["optim.epochs=9"])
     assert (cfg.optim.epochs, cfg.optim.base_lr, cfg.optim.clip_grad) == (9.0, 1e-3, 3.0)
     assert dinov2_default_config.optim.epochs == 100.0
@@ -115,11 +115,14 @@ def test_every_packaged_config_loads(file):
         ("optim.lr=1", ValueError, "set optim.base_lr"),
         ("train.drop_path_rate=0.1", KeyError, "it exists as student.drop_path_rate"),
         ("--epochs", ValueError, "neither a known option nor"),
-        ("evaluation.train_data=cells", KeyError, r"no longer a key; write evaluation.datasets=\[\{name"),
-        ("evaluation.datasets=cells", ValueError, r"a list of mappings like \[\{name: pbc, data: /data/pbc\}\]"),
-        ("evaluation.datasets=[cells]", ValueError, "a list of mappings"),
-        ("evaluation.datasets=null", ValueError, "a list of mappings"),
-        ("evaluation.datasets={name: a, data: b}", KeyError, "is a list of mappings, not a section"),
+        ("evaluation.datasets=cells", ValueError, r"a list like \[\{name: pbc, data: /data/pbc\}\], found 'cells'"),
+        ("evaluation.datasets=[cells]", ValueError, r"a list like \[\{name"),
+        ("evaluation.datasets=null", ValueError, r"a list like \[\{name"),
+        ("evaluation.datasets={name: a, data: b}", ValueError, r"a list like \[\{name"),
+        ("evaluation.datasets.name=a", KeyError, "did you mean evaluation.datasets"),
+        ("student.depth=deep", ValueError, "student.depth must be a whole number"),
+        ("student.freeze=norm", ValueError, r"a list like \[patch_embed"),
+        ("train.balance.weights={a:b}", ValueError, r"a mapping like \{bmc: 0.5"),
         ("evaluation.keep_teachers=0", ValueError, "must be at least 1"),
     ],
 )

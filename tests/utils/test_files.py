@@ -1,11 +1,12 @@
 """Files are whole or not there."""
 
+import hashlib
 import os
 import stat
 
 import pytest
 
-from dinov2.utils.files import atomic_write
+from dinov2.utils.files import atomic_write, file_sha256
 
 
 def test_a_block_that_raises_leaves_the_old_file_and_no_litter(tmp_path):
@@ -32,3 +33,18 @@ def test_a_finished_block_replaces_the_file_with_usual_rights(tmp_path):
     plain = tmp_path / "plain"
     plain.touch()
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_the_checksum_of_a_folder_is_that_of_its_files(tmp_path):
+    for folder, name, content in (("a", "x", b"1"), ("b", "x", b"1"), ("c", "y", b"1"), ("d", "x", b"2")):
+        (tmp_path / folder / "inner").mkdir(parents=True)
+        (tmp_path / folder / "inner" / name).write_bytes(content)
+    sums = [file_sha256(tmp_path / folder) for folder in "abcd"]
+    assert sums[0] == sums[1]
+    assert len(set(sums)) == 3
+
+
+def test_file_sha256(tmp_path):
+    content = bytes(range(256)) * 10_000  # more than one block
+    (tmp_path / "file").write_bytes(content)
+    assert file_sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()

@@ -26,6 +26,7 @@ import h5py
 import numpy as np
 
 from dinov2.utils.files import atomic_write
+from dinov2.utils.paths import local_path
 
 logger = logging.getLogger("dinov2")
 
@@ -152,7 +153,7 @@ class PatientBags:
             FileNotFoundError: if nothing is at `path`.
             ValueError: as those.
         """
-        path = Path(path)
+        path = local_path(path)
         if path.is_dir():
             return cls.from_folder(path)
         if not path.exists():
@@ -433,7 +434,7 @@ def read_fold_files(path: PathLike) -> FoldFiles:
         FileNotFoundError: if there is nothing at `path`, or a file is missing.
         ValueError: if a file is malformed, a fold lacks a part, a patient has two labels or is on two sides of a fold.
     """
-    path = Path(path)
+    path = local_path(path)
     rows = _rows_of_fold_folders(path) if path.is_dir() else _rows_of_fold_table(path)
     names = sorted({row["fold"] for row in rows}, key=_natural)
     folds = [

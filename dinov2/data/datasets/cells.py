@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dinov2.utils.paths import local_path
+
 logger = logging.getLogger("dinov2")
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -51,7 +53,7 @@ class LabelledCells:
             FileNotFoundError: nothing is at `path`, or the CSV names pictures that do not exist.
             ValueError: no labelled cell was found, the CSV is malformed, or a label is not in `class_names`.
         """
-        path = Path(path)
+        path = local_path(path)
         if path.is_dir():
             return cls.from_folder(path, class_names)
         if not path.exists():

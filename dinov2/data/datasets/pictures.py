@@ -17,6 +17,7 @@ from dinov2.data.datasets.cells import PICTURE_SUFFIXES, is_picture_name
 from dinov2.data.datasets.decode import UnreadableImageError
 from dinov2.data.datasets.path_tables import PathBlock, RunLengths, read_list, read_table
 from dinov2.data.datasets.tar_shards import MEMBER_MARK, ShardIndex, read_member
+from dinov2.utils.paths import local_path
 
 logger = logging.getLogger("dinov2")
 
@@ -74,7 +75,7 @@ class Pictures:
             FileNotFoundError: nothing is at `root`, or nothing that is known.
             ValueError: what is there cannot be read (parquet needs pyarrow), names no picture, or has no such column.
         """
-        root = os.fspath(root)
+        root = str(local_path(root))
         pictures = _from_table(Path(root), column) if _is_table(root) else None
         if pictures is None and column is not None:
             raise ValueError(

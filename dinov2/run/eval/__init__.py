@@ -1,7 +1,8 @@
 """Evaluations as SLURM jobs of one process."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 
 from dinov2.logging import setup_logging
 from dinov2.run.submit import EvaluationTask, add_cluster_arguments, describe, submit, wait
@@ -10,16 +11,12 @@ from dinov2.utils.command import USER_ERRORS, logger, text_of
 __all__ = ["launch"]
 
 
-def launch(
-    module: str,
-    parse_arguments: Callable[[Sequence[str]], argparse.Namespace],
-    argv: Sequence[str] | None = None,
-) -> int:
+def launch(module: str, argv: Sequence[str] | None = None) -> int:
     """Submit the evaluation command `module`; returns the launcher's exit code.
 
-    Its own `parse_arguments` reads and checks what the job will be given, before it waits in a queue.
+    The command's own `parse_arguments` checks the job's arguments before it waits in a queue.
 
-    The inputs need not be there yet: --dependency afterok:<job id> lets the job wait for the training that makes them.
+    The inputs need not exist yet: with --dependency afterok:<job id> the job waits for the training that writes them.
     """
     name = module.rpartition(".")[2]
     parser = argparse.ArgumentParser(
@@ -32,7 +29,7 @@ def launch(
     try:
         if args.ngpus > 1:
             raise ValueError(f"--ngpus must be 0 or 1, found {args.ngpus}: evaluations are one process")
-        output_dir = parse_arguments(command_argv).output_dir.absolute()
+        output_dir = import_module(module).parse_arguments(command_argv).output_dir.absolute()
         job = submit(EvaluationTask(module, command_argv), args, output_dir, name)
         print(describe(job, args, output_dir), flush=True)
         return wait(job.job_id) if args.wait else 0

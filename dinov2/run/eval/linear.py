@@ -3,12 +3,11 @@
 import sys
 from collections.abc import Sequence
 
-from dinov2.eval.linear import parse_arguments
 from dinov2.run.eval import launch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return launch("dinov2.eval.linear", parse_arguments, argv)
+    return launch("dinov2.eval.linear", argv)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from dinov2.train.pretrained import locate_weights
 from dinov2.train.schedules import Schedules
 from dinov2.train.train import parse_arguments, read_settings
 from dinov2.utils.command import USER_ERRORS, logger, text_of
+from dinov2.utils.paths import local_path
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_settings(train_args, args.nodes * tasks_per_node(args))
         output_dir = Path(train_args.output_dir).absolute()
-        task = TrainingTask([*train_argv, "--output-dir", str(output_dir)], train_args.config_file)
-        config = Path(train_args.config_file).stem if train_args.config_file else "run"
+        config_file = local_path(train_args.config_file) if train_args.config_file else None
+        task = TrainingTask([*train_argv, "--output-dir", str(output_dir)], config_file)
+        config = config_file.stem if config_file else "run"
         job = submit(task, args, output_dir, train_args.name or config)
         print(describe(job, args, output_dir / (train_args.name or f"{config}_{job.job_id}")), flush=True)
         return wait(job.job_id) if args.wait else 0
