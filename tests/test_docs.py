@@ -315,6 +315,15 @@ def test_short_examples_run(name, capsys):
         assert capsys.readouterr().out.splitlines() == told
 
 
+def test_the_walk_names_each_file_once():
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    walk = page.split("<!-- walk: begin -->")[1].split("<!-- walk: end -->")[0]
+    files = re.findall(r"^\d+\. `([\w/.]+)`: ", walk, re.MULTILINE)
+    assert files[0] == "dinov2/train/train.py"
+    assert len(files) == len(set(files)) == len(walk.split("\n")) - 2 <= 15
+    assert all((ROOT / file).is_file() for file in files)
+
+
 def example(name: str) -> str:
     (code,) = [block for block in blocks(ROOT / "docs" / "extending.md", "python") if block.startswith(f"# {name}\n")]
     return code
