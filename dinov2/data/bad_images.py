@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dinov2.data.datasets.decode import UnreadableImageError, decode_image
-from dinov2.data.datasets.pictures import read_picture
+from dinov2.data.datasets.sources import read_image
 from dinov2.distributed import all_gather_objects, is_main_process
 from dinov2.utils.files import atomic_write
 
@@ -74,7 +74,7 @@ class BadImages:
 
 def _is_readable(path: str) -> bool:
     try:
-        decode_image(read_picture(path), name=path)
+        decode_image(read_image(path), name=path)
     except UnreadableImageError:
         return False
     return True
