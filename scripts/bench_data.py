@@ -104,7 +104,7 @@ def time_ways(recipe: str, kind: str, args: argparse.Namespace) -> dict[str, lis
     indices = list(range(len(plain)))
 
     def read(dataset: Any) -> Any:
-        return collate_samples(dataset.__getitems__(indices)).images
+        return collate_samples([dataset[index] for index in indices]).images
 
     def augmented(dataset: Any) -> Any:
         return augmentation(read(dataset), torch.Generator().manual_seed(0))
@@ -312,7 +312,7 @@ def time_stages(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float
                 "augment": lambda images, augmentation=augmentation: augmentation(
                     images, torch.Generator().manual_seed(0)
                 ),
-                "copy from the cache": lambda _: packed.__getitems__(indices),
+                "copy from the cache": lambda _: [packed[index] for index in indices],
             }.items():
                 begin = time.perf_counter()
                 results = work(results)

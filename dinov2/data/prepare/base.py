@@ -1,6 +1,5 @@
 """What a public data set is declared to be, and what a look at its folder found: cells, oddities, counts."""
 
-import csv
 import fnmatch
 import os
 from collections import Counter, defaultdict
@@ -9,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dinov2.data.datasets.image_paths import IMAGE_SUFFIXES, find_images, is_image_name
+from dinov2.data.datasets.tables import open_table
 
 N_EXAMPLES = 5
 SEARCH_DEPTH = 5  # folders between --source and the layout: an archive is often unpacked into folders of its own name
@@ -211,15 +211,14 @@ def read_rows(file: Path, columns: Iterable[str]) -> list[dict[str, str]]:
     Raises:
         ValueError: if it lacks a column.
     """
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
-        missing = sorted(set(columns) - set(reader.fieldnames or ()))
-        if missing:
-            raise ValueError(
-                f"{str(file)!r}: no column {', '.join(map(repr, missing))} among {reader.fieldnames or 'none'}; is it "
-                f"the distributor's file?"
-            )
-        return [{column: (row[column] or "").strip() for column in columns} for row in reader]
+    table, columns = open_table(file, "labels"), list(columns)
+    missing = sorted(set(columns) - set(table.columns))
+    if missing:
+        raise ValueError(
+            f"{str(file)!r}: no column {', '.join(map(repr, missing))} among {table.columns or 'none'}; is it the "
+            f"distributor's file?"
+        )
+    return [dict(zip(columns, values, strict=True)) for _, values in table.rows(*columns)]
 
 
 def class_folders(

@@ -106,11 +106,14 @@ def test_stopped_or_killed_nothing_goes_on(tmp_path, until):
     caches = {number: tmp_path / f"cache{number}" for number in (signal.SIGTERM, signal.SIGKILL)}
     runs = {}
     for number, cache in caches.items():
-        command = [sys.executable, SCRIPT, f"HemaStandardDataset:root={tmp_path / 'pictures'}", "--cache", cache]
+        command = [sys.executable, SCRIPT, f"HemaStandardDataset:root={tmp_path / 'images'}", "--cache", cache]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "BUILDER_OF_TEST": str(cache)}
         runs[number] = subprocess.Popen([*command, "--workers", "1"], env=environment, start_new_session=True)
     for number, cache in caches.items():
-        until(lambda cache=cache: any(np.fromfile(file, np.uint8, 1000).any() for file in cache.glob("*/pixels.bin")))
+        until(
+            lambda cache=cache: any(np.fromfile(file, np.uint8, 1000).any() for file in cache.glob("*/pixels.bin")),
+            seconds=120,
+        )
         # a batch system tells all processes, the kernel kills one
         os.killpg(runs[number].pid, number) if number == signal.SIGTERM else runs[number].kill()
     assert runs[signal.SIGTERM].wait(30) == 75
