@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -257,12 +258,11 @@ class PackedCache:
                 errors = [error for *_, error in outcomes if error is not None]
                 if errors:
                     raise errors[0]
-                for done, entries, *_ in outcomes:
-                    entries["made"] = made
-                    if rank == 0:
-                        self._write_entries(done, entries)
-                    n_packed += int((entries["status"] == PACKED).sum())
-                    progress.update(len(entries))
+                done, entries = (np.concatenate([outcome[k] for outcome in outcomes]) for k in (0, 1))
+                entries["made"] = made
+                on_main_process(partial(self._write_entries, done, entries))
+                n_packed += int((entries["status"] == PACKED).sum())
+                progress.update(len(entries))
                 if any(is_stopped for _, _, is_stopped, _ in outcomes):
                     return n_packed, False
         return n_packed, True

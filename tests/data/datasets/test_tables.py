@@ -42,7 +42,10 @@ def test_short_long_and_empty_rows(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"t\.csv' lacks the column\(s\) 'path', 'label'; its first line has nothing, expected path,label\[,fold\]"),
+        (
+            "",
+            r"t\.csv' lacks the column\(s\) 'path', 'label'; its first line has nothing, expected path,label\[,fold\]",
+        ),
         ("path,Label\n1,2\n", r"lacks the column\(s\) 'label'; its first line has \['path', 'Label'\]"),
         ("path,label\n", "has no rows under its first line"),
         ("path,label\n1,2\n3,\n", "line 3: no value for 'label'; fill it in or drop the row"),
