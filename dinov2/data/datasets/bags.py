@@ -25,6 +25,7 @@ import h5py
 import numpy as np
 
 from dinov2.data.datasets.tables import TABLE_SUFFIXES, read_table
+from dinov2.utils.paths import local_path
 
 logger = logging.getLogger("dinov2")
 
@@ -129,7 +130,7 @@ class PatientBags:
     @classmethod
     def from_path(cls, path: PathLike) -> "PatientBags":
         """Read a folder (`from_folder`) or a table (`from_table`)."""
-        path = Path(path)
+        path = local_path(path)
         if path.is_dir():
             return cls.from_folder(path)
         if not path.exists():

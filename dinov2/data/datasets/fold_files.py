@@ -8,6 +8,7 @@ from pathlib import Path
 from dinov2.data.datasets.bags import OTHER_NAMES, PathLike, list_names, one_label_each
 from dinov2.data.datasets.tables import read_table
 from dinov2.utils.files import atomic_write
+from dinov2.utils.paths import local_path
 
 PARTS = ("train", "val", "test")
 CLASS_NAMES_FILE = "label_to_diagnose.csv"
@@ -51,7 +52,7 @@ def read_fold_files(path: PathLike) -> FoldFiles:
         FileNotFoundError: if there is nothing at `path`, or a file is missing.
         ValueError: if a file is malformed, a fold lacks a part, a patient has two labels or is on two sides of a fold.
     """
-    path = Path(path)
+    path = local_path(path)
     rows = _rows_of_fold_folders(path) if path.is_dir() else _rows_of_fold_table(path)
     names = sorted({row["fold"] for row in rows}, key=_natural)
     folds = [

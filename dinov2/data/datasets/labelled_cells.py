@@ -13,6 +13,7 @@ import numpy as np
 
 from dinov2.data.datasets.image_paths import IMAGE_SUFFIXES, find_images, is_image_name
 from dinov2.data.datasets.tables import LABEL_COLUMN, PATH_COLUMN, PATIENT_COLUMN, TABLE_SUFFIXES, read_table
+from dinov2.utils.paths import local_path
 
 logger = logging.getLogger("dinov2")
 
@@ -49,7 +50,7 @@ class LabelledCells:
             FileNotFoundError: nothing is at `path`, or the CSV names images that do not exist.
             ValueError: no labelled cell was found, the CSV is malformed, or a label is not in `class_names`.
         """
-        path = Path(path)
+        path = local_path(path)
         if path.is_dir():
             return cls.from_folder(path, class_names)
         if not path.exists():

@@ -20,6 +20,7 @@ from dinov2.data.datasets.decode import UnreadableImageError
 from dinov2.data.datasets.image_paths import IMAGE_SUFFIXES, PathBlock, is_image_name, read_list
 from dinov2.data.datasets.tables import PATH_COLUMN, TABLE_SUFFIXES, open_table
 from dinov2.data.datasets.tar_shards import ShardIndex, read_member
+from dinov2.utils.paths import local_path
 
 logger = logging.getLogger("dinov2")
 
@@ -68,7 +69,7 @@ class ImageSource:
             FileNotFoundError: nothing is at `root`, or nothing that is known.
             ValueError: what is there cannot be read (parquet needs pyarrow), names no image, or has no such column.
         """
-        root = os.fspath(root)
+        root = str(local_path(root))
         images = _from_table(Path(root), column) if _is_table(root) else None
         if images is None and column is not None:
             raise ValueError(
