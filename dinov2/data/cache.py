@@ -289,8 +289,6 @@ class PackedCache:
                 done.append(entries)
                 if should_stop():
                     break
-            with open(self.pixels_file, "rb+") as file:
-                os.fsync(file.fileno())
         except OSError as failure:
             error = failure
         except BrokenProcessPool as failure:
@@ -299,6 +297,11 @@ class PackedCache:
                     f"packed cache: a worker process was killed, perhaps for want of memory ({failure}); start the "
                     f"same command again, with fewer --workers; what was packed stays"
                 )
+        try:
+            with open(self.pixels_file, "rb+") as file:
+                os.fsync(file.fileno())  # before any entry says that they are there
+        except OSError as failure:
+            error = failure
         packed = np.concatenate(done)
         return jobs[: len(packed), 1], packed, should_stop(), error
 
@@ -333,11 +336,7 @@ class PackedCache:
         for row in _show_progress("checking", used.tolist()):
             if should_stop():
                 break
-            data = self._read_record(row)
-            if (
-                len(data) < self.record_bytes
-                or checksum_of(self._entries[row]["key"], data) != self._entries[row]["crc32"]
-            ):
+            if checksum_of(self._entries[row]["key"], self._read_record(row)) != self._entries[row]["crc32"]:
                 damaged.append(row)
             n_checked += 1
         position_of = {int(self._rows[i]): i for i in self._first.tolist()}
