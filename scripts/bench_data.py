@@ -104,7 +104,7 @@ def time_ways(recipe: str, kind: str, args: argparse.Namespace) -> dict[str, lis
     indices = list(range(len(plain)))
 
     def read(dataset: Any) -> Any:
-        return collate_samples(dataset.__getitems__(indices)).images
+        return collate_samples([dataset[index] for index in indices]).images
 
     def augmented(dataset: Any) -> Any:
         return augmentation(read(dataset), torch.Generator().manual_seed(0))
@@ -312,7 +312,7 @@ def time_stages(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float
                 "augment": lambda images, augmentation=augmentation: augmentation(
                     images, torch.Generator().manual_seed(0)
                 ),
-                "copy from the cache": lambda _: packed.__getitems__(indices),
+                "copy from the cache": lambda _: [packed[index] for index in indices],
             }.items():
                 begin = time.perf_counter()
                 results = work(results)
@@ -437,14 +437,14 @@ def make_formats(folder: Path, source: Path | None) -> None:
 
 
 def chosen_pictures(folder: Path, source: Path | None) -> Iterable[Path]:
-    from dinov2.data.datasets.cells import find_pictures
+    from dinov2.data.datasets.image_paths import find_images
     from dinov2.data.sample_cells import write_sample_cells
 
     if source is None:
         source = folder / "cells"
         if not source.is_dir():
             write_sample_cells(source, N_PICTURES, 10, 10, 2, seed=0, size=360, n_workers=os.cpu_count() or 1)
-    found = find_pictures(source)
+    found = find_images(source)
     if len(found) < N_PICTURES:
         raise SystemExit(f"--pictures: {source} has {len(found)} pictures; {N_PICTURES} are needed")
     return found[:: len(found) // N_PICTURES][:N_PICTURES]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from dinov2.data.balance import Balance, BalancedSampler
-from dinov2.data.datasets.hema_data import HemaStandardDataset, Sample, Samples, UnreadablePicture
+from dinov2.data.datasets.hema_data import HemaStandardDataset, Sample, UnreadableImage
 from dinov2.data.samplers import EpochSampler, InfiniteSampler, SamplerType, ShardedInfiniteSampler
 from dinov2.distributed import get_rank, get_world_size
 from dinov2.utils.seeds import derive_seed
@@ -51,15 +51,12 @@ class SampleBatch(NamedTuple):
 
     images: Tensor
     indices: Tensor
-    failures: list[UnreadablePicture]
+    failures: list[UnreadableImage]
 
 
 def collate_samples(samples: Sequence[Sample]) -> SampleBatch:
-    """Put together what `HemaStandardDataset` gives without a transform; `Samples` already have one tensor."""
-    if isinstance(samples, Samples):
-        images = samples.images
-    else:
-        images = torch.stack([sample.image.permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2)
+    """Put together what `HemaStandardDataset` gives without a transform."""
+    images = torch.stack([sample.image.permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2)
     return SampleBatch(
         images=images,  # [B, 3, S, S]
         indices=torch.tensor([sample.index for sample in samples]),  # [B]
@@ -90,8 +87,8 @@ def make_dataset(
     """
     name, stated = _parse_dataset_str(dataset_str)
     dataset = DATASETS[name](transform=transform, target_transform=target_transform, **{**settings, **stated})
-    pictures = dataset.pictures
-    logger.info("dataset %s: %s pictures in %s", dataset_str, f"{len(pictures):,}", pictures.kind)
+    source = dataset.source
+    logger.info("dataset %s: %s images in %s", dataset_str, f"{len(source):,}", source.kind)
     return dataset
 
 
@@ -205,7 +202,7 @@ def _make_sampler(
                 f"balance={balance}: only infinite samplers that shuffle have one, found {sampler_type} with "
                 f"shuffle={shuffle}"
             )
-        quotas = balance.quotas(dataset.pictures.set_names, dataset.pictures.set_sizes)
+        quotas = balance.quotas(dataset.source.set_names, dataset.source.set_sizes)
         return BalancedSampler(sets=dataset.sets(), quotas=quotas, seed=seed, advance=advance)
     n = len(dataset)
     if sampler_type is SamplerType.EPOCH:

@@ -34,7 +34,7 @@ from dinov2.data.cell_drawing import (
     Slide,
     draw_cell,
 )
-from dinov2.data.datasets.cells import LABEL_COLUMN, PATH_COLUMN, PATIENT_COLUMN
+from dinov2.data.datasets.tables import LABEL_COLUMN, PATH_COLUMN, PATIENT_COLUMN
 from dinov2.utils.files import atomic_write
 
 __all__ = [

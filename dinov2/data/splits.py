@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
+from dinov2.data.datasets.tables import open_table
 from dinov2.utils.files import atomic_write
 from dinov2.utils.paths import local_path
 
@@ -399,19 +400,13 @@ def _from_column(file: Path, column: str, values: np.ndarray) -> Split:
 
 def _read_rows(file: Path) -> tuple[str, list[tuple[int, str, str]]]:
     """Which of our two columns the file has, and (line, path, value) of its rows."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # -sig: Excel writes a byte-order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"split: {str(file)!r} is not UTF-8 text ({error}); save it as CSV UTF-8") from error
-    reader = csv.DictReader(text.splitlines(), skipinitialspace=True, restval="")
-    header = [column.strip() for column in reader.fieldnames or []]
-    reader.fieldnames = header
-    path_column = next((column for column in PATH_COLUMNS if column in header), None)
-    columns = [column for column in (FOLD_COLUMN, PART_COLUMN) if column in header]
+    table = open_table(file, "split")
+    path_column = next((column for column in PATH_COLUMNS if column in table.columns), None)
+    columns = [column for column in (FOLD_COLUMN, PART_COLUMN) if column in table.columns]
     if path_column is None or len(columns) != 1:
         raise ValueError(
-            f"split: {str(file)!r} has the columns {header or 'none'}; expected path,{FOLD_COLUMN} or "
+            f"split: {str(file)!r} has the columns {table.columns or 'none'}; expected path,{FOLD_COLUMN} or "
             f"path,{PART_COLUMN}"
         )
-    rows = [(reader.line_num, row[path_column].strip(), row[columns[0]].strip()) for row in reader]
-    return columns[0], [row for row in rows if row[1] or row[2]]
+    rows = table.rows(path_column, columns[0])
+    return columns[0], [(line, path, value) for line, (path, value) in rows if path or value]

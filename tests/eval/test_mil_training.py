@@ -9,7 +9,7 @@ import torch
 
 from dinov2.data import sample_cells
 from dinov2.data.datasets.bags import PatientBags
-from dinov2.data.datasets.cells import LabelledCells
+from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.eval import mil_training
 from dinov2.eval.mil_training import (
     Fold,

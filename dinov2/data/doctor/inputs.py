@@ -14,7 +14,8 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from dinov2.data.datasets.cells import LABEL_COLUMN, PATH_COLUMN, PATIENT_COLUMN, PICTURE_SUFFIXES
+from dinov2.data.datasets.image_paths import IMAGE_SUFFIXES
+from dinov2.data.datasets.tables import LABEL_COLUMN, PATH_COLUMN, PATIENT_COLUMN
 from dinov2.data.splits import PART_COLUMN, PATH_COLUMNS
 
 PathLike: TypeAlias = str | os.PathLike[str]
@@ -333,11 +334,11 @@ def _read_folder(builder: _Builder, folder: Path, role: str, setting: str) -> No
         label = inside[0] if inside and role != TRAINING else ""
         in_hidden_folder = any(part.startswith(".") for part in inside)
         for name in sorted(files):
-            if name.lower().endswith(PICTURE_SUFFIXES):
+            if name.lower().endswith(IMAGE_SUFFIXES):
                 is_hidden = in_hidden_folder or name.startswith(".")
                 builder.add(os.path.join(parent, name), label="" if is_hidden else label, is_hidden=is_hidden)
     if len(builder.is_hidden) == n_before:
         raise FileNotFoundError(
-            f"{setting}: no .txt list and no picture ({', '.join(PICTURE_SUFFIXES)}) in {str(folder)!r}; give the "
+            f"{setting}: no .txt list and no picture ({', '.join(IMAGE_SUFFIXES)}) in {str(folder)!r}; give the "
             f"folder that has them"
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dinov2.data.datasets.cells import LABEL_COLUMN, PATH_COLUMN
+from dinov2.data.datasets.tables import LABEL_COLUMN, PATH_COLUMN
 from dinov2.data.doctor.inputs import Inputs, Source, list_lines, path_column, table_rows
 from dinov2.data.doctor.leaks import DROPS, KINDS, Diagnosis
 from dinov2.data.doctor.scan import MODES, READABLE, Scan

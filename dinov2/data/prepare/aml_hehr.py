@@ -4,10 +4,10 @@
 patient's subtype: bags for ABMIL, not cell types. `metadata.csv` beside the subtypes names the patients.
 """
 
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 
+from dinov2.data.datasets.tables import open_table
 from dinov2.data.prepare.base import Cell, DataSet, Notes, class_folders
 
 CLASSES = ("CBFB_MYH11", "NPM1", "PML_RARA", "RUNX1_RUNX1T1", "control")
@@ -31,10 +31,9 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
     if file is None:
         notes.add("label files that are not there", "metadata.csv")
         return
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        for row in csv.reader(stream):
-            if row and not set(row) & set(subtype_of) and not row[0].lower().startswith("patient"):
-                notes.add("patients that metadata.csv names and that are not there", row[0])
+    for _, row in open_table(file, "labels").rows():
+        if not set(row) & set(subtype_of):
+            notes.add("patients that metadata.csv names and that are not there", row[0])
 
 
 DATASET = DataSet(

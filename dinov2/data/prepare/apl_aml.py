@@ -8,7 +8,7 @@ archive has a few pictures under two types.
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.datasets.cells import find_pictures
+from dinov2.data.datasets.image_paths import find_images
 from dinov2.data.prepare.base import Cell, DataSet, Notes
 
 SIGNED, UNSIGNED = "signed slides", "unsigned slides"
@@ -16,7 +16,7 @@ SIGNED, UNSIGNED = "signed slides", "unsigned slides"
 
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
     for patient in sorted(path for path in top.iterdir() if path.is_dir() and path.name.lower().startswith("patient_")):
-        for picture in find_pictures(patient):
+        for picture in find_images(patient):
             folders = [folder.strip().lower() for folder in picture.relative_to(patient).parts[:-1]]
             label = None
             if SIGNED in folders and len(folders) > folders.index(SIGNED) + 1:

@@ -1,6 +1,5 @@
 """What a public data set is declared to be, and what a look at its folder found: cells, oddities, counts."""
 
-import csv
 import fnmatch
 import os
 from collections import Counter, defaultdict
@@ -8,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dinov2.data.datasets.cells import PICTURE_SUFFIXES, find_pictures, is_picture_name
+from dinov2.data.datasets.image_paths import IMAGE_SUFFIXES, find_images, is_image_name
+from dinov2.data.datasets.tables import open_table
 
 N_EXAMPLES = 5
 SEARCH_DEPTH = 5  # folders between --source and the layout: an archive is often unpacked into folders of its own name
@@ -170,7 +170,7 @@ def find_cells(dataset: DataSet, top: Path) -> tuple[list[Cell], Notes]:
     notes = Notes()
     cells = sorted(dataset.find(top, notes), key=lambda cell: cell.picture)  # stable: boxes keep their order
     known = {cell.picture for cell in cells} | notes.annotations
-    for picture in find_pictures(top):
+    for picture in find_images(top):
         if picture not in known:
             notes.add("pictures that the layout does not explain, left out", picture.relative_to(top))
     for path in _hidden(top):
@@ -189,7 +189,7 @@ def _hidden(top: Path) -> Iterator[Path]:
         hidden = sorted(name for name in folders if name.startswith("."))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(parent, name) for name in hidden if name != ".git")
-        yield from (Path(parent, n) for n in sorted(files) if n[0] == "." and n.lower().endswith(PICTURE_SUFFIXES))
+        yield from (Path(parent, n) for n in sorted(files) if n[0] == "." and n.lower().endswith(IMAGE_SUFFIXES))
 
 
 def child(folder: Path, name: str) -> Path:
@@ -202,7 +202,7 @@ def pictures_in(folder: Path) -> list[Path]:
     """Pictures directly in a folder, sorted; none if the folder is missing."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if is_picture_name(path.name) and path.is_file())
+    return sorted(path for path in folder.iterdir() if is_image_name(path.name) and path.is_file())
 
 
 def read_rows(file: Path, columns: Iterable[str]) -> list[dict[str, str]]:
@@ -211,15 +211,14 @@ def read_rows(file: Path, columns: Iterable[str]) -> list[dict[str, str]]:
     Raises:
         ValueError: if it lacks a column.
     """
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
-        missing = sorted(set(columns) - set(reader.fieldnames or ()))
-        if missing:
-            raise ValueError(
-                f"{str(file)!r}: no column {', '.join(map(repr, missing))} among {reader.fieldnames or 'none'}; is it "
-                f"the distributor's file?"
-            )
-        return [{column: (row[column] or "").strip() for column in columns} for row in reader]
+    table, columns = open_table(file, "labels"), list(columns)
+    missing = sorted(set(columns) - set(table.columns))
+    if missing:
+        raise ValueError(
+            f"{str(file)!r}: no column {', '.join(map(repr, missing))} among {table.columns or 'none'}; is it the "
+            f"distributor's file?"
+        )
+    return [dict(zip(columns, values, strict=True)) for _, values in table.rows(*columns)]
 
 
 def class_folders(
@@ -232,6 +231,6 @@ def class_folders(
     names = {key.lower(): name for code, name in classes.items() for key in (code, name)}
     for folder in _folders(top):
         if folder.name.lower() in names:
-            yield from ((picture, names[folder.name.lower()]) for picture in find_pictures(folder))
-        elif folder.name not in other_folders and find_pictures(folder):
+            yield from ((picture, names[folder.name.lower()]) for picture in find_images(folder))
+        elif folder.name not in other_folders and find_images(folder):
             notes.add("folders with pictures that are no known class", folder.relative_to(top))

@@ -5,11 +5,11 @@
 taken for the picture. Masks are JPEGs: their edges are grey, and a threshold decides.
 """
 
-import csv
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from dinov2.data.datasets.tables import open_table
 from dinov2.data.prepare.base import Cell, DataSet, Notes, pictures_in
 from dinov2.data.prepare.masks import cells_of_mask
 
@@ -37,19 +37,18 @@ def _labels(file: Path, notes: Notes) -> dict[int | None, str]:
     if not file.is_file():
         notes.add("label files that are not there", file.name)
         return {}
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
-        column = next((name for name in reader.fieldnames or () if LABEL_COLUMN.match(name.strip())), None)
-        if column is None:
-            raise ValueError(f"{str(file)!r}: no column of classes ('Categoriy') among {reader.fieldnames}")
-        labels: dict[int | None, str] = {}
-        for row in reader:
-            names = [value for key, value in row.items() if key != column and isinstance(value, str)]
-            number = next((_number(value) for value in names if _number(value) is not None), None)
-            if number is None or not (row[column] or "").strip():
-                notes.add("rows of the CSV that are not understood", f"{file.name}: {','.join(names)}")
-            else:
-                labels[number] = (row[column] or "").strip().lower()
+    table = open_table(file, "labels")
+    column = next((name for name in table.columns if LABEL_COLUMN.match(name)), None)
+    if column is None:
+        raise ValueError(f"{str(file)!r}: no column of classes ('Categoriy') among {table.columns or 'none'}")
+    labels: dict[int | None, str] = {}
+    for _, row in table.records():
+        label = row.pop(column)
+        number = next((_number(value) for value in row.values() if _number(value) is not None), None)
+        if number is None or not label:
+            notes.add("rows of the CSV that are not understood", f"{file.name}: {','.join(row.values())}")
+        else:
+            labels[number] = label.lower()
     return labels
 
 

@@ -9,14 +9,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.datasets.cells import find_pictures
+from dinov2.data.datasets.image_paths import find_images
 from dinov2.data.prepare.base import Cell, DataSet, Notes
 
 CLASSES = ("ALL", "AML", "APL", "CLL", "CML")
 
 
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
-    for picture in find_pictures(top):
+    for picture in find_images(top):
         folders = picture.relative_to(top).parts[:-1]
         words = {word.upper() for folder in folders for word in re.split("[^A-Za-z]+", folder)}
         named = words & set(CLASSES)

@@ -5,10 +5,10 @@ and a PNG mask of one stem each; masks are black, grey (cytoplasm) and white (nu
 <n>.csv` has `image ID,class label` with ids that are not padded, where files have three digits.
 """
 
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 
+from dinov2.data.datasets.tables import open_table
 from dinov2.data.prepare.base import Cell, DataSet, Notes, pictures_in
 from dinov2.data.prepare.masks import boxes_of_mask
 
@@ -35,12 +35,11 @@ def _labels(file: Path, notes: Notes) -> dict[int, str]:
         notes.add("label files that are not there", file.name)
         return {}
     labels = {}
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        for row in csv.reader(stream):
-            if len(row) >= 2 and row[0].strip().isdigit() and row[1].strip() in CLASSES:
-                labels[int(row[0])] = CLASSES[row[1].strip()]
-            elif row and row[0].strip() not in ("", "image ID"):
-                notes.add("rows of the CSV that are not understood", f"{file.name}: {','.join(row)}")
+    for _, row in open_table(file, "labels").rows():
+        if len(row) >= 2 and row[0].isdigit() and row[1] in CLASSES:
+            labels[int(row[0])] = CLASSES[row[1]]
+        elif row[0]:
+            notes.add("rows of the CSV that are not understood", f"{file.name}: {','.join(row)}")
     return labels
 
 

@@ -8,7 +8,7 @@ the part of a split (train, val, test).
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.datasets.cells import find_pictures
+from dinov2.data.datasets.image_paths import find_images
 from dinov2.data.prepare.base import Cell, DataSet, Notes
 
 CLASSES = ("basophil", "eosinophil", "lymphocyte", "monocyte", "neutrophil")
@@ -16,7 +16,7 @@ PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "v
 
 
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
-    for picture in find_pictures(top):
+    for picture in find_images(top):
         folders = [folder.lower() for folder in picture.relative_to(top).parts[:-1]]
         named = {name for folder in folders for name in CLASSES if name in folder}
         if len(named) != 1:

@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dinov2.data.datasets.cells import LABEL_COLUMN, PATH_COLUMN, PATIENT_COLUMN
 from dinov2.data.datasets.decode import UnreadableImageError, load_image
+from dinov2.data.datasets.tables import LABEL_COLUMN, PATH_COLUMN, PATIENT_COLUMN
 from dinov2.data.prepare.base import Box, Cell, DataSet, Notes, find_cells
 from dinov2.data.splits import PARTS
 from dinov2.utils.files import atomic_write

@@ -5,7 +5,7 @@ import csv
 import numpy as np
 import pytest
 
-from dinov2.data.datasets.cells import LabelledCells, find_pictures
+from dinov2.data.datasets import LabelledCells, find_images
 
 
 def touch(root, *names):
@@ -39,12 +39,12 @@ def test_a_folder_per_class(tmp_path):
     assert len(cells) == 5
 
 
-def test_folders_and_pictures_that_are_no_class_are_told(tmp_path, caplog):
+def test_folders_and_images_that_are_no_class_are_told(tmp_path, caplog):
     touch(tmp_path, "a/1.jpg", "empty/notes.txt", "loose.png")
     cells = LabelledCells.from_path(tmp_path)
     assert cells.class_names == ["a"]
     assert "not classes: empty" in caplog.text
-    assert "1 pictures beside the class folders" in caplog.text
+    assert "1 images beside the class folders" in caplog.text
 
 
 def test_the_training_sets_ids_are_kept(tmp_path):
@@ -93,7 +93,10 @@ def test_a_csv_as_spreadsheets_write_it(tmp_path):
     ("text", "message"),
     [
         ("", "lacks the column\\(s\\) 'Image Path', 'Label'.*nothing"),
-        ("Image Path;Label\na.png;x\n", "Image Path;Label.*separated by commas"),
+        (
+            "Image Path Label\na.png x\n",
+            "lacks the column.*has \\['Image Path Label'\\], expected Image Path,Label\\[,patient\\]",
+        ),
         ("Image Path,label\na.png,x\n", "lacks the column\\(s\\) 'Label'"),
         ("Image Path,Label\n", "no rows"),
         ("Image Path,Label\n,\n", "no rows"),
@@ -108,9 +111,9 @@ def test_malformed_csv_files(tmp_path, text, message):
 
 def test_labels_hold_commas_quotes_and_line_breaks(tmp_path):
     labels = ["band, left", 'the "other"', "two\nlines", "a\u2028b", "<b>&"]
-    picture = touch(tmp_path, "a.png") / "a.png"
+    image = touch(tmp_path, "a.png") / "a.png"
     with open(tmp_path / "cells.csv", "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([["Image Path", "Label"], *([picture, label] for label in labels)])
+        csv.writer(file).writerows([["Image Path", "Label"], *([image, label] for label in labels)])
     cells = LabelledCells.from_path(tmp_path / "cells.csv")
     assert [cells.class_names[i] for i in cells.labels] == labels
 
@@ -121,15 +124,15 @@ def test_a_csv_in_another_encoding(tmp_path):
         LabelledCells.from_path(path)
 
 
-def test_pictures_that_are_not_there_are_named(tmp_path):
+def test_images_that_are_not_there_are_named(tmp_path):
     path = write_csv(tmp_path, "Image Path,Label\na.png,x\ngone.png,x\n")
-    with pytest.raises(FileNotFoundError, match=r"1 of the 2 pictures.*gone\.png; relative paths count from"):
+    with pytest.raises(FileNotFoundError, match=r"1 of the 2 images.*gone\.png; relative paths count from"):
         LabelledCells.from_path(path)
 
 
-def test_find_pictures_goes_deep_and_skips_the_hidden(tmp_path):
+def test_find_images_goes_deep_and_skips_the_hidden(tmp_path):
     touch(tmp_path, "b.png", "a/c.JPG", "a/.d.jpg", ".e/f.jpg", "g.txt")
-    assert find_pictures(tmp_path) == [tmp_path / "a/c.JPG", tmp_path / "b.png"]
+    assert find_images(tmp_path) == [tmp_path / "a/c.JPG", tmp_path / "b.png"]
 
 
 def test_the_real_pbc_folder(shared_data):

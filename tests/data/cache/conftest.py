@@ -1,4 +1,4 @@
-"""A small data set on disk, and builders in processes of their own that can be killed."""
+"""A small dataset on disk, and builders in processes of their own that can be killed."""
 
 import json
 import os
@@ -12,19 +12,18 @@ import pytest
 from PIL import Image
 
 from dinov2.data.datasets.decode import UnreadableImageError
-from dinov2.data.packed_cache import shards
 
 SIZE = 16  # pixels
-ROWS = 4  # of a shard
+ROUND = 4  # images between two writes of entries
 
 # Imports once, then forks a builder for each line that it reads: `{"log": ..., "paths": ..., "folder": ...}`
 BUILDERS = """
 import json, logging, os, signal, sys, time
 from pathlib import Path
 from dinov2.data.datasets.decode import UnreadableImageError
-from dinov2.data.packed_cache import PackedCache, shards
+from dinov2.data import cache
 
-class Pictures:
+class Images:
     def __init__(self, paths, log, seconds):
         self.paths, self.log, self.seconds = paths, log, seconds
     def __len__(self):
@@ -45,17 +44,16 @@ def die(*_, **__):
 
 def build(order):
     logging.basicConfig(filename=f"{order['log']}.{os.getpid()}.log", level=logging.INFO)
-    shards.ROWS_OF_A_SHARD = order["rows"]
-    cache = PackedCache(order["folder"], Pictures(order["paths"], order["log"], order["seconds"]), order["size"])
+    cache.IMAGES_AT_A_TIME, cache.IMAGES_PER_ROUND, cache.WAIT_SECONDS = 1, order["round"], 0.1
+    packed = cache.PackedCache(order["folder"], Images(order["paths"], order["log"], order["seconds"]), order["size"])
+    write_entries = packed._write_entries
     if order["die_in"] == "fsync":
         os.fsync = die
-    elif order["die_in"] == "index":
-        shards.atomic_write = die
+    elif order["die_in"] == "entries":
+        packed._write_entries = die
     elif order["die_in"] == "release":
-        shards.ShardWriter.abandon = die
-    elif order["die_in"] == "hold":
-        time.sleep(60)
-    summary = cache.build(n_workers=0)
+        packed._write_entries = lambda *entries: (write_entries(*entries), die())
+    summary = packed.build(n_workers=0)
     Path(order["log"] + f".{os.getpid()}").write_text(json.dumps([summary.n_there, summary.n_packed]))
 
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -69,7 +67,7 @@ for line in sys.stdin:
 
 
 class Folder:
-    """Pictures of a folder, as a data set has them."""
+    """Images of a folder, as a data set has them."""
 
     def __init__(self, paths) -> None:
         self.paths = [str(path) for path in paths]
@@ -94,7 +92,7 @@ class Folder:
 
 
 class Builder:
-    """A process that builds the cache of some pictures and then ends."""
+    """A process that builds the cache of some images and then ends."""
 
     def __init__(self, pid: int, log: Path) -> None:
         self.pid, self.log = pid, log
@@ -112,7 +110,7 @@ class Builder:
         return log.exists() and text in log.read_text()
 
     def end(self) -> list[int]:
-        """Wait for its end; how many pictures were there, and how many it packed."""
+        """Wait for its end; how many images were there, and how many it packed."""
         wait_until(lambda: not self.is_alive())
         return json.loads(Path(f"{self.log}.{self.pid}").read_text())
 
@@ -125,12 +123,14 @@ def wait_until(condition, seconds: float = 30) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _small_shards(monkeypatch):
-    monkeypatch.setattr(shards, "ROWS_OF_A_SHARD", ROWS)
+def _small_rounds(monkeypatch):
+    monkeypatch.setattr("dinov2.data.cache.IMAGES_AT_A_TIME", 1)
+    monkeypatch.setattr("dinov2.data.cache.IMAGES_PER_ROUND", ROUND)
+    monkeypatch.setattr("dinov2.data.cache.WAIT_SECONDS", 0.1)
 
 
 @pytest.fixture(scope="session")
-def make_picture():
+def make_image():
     def make(path: Path, seed: int, size: tuple[int, int] = (20, 26)) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng(seed)
@@ -141,9 +141,9 @@ def make_picture():
 
 
 @pytest.fixture
-def folder(tmp_path, make_picture):
-    """Makes a data set of `n` pictures."""
-    return lambda n=10: Folder(make_picture(tmp_path / "pictures" / f"{i:02d}.png", i) for i in range(n))
+def folder(tmp_path, make_image):
+    """Makes a data set of `n` images."""
+    return lambda n=10: Folder(make_image(tmp_path / "images" / f"{i:02d}.png", i) for i in range(n))
 
 
 @pytest.fixture(scope="module")
@@ -167,12 +167,14 @@ def _fork_builder():
 
 @pytest.fixture
 def start_builder(tmp_path, _fork_builder):
-    """Starts a builder; `seconds` is what it takes to read a picture, `die_in` where it kills itself."""
+    """Starts a builder; `seconds` is what it takes to read a image, `die_in` where it kills itself."""
 
-    def start(pictures: Folder, seconds: float = 0.0, die_in: str = "") -> Builder:
+    def start(images: Folder, seconds: float = 0.0, die_in: str = "") -> Builder:
         log = tmp_path / "reads.log"
-        order = {"paths": pictures.paths, "log": str(log), "folder": str(tmp_path / "cache")}
-        return Builder(_fork_builder({**order, "seconds": seconds, "die_in": die_in, "size": SIZE, "rows": ROWS}), log)
+        order = {"paths": images.paths, "log": str(log), "folder": str(tmp_path / "cache")}
+        return Builder(
+            _fork_builder({**order, "seconds": seconds, "die_in": die_in, "size": SIZE, "round": ROUND}), log
+        )
 
     return start
 
