@@ -15,18 +15,18 @@ CLASSES = ("CBFB_MYH11", "NPM1", "PML_RARA", "RUNX1_RUNX1T1", "control")
 
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
     subtype_of: dict[str, str] = {}
-    for picture, subtype in class_folders(top, {name: name for name in CLASSES}, notes):
-        folders = picture.relative_to(top).parts[1:-1]
+    for image, subtype in class_folders(top, {name: name for name in CLASSES}, notes):
+        folders = image.relative_to(top).parts[1:-1]
         if not folders:
-            notes.add("pictures beside the patients' folders, left out", picture.relative_to(top))
-            notes.annotations.add(picture)
+            notes.add("images beside the patients' folders, left out", image.relative_to(top))
+            notes.annotations.add(image)
             continue
         patient = folders[0]
         if subtype_of.setdefault(patient, subtype) != subtype:
-            notes.add("pictures of a patient who has another subtype already, left out", picture.relative_to(top))
-            notes.annotations.add(picture)
+            notes.add("images of a patient who has another subtype already, left out", image.relative_to(top))
+            notes.annotations.add(image)
             continue
-        yield Cell(picture, subtype, patient=patient)
+        yield Cell(image, subtype, patient=patient)
     file = next((f for f in (top / "metadata.csv", top.parent / "metadata.csv") if f.is_file()), None)
     if file is None:
         notes.add("label files that are not there", "metadata.csv")
@@ -39,10 +39,8 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
 DATASET = DataSet(
     name="aml_hehr",
     title="AML Hehr",
-    modality="peripheral blood",
     origin="https://www.cancerimagingarchive.net/collection/aml-cytomorphology_mll_helmholtz/",
     paper="Hehr et al. 2023, PLOS Digital Health 2(3), doi 10.1371/journal.pdig.0000187",
-    licence=None,
     layout="data/<subtype>/<patient>/image_<n>.tif, the subtypes being " + ", ".join(CLASSES),
     entries=CLASSES,
     classes={name: name for name in CLASSES},

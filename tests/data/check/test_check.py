@@ -1,4 +1,4 @@
-"""The doctor on planted faults, on real pictures, and on hashes in bulk."""
+"""The list check on planted faults, on real images, and on hashes in bulk."""
 
 import csv
 import json
@@ -12,18 +12,17 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image, ImageEnhance
 
-from dinov2.data.cell_drawing import CELL_CLASSES, Slide, draw_cell
-from dinov2.data.doctor import Options, check_lists
-from dinov2.data.doctor.duplicates import near_pairs
-from dinov2.data.doctor.fingerprint import TURNS, perceptual_hash, turned, turned_hashes
-from dinov2.data.doctor.scan import ROW, scan
+from dinov2.data.check import check_lists, scan
+from dinov2.data.check.near_duplicates import TURNS, perceptual_hash, similar_hashes, turned, turned_hashes
+from dinov2.data.sample_cells import CELL_CLASSES, Slide, draw_cell
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "scripts" / "check_lists.py"
-INLINE = Options(n_workers=1)
+INLINE = {"n_workers": 1}
 
 
 @pytest.fixture(scope="session")
@@ -59,23 +58,23 @@ def found(folder: Path) -> set[tuple[str, str, str]]:
 
 def test_sound_cells_have_no_finding(cells, tmp_path):
     files = write_list(cells / "all.txt", [f"c{i:02d}.png" for i in range(12)])
-    summary = check_lists([files], tmp_path / "out", options=INLINE)
+    summary = check_lists([files], tmp_path / "out", **INLINE)
     assert summary["faults"] == 0
     assert found(tmp_path / "out") == set()
 
 
 def test_every_planted_fault_is_found_and_nothing_else(cells, tmp_path):
-    picture = Image.open(cells / "c00.png").convert("RGB")
-    (cells / "fake.jpg").write_bytes(b"not a picture at all")
+    image = Image.open(cells / "c00.png").convert("RGB")
+    (cells / "fake.jpg").write_bytes(b"not an image at all")
     (cells / "zero.png").touch()
     whole = (cells / "c01.png").read_bytes()
-    picture.resize((61, 61)).save(cells / "cut.bmp")
+    image.resize((61, 61)).save(cells / "cut.bmp")
     (cells / "cut.bmp").write_bytes((cells / "cut.bmp").read_bytes()[:5000])
     shutil.copy(cells / "c02.png", cells / "copy.png")
     (cells / "named.jpg").write_bytes(whole)
     (cells / "c01.png").unlink()
     Image.open(cells / "c03.png").convert("L").save(cells / "c03.png")
-    picture.crop((20, 20, 30, 30)).save(cells / "tiny.png")
+    image.crop((20, 20, 30, 30)).save(cells / "tiny.png")
     Image.new("RGB", (64, 64), "white").save(cells / "blank.png")
     Image.open(cells / "c04.png").convert("RGB").save(cells / "near.jpg", quality=60)
     names = ["fake.jpg", "zero.png", "cut.bmp", "copy.png", "named.jpg", "tiny.png", "blank.png", "near.jpg"]
@@ -87,7 +86,7 @@ def test_every_planted_fault_is_found_and_nothing_else(cells, tmp_path):
         ["c02.png,a", "copy.png,b", "c06.png,a", "c06.png,b", ",a", "c07.png,a"],
     )
     before = files.read_bytes(), labels.read_bytes()
-    summary = check_lists([files], tmp_path / "out", labels=[labels], options=INLINE)
+    summary = check_lists([files], tmp_path / "out", labels=[labels], **INLINE)
     expected = {
         ("unreadable", "fake.jpg", ""),
         ("unreadable", "zero.png", ""),
@@ -116,20 +115,20 @@ def test_every_planted_fault_is_found_and_nothing_else(cells, tmp_path):
     kept = {Path(line).name for line in (cleaned / "all.txt").read_text(encoding="utf-8").splitlines() if "/" in line}
     gone = {"fake.jpg", "zero.png", "cut.bmp", "copy.png", "c02.png", "c06.png"}
     assert kept == set(names) - gone
-    again = check_lists([cleaned / "all.txt"], tmp_path / "again", labels=[cleaned / "labels.csv"], options=INLINE)
+    again = check_lists([cleaned / "all.txt"], tmp_path / "again", labels=[cleaned / "labels.csv"], **INLINE)
     assert again["faults"] == 0
 
 
 @pytest.mark.parametrize("fit", ["quality 60", "scaled", "brighter", "copy as bmp"])
 def test_copies_that_look_the_same_are_near_duplicates(cells, tmp_path, fit):
-    picture = Image.open(cells / "c04.png").convert("RGB")
+    image = Image.open(cells / "c04.png").convert("RGB")
     file = cells / {"quality 60": "n.jpg", "copy as bmp": "n.bmp"}.get(fit, "n.png")
     if fit == "scaled":
-        picture = picture.resize((51, 51), Image.Resampling.LANCZOS)
+        image = image.resize((51, 51), Image.Resampling.LANCZOS)
     elif fit == "brighter":
-        picture = ImageEnhance.Brightness(picture).enhance(1.05)
-    picture.save(file, quality=60)
-    check_lists([cells], tmp_path / "out", options=INLINE)
+        image = ImageEnhance.Brightness(image).enhance(1.05)
+    image.save(file, quality=60)
+    check_lists([cells], tmp_path / "out", **INLINE)
     assert found(tmp_path / "out") == {("near_duplicate", "c04.png", file.name)}
 
 
@@ -137,9 +136,9 @@ def test_copies_that_look_the_same_are_near_duplicates(cells, tmp_path, fit):
 def test_turned_copies_are_found_if_asked_for(cells, tmp_path, turn):
     image = np.asarray(Image.open(cells / "c04.png").convert("RGB"))
     Image.fromarray(turned(image, turn)).save(cells / "n.png")
-    check_lists([cells], tmp_path / "out", options=INLINE)
+    check_lists([cells], tmp_path / "out", **INLINE)
     assert found(tmp_path / "out") == set()
-    check_lists([cells], tmp_path / "out", options=Options(near_duplicates="turned", n_workers=1))
+    check_lists([cells], tmp_path / "out", near_duplicates="turned", **INLINE)
     assert found(tmp_path / "out") == {("near_duplicate", "c04.png", "n.png")}
 
 
@@ -156,8 +155,8 @@ def test_each_way_to_leak_is_told_apart(cells, tmp_path):
         "Image Path,Label,patient,dataset",
         ["c00.png,a,p1,x", "bytes.png,a,q2,x", "near.png,a,q3,x", "c06.png,a,p4,x", "c07.png,a,p5,y"],
     )
-    options = Options(n_workers=1, drop_near_duplicates=True)
-    check_lists([train], tmp_path / "out", evaluation=[test], options=options)
+    options = {"n_workers": 1, "drop_near_duplicates": True}
+    check_lists([train], tmp_path / "out", evaluation=[test], **options)
     leaks = {one for one in found(tmp_path / "out") if one[0].startswith("leak")}
     assert leaks == {
         ("leak_path", "c00.png", ""),
@@ -170,7 +169,7 @@ def test_each_way_to_leak_is_told_apart(cells, tmp_path):
     assert [line.split("/")[-1] for line in (cleaned / "train.csv").read_text(encoding="utf-8").splitlines()[1:]] == [
         "c04.png,a,p5,x"
     ]
-    again = check_lists([cleaned / "train.csv"], tmp_path / "b", evaluation=[cleaned / "test.csv"], options=options)
+    again = check_lists([cleaned / "train.csv"], tmp_path / "b", evaluation=[cleaned / "test.csv"], **options)
     assert again["faults"] == 0
 
 
@@ -178,30 +177,29 @@ def test_hidden_files_are_noticed(cells, tmp_path):
     (cells / ".DS_1.jpg").write_bytes(b"\0\5\x16\7 Mac OS X")
     (cells / ".ipynb_checkpoints").mkdir()
     shutil.copy(cells / "c00.png", cells / ".ipynb_checkpoints" / "c00-checkpoint.png")
-    check_lists([cells], tmp_path / "out", options=INLINE)
+    check_lists([cells], tmp_path / "out", **INLINE)
     assert found(tmp_path / "out") == {("unreadable", ".DS_1.jpg", ""), ("hidden", "c00-checkpoint.png", "")}
 
 
 def test_fine_classes_do_not_contradict_coarse_ones(cells, tmp_path):
     coarse = write_csv(cells / "coarse.csv", "Image Path,Label", ["c00.png,n", "c01.png,n", "c02.png,m"])
     fine = write_csv(cells / "fine.csv", "Image Path,Label", ["c00.png,band", "c01.png,segmented", "c02.png,m"])
-    summary = check_lists([cells], tmp_path / "out", labels=[coarse, fine], options=INLINE)
+    summary = check_lists([cells], tmp_path / "out", labels=[coarse, fine], **INLINE)
     assert summary["faults"] == 0
 
 
-def test_only_changed_pictures_are_looked_at_again(cells, tmp_path, monkeypatch):
-    check_lists([cells], tmp_path / "out", options=INLINE)
+def test_only_changed_images_are_looked_at_again(cells, tmp_path, monkeypatch):
+    check_lists([cells], tmp_path / "out", **INLINE)
     (cells / "c03.png").write_bytes(b"now broken")
     looked = []
-    module = sys.modules[scan.__module__]
-    original = module.look_at
-    monkeypatch.setattr(module, "look_at", lambda path, *rest: looked.append(Path(path).name) or original(path, *rest))
-    check_lists([cells], tmp_path / "out", options=INLINE)
+    read_facts = scan.read_facts
+    monkeypatch.setattr(scan, "read_facts", lambda job: looked.append(Path(job[0]).name) or read_facts(job))
+    check_lists([cells], tmp_path / "out", **INLINE)
     assert looked == ["c03.png"]
     assert found(tmp_path / "out") == {("unreadable", "c03.png", "")}
 
 
-def test_a_killed_check_goes_on(tmp_path):
+def test_a_killed_check_goes_on(tmp_path, monkeypatch):
     folder = tmp_path / "many"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -211,26 +209,32 @@ def test_a_killed_check_goes_on(tmp_path):
     command = [sys.executable, SCRIPT, folder, "--output-dir", out, "--workers", "1", "--near-duplicates", "off"]
     process = subprocess.Popen(list(map(str, command)), env={**os.environ, "PYTHONPATH": str(ROOT)})
     deadline = time.monotonic() + 120
-    while len(list(out.glob("scan/[!.]*.npz"))) < 2 and process.poll() is None and time.monotonic() < deadline:
+    lines: list[str] = []
+    while len(lines) < 100 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
+        lines = [line for file in out.glob("scan/*.csv") for line in file.read_text().splitlines()]
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    kept = {file.name: file.stat().st_mtime_ns for file in out.glob("scan/[!.]*.npz")}
-    assert 2 <= len(kept) < 6
-    summary = check_lists([folder], out, options=Options(near_duplicates="off", n_workers=1))
+    (file,) = out.glob("scan/*.csv")
+    n_kept = file.read_text().count("\n")
+    assert 100 <= n_kept < 1500
+    with open(file, "a") as stream:
+        stream.write("cut off in the middle of a li")
+    looked = []
+    read_facts = scan.read_facts
+    monkeypatch.setattr(scan, "read_facts", lambda job: looked.append(job) or read_facts(job))
+    summary = check_lists([folder], out, near_duplicates="off", **INLINE)
     assert summary["faults"] == 0
-    after = {file.name: file.stat().st_mtime_ns for file in out.glob("scan/*.npz")}
-    assert len(after) == 6
-    assert kept.items() <= after.items()
+    assert len(looked) == 1500 - n_kept
+    assert file.read_text().count("\n") == 1500
 
 
-def test_processes_see_what_one_process_sees_in_flat_rows(cells, tmp_path):
+def test_two_processes_give_the_facts_of_one(cells, tmp_path):
     paths = sorted(map(str, cells.glob("*.png"))) * 25
-    one = scan(len(paths), paths.__getitem__, tmp_path / "a", n_workers=1)
-    two = scan(len(paths), paths.__getitem__, tmp_path / "b", n_workers=2)
-    assert one.rows.dtype == ROW
-    assert one.rows.nbytes <= 100 * len(paths)
-    np.testing.assert_array_equal(one.rows, two.rows)
+    one = scan.scan(paths, tmp_path / "a", n_workers=1)
+    two = scan.scan(paths, tmp_path / "b", n_workers=2)
+    assert len(one) == 300
+    pd.testing.assert_frame_equal(one, two)
 
 
 def test_near_pairs_of_many_hashes_equal_those_by_brute_force():
@@ -242,15 +246,14 @@ def test_near_pairs_of_many_hashes_equal_those_by_brute_force():
     for row, n_bits in zip(bits, rng.integers(0, 16, n_planted), strict=True):
         row[rng.permutation(256)[:n_bits]] ^= 1
     hashes[targets] = np.packbits(bits, axis=1).view(np.uint64)
-    result = near_pairs(hashes)
+    pairs, n_crowded = similar_hashes(hashes)
     expected = {tuple(sorted(pair)) for pair in zip(sources.tolist(), targets.tolist(), strict=True)}
-    assert set(map(tuple, result.pairs.tolist())) == expected
+    assert set(map(tuple, pairs.tolist())) == expected
     subset = np.concatenate([sources, targets])
     distances = np.bitwise_count(hashes[subset, None] ^ hashes[None, subset]).sum(axis=2)
     brute = {tuple(sorted(subset[[a, b]].tolist())) for a, b in np.argwhere(np.triu(distances <= 32, 1))}
     assert brute == expected
-    assert not result.n_crowded
-    assert not result.is_cut
+    assert n_crowded == 0
 
 
 def test_a_crowd_of_like_hashes_is_told_and_not_quadratic():
@@ -259,13 +262,13 @@ def test_a_crowd_of_like_hashes_is_told_and_not_quadratic():
     hashes[:, 0] = 7
     hashes[19_999] = hashes[3]
     hashes[19_998] = hashes[5] ^ np.array([0, 0, 1, 0], dtype=np.uint64)
-    result = near_pairs(hashes)
-    assert result.pairs.tolist() == [[3, 19_999], [5, 19_998]]
-    assert result.n_crowded > 10_000
+    pairs, n_crowded = similar_hashes(hashes)
+    assert pairs.tolist() == [[3, 19_999], [5, 19_998]]
+    assert n_crowded > 10_000
 
 
 @pytest.mark.parametrize("turn", range(len(TURNS)))
-def test_turned_hash_is_the_hash_of_the_turned_picture(cells, turn):
+def test_turned_hash_is_the_hash_of_the_turned_image(cells, turn):
     image = np.asarray(Image.open(cells / "c04.png").convert("RGB"))
     expected, _ = perceptual_hash(turned(image, turn))
     assert np.bitwise_count(turned_hashes(perceptual_hash(image)[0][None], turn)[0] ^ expected).sum() <= 8
@@ -275,7 +278,7 @@ def test_command_ends_with_what_it_found(cells, tmp_path, capsys):
     main = runpy.run_path(str(SCRIPT))["main"]
     arguments = [str(cells), "--output-dir", str(tmp_path / "out"), "--workers", "1"]
     assert main(arguments) == 0
-    assert "12 pictures, 0 faults" in capsys.readouterr().out
+    assert "12 images, 0 faults" in capsys.readouterr().out
     shutil.copy(cells / "c00.png", cells / "d.png")
     assert main([*arguments, "--no-pixels"]) == 1
 
@@ -287,7 +290,7 @@ def test_command_ends_with_what_it_found(cells, tmp_path, capsys):
         (["{cells}", "--no-pixels", "--drop-near-duplicates"], "--drop-near-duplicates"),
         (["nowhere.txt"], "does not exist"),
         (["{cells}/c00.png"], "unknown kind"),
-        (["{cells}/empty.txt"], "name no picture"),
+        (["{cells}/empty.txt"], "name no image"),
         (["{cells}", "--labels", "{cells}/bad.csv"], "expected Image Path,Label"),
         (["{cells}/latin.txt"], "line 2, is not UTF-8"),
     ],
@@ -305,18 +308,22 @@ def test_wrong_arguments_end_with_2(cells, tmp_path, capsys, arguments, message)
     assert message in capsys.readouterr().err
 
 
-def test_real_pictures_have_their_known_faults_and_no_other(shared_data, tmp_path):
+def test_real_images_have_their_known_faults_and_no_other(shared_data, tmp_path):
     pbc = shared_data / "acevedo_pbc" / "PBC_dataset_normal_DIB"
     bitmaps = sorted((shared_data / "segmentation_WBC" / "Dataset 1").glob("*.bmp"))
     ssl = write_list(tmp_path / "ssl.txt", bitmaps)
     sources = [pbc, ssl, shared_data / "BCCD_Dataset", shared_data / "blood-cell-detection-dataset"]
-    summary = check_lists(sources, tmp_path / "out", labels=[pbc], options=INLINE)
+    summary = check_lists(sources, tmp_path / "out", labels=[pbc], **INLINE)
     counts = {kind: count for kind, count in summary["counts"].items() if count}
     assert counts == {"unreadable": 1, "same_bytes": 18, "two_labels": 1, "mode": 24}
+    (conflict,) = (
+        f for f in json.loads((tmp_path / "out" / "report.json").read_text())["findings"] if "labels" in f["kind"]
+    )
+    assert conflict["detail"] == f"eosinophil in {pbc.name} and neutrophil in {pbc.name}"
     everything = found(tmp_path / "out")
     assert ("unreadable", ".DS_169665.jpg", "") in everything
     assert ("two_labels", "EO_225902.jpg", "BNE_191112.jpg") in everything
     assert ("same_bytes", "139.bmp", "112.bmp") in everything
     cleaned = tmp_path / "out" / "cleaned"
-    again = check_lists([cleaned / f"{pbc.name}.txt", cleaned / "ssl.txt"], tmp_path / "b", options=INLINE)
+    again = check_lists([cleaned / f"{pbc.name}.txt", cleaned / "ssl.txt"], tmp_path / "b", **INLINE)
     assert again["faults"] == 0
