@@ -1,35 +1,39 @@
-"""The processes that train together: how they were started, who this one is, and what they agree on.
+"""The processes that train together: how they were started, which rank this one is, and what they exchange.
 
-Everything here answers sensibly for a process that is alone.
+Every function answers for a lone process, too.
 """
 
-from dinov2.distributed.agreement import StepAgreement
 from dinov2.distributed.group import (
     all_gather_objects,
     all_gather_rows,
+    any_rank,
+    average_over_ranks,
     disable,
     enable,
-    get_global_store,
     get_rank,
     get_world_size,
     is_enabled,
+    is_lost_connection,
     is_main_process,
+    name_missing_ranks,
     on_main_process,
 )
 from dinov2.distributed.launch import Launch, read_launch
 
 __all__ = [
     "Launch",
-    "StepAgreement",
     "all_gather_objects",
     "all_gather_rows",
+    "any_rank",
+    "average_over_ranks",
     "disable",
     "enable",
-    "get_global_store",
     "get_rank",
     "get_world_size",
     "is_enabled",
+    "is_lost_connection",
     "is_main_process",
+    "name_missing_ranks",
     "on_main_process",
     "read_launch",
 ]

@@ -1,9 +1,17 @@
-"""The process group of a run: made once, answered for by a lone process too."""
+"""The process groups of a run, made once. Every function answers for a lone process, too.
 
+Tensors of a step use the default group. Hosts talk through gloo groups of their own: in each step about whether to
+stop, and around evaluations and checkpoints, where one rank may keep the others waiting for long, about objects.
+"""
+
+import re
+import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
+from os import getpid
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +22,22 @@ from dinov2.distributed.launch import Launch
 
 Result = TypeVar("Result")
 
-_store: dist.Store | None = None
+ROLL_CALL_SECONDS = 15.0  # for ranks that still run to answer, after one did not arrive
+NCCL_SLACK_SECONDS = 60.0  # the hosts notice a hang first and name the rank; then NCCL aborts what still waits
+PATIENT_SECONDS = 1800.0  # the least time that a rank may keep the others waiting around evaluations and checkpoints
+
+
+@dataclass(frozen=True)
+class _HostGroups:
+    """Gloo groups between the hosts; None is the default group."""
+
+    steps: dist.ProcessGroup | None = None
+    objects: dist.ProcessGroup | None = None
+    roll_call: dist.ProcessGroup | None = None
+    names: tuple[str, ...] = ()  # of the ranks, for people
+
+
+_hosts = _HostGroups()
 
 
 def is_enabled() -> bool:
@@ -42,34 +65,43 @@ def enable(launch: Launch, device: torch.device, timeout_seconds: float) -> None
 
     Args:
         device: what this process computes on; a CUDA device becomes the current one.
-        timeout_seconds: how long a collective may wait before it fails.
+        timeout_seconds: how long a step may wait for a rank before it fails.
 
     Raises:
         ConnectionError: the processes do not find each other.
     """
-    global _store
-    timeout = timedelta(seconds=timeout_seconds)
-    backend = "gloo"
+    global _hosts
+    timeout, patience = timedelta(seconds=timeout_seconds), max(PATIENT_SECONDS, 4 * timeout_seconds)
+    backend, slack = "gloo", 0.0
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
+        backend, slack = "cpu:gloo,cuda:nccl", NCCL_SLACK_SECONDS
     address = f"tcp://{launch.master_addr}:{launch.master_port}"
     try:
         # torchrun's agent serves the store for its workers; otherwise rank 0 does
         where = "env://" if launch.launcher == "torchrun" else address
         store, rank, world_size = next(
-            iter(dist.rendezvous(where, launch.rank, launch.world_size, timeout=min(timeout, timedelta(minutes=5))))
+            iter(dist.rendezvous(where, launch.rank, launch.world_size, timeout=timedelta(minutes=5)))
         )
     except (dist.DistNetworkError, dist.DistStoreError, TimeoutError) as error:
         raise ConnectionError(
             f"rank {launch.rank} of {launch.world_size} does not reach the others at {address}: {error}; check that "
             "this host resolves and reaches that address, and set MASTER_ADDR and MASTER_PORT if it is the wrong one"
         ) from error
-    store.set_timeout(timeout)
-    start = _agree_on_start(store, rank, world_size, timeout_seconds)
-    _store = dist.PrefixStore(f"watchdog/{start}", store)
+    store.set_timeout(timedelta(seconds=patience))
+    start = _agree_on_start(store, rank, world_size, patience)
+    store = dist.PrefixStore(f"group/{start}", store)
     dist.init_process_group(
-        backend, store=dist.PrefixStore(f"group/{start}", store), rank=rank, world_size=world_size, timeout=timeout
+        backend, store=store, rank=rank, world_size=world_size, timeout=timeout + timedelta(seconds=slack)
+    )
+    names: list[Any] = [None] * world_size
+    objects = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
+    dist.all_gather_object(names, f"rank {rank} (host {socket.gethostname()}, pid {getpid()})", group=objects)
+    _hosts = _HostGroups(
+        steps=dist.new_group(backend="gloo", timeout=timeout),
+        objects=objects,
+        roll_call=dist.new_group(backend="gloo", timeout=timedelta(seconds=ROLL_CALL_SECONDS)),
+        names=tuple(names),
     )
 
 
@@ -103,15 +135,47 @@ def _agree_on_start(store: dist.Store, rank: int, world_size: int, timeout_secon
 
 def disable() -> None:
     """Leave the process group, if there is one."""
-    global _store
-    _store = None
+    global _hosts
+    _hosts = _HostGroups()
     if is_enabled():
         dist.destroy_process_group()
 
 
-def get_global_store() -> dist.Store | None:
-    """A key-value store that all processes share; None for a process that is alone."""
-    return _store
+def average_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Means of 0-d tensors over the ranks, each of which gives the same names. The host does not wait for them."""
+    if not is_enabled():
+        return dict(values)
+    stacked = torch.stack([value.float() for value in values.values()])
+    dist.all_reduce(stacked)
+    return dict(zip(values, (stacked / get_world_size()).unbind(), strict=True))
+
+
+def any_rank(condition: bool) -> bool:
+    """Return whether `condition` holds on any rank. Hosts wait for each other here, and not for their devices."""
+    if not is_enabled():
+        return condition
+    flag = torch.tensor(int(condition))
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=_hosts.steps)
+    return bool(flag)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Return whether a collective operation failed because another rank did not take part in it."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def name_missing_ranks() -> str:
+    """Name the ranks that do not answer a roll call. To be called on every rank that waited in vain.
+
+    Rank 0 knows which ranks these are; the others know only whether rank 0 answers.
+    """
+    try:
+        dist.monitored_barrier(_hosts.roll_call, timedelta(seconds=ROLL_CALL_SECONDS), wait_all_ranks=True)
+    except RuntimeError as error:
+        found = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
+        missing = [int(rank) for rank in found[1].split(",")] if found else [0]
+        return ", ".join(_hosts.names[rank] for rank in missing)
+    return "no rank"
 
 
 def on_main_process(action: Callable[[], Result]) -> Result:
@@ -124,7 +188,7 @@ def on_main_process(action: Callable[[], Result]) -> Result:
             outcome[0] = action()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=_hosts.objects)
     result, failure = outcome
     if failure is not None:
         raise failure
@@ -132,12 +196,12 @@ def on_main_process(action: Callable[[], Result]) -> Result:
 
 
 def all_gather_objects(own: Result) -> list[Result]:
-    """What each process gives, by rank."""
+    """Return what each rank gives, by rank."""
     if not is_enabled():
         return [own]
-    everyone: list[Any] = [None] * get_world_size()
-    dist.all_gather_object(everyone, own)
-    return everyone
+    objects: list[Any] = [None] * get_world_size()
+    dist.all_gather_object(objects, own, group=_hosts.objects)
+    return objects
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:

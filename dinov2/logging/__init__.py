@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 from dinov2.distributed import get_rank
-from dinov2.logging.metrics import MetricLogger, open_trackers
+from dinov2.logging.metrics import MetricLogger
+from dinov2.logging.trackers import open_trackers
 
-__all__ = ["MetricLogger", "open_trackers", "setup_logging"]
+__all__ = ["MetricLogger", "log_file", "open_trackers", "setup_logging"]
 
 _FORMAT = "%(asctime)s %(levelname).1s %(message)s"
 
@@ -32,6 +33,11 @@ class _LogFile(logging.FileHandler):
             print(f"{self.baseFilename}: lines are missing from here on ({error.strerror})", file=sys.stderr)
 
 
+def log_file(run_folder: Path, rank: int) -> Path:
+    """Return the path of a rank's log."""
+    return run_folder / "logs" / ("log.txt" if rank == 0 else f"log.txt.rank{rank}")
+
+
 def setup_logging(
     output_dir: str | Path | None = None, name: str = "dinov2", level: int = logging.INFO, rank: int | None = None
 ) -> None:
@@ -52,7 +58,7 @@ def setup_logging(
     if rank == 0:
         handlers.append(logging.StreamHandler(sys.stderr))
     if output_dir is not None:
-        file = Path(output_dir) / "logs" / ("log.txt" if rank == 0 else f"log.txt.rank{rank}")
+        file = log_file(Path(output_dir), rank)
         file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(_LogFile(file, encoding="utf-8"))
     for handler in handlers:

@@ -1,44 +1,26 @@
-"""The numbers of a run: one JSON object an iteration, a line for people now and then, and trackers on request."""
+"""The numbers of a run: a JSON object an iteration, a line for people at each log period, and trackers on request."""
 
 import json
 import logging
 import math
 import os
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dinov2.distributed import is_main_process
-from dinov2.logging.projector import EmbeddedCells, write_projector
+from dinov2.logging.projector import EmbeddedCells
 from dinov2.logging.step_clock import StepClock
+from dinov2.logging.trackers import Tracker
 from dinov2.utils.files import atomic_write
 
 logger = logging.getLogger("dinov2")
-
-
-class Tracker(Protocol):
-    """A place outside the run's folder that follows its numbers."""
-
-    def log(self, values: Mapping[str, float], iteration: int) -> None: ...
-
-    def close(self) -> None: ...
-
-
-@runtime_checkable
-class PictureTracker(Tracker, Protocol):
-    """One that shows pictures and embedded cells, too."""
-
-    def show_pictures(self, pictures: Mapping[str, np.ndarray], iteration: int) -> None: ...
-
-    def show_cells(self, sets: Sequence[EmbeddedCells], iteration: int) -> None: ...
-
 
 LAP_PREFIX = "seconds_"  # of a step, in each part of it
 TIMES = ("iter_time", "data_time", "images_per_second", "matmul_share")
@@ -52,7 +34,9 @@ class MetricLogger:
 
     Attributes:
         clock: whose laps become `seconds_<name>` of each row; None for none.
-        matmul_rate: FLOP/s of matrix products that the device can do; None if nobody measured it.
+        matmul_rate: FLOP/s of matrix products that the device can do; None if it was not measured.
+        newest: the newest row that was written.
+        newest_evaluation: the numbers of the newest evaluation, with its `iteration`.
     """
 
     clock: StepClock | None = None
@@ -63,25 +47,29 @@ class MetricLogger:
     ) -> None:
         self.path, self.stop, self.batch_size, self.period = path, stop, batch_size, period
         self.trackers = list(trackers)
-        self._start = start
-        self.newest: dict[str, float] = {}  # row that was written
+        self.newest: dict[str, float] = {}
+        self.newest_evaluation: dict[str, float] = {}
         self._pending: list[tuple[dict[str, float], dict[str, Tensor]]] = []
         self._unwritten = ""
         self._data_seconds = self._flops = 0.0
-        self._started = self._flushed_at = time.perf_counter()
+        self._start, self._started = start, time.perf_counter()
+        self._flushed_at = self._started
         if is_main_process():
             _keep_lines_before(path, start)
 
-    def add_data_time(self, seconds: float) -> None:
-        """Count time for which the loop waited for its next batch."""
-        self._data_seconds += seconds
+    @contextmanager
+    def data_wait(self) -> Iterator[None]:
+        """Count the time of the block as waiting for data."""
+        started = time.perf_counter()
+        yield
+        self._data_seconds += time.perf_counter() - started
 
     def update(
         self, iteration: int, values: dict[str, float], device_values: dict[str, Tensor], flops: float = 0.0
     ) -> list[dict[str, float]]:
-        """Take up one iteration's numbers; every `period` iterations return those so far, fetched and written.
+        """Add one iteration's numbers; every `period` iterations fetch, write and return those so far.
 
-        `flops` are the operations that this process owed to the iteration: see `matmul_rate`.
+        `flops` are the operations of this process in the iteration: see `matmul_rate`.
         """
         self._flops += flops
         self._pending.append(({"iteration": iteration, **values}, device_values))
@@ -97,25 +85,20 @@ class MetricLogger:
         stacked = torch.stack([torch.stack([v[name].float() for name in names]) for _, v in self._pending])
         fetched = stacked.tolist()  # the one wait for the device
         now = time.perf_counter()
-        n = len(self._pending)
-        seconds = (now - self._flushed_at) / n
-        timing = {
-            "iter_time": seconds,
-            "data_time": self._data_seconds / n,
-            "images_per_second": self.batch_size / seconds,
-        }
-        if self.matmul_rate is not None:
-            timing["matmul_share"] = self._flops / n / seconds / self.matmul_rate
-        if self.clock is not None:  # after the wait for the device: these need none of their own
-            timing |= {f"{LAP_PREFIX}{name.replace(' ', '_')}": lap for name, lap in self.clock.means().items()}
+        rates = self._rates(now)
         rows = [
-            {**host, **dict(zip(names, row, strict=True)), **timing}
+            {**host, **dict(zip(names, row, strict=True)), **rates}
             for (host, _), row in zip(self._pending, fetched, strict=True)
         ]
         if is_main_process():
             self._append("".join(json.dumps({k: _json_number(v) for k, v in row.items()}) + "\n" for row in rows))
             self._report(rows[-1], now)
-        self._track([({k: v for k, v in row.items() if k != "iteration"}, int(row["iteration"])) for row in rows])
+
+        def log_rows(tracker: Tracker) -> None:
+            for row in rows:
+                tracker.log({k: v for k, v in row.items() if k != "iteration"}, int(row["iteration"]))
+
+        self._track(log_rows)
         self._pending.clear()
         self._data_seconds = self._flops = 0.0
         self._flushed_at, self.newest = now, rows[-1]
@@ -123,39 +106,50 @@ class MetricLogger:
             self.clock.restart()  # writing and showing them is no part of a step
         return rows
 
+    def _rates(self, now: float) -> dict[str, float]:
+        n = len(self._pending)
+        seconds = (now - self._flushed_at) / n
+        rates = {
+            "iter_time": seconds,
+            "data_time": self._data_seconds / n,
+            "images_per_second": self.batch_size / seconds,
+        }
+        if self.matmul_rate is not None:
+            rates["matmul_share"] = self._flops / n / seconds / self.matmul_rate
+        if self.clock is not None:  # after the wait for the device: these need none of their own
+            rates |= {f"{LAP_PREFIX}{name.replace(' ', '_')}": lap for name, lap in self.clock.means().items()}
+        return rates
+
     def log_evaluation(self, done: int, values: Mapping[str, float]) -> None:
-        """Pass on to the trackers what an evaluation after `done` iterations found: with the newest of these, since a
-        run that goes on after `done` iterations drops what stands at later ones."""
-        self._track([(values, max(done - 1, 0))])
+        """Pass an evaluation after `done` iterations on to the trackers, at the newest of these iterations: a run that
+        resumes after `done` drops what stands at later ones."""
+        self.newest_evaluation = {"iteration": done, **values}
+        self._track(lambda tracker: tracker.log(values, max(done - 1, 0)))
 
     @property
-    def takes_pictures(self) -> bool:
-        """Whether any tracker shows what `log_pictures` and `log_cells` pass on."""
-        return any(isinstance(tracker, PictureTracker) for tracker in self.trackers)
+    def shows_images(self) -> bool:
+        """Whether any tracker shows images."""
+        return any(tracker.shows_images for tracker in self.trackers)
 
-    def log_pictures(self, done: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Pass pictures uint8 [height, width, 3] by name on, which show the run after `done` iterations."""
-        self._show(lambda tracker: tracker.show_pictures(pictures, max(done - 1, 0)))
+    def log_images(self, done: int, images: Mapping[str, np.ndarray]) -> None:
+        """Pass images uint8 [height, width, 3], by name, of the run after `done` iterations on to the trackers."""
+        self._track(lambda tracker: tracker.log_images(images, max(done - 1, 0)))
 
     def log_cells(self, done: int, sets: Sequence[EmbeddedCells]) -> None:
-        """Pass on cells with the features that they have after `done` iterations."""
-        self._show(lambda tracker: tracker.show_cells(sets, done))
+        """Pass cells, with their features after `done` iterations, on to the trackers."""
+        self._track(lambda tracker: tracker.log_cells(sets, done))
 
-    def _show(self, action: Callable[[PictureTracker], None]) -> None:
-        for tracker in list(self.trackers):
-            if isinstance(tracker, PictureTracker):
-                try:
-                    action(tracker)
-                except OSError as error:
-                    self._give_up(tracker, error)
-
-    def _track(self, rows: Sequence[tuple[Mapping[str, float], int]]) -> None:
+    def _track(self, action: Callable[[Tracker], None]) -> None:
+        """Run `action` for each tracker. One that cannot write, on a full disk say, is dropped: the run goes on."""
         for tracker in list(self.trackers):
             try:
-                for values, iteration in rows:
-                    tracker.log(values, iteration)
+                action(tracker)
             except OSError as error:
-                self._give_up(tracker, error)
+                self.trackers.remove(tracker)
+                logger.error(
+                    "%s gets no more numbers of this part of the run (%s); training_metrics.json has them",
+                    *(type(tracker).__name__, error),
+                )
 
     def _append(self, lines: str) -> None:
         """Write whole lines; where the disk is full they wait for the next time, since training can go on."""
@@ -172,8 +166,8 @@ class MetricLogger:
             return
         self._unwritten = ""
 
-    def go_back_to(self, iteration: int) -> None:
-        """Take back what was written of `iteration` and later: the run takes them up again."""
+    def roll_back(self, iteration: int) -> None:
+        """Drop what was written of `iteration` and later: the run repeats them."""
         self.flush()
         if is_main_process():
             _keep_lines_before(self.path, iteration)
@@ -192,20 +186,9 @@ class MetricLogger:
             self.clock.restart()
 
     def close(self) -> None:
+        """Write what is pending, and close the trackers."""
         self.flush()
-        for tracker in list(self.trackers):
-            try:
-                tracker.close()
-            except OSError as error:
-                self._give_up(tracker, error)
-
-    def _give_up(self, tracker: Tracker, error: OSError) -> None:
-        """A tracker that cannot write, on a full disk say, does not end the run: the file has its numbers as well."""
-        self.trackers.remove(tracker)
-        logger.error(
-            "%s gets no more numbers of this part of the run (%s); training_metrics.json has them",
-            *(type(tracker).__name__.lstrip("_"), error),
-        )
+        self._track(lambda tracker: tracker.close())
 
     def _report(self, row: dict[str, float], now: float) -> None:
         done = int(row["iteration"]) + 1
@@ -213,7 +196,7 @@ class MetricLogger:
         losses = "  ".join(f"{name.removesuffix('_loss')} {row[name]:.4f}" for name in row if name.endswith("_loss"))
         logger.info(
             "iteration %d/%d  eta %s  %.1f images/s (%s)  lr %.2e  %s",
-            *(done, self.stop, _duration((self.stop - done) * per_iteration), row["images_per_second"]),
+            *(done, self.stop, timedelta(seconds=round((self.stop - done) * per_iteration)), row["images_per_second"]),
             *(_split(row), row.get("lr", math.nan), losses),
         )
 
@@ -229,13 +212,6 @@ def _split(row: Mapping[str, float]) -> str:
     shares = {name: 100 * value / row["iter_time"] for name, value in (laps or {"data": row["data_time"]}).items()}
     parts = ", ".join(f"{name.replace('_', ' ')} {share:.0f} %" for name, share in shares.items())
     return f"{100 * row['matmul_share']:.0f} % of matmul rate; {parts}" if "matmul_share" in row else parts
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    return (f"{days}d " if days else "") + f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
 def _json_number(value: float) -> float | None:
@@ -255,70 +231,3 @@ def _keep_lines_before(path: Path, iteration: int) -> None:
             logger.warning("%s: dropping a line that was cut short", path)
     with atomic_write(path, "w") as file:
         file.writelines(kept)
-
-
-class _TensorBoard:
-    def __init__(self, folder: Path, start: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._folder = folder
-        self._writer = SummaryWriter(str(folder), purge_step=start)
-
-    def log(self, values: Mapping[str, float], iteration: int) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, iteration)
-
-    def show_pictures(self, pictures: Mapping[str, np.ndarray], iteration: int) -> None:
-        for name, picture in pictures.items():
-            self._writer.add_image(f"views/{name}", picture, iteration, dataformats="HWC")
-
-    def show_cells(self, sets: Sequence[EmbeddedCells], iteration: int) -> None:
-        write_projector(self._folder, sets, iteration)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _WeightsAndBiases:
-    def __init__(self, settings: Any, run_folder: Path, config: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ImportError("train.wandb.enabled is true but wandb is not installed: pip install wandb") from error
-        # one id for all parts of a resumed run, and another one for every other run, whatever its name
-        id_file = run_folder / "wandb_id.txt"
-        if not id_file.is_file():
-            with atomic_write(id_file, "w") as file:
-                file.write(uuid.uuid4().hex)
-        self._run = wandb.init(
-            project=settings.project,
-            entity=settings.entity,
-            mode=settings.mode,
-            name=run_folder.name,
-            id=id_file.read_text(encoding="utf-8"),
-            dir=str(run_folder),
-            config=config,
-            resume="allow",
-        )
-
-    def log(self, values: Mapping[str, float], iteration: int) -> None:
-        self._run.log(dict(values), step=iteration)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-def open_trackers(train: Any, run_folder: Path, start: int, config: dict[str, Any]) -> list[Tracker]:
-    """The trackers that the `train` section asks for, on the main process. TensorBoard is skipped where it is not
-    installed."""
-    trackers: list[Tracker] = []
-    if not is_main_process():
-        return trackers
-    if train.tensorboard:
-        try:
-            trackers.append(_TensorBoard(run_folder / "tensorboard", start))
-        except ImportError:
-            logger.info("TensorBoard is not installed; training_metrics.json has the same numbers")
-    if train.wandb.enabled:
-        trackers.append(_WeightsAndBiases(train.wandb, run_folder, config))
-    return trackers

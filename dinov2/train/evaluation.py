@@ -130,7 +130,7 @@ class TeacherEvaluation:
         _report(results, best)
         if metrics is not None:
             metrics.log_evaluation(done, _scalars(results))
-            if metrics.takes_pictures:
+            if metrics.shows_images:
                 metrics.log_cells(done, self._shown.of_sets(self._judging_sets, embedded))
 
     def _embed(self, model: SSLMetaArch) -> dict[Path, np.ndarray]:

@@ -238,6 +238,10 @@ class CollapseMonitor:
                 logger.info("%s has recovered: %.4g in iterations %d to %d", sign.shown_as, mean, over.first, last)
         return texts
 
+    def signs_seen(self) -> list[str]:
+        """Return the signs that were warned of and have not gone."""
+        return [name for name, is_warned in self._is_warned.items() if is_warned]
+
     def state_dict(self) -> dict[str, float]:
         """Plain numbers by name; a monitor that takes them up warns as this one would have."""
         means = {f"{name}/{key}": value for name, mean in self._means.items() for key, value in asdict(mean).items()}

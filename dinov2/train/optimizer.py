@@ -16,7 +16,7 @@ from dinov2.fsdp.sharding import total_norm
 logger = logging.getLogger("dinov2")
 
 SPIKE_MEMORY = 0.98  # of the running mean of the loss: it looks back over some fifty steps
-SPIKE_FLOOR = 0.01  # share of the mean that the spread counts at least as: a flat loss is not made of spikes
+SPIKE_FLOOR = 0.01  # the spread is at least this share of the mean: a flat loss has no spikes
 SPIKE_WARM_UP = 50  # steps before the mean is trusted
 
 
@@ -39,7 +39,7 @@ def build_optimizer(optim: Any, params_groups: list[dict[str, Any]]) -> torch.op
 def clip_gradients(student: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]:
     """Scale each sub-network's gradient to a norm of at most `max_norm` (0: leave it); returns the norms before.
 
-    One that has no gradient now has the norm 0.
+    A sub-network without gradients has the norm 0.
     """
     norms = {}
     for name, module in student.items():
@@ -56,8 +56,8 @@ def clip_gradients(student: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]
 class LossScaler:
     """Keeps fp16 gradients in range: the loss is multiplied by `scale`, gradients are divided by it before the step.
 
-    The scale halves after an overflow and doubles after 2,000 steps without one, as PyTorch's GradScaler has it. That
-    one asks each process about its own shard of the gradients; here the guard's verdict counts, on which all agree.
+    The scale halves after an overflow and doubles after 2,000 steps without one, as in PyTorch's GradScaler. That one
+    looks at each process's own shard of the gradients; here the guard's verdict counts, the same on all ranks.
     """
 
     def __init__(self, scale: float = 65536.0, growth_interval: int = 2000) -> None:
@@ -70,7 +70,7 @@ class LossScaler:
         return self
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The loss to differentiate."""
+        """Return the loss to differentiate."""
         return loss * self.scale_factor
 
     @torch.no_grad()
@@ -91,9 +91,9 @@ class LossScaler:
 
 
 class StepGuard:
-    """Skips the optimizer step when a loss or gradient is not finite, or when the loss leaps.
+    """Skips the optimizer step when a loss or gradient is not finite, or when the loss spikes.
 
-    A leap is a total loss of more than `max_spike` standard deviations above its running mean; 0 allows any. The
+    A spike is a total loss of more than `max_spike` standard deviations above its running mean; 0 allows any. The
     verdict goes to the fused AdamW as its `found_inf` flag, so a bad step changes neither weights nor moments. Losses
     and norms that all processes agree on give a verdict that they agree on.
     """
@@ -115,11 +115,11 @@ class StepGuard:
         norms: Mapping[str, Tensor],
         scaler: LossScaler | None = None,
     ) -> None:
-        """One optimizer step, or none. Gradients must be unscaled already; `scaler` then learns of overflows."""
+        """One optimizer step, or none. Gradients must be unscaled already; `scaler` then counts overflows."""
         evidence = torch.stack([value.float() for value in (*losses.values(), *norms.values())])
         overflows = (~torch.isfinite(evidence).all()).float()
         total = torch.stack([value.float() for value in losses.values()]).sum()
-        is_bad = torch.maximum(overflows, self._leaps(total))
+        is_bad = torch.maximum(overflows, self._spikes(total))
         self.skipped += is_bad
         self.skipped_in_row = (self.skipped_in_row + 1) * is_bad
         self.longest_in_row = torch.maximum(self.longest_in_row, self.skipped_in_row)
@@ -129,25 +129,25 @@ class StepGuard:
         if scaler is not None:
             scaler.update(overflows)
 
-    def _leaps(self, total: Tensor) -> Tensor:
-        """1.0 where `total` is far above what the loss has been, else 0.0; takes `total` up into what it has been."""
+    def _spikes(self, total: Tensor) -> Tensor:
+        """Return 1.0 where `total` is far above the running mean of the loss, else 0.0; updates the mean."""
         spread = (self.loss_variance + (SPIKE_FLOOR * self.loss_mean).square()).sqrt()
         limit = self.loss_mean + self.max_spike * spread
-        knows = self.good_steps >= SPIKE_WARM_UP
-        leaps = (knows & (total > limit)).float() if self.max_spike > 0 else torch.zeros_like(total)
-        # A leap counts as the limit: a loss that stays on its new level is believed after some steps
-        seen = torch.where(knows & (total > limit), limit, total)
-        finite = torch.isfinite(seen)
+        is_warm = self.good_steps >= SPIKE_WARM_UP
+        spikes = (is_warm & (total > limit)).float() if self.max_spike > 0 else torch.zeros_like(total)
+        # A spike counts as the limit: the mean follows a loss that stays on its new level after some steps
+        counted = torch.where(is_warm & (total > limit), limit, total)
+        finite = torch.isfinite(counted)
         # a plain mean at first, which would otherwise start at 0
         weight = torch.clamp(1 / (self.good_steps + 1), min=1 - SPIKE_MEMORY) * finite
-        difference = torch.where(finite, seen, self.loss_mean) - self.loss_mean
+        difference = torch.where(finite, counted, self.loss_mean) - self.loss_mean
         self.loss_mean += weight * difference
         self.loss_variance = (1 - weight) * (self.loss_variance + weight * difference.square())
         self.good_steps += finite
-        return leaps
+        return spikes
 
-    def shown(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the log keeps of a step, on the device."""
+    def log_values(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the log keeps of a step, on the device."""
         return {
             "total_loss": torch.stack(list(losses.values())).sum(),
             **losses,
@@ -157,23 +157,23 @@ class StepGuard:
         }
 
     def is_stuck(self, newest: Mapping[str, float], max_in_row: int) -> bool:
-        """Whether there were `max_in_row` bad steps in a row; warns of any that were skipped."""
+        """Return whether there were `max_in_row` bad steps in a row; warn of any that were skipped."""
         n_skipped = int(newest["skipped_steps"])
         if n_skipped > self._reported:
-            logger.warning("%d steps so far were skipped: a loss or gradient was not finite, or leapt", n_skipped)
+            logger.warning("%d steps so far were skipped: a loss or gradient was not finite, or spiked", n_skipped)
         self._reported = n_skipped
         return newest["longest_skipped_in_row"] >= max_in_row
 
     def describe(self, newest: Mapping[str, float]) -> str:
-        """What was wrong, for the log and for errors."""
+        """Describe what was wrong, for the log and for errors."""
         terms = ", ".join(f"{k}={v}" for k, v in newest.items() if k.endswith("_loss") or k.startswith("grad_norm"))
         return (
             f"iteration {int(newest['iteration'])}, rank {get_rank()}: {int(newest['longest_skipped_in_row'])} steps "
-            f"in a row had losses or gradients that were not finite, or leapt, and were skipped (now: {terms})"
+            f"in a row had losses or gradients that were not finite, or spiked, and were skipped (now: {terms})"
         )
 
     def forget_streak(self) -> None:
-        """Count bad steps in a row from 0 again, after the run went back."""
+        """Count bad steps in a row from 0 again, after a roll-back."""
         self.skipped_in_row.zero_()
         self.longest_in_row.zero_()
 

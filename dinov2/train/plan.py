@@ -114,14 +114,26 @@ def _spread(cfg: Any) -> str:
     return how + (f", {which} computed again in backward" if share else "")
 
 
-def describe_environment(cfg: Any) -> str:
-    """Seed, code and library versions, which a result cannot be repeated without."""
+def run_environment(cfg: Any) -> dict[str, str]:
+    """Return the seed and the versions of code and libraries, without which a result cannot be repeated."""
     commit = ""
     if shutil.which("git"):
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    code = f"dinov2 {dinov2.__version__}" + (f" at {commit}" if commit else "")
-    return f"seed {cfg.train.seed}; {code}; torch {torch.__version__}; Python {platform.python_version()}"
+    return {
+        "seed": str(cfg.train.seed),
+        "dinov2": dinov2.__version__,
+        "commit": commit,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def describe_environment(cfg: Any) -> str:
+    """Return `run_environment` as a line of the log."""
+    found = run_environment(cfg)
+    code = f"dinov2 {found['dinov2']}" + (f" at {found['commit']}" if found["commit"] else "")
+    return f"seed {found['seed']}; {code}; torch {found['torch']}; Python {found['python']}"
 
 
 def _millions(module: nn.Module) -> float:

@@ -1,10 +1,11 @@
-"""The folder of a run: where it is, that it can be written, and how a run in it is saved and taken up again.
+"""The folder of a run: where it is, that it can be written, and how a run in it is saved and resumed.
 
 <output-dir>/<name>/config.yaml               every value the run uses
                    training_metrics.json      one JSON object an iteration
+                   status.json                how the run is doing now
                    checkpoints/               to resume from
                    eval/training_<n>/teacher_checkpoint.pth   to use
-                   views/                     crops and masks of some batches, to look at
+                   views/                     images of the crops and masks of some batches
                    logs/  tensorboard/  bad_images.csv
 """
 
@@ -21,13 +22,14 @@ from typing import IO, Any
 from omegaconf import DictConfig, OmegaConf
 
 from dinov2.configs import dinov2_default_config
-from dinov2.distributed import on_main_process
+from dinov2.distributed import is_main_process, on_main_process
 from dinov2.fsdp.checkpoint import Checkpointer
 from dinov2.logging import MetricLogger, open_trackers
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.state import TrainState
 from dinov2.utils.config import differences, write_config
+from dinov2.utils.run_status import RunStatus, StatusFile
 
 logger = logging.getLogger("dinov2")
 
@@ -40,7 +42,7 @@ _SHAPE_KEYS = (
     *("student.proj_bias", "student.ffn_bias", "dino.head", "ibot.head", "ibot.separate_head"),
     "crops.global_crops_size",
 )
-# What may differ between the parts of a run without a word, since it changes no number.
+# Keys that may change on resume without a warning: they do not affect results.
 _HARMLESS_KEYS = (
     *("train.output_dir", "train.device", "train.num_workers", "train.saveckp_freq", "train.keep_checkpoints"),
     *("train.milestone_freq", "train.log_period", "train.tensorboard", "train.wandb", "train.max_bad", "evaluation"),
@@ -79,6 +81,7 @@ class RunFolder:
     def __init__(self, cfg: Any, path: Path) -> None:
         self.cfg, self.path = cfg, path
         self._lock_file: IO[str] | None = None
+        self._status_file: StatusFile | None = None
         cfg.train.output_dir = str(path)
         cfg.optim.lr = Schedules(cfg).peak_lr
         epoch = cfg.train.OFFICIAL_EPOCH_LENGTH
@@ -120,12 +123,30 @@ class RunFolder:
                 torn.unlink()  # a process that was killed while it wrote could not remove it
         write_config(self.cfg, earlier)
 
+    def open_status(self, environment: dict[str, str]) -> None:
+        """Start status.json for this part of the run, which has this `environment`."""
+        n_iterations = Schedules(self.cfg).n_iterations
+        self._status_file = StatusFile(self.path, n_iterations, resumed=self.has_checkpoint())
+        self.status.starts.append(environment)
+        self.write_status("starting")
+
+    @property
+    def status(self) -> RunStatus:
+        """The content of status.json, for changes before the next `write_status`."""
+        assert self._status_file is not None, "opened before the training"
+        return self._status_file.status
+
+    def write_status(self, state: str, reason: str = "") -> None:
+        """Write status.json on the main process, if it is open."""
+        if self._status_file is not None and is_main_process():
+            self._status_file.write(state, reason)
+
     def has_checkpoint(self) -> bool:
-        """Whether there is one to go on from, readable or not."""
+        """Return whether there is a checkpoint, readable or not."""
         return on_main_process(lambda: bool(self.checkpointer.paths()))
 
     def restore(self, state: TrainState, before: int | None = None) -> bool:
-        """Go on from the newest readable checkpoint, whatever number of processes wrote it; False if there is none.
+        """Resume from the newest readable checkpoint, whatever number of processes wrote it; False if there is none.
 
         Args:
             before: the most iterations that it may be after.
@@ -138,17 +159,16 @@ class RunFolder:
             return False
         path, numbers = found
         self._load(path, state.tensors(with_scaler=numbers["has_scaler"]))
-        state.take_up(numbers)
+        state.resume_from(numbers)
         on_main_process(lambda: self.checkpointer.set_aside_after(state.progress.iteration))
         logger.info("resuming %s after iteration %d", self.path, state.progress.iteration)
         return True
 
-    def go_back(self, state: TrainState, newest: dict[str, float]) -> None:
-        """After too many skipped steps in a row: restore the newest checkpoint from before them, and pass over the
-        batches since then.
+    def roll_back(self, state: TrainState, newest: dict[str, float]) -> None:
+        """Restore the newest checkpoint from before too many skipped steps in a row, and skip the batches since then.
 
         Raises:
-            FloatingPointError: there is none, or the run went back train.max_rollbacks times already.
+            FloatingPointError: there is none, or the run was rolled back train.max_rollbacks times already.
         """
         self.checkpointer.wait()
         stuck, what = replace(state.progress), state.guard.describe(newest)
@@ -194,7 +214,7 @@ class RunFolder:
         return self._period > 0 and done % self._period == 0
 
     def save(self, state: TrainState, *, wait: bool = False) -> None:
-        """Write all that `restore` needs, beside the training that goes on; with `wait`, before anything goes on."""
+        """Write all that `restore` needs, in the background; with `wait`, return when it is on disk."""
         state.model.apply_center_updates()
         self.checkpointer.save(state.progress.iteration, state.tensors(with_scaler=True), state.numbers())
         if wait:
@@ -264,7 +284,7 @@ class RunFolder:
 
 
 def open_metrics(cfg: Any, path: Path, start: int, schedules: Schedules) -> MetricLogger:
-    """The run's numbers, continued from iteration `start`."""
+    """Open the run's numbers, to continue from iteration `start`."""
     trackers = open_trackers(cfg.train, path, start, OmegaConf.to_container(cfg))  # type: ignore[arg-type]
     return MetricLogger(
         path / "training_metrics.json",

@@ -46,7 +46,7 @@ class CosineScheduler:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What one iteration uses."""
+    """Settings of one iteration."""
 
     lr: float
     last_layer_lr: float
@@ -62,8 +62,8 @@ class StepSettings:
             group["lr"] = lr * group["lr_multiplier"]
             group["weight_decay"] = self.weight_decay * group["wd_multiplier"]
 
-    def shown(self) -> dict[str, float]:
-        """The values under the names that the log gives them."""
+    def log_values(self) -> dict[str, float]:
+        """Return the values under their names in the log."""
         return {
             "lr": self.lr,
             "last_layer_lr": self.last_layer_lr,
@@ -104,7 +104,7 @@ class Schedules:
         )
 
     def at(self, iteration: int) -> StepSettings:
-        """The values for the 0-based `iteration`."""
+        """Return the settings of the 0-based `iteration`."""
         lr = self._lr[iteration]
         return StepSettings(
             lr=lr,

@@ -1,4 +1,4 @@
-"""All of a run that changes while it trains, as it goes into a checkpoint and comes back."""
+"""Everything of a run that changes while it trains, as tensors and numbers for a checkpoint."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +16,12 @@ class Progress:
     """How far a run is. Its random streams are functions of train.seed and these: no generator has a state to save."""
 
     iteration: int = 0  # steps done
-    batch_number: int = 0  # batches drawn: more than steps where the run went back and passed over some
-    position: int = 0  # pictures drawn from the global stream, over all processes
+    batch_number: int = 0  # batches drawn: more than steps after a roll-back, which skips some
+    position: int = 0  # images drawn from the global stream, over all processes
     rollbacks: int = 0
 
     def advance(self, global_batch_size: int) -> None:
-        """One step done."""
+        """Count one step."""
         self.iteration += 1
         self.batch_number += 1
         self.position += global_batch_size
@@ -39,11 +39,11 @@ class TrainState:
 
     @property
     def scaler(self) -> LossScaler | None:
-        """Of the loss, where the student computes in fp16."""
+        """The scaler of the loss, if the student computes in fp16."""
         return self.model.fp16_scaler
 
     def tensors(self, with_scaler: bool) -> dict[str, Any]:
-        """The tensors themselves, nested by name: to be copied into a checkpoint, or filled from one."""
+        """Return the tensors themselves, nested by name: to be copied into a checkpoint, or filled from one."""
         tensors: dict[str, Any] = {
             "model": self.model.state_dict(),
             "optimizer": self._moments(),
@@ -54,7 +54,7 @@ class TrainState:
         return tensors
 
     def numbers(self) -> dict[str, Any]:
-        """What is no tensor."""
+        """Return what is no tensor."""
         return {
             **vars(self.progress),
             "seed": self.model.cfg.train.seed,
@@ -63,15 +63,15 @@ class TrainState:
             "monitor": self.monitor.state_dict(),
         }
 
-    def take_up(self, numbers: dict[str, Any]) -> None:
-        """Go on from the `numbers` of a checkpoint whose tensors have been filled in."""
+    def resume_from(self, numbers: dict[str, Any]) -> None:
+        """Resume from the `numbers` of a checkpoint whose tensors have been filled in."""
         for name in vars(self.progress):
             setattr(self.progress, name, int(numbers[name]))
         self.monitor.load_state_dict(numbers["monitor"])
         self.guard.forget_streak()
 
     def _moments(self) -> dict[str, dict[str, Tensor]]:
-        """AdamW's state by the parameter's name; its settings are the configuration's and the schedules'."""
+        """Return AdamW's state by parameter name; its settings come from the configuration and the schedules."""
         return {
             name: self.optimizer.state[parameter]
             for name, parameter in self.model.student.named_parameters()

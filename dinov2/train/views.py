@@ -68,7 +68,7 @@ class TrainingViews:
                 "the crops and masks after iteration %d are not in %s (%s); the run goes on",
                 *(done, self.folder, error.strerror or error),
             )
-        metrics.log_pictures(done, sheets)
+        metrics.log_images(done, sheets)
 
     def _write(self, sheets: Mapping[str, np.ndarray], told: Mapping[str, Any]) -> None:
         done = told["iteration"]

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinov2.distributed import StepAgreement, all_gather_objects, all_gather_rows, on_main_process
+from dinov2.distributed import all_gather_objects, all_gather_rows, any_rank, average_over_ranks, on_main_process
 
 PROGRAM = """
 import json, sys, torch
 from dinov2 import distributed
-from dinov2.distributed import StepAgreement, all_gather_objects, all_gather_rows, get_rank, on_main_process
+from dinov2.distributed import all_gather_objects, all_gather_rows, any_rank, average_over_ranks, get_rank
+from dinov2.distributed import on_main_process
 
 distributed.enable(distributed.read_launch(), torch.device("cpu"), 60)
 rank = get_rank()
@@ -25,11 +26,10 @@ except PermissionError as error:
     out["error"] = str(error)
 out["objects"] = all_gather_objects({"rank": rank})
 out["rows"] = all_gather_rows(torch.full((2, 1), float(rank))).flatten().tolist()
-agreement = StepAgreement(torch.device("cpu"))
 out["steps"] = []
 for step in range(3):
-    means = agreement.average({"loss": torch.tensor(float(rank))}, wants_stop=(rank, step) == (2, 1))
-    out["steps"].append([means["loss"].item(), agreement.stop_agreed()])
+    means = average_over_ranks({"loss": torch.tensor(float(rank))})
+    out["steps"].append([means["loss"].item(), any_rank((rank, step) == (2, 1))])
 json.dump(out, open(f"{sys.argv[1]}/{rank}.json", "w"))
 distributed.disable()
 """
@@ -71,7 +71,7 @@ def test_alone():
     rows = torch.ones(2, 3, requires_grad=True)
     assert torch.equal(all_gather_rows(rows), rows)
     assert not all_gather_rows(rows).requires_grad
-    agreement = StepAgreement(torch.device("cpu"))
     loss = torch.tensor(2.0)
-    assert agreement.average({"loss": loss}, wants_stop=True)["loss"] is loss
-    assert agreement.stop_agreed()
+    assert average_over_ranks({"loss": loss})["loss"] is loss
+    assert any_rank(True)
+    assert not any_rank(False)

@@ -49,7 +49,7 @@ def test_bad_steps_are_counted_and_a_streak_is_noticed(setting):
         step(setting, loss, 1.0)
 
     def newest() -> dict[str, float]:
-        shown = {name: value.item() for name, value in guard.shown({"ibot_loss": torch.tensor(2.0)}, {}).items()}
+        shown = {name: value.item() for name, value in guard.log_values({"ibot_loss": torch.tensor(2.0)}, {}).items()}
         return {"iteration": 3, **shown}
 
     assert (newest()["skipped_steps"], newest()["longest_skipped_in_row"]) == (3, 2)

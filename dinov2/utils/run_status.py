@@ -1,0 +1,124 @@
+"""status.json in a run's folder: how the run is doing. It is written whole or not at all, and read by anyone."""
+
+import json
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from dinov2.utils.files import atomic_write
+
+logger = logging.getLogger("dinov2")
+
+STATUS_NAME = "status.json"
+ENDED = ("finished", "stopped", "failed")  # states; the others are starting, running, evaluating and saving
+MOST_WARNINGS = 200  # different ones that are kept
+
+
+@dataclass
+class RunStatus:
+    """How a run is doing.
+
+    Attributes:
+        state: starting, running, evaluating, saving, or one of ENDED.
+        reason: why it failed or stopped; empty otherwise.
+        iteration, n_iterations: done, and of how many.
+        losses: of the newest iteration that was logged, by name; None where one is not finite.
+        images_per_second, seconds_per_iteration, data_share: newest rates; the share of time that goes into waiting for
+            data.
+        eta_seconds: to the end of the run, evaluations and checkpoints left out.
+        evaluation: {"iteration": n, name: value} of the newest one.
+        skipped_steps, rollbacks, resumed, errors: how often.
+        collapse: signs of a collapse that hold now.
+        warnings: {text: how often} of warnings and errors.
+        starts: seed and versions of each start or resume.
+        host, pid: of the main process.
+        time: when this was written, in seconds since 1970.
+    """
+
+    state: str = "starting"
+    reason: str = ""
+    iteration: int = 0
+    n_iterations: int = 0
+    losses: dict[str, float | None] = field(default_factory=dict)
+    images_per_second: float | None = None
+    seconds_per_iteration: float | None = None
+    data_share: float | None = None
+    eta_seconds: float | None = None
+    evaluation: dict[str, float] = field(default_factory=dict)
+    skipped_steps: int = 0
+    rollbacks: int = 0
+    resumed: int = 0
+    errors: int = 0
+    collapse: list[str] = field(default_factory=list)
+    warnings: dict[str, int] = field(default_factory=dict)
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    host: str = ""
+    pid: int = 0
+    time: float = 0.0
+
+    def take_rates(self, row: Mapping[str, float], iteration: int) -> None:
+        """Set losses and rates from a row of training_metrics.json, after `iteration` iterations."""
+        self.iteration, seconds = iteration, row["iter_time"]
+        self.losses = {k: v if math.isfinite(v) else None for k, v in row.items() if k.endswith("_loss")}
+        self.images_per_second, self.seconds_per_iteration = row["images_per_second"], seconds
+        self.data_share = row["data_time"] / seconds if seconds else None
+        self.eta_seconds = (self.n_iterations - iteration) * seconds
+        self.skipped_steps = int(row.get("skipped_steps", 0))
+
+
+def read_status(run_folder: Path) -> RunStatus | None:
+    """Read a run's status.json; None if it is not there or not readable."""
+    try:
+        found = json.loads((run_folder / STATUS_NAME).read_text(encoding="utf-8"))
+        return RunStatus(**{each.name: found[each.name] for each in fields(RunStatus) if each.name in found})
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+class StatusFile(logging.Handler):
+    """Writes status.json, and counts the warnings and errors of the package's log into it.
+
+    On a full disk the file stays as it was, and the run goes on. A run that is resumed keeps its counts.
+    """
+
+    def __init__(self, run_folder: Path, n_iterations: int, *, resumed: bool) -> None:
+        super().__init__(logging.WARNING)
+        before = (read_status(run_folder) if resumed else None) or RunStatus()
+        self.path = run_folder / STATUS_NAME
+        self.status = RunStatus(
+            iteration=before.iteration,
+            n_iterations=n_iterations,
+            evaluation=before.evaluation,
+            resumed=before.resumed + resumed,
+            warnings=before.warnings,
+            starts=before.starts,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+        )
+        logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text, warnings = record.getMessage(), self.status.warnings
+        warnings[text] = warnings.get(text, 0) + 1
+        if len(warnings) > MOST_WARNINGS:
+            del warnings[next(iter(warnings))]  # the oldest
+        self.status.errors += record.levelno >= logging.ERROR
+
+    def write(self, state: str, reason: str = "") -> None:
+        """Write the status with a new state."""
+        self.status.state, self.status.reason, self.status.time = state, reason, time.time()
+        try:
+            with atomic_write(self.path, "w") as file:
+                json.dump(asdict(self.status), file, indent=1)
+        except OSError as error:
+            logger.debug("%s could not be written: %s", self.path, error)
+
+    def close(self) -> None:
+        logger.removeHandler(self)
+        super().close()

@@ -1,0 +1,166 @@
+"""Hangs, with real processes: a rank that stands still is named by the others, and a lone process ends itself."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dinov2.train.supervision import HANG_EXIT_CODE
+
+TIMEOUT = 3.0  # seconds; a slow step takes less, a pause more
+WORLD_SIZE = 3
+START_SECONDS = 60.0  # for processes to import torch on a busy machine
+
+# A loop with the calls that the training makes around a step. `fault` happens on rank `who` in step 5.
+PROGRAM = """
+import os, signal, sys, time
+from pathlib import Path
+
+import torch
+
+from dinov2 import distributed
+from dinov2.distributed import on_main_process
+from dinov2.logging import MetricLogger, setup_logging
+from dinov2.train.supervision import Supervision
+from dinov2.utils.run_status import StatusFile
+from dinov2.utils.stop_signals import StopSignals
+
+folder, timeout, fault, who = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+launch = distributed.read_launch()
+if launch is not None:
+    distributed.enable(launch, torch.device("cpu"), timeout)
+rank = distributed.get_rank()
+
+
+class Folder:
+    path, status_file = folder, StatusFile(folder, 100, resumed=False)
+    status = status_file.status
+
+    def write_status(self, state, reason=""):
+        if rank == 0:
+            self.status_file.write(state, reason)
+
+
+def read_image_from_a_dead_disk():
+    time.sleep(600)
+
+
+setup_logging(folder)
+(folder / f"pid_{rank}").write_text(str(os.getpid()))
+metrics = MetricLogger(folder / "metrics.json", 0, 100, 4, 1)
+with Supervision(timeout, Folder(), metrics, StopSignals()) as supervision:
+    for step in range(10):
+        supervision.begin_step()
+        if step == 5 and rank == who:
+            if fault == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if fault == "reads":
+                read_image_from_a_dead_disk()
+            if fault == "fails":
+                raise OSError("disk full")
+        if fault == "evaluates" and step == 5:
+            with supervision.pause("evaluating"):
+                on_main_process(lambda: time.sleep(2 * timeout))
+        if fault == "slow":
+            time.sleep(timeout / 4)
+        assert not supervision.must_stop()
+distributed.disable()
+"""
+
+
+class Run:
+    """Ranks of one run, each a process of its own."""
+
+    def __init__(self, folder: Path, fault: str, who: int, world_size: int = WORLD_SIZE) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.folder, self.processes = folder, []
+        for rank in range(world_size):
+            own = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            if world_size > 1:
+                environment |= {name: str(value) for name, value in own.items()}
+            command = [sys.executable, "-c", PROGRAM, str(folder), str(TIMEOUT), fault, str(who)]
+            # without a launcher, rank 0 serves the store
+            environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+            self.processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+
+    def ends(self, *ranks: int) -> list[int]:
+        return [self.processes[rank].wait(START_SECONDS) for rank in ranks]
+
+    def log(self, rank: int) -> str:
+        return (self.folder / "logs" / ("log.txt" if rank == 0 else f"log.txt.rank{rank}")).read_text()
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def start(tmp_path):
+    runs = []
+
+    def start(*arguments, **options) -> Run:
+        runs.append(Run(tmp_path, *arguments, **options))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.kill()
+
+
+@pytest.mark.parametrize("stopped", [1, 0])
+def test_a_stopped_rank_is_named_and_the_others_end(start, stopped):
+    run = start("stopped", stopped)
+    others = [rank for rank in range(WORLD_SIZE) if rank != stopped]
+    assert run.ends(*others) == [HANG_EXIT_CODE] * len(others)
+    assert run.processes[stopped].poll() is None
+    pid = (run.folder / f"pid_{stopped}").read_text()
+    first = min(others)  # of these, rank 0 knows best; without it each knows that rank 0 does not answer
+    message = run.log(first)
+    assert f"training hangs: rank {stopped} (host {socket.gethostname()}, pid {pid}) did not arrive" in message
+    assert f"train.hang_timeout_seconds={TIMEOUT:g}" in message
+    assert "start the same command again" in message
+    assert "in must_stop" in message  # the stack of the rank that waits
+    if stopped != 0:
+        assert f"rank {stopped} (host" in (run.folder / "status.json").read_text()
+
+
+def test_a_rank_that_waits_for_data_is_named_and_shows_where(start):
+    run = start("reads", 1)
+    assert run.ends(0, 2) == [HANG_EXIT_CODE] * 2
+    assert "training hangs: rank 1 (host" in run.log(0)
+
+
+def test_a_rank_that_failed_does_not_keep_the_others(start):
+    run = start("fails", 2)
+    assert run.ends(2) == [1]
+    assert run.ends(0, 1) == [HANG_EXIT_CODE] * 2
+    assert "training hangs: rank 2 (host" in run.log(0)
+
+
+@pytest.mark.parametrize("what", ["evaluates", "slow"])
+def test_a_long_evaluation_and_slow_steps_are_no_hang(start, what):
+    run = start(what, -1)
+    assert run.ends(*range(WORLD_SIZE)) == [0] * WORLD_SIZE, [process.stderr.read() for process in run.processes]
+    assert "hangs" not in run.log(0)
+
+
+def test_a_lone_process_that_hangs_ends_with_its_stack_in_the_log(start):
+    run = start("reads", 0, world_size=1)
+    began = time.monotonic()
+    assert run.ends(0) == [1]
+    assert time.monotonic() - began > TIMEOUT
+    assert re.search(r"Timeout \(0:00:03\)!\n", run.log(0))
+    assert "in read_image_from_a_dead_disk" in run.log(0)
+
+
+def test_a_lone_process_may_evaluate_for_long(start):
+    assert start("evaluates", -1, world_size=1).ends(0) == [0]
