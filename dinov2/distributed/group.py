@@ -22,7 +22,8 @@ from dinov2.distributed.launch import Launch
 
 Result = TypeVar("Result")
 
-ROLL_CALL_SECONDS = 15.0  # for ranks that still run to answer, after one did not arrive
+ROLL_CALL_SECONDS = 15.0  # the most that rank 0 waits for answers after a rank did not arrive
+OTHERS_ROLL_CALLS = 3  # the other ranks wait so many times as long for rank 0
 NCCL_SLACK_SECONDS = 60.0  # the hosts notice a hang first and name the rank; then NCCL aborts what still waits
 PATIENT_SECONDS = 1800.0  # the least time that a rank may keep the others waiting around evaluations and checkpoints
 
@@ -35,6 +36,7 @@ class _HostGroups:
     objects: dist.ProcessGroup | None = None
     roll_call: dist.ProcessGroup | None = None
     names: tuple[str, ...] = ()  # of the ranks, for people
+    roll_call_seconds: float = ROLL_CALL_SECONDS
 
 
 _hosts = _HostGroups()
@@ -95,13 +97,15 @@ def enable(launch: Launch, device: torch.device, timeout_seconds: float) -> None
         backend, store=store, rank=rank, world_size=world_size, timeout=timeout + timedelta(seconds=slack)
     )
     names: list[Any] = [None] * world_size
+    roll_call_seconds = min(ROLL_CALL_SECONDS, timeout_seconds)
     objects = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
     dist.all_gather_object(names, f"rank {rank} (host {socket.gethostname()}, pid {getpid()})", group=objects)
     _hosts = _HostGroups(
         steps=dist.new_group(backend="gloo", timeout=timeout),
         objects=objects,
-        roll_call=dist.new_group(backend="gloo", timeout=timedelta(seconds=ROLL_CALL_SECONDS)),
+        roll_call=dist.new_group(backend="gloo", timeout=timedelta(seconds=OTHERS_ROLL_CALLS * roll_call_seconds)),
         names=tuple(names),
+        roll_call_seconds=roll_call_seconds,
     )
 
 
@@ -167,15 +171,18 @@ def is_lost_connection(error: BaseException) -> bool:
 def name_missing_ranks() -> str:
     """Name the ranks that do not answer a roll call. To be called on every rank that waited in vain.
 
-    Rank 0 knows which ranks these are; the others know only whether rank 0 answers.
+    Rank 0 learns which ranks these are; the others learn only whether rank 0 answers. A process that has ended closes
+    its connections, and gloo does not tell whose they were.
     """
+    seconds = _hosts.roll_call_seconds * (1 if is_main_process() else OTHERS_ROLL_CALLS)
     try:
-        dist.monitored_barrier(_hosts.roll_call, timedelta(seconds=ROLL_CALL_SECONDS), wait_all_ranks=True)
+        dist.monitored_barrier(_hosts.roll_call, timedelta(seconds=seconds), wait_all_ranks=True)
     except RuntimeError as error:
-        found = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
-        missing = [int(rank) for rank in found[1].split(",")] if found else [0]
-        return ", ".join(_hosts.names[rank] for rank in missing)
-    return "no rank"
+        if found := re.search(r"Ranks? ([\d, ]+) failed to pass", str(error)):
+            return ", ".join(_hosts.names[int(rank)] for rank in found[1].split(","))
+        if not is_main_process() and "Timed out" in str(error):
+            return _hosts.names[0]
+    return "a rank (the log of rank 0 or the launcher says which)"
 
 
 def on_main_process(action: Callable[[], Result]) -> Result:
