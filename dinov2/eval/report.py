@@ -146,7 +146,7 @@ def report_sections(
         *([health_section(runs)] if runs else []),
         *more,
         config_section(runs),
-        origins_section(records, {run.name: run.log.environments for run in runs}),
+        origins_section(records, {run.name: run.status.starts for run in runs}),
     ]
     return [section for section in found if section is not None]
 

@@ -145,7 +145,7 @@ def origins_section(records: Sequence[ResultRecord], runs: Mapping[str, Sequence
 
     Args:
         records: of evaluations.
-        runs: {run: its environments}, as `Log` has them.
+        runs: {run: its starts}, as status.json has them.
     """
     parts: list[str] = []
     lines = [

@@ -160,10 +160,10 @@ def health_section(runs: Sequence[RunRecord]) -> Section:
             run_state(run),
             _count(run.metrics.last("skipped_steps")),
             _count(run.metrics.last("longest_skipped_in_row")),
-            str(run.log.n_rollbacks),
-            str(run.log.n_resumed),
+            str(run.status.rollbacks),
+            str(run.status.resumed),
             "none recorded" if run.bad_images is None else str(len(run.bad_images)),
-            str(sum(run.log.warnings.values())),
+            str(sum(run.status.warnings.values())),
         ]
         for run in runs
     ]
@@ -173,8 +173,8 @@ def health_section(runs: Sequence[RunRecord]) -> Section:
         if run.notes:
             items = "".join(f"<li>{escape(note)}</li>" for note in run.notes)
             parts.append(f'<div class="note"><p>{escape(run.name)}: not all could be read.</p><ul>{items}</ul></div>')
-        if run.log.warnings:
-            found = list(run.log.warnings.items())
+        if run.status.warnings:
+            found = list(run.status.warnings.items())
             is_cut = len(found) > MOST_WARNINGS
             caption = f"{run.name}: warnings of the log" + (
                 f", the last {MOST_WARNINGS} of {len(found)} different ones" if is_cut else ""
@@ -193,8 +193,8 @@ def health_section(runs: Sequence[RunRecord]) -> Section:
             "iterations_done": run.metrics.done,
             "iterations": run.n_iterations,
             "skipped_steps": run.metrics.last("skipped_steps"),
-            "rollbacks": run.log.n_rollbacks,
-            "resumed": run.log.n_resumed,
+            "rollbacks": run.status.rollbacks,
+            "resumed": run.status.resumed,
             "bad_images": None if run.bad_images is None else len(run.bad_images),
         }
         for run in runs

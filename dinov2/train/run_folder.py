@@ -179,7 +179,7 @@ class RunFolder:
         if not self.restore(state, before=stuck.iteration - in_row):
             raise FloatingPointError(f"{what}; there is no checkpoint from before to go back to. {advice}")
         state.progress.batch_number, state.progress.position = stuck.batch_number, stuck.position
-        state.progress.rollbacks = stuck.rollbacks + 1
+        state.progress.rollbacks = self.status.rollbacks = stuck.rollbacks + 1
         logger.warning(
             "%s: went back to iteration %d, and passes over %d batches (rollback %d of %d)",
             *(what, state.progress.iteration, stuck.iteration - state.progress.iteration),

@@ -4,14 +4,13 @@ import faulthandler
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
 from dinov2.distributed import any_rank, get_rank, get_world_size, is_lost_connection, name_missing_ranks
 from dinov2.logging import MetricLogger, log_file
 from dinov2.train.run_folder import RunFolder
-from dinov2.train.state import TrainState
 from dinov2.utils.stop_signals import StopSignals
 
 logger = logging.getLogger("dinov2")
@@ -56,12 +55,10 @@ class Supervision:
         self.folder.write_status("running")
         self.begin_step()
 
-    def report(self, row: Mapping[str, float], state: TrainState) -> None:
-        """Put the numbers of the newest iteration that was logged into status.json."""
-        status = self.folder.status
-        status.take_rates(row, state.progress.iteration)
-        status.rollbacks = state.progress.rollbacks
-        status.collapse = state.monitor.signs_seen()
+    def report(self, rows: Sequence[Mapping[str, float]], collapse: list[str]) -> None:
+        """Write the newest rows of training_metrics.json and the present signs of a collapse into status.json."""
+        self.folder.status.take_rates(rows[-1], len(rows))
+        self.folder.status.collapse = collapse
         self.folder.write_status("running")
 
     def must_stop(self) -> bool:

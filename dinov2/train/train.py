@@ -107,7 +107,7 @@ def train(
             if rows:
                 batches.bad_images.settle()
                 state.monitor.check(rows)
-                supervision.report(rows[-1], state)
+                supervision.report(rows, state.monitor.signs_seen())
                 if guard.is_stuck(rows[-1], cfg.train.max_bad_steps_in_row):
                     folder.roll_back(state, rows[-1])
                     metrics.roll_back(progress.iteration)

@@ -39,6 +39,7 @@ class RunStatus:
         starts: seed and versions of each start or resume.
         host, pid: of the main process.
         time: when this was written, in seconds since 1970.
+        seconds_between_reports: of the newest rates.
     """
 
     state: str = "starting"
@@ -61,14 +62,16 @@ class RunStatus:
     host: str = ""
     pid: int = 0
     time: float = 0.0
+    seconds_between_reports: float = 0.0
 
-    def take_rates(self, row: Mapping[str, float], iteration: int) -> None:
-        """Set losses and rates from a row of training_metrics.json, after `iteration` iterations."""
-        self.iteration, seconds = iteration, row["iter_time"]
+    def take_rates(self, row: Mapping[str, float], n_rows: int) -> None:
+        """Set losses and rates from the newest of `n_rows` rows of training_metrics.json."""
+        self.iteration, seconds = int(row["iteration"]) + 1, row["iter_time"]
+        self.seconds_between_reports = n_rows * seconds
         self.losses = {k: v if math.isfinite(v) else None for k, v in row.items() if k.endswith("_loss")}
         self.images_per_second, self.seconds_per_iteration = row["images_per_second"], seconds
         self.data_share = row["data_time"] / seconds if seconds else None
-        self.eta_seconds = (self.n_iterations - iteration) * seconds
+        self.eta_seconds = (self.n_iterations - self.iteration) * seconds
         self.skipped_steps = int(row.get("skipped_steps", 0))
 
 
@@ -76,8 +79,9 @@ def read_status(run_folder: Path) -> RunStatus | None:
     """Read a run's status.json; None if it is not there or not readable."""
     try:
         found = json.loads((run_folder / STATUS_NAME).read_text(encoding="utf-8"))
-        return RunStatus(**{each.name: found[each.name] for each in fields(RunStatus) if each.name in found})
-    except (OSError, ValueError, TypeError):
+        known = {each.name for each in fields(RunStatus)}
+        return RunStatus(**{name: value for name, value in found.items() if name in known})
+    except (OSError, ValueError, AttributeError):
         return None
 
 
@@ -95,6 +99,7 @@ class StatusFile(logging.Handler):
             iteration=before.iteration,
             n_iterations=n_iterations,
             evaluation=before.evaluation,
+            rollbacks=before.rollbacks,
             resumed=before.resumed + resumed,
             warnings=before.warnings,
             starts=before.starts,

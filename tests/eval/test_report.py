@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import asdict
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from dinov2.logging import MetricLogger
 from dinov2.models.vision_transformer import vit_small
 from dinov2.utils.command import exit_code
 from dinov2.utils.config import load_run_config, write_config
+from dinov2.utils.run_status import RunStatus
 
 EVIL = "</script><img src=x onerror=alert(1)>"
 NAMES = [EVIL, 'lymphocyte, "large"', "Zelle ü β"]
@@ -341,13 +343,13 @@ def test_a_run_that_has_written_nothing_yet(write, make_run):
 
 def test_faults_of_a_run_are_told(write, make_run):
     folder = make_run("faulty")
-    (folder / "logs").mkdir()
-    (folder / "logs" / "log.txt").write_text(
-        "10:00:00 I seed 7; dinov2 9.9 at abc123; torch 2.10; Python 3.11\n"
-        f"10:00:01 W cannot read {EVIL}\n10:00:01 W cannot read {EVIL}\n"
-        "10:00:02 W stuck: went back to iteration 4, and passes over 2 batches (rollback 1 of 5)\n"
-        "10:00:03 I resuming runs/faulty after iteration 4\nsome continued line\n"
+    status = RunStatus(
+        rollbacks=1,
+        resumed=1,
+        warnings={f"cannot read {EVIL}": 2, "stuck: went back to iteration 4": 1},
+        starts=[{"seed": "7", "dinov2": "9.9", "commit": "abc123", "torch": "2.10"}],
     )
+    (folder / "status.json").write_text(json.dumps(asdict(status)))
     (folder / "bad_images.csv").write_text(f'path,reason\n"a, ""b"".png",{EVIL}\n')
     (folder / "config.yaml").write_text("train: [unclosed")
     page = write(folder)

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from dinov2.logging import MetricLogger
+from dinov2.logging.trackers import Tracker
 
 
-class Recorder:
+class Recorder(Tracker):
     def __init__(self):
         self.seen, self.closed = [], False
 

@@ -1,47 +1,39 @@
-"""How runs are doing, told from their files: going, ended, broken, half written, and folders without a run."""
+"""How runs are doing, from their status.json: going, ended, broken, half written, and folders without a run."""
 
 import json
+import logging
 import os
 import re
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from dinov2.run import watch
-from dinov2.run.watch import LogReader, RunWatch, Status, find_runs, main, newest_knn, read_tail, table
+from dinov2.run.watch import find_runs, knn_of, main, row_of, table
+from dinov2.utils.run_status import RunStatus, StatusFile, read_status
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "watch_run.py"
-START = "10:00:00 I seed 0; dinov2 0.1 at abc; torch 2.10.0; Python 3.11\n10:00:01 I data      8 pictures in 1 list\n"
-STEP = "10:00:02 I iteration 10/100  eta 0:01:30  40.0 images/s (waiting for data 10 %)  lr 1e-3  total 5.0\n"
-DONE = "10:01:00 I done: runs/a holds config.yaml, training_metrics.json, checkpoints and eval/\n"
-
-
-def line(iteration: int, **more) -> str:
-    row = {"iteration": iteration, "lr": 0.1, "total_loss": 10.0 + iteration % 3, "ibot_loss": 0.5}
-    timing = {"skipped_steps": 0.0, "iter_time": 2.0, "data_time": 0.5, "images_per_second": 32.0}
-    return json.dumps({**row, **timing, **more}) + "\n"
+LOSSES = {"total_loss": 11.0, "dino_global_crops_loss": 10.0, "ibot_loss": 0.5}
 
 
 @pytest.fixture
 def make_run(tmp_path):
-    """A run's folder: `n` of 100 iterations done, of a process that lives (this one) or does not."""
+    """A run's folder: 10 of 100 iterations done, of a process that lives (this one) or does not."""
 
-    def make(name="run", n=10, log=START + STEP, lives=True, last="", **more) -> Path:
+    def make(name="run", lives=True, age=0.0, host=None, **settings) -> Path:
         folder = tmp_path / name
         (folder / "logs").mkdir(parents=True)
-        (folder / "config.yaml").write_text(
-            "train: {OFFICIAL_EPOCH_LENGTH: 50, log_period: 10}\noptim: {epochs: 2.0}\n"
-        )
-        (folder / "logs" / "log.txt").write_text(log)
-        (folder / ".lock").write_text(
-            f"process {os.getpid() if lives else ended_process()} of {socket.gethostname()}\n"
-        )
-        if n:
-            (folder / "training_metrics.json").write_text("".join(line(i, **more) for i in range(n)) + last)
+        (folder / "config.yaml").write_text("train: {}\n")
+        usual = {"state": "running", "iteration": 10, "n_iterations": 100, "losses": LOSSES, "eta_seconds": 180.0}
+        usual |= {"images_per_second": 32.0, "data_share": 0.25, "seconds_per_iteration": 2.0}
+        process = {"host": host or socket.gethostname(), "pid": os.getpid() if lives else ended_process()}
+        status = RunStatus(**{**usual, **process, "time": time.time() - age, **settings})
+        (folder / "status.json").write_text(json.dumps(asdict(status)))
         return folder
 
     return make
@@ -53,166 +45,129 @@ def ended_process() -> int:
     return process.pid
 
 
-def look(folder: Path) -> Status:
-    return RunWatch(folder).look()
-
-
 # --- one run --------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_still_going_also_with_a_half_written_line(make_run):
-    status = look(make_run(last='{"iteration": 10, "total_lo'))
-    assert (status.state, status.done, status.total, status.health) == ("running", 10, 100, [])
-    assert status.loss == 11.0
-    assert status.losses == {"ibot": 0.5}
-    assert (status.images_per_second, status.waiting, status.seconds_to_go) == (32.0, 0.25, 180.0)
-    assert not status.has_ended
+def test_a_run_that_is_still_going(make_run):
+    row = row_of(make_run())
+    assert (row["state"], row["step"], row["%"], row["health"]) == ("running", "10/100", "10", "ok")
+    assert (row["loss"], row["terms"]) == ("11", "cls 10 ibot 0.5")
+    assert (row["img/s"], row["wait"], row["eta"], row["kNN"]) == ("32", "25%", "3m00s", "")
 
 
 @pytest.mark.parametrize(
-    ("lives", "more", "state", "health"),
+    ("settings", "state", "health"),
     [
-        (False, DONE, "done", []),
-        (False, "10:01:00 W stopped after iteration 10, as asked; the same command goes on\n", "stopped", []),
-        (
-            False,
-            "10:01:00 E the run stopped: CUDA out of memory\nTraceback (most recent call last):\n  ...\n",
-            "failed",
-            ["CUDA out of memory"],
-        ),
-        (False, "10:01:00 E train.dataset_path: no lists\n", "failed", ["train.dataset_path: no lists"]),
-        (False, "", "killed", []),
-        (
-            True,
-            "10:01:00 E the teacher after iteration 5 could not be judged: x\n" + STEP,
-            "running",
-            ["1 error logged"],
-        ),
-        (True, DONE + START, "running", []),  # taken up again
-        # since the end only a command that did not come to train, as --eval-only
-        (False, DONE + START.split("\n")[0] + "\n", "done", []),
+        ({"state": "finished"}, "finished", "ok"),
+        ({"state": "stopped"}, "stopped", "ok"),
+        ({"state": "failed", "reason": "CUDA out of memory"}, "failed", "CUDA out of memory"),
+        ({"state": "running"}, "killed", "ok"),
+        ({"state": "evaluating"}, "killed", "ok"),
+        ({"state": "running", "lives": True, "errors": 1}, "running", "1 error logged"),
+        ({"state": "starting", "lives": True, "losses": {}, "iteration": 0}, "starting", "ok"),
     ],
 )
-def test_how_a_run_ended(make_run, lives, more, state, health):
-    status = look(make_run(lives=lives, log=START + STEP + more))
-    assert (status.state, status.health) == (state, health)
+def test_how_a_run_ended(make_run, settings, state, health):
+    row = row_of(make_run(**{"lives": False, **settings}))
+    assert (row["state"], row["health"]) == (state, health)
 
 
-def test_what_is_wrong_is_said(make_run):
-    sign = "the CLS loss"
-    log = (
-        START
-        + f"10:00:05 W collapse? {sign} is 9.9, not below 9.8 (x), as the mean of iterations 1 to 2: y. What\n"
-        + "10:00:06 W iteration 9, rank 0: bad: went back to iteration 5, and passes over 3 batches (rollback 2 of 3)\n"
-    )
-    folder = make_run(log=log, skipped_steps=4.0, total_loss=None)
+def test_what_is_wrong_is_shown(make_run):
+    losses = LOSSES | {"total_loss": None}
+    folder = make_run(losses=losses, collapse=["the CLS loss"], skipped_steps=4, rollbacks=2)
     (folder / "bad_images.csv").write_text("path,reason\na.png,torn\nb.png,torn\n")
-    status = look(folder)
-    assert status.health == ["loss not finite", "collapse?", "4 skipped", "2 rolled back", "2 bad images"]
-    assert "nan" in table([status], 200)[1]
-    with open(folder / "logs" / "log.txt", "a") as file:
-        file.write(f"10:00:09 I {sign} has recovered: 9 in iterations 3 to 4\n")
-    assert "collapse?" not in look(folder).health
+    row = row_of(folder)
+    assert row["health"] == "loss not finite, collapse?, 4 skipped, 2 rolled back, 2 bad images"
+    assert row["loss"] == "nan"
 
 
-def test_a_run_that_says_nothing_for_long_is_silent(make_run):
-    folder = make_run()
-    (folder / ".lock").write_text("process 1 of another-machine\n")
-    assert look(folder).state == "running"
-    for file in ("training_metrics.json", "logs/log.txt", "config.yaml"):
-        os.utime(folder / file, (time.time() - 4000,) * 2)
-    assert re.fullmatch(r"silent 1h0\dm", look(folder).state)
+def test_a_run_on_another_machine_is_silent_after_a_while(make_run):
+    assert row_of(make_run("young", host="elsewhere", lives=False))["state"] == "running"
+    assert re.fullmatch(r"silent 1h0\dm", row_of(make_run("old", host="elsewhere", age=4000))["state"])
+    slow = make_run("slow", host="elsewhere", age=4000, seconds_between_reports=1000.0)
+    assert row_of(slow)["state"] == "running"
 
 
-def test_a_run_that_begins_and_one_of_which_little_is_left(make_run):
-    status = look(make_run("begins", n=0))
-    assert (status.state, status.done, status.loss, status.seconds_to_go) == ("starting", 0, None, None)
-    poor = make_run("poor")
-    for file in ("config.yaml", "logs/log.txt", ".lock"):
-        (poor / file).unlink()
-    assert (look(poor).done, look(poor).total) == (10, None)
-    assert "10/?" in table([look(poor)], 80)[1]
-    (poor / "config.yaml").write_text("{ not: [yaml")
-    (poor / "training_metrics.json").write_bytes(b"\xff\xfe[]\n{}\n")
-    assert look(poor).done == 0
+@pytest.mark.parametrize("content", [None, b"", b"{ not", b"[]", b"\xff\xfe", b'{"iteration": 3'])
+def test_a_folder_without_a_readable_status(make_run, content):
+    file = make_run() / "status.json"
+    if content is None:
+        file.unlink()
+    else:
+        file.write_bytes(content)
+    assert row_of(file.parent)["state"] == "unknown"
 
 
-def test_the_newest_evaluation_that_can_be_read(make_run):
-    folder = make_run() / "eval"
-    for n, text in {
-        8: json.dumps(
-            {
-                "datasets": {
-                    "a": {"knn": {"knn_1": {"balanced_accuracy": 0.1}, "knn_20": {"balanced_accuracy": 0.4}}},
-                    "b": {"knn": {"knn_5": {"balanced_accuracy": 0.6}}, "linear": {"balanced_accuracy": 1.0}},
-                }
-            }
-        ),
-        16: '{"datasets": {"a"',
-        12: '{"datasets": {}}',
-        20: "[]",
-    }.items():
-        (folder / f"training_{n}").mkdir(parents=True)
-        (folder / f"training_{n}" / "results.json").write_text(text)
-    assert newest_knn(folder) == (0.5, 8)
+def test_a_status_of_another_version_is_read_as_far_as_it_goes(tmp_path):
+    (tmp_path / "status.json").write_text('{"iteration": 3, "a later field": 1}')
+    assert read_status(tmp_path) == RunStatus(iteration=3)
 
 
-# --- files that grow ------------------------------------------------------------------------------------------------
+def test_knn_is_the_mean_over_sets_of_the_largest_k(make_run):
+    found = {"iteration": 8, "evaluation/a/knn_1_balanced_accuracy": 0.1, "evaluation/a/knn_20_balanced_accuracy": 0.4}
+    found |= {"evaluation/b/knn_5_balanced_accuracy": 0.6, "evaluation/b/linear_balanced_accuracy": 1.0}
+    assert knn_of(found) == 0.5
+    row = row_of(make_run(evaluation=found))
+    assert (row["kNN"], row["of"]) == ("0.500", "@8")
 
 
-def test_only_the_end_of_the_numbers_is_read(tmp_path):
-    file = tmp_path / "training_metrics.json"
-    file.write_text("".join(line(i) for i in range(5000)))
-    found = read_tail(file, 1000)
-    assert 1 <= len(found) < 10
-    assert found[-1]["iteration"] == 4999
-    assert read_tail(file, 20)[-1]["iteration"] == 4999  # not even one line fits
-    assert read_tail(tmp_path / "missing") == []
-
-
-def test_a_log_is_read_on_from_where_it_was(tmp_path, monkeypatch):
-    file = tmp_path / "log.txt"
-    file.write_text(START + DONE[:20])
-    reader = LogReader(file)
-    assert reader.read().end == ("", "")
-    taken = []
-    monkeypatch.setattr(watch.LogState, "take", lambda self, text: taken.append(text))
-    with open(file, "a") as stream:
-        stream.write(DONE[20:])
-    reader.read()
-    assert taken == [DONE.rstrip()]
+def test_the_status_is_whole_and_keeps_its_counts_over_a_resume(tmp_path, monkeypatch):
+    first = StatusFile(tmp_path, 100, resumed=False)
+    first.status.rollbacks = 2
+    for _ in range(2):
+        first.emit(_record("cannot read a.png"))
+    first.write("running")
+    monkeypatch.setattr(
+        "dinov2.utils.run_status.json.dump", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "full"))
+    )
+    first.write("finished")  # a full disk: the file stays as it was
     monkeypatch.undo()
-    file.write_text(START)  # another run in the same place
-    assert reader.read().end == ("", "")
+    assert read_status(tmp_path).state == "running"
+    counted = {"cannot read a.png": 2}
+    assert read_status(tmp_path).warnings == counted
+    second = StatusFile(tmp_path, 100, resumed=True)
+    assert (second.status.rollbacks, second.status.resumed, second.status.warnings) == (2, 1, counted)
+    assert StatusFile(tmp_path, 100, resumed=False).status.warnings == {}
+
+
+def _record(text: str) -> logging.LogRecord:
+    return logging.LogRecord("dinov2", logging.WARNING, __file__, 1, text, None, None)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def test_eighty_columns_hold_the_main_numbers_and_nothing_is_longer():
-    usual = Status(
-        *("small_from_scratch", "running", 112500, 125000, 10.123, {"cls": 9.0, "ibot": 0.5}),
-        *(1234.5, 0.03, 97_320.0, (0.8423, 112500), []),
+def test_eighty_columns_hold_the_main_numbers_and_nothing_is_longer(make_run):
+    evaluation = {"iteration": 112500, "evaluation/a/knn_20_balanced_accuracy": 0.8423}
+    usual = row_of(
+        make_run(
+            *("small_from_scratch",),
+            **{"iteration": 112500, "n_iterations": 125000, "eta_seconds": 97_320.0, "images_per_second": 1234.5},
+            losses=LOSSES | {"total_loss": 10.123},
+            evaluation=evaluation,
+        )
     )
-    heading, row = table([usual], 80)
+    heading, line = table([usual], 80)
     assert heading.split()[:5] == ["run", "state", "step", "%", "loss"]
-    for shown in ("small_from", "running", "112500/125000", " 90 ", "10.12", "1d03h", "0.842", "1234", "ok"):
-        assert shown in row
+    for shown in ("small_from_scratch", "running", "112500/125000", " 90 ", "10.12", "1d03h", "0.842", "1234", "ok"):
+        assert shown in line
     assert "ibot 0.5" in table([usual], 200)[1]
-    trouble = Status("run", "silent 12m30s", 5, 125000, float("nan"), health=["collapse?", "12 skipped", "x" * 300])
+    trouble = row_of(make_run("trouble", collapse=["a"], skipped_steps=12, losses={"total_loss": None}))
+    trouble |= {"state": "silent 12m30s", "health": "collapse?, " + "x" * 300}
     for width in (20, 40, 80, 200):
         assert all(len(text) <= width for text in table([usual, trouble], width))
     assert "collapse?" in table([usual, trouble], 80)[2]
-    assert "\x1b" not in table([Status("a\x1b[2J", "running", health=["\x1b[31mred"])], 80)[1]
+    odd = row_of(make_run("a\x1b[2J", state="failed", reason="\x1b[31mred"))
+    assert "\x1b" not in table([odd], 80)[1]
 
 
 def test_the_command_over_a_folder_of_runs_and_folders_without_one(make_run, tmp_path, capsys):
-    make_run("a", log=START + DONE, lives=False, n=100)
+    make_run("a", state="finished", lives=False)
     make_run("b")
     (tmp_path / "other").mkdir()
     assert main([str(tmp_path)]) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert [text.split()[:2] for text in told] == [["run", "state"], ["a", "done"], ["b", "running"]]
+    shown = capsys.readouterr().out.splitlines()
+    assert [text.split()[:2] for text in shown] == [["run", "state"], ["a", "finished"], ["b", "running"]]
     for wrong, words in (("other", "holds no run"), ("missing", "is no folder")):
         assert main([str(tmp_path / "a"), str(tmp_path / wrong)]) == 2
         said = capsys.readouterr()
@@ -228,14 +183,13 @@ def test_following_ends_with_the_runs(make_run, monkeypatch, capsys):
 
     def end_it(seconds):
         waited.append(seconds)
-        with open(folder / "logs" / "log.txt", "a") as file:
-            file.write(DONE)
+        (folder / "status.json").write_text(json.dumps({"state": "finished"}))
 
     monkeypatch.setattr(watch.time, "sleep", end_it)
     assert main([str(folder), "--follow", "--interval", "3"]) == 0
     assert waited == [3.0]
-    told = capsys.readouterr().out.splitlines()
-    assert [text.split()[1] for text in told] == ["state", "running", "state", "done"]
+    shown = capsys.readouterr().out.splitlines()
+    assert [text.split()[1] for text in shown] == ["state", "running", "state", "finished"]
 
 
 def test_the_script_answers_at_once_without_torch(make_run):
@@ -243,6 +197,6 @@ def test_the_script_answers_at_once_without_torch(make_run):
     code += f"try:\n    runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
     code += "except SystemExit as end:\n    sys.exit(end.code or 10 * ('torch' in sys.modules))"
     environment = {**os.environ, "COLUMNS": "80"}
-    told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
-    assert "10/100" in told.stdout
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "10/100" in done.stdout
