@@ -24,7 +24,7 @@ SHORT_NAMES = {"dino_global_crops_loss": "cls", "dino_local_crops_loss": "local"
 COLUMNS = ("run", "state", "step", "%", "loss", "terms", "img/s", "wait", "eta", "kNN", "of", "health")
 DROPPED_FIRST = ("terms", "of", "wait", "img/s", "kNN", "eta", "step", "loss")  # where the terminal is narrow
 LEFT_ALIGNED = ("run", "state", "terms", "health")
-HEALTH_WIDTH, NAME_WIDTH = 16, 20
+HEALTH_WIDTH, NAME_WIDTH = 12, 20
 
 
 def state_of(run_folder: Path, status: RunStatus | None) -> str:
