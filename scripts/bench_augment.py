@@ -32,6 +32,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
+
+# isort: split
 import cv2
 import torch
 from bench_data import LOCAL_SCALE, LOCAL_SIZE, RECIPES, SCALE, SIZE, UpstreamTransform, chosen_pictures

@@ -29,6 +29,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -13,6 +13,9 @@ import statistics
 import time
 from collections.abc import Callable
 
+import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
+
+# isort: split
 import torch
 from step_setup import NETWORKS, OurStep, build_model, made_up_batch, recipe
 

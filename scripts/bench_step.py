@@ -32,6 +32,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from benchmarking import ProcessOfItsOwn, answer_questions, machine, ratio, resident_mib, take_turns

@@ -36,6 +36,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
+
+# isort: split
 import torch
 
 import dinov2.train.train as train_command

@@ -20,6 +20,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
+
+# isort: split
 import torch
 from omegaconf import OmegaConf
 

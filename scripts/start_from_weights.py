@@ -15,6 +15,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
+
+# isort: split
 import torch
 from learn_from_scratch import SPLITS, curve, minutes, write_split
 from omegaconf import OmegaConf

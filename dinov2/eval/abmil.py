@@ -28,6 +28,9 @@ from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
+
+# isort: split
 import numpy as np
 import torch
 from torch import Tensor

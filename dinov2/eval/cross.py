@@ -31,6 +31,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
+
+# isort: split
 import numpy as np
 import torch
 

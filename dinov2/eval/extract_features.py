@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
+
+# isort: split
 import torch
 
 from dinov2 import distributed

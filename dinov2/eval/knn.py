@@ -23,6 +23,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
+import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
+
+# isort: split
 import numpy as np
 import torch
 

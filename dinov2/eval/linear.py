@@ -30,6 +30,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
 
+import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
+
+# isort: split
 import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning

@@ -15,6 +15,9 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
+import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
+
+# isort: split
 import torch
 from omegaconf import DictConfig
 
