@@ -21,6 +21,13 @@ from benchmarking import ProcessOfItsOwn, answer_questions, machine
 LIBGOMP_SPIN_COUNT = 300_000  # libgomp's own, where there are no more threads than cores
 SPIN_COUNTS = (LIBGOMP_SPIN_COUNT, 100_000, 10_000, 1_000, 0)
 LOADS = (0, 2, 4)
+HEAD = """# Training beside other processes
+
+Made by `python scripts/bench_contention.py --batch {batch} --rounds {rounds}`: steps of DinoBloom's recipe in fp32. OpenMP
+threads spin for so many turns at a barrier before they sleep. A load of n is n processes that compute without pause. Ratios
+are to the first row.
+
+"""
 
 
 @contextmanager
@@ -107,20 +114,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         step_in_this_process(args)
         return
     lines = table(measure(args), args.batch)
-    text = "\n".join(
-        [
-            "# Training beside other processes",
-            "",
-            f"Made by `python scripts/bench_contention.py --batch {args.batch} --rounds {args.rounds}`: steps of",
-            "DinoBloom's recipe in fp32, with OpenMP threads that spin for so many turns at a barrier before they sleep.",
-            "A load of n is n processes that compute without pause. Ratios are to the first row.",
-            "",
-            *lines,
-            "",
-            f"Machine: {machine('torch')}.",
-            "",
-        ]
-    )
+    text = "\n".join([*HEAD.format(batch=args.batch, rounds=args.rounds).splitlines(), *lines, ""])
+    text += f"\nMachine: {machine('torch')}.\n"
     if args.output is None:
         print(text)
     else:
