@@ -25,6 +25,7 @@ Result = TypeVar("Result")
 ROLL_CALL_SECONDS = 15.0  # the most that rank 0 waits for answers after a rank did not arrive
 OTHERS_ROLL_CALLS = 3  # the other ranks wait so many times as long for rank 0
 NCCL_SLACK_SECONDS = 60.0  # the hosts notice a hang first and name the rank; then NCCL aborts what still waits
+GLOO_WORDS = ("gloo/", "caused pair closure", "closed by peer")  # gloo's errors are plain RuntimeErrors
 PATIENT_SECONDS = 1800.0  # the least time that a rank may keep the others waiting around evaluations and checkpoints
 
 
@@ -165,7 +166,8 @@ def any_rank(condition: bool) -> bool:
 
 def is_lost_connection(error: BaseException) -> bool:
     """Return whether a collective operation failed because another rank did not take part in it."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    is_from_gloo = isinstance(error, RuntimeError) and any(words in str(error) for words in GLOO_WORDS)
+    return is_from_gloo or isinstance(error, dist.DistError)
 
 
 def name_missing_ranks() -> str:
