@@ -23,9 +23,9 @@ SPIN_COUNTS = (LIBGOMP_SPIN_COUNT, 100_000, 10_000, 1_000, 0)
 LOADS = (0, 2, 4)
 HEAD = """# Training beside other processes
 
-Made by `python scripts/bench_contention.py --batch {batch} --rounds {rounds}`: steps of DinoBloom's recipe in fp32. OpenMP
-threads spin for so many turns at a barrier before they sleep. A load of n is n processes that compute without pause. Ratios
-are to the first row.
+Made by `python scripts/bench_contention.py --batch {batch} --rounds {rounds}`: steps of DinoBloom's recipe in fp32.
+OpenMP threads spin for so many turns at a barrier before they sleep. A load of n is n processes that compute without
+pause. Ratios are to the first row.
 
 """
 

@@ -63,10 +63,10 @@ with Supervision(timeout, Folder(), metrics, StopSignals()) as supervision:
                 read_image_from_a_dead_disk()
             if fault == "fails":
                 raise OSError("disk full")
-        if fault == "evaluates" and step == 5:
+        if fault == "none" and step == 5:
             with supervision.pause("evaluating"):
                 on_main_process(lambda: time.sleep(2 * timeout))
-        if fault == "slow":
+        if fault == "none":
             time.sleep(timeout / 4)
         if step % 2:  # ranks wait for each other here, and where they ask for requests to stop
             distributed.all_gather_rows(torch.ones(4, 4))
@@ -144,12 +144,12 @@ def test_a_rank_that_failed_does_not_keep_the_others(start):
     run = start("fails", 2)
     assert run.ends(2) == [1]
     assert run.ends(0, 1) == [HANG_EXIT_CODE] * 2
-    assert "training hangs: a rank (the log of rank 0 or the launcher says which) did not arrive" in run.log(0)
+    # gloo may tell whose connection was closed, or not
+    assert re.search(r"training hangs: (rank 2 \(host|a rank \(the log of rank 0 or the launcher says)", run.log(0))
 
 
-@pytest.mark.parametrize("what", ["evaluates", "slow"])
-def test_a_long_evaluation_and_slow_steps_are_no_hang(start, what):
-    run = start(what, -1)
+def test_a_long_evaluation_and_slow_steps_are_no_hang(start):
+    run = start("none", -1)
     assert run.ends(*range(WORLD_SIZE)) == [0] * WORLD_SIZE, [process.stderr.read() for process in run.processes]
     assert "hangs" not in run.log(0)
 
@@ -164,4 +164,4 @@ def test_a_lone_process_that_hangs_ends_with_its_stack_in_the_log(start):
 
 
 def test_a_lone_process_may_evaluate_for_long(start):
-    assert start("evaluates", -1, world_size=1).ends(0) == [0]
+    assert start("none", -1, world_size=1).ends(0) == [0]
