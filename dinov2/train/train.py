@@ -32,6 +32,7 @@ from dinov2.train.evaluation import TeacherEvaluation
 from dinov2.train.flops import count_step_flops, measured_matmul_rate
 from dinov2.train.health import CollapseMonitor
 from dinov2.train.memory import find_batch_size, measure_steps
+from dinov2.train.micro_batches import forward_backward
 from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
 from dinov2.train.plan import describe_environment, describe_run, run_environment
 from dinov2.train.profiling import StepProfile
@@ -92,7 +93,7 @@ def train(
             now.apply_to(optimizer)
             optimizer.zero_grad(set_to_none=True)
             model.backbone_is_frozen = now.backbone_is_frozen
-            own_losses = model.forward_backward(micro_batches, teacher_temp=now.teacher_temp)
+            own_losses = forward_backward(model, micro_batches, now.teacher_temp)
             with clock.stage("optimizer"):
                 means = average_over_ranks({**own_losses, **model.statistics})
                 losses = {name: means[name] for name in own_losses}
