@@ -1,4 +1,4 @@
-"""The folder of a run: where it is, that it can be written, and how a run in it is saved and resumed.
+"""The folder of a run: where it is, that it can be written, and how a run in it is saved, resumed and rolled back.
 
 <output-dir>/<name>/config.yaml               every value the run uses
                    training_metrics.json      one JSON object an iteration
@@ -15,19 +15,22 @@ import os
 import socket
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from dinov2.configs import dinov2_default_config
 from dinov2.distributed import is_main_process, on_main_process
 from dinov2.fsdp.checkpoint import Checkpointer
 from dinov2.logging import MetricLogger, open_trackers
+from dinov2.train.health import CollapseMonitor
+from dinov2.train.optimizer import LossScaler, StepGuard
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.state import TrainState
 from dinov2.utils.config import differences, write_config
 from dinov2.utils.run_status import RunStatus, StatusFile
 
@@ -73,6 +76,74 @@ def run_folder_path(output_dir: str, name: str | None, config_file: str | None) 
     if path.exists() and int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0:
         raise ValueError(f"--name: missing, and {path} holds a run of this SLURM job already; add one")
     return path
+
+
+@dataclass
+class Progress:
+    """How far a run is. Its random streams are functions of train.seed and these: no generator has a state to save."""
+
+    iteration: int = 0  # steps done
+    batch_number: int = 0  # batches drawn: more than steps after a roll-back, which skips some
+    position: int = 0  # images drawn from the global stream, over all processes
+    rollbacks: int = 0
+
+    def advance(self, global_batch_size: int) -> None:
+        """Count one step."""
+        self.iteration += 1
+        self.batch_number += 1
+        self.position += global_batch_size
+
+
+@dataclass
+class TrainState:
+    """Networks, optimizer, guard, loss scaler and progress of a run."""
+
+    model: SSLMetaArch
+    optimizer: torch.optim.Optimizer
+    guard: StepGuard
+    monitor: CollapseMonitor
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def scaler(self) -> LossScaler | None:
+        """The scaler of the loss, if the student computes in fp16."""
+        return self.model.fp16_scaler
+
+    def tensors(self, with_scaler: bool) -> dict[str, Any]:
+        """Return the tensors themselves, nested by name: to be copied into a checkpoint, or filled from one."""
+        tensors: dict[str, Any] = {
+            "model": self.model.state_dict(),
+            "optimizer": self._moments(),
+            "guard": self.guard.state_dict(),
+        }
+        if with_scaler and self.scaler is not None:
+            tensors["scaler"] = self.scaler.state_dict()
+        return tensors
+
+    def numbers(self) -> dict[str, Any]:
+        """Return what is no tensor."""
+        return {
+            **vars(self.progress),
+            "seed": self.model.cfg.train.seed,
+            "global_batch_size": self.model.cfg.train.global_batch_size,
+            "has_scaler": self.scaler is not None,
+            "monitor": self.monitor.state_dict(),
+        }
+
+    def resume_from(self, numbers: dict[str, Any]) -> None:
+        """Resume from the `numbers` of a checkpoint whose tensors have been filled in."""
+        for name in vars(self.progress):
+            setattr(self.progress, name, int(numbers[name]))
+        self.monitor.load_state_dict(numbers["monitor"])
+        self.guard.forget_streak()
+
+    def _moments(self) -> dict[str, dict[str, Tensor]]:
+        """Return AdamW's state by parameter name; its settings come from the configuration and the schedules."""
+        return {
+            name: self.optimizer.state[parameter]
+            for name, parameter in self.model.student.named_parameters()
+            if parameter in self.optimizer.state
+        }
 
 
 class RunFolder:

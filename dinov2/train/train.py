@@ -36,11 +36,10 @@ from dinov2.train.micro_batches import forward_backward
 from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
 from dinov2.train.plan import describe_environment, describe_run, run_environment
 from dinov2.train.profiling import StepProfile
-from dinov2.train.run_folder import RunFolder, open_metrics, run_folder_path
+from dinov2.train.run_folder import RunFolder, TrainState, open_metrics, run_folder_path
 from dinov2.train.schedules import Schedules
 from dinov2.train.setup import fill_cache, read_settings, resolve_arch, set_up_device
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.state import TrainState
 from dinov2.train.supervision import Supervision
 from dinov2.train.views import TrainingViews
 from dinov2.utils.command import REQUEUE_EXIT_CODE, USER_ERRORS, text_of
