@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a bare clone to a trained and judged cell model, on a CPU: installs, draws sample cells, trains a small ViT on
+# From a bare clone to a trained and evaluated cell model, on a CPU: installs, draws sample cells, trains a small ViT on
 # them without labels, extracts features, and compares kNN on them with the untrained network and a colour histogram.
 #
 #   bash scripts/quickstart.sh [folder]     # default folder: quickstart
@@ -20,7 +20,7 @@ say "1/3 Drawing sample cells into $output/cells"
 python scripts/make_sample_cells.py --output "$output/cells"
 
 # The drawn slides differ in stain far more than the classes do, so colour is jittered more than the recipe does.
-say "2/3 Training on the pictures that $output/cells/lists names, without their labels"
+say "2/3 Training on the images that $output/cells/lists names, without their labels"
 python dinov2/train/train.py \
     --config-file dinov2/configs/train/small_from_scratch.yaml \
     --output-dir "$output" --name run \
@@ -47,7 +47,7 @@ network before training ("untrained") and of colour histograms; test cells come 
   $output/run/eval/training_*/    teacher_checkpoint.pth, the network to use, and its kNN along the way
   $output/knn/                    features_train.h5, features_test.h5, results.json
 
-Next: your own pictures. Write their paths into a .txt file, one a line, and start the same recipe on its folder:
+Next: your own images. Write their paths into a .txt file, one a line, and start the same recipe on its folder:
 
   source .venv/bin/activate
   python dinov2/train/train.py --config-file dinov2/configs/train/small_from_scratch.yaml \\

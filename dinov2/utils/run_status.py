@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dinov2.utils.files import atomic_write
-
 logger = logging.getLogger("dinov2")
 
 STATUS_NAME = "status.json"
@@ -119,8 +117,9 @@ class StatusFile(logging.Handler):
         """Write the status with a new state."""
         self.status.state, self.status.reason, self.status.time = state, reason, time.time()
         try:
-            with atomic_write(self.path, "w") as file:
-                json.dump(asdict(self.status), file, indent=1)
+            temporary = self.path.with_name(f".{STATUS_NAME}.tmp")
+            temporary.write_text(json.dumps(asdict(self.status), indent=1), encoding="utf-8")
+            os.replace(temporary, self.path)  # not synced, which would cost a network file system too much time
         except OSError as error:
             logger.debug("%s could not be written: %s", self.path, error)
 

@@ -118,7 +118,7 @@ def test_the_status_is_whole_and_keeps_its_counts_over_a_resume(tmp_path, monkey
         first.emit(_record("cannot read a.png"))
     first.write("running")
     monkeypatch.setattr(
-        "dinov2.utils.run_status.json.dump", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "full"))
+        "dinov2.utils.run_status.os.replace", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "full"))
     )
     first.write("finished")  # a full disk: the file stays as it was
     monkeypatch.undo()
