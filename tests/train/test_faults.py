@@ -87,7 +87,7 @@ def test_thirty_kills_lose_nothing(tmp_path):
     assert sum(", torn " in check["detail"] for check in kills) >= 10
 
 
-# --- losses that are not finite, or leap ----------------------------------------------------------------------------
+# --- losses that are not finite, or spike ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_a_run_that_cannot_go_back_stops(run, poison, overrides, told):
     assert told in log(folder)
 
 
-def test_a_loss_that_leaps_is_skipped_and_then_gone_back_from(run, poison):
+def test_a_loss_that_spikes_is_skipped_and_then_gone_back_from(run, poison):
     weights = poison(range(52, 56), 20.0)
     code, folder = run("optim.epochs=30", "train.saveckp_freq=5", "train.max_bad_steps_in_row=4")
     assert code == 0

@@ -61,21 +61,21 @@ def test_bad_steps_are_counted_and_a_streak_is_noticed(setting):
     assert not guard.is_stuck(newest(), max_in_row=1)
 
 
-def losses_with_a_leap(n_before: int, leap: float) -> list[float]:
+def losses_with_a_spike(n_before: int, spike: float) -> list[float]:
     generator = torch.Generator().manual_seed(0)
     noise = 0.1 * torch.randn(n_before, generator=generator)
-    return [*(10 - 0.01 * torch.arange(n_before) + noise).tolist(), leap]
+    return [*(10 - 0.01 * torch.arange(n_before) + noise).tolist(), spike]
 
 
 @pytest.mark.parametrize(
-    ("n_before", "leap", "max_spike", "skipped"),
+    ("n_before", "spike", "max_spike", "skipped"),
     [(100, 30.0, 10.0, 1), (100, 10.5, 10.0, 0), (100, 30.0, 0.0, 0), (20, 30.0, 10.0, 0), (100, 3.0, 10.0, 0)],
-    ids=["leap", "noise", "switched off", "too early to tell", "a fall"],
+    ids=["spike", "noise", "switched off", "too early to tell", "a fall"],
 )
-def test_a_leap_of_the_loss_skips_the_step(setting, n_before, leap, max_spike, skipped):
+def test_a_spike_of_the_loss_skips_the_step(setting, n_before, spike, max_spike, skipped):
     module, optimizer, _ = setting
     guard = StepGuard(torch.device("cpu"), max_spike)
-    for loss in losses_with_a_leap(n_before, leap):
+    for loss in losses_with_a_spike(n_before, spike):
         before = snapshot((module, optimizer, guard))
         step((module, optimizer, guard), loss, 1.0)
     assert guard.skipped.item() == skipped
@@ -86,7 +86,7 @@ def test_a_leap_of_the_loss_skips_the_step(setting, n_before, leap, max_spike, s
 def test_a_loss_that_stays_on_its_new_level_is_believed(setting):
     module, optimizer, _ = setting
     guard = StepGuard(torch.device("cpu"), max_spike=10.0)
-    for loss in [*losses_with_a_leap(100, 14.0), *[14.0] * 30]:
+    for loss in [*losses_with_a_spike(100, 14.0), *[14.0] * 30]:
         step((module, optimizer, guard), loss, 1.0)
     assert 0 < guard.skipped.item() < 15
     assert guard.skipped_in_row.item() == 0
