@@ -44,22 +44,22 @@ _hosts = _HostGroups()
 
 
 def is_enabled() -> bool:
-    """Whether this process belongs to an initialised process group."""
+    """Return whether this process belongs to an initialised process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def get_rank() -> int:
-    """This process's number among all; 0 when it is alone."""
+    """Return the rank of this process; 0 when it is alone."""
     return dist.get_rank() if is_enabled() else 0
 
 
 def get_world_size() -> int:
-    """How many processes train together; 1 when there is no process group."""
+    """Return how many processes train together; 1 when there is no process group."""
     return dist.get_world_size() if is_enabled() else 1
 
 
 def is_main_process() -> bool:
-    """Whether this process writes the files and logs that exist once per run."""
+    """Return whether this process writes the files and logs that exist once per run."""
     return get_rank() == 0
 
 
@@ -111,10 +111,10 @@ def enable(launch: Launch, device: torch.device, timeout_seconds: float) -> None
 
 
 def _agree_on_start(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> str:
-    """A name that only the processes of this start know.
+    """Agree on a name that only the processes of this start know.
 
     torchrun keeps its store when it starts the processes again, with the addresses of those that are gone; and its
-    count of restarts is each node's own. So each process shows a number drawn now, and rank 0 answers it with its own.
+    count of restarts is each node's own. So each process publishes a number drawn now, and rank 0 answers it with its own.
 
     Raises:
         ConnectionError: not all processes came.
@@ -214,7 +214,7 @@ def all_gather_objects(own: Result) -> list[Result]:
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:
-    """The rows [R, ...] of all processes, by rank: [W * R, ...], without gradient. R is the same everywhere."""
+    """Gather the rows [R, ...] of all processes, by rank: [W * R, ...], without gradient. R is the same on all ranks."""
     if not is_enabled():
         return rows.detach()
     rows = rows.detach().contiguous()

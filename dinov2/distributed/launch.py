@@ -1,4 +1,4 @@
-"""Which process of how many this is, as torchrun or SLURM says it through the environment."""
+"""The rank of this process and the number of processes, from the environment of torchrun or SLURM."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Launch:
-    """Where this process stands among those that were started together."""
+    """The place of this process among those that were started together."""
 
     rank: int
     world_size: int
@@ -20,12 +20,12 @@ class Launch:
 
     @property
     def n_nodes(self) -> int:
-        """Nodes of equally many processes."""
+        """The number of nodes, each with as many processes."""
         return max(1, self.world_size // max(1, self.local_world_size))
 
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
-    """The launch that `environment` describes; None for a process that was started alone.
+    """Read the launch that `environment` describes; None for a process that was started alone.
 
     torchrun's variables win. SLURM's count inside a step of several tasks only: a shell or a batch script in an
     allocation has variables of the whole job as well, and is still alone.
@@ -90,7 +90,7 @@ def _port_of_step(environment: Mapping[str, str]) -> int:
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a SLURM node list, for instance gpu003 of `gpu[003-005,9],login1`."""
+    """Return the first name of a SLURM node list, for instance gpu003 of `gpu[003-005,9],login1`."""
     match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
     if match is None:
         raise ValueError(f"environment variable SLURM_STEP_NODELIST: cannot read {nodes!r}; set MASTER_ADDR")

@@ -1,4 +1,4 @@
-"""What a run says: text for people, JSON lines for programs, trackers for those who ask for them."""
+"""The log of a run: text for people, JSON lines for programs, trackers on request."""
 
 import logging
 import sys

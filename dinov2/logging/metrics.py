@@ -202,12 +202,12 @@ class MetricLogger:
 
 
 def is_time(column: str) -> bool:
-    """Whether a column of training_metrics.json says how fast a step was, and so differs between equal runs."""
+    """Return whether a column of training_metrics.json is a time or a rate, and so differs between equal runs."""
     return column in TIMES or column.startswith(LAP_PREFIX)
 
 
 def _split(row: Mapping[str, float]) -> str:
-    """Where the time went: "62 % of matmul rate; data 1 %, teacher 27 %, student 28 %, backward 43 %, ..."."""
+    """Describe where the time went: "62 % of matmul rate; data 1 %, teacher 27 %, student 28 %, backward 43 %, ..."."""
     laps = {name.removeprefix(LAP_PREFIX): row[name] for name in row if name.startswith(LAP_PREFIX)}
     shares = {name: 100 * value / row["iter_time"] for name, value in (laps or {"data": row["data_time"]}).items()}
     parts = ", ".join(f"{name.replace('_', ' ')} {share:.0f} %" for name, share in shares.items())

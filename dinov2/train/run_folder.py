@@ -57,7 +57,7 @@ _LOCK_PATIENCE_SECONDS = 120.0
 
 
 def run_folder_path(output_dir: str, name: str | None, config_file: str | None) -> Path:
-    """`output_dir/name`; without a name a new folder called after the configuration and the time, or the SLURM job.
+    """Return `output_dir/name`; without a name a new folder called after the configuration and the time, or the SLURM job.
 
     A job that is requeued keeps its number, and so finds its folder.
 
@@ -164,8 +164,8 @@ class RunFolder:
     def prepare(self, *, resume: bool, eval_only: bool = False) -> None:
         """Make the folder and write config.yaml into it.
 
-        What cannot be continued (a run without a checkpoint, or any run without `resume`) is moved to a folder beside
-        this one, never overwritten and never mixed with what comes.
+        What cannot be resumed (a run without a checkpoint, or any run without `resume`) is moved to a folder beside this
+        one, never overwritten and never mixed with the new run.
 
         Raises:
             PermissionError, NotADirectoryError: the folder cannot be written, or another process writes it.
@@ -307,7 +307,7 @@ class RunFolder:
             ) from error
 
     def _lock(self) -> None:
-        """Keep others from training in this folder for as long as this process lives."""
+        """Lock the folder against other trainings for as long as this process lives."""
         file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
         deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
         waits = False

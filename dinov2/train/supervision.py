@@ -1,4 +1,4 @@
-"""What goes on around the steps of a run: hang detection, requests to stop, and status.json."""
+"""Supervision of the steps of a run: hang detection, requests to stop, and status.json."""
 
 import faulthandler
 import logging

@@ -5,7 +5,7 @@
 
 The same under `torchrun --nproc_per_node=N` and `srun` uses N processes. Ends with 0 when done, 1 when it failed, 2 for
 a wrong setting, and 75 when a signal (SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C) asked it to stop and its checkpoint is
-written: the same command then goes on.
+written: the same command then resumes.
 """
 
 import argparse
@@ -210,7 +210,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--no-resume", action="store_true", help="start anew; a run that D/N holds is moved aside")
     parser.add_argument("--eval-only", action="store_true", help="write and evaluate the newest teacher")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, try a step, write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="describe the run, try a step, write nothing")
     parser.add_argument(
         "--find-batch-size",
         action="store_true",

@@ -1,4 +1,4 @@
-"""How a command ends when its user made a mistake: one line that says what is wrong, and a number for the shell."""
+"""The end of a command after a mistake of its user: one line with the reason, and an exit code."""
 
 import logging
 from collections.abc import Callable
@@ -7,12 +7,12 @@ logger = logging.getLogger("dinov2")
 
 USER_ERRORS = (FileNotFoundError, KeyError, ValueError, PermissionError, NotADirectoryError, ConnectionError)
 
-# Exit code of a run that was told to stop and wrote a checkpoint: the same command goes on from there (EX_TEMPFAIL)
+# Exit code of a run that was asked to stop and wrote a checkpoint: the same command resumes it (EX_TEMPFAIL)
 REQUEUE_EXIT_CODE = 75
 
 
 def text_of(error: BaseException) -> str:
-    """An error's message; KeyError would put it in quotes."""
+    """Return an error's message; KeyError would put it in quotes."""
     return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
 
 

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted when they come, acted on when the run is ready."""
+"""Signals that ask a run to stop: noted at once, obeyed after the step."""
 
 import signal
 import threading
@@ -12,8 +12,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 class StopSignals:
     """While active, SIGTERM, SIGUSR1, SIGUSR2 and a first Ctrl-C only set `received`.
 
-    Leaving the context gives the signals back to whoever handled them before. Outside the main thread, where Python
-    lets nobody handle signals, it does nothing.
+    Leaving the context restores the earlier handlers. Outside the main thread, where Python cannot handle signals, it
+    does nothing.
     """
 
     def __init__(self) -> None:
@@ -40,6 +40,6 @@ class StopSignals:
 
 
 def ignore_stop_signals(_: int = 0) -> None:
-    """For worker processes: a batch system signals them too, and the run still needs them for its last step."""
+    """Ignore these signals in a worker process: the run still needs it for its last step."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
