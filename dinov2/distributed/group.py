@@ -114,7 +114,8 @@ def _agree_on_start(store: dist.Store, rank: int, world_size: int, timeout_secon
     """Agree on a name that only the processes of this start know.
 
     torchrun keeps its store when it starts the processes again, with the addresses of those that are gone; and its
-    count of restarts is each node's own. So each process publishes a number drawn now, and rank 0 answers it with its own.
+    count of restarts is each node's own. So each process publishes a new random number, and rank 0 answers it with its
+    own.
 
     Raises:
         ConnectionError: not all processes came.
@@ -214,7 +215,7 @@ def all_gather_objects(own: Result) -> list[Result]:
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:
-    """Gather the rows [R, ...] of all processes, by rank: [W * R, ...], without gradient. R is the same on all ranks."""
+    """Gather the rows [R, ...] of all processes, by rank: [W * R, ...], without gradient. All have the same R."""
     if not is_enabled():
         return rows.detach()
     rows = rows.detach().contiguous()

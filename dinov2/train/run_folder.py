@@ -57,7 +57,7 @@ _LOCK_PATIENCE_SECONDS = 120.0
 
 
 def run_folder_path(output_dir: str, name: str | None, config_file: str | None) -> Path:
-    """Return `output_dir/name`; without a name a new folder called after the configuration and the time, or the SLURM job.
+    """Return `output_dir/name`; without a name a folder called after the configuration and the time or SLURM job.
 
     A job that is requeued keeps its number, and so finds its folder.
 
@@ -164,8 +164,8 @@ class RunFolder:
     def prepare(self, *, resume: bool, eval_only: bool = False) -> None:
         """Make the folder and write config.yaml into it.
 
-        What cannot be resumed (a run without a checkpoint, or any run without `resume`) is moved to a folder beside this
-        one, never overwritten and never mixed with the new run.
+        What cannot be resumed (a run without a checkpoint, or any run without `resume`) is moved to a folder beside
+        this one. It is never overwritten, and never mixed with the new run.
 
         Raises:
             PermissionError, NotADirectoryError: the folder cannot be written, or another process writes it.
