@@ -4,6 +4,7 @@ import faulthandler
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -16,15 +17,17 @@ from dinov2.utils.stop_signals import StopSignals
 logger = logging.getLogger("dinov2")
 
 HANG_EXIT_CODE = 76  # differs from the 75 of a run that was interrupted after it had written its checkpoint
-OTHERS_FIRST_SECONDS = 30.0  # the ranks that wait for this one name it before it ends itself
+GROUP_FIRST_SECONDS = 20.0  # the time-outs of the process groups come first: they are raised where a rank waits
+TIMER_FIRST_SECONDS = 80.0  # then the timer, then faulthandler, which also ends a process that holds Python's lock
 
 
 class Supervision:
     """Watches over the steps of a run; a context manager around the loop.
 
     A process that begins no step for `hang_timeout_seconds` (0: never mind) writes the stacks of its threads into its
-    log and ends. Ranks that wait so long for another one name it, and end with HANG_EXIT_CODE. Evaluations and
-    checkpoints may take longer: they go into `pause`.
+    log and ends. Ranks that wait so long for another one name it, and end with HANG_EXIT_CODE: as a rule because their
+    process group's time-out is over, or else by a timer. Evaluations and checkpoints may take longer: they go into
+    `pause`.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class Supervision:
     ) -> None:
         self.timeout_seconds, self.metrics, self.signals = hang_timeout_seconds, metrics, signals
         self.folder = folder
+        self._timer: threading.Timer | None = None
         self._stacks = open(log_file(folder.path, get_rank()), "a", encoding="utf-8")  # noqa: SIM115
 
     def __enter__(self) -> "Supervision":
@@ -40,14 +44,26 @@ class Supervision:
 
     def begin_step(self) -> None:
         """Start the clock of the hang detection again."""
-        if self.timeout_seconds > 0:
-            patience = OTHERS_FIRST_SECONDS if get_world_size() > 1 else 0.0
-            faulthandler.dump_traceback_later(self.timeout_seconds + patience, exit=True, file=self._stacks)
+        self._stop_clock()
+        seconds = self.timeout_seconds
+        if seconds > 0 and get_world_size() > 1:
+            error = TimeoutError(f"no step began in {seconds:g} s")
+            self._timer = threading.Timer(seconds + GROUP_FIRST_SECONDS, self._end_hanging_run, [error])
+            self._timer.daemon = True
+            self._timer.start()
+            seconds += TIMER_FIRST_SECONDS
+        if seconds > 0:
+            faulthandler.dump_traceback_later(seconds, exit=True, file=self._stacks)
+
+    def _stop_clock(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        if self._timer is not None:
+            self._timer.cancel()
 
     @contextmanager
     def pause(self, state: str) -> Iterator[None]:
         """Run something else than a step: it may take long, and its time does not count in speed and ETA."""
-        faulthandler.cancel_dump_traceback_later()
+        self._stop_clock()
         with self.metrics.interruption():
             self.folder.write_status(state)
             yield
@@ -68,7 +84,7 @@ class Supervision:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        faulthandler.cancel_dump_traceback_later()
+        self._stop_clock()
         if error is not None and is_lost_connection(error):
             self._end_hanging_run(error)
         if error is not None:
@@ -87,5 +103,5 @@ class Supervision:
         if get_rank() != 0:  # whose log goes to stderr already
             print(message, file=sys.stderr)
         self.folder.write_status("failed", message)
-        self._stacks.flush()
+        faulthandler.dump_traceback(self._stacks, all_threads=True)
         os._exit(HANG_EXIT_CODE)

@@ -57,12 +57,14 @@ with Supervision(timeout, Folder(), metrics, StopSignals()) as supervision:
     for step in range(10):
         supervision.begin_step()
         if step == 5 and rank == who:
-            if fault == "stopped":
+            if fault in ("stopped", "stopped early"):
                 os.kill(os.getpid(), signal.SIGSTOP)
             if fault == "reads":
                 read_image_from_a_dead_disk()
             if fault == "fails":
                 raise OSError("disk full")
+        if fault == "stopped early" and step == 5:
+            time.sleep(600)  # as in a collective operation whose own time-out fails
         if fault == "none" and step == 5:
             with supervision.pause("evaluating"):
                 on_main_process(lambda: time.sleep(2 * timeout))
@@ -132,6 +134,13 @@ def test_a_stopped_rank_is_named_and_the_others_end(start, stopped):
     assert not any(f"pid {(run.folder / f'pid_{rank}').read_text()})" in run.log(rank) for rank in others)
     if stopped != 0:
         assert f"rank {stopped} (host" in (run.folder / "status.json").read_text()
+
+
+def test_a_stopped_rank_is_named_without_a_time_out_of_the_group(start):
+    run = start("stopped early", 1)
+    assert run.ends(0, 2) == [HANG_EXIT_CODE] * 2
+    assert "training hangs: rank 1 (host" in run.log(0)
+    assert "line" in run.log(0).split("Current thread")[1]  # the stacks of all threads
 
 
 def test_a_rank_that_waits_for_data_is_named_and_shows_where(start):
