@@ -8,9 +8,8 @@ import logging
 import math
 import re
 from array import array
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,11 @@ from yaml import YAMLError
 
 from dinov2.data.datasets.tables import open_table
 
+from dinov2.utils.run_status import RunStatus, read_status
+
 logger = logging.getLogger("dinov2")
 
 METRICS_NAME, CONFIG_NAME, RESULTS_NAME = "training_metrics.json", "config.yaml", "results.json"
-_LOG_LINE = re.compile(r"(?:\d{4}-\d\d-\d\d )?[\d:,]+ ([IWE]) (.*)")
-_ROLLBACK = re.compile(r"\(rollback \d+ of \d+\)")
-_ENVIRONMENT = re.compile(
-    r"seed (?P<seed>-?\d+); dinov2 (?P<dinov2>\S+)(?: at (?P<commit>\w+))?; torch (?P<torch>[^;\s]+)"
-)
 
 
 @dataclass(frozen=True)
@@ -58,23 +54,6 @@ class Metrics:
 
 
 @dataclass(frozen=True)
-class Log:
-    """What logs/log.txt tells besides progress.
-
-    Attributes:
-        environments: of each start or resume, in order: `seed`, `dinov2`, `commit` (None if unknown), `torch`.
-        warnings: {text: how often} of warnings and errors, in order of their first time.
-        n_rollbacks: how often the run went back to a checkpoint.
-        n_resumed: how often it was taken up again.
-    """
-
-    environments: list[dict[str, str | None]] = field(default_factory=list)
-    warnings: dict[str, int] = field(default_factory=dict)
-    n_rollbacks: int = 0
-    n_resumed: int = 0
-
-
-@dataclass(frozen=True)
 class View:
     """A picture of crops or masks as the network got them: the file, of which kind, after how many iterations."""
 
@@ -95,7 +74,7 @@ class RunRecord:
         evaluations: contents of eval/training_<n>/results.json by n, ascending.
         best: eval/best.json.
         bad_images: (path, reason) rows of bad_images.csv; None if there is no such file.
-        log: of all its parts.
+        status: status.json, which counts over all parts of the run.
         views: pictures in views/, by kind and iteration.
         written_at: when the newest number was written, in seconds since 1970; None if there is none.
         notes: what could not be read, in words.
@@ -108,7 +87,7 @@ class RunRecord:
     evaluations: dict[int, dict[str, Any]]
     best: dict[str, Any] | None
     bad_images: list[tuple[str, str]] | None
-    log: Log
+    status: RunStatus
     views: list[View]
     written_at: float | None
     notes: list[str]
@@ -156,7 +135,7 @@ def read_run(path: Path, name: str) -> RunRecord:
         evaluations=dict(sorted(evaluations.items())),
         best=_read_json(best, notes) if best.is_file() else None,
         bad_images=_read_bad_images(path / "bad_images.csv", notes),
-        log=read_log(path / "logs" / "log.txt"),
+        status=read_status(path) or RunStatus(),
         views=_find_views(path / "views"),
         written_at=(path / METRICS_NAME).stat().st_mtime if (path / METRICS_NAME).is_file() else None,
         notes=notes,
@@ -192,32 +171,6 @@ def read_metrics(file: Path) -> Metrics:
     # From the end: np.unique keeps the first of those that are equal
     kept = len(numbers) - 1 - np.unique(numbers[::-1], return_index=True)[1]
     return Metrics(numbers[kept], {key: np.frombuffer(column)[kept] for key, column in columns.items()}, n_broken)
-
-
-def read_log(file: Path) -> Log:
-    """Read logs/log.txt; an empty `Log` if it is not there."""
-    environments: list[dict[str, str | None]] = []
-    warnings: Counter[str] = Counter()
-    n_rollbacks = n_resumed = 0
-    for level, text in _log_lines(file):
-        if level == "I":
-            if match := _ENVIRONMENT.match(text):
-                environments.append(dict(match.groupdict()))
-            n_resumed += text.startswith("resuming ") and " after iteration " in text
-        else:
-            warnings[text] += 1
-            n_rollbacks += bool(_ROLLBACK.search(text))
-    return Log(environments, dict(warnings), n_rollbacks, n_resumed)
-
-
-def _log_lines(file: Path) -> Iterator[tuple[str, str]]:
-    """(level, text) of the lines that begin an entry."""
-    if not file.is_file():
-        return
-    with open(file, encoding="utf-8", errors="replace") as stream:
-        for line in stream:
-            if match := _LOG_LINE.match(line.rstrip("\n")):
-                yield match[1], match[2]
 
 
 def _metrics_of(file: Path, notes: list[str]) -> Metrics:

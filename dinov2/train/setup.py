@@ -8,7 +8,6 @@ from omegaconf import DictConfig
 
 from dinov2 import distributed
 from dinov2.data.datasets.hema_data import HemaStandardDataset
-from dinov2.data.packed_cache import describe_plan
 from dinov2.distributed import Launch
 from dinov2.fsdp.precision import resolve_precision
 from dinov2.models import fixed_settings
@@ -104,8 +103,8 @@ def fill_cache(dataset: HemaStandardDataset, signals: StopSignals, *, only_repor
     if dataset.cache is None:
         return True
     if only_report:
-        logger.info("packed cache %s: %s", dataset.cache.folder, describe_plan(dataset.cache.plan()))
+        logger.info("packed cache %s: %s", dataset.cache.folder, dataset.cache.plan())
         dataset.cache = None
         return True
-    summary = dataset.cache.build(should_stop=lambda: signals.received is not None, together=True)
+    summary = dataset.cache.build(should_stop=lambda: signals.received is not None)
     return all(distributed.all_gather_objects(summary.is_complete))
