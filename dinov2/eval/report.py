@@ -37,7 +37,7 @@ from dinov2.eval.result_records import (
 )
 from dinov2.eval.result_sections import COMPARED, comparison_section, cross_section, origins_section, results_section
 from dinov2.eval.results import TABLE_METRICS
-from dinov2.eval.run_records import CONFIG_NAME, METRICS_NAME, RunRecord, is_run, read_run
+from dinov2.eval.run_records import RunRecord, read_run
 from dinov2.eval.run_sections import (
     config_section,
     curves_section,
@@ -48,6 +48,7 @@ from dinov2.eval.run_sections import (
 )
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
+from dinov2.utils.run_status import CONFIG_NAME, METRICS_NAME, is_run
 
 logger = logging.getLogger("dinov2")
 

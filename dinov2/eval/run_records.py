@@ -19,12 +19,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dinov2.data.datasets.tables import open_table
-
-from dinov2.utils.run_status import RunStatus, read_status
+from dinov2.utils.run_status import CONFIG_NAME, METRICS_NAME, RunStatus, read_status
 
 logger = logging.getLogger("dinov2")
 
-METRICS_NAME, CONFIG_NAME, RESULTS_NAME = "training_metrics.json", "config.yaml", "results.json"
+RESULTS_NAME = "results.json"
 
 
 @dataclass(frozen=True)
@@ -102,13 +101,6 @@ class RunRecord:
         epochs, length = self.setting("optim.epochs"), self.setting("train.OFFICIAL_EPOCH_LENGTH")
         is_known = all(isinstance(value, (int, float)) for value in (epochs, length))
         return round(epochs * length) if is_known else None
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a training run wrote this folder."""
-    return (folder / METRICS_NAME).is_file() or (
-        (folder / CONFIG_NAME).is_file() and any((folder / part).is_dir() for part in ("checkpoints", "logs", "eval"))
-    )
 
 
 def read_run(path: Path, name: str) -> RunRecord:

@@ -16,8 +16,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from dinov2.eval.run_records import is_run
-from dinov2.utils.run_status import ENDED, RunStatus, read_status
+from dinov2.utils.run_status import ENDED, RunStatus, is_run, read_status
 
 SILENT_SECONDS = 300.0  # without a new status for so long a run is called silent: a checkpoint may well take minutes
 SHORT_NAMES = {"dino_global_crops_loss": "cls", "dino_local_crops_loss": "local"}

@@ -13,7 +13,7 @@ from typing import Any
 
 logger = logging.getLogger("dinov2")
 
-STATUS_NAME = "status.json"
+STATUS_NAME, METRICS_NAME, CONFIG_NAME = "status.json", "training_metrics.json", "config.yaml"
 ENDED = ("finished", "stopped", "failed")  # states; the others are starting, running, evaluating and saving
 MOST_WARNINGS = 200  # different ones that are kept
 
@@ -71,6 +71,13 @@ class RunStatus:
         self.data_share = row["data_time"] / seconds if seconds else None
         self.eta_seconds = (self.n_iterations - self.iteration) * seconds
         self.skipped_steps = int(row.get("skipped_steps", 0))
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a training run wrote this folder."""
+    return (folder / METRICS_NAME).is_file() or (
+        (folder / CONFIG_NAME).is_file() and any((folder / part).is_dir() for part in ("checkpoints", "logs", "eval"))
+    )
 
 
 def read_status(run_folder: Path) -> RunStatus | None:
