@@ -1,9 +1,10 @@
-"""In which order pictures are seen: a pure function of (seed, position), whatever the number of processes.
+"""The order in which images are seen: a pure function of (seed, position), whatever the number of processes.
 
 All processes share one global stream of indices. Process r of W takes the positions r, r + W, r + 2W, ..., so with a
-global batch of B the i-th batch is the positions [i B, (i + 1) B), for every W. Letters: N pictures in the dataset.
+global batch of B the i-th batch is the positions [i B, (i + 1) B), for every W. Letters: N images in the dataset.
 """
 
+import itertools
 from collections.abc import Iterator
 from enum import Enum
 
@@ -64,30 +65,35 @@ class InfiniteSampler(Sampler[int]):
         self._pass_length = sample_count
         self._shuffle = shuffle
         self._seed = seed
-        self._first = advance + (get_rank() if start is None else start)
-        self._step = get_world_size() if step is None else step
-        _check_positive("step", self._step)
-        if advance < 0 or self._first < advance:
+        self.first_position = advance + (get_rank() if start is None else start)
+        self.step = get_world_size() if step is None else step
+        _check_positive("step", self.step)
+        if advance < 0 or self.first_position < advance:
             raise ValueError(f"sampler: advance={advance} and start={start} must not be negative")
 
-    def index_at(self, position: int) -> int:
-        """The index at one position of the global stream; computes that whole pass, so not for loops."""
-        pass_number, offset = divmod(position, self._pass_length)
-        return int(self._pass_order(pass_number)[offset])
-
     def __iter__(self) -> Iterator[int]:
-        position = self._first
+        position = self.first_position
         while True:
             pass_number, offset = divmod(position, self._pass_length)
-            mine = self._pass_order(pass_number)[offset :: self._step]
+            mine = self._pass_order(pass_number)[offset :: self.step]
             for begin in range(0, len(mine), INDICES_AT_A_TIME):
                 yield from mine[begin : begin + INDICES_AT_A_TIME].tolist()
-            position += len(mine) * self._step
+            position += len(mine) * self.step
 
     def _pass_order(self, pass_number: int) -> np.ndarray:
         if self._shuffle:
             return shuffled_indices(self._pass_length, self._seed, pass_number)
         return np.arange(self._pass_length)
+
+
+class PositionSampler(Sampler[tuple[int, int]]):
+    """Pairs (position in the global stream, index) of an infinite sampler."""
+
+    def __init__(self, sampler: InfiniteSampler) -> None:
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return zip(itertools.count(self.sampler.first_position, self.sampler.step), self.sampler, strict=False)
 
 
 class ShardedInfiniteSampler(InfiniteSampler):
