@@ -185,34 +185,6 @@ def test_the_config_holds_the_defaults(recipe, monkeypatch):
     assert recipe(GLOBAL, LOCAL, 0, hue=0.25).settings.hue == 0.25
 
 
-def test_the_draws_of_a_crop_are_independent():
-    """A random number that is used twice would tie two decisions together."""
-    augmentation = DataAugmentationHEMA(GLOBAL, LOCAL, 0)
-    columns = []
-    for rng in (Random(0), Random(1)):
-        rows = []
-        for _ in range(3000):
-            crop = draw_crop(rng, 64, 64, GLOBAL, augmentation.settings, 0)
-            strengths = dict(crop.jitter) or dict.fromkeys(JITTER, 0.0)
-            first = crop.jitter[0][0] == "hue" if crop.jitter else rng.random() < 0.25
-            rows.append(
-                [*crop.box, crop.angle, crop.fill, crop.hflip, crop.vflip, crop.quarter_turn, crop.grayscale]
-                + [crop.sigma, first, bool(crop.jitter), *(s - 1 for s in strengths.values())]
-            )
-        columns.append(np.array(rows, dtype=float).T)
-    jittered = columns[0][:, columns[0][12] > 0]
-    n = len(columns[0])
-    together = np.corrcoef(np.concatenate([columns[0][:13], columns[1][:13]]))
-    among_jittered = np.corrcoef(np.delete(jittered, 12, axis=0))
-    for correlation, skipped in ((together, (0, 13)), (among_jittered, (0,))):
-        np.fill_diagonal(correlation, 0)
-        for first_of_box in skipped:  # height and width of a box, and its place, do belong together
-            box = slice(first_of_box, first_of_box + 4)
-            correlation[box, box] = 0
-        assert np.abs(correlation).max() < 0.105  # 5 standard errors
-    assert n == 17
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
 def test_output_layout(dtype):
     image = random_images(1)[0]
