@@ -1,8 +1,7 @@
 """Multi-crop augmentation: two global and L local random crops of one image.
 
 The recipes `default` (DINOv2, Oquab et al. 2023, arXiv 2304.07193, with flips and turns that suit cells) and `hema`
-(DinoBloom, Koch et al. 2024, arXiv 2404.05022) share one implementation. Their settings are the block `augmentation`
-of the config; the default values stand in configs/ssl_default_config.yaml.
+(DinoBloom, Koch et al. 2024, arXiv 2404.05022) differ in their settings: the block `augmentation` of the config.
 
 Dimension key:  L local crops, S crop side, s local crop side, H height and W width of the image
 
@@ -28,6 +27,7 @@ from dinov2.data.transforms import normalize_images
 N_GLOBAL_CROPS = 2
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a crop, drawn log-uniformly
 N_BOX_TRIES = 10
+HIGHEST = {"hue": 0.5, "solarize_threshold": 255}  # of the settings with a limit other than a probability's
 
 JITTER = {
     "brightness": image_ops.adjust_brightness,
@@ -43,42 +43,25 @@ class AugmentationSettings:
 
     Three values stand for (first global crop, second global crop, local crops).
 
-    Attributes:
-        hflip_probability: left-right mirror.
-        vflip_probability: upside-down mirror.
-        quarter_turn_probability: rotation by exactly 90 degrees counter-clockwise.
-        rotation_probability: rotation by a uniform angle, corners filled with a uniform gray level.
-        jitter_probability: of the four that follow, which come together and in random order.
-        brightness: x for a uniform factor from 1 - x (0 at least) to 1 + x.
-        contrast: the same.
-        saturation: the same.
-        hue: x for a uniform shift by up to x turns of the colour circle either way; 0.5 at most.
-        grayscale_probability: loss of colour.
-        blur_probability: Gaussian blur.
-        blur_sigma: lowest and highest standard deviation in pixels.
-        blur_kernel_size: taps of the blur on each axis, odd; wider tails are cut off.
-        solarize_probability: inversion of the bright values.
-        solarize_threshold: level, of 0 to 255, from which on a value is inverted.
-
     Raises:
         ValueError: if a value is out of range.
     """
 
-    hflip_probability: float
-    vflip_probability: float
-    quarter_turn_probability: float
-    rotation_probability: float
-    jitter_probability: float
-    brightness: float
-    contrast: float
-    saturation: float
-    hue: float
-    grayscale_probability: float
-    blur_probability: tuple[float, float, float]
-    blur_sigma: tuple[float, float]
-    blur_kernel_size: int
-    solarize_probability: tuple[float, float, float]
-    solarize_threshold: float
+    hflip_probability: float  # left-right mirror
+    vflip_probability: float  # upside-down mirror
+    quarter_turn_probability: float  # rotation by exactly 90 degrees counter-clockwise
+    rotation_probability: float  # rotation by a uniform angle, corners filled with a uniform gray level
+    jitter_probability: float  # of the four that follow, which come together and in random order
+    brightness: float  # x for a uniform factor from 1 - x (0 at least) to 1 + x
+    contrast: float  # the same
+    saturation: float  # the same
+    hue: float  # x for a uniform shift by up to x turns of the colour circle either way; 0.5 at most
+    grayscale_probability: float  # loss of colour
+    blur_probability: tuple[float, float, float]  # Gaussian blur
+    blur_sigma: tuple[float, float]  # lowest and highest standard deviation in pixels
+    blur_kernel_size: int  # taps of the blur on each axis, odd; wider tails are cut off
+    solarize_probability: tuple[float, float, float]  # inversion of the bright values
+    solarize_threshold: float  # level, of 0 to 255, from which on a value is inverted
 
     def __post_init__(self) -> None:
         for name, length in (("blur_probability", 3), ("blur_sigma", 2), ("solarize_probability", 3)):
@@ -87,23 +70,16 @@ class AugmentationSettings:
                 raise ValueError(f"{name}: expected {length} numbers, found {values}")
             object.__setattr__(self, name, values)
         for field in fields(self):
-            if field.name.endswith("_probability"):
-                value = getattr(self, field.name)
-                if not all(0 <= p <= 1 for p in (value if isinstance(value, tuple) else (value,))):
-                    raise ValueError(f"{field.name}: probabilities lie in [0, 1], found {value}")
-        for name in ("brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: must be 0 (off) or more, found {getattr(self, name)}")
-        if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"hue: must lie in [0, 0.5] (turns of the colour circle), found {self.hue}")
-        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1] < math.inf:
+            value = getattr(self, field.name)
+            highest = 1 if field.name.endswith("_probability") else HIGHEST.get(field.name, math.inf)
+            if not all(0 <= v <= highest and v < math.inf for v in (value if isinstance(value, tuple) else (value,))):
+                raise ValueError(f"{field.name}: must lie between 0 and {highest}, found {value}")
+        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
             raise ValueError(
                 f"blur_sigma: expected (lowest, highest) with 0 < lowest <= highest, found {self.blur_sigma}"
             )
-        if self.blur_kernel_size < 1 or self.blur_kernel_size % 2 != 1:
+        if self.blur_kernel_size % 2 != 1:
             raise ValueError(f"blur_kernel_size: must be odd and at least 1, found {self.blur_kernel_size}")
-        if not 0 <= self.solarize_threshold <= 255:
-            raise ValueError(f"solarize_threshold: must lie in [0, 255], found {self.solarize_threshold}")
 
 
 class CropParameters(NamedTuple):
@@ -125,16 +101,10 @@ def draw_box(rng: Random, height: int, width: int, scale: Sequence[float]) -> tu
     """Draw a crop box with the distribution of torchvision's RandomResizedCrop.
 
     Area and log aspect ratio are uniform. The first of ten tries that fits in the image counts; if none does, the
-    largest central box with an allowed ratio.
-
-    Args:
-        rng: source of randomness.
-        height: of the image, in pixels.
-        width: of the image, in pixels.
-        scale: lowest and highest share of the image's area.
+    largest central box with an allowed ratio. `scale` is the lowest and highest share of the image's area.
 
     Returns:
-        top, left, height, width.
+        top, left, height, width in pixels.
     """
     log_low, log_high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
     for _ in range(N_BOX_TRIES):

@@ -17,17 +17,11 @@ from dinov2.utils.seeds import derive_seed
 
 
 class MicroBatch(NamedTuple):
-    """Which images of a global batch are collated together.
+    """Which images of a global batch are collated together."""
 
-    Attributes:
-        images: B numbers within the global batch.
-        global_batch_size: images in the global batch.
-        mask_seed: decides all masks of the global batch.
-    """
-
-    images: Sequence[int]
+    images: Sequence[int]  # B numbers within the global batch
     global_batch_size: int
-    mask_seed: int
+    mask_seed: int  # decides all masks of the global batch
 
 
 def draw_masks(
@@ -41,9 +35,8 @@ def draw_masks(
     """Draw the masks of some global crops of a batch.
 
     int(n_crops * mask_probability) crops of the batch get a mask. The range of ratios is cut into as many equal strata,
-    and each of these crops draws its ratio from a stratum of its own, so that every batch covers the whole range. A
-    permutation decides which crop gets which stratum. Each mask has a seed of its own: it does not depend on which
-    other masks are drawn here.
+    and a permutation gives each of these crops its own, so every batch covers the whole range. A mask has a seed of its
+    own: it does not depend on which other masks are drawn.
 
     Args:
         n_crops: global crops in the batch.

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from dinov2.data.balance import Balance, BalancedSampler
 from dinov2.data.datasets.hema_data import HemaStandardDataset, UnreadablePicture
-from dinov2.data.samplers import EpochSampler, InfiniteSampler, PositionSampler, SamplerType, ShardedInfiniteSampler
+from dinov2.data.samplers import EpochSampler, InfiniteSampler, PositionSampler, SamplerType
 from dinov2.distributed import get_rank, get_world_size
 from dinov2.utils.seeds import derive_seed
 from dinov2.utils.stop_signals import ignore_stop_signals
@@ -25,14 +25,10 @@ INFINITE = (SamplerType.INFINITE, SamplerType.SHARDED_INFINITE, SamplerType.SHAR
 Augmentation = Callable[[Tensor, Random], Any]  # uint8 [3, S, S] and a source of randomness to crops
 
 
-def _read_truth(value: str) -> bool:
-    return {"1": True, "true": True, "0": False, "false": False}[value.lower()]
-
-
 # key of a dataset string -> how its value is read; a reader raises ValueError or KeyError on other text
 VALUE_READERS: dict[str, Callable[[str], Any]] = {
     "root": str,
-    "shuffle": _read_truth,
+    "shuffle": lambda value: {"1": True, "true": True, "0": False, "false": False}[value.lower()],
     "image_size": int,
     "fit": str,
     "seed": int,
@@ -42,17 +38,11 @@ VALUE_READERS: dict[str, Callable[[str], Any]] = {
 
 
 class AugmentedSample(NamedTuple):
-    """The crops of one image.
+    """The crops of one image."""
 
-    Attributes:
-        crops: what the augmentation makes.
-        position: of the image in the global stream.
-        failures: the images that could not be read on the way, with the reason.
-    """
-
-    crops: Any
-    position: int
-    failures: tuple[UnreadablePicture, ...]
+    crops: Any  # what the augmentation returns
+    position: int  # of the image in the global stream
+    failures: tuple[UnreadablePicture, ...]  # images that could not be read on the way, with the reason
 
 
 class AugmentedDataset(Dataset):
@@ -77,17 +67,12 @@ def make_dataset(
     """Build the dataset that a string such as `HemaStandardDataset:root=/data/lists:shuffle=1` describes.
 
     Keys: root (required), shuffle (1 or 0), image_size, fit, seed, column, cache. A colon belongs to a value unless one
-    of these keys and `=` follow it, so `root=C:\\cells` and `root=/data/12:30` are read as meant.
-
-    Args:
-        dataset_str: name, then `:key=value` for each setting.
-        transform: see `HemaStandardDataset`.
-        target_transform: see `HemaStandardDataset`.
-        settings: values for keys that the string does not state.
+    of these keys and `=` follow it, so `root=C:\\cells` and `root=/data/12:30` are read as meant. `settings` are values
+    for keys that the string does not state; the transforms are `HemaStandardDataset`'s.
 
     Raises:
         ValueError: unknown name or key, a key twice or without a value, or a value of the wrong kind.
-        FileNotFoundError: nothing at `root` that names pictures.
+        FileNotFoundError: nothing at `root` that names images.
     """
     name, stated = _parse_dataset_str(dataset_str)
     dataset = DATASETS[name](transform=transform, target_transform=target_transform, **{**settings, **stated})
@@ -208,9 +193,7 @@ def _make_sampler(
     balance: Balance | None,
 ) -> Sampler | None:
     if size > 0 and sampler_type is not SamplerType.EPOCH:
-        raise ValueError(
-            f"sampler_size={size}: only SamplerType.EPOCH has a size, found {sampler_type}; leave it at -1"
-        )
+        raise ValueError(f"sampler_size={size}: only SamplerType.EPOCH has one, found {sampler_type}; leave it at -1")
     if advance > 0 and sampler_type not in INFINITE:
         raise ValueError(f"sampler_advance={advance}: only infinite samplers can start later, found {sampler_type}")
     if balance is not None and not balance.is_natural:
@@ -225,10 +208,7 @@ def _make_sampler(
     if sampler_type is SamplerType.EPOCH:
         return EpochSampler(size=size if size > 0 else n, sample_count=n, shuffle=shuffle, seed=seed)
     if sampler_type is SamplerType.DISTRIBUTED:
-        return DistributedSampler(
-            dataset, num_replicas=get_world_size(), rank=get_rank(), shuffle=shuffle, seed=seed, drop_last=False
-        )
+        return DistributedSampler(dataset, get_world_size(), get_rank(), shuffle=shuffle, seed=seed)
     if sampler_type is None:
         return None
-    sampler = InfiniteSampler if sampler_type is SamplerType.INFINITE else ShardedInfiniteSampler
-    return sampler(sample_count=n, shuffle=shuffle, seed=seed, advance=advance)
+    return InfiniteSampler(sample_count=n, shuffle=shuffle, seed=seed, advance=advance)

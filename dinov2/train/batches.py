@@ -1,8 +1,8 @@
 """From the dataset string to batch dicts on the training device.
 
 Workers decode and augment each image with a seed of its own, (train.seed, position in the global stream), and collate
-micro-batches with their masks. The device copies them from pinned memory and normalises the crops. A batch is a function
-of train.seed and its number, whatever the number of workers and processes.
+micro-batches with their masks. The device normalises the crops. A batch is a function of train.seed and its number,
+whatever the number of workers and processes.
 
 Dimension key:  A micro-batches of a step, W processes, B images of a micro-batch, G = A * W * B images of a step
 """
@@ -147,21 +147,15 @@ class TrainBatches:
         )
         micro_batches = iter(loader)
         for number in itertools.count(batch_number):
-            yield [self._on_device(next(micro_batches), number, i) for i in range(train.accumulation_steps)]
+            yield [self._on_device(next(micro_batches), number, get_rank(), i) for i in range(train.accumulation_steps)]
 
-    def _on_device(
-        self, loaded: tuple[dict[str, Any], list[tuple[str, str]]], batch_number: int, micro_batch_number: int
-    ) -> dict[str, Any]:
-        batch, failures = loaded
-        self.bad_images.record(failures)
-        batch = {
-            key: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for key, value in batch.items()
-        }
-        for key in batch.keys() & {"collated_global_crops", "collated_local_crops"}:
-            batch[key] = normalize_images(batch[key])
-        # for stochastic depth
-        batch["seed"] = derive_seed(self.cfg.train.seed, "step", batch_number, get_rank(), micro_batch_number)
+    def _on_device(self, batch: dict[str, Any], *numbers: int) -> dict[str, Any]:
+        self.bad_images.record(batch.pop("failures"))
+        for key, value in batch.items():
+            if isinstance(value, torch.Tensor):
+                value = value.to(self.device, non_blocking=True)
+                batch[key] = normalize_images(value) if key.endswith("_crops") else value
+        batch["seed"] = derive_seed(self.cfg.train.seed, "step", *numbers)  # of the stochastic depth
         return batch
 
 
@@ -173,15 +167,15 @@ def collate_micro_batch(
     first_batch: int,
     first_position: int,
     global_batch_size: int,
-) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Collate, in a worker, the samples of a micro-batch: the batch dict, and the images that could not be read.
+) -> dict[str, Any]:
+    """Collate the samples of a micro-batch in a worker; `failures` are the images that could not be read.
 
-    `first_position` is the position at which batch number `first_batch` begins.
+    Batch number `first_batch` begins at `first_position`.
     """
     places = [divmod(sample.position - first_position, global_batch_size) for sample in samples]
     mask_seed = derive_seed(seed, "masks", first_batch + places[0][0])
     batch = collate(samples, micro_batch=MicroBatch([image for _, image in places], global_batch_size, mask_seed))
-    return batch, [failure for sample in samples for failure in sample.failures]
+    return {**batch, "failures": [failure for sample in samples for failure in sample.failures]}
 
 
 def timed(batches: Iterator[list[dict[str, Any]]], on_wait: Callable[[float], None]) -> Iterator[list[dict[str, Any]]]:

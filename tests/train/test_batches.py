@@ -144,7 +144,7 @@ def test_a_balance_is_kept_when_a_run_goes_on_with_more_processes(config, monkey
         ("train.balance.weights={none:2}", "no set is called 'none'; the sets here are all"),
         ("train.balance.weights={all:-1}", "all has -1.0; a weight is 0"),
         ("train.balance.weights={all:.nan}", "all has nan"),
-        ("train.balance.weights={all:0}", "every set that has pictures has weight 0"),
+        ("train.balance.weights={all:0}", "every set that has images has weight 0"),
         ("train.balance.weights={all:much}", "must give numbers to names, like {bmc: 0.5"),
         ("train.balance.weights=2", "must give numbers to names"),
         ("train.balance.temperature=0", "0.0 is not above 0"),
