@@ -182,11 +182,9 @@ class DataAugmentationDINO:
         """Set up the recipe.
 
         Args:
-            global_crops_scale: lowest and highest share of the image's area in a global crop.
-            local_crops_scale: the same for local crops.
+            global_crops_scale, local_crops_scale: lowest and highest share of the image's area in a crop.
             local_crops_number: L; 0 means none.
-            global_crops_size: S, in pixels.
-            local_crops_size: s, in pixels.
+            global_crops_size, local_crops_size: S and s, in pixels.
             dtype: of the crops: a float type for normalised ones, uint8 for levels of 0 to 255.
             **settings: fields of `AugmentationSettings` that replace the recipe's own value.
 

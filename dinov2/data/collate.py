@@ -118,20 +118,14 @@ def collate_data_and_cast(
     Args:
         samples_list: B of (crops, ...), where crops is an augmentation's dict for one image: lists of G tensors
             [3, S, S] and L tensors [3, s, s].
-        mask_ratio_tuple: see `draw_masks`.
-        mask_probability: see `draw_masks`.
+        mask_ratio_tuple, mask_probability: see `draw_masks`.
         dtype: what the crops are cast to.
         n_tokens: P; that of `mask_generator` if None, and equal to it otherwise.
         mask_generator: required; its default exists because it follows `n_tokens` in upstream's signature.
         micro_batch: what decides the masks; None: the images are a global batch, whose seed Python's `random` draws.
-
-    Returns:
-        what `assemble_batch` returns.
     """
     if mask_generator is None:
-        raise ValueError(
-            "mask_generator: None; pass MaskingGenerator((h, w), ...), h and w in patches of a global crop"
-        )
+        raise ValueError("mask_generator: None; pass MaskingGenerator((h, w)), h and w in patches of a global crop")
     height, width = mask_generator.get_shape()
     if n_tokens not in (None, height * width):
         raise ValueError(f"n_tokens: {n_tokens}, but mask_generator draws {height} x {width} patches; make them agree")
@@ -142,9 +136,7 @@ def collate_data_and_cast(
     if micro_batch is None:
         micro_batch = MicroBatch(range(len(samples_list)), len(samples_list), random.getrandbits(63))
     images, n_images, seed = micro_batch
-    n_views = len(crops["global_crops"])
-    numbers = [view * n_images + image for view in range(n_views) for image in images]
-    masks, upperbound = draw_masks(
-        n_views * n_images, mask_ratio_tuple, mask_probability, mask_generator, seed, numbers
-    )
+    n_crops = len(crops["global_crops"]) * n_images
+    numbers = [first + image for first in range(0, n_crops, n_images) for image in images]
+    masks, upperbound = draw_masks(n_crops, mask_ratio_tuple, mask_probability, mask_generator, seed, numbers)
     return assemble_batch(crops, masks, upperbound, dtype)

@@ -134,21 +134,15 @@ def make_data_loader(
     Batches do not depend on `num_workers`. Torch's global generators are left untouched.
 
     Args:
-        dataset: with a length.
-        batch_size: images of this process in a batch.
-        num_workers: 0 loads in this process.
+        dataset, batch_size, num_workers, drop_last, persistent_workers, collate_fn, prefetch_factor: as for torch's
+            `DataLoader`; `batch_size` counts the images of this process.
         shuffle: whether the sampler shuffles; without a sampler the dataset's own order is kept whatever this says.
         seed: of the order, and of random numbers that a transform draws in the workers.
         sampler_type: INFINITE (the SHARDED ones are the same), EPOCH, DISTRIBUTED (torch's) or None.
         sampler_size: length of an epoch over all processes, for EPOCH only; -1 takes the dataset's.
         sampler_advance: samples of the global stream already used, for the infinite samplers only.
-        drop_last: leave out a last batch that is not full.
-        persistent_workers: keep the workers between iterations over the loader.
-        collate_fn: samples to batch; must be picklable where workers are spawned.
-        prefetch_factor: batches that each worker prepares ahead.
         pin_memory: put batches where a GPU copies them from without the host waiting; None: if there is a GPU.
-        balance: how often each set of the dataset is seen, for the infinite samplers only; None: each image as often
-            as any other.
+        balance: how often each set of the dataset is seen, for the infinite samplers only; None: equal for all images.
         augmentation: applied to each image, seeded by (seed, position in the global stream), for the infinite samplers
             only; the samples are then `AugmentedSample`s.
 
@@ -161,6 +155,8 @@ def make_data_loader(
         if not isinstance(sampler, InfiniteSampler):
             raise ValueError(f"augmentation: only infinite samplers have positions to seed it, found {sampler_type}")
         dataset, sampler = AugmentedDataset(dataset, augmentation, seed), PositionSampler(sampler)
+    if num_workers > 0:
+        cv2.setNumThreads(1)  # before the fork, which its threads do not survive; a worker needs no more
     # a resumed loader's workers draw numbers of their own, not those of the start again
     generator = torch.Generator().manual_seed(derive_seed(seed, "workers", sampler_advance, get_rank()))
     return DataLoader(
@@ -174,13 +170,8 @@ def make_data_loader(
         prefetch_factor=prefetch_factor if num_workers > 0 else None,
         collate_fn=collate_fn,
         generator=generator,
-        worker_init_fn=_start_worker,
+        worker_init_fn=ignore_stop_signals,
     )
-
-
-def _start_worker(_: int) -> None:
-    ignore_stop_signals()
-    cv2.setNumThreads(1)  # there is a worker for each core
 
 
 def _make_sampler(

@@ -16,8 +16,6 @@ from torch.utils.data import Sampler
 from dinov2.distributed import get_rank, get_world_size
 from dinov2.utils.seeds import derive_seed
 
-INDICES_AT_A_TIME = 65536
-
 
 class SamplerType(Enum):
     """Names and values are upstream's."""
@@ -75,8 +73,7 @@ class InfiniteSampler(Sampler[int]):
         while True:
             pass_number, offset = divmod(position, self._pass_length)
             mine = self._pass_order(pass_number)[offset :: self.step]
-            for begin in range(0, len(mine), INDICES_AT_A_TIME):
-                yield from mine[begin : begin + INDICES_AT_A_TIME].tolist()
+            yield from map(int, mine)
             position += len(mine) * self.step
 
     def _pass_order(self, pass_number: int) -> np.ndarray:

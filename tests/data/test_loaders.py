@@ -3,6 +3,8 @@
 import pickle
 from itertools import islice
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
@@ -120,6 +122,22 @@ def test_a_balance_reaches_the_order(dataset, picture_list):
             batches(two, 1, balance=Balance({"few": 2}), **wrong)
     with pytest.raises(ValueError, match="no set is called 'many'"):
         batches(two, 1, balance=Balance({"many": 2}))
+
+
+def threads_of_opencv(image, rng):
+    return cv2.getNumThreads()
+
+
+def test_workers_start_although_opencvs_threads_ran_in_this_process(dataset):
+    """They do not exist in a forked worker, which must not wait for them."""
+    before = cv2.getNumThreads()
+    try:
+        cv2.setNumThreads(2)
+        cv2.GaussianBlur(np.zeros((2000, 2000, 3), dtype=np.uint8), (9, 9), 2.0)
+        (batch,) = batches(dataset, 1, num_workers=1, augmentation=threads_of_opencv)
+        assert [sample.crops for sample in batch] == [1] * 4
+    finally:
+        cv2.setNumThreads(before)
 
 
 def test_no_workers_need_no_worker_settings(dataset):
