@@ -424,8 +424,11 @@ def one_thread() -> None:
     import cv2
     import torch
 
+    from dinov2.utils.memory import keep_freed_memory
+
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
+    keep_freed_memory()  # as training does
 
 
 def make_formats(folder: Path, source: Path | None) -> None:

@@ -145,10 +145,10 @@ def test_a_balance_is_kept_when_a_run_goes_on_with_more_processes(config, monkey
         ("train.balance.weights={all:-1}", "all has -1.0; a weight is 0"),
         ("train.balance.weights={all:.nan}", "all has nan"),
         ("train.balance.weights={all:0}", "every set that has images has weight 0"),
-        ("train.balance.weights={all:much}", "must give numbers to names, like {bmc: 0.5"),
-        ("train.balance.weights=2", "must give numbers to names"),
+        ("train.balance.weights={all:much}", "must be a mapping like {bmc: 0.5"),
+        ("train.balance.weights=2", "must be a mapping like {bmc: 0.5"),
         ("train.balance.temperature=0", "0.0 is not above 0"),
-        ("train.balance.temperature=.nan", "nan is not above 0"),
+        ("train.balance.temperature=.nan", "must be at least 0, found nan"),
         ("train.balance.temperature=inf", "must be a number"),
     ],
 )
