@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields
 from random import Random
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -232,8 +231,8 @@ class DataAugmentationDINO:
         crops = []
         for kind, size, scale in self.views:
             crop = draw_crop(rng, height, width, scale, self.settings, kind)
-            planes = cv2.split(make_crop(pixels, crop, size, self.settings))  # three [S, S]
-            levels = torch.from_numpy(np.stack(planes))
+            made = make_crop(pixels, crop, size, self.settings)
+            levels = torch.from_numpy(image_ops.to_planes(made))  # [3, S, S]
             crops.append(levels if self.dtype == torch.uint8 else normalize_images(levels).to(self.dtype))
         return {
             "global_crops": crops[:N_GLOBAL_CROPS],

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 Image = NDArray[Any]  # uint8 [H, W, 3]; OpenCV's signatures are no more precise
 
 # ITU-R 601 luma, the weights of Pillow's mode "L" and of torchvision.
-GRAY_WEIGHTS = (0.299, 0.587, 0.114)
+GRAY_WEIGHTS = np.array([0.299, 0.587, 0.114])
+IDENTITY = np.eye(3)
 
 
 def crop_resize(image: Image, box: Sequence[int], size: int) -> Image:
@@ -72,7 +73,7 @@ def adjust_contrast(image: Image, factor: float) -> Image:
 
 def adjust_saturation(image: Image, factor: float) -> Image:
     """Move away from (factor > 1) or towards each pixel's luma and clamp; `factor` >= 0."""
-    return cv2.transform(image, factor * np.eye(3) + (1 - factor) * np.array(GRAY_WEIGHTS))
+    return cv2.transform(image, factor * IDENTITY + (1 - factor) * GRAY_WEIGHTS)
 
 
 def adjust_hue(image: Image, shift: float) -> Image:
@@ -80,10 +81,9 @@ def adjust_hue(image: Image, shift: float) -> Image:
 
     In float32: Pillow's 256 steps of hue are up to 10 levels off for pure colours.
     """
-    hsv = cv2.cvtColor(image.astype(np.float32), cv2.COLOR_RGB2HSV)  # hue in degrees
-    lines = hsv.reshape(len(hsv), -1)
+    hsv: Any = cv2.cvtColor(image.astype(np.float32), cv2.COLOR_RGB2HSV)  # hue in degrees
     # OpenCV wraps a hue that is too large but not a negative one.
-    lines += np.tile(np.array([360 * (shift % 1), 0, 0], dtype=np.float32), hsv.shape[1])
+    hsv[..., 0] += 360 * (shift % 1)
     return cv2.convertScaleAbs(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
 
 
@@ -100,6 +100,13 @@ def gaussian_blur(image: Image, sigma: float, kernel_size: int) -> Image:
         return image
     weights = cv2.getGaussianKernel(2 * radius + 1, sigma, cv2.CV_32F)
     return cv2.sepFilter2D(image, -1, weights, weights, borderType=cv2.BORDER_REFLECT_101)
+
+
+def to_planes(image: Image) -> Image:
+    """Reorder [H, W, 3] to a contiguous [3, H, W]."""
+    planes = np.empty((3, *image.shape[:2]), dtype=np.uint8)
+    cv2.split(image, list(planes))
+    return planes
 
 
 def solarize(image: Image, threshold: float) -> Image:

@@ -27,11 +27,12 @@ def normalize_images(images: Tensor) -> Tensor:
             f"images: expected uint8 [B, 3, H, W] or [3, H, W], found {images.dtype} {list(images.shape)}; "
             f"pass the images as they are decoded, before any scaling"
         )
-    mean, std = _mean_and_std(images.device)
-    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(mean).div_(std)
+    mean, per_std = _levels(images.device)
+    return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).mul_(per_std)
 
 
 @cache  # a copy to a GPU for each batch would make the host wait
-def _mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+def _levels(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the mean and 1 / standard deviation for levels of 0 to 255: [3, 1, 1] each."""
     mean, std = torch.tensor(IMAGENET_MEAN, device=device), torch.tensor(IMAGENET_STD, device=device)
-    return mean.view(3, 1, 1), std.view(3, 1, 1)
+    return (255 * mean).view(3, 1, 1), (1 / (255 * std)).view(3, 1, 1)

@@ -100,6 +100,9 @@ def test_flips_and_quarter_turn():
             expected = image[:: -1 if vflip else 1, :: -1 if hflip else 1]
             np.testing.assert_array_equal(image_ops.flip(image, hflip, vflip), expected)
     np.testing.assert_array_equal(image_ops.quarter_turn(image), np.rot90(image))
+    planes = image_ops.to_planes(image)
+    assert planes.flags.c_contiguous
+    np.testing.assert_array_equal(planes, image.transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize(
