@@ -448,14 +448,14 @@ def make_formats(folder: Path, source: Path | None) -> None:
 
 
 def chosen_pictures(folder: Path, source: Path | None) -> Iterable[Path]:
-    from dinov2.data.datasets.cells import find_pictures
+    from dinov2.data.datasets.image_paths import find_images
     from dinov2.data.sample_cells import write_sample_cells
 
     if source is None:
         source = folder / "cells"
         if not source.is_dir():
             write_sample_cells(source, N_PICTURES, 10, 10, 2, seed=0, size=360, n_workers=os.cpu_count() or 1)
-    found = find_pictures(source)
+    found = find_images(source)
     if len(found) < N_PICTURES:
         raise SystemExit(f"--pictures: {source} has {len(found)} pictures; {N_PICTURES} are needed")
     return found[:: len(found) // N_PICTURES][:N_PICTURES]

@@ -234,9 +234,9 @@ def draw_pictures(folder: Path) -> Path:
 
 
 def pictures(folder: Path) -> list[Path]:
-    from dinov2.data.datasets.cells import find_pictures
+    from dinov2.data.datasets.image_paths import find_images
 
-    return find_pictures(folder)[:N_PICTURES]
+    return find_images(folder)[:N_PICTURES]
 
 
 def network(arch: str) -> Any:

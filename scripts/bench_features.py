@@ -37,7 +37,7 @@ from plain_vit import PlainViT
 from torch import Tensor
 
 from dinov2 import distributed
-from dinov2.data.datasets.cells import LabelledCells, find_pictures
+from dinov2.data.datasets import LabelledCells, find_images
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_images
 from dinov2.eval import embedding
 from dinov2.eval.embedding import Embedder, embed_images
@@ -321,7 +321,7 @@ def _measure_files(settings: Mapping[str, Any]) -> None:
 
 
 def _first_cells(folder: Path, n: int) -> LabelledCells:
-    paths = find_pictures(folder)[:n]
+    paths = find_images(folder)[:n]
     return LabelledCells(paths, np.zeros(len(paths), dtype=np.int64), ["cell"])
 
 

@@ -1,7 +1,7 @@
-"""Look for broken, doubled, contradictory and leaking pictures in training lists; write a report and cleaned lists.
+"""Find broken, duplicate, contradictory and leaking images in training lists; write a report and cleaned lists.
 
-A source is a .txt list, a folder with lists, a folder of pictures (searched with all folders in it; hidden files with a
-picture's suffix are reported), or a CSV with the columns `Image Path[,Label][,patient][,dataset]`. The input files are
+A source is a .txt list, a folder with lists, a folder of images (searched with all folders in it; hidden files with an
+image's suffix are reported), or a CSV with the columns `Image Path[,Label][,patient][,dataset]`. The input files are
 never changed. Started again, the same command goes on where it was stopped.
 """
 
@@ -10,8 +10,8 @@ import logging
 import sys
 from pathlib import Path
 
-from dinov2.data.doctor import Options, check_lists, describe
-from dinov2.data.doctor.check import NEAR_CHOICES
+from dinov2.data.check import check_lists, describe
+from dinov2.data.check.check import NEAR_CHOICES
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
 
@@ -21,23 +21,20 @@ EXIT_CODES = "exit code: 0 no fault, 1 faults were found, 2 a wrong argument or 
 
 
 def main(argv: list[str] | None = None) -> int:
-    defaults = Options()
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXIT_CODES)
-    parser.add_argument("sources", type=Path, nargs="+", metavar="LIST_OR_FOLDER", help="what is to be learned from")
+    parser.add_argument("sources", type=Path, nargs="+", metavar="LIST_OR_FOLDER", help="what to train on")
     parser.add_argument(
-        "--labels", type=Path, nargs="+", default=(), help="CSVs or folders per class that label pictures"
+        "--labels", type=Path, nargs="+", default=(), help="CSVs or folders per class that label images"
     )
     parser.add_argument(
         "--eval-splits", type=Path, nargs="+", default=(), help="CSVs, lists or folders that must not be trained on"
     )
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for report, cleaned lists, scan")
-    parser.add_argument("--workers", type=int, default=defaults.n_workers, help="processes (default: all cores)")
+    parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     parser.add_argument(
         "--pixels", action=argparse.BooleanOptionalAction, default=True, help="decode; else only bytes are compared"
     )
-    parser.add_argument(
-        "--near-duplicates", choices=NEAR_CHOICES, default=defaults.near_duplicates, help="turned: mirrored ones too"
-    )
+    parser.add_argument("--near-duplicates", choices=NEAR_CHOICES, default="on", help="turned: mirrored ones too")
     parser.add_argument(
         "--drop-near-duplicates", action="store_true", help="leave near-duplicates out of the cleaned lists"
     )
@@ -47,15 +44,23 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> None:
         nonlocal n_faults
-        options = Options(args.pixels, args.near_duplicates, args.drop_near_duplicates, args.workers)
-        summary = check_lists(args.sources, args.output_dir, args.labels, args.eval_splits, options)
+        summary = check_lists(
+            args.sources,
+            args.output_dir,
+            args.labels,
+            args.eval_splits,
+            pixels=args.pixels,
+            near_duplicates=args.near_duplicates,
+            drop_near_duplicates=args.drop_near_duplicates,
+            n_workers=args.workers,
+        )
         n_faults = summary["faults"]
         print(describe(summary, args.output_dir))
 
     try:
         code = exit_code(run)
     except KeyboardInterrupt:
-        logger.error("stopped; what was seen is kept: the same command goes on from there")
+        logger.error("stopped; the scan is kept: the same command goes on from there")
         return 130
     return code or int(n_faults > 0)
 

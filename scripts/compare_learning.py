@@ -30,7 +30,7 @@ from benchmarking import machine
 from omegaconf import DictConfig
 from step_setup import SMALL_RECIPE, OurStep, UpstreamsStep, recipe
 
-from dinov2.data.datasets.cells import LabelledCells
+from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.data.sample_cells import write_sample_cells
 from dinov2.eval.embedding import extract
 from dinov2.eval.knn import evaluate_knn

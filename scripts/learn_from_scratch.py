@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 
 import dinov2.train.train as train_command
 from dinov2.configs import CONFIG_FOLDER
-from dinov2.data.datasets.cells import LabelledCells, find_pictures
+from dinov2.data.datasets import LabelledCells, find_images
 from dinov2.eval.baselines import colour_histogram
 from dinov2.eval.embedding import extract
 from dinov2.eval.knn import evaluate_knn
@@ -54,7 +54,7 @@ LAYER_SCALES = (1e-5, 1.0)
 def write_split(pbc: Path, folder: Path, seed: int = 0) -> dict[str, int]:
     """lists/train.txt, and {train,test}{8,10}.csv; returns the number of pictures of each."""
     by_content = defaultdict(list)
-    for path in find_pictures(pbc):
+    for path in find_images(pbc):
         by_content[file_sha256(path)].append(path)
     by_stage = defaultdict(list)
     for copies in by_content.values():

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dinov2.data.datasets.cells import find_pictures
+from dinov2.data.datasets.image_paths import find_images
 from dinov2.utils.files import atomic_write
 
 
@@ -16,7 +16,7 @@ def main() -> int:
     absent = [str(folder) for folder in args.folders if not folder.is_dir()]
     if absent:
         parser.error(f"not a folder: {', '.join(absent)}")
-    paths = [path.resolve() for folder in args.folders for path in find_pictures(folder)]
+    paths = [path.resolve() for folder in args.folders for path in find_images(folder)]
     if not paths:
         parser.error(f"no pictures below {', '.join(map(str, args.folders))}")
     with atomic_write(args.output, "w") as file:

@@ -1,29 +1,29 @@
-"""Draw a set of sample blood cells: pictures to train on, labelled cells to probe with, patients for ABMIL."""
+"""Draw a set of sample blood cells: images to train on, labelled cells to probe with, patients for ABMIL."""
 
 import argparse
 import logging
-import os
 from pathlib import Path
 
 from PIL import Image
 
 from dinov2.data.sample_cells import DEFAULT_SIZE_PX, contact_sheet, write_sample_cells
+from dinov2.utils.cores import available_cores
 from dinov2.utils.files import atomic_write
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, help="folder for the set: new, empty, or with this same set in it")
-    parser.add_argument("--n-train", type=int, default=1600, help="unlabelled pictures")
-    parser.add_argument("--n-probe-train", type=int, default=400, help="labelled pictures to fit probes on")
-    parser.add_argument("--n-probe-test", type=int, default=400, help="labelled pictures to test probes on")
+    parser.add_argument("--n-train", type=int, default=1600, help="unlabelled images")
+    parser.add_argument("--n-probe-train", type=int, default=400, help="labelled images to fit probes on")
+    parser.add_argument("--n-probe-test", type=int, default=400, help="labelled images to test probes on")
     parser.add_argument("--n-patients", type=int, default=30, help="patients, each a bag of cells")
     parser.add_argument(
         "--cells-per-patient", type=int, nargs=2, default=(24, 40), metavar=("MIN", "MAX"), help="size of the bags"
     )
-    parser.add_argument("--size", type=int, default=DEFAULT_SIZE_PX, help="side of the pictures in pixels")
+    parser.add_argument("--size", type=int, default=DEFAULT_SIZE_PX, help="side of the images in pixels")
     parser.add_argument("--seed", type=int, default=0, help="decides all that is random")
-    parser.add_argument("--n-workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that draw")
+    parser.add_argument("--n-workers", type=int, default=available_cores(), help="processes that draw")
     parser.add_argument("--contact-sheet", type=Path, metavar="PNG", help="also draw an overview of the classes")
     args = parser.parse_args()
     if args.output is None and args.contact_sheet is None:
@@ -45,7 +45,7 @@ def main() -> None:
             cells_per_patient=tuple(args.cells_per_patient),
             n_workers=args.n_workers,
         )
-        print(f"{args.output}: {summary['pictures']} pictures, counted in {args.output / 'summary.json'}")
+        print(f"{args.output}: {summary['pictures']} images, counted in {args.output / 'summary.json'}")
 
 
 if __name__ == "__main__":

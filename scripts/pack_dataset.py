@@ -1,7 +1,7 @@
-"""Decode and resize all pictures of a data set once, into a packed cache that training reads without decoding.
+"""Decode and resize all images of a dataset once, into a packed cache that training reads without decoding.
 
 Give the same folder to training with `:cache=FOLDER` in train.dataset_path. Killed or stopped, the same command goes
-on; started several times at once, on one machine or on many, the commands share the work.
+on; of several at once, one packs and the others wait for it.
 """
 
 import argparse
@@ -10,9 +10,9 @@ import os
 import sys
 from pathlib import Path
 
+from dinov2.data.cache import PackedCache
 from dinov2.data.datasets.decode import FITS
 from dinov2.data.loaders import make_dataset
-from dinov2.data.packed_cache import PackedCache, describe_plan
 from dinov2.logging import setup_logging
 from dinov2.utils.command import REQUEUE_EXIT_CODE, exit_code
 from dinov2.utils.stop_signals import StopSignals
@@ -24,11 +24,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="as in train.dataset_path, for instance HemaStandardDataset:root=/data/lists")
     parser.add_argument("--cache", type=Path, help="folder for the cache, if `dataset` does not name it with cache=")
-    parser.add_argument("--image-size", type=int, help="side of the packed pictures in pixels (default: the dataset's)")
-    parser.add_argument("--fit", choices=FITS, help="how a picture becomes square (default: the dataset's)")
+    parser.add_argument("--image-size", type=int, help="side of the packed images in pixels (default: the dataset's)")
+    parser.add_argument("--fit", choices=FITS, help="how an image becomes square (default: the dataset's)")
     parser.add_argument("--workers", type=int, help="processes that decode; 0 for none (default: one a core)")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="say what is to do and the room it takes, write nothing")
+    what.add_argument("--dry-run", action="store_true", help="say what is to do and the space it takes, write nothing")
     what.add_argument(
         "--verify", action="store_true", help="pack nothing, check all that is stored; 1 if it is damaged"
     )
@@ -71,23 +71,20 @@ def _open(args: argparse.Namespace) -> PackedCache:
 
 
 def _dry_run(cache: PackedCache, signals: StopSignals) -> int:
-    stamps = cache.look_at_sources(should_stop=lambda: signals.received is not None)
-    if stamps is None:
+    plan = cache.plan(lambda: signals.received is not None)
+    if plan is None:
         return REQUEUE_EXIT_CODE
-    print(describe_plan(cache.plan(stamps)))
+    print(plan)
     return 0
 
 
 def _verify(cache: PackedCache, signals: StopSignals) -> int:
-    result = cache.verify(should_stop=lambda: signals.received is not None)
-    print(f"{result.n_checked:,} stored pictures checked, {len(result.damaged)} shards damaged")
-    if result.are_removed:
-        print("the damaged shards are removed; start the command without --verify to pack their pictures again")
-    elif result.damaged:
-        print("they stay while other processes use the cache: end these, and start this command again")
-    if result.damaged:
+    n_checked, damaged = cache.verify(lambda: signals.received is not None)
+    print(f"{n_checked:,} stored images checked, {len(damaged)} damaged")
+    if damaged:
+        print("start the command without --verify to pack the damaged ones again")
         return 1
-    return 0 if result.is_complete else REQUEUE_EXIT_CODE
+    return REQUEUE_EXIT_CODE if signals.received is not None else 0
 
 
 if __name__ == "__main__":

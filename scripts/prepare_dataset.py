@@ -1,6 +1,6 @@
 """Turn a public data set's unpacked archive into a training list, labels, splits and cells cut out of smears.
 
-Nothing is downloaded: `--list` says where each archive is to be had, `--table` prints the overview for the documents.
+Nothing is fetched: `--list` says where each archive can be downloaded, `--table` prints the table of the documents.
 """
 
 import argparse
@@ -25,13 +25,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--margin", type=float, help="around a cell, in its longer sides (default: the data set's)")
     parser.add_argument("--size", type=int, help="scale cut cells to this side in pixels (default: leave them)")
     parser.add_argument("--keep", nargs="+", default=(), metavar="CLASS", help="classes to cut out; all for all")
-    parser.add_argument("--whole", action="store_true", help="list whole pictures, cut nothing out")
-    parser.add_argument("--drop-duplicates", action="store_true", help="list byte-identical pictures once")
+    parser.add_argument("--whole", action="store_true", help="list whole images, cut nothing out")
+    parser.add_argument("--drop-duplicates", action="store_true", help="list byte-identical images once")
     parser.add_argument(
-        "--check", action=argparse.BooleanOptionalAction, default=True, help="decode and compare all pictures"
+        "--check", action=argparse.BooleanOptionalAction, default=True, help="decode and compare all images"
     )
     parser.add_argument("--overwrite", action="store_true", help="cut cells again that are there")
-    parser.add_argument("--n-workers", type=int, default=defaults.n_workers, help="threads that read pictures")
+    parser.add_argument("--n-workers", type=int, default=defaults.n_workers, help="threads that read images")
     parser.add_argument("--list", action="store_true", help="print the known data sets and end")
     parser.add_argument("--table", action="store_true", help="print them as a Markdown table and end")
     args = parser.parse_args(argv)

@@ -63,7 +63,7 @@ def module_name(path: Path) -> str:
 
 
 def package_of(module: str) -> str:
-    """`data` for dinov2.data.datasets.cells; empty for dinov2 itself."""
+    """`data` for dinov2.data.datasets.labelled_cells; empty for dinov2 itself."""
     return (module.split(".") + [""])[1]
 
 

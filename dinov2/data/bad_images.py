@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dinov2.data.datasets.decode import UnreadableImageError, decode_image
-from dinov2.data.datasets.pictures import read_picture
+from dinov2.data.datasets.sources import read_image
+from dinov2.data.datasets.tables import open_table
 from dinov2.distributed import all_gather_objects, is_main_process
 from dinov2.utils.files import atomic_write
 
@@ -25,8 +26,8 @@ class BadImages:
         self._new: dict[str, str] = {}
         self._is_written = True
         if path.is_file():
-            with open(path, encoding="utf-8", newline="") as file:
-                found = {row["path"]: row["reason"] for row in csv.DictReader(file)}
+            rows = open_table(path, "bad images").rows("path", "reason")
+            found = {bad: reason for _, (bad, reason) in rows}
             self.reasons = {bad: reason for bad, reason in found.items() if not _is_readable(bad)}
 
     def record(self, failures: Iterable[tuple[str, str]]) -> None:
@@ -72,7 +73,7 @@ class BadImages:
 
 def _is_readable(path: str) -> bool:
     try:
-        decode_image(read_picture(path), name=path)
+        decode_image(read_image(path), name=path)
     except UnreadableImageError:
         return False
     return True

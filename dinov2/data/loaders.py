@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from dinov2.data.balance import Balance, BalancedSampler
-from dinov2.data.datasets.hema_data import HemaStandardDataset, UnreadablePicture
+from dinov2.data.datasets.hema_data import HemaStandardDataset, UnreadableImage
 from dinov2.data.samplers import EpochSampler, InfiniteSampler, PositionSampler, SamplerType
 from dinov2.distributed import get_rank, get_world_size
 from dinov2.utils.seeds import derive_seed
@@ -42,7 +42,7 @@ class AugmentedSample(NamedTuple):
 
     crops: Any  # what the augmentation returns
     position: int  # of the image in the global stream
-    failures: tuple[UnreadablePicture, ...]  # images that could not be read on the way, with the reason
+    failures: tuple[UnreadableImage, ...]  # images that could not be read on the way, with the reason
 
 
 class AugmentedDataset(Dataset):
@@ -76,8 +76,8 @@ def make_dataset(
     """
     name, stated = _parse_dataset_str(dataset_str)
     dataset = DATASETS[name](transform=transform, target_transform=target_transform, **{**settings, **stated})
-    pictures = dataset.pictures
-    logger.info("dataset %s: %s pictures in %s", dataset_str, f"{len(pictures):,}", pictures.kind)
+    source = dataset.source
+    logger.info("dataset %s: %s images in %s", dataset_str, f"{len(source):,}", source.kind)
     return dataset
 
 
@@ -193,7 +193,7 @@ def _make_sampler(
                 f"balance={balance}: only infinite samplers that shuffle have one, found {sampler_type} with "
                 f"shuffle={shuffle}"
             )
-        quotas = balance.quotas(dataset.pictures.set_names, dataset.pictures.set_sizes)
+        quotas = balance.quotas(dataset.source.set_names, dataset.source.set_sizes)
         return BalancedSampler(sets=dataset.sets(), quotas=quotas, seed=seed, advance=advance)
     n = len(dataset)
     if sampler_type is SamplerType.EPOCH:

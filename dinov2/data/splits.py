@@ -1,6 +1,7 @@
-"""Who is learned from and who is judged: stratified folds, whole patients, whole data sets, files that keep a split.
+"""Folds and splits: stratified, by whole patients, by whole data sets; and the files that keep them.
 
-A fold is (training positions, test positions), both ascending. A patient's cells never stand on two sides.
+A fold is (training positions, test positions), both ascending. A patient may be in only one of train, validation and
+test.
 
 Letters: N cells (or bags: whatever has one label each)
 """
@@ -9,6 +10,7 @@ import csv
 import logging
 import os
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +19,12 @@ from typing import Any, TypeAlias
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from dinov2.utils.files import atomic_write
+from dinov2.data.datasets.tables import open_table
+from dinov2.utils.files import PathLike, atomic_write
 from dinov2.utils.paths import local_path
 
 logger = logging.getLogger("dinov2")
 
-PathLike: TypeAlias = str | os.PathLike[str]
 Fold: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 PATH_COLUMNS = ("path", "Image Path")
@@ -35,12 +37,12 @@ N_EXAMPLES = 3
 def make_folds(
     labels: np.ndarray, patients: Sequence[str] | None = None, n_folds: int = 5, seed: int = 0
 ) -> list[Fold]:
-    """Stratified folds, drawn from `seed`; each cell is tested in one of them, but for classes with a single cell.
+    """Draw stratified folds from `seed`; each cell is tested in one of them, but for classes with a single cell.
 
     Without patients (or with one cell each) a class with a single cell is in the training side of every fold: tested,
-    it would be a class that nothing learned. Other classes smaller than `n_folds` are missing from the test side of
+    it would be a class without a training cell. Other classes smaller than `n_folds` are missing from the test side of
     some folds. With patients, a class that one patient alone has is missing from training where it is tested.
-    `describe_folds` tells all of these.
+    `describe_folds` reports all of these.
 
     Args:
         labels: int64 [N], 0 or more.
@@ -59,20 +61,12 @@ def make_folds(
         raise ValueError(f"folds: {n_folds}; choose 2 or more")
     if patients is not None and len(patients) != len(labels):
         raise ValueError(f"folds: {len(patients)} patients for {len(labels)} labels; expected one each")
-    is_grouped = patients is not None and len(set(patients)) < len(labels)
     _check_enough(labels, patients, n_folds, f"folds: {n_folds}", "choose fewer folds")
-    everyone = np.arange(len(labels))
-    if is_grouped:
-        candidates, groups = everyone, np.asarray(patients, dtype=str)
-        splitter: Any = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
-    else:
+    candidates, groups = np.arange(len(labels)), patients
+    if patients is None or len(set(patients)) == len(labels):
         candidates, groups = np.flatnonzero(np.bincount(labels)[labels] > 1), None
-        splitter = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        # describe_folds says which classes and folds that concerns
-        warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
-        tested = [candidates[test] for _, test in splitter.split(candidates, labels[candidates], groups)]
-    folds = [(np.setdiff1d(everyone, test), np.sort(test)) for test in tested]
+    tested = [candidates[test] for test in _stratified_parts(labels[candidates], groups, n_folds, seed)]
+    folds = [(np.setdiff1d(np.arange(len(labels)), test), np.sort(test)) for test in tested]
     if patients is not None:
         for train, test in folds:
             check_no_patient_on_two_sides(patients, train, test)
@@ -82,7 +76,7 @@ def make_folds(
 def split_cells(
     labels: np.ndarray, patients: Sequence[str] | None, test_fraction: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One stratified split: positions of the training and of the test cells, both ascending.
+    """Draw one stratified split: positions of the training and of the test cells, both ascending.
 
     Args:
         labels: int64 [N].
@@ -96,37 +90,35 @@ def split_cells(
     if not 0 < test_fraction <= 0.5:
         raise ValueError(f"--test-fraction {test_fraction}: choose a share above 0 and up to 0.5")
     n_parts = round(1 / test_fraction)
-    _check_enough(
-        labels,
-        patients,
-        n_parts,
-        f"--test-fraction {test_fraction}",
-        "choose a larger share, or give --train and --test",
-    )
+    advice = "choose a larger share, or give --train and --test"
+    _check_enough(labels, patients, n_parts, f"--test-fraction {test_fraction}", advice)
+    parts = _stratified_parts(labels, patients, n_parts, seed)
+    test = min(parts, key=lambda part: abs(len(part) * n_parts - len(labels)))  # whole patients: parts differ in size
+    return np.setdiff1d(np.arange(len(labels)), test), test
+
+
+def _stratified_parts(labels: np.ndarray, patients: Sequence[str] | None, n_parts: int, seed: int) -> list[np.ndarray]:
+    """Divide N cells into parts of about the same mixture of labels; a patient's cells stay together."""
     folds = StratifiedKFold if patients is None else StratifiedGroupKFold
     with warnings.catch_warnings():
-        # classes smaller than the number of parts may miss in the test set: the table's support column shows it
+        # describe_folds and the support column of the results show classes that are smaller than the number of parts
         warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
-        splits = list(folds(n_parts, shuffle=True, random_state=seed).split(labels, labels, patients))
-    # parts of whole patients differ in size
-    return min(splits, key=lambda split: abs(len(split[1]) * n_parts - len(labels)))
+        return [test for _, test in folds(n_parts, shuffle=True, random_state=seed).split(labels, labels, patients)]
 
 
-def _check_enough(
-    labels: np.ndarray, patients: Sequence[str] | None, n_parts: int, setting: str, what_to_do: str
-) -> None:
+def _check_enough(labels: np.ndarray, patients: Sequence[str] | None, n_parts: int, setting: str, advice: str) -> None:
     available = {"cells in its largest class": int(np.bincount(labels).max(initial=0))}
     if patients is not None:
         available["patients"] = len(set(patients))
     for what, n_available in available.items():
         if n_available < n_parts:
             raise ValueError(
-                f"{setting}: the set has {n_available} {what}, fewer than the {n_parts} parts to make; {what_to_do}"
+                f"{setting}: the set has {n_available} {what}, fewer than the {n_parts} parts to make; {advice}"
             )
 
 
 def leave_one_dataset_out(datasets: Sequence[str]) -> dict[str, Fold]:
-    """{data set: its cells are the test side, those of all others the training side}, in sorted order.
+    """Return {data set: its cells as test side, those of all others as training side}, in sorted order.
 
     Args:
         datasets: N names, the data set of each cell.
@@ -145,69 +137,53 @@ def leave_one_dataset_out(datasets: Sequence[str]) -> dict[str, Fold]:
 
 
 def few_shot_draws(labels: np.ndarray, n_per_class: int, n_repeats: int, seed: int = 0) -> list[np.ndarray]:
-    """Positions of `n_per_class` cells a class, ascending, drawn without replacement, `n_repeats` times.
+    """Draw positions of `n_per_class` cells a class, ascending, without replacement, `n_repeats` times.
 
     A class with fewer cells gives all it has. A draw depends on (seed, number of the draw, class) alone, so that the
     draw for 5 a class holds that for 1 a class, and more repeats leave the first ones as they are.
-
-    Args:
-        labels: int64 [N].
-        n_per_class: 1 or more.
-        n_repeats: 1 or more.
-        seed: of the draws.
 
     Raises:
         ValueError: if `n_per_class` is more than even the largest class has, or a number is below 1.
     """
     labels = np.asarray(labels)
-    counts = np.bincount(labels)
+    largest = np.bincount(labels).max(initial=0)
     if n_per_class < 1 or n_repeats < 1:
         raise ValueError(f"few-shot: {n_per_class} a class, {n_repeats} repeats; both must be at least 1")
-    if n_per_class > counts.max(initial=0):
+    if n_per_class > largest:
         raise ValueError(
-            f"few-shot: {n_per_class} cells a class asked, but the largest class has {counts.max(initial=0)} training "
-            f"cells; choose at most that"
+            f"few-shot: {n_per_class} cells a class asked, but the largest class has {largest} training cells; choose "
+            f"at most that"
         )
-    return [
-        np.sort(
-            np.concatenate(
-                [
-                    np.random.default_rng([seed, repeat, int(label)]).permutation(np.flatnonzero(labels == label))[
-                        :n_per_class
-                    ]
-                    for label in np.flatnonzero(counts)
-                ]
-            )
-        )
-        for repeat in range(n_repeats)
-    ]
+
+    def draw(repeat: int, label: int) -> np.ndarray:
+        rng = np.random.default_rng([seed, repeat, label])
+        return rng.permutation(np.flatnonzero(labels == label))[:n_per_class]
+
+    classes = np.unique(labels).tolist()
+    return [np.sort(np.concatenate([draw(repeat, label) for label in classes])) for repeat in range(n_repeats)]
 
 
 def check_no_patient_on_two_sides(patients: Sequence[str], *sides: np.ndarray) -> None:
-    """Refuse a split that learns from a patient it is judged by.
+    """Refuse a split that has a patient in more than one of train, validation and test.
 
     Args:
         patients: N patient ids.
-        sides: positions of the cells of each side: training, test and, where there is one, validation.
+        sides: positions of the cells of each side.
 
     Raises:
-        ValueError: names patients that stand on more than one side.
+        ValueError: names such patients.
     """
-    seen: set[str] = set()
-    shared: set[str] = set()
-    for side in sides:
-        here = {patients[int(i)] for i in side}
-        shared |= here & seen
-        seen |= here
+    counts = Counter(patient for side in sides for patient in {patients[int(i)] for i in side})
+    shared = sorted(patient for patient, n_sides in counts.items() if n_sides > 1)
     if shared:
         raise ValueError(
-            f"split: {len(shared)} of {len(seen)} patients have cells on two sides, for instance "
-            f"{', '.join(map(repr, sorted(shared)[:N_EXAMPLES]))}; put each patient's cells on one side"
+            f"split: {len(shared)} of {len(counts)} patients have cells on two sides, for instance "
+            f"{', '.join(map(repr, shared[:N_EXAMPLES]))}; put each patient's cells on one side"
         )
 
 
 def describe_folds(labels: np.ndarray, folds: Sequence[Fold], class_names: Sequence[str]) -> dict[str, Any]:
-    """Sizes of folds and what they lack, in plain Python, ready for JSON.
+    """Describe the sizes of folds and what they lack, in plain Python, ready for JSON.
 
     Args:
         labels: int64 [N], positions in `class_names`.
@@ -219,55 +195,42 @@ def describe_folds(labels: np.ndarray, folds: Sequence[Fold], class_names: Seque
         only}), `not_tested_in` ({class: numbers of the folds without a test cell of it}) and `not_learned_in` ({class:
         numbers of the folds that test it and have no training cell of it}). Folds count from 0.
     """
-    labels = np.asarray(labels)
-    n_classes = len(class_names)
+    labels, n_classes = np.asarray(labels), len(class_names)
     in_train, in_test = (
         np.array([np.bincount(labels[fold[side]], minlength=n_classes) for fold in folds]) for side in (0, 1)
     )  # [folds, C]
+    is_tested: np.ndarray = in_test.sum(axis=0) > 0
     in_all = np.bincount(labels, minlength=n_classes)
-    tested: np.ndarray = in_test.sum(axis=0) > 0
-    lacks_test = (in_test == 0) & tested
-    lacks_training = (in_train == 0) & (in_test > 0)
+
+    def by_class(lacks: np.ndarray) -> dict[str, list[int]]:
+        return {class_names[c]: np.flatnonzero(lacks[:, c]).tolist() for c in range(n_classes) if lacks[:, c].any()}
+
     return {
         "train_sizes": [len(train) for train, _ in folds],
         "test_sizes": [len(test) for _, test in folds],
-        "never_tested": {class_names[c]: int(in_all[c]) for c in range(n_classes) if in_all[c] and not tested[c]},
-        "not_tested_in": _folds_by_class(lacks_test, class_names),
-        "not_learned_in": _folds_by_class(lacks_training, class_names),
-    }
-
-
-def _folds_by_class(is_so: np.ndarray, class_names: Sequence[str]) -> dict[str, list[int]]:
-    """{class: the folds}, of bool [folds, C], for classes with any."""
-    return {
-        name: np.flatnonzero(of_class).tolist()
-        for name, of_class in zip(class_names, is_so.T, strict=True)
-        if of_class.any()
+        "never_tested": {class_names[c]: int(in_all[c]) for c in range(n_classes) if in_all[c] and not is_tested[c]},
+        "not_tested_in": by_class((in_test == 0) & is_tested),
+        "not_learned_in": by_class((in_train == 0) & (in_test > 0)),
     }
 
 
 def log_fold_problems(description: Mapping[str, Any]) -> None:
-    """Say in the log what `describe_folds` found missing."""
-
-    def listed(found: Mapping[str, Any], unit: str) -> str:
-        return "; ".join(
-            f"{name} ({unit} {value if isinstance(value, int) else ', '.join(map(str, value))})"
-            for name, value in found.items()
-        )
-
-    if found := description["never_tested"]:
-        logger.warning("classes too small to test, used in training only: %s", listed(found, "cells:"))
-    if found := description["not_tested_in"]:
-        logger.warning("folds without a test cell of a class: %s", listed(found, "folds"))
-    if found := description["not_learned_in"]:
-        logger.warning(
-            "classes tested without a training cell, which nothing can get right: %s", listed(found, "folds")
-        )
+    """Log what `describe_folds` found missing."""
+    never_tested = [f"{name} (cells: {count})" for name, count in description["never_tested"].items()]
+    if never_tested:
+        logger.warning("classes too small to test, used in training only: %s", "; ".join(never_tested))
+    for key, problem in (
+        ("not_tested_in", "folds without a test cell of a class"),
+        ("not_learned_in", "classes tested without a training cell, so every prediction of them is wrong"),
+    ):
+        found = [f"{name} (folds {', '.join(map(str, folds))})" for name, folds in description[key].items()]
+        if found:
+            logger.warning("%s: %s", problem, "; ".join(found))
 
 
 @dataclass(frozen=True)
 class Split:
-    """A split as a file tells it.
+    """A split as a file keeps it.
 
     Attributes:
         folds: training and test positions each; one fold if the file names parts.
@@ -286,7 +249,7 @@ def write_split(file: PathLike, paths: Sequence[str], split: Split) -> None:
 
     Args:
         file: the CSV.
-        paths: N pictures (or patients), none twice.
+        paths: N images (or patients), none twice.
         split: positions in `paths`.
 
     Raises:
@@ -294,11 +257,28 @@ def write_split(file: PathLike, paths: Sequence[str], split: Split) -> None:
             cell is tested twice.
     """
     _positions(paths, file)
-    column, values = _as_column(len(paths), split)
+    values = np.full(len(paths), "", dtype="<U20")
+    if len(split.folds) == 1:
+        column, rest = PART_COLUMN, "unused"
+        validation = np.empty(0, np.int64) if split.validation is None else split.validation
+        for part, side in zip(("train", "test", "val"), (*split.folds[0], validation), strict=True):
+            if (values[side] != "").any():
+                raise ValueError(f"split: cells of the part {part} are in another part too; put each into one")
+            values[side] = part
+    else:
+        column, rest = FOLD_COLUMN, ALWAYS_TRAINING
+        for number, (train, test) in enumerate(split.folds):
+            if (values[test] != "").any() or not np.array_equal(np.sort([*train, *test]), np.arange(len(paths))):
+                raise ValueError(
+                    f"split: fold {number} tests cells that another one tests, or does not train on all other cells; "
+                    f"write one file a fold"
+                )
+            values[test] = str(number)
+    values[values == ""] = rest
     with atomic_write(file, "w") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow((PATH_COLUMNS[0], column))
-        writer.writerows(zip(map(str, paths), values, strict=True))
+        writer.writerows(zip(map(str, paths), values.tolist(), strict=True))
 
 
 def read_split(file: PathLike, paths: Sequence[str]) -> Split:
@@ -306,112 +286,76 @@ def read_split(file: PathLike, paths: Sequence[str]) -> Split:
 
     Args:
         file: the CSV; `Image Path` is another name for the column `path`. Relative paths count from its folder.
-        paths: N pictures (or patients) that the positions count in. Each needs a row; rows of others are ignored.
+        paths: N images (or patients) that the positions count in. Each needs a row; rows of others are ignored.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if columns are missing, a value is none of the known, a path stands twice or lacks a row, or a side
-            is empty.
+        ValueError: if columns are missing, a value is unknown, a path stands twice or lacks a row, or a side is empty.
     """
     file = local_path(file)
     if not file.is_file():
         raise FileNotFoundError(f"split: no file {str(file)!r}; give a CSV with the columns path,fold or path,part")
     positions = _positions(paths, file)
     values: dict[int, str] = {}
-    n_others = 0
     column, rows = _read_rows(file)
     for line, path, value in rows:
+        where = f"split: {str(file)!r}, line {line}"
         position = positions.get(path, positions.get(os.path.abspath(file.parent / path)))
         if position is None:
-            n_others += 1
-        elif position in values:
-            raise ValueError(f"split: {str(file)!r}, line {line}: {path!r} has a row already; keep one of the two")
-        elif column == PART_COLUMN and value not in PARTS:
+            continue
+        if position in values:
+            raise ValueError(f"{where}: {path!r} has a row already; keep one of the two")
+        if column == PART_COLUMN and value not in PARTS:
+            raise ValueError(f"{where}: part {value!r} is unknown; write {', '.join(PARTS[:-1])} or {PARTS[-1]}")
+        if column == FOLD_COLUMN and value != ALWAYS_TRAINING and not value.isdecimal():
             raise ValueError(
-                f"split: {str(file)!r}, line {line}: part {value!r} is unknown; write {', '.join(PARTS[:-1])} or "
-                f"{PARTS[-1]}"
+                f"{where}: fold {value!r} is no number; write the number of the fold that tests the cell, or "
+                f"{ALWAYS_TRAINING}"
             )
-        elif column == FOLD_COLUMN and value != ALWAYS_TRAINING and not value.isdecimal():
-            raise ValueError(
-                f"split: {str(file)!r}, line {line}: fold {value!r} is no number; write the number of the fold that "
-                f"tests the cell, or {ALWAYS_TRAINING}"
-            )
-        else:
-            values[position] = value
-    missing = [str(paths[i]) for i in range(len(paths)) if i not in values]
+        values[position] = value
+    missing = [str(path) for i, path in enumerate(paths) if i not in values]
     if missing:
         raise ValueError(
             f"split: {str(file)!r} has no row for {len(missing)} of {len(paths)} cells, for instance "
             f"{', '.join(map(repr, missing[:N_EXAMPLES]))}; give each a row (part `unused` leaves a cell out)"
         )
-    if n_others:
-        logger.warning("%s: %d rows are of other cells than the %d at hand", file, n_others, len(paths))
-    return _from_column(file, column, np.array([values[i] for i in range(len(paths))], dtype=str))
+    if len(rows) > len(values):
+        logger.warning("%s: %d rows are of other cells than the %d given", file, len(rows) - len(values), len(paths))
+    return _split_of(file, column, np.array([values[i] for i in range(len(paths))], dtype=str))
 
 
 def _positions(paths: Sequence[str], file: PathLike) -> dict[str, int]:
     positions = {str(path): i for i, path in enumerate(paths)}
     if len(positions) < len(paths):
-        twice = next(path for i, path in enumerate(map(str, paths)) if positions[path] != i)
+        twice = next(path for path, n in Counter(map(str, paths)).items() if n > 1)
         raise ValueError(f"split: {twice!r} stands twice among the cells, so {str(file)!r} cannot tell which is meant")
     return positions
 
 
-def _as_column(n_cells: int, split: Split) -> tuple[str, list[str]]:
-    values = np.full(n_cells, "", dtype="<U20")
-    if len(split.folds) == 1:
-        train, test = split.folds[0]
-        sides = {
-            "train": train,
-            "test": test,
-            "val": np.empty(0, np.int64) if split.validation is None else split.validation,
-        }
-        for part, side in sides.items():
-            if (values[side] != "").any():
-                raise ValueError(f"split: cells of the part {part} are in another part too; put each into one")
-            values[side] = part
-        values[values == ""] = "unused"
-        return PART_COLUMN, values.tolist()
-    for number, (train, test) in enumerate(split.folds):
-        if (values[test] != "").any() or len(np.intersect1d(train, test)) or len(train) + len(test) != n_cells:
-            raise ValueError(
-                f"split: fold {number} tests cells that another one tests, or does not train on all other cells; "
-                f"write one file a fold"
-            )
-        values[test] = str(number)
-    values[values == ""] = ALWAYS_TRAINING
-    return FOLD_COLUMN, values.tolist()
-
-
-def _from_column(file: Path, column: str, values: np.ndarray) -> Split:
+def _split_of(file: Path, column: str, values: np.ndarray) -> Split:
+    """Build the split that the values of a file's column describe."""
+    validation = None
     if column == PART_COLUMN:
-        validation = np.flatnonzero(values == "val")
         folds = [(np.flatnonzero(values == "train"), np.flatnonzero(values == "test"))]
+        validation = np.flatnonzero(values == "val") if (values == "val").any() else None
     else:
-        validation = np.empty(0, dtype=np.int64)
-        numbers = sorted({int(value) for value in values[values != ALWAYS_TRAINING]})
-        of_cell = np.array([-1 if value == ALWAYS_TRAINING else int(value) for value in values])
-        folds = [(np.flatnonzero(of_cell != number), np.flatnonzero(of_cell == number)) for number in numbers]
+        fold_of = np.where(values == ALWAYS_TRAINING, "-1", values).astype(np.int64)
+        numbers = np.unique(fold_of[fold_of >= 0])
+        folds = [(np.flatnonzero(fold_of != number), np.flatnonzero(fold_of == number)) for number in numbers]
     if not folds or any(not len(side) for fold in folds for side in fold):
         raise ValueError(f"split: {str(file)!r} leaves nothing to train on or nothing to test; each fold needs both")
-    return Split(folds, validation if len(validation) else None)
+    return Split(folds, validation)
 
 
 def _read_rows(file: Path) -> tuple[str, list[tuple[int, str, str]]]:
     """Which of our two columns the file has, and (line, path, value) of its rows."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # -sig: Excel writes a byte-order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"split: {str(file)!r} is not UTF-8 text ({error}); save it as CSV UTF-8") from error
-    reader = csv.DictReader(text.splitlines(), skipinitialspace=True, restval="")
-    header = [column.strip() for column in reader.fieldnames or []]
-    reader.fieldnames = header
-    path_column = next((column for column in PATH_COLUMNS if column in header), None)
-    columns = [column for column in (FOLD_COLUMN, PART_COLUMN) if column in header]
+    table = open_table(file, "split")
+    path_column = next((column for column in PATH_COLUMNS if column in table.columns), None)
+    columns = [column for column in (FOLD_COLUMN, PART_COLUMN) if column in table.columns]
     if path_column is None or len(columns) != 1:
         raise ValueError(
-            f"split: {str(file)!r} has the columns {header or 'none'}; expected path,{FOLD_COLUMN} or "
+            f"split: {str(file)!r} has the columns {table.columns or 'none'}; expected path,{FOLD_COLUMN} or "
             f"path,{PART_COLUMN}"
         )
-    rows = [(reader.line_num, row[path_column].strip(), row[columns[0]].strip()) for row in reader]
-    return columns[0], [row for row in rows if row[1] or row[2]]
+    rows = table.rows(path_column, columns[0])
+    return columns[0], [(line, path, value) for line, (path, value) in rows if path or value]

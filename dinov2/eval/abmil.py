@@ -33,16 +33,14 @@ import torch
 from torch import Tensor
 
 from dinov2.data.datasets.bags import (
-    PARTS,
-    FoldFiles,
     PatientBags,
     check_no_bag_twice,
     check_same_network,
     one_label_each,
-    read_fold_files,
     read_patient_labels,
 )
-from dinov2.data.datasets.cells import LabelledCells
+from dinov2.data.datasets.fold_files import PARTS, FoldFiles, read_fold_files
+from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.eval.extract_features import (
     CELLS_HELP,
     add_embedder_arguments,

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from dinov2.data.datasets.cells import LabelledCells, find_pictures
+from dinov2.data.datasets import LabelledCells, find_images
 from dinov2.data.datasets.decode import UnreadableImageError, decode_image
 from dinov2.data.transforms import normalize_images
 from dinov2.eval.embedding import Embedder
@@ -203,7 +203,7 @@ def choose_pictures(data: Path, n: int) -> tuple[list[Path], list[str]]:
     """
     of_classes: dict[str, list[Path]] = defaultdict(list)
     if data.is_dir():
-        for path in find_pictures(data):
+        for path in find_images(data):
             of_classes[path.parent.name].append(path)
     else:
         cells = LabelledCells.from_path(data)

@@ -22,7 +22,6 @@ Dimension key:  S data sets, N cells of all of them, D feature dim, C classes
 
 import argparse
 import csv
-import io
 import logging
 import sys
 from collections import Counter
@@ -35,6 +34,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
+from dinov2.data.datasets.tables import open_table
 from dinov2.data.splits import Fold, few_shot_draws, leave_one_dataset_out, make_folds
 from dinov2.eval.cell_sets import check_finite, check_same_network, without_copies
 from dinov2.eval.extract_features import device_of, positive_int
@@ -427,27 +427,14 @@ def read_classes_map(file: Path, labels_of: Mapping[str, Sequence[str]]) -> dict
         FileNotFoundError: if there is no such file.
         ValueError: if it lacks a column, names a data set or a label that is not there, or names one twice.
     """
-    file = local_path(file)
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"--classes-map: no file {str(file)!r}; give a CSV with the columns dataset,label,common"
-        )
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # -sig: Excel writes a byte-order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--classes-map: {str(file)!r} is not UTF-8 text ({error}); save it as CSV UTF-8") from error
-    reader = csv.DictReader(io.StringIO(text), skipinitialspace=True, restval="")
-    reader.fieldnames = [column.strip() for column in reader.fieldnames or []]
-    missing = [column for column in MAP_COLUMNS if column not in reader.fieldnames]
-    if missing:
+    table = open_table(local_path(file), "--classes-map")
+    if not set(MAP_COLUMNS) <= set(table.columns):
         raise ValueError(
-            f"--classes-map: {str(file)!r} has the columns {reader.fieldnames or 'none'}; expected "
-            f"{','.join(MAP_COLUMNS)}"
+            f"--classes-map: {str(file)!r} has the columns {table.columns or 'none'}; expected {','.join(MAP_COLUMNS)}"
         )
     common: dict[tuple[str, str], str] = {}
-    for row in reader:
-        dataset, label, name = (row[column].strip() for column in MAP_COLUMNS)
-        where = f"--classes-map: {str(file)!r}, line {reader.line_num}"
+    for line, (dataset, label, name) in table.rows(*MAP_COLUMNS):
+        where = f"--classes-map: {str(file)!r}, line {line}"
         if dataset not in labels_of:
             raise ValueError(f"{where}: no data set is called {dataset!r}; there are {', '.join(labels_of)}")
         if label not in labels_of[dataset]:

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dinov2.data.datasets.cells import LabelledCells
 from dinov2.data.datasets.decode import UnreadableImageError, decode_image
+from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, is_main_process, on_main_process
 from dinov2.eval.encoders import DinoEncoder, Encoder, Kind, Preparation, build_encoder
 from dinov2.eval.feature_parts import PART_SIZE, PATCH_PART_SIZE, Extraction, FeatureParts

@@ -3,17 +3,17 @@
 Letters: N cells, C classes
 """
 
-import csv
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
+from dinov2.data.datasets.tables import open_table
 from dinov2.eval.cell_sets import check_same_network
 from dinov2.eval.features import Features
 from dinov2.eval.results import PROBABILITY_PREFIX
@@ -255,22 +255,11 @@ def join_sets(sets: Mapping[str, Features]) -> tuple[Features, list[str] | None]
 
 def _read_csv(file: Path, what: str) -> tuple[list[str], list[dict[str, str]]]:
     """Header and rows; a row that is too short has "" where nothing stands."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{what}: no file {str(file)!r}; give a CSV")
-    try:
-        with open(file, encoding="utf-8-sig", newline="") as stream:
-            header = next(reader := csv.reader(stream), [])
-            rows = [dict(_filled(header, row)) for row in reader if row]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{what}: {str(file)!r} is not a CSV in UTF-8 ({error})") from error
-    if not header or not rows:
+    table = open_table(file, what)
+    rows = [row for _, row in table.records()]
+    if not rows:
         raise ValueError(f"{what}: {str(file)!r} has no header or no rows; give a CSV with both")
-    return header, rows
-
-
-def _filled(header: Sequence[str], row: Sequence[str]) -> Iterator[tuple[str, str]]:
-    for i, name in enumerate(header):
-        yield name, row[i] if i < len(row) else ""
+    return table.columns, rows
 
 
 def _as_numbers(values: Sequence[str | None]) -> np.ndarray | None:

@@ -16,7 +16,7 @@ from typing import get_args
 import torch
 
 from dinov2 import distributed
-from dinov2.data.datasets.cells import LabelledCells
+from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.distributed import Launch
 from dinov2.eval.embedding import Embedder, Fp32Matmul, Precision
 from dinov2.eval.encoders import KINDS_HELP, UNTRAINED, Kind, encoder_name

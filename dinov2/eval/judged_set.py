@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from dinov2.data.datasets.cells import LabelledCells
+from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.data.splits import (
     Fold,
     Split,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dinov2.data.datasets.bags import PARTS
+from dinov2.data.datasets.fold_files import PARTS
 from dinov2.data.splits import make_folds
 from dinov2.eval.metrics import classification_metrics
 from dinov2.eval.results import AVERAGED_METRICS

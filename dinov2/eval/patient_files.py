@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from dinov2.data.datasets.bags import SUFFIX, one_label_each
-from dinov2.data.datasets.cells import LabelledCells
+from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.distributed import on_main_process
 from dinov2.eval.embedding import Embedder, cells_of
 from dinov2.eval.feature_parts import FeatureParts

@@ -11,7 +11,6 @@ from, not that it was right.
 Letters: P patients, N cells of one, C classes
 """
 
-import csv
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from dinov2.data.datasets.tables import open_table
 from dinov2.eval.features import Features
 from dinov2.eval.pages import Markup, Section, escape, image_uri, table, valued
 from dinov2.eval.results import PROBABILITY_PREFIX
@@ -134,18 +134,15 @@ def read_patient_results(folder: Path) -> PatientResults:
 
 
 def _rows(file: Path, required: Sequence[str]) -> Iterator[dict[str, str]]:
-    with open(file, newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream)
-        missing = [name for name in required if name not in (reader.fieldnames or [])]
-        if missing:
-            raise ValueError(
-                f"patients: {str(file)!r} has no column {', '.join(missing)}; it is of another command or version: run "
-                f"dinov2/eval/abmil.py again"
-            )
-        try:
-            yield from reader
-        except UnicodeDecodeError as error:
-            raise ValueError(f"patients: {str(file)!r} is not UTF-8 text ({error})") from error
+    table = open_table(file, "patients")
+    missing = [name for name in required if name not in table.columns]
+    if missing:
+        raise ValueError(
+            f"patients: {str(file)!r} has no column {', '.join(missing)}; it is of another command or version: run "
+            f"dinov2/eval/abmil.py again"
+        )
+    for _, row in table.records():
+        yield row
 
 
 def _class_names(folder: Path, header: Sequence[str]) -> list[str]:

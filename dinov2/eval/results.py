@@ -8,7 +8,6 @@ Letters: N samples (cells, or patients), C classes
 
 import argparse
 import csv
-import io
 import json
 import logging
 import platform
@@ -23,6 +22,7 @@ import sklearn
 import torch
 
 import dinov2
+from dinov2.data.datasets.tables import open_table
 from dinov2.data.splits import Fold
 from dinov2.eval.metrics import classification_metrics
 from dinov2.eval.uncertainty import bootstrap_intervals
@@ -246,18 +246,15 @@ def read_predictions(file: Path) -> PredictionTable:
     file = local_path(file)
     if not file.is_file():
         raise FileNotFoundError(f"predictions: no file {str(file)!r}; linear.py and abmil.py write predictions.csv")
-    try:
-        reader = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig")))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"predictions: {str(file)!r} is not UTF-8 text ({error})") from error
-    header = list(reader.fieldnames or [])
+    table = open_table(file, "predictions")
+    header = table.columns
     missing = [name for name in LABEL_COLUMNS[:2] if name not in header]
     if missing or header[0] in LABEL_COLUMNS:
         raise ValueError(
             f"predictions: {str(file)!r} has the columns {header or 'none'}; expected path or patient first, then "
             f"{', '.join(LABEL_COLUMNS)}"
         )
-    rows = list(reader)
+    rows = [row for _, row in table.records()]
     keys = [row[header[0]] for row in rows]
     if not rows or len(set(keys)) < len(keys):
         raise ValueError(f"predictions: {str(file)!r} has no rows, or one {header[0]} stands in several; give one each")

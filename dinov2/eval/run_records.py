@@ -3,7 +3,6 @@
 Letters: n iterations
 """
 
-import csv
 import json
 import logging
 import math
@@ -19,6 +18,8 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
+
+from dinov2.data.datasets.tables import open_table
 
 logger = logging.getLogger("dinov2")
 
@@ -264,9 +265,8 @@ def _read_bad_images(file: Path, notes: list[str]) -> list[tuple[str, str]] | No
     if not file.is_file():
         return None
     try:
-        with open(file, encoding="utf-8", errors="replace", newline="") as stream:
-            return [(row.get("path") or "", row.get("reason") or "") for row in csv.DictReader(stream)]
-    except csv.Error as error:
+        return [(row.get("path", ""), row.get("reason", "")) for _, row in open_table(file, "bad images").records()]
+    except ValueError as error:
         notes.append(f"{file.name} is not readable ({error})")
         return None
 

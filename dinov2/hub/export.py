@@ -34,7 +34,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dinov2.data.cell_drawing import Slide, draw_cell
+from dinov2.data.sample_cells import Slide, draw_cell
 from dinov2.hub.backbones import checkpoint_file, load_backbone
 from dinov2.hub.export_formats import FORMATS, Format, exported_size, own_tokens
 from dinov2.hub.model_card import Origin, files_below, read_results, write_card

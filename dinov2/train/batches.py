@@ -45,7 +45,7 @@ def build_dataset(cfg: Any) -> HemaStandardDataset:
     """
     size = cfg.train.image_size or cfg.crops.global_crops_size
     dataset = make_dataset(cfg.train.dataset_path, image_size=size, fit=cfg.train.image_fit, seed=cfg.train.seed)
-    build_balance(cfg).quotas(dataset.pictures.set_names, dataset.pictures.set_sizes)
+    build_balance(cfg).quotas(dataset.source.set_names, dataset.source.set_sizes)
     return dataset
 
 

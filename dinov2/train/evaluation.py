@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov2.data.datasets.cells import LabelledCells
+from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, on_main_process
 from dinov2.eval.embedding import Extraction, extract
 from dinov2.eval.knn import evaluate_knn

@@ -39,7 +39,7 @@ def describe_run(cfg: Any, model: SSLMetaArch, dataset: HemaStandardDataset) -> 
     dtype = str(resolve_dtype(precision, model.device.type)).removeprefix("torch.")
     frozen = f"; backbone frozen for {schedules.n_backbone_frozen:,} steps" if schedules.n_backbone_frozen else ""
     lines = [
-        f"data      {n_pictures:,} pictures in {dataset.pictures.kind}",
+        f"data      {n_pictures:,} pictures in {dataset.source.kind}",
         *describe_sets(cfg, dataset, n * batch),
         f"crops     2 global of {crops.global_crops_size} px, {local}; augmentation {cfg.data_transform}",
         f"schedule  {n:,} steps of {batch} pictures = {n * batch / n_pictures:,.1f} passes over the data "
@@ -65,7 +65,7 @@ def describe_sets(cfg: Any, dataset: HemaStandardDataset, n_seen: int) -> Iterat
 
     Nothing where there is one set.
     """
-    names, sizes = dataset.pictures.set_names, dataset.pictures.set_sizes
+    names, sizes = dataset.source.set_names, dataset.source.set_sizes
     balance = build_balance(cfg)
     if len(names) == 1:
         return

@@ -21,7 +21,6 @@ from omegaconf import DictConfig
 
 from dinov2 import distributed
 from dinov2.data.datasets.hema_data import HemaStandardDataset
-from dinov2.data.packed_cache import describe_plan
 from dinov2.distributed import Launch, StepAgreement
 from dinov2.distributed.watchdog import Watchdog
 from dinov2.fsdp.precision import resolve_precision
@@ -159,10 +158,10 @@ def fill_cache(dataset: HemaStandardDataset, signals: StopSignals, *, only_tell:
     if dataset.cache is None:
         return True
     if only_tell:
-        logger.info("packed cache %s: %s", dataset.cache.folder, describe_plan(dataset.cache.plan()))
+        logger.info("packed cache %s: %s", dataset.cache.folder, dataset.cache.plan())
         dataset.cache = None
         return True
-    summary = dataset.cache.build(should_stop=lambda: signals.received is not None, together=True)
+    summary = dataset.cache.build(should_stop=lambda: signals.received is not None)
     return all(distributed.all_gather_objects(summary.is_complete))
 
 

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2.data.cell_drawing import CELL_CLASSES
-from dinov2.data.datasets.cells import LabelledCells
-from dinov2.data.sample_cells import write_sample_cells
+from dinov2.data.datasets.labelled_cells import LabelledCells
+from dinov2.data.sample_cells import CELL_CLASSES, write_sample_cells
 from dinov2.eval.baselines import colour_histogram
 from dinov2.eval.explorer import ExplorerSettings, explorer_section
 from dinov2.eval.explorer_columns import Predictions

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dinov2.data.balance import Balance
-from dinov2.data.datasets.hema_data import HemaStandardDataset, UnreadablePicture
+from dinov2.data.datasets.hema_data import HemaStandardDataset, UnreadableImage
 from dinov2.data.loaders import make_data_loader, make_dataset
 from dinov2.data.samplers import SamplerType
 
@@ -50,7 +50,7 @@ def test_batches(dataset):
     failures = [failure for batch in found for sample in batch for failure in sample.failures]
     assert {failure.path for failure in failures} == {dataset.path(4)}
     assert len(failures) == 2  # once a pass
-    assert isinstance(failures[0], UnreadablePicture)
+    assert isinstance(failures[0], UnreadableImage)
 
 
 def mean_and_draw(image, rng):

@@ -49,7 +49,7 @@ def test_folds_keep_patients_whole(seed):
     assert sorted(np.concatenate([test for _, test in folds])) == list(range(300))
 
 
-def test_a_class_with_one_picture_is_trained_on_and_reported():
+def test_a_class_with_one_image_is_trained_on_and_reported():
     labels = np.repeat([0, 1, 2], [20, 3, 1])
     folds = make_folds(labels, n_folds=5)
     assert all(23 in train and 23 not in test for train, test in folds)
@@ -192,7 +192,7 @@ def test_parts_come_back_from_their_file(tmp_path):
     assert found.validation.tolist() == [4]
 
 
-def test_official_files_name_pictures_relative_to_themselves(tmp_path):
+def test_official_files_name_images_relative_to_themselves(tmp_path):
     text = "\ufeffImage Path, Label, fold\nc/1.png, x, 0\nc/2.png, x, 1\nc/3.png,y,0\n,,\n"
     (tmp_path / "split.csv").write_text(text)
     paths = [str(tmp_path / "c" / "2.png"), str(tmp_path / "c" / "1.png")]  # 3.png is not at hand

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov2.data.datasets.bags import read_fold_files
+from dinov2.data.datasets.fold_files import read_fold_files
 from dinov2.eval.abmil import TrainedAggregator, format_report, main
 from dinov2.eval.features import Features, write_features
 from dinov2.eval.results import read_predictions

@@ -159,7 +159,7 @@ def test_unreadable_pictures_are_left_out_and_named(model, cells, tmp_path, capl
     assert len(maps) == 1
     assert list(maps.unreadable) == [str(bad), str(tmp_path / "gone.png")]
     assert "left out" in caplog.text
-    assert "b&lt;a&gt;d.png: not a known picture format" in maps_section(maps).html
+    assert "b&lt;a&gt;d.png: not a known image format" in maps_section(maps).html
     with pytest.raises(ValueError, match="none of the 1 could be read"):
         make_cell_maps(model, [bad], SIZE)
 

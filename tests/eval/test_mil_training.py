@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from dinov2.data import sample_cells
 from dinov2.data.datasets.bags import PatientBags
-from dinov2.data.datasets.cells import LabelledCells
+from dinov2.data.datasets.labelled_cells import LabelledCells
+from dinov2.data.sample_cells import sets
 from dinov2.eval import mil_training
 from dinov2.eval.mil_training import (
     Fold,
@@ -309,8 +309,8 @@ def sample_patients(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("patients")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample_cells, "draw_cell", lambda name, slide, rng, size: np.zeros((size, size, 3), np.uint8))
-        sample_cells.write_sample_cells(folder, 0, 0, 0, n_patients=100, size=16, cells_per_patient=(12, 20))
+        patch.setattr(sets, "draw_cell", lambda name, slide, rng, size: np.zeros((size, size, 3), np.uint8))
+        sets.write_sample_cells(folder, 0, 0, 0, n_patients=100, size=16, cells_per_patient=(12, 20))
     cells = LabelledCells.from_path(folder / "patients.csv")
     kinds = LabelledCells.from_path(folder / "patients_cell_classes.csv")
     rng = np.random.default_rng(0)

@@ -26,7 +26,7 @@ def test_each_picture_is_at_its_place_and_missing_ones_are_grey_with_a_reason(tm
     found = make_thumbnails(listed, 24, n_workers=2)
     assert len(found.sheets) == 2
     assert Image.open(io.BytesIO(found.sheets[1])).size == (24 * N_COLUMNS, 24 * 2)
-    assert found.missing == {3: "No such file or directory", PER_SHEET + 1: "not a known picture format"}
+    assert found.missing == {3: "No such file or directory", PER_SHEET + 1: "not a known image format"}
     for i, path in enumerate(listed):
         seen = place(found.sheets, i, 24)
         if i in found.missing:

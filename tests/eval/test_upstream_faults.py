@@ -35,8 +35,8 @@ import torch
 from PIL import Image
 
 from dinov2.data.datasets.bags import PatientBags
-from dinov2.data.datasets.cells import LabelledCells
 from dinov2.data.datasets.decode import load_image, resize_image
+from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.data.transforms import normalize_images
 from dinov2.eval import abmil, cross, extract_features, knn, linear
 from dinov2.eval.features import Features, read_features, write_features

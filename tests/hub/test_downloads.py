@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from dinov2.data.datasets import HemaStandardDataset
-from dinov2.data.datasets.cells import LabelledCells
+from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.eval.extract_features import embedder_from, parse_arguments
 from dinov2.hub.backbones import load_backbone
 from dinov2.hub.downloads import RELEASES, resolve_weights

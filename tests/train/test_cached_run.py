@@ -84,5 +84,5 @@ def test_a_cache_that_does_not_fit_on_the_disk_is_refused(train, tmp_path, monke
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=1000, used=1000, free=0))
     code, rows = train("run", cached=True)
     assert (code, rows) == (2, [])
-    assert not list((tmp_path / "cache").rglob("*.pixels"))
+    assert not list((tmp_path / "cache").rglob("pixels.bin"))
     assert "make room" in capsys.readouterr().err

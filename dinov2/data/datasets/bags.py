@@ -1,19 +1,18 @@
-"""Patients as bags of cell features: from a features file's arrays, from folders of .h5 files, or from a CSV.
+"""Patients as bags of cell features: from a features file's arrays, from folders of .h5 files, or from a table.
 
 Layouts of a folder, GenBloom's first (a .h5 file has the dataset `features`, [N, D], or [D] for a single cell):
 
-- `<patient>.h5`, the labels in a CSV with the columns `patient,label`;
+- `<patient>.h5`, the labels in a table with the columns `patient,label`;
 - `<class>/<patient>.h5`;
 - `<class>/<patient>/*.h5`, a file per cell (DinoBloom's) or per slide.
 
-A CSV of bags has the columns `patient,label,file`, a row per .h5 file; files of one patient make one bag.
+A table of bags (CSV or parquet) has the columns `patient,label,file`, a row per .h5 file; files of one patient make one
+bag.
 
 Letters: P patients, N cells of a patient, D feature dim.
 """
 
-import csv
 import hashlib
-import io
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from dinov2.utils.files import atomic_write
+from dinov2.data.datasets.tables import TABLE_SUFFIXES, read_table
 from dinov2.utils.paths import local_path
 
 logger = logging.getLogger("dinov2")
@@ -33,20 +32,10 @@ logger = logging.getLogger("dinov2")
 PathLike = str | os.PathLike[str]
 
 SUFFIX = ".h5"
-# a CSV's columns and the names that other projects' files have for them
-COLUMNS = {
-    "patient": ("patient", "patient_name", "patient_id"),
-    "label": ("label", "Label", "labels"),
-    "file": ("file",),
-    "label_id": ("label_id",),
-    "label_name": ("label_name",),
-    "fold": ("fold",),
-    "part": ("part",),
-}
+# names that other projects' files have for our columns
+OTHER_NAMES = {"patient": ("patient_name", "patient_id"), "label": ("Label", "labels")}
 # bags whose files differ in one of these are from different networks
 IDENTITY = ("checkpoint_sha256", "transform", "kind")
-PARTS = ("train", "val", "test")
-CLASS_NAMES_FILE = "label_to_diagnose.csv"
 N_EXAMPLES = 5
 
 
@@ -57,7 +46,7 @@ class PatientBags:
     Attributes:
         patients: P different ids, sorted.
         features: P arrays, float32 [N, D] with the same D; every N is at least 1 and every number finite.
-        cells: P lists of N texts, where each cell is from: its picture where that is known, else file and row.
+        cells: P lists of N texts, where each cell is from: its image where that is known, else file and row.
         labels: int64 [P], positions in `class_names`, or None where the source has no labels.
         class_names: C names; empty without labels.
         attributes: what is known of the network that made the features: `checkpoint_sha256`, `transform`, ...
@@ -75,7 +64,7 @@ class PatientBags:
             raise ValueError("bags: there is no patient; give at least one bag of cells")
         twice = [patient for patient, count in Counter(self.patients).items() if count > 1]
         if twice:
-            raise ValueError(f"bags: {_some(twice)} stand twice; a patient is one bag, so merge or rename them")
+            raise ValueError(f"bags: {list_names(twice)} stand twice; a patient is one bag, so merge or rename them")
         for patient, cells in zip(self.patients, self.features, strict=True):
             if cells.ndim != 2 or not len(cells):
                 raise ValueError(
@@ -94,7 +83,7 @@ class PatientBags:
             odd = [p for p, cells in zip(self.patients, self.features, strict=True) if cells.shape[1] != usual]
             raise ValueError(
                 f"bags: features of {', '.join(map(str, sorted(dims)))} dimensions are mixed, so they are from "
-                f"different networks ({_some(odd)} differ from most); extract all with one checkpoint"
+                f"different networks ({list_names(odd)} differ from most); extract all with one checkpoint"
             )
 
     def __len__(self) -> int:
@@ -114,14 +103,7 @@ class PatientBags:
         cell_labels: Sequence[str] | None = None,
         attributes: Mapping[str, str] | None = None,
     ) -> "PatientBags":
-        """Bags from cells in one array.
-
-        Args:
-            features: [N_all, D].
-            patients: N_all ids, a patient for each cell.
-            cells: N_all texts, where each cell is from.
-            cell_labels: N_all names; the label of each cell's patient.
-            attributes: of the features.
+        """Group cells in one array, [N_all, D], by patient; `cell_labels` are the labels of each cell's patient.
 
         Raises:
             ValueError: if there are no patients, a patient has two labels, or features are not finite.
@@ -147,32 +129,22 @@ class PatientBags:
 
     @classmethod
     def from_path(cls, path: PathLike) -> "PatientBags":
-        """Read a folder (`from_folder`) or a .csv file (`from_csv`).
-
-        Raises:
-            FileNotFoundError: if nothing is at `path`.
-            ValueError: as those.
-        """
+        """Read a folder (`from_folder`) or a table (`from_table`)."""
         path = local_path(path)
         if path.is_dir():
             return cls.from_folder(path)
         if not path.exists():
             raise FileNotFoundError(f"bags: {str(path)!r} does not exist; give a folder of .h5 files or a CSV of them")
-        if path.suffix.lower() != ".csv":
+        if path.suffix.lower() not in TABLE_SUFFIXES:
             raise ValueError(
-                f"bags: {str(path)!r} is neither a folder nor a .csv file; give a folder with <patient>.h5 or "
-                f"<class>/<patient>.h5, or a CSV with the columns patient,label,file"
+                f"bags: {str(path)!r} is neither a folder nor a .csv or .parquet file; give a folder with <patient>.h5 "
+                f"or <class>/<patient>.h5, or a table with the columns patient,label,file"
             )
-        return cls.from_csv(path)
+        return cls.from_table(path)
 
     @classmethod
     def from_folder(cls, folder: PathLike) -> "PatientBags":
-        """Read one of the layouts in the module's docstring; hidden files and other suffixes are ignored.
-
-        Raises:
-            ValueError: if the folder has no .h5 file, has some beside class folders, a patient is in two classes, a
-                file cannot be read, or files are from different networks.
-        """
+        """Read one of the layouts in the module's docstring; hidden files and other suffixes are ignored."""
         folder = Path(folder)
         flat = _h5_files(folder)
         class_folders = {entry.name: entry for entry in _folders(folder)}
@@ -181,7 +153,7 @@ class PatientBags:
         if flat and by_class:
             raise ValueError(
                 f"bags: {str(folder)!r} has .h5 files ({flat[0].name}, ...) beside folders with .h5 files "
-                f"({_some(by_class)}); keep either one file per patient or one folder per class"
+                f"({list_names(by_class)}); keep either one file per patient or one folder per class"
             )
         if not flat and not by_class:
             raise ValueError(
@@ -195,7 +167,7 @@ class PatientBags:
         ]
         if without_cells:
             raise ValueError(
-                f"bags: folders without an .h5 file are bags without cells: {_some(without_cells)}; extract these "
+                f"bags: folders without an .h5 file are bags without cells: {list_names(without_cells)}; extract these "
                 f"patients' cells, or remove the folders"
             )
         labels = one_label_each(
@@ -208,13 +180,13 @@ class PatientBags:
         return cls._from_files(files).with_labels(labels)
 
     @classmethod
-    def from_csv(cls, file: PathLike) -> "PatientBags":
+    def from_table(cls, file: PathLike) -> "PatientBags":
         """A row per .h5 file with the columns `patient,label,file`, or `patient,file` for bags without labels.
 
-        Relative files count from the CSV's own folder.
+        Relative files count from the table's own folder.
         """
         file = Path(file)
-        rows = read_table(file, required=("patient", "file"), optional=("label",))
+        rows = read_table(file, "bags", ("patient", "file"), ("label",), OTHER_NAMES)
         files: dict[str, list[Path]] = defaultdict(list)
         for row in rows:
             files[row["patient"]].append(file.parent / row["file"])
@@ -257,11 +229,7 @@ class PatientBags:
         return cls(patients, features, cells, attributes={k: v for k, v in sorted(known.items()) if v is not None})
 
     def with_labels(self, labels: Mapping[str, str], class_names: Sequence[str] | None = None) -> "PatientBags":
-        """The same bags with these labels.
-
-        Args:
-            labels: {patient: class}.
-            class_names: the classes in the order of their ids; without it, those found, sorted.
+        """Return the same bags with labels, {patient: class}; without `class_names` the classes are sorted.
 
         Raises:
             ValueError: if a bag has no label, a label has no bag, or a label is not among `class_names`.
@@ -269,21 +237,21 @@ class PatientBags:
         unlabelled = [patient for patient in self.patients if patient not in labels]
         if unlabelled:
             raise ValueError(
-                f"labels: {len(unlabelled)} of {len(self)} bags have none ({_some(unlabelled)}); add them to the "
+                f"labels: {len(unlabelled)} of {len(self)} bags have none ({list_names(unlabelled)}); add them to the "
                 f"labels, or leave these bags out"
             )
         without_bag = sorted(set(labels) - set(self.patients))
         if without_bag:
             raise ValueError(
-                f"labels: {len(without_bag)} of {len(labels)} labelled patients have no bag ({_some(without_bag)}); "
-                f"extract their cells, or drop them from the labels"
+                f"labels: {len(without_bag)} of {len(labels)} labelled patients have no bag "
+                f"({list_names(without_bag)}); extract their cells, or drop them from the labels"
             )
         names = sorted(set(labels.values())) if class_names is None else list(class_names)
         unknown = sorted(set(labels.values()) - set(names))
         if unknown:
             raise ValueError(
-                f"labels: {_some(unknown)} are not among the classes {', '.join(map(repr, names))}; drop or rename "
-                f"these patients' labels"
+                f"labels: {list_names(unknown)} are not among the classes {', '.join(map(repr, names))}; drop or "
+                f"rename these patients' labels"
             )
         ids = {name: i for i, name in enumerate(names)}
         return replace(
@@ -293,7 +261,7 @@ class PatientBags:
         )
 
     def select(self, positions: np.ndarray) -> "PatientBags":
-        """The bags at these positions, in ascending order; classes keep their ids."""
+        """Return the bags at these positions, in ascending order; classes keep their ids."""
         chosen = sorted(positions.tolist())
         return replace(
             self,
@@ -304,18 +272,18 @@ class PatientBags:
         )
 
     def joined(self, other: "PatientBags") -> tuple["PatientBags", np.ndarray]:
-        """These bags and those of another set, and the positions of the latter's among them, ascending.
+        """Join the bags of another set; return all of them, and the ascending positions of the other set's.
 
         Raises:
-            ValueError: if one has labels and the other has none, they are from different networks, or share a patient.
+            ValueError: if only one has labels, they are from different networks, or they share a patient.
         """
         if (self.labels is None) != (other.labels is None):
             raise ValueError("bags: the training or the test set has no labels; give those of both with --labels")
         both = sorted(set(self.patients) & set(other.patients))
         if both:
             raise ValueError(
-                f"bags: {len(both)} patients are in the training and in the test set ({_some(both)}); remove them from "
-                f"one, or rename them if they are different people"
+                f"bags: {len(both)} patients are in the training and in the test set ({list_names(both)}); remove them "
+                f"from one, or rename them if they are different people"
             )
         check_same_network(self.attributes, other.attributes, "the training set", "the test set")
         features = dict(zip([*self.patients, *other.patients], [*self.features, *other.features], strict=True))
@@ -329,25 +297,25 @@ class PatientBags:
         return bags, bags.positions(other.patients, "test set")
 
     def bag_hashes(self) -> list[str]:
-        """P sha256 of the bags' features, whatever the order of their cells."""
+        """Return the sha256 of each bag's features, whatever the order of its cells."""
         return [
             hashlib.sha256(b"".join(sorted(np.ascontiguousarray(cell).tobytes() for cell in cells))).hexdigest()
             for cells in self.features
         ]
 
     def sha256(self) -> str:
-        """Of patients, labels and features: equal bags have equal ones, however they are stored."""
+        """Hash patients, labels and features; equal bags have equal hashes, however they are stored."""
         content = [self.patients, self.label_of(), self.bag_hashes()]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def label_of(self) -> dict[str, str]:
-        """{patient: class}; empty without labels."""
+        """Return {patient: class}; empty without labels."""
         if self.labels is None:
             return {}
         return {patient: self.class_names[i] for patient, i in zip(self.patients, self.labels, strict=True)}
 
     def positions(self, patients: Iterable[str], source: str) -> np.ndarray:
-        """Where these patients are, int64, ascending.
+        """Find the positions of these patients, int64, ascending.
 
         Raises:
             ValueError: if one of them has no bag.
@@ -357,39 +325,14 @@ class PatientBags:
         missing = [patient for patient in patients if patient not in where]
         if missing:
             raise ValueError(
-                f"{source}: {len(missing)} of {len(patients)} patients have no bag ({_some(missing)}); extract their "
-                f"cells, or take them out of the file"
+                f"{source}: {len(missing)} of {len(patients)} patients have no bag ({list_names(missing)}); extract "
+                f"their cells, or take them out of the file"
             )
         return np.array(sorted(where[patient] for patient in patients), dtype=np.int64)
 
 
-@dataclass(frozen=True)
-class FoldFiles:
-    """Folds as files have them.
-
-    Attributes:
-        folds: for each, {"train" | "val" | "test": patients}; no patient is on two sides of a fold.
-        names: of the folds.
-        labels: {patient: class}, of all patients in the files.
-    """
-
-    folds: list[dict[str, list[str]]]
-    names: list[str]
-    labels: dict[str, str]
-
-    def write(self, file: PathLike) -> None:
-        """Write one CSV with the columns `fold,part,patient,label`, which `read_fold_files` reads."""
-        with atomic_write(file, "w") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(("fold", "part", "patient", "label"))
-            for name, fold in zip(self.names, self.folds, strict=True):
-                writer.writerows(
-                    (name, part, patient, self.labels[patient]) for part in PARTS for patient in fold[part]
-                )
-
-
 def check_no_bag_twice(bags: PatientBags) -> None:
-    """Refuse one bag under two names: such a patient could be learned from and judged by.
+    """Refuse one bag under two names: such a patient could be in train and in test.
 
     Raises:
         ValueError: if two patients have the same cells, in whatever order.
@@ -400,20 +343,20 @@ def check_no_bag_twice(bags: PatientBags) -> None:
     twice = [patients for patients in names.values() if len(patients) > 1]
     if twice:
         raise ValueError(
-            f"bags: {_some(twice[0])} have the same cells, so one patient is there under several names"
+            f"bags: {list_names(twice[0])} have the same cells, so one patient is there under several names"
             f"{f', and {len(twice) - 1} more such cases' if len(twice) > 1 else ''}; keep one of each"
         )
 
 
 def check_same_network(a: Mapping[str, str], b: Mapping[str, str], name_a: str, name_b: str) -> None:
-    """Compare what two sets' attributes tell of their networks; what either does not tell is only warned of.
+    """Check that two sets' attributes name the same network; an attribute that one lacks is only warned of.
 
     Raises:
         ValueError: if the checkpoints or the transforms differ.
     """
     for name in IDENTITY:
         if a.get(name) is None or b.get(name) is None:
-            logger.warning("whether %s and %s have features of one network is unknown: no %s", name_a, name_b, name)
+            logger.warning("cannot check that %s and %s have features of one network: no %s", name_a, name_b, name)
         elif a[name] != b[name]:
             raise ValueError(
                 f"features: {name} of {name_a} is {a[name]!r} and of {name_b} {b[name]!r}; extract both with one "
@@ -421,90 +364,14 @@ def check_same_network(a: Mapping[str, str], b: Mapping[str, str], name_a: str, 
             )
 
 
-def read_fold_files(path: PathLike) -> FoldFiles:
-    """Read official folds, or those that `FoldFiles.write` wrote.
-
-    Args:
-        path: a CSV with the columns `fold,part,patient,label`, or a folder of folders with `train.csv`, `val.csv` and
-            `test.csv` each, with the columns `patient,label`, as GenBloom has them. A `test.csv` beside the folders is
-            that of every fold without its own. Where `label_to_diagnose.csv` (columns `label_name,label_id`) lies
-            beside them, labels are ids and get their names from there.
-
-    Raises:
-        FileNotFoundError: if there is nothing at `path`, or a file is missing.
-        ValueError: if a file is malformed, a fold lacks a part, a patient has two labels or is on two sides of a fold.
-    """
-    path = local_path(path)
-    rows = _rows_of_fold_folders(path) if path.is_dir() else _rows_of_fold_table(path)
-    names = sorted({row["fold"] for row in rows}, key=_natural)
-    folds = [
-        {part: [r["patient"] for r in rows if (r["fold"], r["part"]) == (name, part)] for part in PARTS}
-        for name in names
-    ]
-    for name, fold in zip(names, folds, strict=True):
-        lacking = [part for part in PARTS if not fold[part]]
-        if lacking:
-            raise ValueError(
-                f"fold files: fold {name!r} of {str(path)!r} has no patient in {' and '.join(lacking)}; add some"
-            )
-        counts = Counter(patient for part in PARTS for patient in fold[part])
-        twice = sorted(patient for patient, count in counts.items() if count > 1)
-        if twice:
-            raise ValueError(
-                f"fold files: in fold {name!r} of {str(path)!r} {_some(twice)} stand twice among train, val and test; "
-                f"a patient belongs to one side"
-            )
-    labels = one_label_each(((row["patient"], row["label"]) for row in rows), f"fold files {str(path)!r}")
-    return FoldFiles(folds, names, labels)
-
-
-def _rows_of_fold_table(file: Path) -> list[dict[str, str]]:
-    rows = read_table(file, required=("fold", "part", "patient", "label"))
-    unknown = sorted({row["part"] for row in rows} - set(PARTS))
-    if unknown:
-        raise ValueError(f"fold files: {str(file)!r} has the part {_some(unknown)}; write {', '.join(PARTS)}")
-    return rows
-
-
-def _rows_of_fold_folders(folder: Path) -> list[dict[str, str]]:
-    """As a table with the columns fold, part, patient, label would have them."""
-    fold_folders = [entry for entry in _folders(folder) if (entry / "train.csv").is_file()]
-    if not fold_folders:
-        raise FileNotFoundError(
-            f"fold files: no folder in {str(folder)!r} has a train.csv; expected <fold>/train.csv, val.csv and test.csv"
-        )
-    names_of_ids = _names_of_ids(folder / CLASS_NAMES_FILE)
-    rows = []
-    for fold_folder in fold_folders:
-        for part in PARTS:
-            file = fold_folder / f"{part}.csv"
-            if part == "test" and not file.is_file():
-                file = folder / file.name
-            if not file.is_file():
-                raise FileNotFoundError(f"fold files: {str(fold_folder)!r} has no {part}.csv; add it")
-            for row in read_table(file, required=("patient", "label")):
-                if names_of_ids and row["label"] not in names_of_ids:
-                    raise ValueError(
-                        f"fold files: {str(file)!r} has the label {row['label']!r}, which {CLASS_NAMES_FILE} does not "
-                        f"name; add it there"
-                    )
-                label = names_of_ids.get(row["label"], row["label"])
-                rows.append({"fold": fold_folder.name, "part": part, "patient": row["patient"], "label": label})
-    return rows
-
-
 def read_patient_labels(file: PathLike) -> dict[str, str]:
-    """{patient: class} of a CSV with the columns `patient,label`.
-
-    Raises:
-        FileNotFoundError, ValueError: if it is missing or malformed, or a patient has two labels.
-    """
-    rows = read_table(Path(file), required=("patient", "label"))
+    """Read {patient: class} from a table with the columns `patient,label`."""
+    rows = read_table(Path(file), "labels", ("patient", "label"), other_names=OTHER_NAMES)
     return one_label_each(((row["patient"], row["label"]) for row in rows), f"labels {str(file)!r}")
 
 
 def one_label_each(pairs: Iterable[tuple[str, str]], source: str) -> dict[str, str]:
-    """{patient: label} of (patient, label) pairs, in which a patient may stand several times.
+    """Return {patient: label} of (patient, label) pairs, in which a patient may be several times.
 
     Raises:
         ValueError: if a patient has two labels.
@@ -521,46 +388,6 @@ def one_label_each(pairs: Iterable[tuple[str, str]], source: str) -> dict[str, s
             f"the patients' with --labels"
         )
     return {patient: next(iter(labels)) for patient, labels in found.items()}
-
-
-def read_table(file: Path, required: Sequence[str], optional: Sequence[str] = ()) -> list[dict[str, str]]:
-    """The rows of a CSV with these columns (keys of `COLUMNS`); further columns and empty lines are ignored.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not UTF-8, lacks a column or a value, or has no row.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"CSV: no file {str(file)!r}; it needs the columns {','.join(required)}")
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # -sig: Excel writes a byte-order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"CSV: {str(file)!r} is not UTF-8 text ({error}); save it as CSV UTF-8") from error
-    reader = csv.DictReader(io.StringIO(text), skipinitialspace=True)
-    header = [column.strip() for column in reader.fieldnames or []]
-    reader.fieldnames = header
-    found = {name: next((c for c in COLUMNS[name] if c in header), None) for name in (*required, *optional)}
-    missing = [name for name in required if found[name] is None]
-    if missing:
-        raise ValueError(
-            f"CSV: {str(file)!r} lacks the column(s) {', '.join(map(repr, missing))}; its first line has "
-            f"{header or 'nothing'}, expected {','.join(required)} separated by commas"
-        )
-    rows = []
-    for row in reader:
-        values = {name: (row[column] or "").strip() for name, column in found.items() if column is not None}
-        gaps = [name for name, value in values.items() if not value]
-        if len(gaps) == len(values):
-            continue
-        if gaps:
-            raise ValueError(
-                f"CSV: {str(file)!r}, line {reader.line_num}: no value for {', '.join(map(repr, gaps))}; fill it in or "
-                f"drop the row"
-            )
-        rows.append(values)
-    if not rows:
-        raise ValueError(f"CSV: {str(file)!r} has no rows under its first line; add some")
-    return rows
 
 
 @dataclass(frozen=True)
@@ -602,7 +429,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _patient_files(class_folder: Path) -> dict[str, list[Path]]:
-    """{patient: files} of one class, a file or a folder each; an empty folder has no files."""
+    """Find {patient: files} of one class, a file or a folder each; an empty folder has no files."""
     files = {file.stem: [file] for file in _h5_files(class_folder)}
     for entry in _folders(class_folder):
         if entry.name in files:
@@ -611,19 +438,7 @@ def _patient_files(class_folder: Path) -> dict[str, list[Path]]:
     return files
 
 
-def _names_of_ids(file: Path) -> dict[str, str]:
-    if not file.is_file():
-        return {}
-    return {row["label_id"]: row["label_name"] for row in read_table(file, required=("label_name", "label_id"))}
-
-
-def _natural(name: str) -> tuple[int, str]:
-    """Sorts fold_2 before fold_10."""
-    digits = "".join(filter(str.isdecimal, name))
-    return int(digits or -1), name
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first names, for an error message."""
+def list_names(names: Iterable[str]) -> str:
+    """Write the first names, for an error message."""
     names = list(names)
     return ", ".join(map(repr, names[:N_EXAMPLES])) + (", ..." if len(names) > N_EXAMPLES else "")

@@ -1,10 +1,10 @@
-"""Unlabelled single-cell pictures for pre-training, decoded to squares.
+"""Unlabelled single-cell images for pre-training, decoded to squares.
 
-Letters: N pictures, B of them in a batch, S side of a picture in pixels.
+Letters: N images, S side of an image in pixels.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,58 +14,44 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dinov2.data.cache import PackedCache
 from dinov2.data.datasets.decode import UnreadableImageError, check_fit, decode_image, resize_image
-from dinov2.data.datasets.pictures import Pictures
-from dinov2.data.packed_cache import PackedCache
+from dinov2.data.datasets.sources import ImageSource
 
 MAX_REPLACEMENTS = 20
 N_PROBED_PATHS = 16
 
 
-class UnreadablePicture(NamedTuple):
-    """One picture that had to be replaced."""
+class UnreadableImage(NamedTuple):
+    """An image that had to be replaced."""
 
     path: str
     reason: str
 
 
 class Sample(NamedTuple):
-    """One picture, and what went wrong on the way to it.
+    """An image, and what went wrong on the way to it.
 
     Attributes:
         image: uint8 [3, S, S], which lies in memory as [S, S, 3].
-        index: the index that was asked for, also when another picture stands in.
-        failures: the pictures that could not be read, the asked one first; empty as a rule.
+        index: the index that was asked for, also when another image stands in.
+        failures: the images that could not be read, the asked one first; empty as a rule.
     """
 
     image: Tensor
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
-    failures: tuple[UnreadablePicture, ...]
-
-
-class Samples(list[Sample]):
-    """The samples of a batch, whose pictures are views of one tensor.
-
-    Attributes:
-        images: uint8 [B, 3, S, S], which lies in memory as [B, S, S, 3].
-    """
-
-    def __init__(self, samples: Sequence[Sample], images: Tensor) -> None:
-        super().__init__(samples)
-        self.images = images
+    failures: tuple[UnreadableImage, ...]
 
 
 class HemaStandardDataset(Dataset):
-    """Unlabelled pictures: `HemaStandardDataset:root=<folder with *.txt lists>:shuffle=1`.
+    """Unlabelled images: `HemaStandardDataset:root=<folder with *.txt lists>:shuffle=1`.
 
-    `root` may also be one list, a .csv or .parquet file with a column of paths, a folder of pictures, or .tar shards:
-    see `Pictures.from_root`. In a list, blank lines and lines that begin with `#` are skipped, and relative paths count
-    from the list's own folder; the lists of a folder are read in sorted order. A picture that cannot be read is
-    replaced by another one, the same whenever this index is asked for; what failed travels with the sample, for the
-    training loop to record.
+    `root` may also be one list, a .csv or .parquet file with a column of paths, a folder of images, or .tar shards: see
+    `ImageSource.from_root`. An image that cannot be read is replaced by another one, the same whenever this index is
+    asked for; what failed travels with the sample, for the training loop to record.
 
     Attributes:
-        pictures: where the N pictures lie, in the order before any shuffling.
+        source: where the N images are, in the order before any shuffling.
         cache: the packed store that they are read from, or None.
     """
 
@@ -82,24 +68,24 @@ class HemaStandardDataset(Dataset):
         column: str | None = None,
         cache: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Read the lists; the pictures themselves are not looked at, but for a few that must not all be missing.
+        """Read the lists; no image is opened, but some files are looked for, which must not all be missing.
 
         Args:
-            root: what names the pictures.
+            root: what names the images.
             shuffle: permute the order by `seed`, so that neighbours in a list are not neighbours here.
             image_size: S in pixels.
-            fit: how a picture becomes square, see `resize_image`.
-            transform: called with the decoded picture (PIL, RGB, full size); items are then the pair
-                (transform(picture), target) and do not tell of replacements.
+            fit: how an image becomes square, see `resize_image`.
+            transform: called with the decoded image (PIL, RGB, full size); items are then the pair
+                (transform(image), target) and do not tell of replacements.
             target_transform: called with None, since nothing is labelled; without it the target is ().
-            seed: decides the order under `shuffle` and which pictures replace unreadable ones; not negative.
+            seed: decides the order under `shuffle` and which images replace unreadable ones; not negative.
             column: of a table, the column with the paths; None: "Image Path", or else "path".
             cache: folder of a packed store of the squares, which has to be built before items are read
                 (`dataset.cache.build`).
 
         Raises:
-            FileNotFoundError: nothing known is at `root`, or none of its pictures exists.
-            ValueError: what is there names no picture or cannot be read, or an argument is not allowed.
+            FileNotFoundError: nothing known is at `root`, or none of its images exists.
+            ValueError: what is there names no image or cannot be read, or an argument is not allowed.
         """
         check_fit(fit)
         if seed < 0:
@@ -107,91 +93,82 @@ class HemaStandardDataset(Dataset):
         if cache is not None and transform is not None:
             raise ValueError(
                 f"train.dataset_path: cache={os.fspath(cache)!r} holds squares of {image_size} px, and a transform is "
-                f"given whole pictures; leave one of the two out"
+                f"given whole images; leave one of the two out"
             )
         self.root = Path(root)
-        self.image_size = image_size
-        self.fit = fit
-        self.transform = transform
-        self.target_transform = target_transform
-        self.seed = seed
-        self.pictures = Pictures.from_root(root, column)
-        n = len(self.pictures)
-        self._order: Tensor | None = None  # a tensor, as what `pictures` holds: spawned workers share its memory
+        self.image_size, self.fit, self.seed = image_size, fit, seed
+        self.transform, self.target_transform = transform, target_transform
+        self.source = ImageSource.from_root(root, column)
+        order = np.arange(len(self.source))
         if shuffle:
-            order = np.random.default_rng(seed).permutation(n)
-            self._order = torch.from_numpy(order.astype(np.int32) if n <= np.iinfo(np.int32).max else order)
+            order = np.random.default_rng(seed).permutation(len(self.source))
+        # a tensor, as what `source` holds: spawned workers share its memory
+        self._order = torch.from_numpy(order.astype(np.int32))
         self._check_that_some_exist()
-        self.cache = None if cache is None else PackedCache(cache, self.pictures, image_size, fit)
+        self.cache = None if cache is None else PackedCache(cache, self.source, image_size, fit)
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.source)
 
     def path(self, index: int) -> str:
-        """The absolute path of the picture at `index`; `<shard>.tar::<member>` of one in a shard."""
-        return self.pictures.path(self._position(index))
+        """Return the absolute path of the image at `index`; `<shard>.tar::<member>` of one in a shard."""
+        return self.source.path(self._position(index))
 
     def sets(self) -> np.ndarray:
-        """The set of the picture at each index, as a position in `pictures.set_names`: int32 [N]."""
-        sets = self.pictures.all_sets()
-        return sets if self._order is None else sets[self._order.numpy()]
+        """Return the set of the image at each index, as a position in `source.set_names`: int32 [N]."""
+        return self.source.set_ids()[self._order.numpy()]
 
-    def __getitem__(self, index: int) -> Any:
-        """`Sample`, or with a `transform` the pair (transform(picture), target).
+    def read_square(self, index: int) -> tuple[np.ndarray, tuple[UnreadableImage, ...]]:
+        """Read the image at `index`, or another in its place.
+
+        Returns:
+            uint8 [S, S, 3], which may be read-only, and the images that could not be read.
 
         Raises:
-            RuntimeError: neither this picture nor any of its replacements can be read.
+            RuntimeError: neither this image nor any of its replacements can be read.
+        """
+        return self._first_readable(index, self._read_square)
+
+    def __getitem__(self, index: int) -> Any:
+        """Return a `Sample`, or with a `transform` the pair (transform(image), target).
+
+        Raises:
+            RuntimeError: neither this image nor any of its replacements can be read.
         """
         if self.transform is None:
-            square, failures = self._first_readable(index, self._read_square)
+            square, failures = self.read_square(index)
             return Sample(torch.from_numpy(np.require(square, requirements="W")).permute(2, 0, 1), index, failures)
-        array, _ = self._first_readable(index, self._read_whole)
+        pixels, _ = self._first_readable(index, self._read_whole)
         target = () if self.target_transform is None else self.target_transform(None)
-        return self.transform(Image.fromarray(array)), target
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """The items of a batch; samples come as `Samples`, each picture copied once, to its place in the batch."""
-        if self.transform is not None:
-            return [self[index] for index in indices]
-        batch = torch.empty((len(indices), self.image_size, self.image_size, 3), dtype=torch.uint8)
-        images = batch.permute(0, 3, 1, 2)  # [B, 3, S, S]
-        unread: Iterable[int] = range(len(indices))
-        if self.cache is not None:
-            unread = self.cache.copy_into([self._position(index) for index in indices], batch.numpy())
-        samples = [Sample(image, index, ()) for image, index in zip(images, indices, strict=True)]
-        for number in unread:
-            square, failures = self._first_readable(indices[number], self._read_square)
-            np.copyto(batch[number].numpy(), square)
-            samples[number] = samples[number]._replace(failures=failures)
-        return Samples(samples, images)
+        return self.transform(Image.fromarray(pixels)), target
 
     def _position(self, index: int) -> int:
         if not 0 <= index < len(self):
-            raise IndexError(f"index {index} of a dataset with {len(self)} pictures")
-        return index if self._order is None else int(self._order[index])
+            raise IndexError(f"index {index} of a dataset with {len(self)} images")
+        return int(self._order[index])
 
     def _read_whole(self, position: int) -> np.ndarray:
-        """uint8 [H, W, 3]."""
-        return decode_image(self.pictures.read(position), name=self.pictures.path(position))
+        """Decode an image to uint8 [H, W, 3]."""
+        return decode_image(self.source.read(position), name=self.source.path(position))
 
     def _read_square(self, position: int) -> np.ndarray:
-        """uint8 [S, S, 3]."""
+        """Read an image as uint8 [S, S, 3]."""
         if self.cache is not None:
             return self.cache.fetch(position)
         return resize_image(self._read_whole(position), self.image_size, self.fit).permute(1, 2, 0).numpy()
 
     def _first_readable(
         self, index: int, read: Callable[[int], np.ndarray]
-    ) -> tuple[np.ndarray, tuple[UnreadablePicture, ...]]:
-        failures: list[UnreadablePicture] = []
+    ) -> tuple[np.ndarray, tuple[UnreadableImage, ...]]:
+        failures: list[UnreadableImage] = []
         for candidate in self._candidates(index):
             try:
                 return read(self._position(candidate)), tuple(failures)
             except UnreadableImageError as error:
-                failures.append(UnreadablePicture(self.path(candidate), error.reason))
+                failures.append(UnreadableImage(self.path(candidate), error.reason))
         reasons = "; ".join(f"{path}: {reason}" for path, reason in failures[:3])
         raise RuntimeError(
-            f"train.dataset_path: picture {index} and all {len(failures) - 1} tried in its place cannot be read "
+            f"train.dataset_path: image {index} and all {len(failures) - 1} tried in its place cannot be read "
             f"({reasons}); check that the files are whole and readable from this machine"
         )
 
@@ -206,12 +183,12 @@ class HemaStandardDataset(Dataset):
         probes = np.linspace(0, len(self) - 1, num=min(len(self), N_PROBED_PATHS)).astype(int).tolist()
         for position in probes:
             try:
-                self.pictures.stamp(position)
+                self.source.stamp(position)
             except OSError:
                 continue
             return
         raise FileNotFoundError(
-            f"train.dataset_path: none of the {len(probes)} pictures probed among the {len(self)} that "
-            f"{self.pictures.kind} in {str(self.root)!r} name exists on this machine, for instance "
-            f"{self.pictures.path(probes[0])!r}; relative paths count from the folder of what names them"
+            f"train.dataset_path: none of the {len(probes)} images probed among the {len(self)} that "
+            f"{self.source.kind} in {str(self.root)!r} name exists on this machine, for instance "
+            f"{self.source.path(probes[0])!r}; relative paths count from the folder of what names them"
         )

@@ -35,7 +35,7 @@ def get_dataset(name: str) -> DataSet:
 
 def overview_table() -> str:
     """All data sets as a Markdown table."""
-    lines = ["| name | data set | modality | pictures | cells cut out | licence |", "|---|---|---|---|---|---|"]
+    lines = ["| name | data set | modality | images | cells cut out | licence |", "|---|---|---|---|---|---|"]
     for dataset in all_datasets().values():
         lines.append(
             f"| `{dataset.name}` | [{dataset.title}]({dataset.origin}) | {dataset.modality} | "

@@ -30,13 +30,13 @@ SPLIT_FOLDERS = (".", "..", "../wbcatt/submission", "../../wbcatt/submission")
 
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
     parts = _parts(top, notes)
-    for picture, label in class_folders(top, {name: name for name in CLASSES}, notes):
-        prefix = picture.name.split("_")[0].upper()
+    for image, label in class_folders(top, {name: name for name in CLASSES}, notes):
+        prefix = image.name.split("_")[0].upper()
         if prefix not in STAGES and prefix not in WITHOUT_STAGE:
-            notes.add("file prefixes that are not known", picture.relative_to(top))
-        yield Cell(picture, label, STAGES.get(prefix), part=parts.pop(f"{picture.parent.name}/{picture.name}", None))
+            notes.add("file prefixes that are not known", image.relative_to(top))
+        yield Cell(image, label, STAGES.get(prefix), part=parts.pop(f"{image.parent.name}/{image.name}", None))
     for absent, part in parts.items():
-        notes.add(f"pictures that the {part} list names and that are not there", absent)
+        notes.add(f"images that the {part} list names and that are not there", absent)
 
 
 def _parts(top: Path, notes: Notes) -> dict[str, str]:
@@ -53,7 +53,6 @@ def _parts(top: Path, notes: Notes) -> dict[str, str]:
 DATASET = DataSet(
     name="acevedo",
     title="Acevedo (PBC)",
-    modality="peripheral blood",
     origin="https://data.mendeley.com/datasets/snkd93bnjr/1",
     paper="Acevedo et al. 2020, Data in Brief 30, doi 10.1016/j.dib.2020.105474",
     licence="CC BY 4.0",
@@ -61,6 +60,6 @@ DATASET = DataSet(
     entries=CLASSES,
     classes={name: name for name in CLASSES},
     expected={"pictures": 17092},
-    remarks="neutrophil/.DS_169665.jpg in the archive is no picture; 17 pictures stand twice, one pair as two classes",
+    remarks="neutrophil/.DS_169665.jpg in the archive is no image; 17 images stand twice, one pair as two classes",
     find=find,
 )

@@ -4,10 +4,10 @@
 patient's subtype: bags for ABMIL, not cell types. `metadata.csv` beside the subtypes names the patients.
 """
 
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 
+from dinov2.data.datasets.tables import open_table
 from dinov2.data.prepare.base import Cell, DataSet, Notes, class_folders
 
 CLASSES = ("CBFB_MYH11", "NPM1", "PML_RARA", "RUNX1_RUNX1T1", "control")
@@ -15,35 +15,32 @@ CLASSES = ("CBFB_MYH11", "NPM1", "PML_RARA", "RUNX1_RUNX1T1", "control")
 
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
     subtype_of: dict[str, str] = {}
-    for picture, subtype in class_folders(top, {name: name for name in CLASSES}, notes):
-        folders = picture.relative_to(top).parts[1:-1]
+    for image, subtype in class_folders(top, {name: name for name in CLASSES}, notes):
+        folders = image.relative_to(top).parts[1:-1]
         if not folders:
-            notes.add("pictures beside the patients' folders, left out", picture.relative_to(top))
-            notes.annotations.add(picture)
+            notes.add("images beside the patients' folders, left out", image.relative_to(top))
+            notes.annotations.add(image)
             continue
         patient = folders[0]
         if subtype_of.setdefault(patient, subtype) != subtype:
-            notes.add("pictures of a patient who has another subtype already, left out", picture.relative_to(top))
-            notes.annotations.add(picture)
+            notes.add("images of a patient who has another subtype already, left out", image.relative_to(top))
+            notes.annotations.add(image)
             continue
-        yield Cell(picture, subtype, patient=patient)
+        yield Cell(image, subtype, patient=patient)
     file = next((f for f in (top / "metadata.csv", top.parent / "metadata.csv") if f.is_file()), None)
     if file is None:
         notes.add("label files that are not there", "metadata.csv")
         return
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        for row in csv.reader(stream):
-            if row and not set(row) & set(subtype_of) and not row[0].lower().startswith("patient"):
-                notes.add("patients that metadata.csv names and that are not there", row[0])
+    for _, row in open_table(file, "labels").rows():
+        if not set(row) & set(subtype_of):
+            notes.add("patients that metadata.csv names and that are not there", row[0])
 
 
 DATASET = DataSet(
     name="aml_hehr",
     title="AML Hehr",
-    modality="peripheral blood",
     origin="https://www.cancerimagingarchive.net/collection/aml-cytomorphology_mll_helmholtz/",
     paper="Hehr et al. 2023, PLOS Digital Health 2(3), doi 10.1371/journal.pdig.0000187",
-    licence=None,
     layout="data/<subtype>/<patient>/image_<n>.tif, the subtypes being " + ", ".join(CLASSES),
     entries=CLASSES,
     classes={name: name for name in CLASSES},

@@ -1,7 +1,7 @@
 """AML Matek: white cells of 100 AML patients and 100 controls, LMU Munich (Matek et al. 2019, Nature Mach. Intell. 1).
 
 `AML-Cytomorphology_LMU/<CODE>/<CODE>_<4 digits>.tiff` as TCIA delivers it (doi 10.7937/tcia.2019.36f5o9ld), with
-`annotations.dat`, whose lines begin with a picture's path and its class. The TIFFs have an alpha channel. The archive
+`annotations.dat`, whose lines begin with an image's path and its class. The TIFFs have an alpha channel. The archive
 has no patient ids.
 """
 
@@ -31,13 +31,13 @@ CLASSES = {
 
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
     annotated = _annotations(top, notes)
-    for picture, label in class_folders(top, CLASSES, notes):
-        code = annotated.pop(picture.name, None)
+    for image, label in class_folders(top, CLASSES, notes):
+        code = annotated.pop(image.name, None)
         if code is not None and CLASSES.get(code) != label:
-            notes.add("pictures that annotations.dat calls otherwise than their folder", picture.relative_to(top))
-        yield Cell(picture, label)
+            notes.add("images that annotations.dat calls otherwise than their folder", image.relative_to(top))
+        yield Cell(image, label)
     for absent in annotated:
-        notes.add("pictures that annotations.dat names and that are not there", absent)
+        notes.add("images that annotations.dat names and that are not there", absent)
 
 
 def _annotations(top: Path, notes: Notes) -> dict[str, str]:
@@ -52,7 +52,6 @@ def _annotations(top: Path, notes: Notes) -> dict[str, str]:
 DATASET = DataSet(
     name="aml_matek",
     title="AML Matek",
-    modality="peripheral blood",
     origin="https://www.cancerimagingarchive.net/collection/aml-cytomorphology_lmu/",
     paper="Matek et al. 2019, Nature Machine Intelligence 1, doi 10.1038/s42256-019-0101-9",
     licence="CC BY 3.0",

@@ -2,13 +2,13 @@
 
 `Patient_<nn>/Signed slides/<cell type>/*.jpg` and `Patient_<nn>/Unsigned slides/*.jpg` (cells without a type) as on
 Kaggle, at times below two folders called `All`. Types are spelt in several ways and are put in lower case here. The
-archive has a few pictures under two types.
+archive has a few images under two types.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.datasets.cells import find_pictures
+from dinov2.data.datasets.image_paths import find_images
 from dinov2.data.prepare.base import Cell, DataSet, Notes
 
 SIGNED, UNSIGNED = "signed slides", "unsigned slides"
@@ -16,23 +16,21 @@ SIGNED, UNSIGNED = "signed slides", "unsigned slides"
 
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
     for patient in sorted(path for path in top.iterdir() if path.is_dir() and path.name.lower().startswith("patient_")):
-        for picture in find_pictures(patient):
-            folders = [folder.strip().lower() for folder in picture.relative_to(patient).parts[:-1]]
+        for image in find_images(patient):
+            folders = [folder.strip().lower() for folder in image.relative_to(patient).parts[:-1]]
             label = None
             if SIGNED in folders and len(folders) > folders.index(SIGNED) + 1:
                 label = "_".join(folders[folders.index(SIGNED) + 1].split())
             elif UNSIGNED not in folders:
-                notes.add("pictures outside '<Signed slides>/<cell type>', unlabelled", picture.relative_to(top))
-            yield Cell(picture, label, patient=patient.name)
+                notes.add("images outside '<Signed slides>/<cell type>', unlabelled", image.relative_to(top))
+            yield Cell(image, label, patient=patient.name)
 
 
 DATASET = DataSet(
     name="apl_aml",
     title="APL_AML",
-    modality="peripheral blood",
     origin="https://www.kaggle.com/datasets/eugeneshenderov/acute-promyelocytic-leukemia-apl",
     paper="Sidhom et al. 2021, npj Precision Oncology 5, PubMed 33990660",
-    licence=None,
     layout="Patient_<nn>/'Signed slides'/<cell type>/*.jpg and Patient_<nn>/'Unsigned slides'/*.jpg",
     entries=("patient_*",),
     n_entries=1,

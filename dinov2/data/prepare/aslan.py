@@ -1,7 +1,7 @@
 """Aslan: blood smears with boxes of red and white cells (github.com/draaslan/blood-cell-detection-dataset).
 
 `images/image-<n>.png` (256 px, RGBA) and `annotations.csv` with `image,xmin,ymin,xmax,ymax,label`, coordinates being
-fractions of the picture's sides. `labels/*.txt` repeats them in pixels, with stray notebook checkpoints.
+fractions of the image's sides. `labels/*.txt` repeats them in pixels, with stray notebook checkpoints.
 """
 
 from collections import defaultdict
@@ -22,20 +22,20 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
     for row in read_rows(top / "annotations.csv", ("image", *SIDES, "label")):
         rows[row["image"]].append(row)
     for name in sorted(rows):
-        picture = top / "images" / name
-        if not picture.is_file():
-            notes.add("pictures that annotations.csv names and that are not there", name)
+        image = top / "images" / name
+        if not image.is_file():
+            notes.add("images that annotations.csv names and that are not there", name)
             continue
         try:
-            with Image.open(picture) as image:
-                width, height = image.size
+            with Image.open(image) as header:
+                width, height = header.size
         except (OSError, SyntaxError, ValueError) as error:
-            notes.add("unreadable pictures and masks", f"{name}: {error}")
-            notes.annotations.add(picture)
+            notes.add("unreadable images and masks", f"{name}: {error}")
+            notes.annotations.add(image)
             continue
         labels = [row["label"] for row in rows[name]]
         if labels.count(WHITE) != 1:
-            kind = "pictures without a white cell" if WHITE not in labels else "pictures with several white cells"
+            kind = "images without a white cell" if WHITE not in labels else "images with several white cells"
             notes.add(kind, name)
         for row, label in zip(rows[name], labels, strict=True):
             try:
@@ -46,13 +46,12 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
             if label not in CLASSES:
                 notes.add("rows of the CSV that are not understood", f"{name}: label {label!r}")
                 continue
-            yield Cell(picture, label, box=Box(left * width, top_edge * height, right * width, bottom * height))
+            yield Cell(image, label, box=Box(left * width, top_edge * height, right * width, bottom * height))
 
 
 DATASET = DataSet(
     name="aslan",
     title="Aslan",
-    modality="peripheral blood",
     origin="https://github.com/draaslan/blood-cell-detection-dataset",
     paper="none; cite the repository",
     licence="MIT",

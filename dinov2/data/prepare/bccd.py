@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.prepare.base import Box, Cell, DataSet, Notes, pictures_in
+from dinov2.data.prepare.base import Box, Cell, DataSet, Notes, images_in
 
 WHITE = "WBC"
 CLASSES = ("RBC", WHITE, "Platelets")
@@ -24,28 +24,28 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
             )
         else:
             notes.add("split lists that are not there", f"{part}.txt")
-    pictures = pictures_in(top / "JPEGImages")
-    for picture in pictures:
-        own_part = parts.pop(picture.stem, None)
-        cells = list(_boxes(top / "Annotations" / f"{picture.stem}.xml", notes))
+    images = images_in(top / "JPEGImages")
+    for image in images:
+        own_part = parts.pop(image.stem, None)
+        cells = list(_boxes(top / "Annotations" / f"{image.stem}.xml", notes))
         n_white = sum(label == WHITE for label, _ in cells)
         if n_white != 1:
-            kind = "pictures without a white cell" if n_white == 0 else "pictures with several white cells"
-            notes.add(kind, picture.name)
-        yield from (Cell(picture, label, part=own_part, box=box) for label, box in cells)
+            kind = "images without a white cell" if n_white == 0 else "images with several white cells"
+            notes.add(kind, image.name)
+        yield from (Cell(image, label, part=own_part, box=box) for label, box in cells)
         if not cells:
-            notes.annotations.add(picture)
+            notes.annotations.add(image)
     for absent, part in parts.items():
-        notes.add(f"pictures that the {part} list names and that are not there", absent)
-    stems = {picture.stem for picture in pictures}
+        notes.add(f"images that the {part} list names and that are not there", absent)
+    stems = {image.stem for image in images}
     for file in sorted((top / "Annotations").glob("*.xml")):
         if file.stem not in stems:
-            notes.add("annotations of pictures that are not there", file.name)
+            notes.add("annotations of images that are not there", file.name)
 
 
 def _boxes(file: Path, notes: Notes) -> Iterator[tuple[str, Box]]:
     if not file.is_file():
-        notes.add("pictures without an annotation file", file.name)
+        notes.add("images without an annotation file", file.name)
         return
     try:
         objects = ElementTree.parse(file).getroot().findall("object")
@@ -63,7 +63,6 @@ def _boxes(file: Path, notes: Notes) -> Iterator[tuple[str, Box]]:
 DATASET = DataSet(
     name="bccd",
     title="BCCD",
-    modality="peripheral blood",
     origin="https://github.com/Shenggan/BCCD_Dataset",
     paper="none; cite the repository",
     licence="MIT",

@@ -2,7 +2,7 @@
 
 `BM_cytomorphology_data/<CODE>/<from>-<to>/<CODE>_<5 digits>.jpg` as TCIA delivers it
 (doi 10.7937/TCIA.AXH3-T579): one folder a class, cut into folders of a thousand. The archive has no patient ids. The
-paper counts 171,374 pictures, TCIA's page one more.
+paper counts 171,374 images, TCIA's page one more.
 """
 
 from collections.abc import Iterator
@@ -36,10 +36,10 @@ CLASSES = {
 
 
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
-    for picture, label in class_folders(top, CLASSES, notes):
-        if CLASSES.get(picture.name.split("_")[0]) != label:
-            notes.add("pictures whose name says another class than their folder", picture.relative_to(top))
-        yield Cell(picture, label)
+    for image, label in class_folders(top, CLASSES, notes):
+        if CLASSES.get(image.name.split("_")[0]) != label:
+            notes.add("images whose name says another class than their folder", image.relative_to(top))
+        yield Cell(image, label)
 
 
 DATASET = DataSet(
@@ -53,6 +53,6 @@ DATASET = DataSet(
     entries=tuple(CLASSES),
     classes=CLASSES,
     expected={"pictures": 171374},
-    remarks="patients are not named, so patient-grouped splits cannot be made; classes have from 8 to 29,424 pictures",
+    remarks="patients are not named, so patient-grouped splits cannot be made; classes have from 8 to 29,424 images",
     find=find,
 )

@@ -2,15 +2,15 @@
 
 `KRD-WBC dataset/Dataset/image/image<n>.jpg`, `.../mask/mask<n>.jpg` and `class labels.csv`, whose class column is spelt
 "Categoriy". What its other columns are called could not be checked, so the first value of a row with a number in it is
-taken for the picture. Masks are JPEGs: their edges are grey, and a threshold decides.
+taken for the image. Masks are JPEGs: their edges are grey, and a threshold decides.
 """
 
-import csv
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.prepare.base import Cell, DataSet, Notes, pictures_in
+from dinov2.data.datasets.tables import open_table
+from dinov2.data.prepare.base import Cell, DataSet, Notes, images_in
 from dinov2.data.prepare.masks import cells_of_mask
 
 LABEL_COLUMN = re.compile("categor|class|label", re.IGNORECASE)
@@ -18,38 +18,37 @@ LABEL_COLUMN = re.compile("categor|class|label", re.IGNORECASE)
 
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
     labels = _labels(top / "class labels.csv", notes)
-    masks = {_number(mask.stem): mask for mask in pictures_in(top / "Dataset" / "mask")}
+    masks = {_number(mask.stem): mask for mask in images_in(top / "Dataset" / "mask")}
     notes.annotations.update(masks.values())
-    for picture in pictures_in(top / "Dataset" / "image"):
-        number = _number(picture.stem)
+    for image in images_in(top / "Dataset" / "image"):
+        number = _number(image.stem)
         label = labels.pop(number, None)
         if label is None:
-            notes.add("pictures without a class in the CSV", picture.name)
+            notes.add("images without a class in the CSV", image.name)
         mask = masks.pop(number, top / "Dataset" / "mask" / f"mask{number}.jpg")
-        yield from cells_of_mask(picture, mask, notes, label)
+        yield from cells_of_mask(image, mask, notes, label)
     for number in labels:
-        notes.add("pictures that the CSV names and that are not there", f"image{number}")
+        notes.add("images that the CSV names and that are not there", f"image{number}")
     for mask in masks.values():
-        notes.add("masks of pictures that are not there", mask.relative_to(top))
+        notes.add("masks of images that are not there", mask.relative_to(top))
 
 
 def _labels(file: Path, notes: Notes) -> dict[int | None, str]:
     if not file.is_file():
         notes.add("label files that are not there", file.name)
         return {}
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
-        column = next((name for name in reader.fieldnames or () if LABEL_COLUMN.match(name.strip())), None)
-        if column is None:
-            raise ValueError(f"{str(file)!r}: no column of classes ('Categoriy') among {reader.fieldnames}")
-        labels: dict[int | None, str] = {}
-        for row in reader:
-            names = [value for key, value in row.items() if key != column and isinstance(value, str)]
-            number = next((_number(value) for value in names if _number(value) is not None), None)
-            if number is None or not (row[column] or "").strip():
-                notes.add("rows of the CSV that are not understood", f"{file.name}: {','.join(names)}")
-            else:
-                labels[number] = (row[column] or "").strip().lower()
+    table = open_table(file, "labels")
+    column = next((name for name in table.columns if LABEL_COLUMN.match(name)), None)
+    if column is None:
+        raise ValueError(f"{str(file)!r}: no column of classes ('Categoriy') among {table.columns or 'none'}")
+    labels: dict[int | None, str] = {}
+    for _, row in table.records():
+        label = row.pop(column)
+        number = next((_number(value) for value in row.values() if _number(value) is not None), None)
+        if number is None or not label:
+            notes.add("rows of the CSV that are not understood", f"{file.name}: {','.join(row.values())}")
+        else:
+            labels[number] = label.lower()
     return labels
 
 
@@ -61,13 +60,11 @@ def _number(text: str) -> int | None:
 DATASET = DataSet(
     name="krd_wbc",
     title="KRD-WBC",
-    modality="peripheral blood",
     origin="https://data.mendeley.com/datasets/jzdj6h7gms/2",
     paper="Mendeley Data, doi 10.17632/jzdj6h7gms.2",
-    licence=None,
     layout="Dataset/image/image<n>.jpg, Dataset/mask/mask<n>.jpg and 'class labels.csv'",
     entries=("Dataset", "class labels.csv"),
     cuts=True,
-    remarks="several cells of one picture share the picture's class",
+    remarks="several cells of one image share the image's class",
     find=find,
 )

@@ -8,7 +8,7 @@ classes. The archive beside it, `ihc_nuclick.zip`, is of tissue and not for this
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.prepare.base import Cell, DataSet, Notes, child, pictures_in
+from dinov2.data.prepare.base import Cell, DataSet, Notes, child, images_in
 from dinov2.data.prepare.masks import cells_of_mask
 
 PARTS = {"Train": "train", "Validation": "val"}
@@ -17,26 +17,22 @@ PARTS = {"Train": "train", "Validation": "val"}
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
     for name, part in PARTS.items():
         folder = child(top, name)
-        masks = pictures_in(folder / "masks")
+        masks = images_in(folder / "masks")
         notes.annotations.update(masks)
-        pictures = pictures_in(folder / "images")
-        for picture in pictures:
-            yield from cells_of_mask(
-                picture, folder / "masks" / f"{picture.stem}_mask.png", notes, part=part, threshold=0
-            )
-        stems = {f"{picture.stem}_mask" for picture in pictures}
+        images = images_in(folder / "images")
+        for image in images:
+            yield from cells_of_mask(image, folder / "masks" / f"{image.stem}_mask.png", notes, part=part, threshold=0)
+        stems = {f"{image.stem}_mask" for image in images}
         for mask in masks:
             if mask.stem not in stems:
-                notes.add("masks of pictures that are not there", mask.relative_to(top))
+                notes.add("masks of images that are not there", mask.relative_to(top))
 
 
 DATASET = DataSet(
     name="nuclick",
     title="NuClick",
-    modality="peripheral blood",
     origin="https://github.com/navidstuv/NuClick",
     paper="Alemi Koohbanani et al. 2020, Medical Image Analysis 65, arXiv 2005.14511",
-    licence=None,
     layout="Hemato_Data/Train and Hemato_Data/Validation, each images/<stem>.png and masks/<stem>_mask.png",
     entries=("Train", "Validation"),
     n_entries=1,

@@ -1,7 +1,7 @@
 """Raabin Leukemia: blood of patients with leukaemia, from the makers of Raabin-WBC (raabindata.com/free-data).
 
-THE LAYOUT IS NOT PUBLISHED in a form that could be checked. Taken as: pictures below folders of which one names the
-leukaemia (ALL, AML, APL, CLL, CML, also within a longer name). Pictures elsewhere are listed without a label and
+THE LAYOUT IS NOT PUBLISHED in a form that could be checked. Taken as: images below folders of which one names the
+leukaemia (ALL, AML, APL, CLL, CML, also within a longer name). Images elsewhere are listed without a label and
 counted. The label is the patient's disease, not the type of a cell.
 """
 
@@ -9,30 +9,28 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.datasets.cells import find_pictures
+from dinov2.data.datasets.image_paths import find_images
 from dinov2.data.prepare.base import Cell, DataSet, Notes
 
 CLASSES = ("ALL", "AML", "APL", "CLL", "CML")
 
 
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
-    for picture in find_pictures(top):
-        folders = picture.relative_to(top).parts[:-1]
+    for image in find_images(top):
+        folders = image.relative_to(top).parts[:-1]
         words = {word.upper() for folder in folders for word in re.split("[^A-Za-z]+", folder)}
         named = words & set(CLASSES)
         if len(named) != 1:
-            notes.add("pictures whose folders name no leukaemia (or several), unlabelled", picture.relative_to(top))
-        yield Cell(picture, named.pop() if len(named) == 1 else None)
+            notes.add("images whose folders name no leukaemia (or several), unlabelled", image.relative_to(top))
+        yield Cell(image, named.pop() if len(named) == 1 else None)
 
 
 DATASET = DataSet(
     name="raabin_leukemia",
     title="Raabin Leukemia",
-    modality="peripheral blood",
     origin="https://raabindata.com/free-data/",
     paper="none known; cite the site",
-    licence=None,
-    layout="folders that name the leukaemia (ALL, AML, APL, CLL, CML) with pictures below",
+    layout="folders that name the leukaemia (ALL, AML, APL, CLL, CML) with images below",
     entries=tuple(f"*{name}*" for name in CLASSES),
     n_entries=1,
     classes={name: name for name in CLASSES},

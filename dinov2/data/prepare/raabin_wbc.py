@@ -20,19 +20,17 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
         part = PARTS.get(re.sub("[^a-z]", "", folder.name.lower()))
         if part is not None:
             inner = child(folder, folder.name)
-            for picture, label in class_folders(
+            for image, label in class_folders(
                 inner if inner.is_dir() else folder, {name: name for name in CLASSES}, notes
             ):
-                yield Cell(picture, label, part=part)
+                yield Cell(image, label, part=part)
 
 
 DATASET = DataSet(
     name="raabin_wbc",
     title="Raabin WBC",
-    modality="peripheral blood",
     origin="https://raabindata.com/free-data/",
     paper="Mousavi Kouzehkanan et al. 2022, Scientific Reports 12, doi 10.1038/s41598-021-04426-x",
-    licence=None,
     layout="Train, TestA and TestB, each <class>/*.jpg, the classes being " + ", ".join(CLASSES),
     entries=("Train", "Test*A", "Test*B"),
     n_entries=1,

@@ -1,15 +1,15 @@
 """SSL Seg (segmentation_WBC): single white cells with masks (Zheng et al. 2018, Micron 107, 55-71).
 
-`Dataset 1` (Jiangxi Tecom, 300 pictures of about 120 px) and `Dataset 2` (CellaVision blog, 100 of 300 px) have a BMP
+`Dataset 1` (Jiangxi Tecom, 300 images of about 120 px) and `Dataset 2` (CellaVision blog, 100 of 300 px) have a BMP
 and a PNG mask of one stem each; masks are black, grey (cytoplasm) and white (nucleus). `Class Labels of Dataset
 <n>.csv` has `image ID,class label` with ids that are not padded, where files have three digits.
 """
 
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.prepare.base import Cell, DataSet, Notes, pictures_in
+from dinov2.data.datasets.tables import open_table
+from dinov2.data.prepare.base import Cell, DataSet, Notes, images_in
 from dinov2.data.prepare.masks import boxes_of_mask
 
 CLASSES = {"1": "neutrophil", "2": "lymphocyte", "3": "monocyte", "4": "eosinophil", "5": "basophil"}
@@ -19,15 +19,15 @@ CYTOPLASM_OR_NUCLEUS = 64  # of a mask's greys 0, 128 and 255
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
     for folder in (top / "Dataset 1", top / "Dataset 2"):
         labels = _labels(top / f"Class Labels of {folder.name}.csv", notes) if folder.is_dir() else {}
-        for picture in (path for path in pictures_in(folder) if path.suffix.lower() != ".png"):
-            label = labels.pop(int(picture.stem), None) if picture.stem.isdigit() else None
+        for image in (path for path in images_in(folder) if path.suffix.lower() != ".png"):
+            label = labels.pop(int(image.stem), None) if image.stem.isdigit() else None
             if label is None:
-                notes.add("pictures without a class in the CSV", picture.relative_to(top))
-            mask = picture.with_suffix(".png")
-            boxes = boxes_of_mask(picture, mask, notes, threshold=CYTOPLASM_OR_NUCLEUS, single=True)
-            yield Cell(picture, label, box=next(boxes, None))
+                notes.add("images without a class in the CSV", image.relative_to(top))
+            mask = image.with_suffix(".png")
+            boxes = boxes_of_mask(image, mask, notes, threshold=CYTOPLASM_OR_NUCLEUS, single=True)
+            yield Cell(image, label, box=next(boxes, None))
         for absent in labels:
-            notes.add("pictures that the CSV names and that are not there", f"{folder.name}/{absent:03d}")
+            notes.add("images that the CSV names and that are not there", f"{folder.name}/{absent:03d}")
 
 
 def _labels(file: Path, notes: Notes) -> dict[int, str]:
@@ -35,19 +35,17 @@ def _labels(file: Path, notes: Notes) -> dict[int, str]:
         notes.add("label files that are not there", file.name)
         return {}
     labels = {}
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        for row in csv.reader(stream):
-            if len(row) >= 2 and row[0].strip().isdigit() and row[1].strip() in CLASSES:
-                labels[int(row[0])] = CLASSES[row[1].strip()]
-            elif row and row[0].strip() not in ("", "image ID"):
-                notes.add("rows of the CSV that are not understood", f"{file.name}: {','.join(row)}")
+    for _, row in open_table(file, "labels").rows():
+        if len(row) >= 2 and row[0].isdigit() and row[1] in CLASSES:
+            labels[int(row[0])] = CLASSES[row[1]]
+        elif row[0]:
+            notes.add("rows of the CSV that are not understood", f"{file.name}: {','.join(row)}")
     return labels
 
 
 DATASET = DataSet(
     name="ssl_seg",
     title="SSL Seg",
-    modality="peripheral blood",
     origin="https://github.com/zxaoyou/segmentation_WBC",
     paper="Zheng et al. 2018, Micron 107, doi 10.1016/j.micron.2018.01.010",
     licence="GPL-3.0 (of the repository)",
@@ -56,7 +54,7 @@ DATASET = DataSet(
     classes=CLASSES,
     expected={"pictures": 400},
     cuts=True,
-    remarks="the distributor's own warning: experts did not check the class labels; one class has a single picture in "
-    "Dataset 1; 112.bmp and 139.bmp there are the same picture",
+    remarks="the distributor's own warning: experts did not check the class labels; one class has a single image in "
+    "Dataset 1; 112.bmp and 139.bmp there are the same image",
     find=find,
 )

@@ -1,14 +1,14 @@
 """Warty pig: white cells of juvenile Visayan warty pigs (Alipo-on et al., IEEE DataPort).
 
 THE LAYOUT IS NOT PUBLISHED in a form that could be checked. Taken as: folders whose names contain a cell type, in any
-depth and case and also as a plural. Pictures elsewhere are listed without a label and counted. A folder above may name
+depth and case and also as a plural. Images elsewhere are listed without a label and counted. A folder above may name
 the part of a split (train, val, test).
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.datasets.cells import find_pictures
+from dinov2.data.datasets.image_paths import find_images
 from dinov2.data.prepare.base import Cell, DataSet, Notes
 
 CLASSES = ("basophil", "eosinophil", "lymphocyte", "monocyte", "neutrophil")
@@ -16,13 +16,13 @@ PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "v
 
 
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
-    for picture in find_pictures(top):
-        folders = [folder.lower() for folder in picture.relative_to(top).parts[:-1]]
+    for image in find_images(top):
+        folders = [folder.lower() for folder in image.relative_to(top).parts[:-1]]
         named = {name for folder in folders for name in CLASSES if name in folder}
         if len(named) != 1:
-            notes.add("pictures whose folders name no cell type (or several), unlabelled", picture.relative_to(top))
+            notes.add("images whose folders name no cell type (or several), unlabelled", image.relative_to(top))
         part = next((PARTS[folder] for folder in folders if folder in PARTS), None)
-        yield Cell(picture, named.pop() if len(named) == 1 else None, part=part)
+        yield Cell(image, named.pop() if len(named) == 1 else None, part=part)
 
 
 DATASET = DataSet(
@@ -32,7 +32,6 @@ DATASET = DataSet(
     origin="https://ieee-dataport.org/documents/"
     "dataset-machine-learning-based-classification-white-blood-cells-juvenile-visayan-warty-pig",
     paper="Alipo-on et al., IEEE DataPort (see its page)",
-    licence=None,
     layout="folders named like cell types (" + ", ".join(CLASSES) + "), perhaps in train and test folders",
     entries=(*(f"*{name}*" for name in CLASSES), "train*", "test*"),
     classes={name: name for name in CLASSES},

@@ -8,32 +8,30 @@ enough for the cytoplasm. There are no classes. The smears carry BCCD's file nam
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.prepare.base import Cell, DataSet, Notes, pictures_in
+from dinov2.data.prepare.base import Cell, DataSet, Notes, images_in
 from dinov2.data.prepare.masks import cells_of_mask
 
-PICTURES, MASKS = "BloodImageSetS6NucSeg", "BloodImageSetS6NucSeg_masks"
+IMAGES, MASKS = "BloodImageSetS6NucSeg", "BloodImageSetS6NucSeg_masks"
 GAP_OF_LOBES_PX = 24
 
 
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
-    pictures = pictures_in(top / PICTURES)
-    masks = pictures_in(top / MASKS)
+    images = images_in(top / IMAGES)
+    masks = images_in(top / MASKS)
     notes.annotations.update(masks)
-    for picture in pictures:
-        yield from cells_of_mask(picture, top / MASKS / f"{picture.stem}.png", notes, gap=GAP_OF_LOBES_PX)
-    for mask in sorted({mask.stem for mask in masks} - {picture.stem for picture in pictures}):
-        notes.add("masks of pictures that are not there", mask)
+    for image in images:
+        yield from cells_of_mask(image, top / MASKS / f"{image.stem}.png", notes, gap=GAP_OF_LOBES_PX)
+    for mask in sorted({mask.stem for mask in masks} - {image.stem for image in images}):
+        notes.add("masks of images that are not there", mask)
 
 
 DATASET = DataSet(
     name="white_blood_cell_dataset",
     title="White-Blood-Cell-dataset",
-    modality="peripheral blood",
     origin="https://github.com/arbackes/White-Blood-Cell-dataset",
     paper="Mohamed and Far 2012, IEEE Healthcom, pp. 202-207",
-    licence=None,
-    layout=f"{PICTURES}/BloodImage_<number>.jpg and {MASKS}/BloodImage_<number>.png",
-    entries=(PICTURES, MASKS),
+    layout=f"{IMAGES}/BloodImage_<number>.jpg and {MASKS}/BloodImage_<number>.png",
+    entries=(IMAGES, MASKS),
     expected={"pictures": 367},
     cuts=True,
     margin=0.4,

@@ -4,7 +4,8 @@ import h5py
 import numpy as np
 import pytest
 
-from dinov2.data.datasets.bags import PatientBags, read_fold_files, read_patient_labels
+from dinov2.data.datasets.bags import PatientBags, read_patient_labels
+from dinov2.data.datasets.fold_files import read_fold_files
 
 DIM = 4
 
@@ -170,7 +171,7 @@ def test_folders_that_are_no_bags(tmp_path, class_folders):
     with pytest.raises(FileNotFoundError, match="does not exist; give a folder of .h5 files"):
         PatientBags.from_path(tmp_path / "no")
     (tmp_path / "bags.txt").touch()
-    with pytest.raises(ValueError, match="neither a folder nor a .csv file"):
+    with pytest.raises(ValueError, match="neither a folder nor a .csv or .parquet file"):
         PatientBags.from_path(tmp_path / "bags.txt")
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match="no .h5 file in"):

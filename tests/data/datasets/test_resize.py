@@ -4,15 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2.data.datasets import resize
-from dinov2.data.datasets.decode import decode_image
-from dinov2.data.datasets.resize import Span, resize_lanczos
+from dinov2.data.datasets import decode
+from dinov2.data.datasets.decode import Span, decode_image, resize_lanczos
 
 
-def by_pillow(picture: np.ndarray, size: int, rows: Span, columns: Span) -> np.ndarray:
-    # in two steps, because Pillow 13 filters pictures that are much taller than wide vertically first
-    narrowed = Image.fromarray(picture).resize(
-        (size, len(picture)), Image.Resampling.LANCZOS, box=(columns.start, 0, columns.end, len(picture))
+def by_pillow(image: np.ndarray, size: int, rows: Span, columns: Span) -> np.ndarray:
+    # in two steps, because Pillow 13 filters images that are much taller than wide vertically first
+    narrowed = Image.fromarray(image).resize(
+        (size, len(image)), Image.Resampling.LANCZOS, box=(columns.start, 0, columns.end, len(image))
     )
     return np.asarray(narrowed.resize((size, size), Image.Resampling.LANCZOS, box=(0, rows.start, size, rows.end)))
 
@@ -40,41 +39,41 @@ def noise(height: int, width: int) -> np.ndarray:
 )
 @pytest.mark.parametrize("size", [28, 224])
 def test_the_same_as_pillow(height, width, rows, columns, size):
-    picture, spans = noise(height, width), (Span(*rows), Span(*columns))
-    found = resize_lanczos(picture, size, size, *spans)
+    image, spans = noise(height, width), (Span(*rows), Span(*columns))
+    found = resize_lanczos(image, size, size, *spans)
     assert (found.shape, found.dtype) == ((size, size, 3), np.uint8)
-    np.testing.assert_array_equal(found, by_pillow(picture, size, *spans))
+    np.testing.assert_array_equal(found, by_pillow(image, size, *spans))
 
 
 def test_real_cells_are_the_same_as_pillows(shared_data):
     files = [path for suffix in ("jpg", "bmp") for path in sorted(shared_data.rglob(f"*.{suffix}"))[::60]]
     assert len(files) > 30
     for path in files:
-        picture = decode_image(path)
-        height, width = picture.shape[:2]
-        theirs = Image.fromarray(picture).resize((224, 224), Image.Resampling.LANCZOS)
-        ours = resize_lanczos(picture, 224, 224, Span(0, height), Span(0, width))
+        image = decode_image(path)
+        height, width = image.shape[:2]
+        theirs = Image.fromarray(image).resize((224, 224), Image.Resampling.LANCZOS)
+        ours = resize_lanczos(image, 224, 224, Span(0, height), Span(0, width))
         np.testing.assert_array_equal(ours, np.asarray(theirs), err_msg=path.name)
 
 
-def test_pictures_larger_than_a_block_of_rows_are_the_same(monkeypatch):
-    picture = noise(150, 90)
-    whole = resize_lanczos(picture, 28, 28, Span(0, 150), Span(0, 90))
-    monkeypatch.setattr(resize, "ROWS_AT_ONCE", 64)
-    np.testing.assert_array_equal(resize_lanczos(picture, 28, 28, Span(0, 150), Span(0, 90)), whole)
+def test_images_larger_than_a_block_of_rows_are_the_same(monkeypatch):
+    image = noise(150, 90)
+    whole = resize_lanczos(image, 28, 28, Span(0, 150), Span(0, 90))
+    monkeypatch.setattr(decode, "ROWS_AT_ONCE", 64)
+    np.testing.assert_array_equal(resize_lanczos(image, 28, 28, Span(0, 150), Span(0, 90)), whole)
 
 
 def test_any_strides_will_do():
-    picture = noise(50, 60)
+    image = noise(50, 60)
     spans = Span(0, 30), Span(0, 20)
-    expected = resize_lanczos(np.ascontiguousarray(picture[::-1][10:40, 5:25]), 28, 28, *spans)
-    np.testing.assert_array_equal(resize_lanczos(picture[::-1][10:40, 5:25], 28, 28, *spans), expected)
-    turned = resize_lanczos(picture.transpose(1, 0, 2), 28, 28, Span(0, 60), Span(0, 50))
-    copied = resize_lanczos(picture.transpose(1, 0, 2).copy(), 28, 28, Span(0, 60), Span(0, 50))
+    expected = resize_lanczos(np.ascontiguousarray(image[::-1][10:40, 5:25]), 28, 28, *spans)
+    np.testing.assert_array_equal(resize_lanczos(image[::-1][10:40, 5:25], 28, 28, *spans), expected)
+    turned = resize_lanczos(image.transpose(1, 0, 2), 28, 28, Span(0, 60), Span(0, 50))
+    copied = resize_lanczos(image.transpose(1, 0, 2).copy(), 28, 28, Span(0, 60), Span(0, 50))
     np.testing.assert_array_equal(turned, copied)
 
 
 def test_a_constant_stays_constant():
     for level in (0, 1, 254, 255):
-        picture = np.full((37, 53, 3), level, dtype=np.uint8)
-        assert (resize_lanczos(picture, 100, 20, Span(0, 37), Span(0, 53)) == level).all()
+        image = np.full((37, 53, 3), level, dtype=np.uint8)
+        assert (resize_lanczos(image, 100, 20, Span(0, 37), Span(0, 53)) == level).all()

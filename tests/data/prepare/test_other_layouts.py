@@ -13,7 +13,7 @@ from dinov2.data.prepare.write import Options, prepare
 
 @pytest.fixture
 def tree(tmp_path):
-    """Writes files below `tmp_path/source`: a random picture, a mask with these boxes, or text."""
+    """Writes files below `tmp_path/source`: a random image, a mask with these boxes, or text."""
     rng = np.random.default_rng(0)
 
     def make(path: str, boxes: list[tuple[int, int, int, int]] | None = None, text: str | None = None, mode="RGB"):
@@ -53,10 +53,10 @@ def test_bmc_looks_into_the_folders_of_a_thousand(tree, run):
     summary = run("bmc")
     assert summary["counts"]["classes"] == {"abnormal_eosinophil": 1, "neutrophil_segmented": 3}
     assert odd(summary) == {
-        "classes with a single picture": 1,
-        "folders with pictures that are no known class": 1,
-        "pictures that the layout does not explain, left out": 1,
-        "pictures whose name says another class than their folder": 1,
+        "classes with a single image": 1,
+        "folders with images that are no known class": 1,
+        "images that the layout does not explain, left out": 1,
+        "images whose name says another class than their folder": 1,
     }
 
 
@@ -74,8 +74,8 @@ def test_aml_matek_reads_tiffs_with_alpha_and_compares_with_its_annotations(tree
     assert summary["counts"]["classes"] == {"myeloblast": 2, "myelocyte": 2}
     assert summary["modes"] == {"RGBA": 4}
     assert odd(summary) == {
-        "pictures that annotations.dat calls otherwise than their folder": 1,
-        "pictures that annotations.dat names and that are not there": 1,
+        "images that annotations.dat calls otherwise than their folder": 1,
+        "images that annotations.dat names and that are not there": 1,
     }
 
 
@@ -87,10 +87,10 @@ def test_aml_hehr_has_patients_whose_subtype_is_the_label(tree, run, tmp_path):
     summary = run("aml_hehr")
     assert summary["counts"]["patients"] == 2
     assert odd(summary) == {
-        "classes with a single picture": 1,
+        "classes with a single image": 1,
         "patients that metadata.csv names and that are not there": 1,
-        "pictures beside the patients' folders, left out": 1,
-        "pictures of a patient who has another subtype already, left out": 1,
+        "images beside the patients' folders, left out": 1,
+        "images of a patient who has another subtype already, left out": 1,
     }
     assert sorted(LabelledCells.from_path(tmp_path / "out" / "labels.csv").patients) == ["AAA", "AAA", "BBB"]
 
@@ -102,7 +102,7 @@ def test_raabin_wbc_has_two_test_sets_and_folders_inside_folders(tree, run, tmp_
     tree("TestA/Artifact/4.jpg")
     summary = run("raabin_wbc")
     assert summary["counts"]["splits"] == {"testA": 1, "testB": 1, "train": 2}
-    assert odd(summary)["folders with pictures that are no known class"] == 1
+    assert odd(summary)["folders with images that are no known class"] == 1
     assert len(LabelledCells.from_path(tmp_path / "out" / "splits" / "testA.csv")) == 1
     assert not (tmp_path / "out" / "split.csv").exists()  # two test sets are not one
 
@@ -113,7 +113,7 @@ def test_raabin_leukemia_counts_what_names_no_disease(tree, run):
     summary = run("raabin_leukemia")
     assert summary["counts"]["classes"] == {"ALL": 1, "AML": 1, "CML": 1}
     assert summary["counts"]["listed"] == 4
-    assert odd(summary)["pictures whose folders name no leukaemia (or several), unlabelled"] == 1
+    assert odd(summary)["images whose folders name no leukaemia (or several), unlabelled"] == 1
 
 
 def test_warty_pig_takes_cell_types_from_folders_of_any_spelling(tree, run):
@@ -127,7 +127,7 @@ def test_warty_pig_takes_cell_types_from_folders_of_any_spelling(tree, run):
     summary = run("warty_pig")
     assert summary["counts"]["classes"] == {"eosinophil": 1, "neutrophil": 2}
     assert summary["counts"]["splits"] == {"test": 1, "train": 3}
-    assert odd(summary)["pictures whose folders name no cell type (or several), unlabelled"] == 1
+    assert odd(summary)["images whose folders name no cell type (or several), unlabelled"] == 1
 
 
 def test_nuclick_cuts_each_cell_of_a_mask(tree, run, tmp_path):
@@ -142,10 +142,10 @@ def test_nuclick_cuts_each_cell_of_a_mask(tree, run, tmp_path):
     assert summary["counts"]["labelled"] == 0
     assert not (tmp_path / "out" / "labels.csv").exists()
     assert odd(summary) == {
-        "masks of pictures that are not there": 1,
+        "masks of images that are not there": 1,
         "masks that are missing": 1,
         "masks without a cell": 1,
-        "pictures with several cells": 1,
+        "images with several cells": 1,
         "specks in masks, smaller than 4 px": 1,
     }
     with Image.open(tmp_path / "out" / "cells/Train/images/img (1).png_001.png") as cell:
@@ -165,10 +165,10 @@ def test_lisc_pairs_masks_of_the_expert_and_leaves_mixed_cells_unlabelled(tree, 
     assert summary["counts"]["classes"] == {"basophil": 1, "neutrophil": 1}
     assert summary["counts"]["listed"] == 4
     assert odd(summary) == {
-        "classes with a single picture": 1,
-        "masks of pictures that are not there": 1,
+        "classes with a single image": 1,
+        "masks of images that are not there": 1,
         "masks that are missing": 1,
-        "pictures with several cells": 1,
+        "images with several cells": 1,
     }
 
 
@@ -181,9 +181,9 @@ def test_krd_wbc_reads_its_misspelt_column_and_grey_edges_of_jpeg_masks(tree, ru
     summary = run("krd_wbc", margin=0)
     assert summary["counts"]["classes"] == {"monocyte": 1, "neutrophil": 1}
     assert odd(summary) == {
-        "classes with a single picture": 1,
-        "pictures that the CSV names and that are not there": 1,
-        "pictures without a class in the CSV": 1,
+        "classes with a single image": 1,
+        "images that the CSV names and that are not there": 1,
+        "images without a class in the CSV": 1,
         "rows of the CSV that are not understood": 1,
     }
     with Image.open(tmp_path / "out" / "cells/Dataset/image/image1.jpg_000.png") as cell:
@@ -216,11 +216,11 @@ def test_bccd_tells_annotations_that_cannot_be_read(tree, run):
     assert summary["counts"]["classes"] == {"WBC": 1}
     assert odd(summary) == {
         "annotation files that cannot be read": 1,
-        "annotations of pictures that are not there": 1,
-        "classes with a single picture": 1,
+        "annotations of images that are not there": 1,
+        "classes with a single image": 1,
         "objects that are not understood": 1,
-        "pictures without a white cell": 3,
-        "pictures without an annotation file": 1,
+        "images without a white cell": 3,
+        "images without an annotation file": 1,
         "split lists that are not there": 3,
     }
 
@@ -234,8 +234,8 @@ def test_apl_aml_lists_unsigned_cells_without_a_label(tree, run, tmp_path):
     assert summary["counts"]["patients"] == 2
     assert summary["counts"]["listed"] == 4
     assert summary["counts"]["classes"] == {"lymphocyte,_variant_form": 1, "smudge_cells": 1}
-    assert odd(summary)["groups of byte-identical pictures with different labels"] == 1
-    assert odd(summary)["pictures outside '<Signed slides>/<cell type>', unlabelled"] == 1
+    assert odd(summary)["groups of byte-identical images with different labels"] == 1
+    assert odd(summary)["images outside '<Signed slides>/<cell type>', unlabelled"] == 1
     with open(tmp_path / "out" / "labels.csv", newline="") as file:
         assert {row["patient"] for row in csv.DictReader(file)} == {"Patient_00", "Patient_01"}
 

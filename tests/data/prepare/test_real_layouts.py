@@ -15,7 +15,7 @@ from dinov2.data.splits import read_split
 
 def prepared(name: str, source: Path, output: Path, **options) -> dict:
     if not source.is_dir():
-        pytest.skip(f"{name}'s real pictures are not at {source}")
+        pytest.skip(f"{name}'s real images are not at {source}")
     return prepare(get_dataset(name), source, output, Options(n_workers=1, **options))
 
 
@@ -38,13 +38,13 @@ def test_acevedo_has_eight_folders_ten_stages_and_every_oddity_named(shared_data
     assert sum(counts["dinobloom_classes"].values()) == 1776 - 220 - 12 - 3  # platelets, IG, NEUTROPHIL
     assert summary["sizes"] == {"360x360": 16, "360x363": 1734, "366x369": 26}
     assert odd(summary) == {
-        "groups of byte-identical pictures": 17,
-        "groups of byte-identical pictures with different labels": 1,
-        "hidden files that are named like pictures, left out": 1,
-        "pictures that the train list names and that are not there": 6169 - 944,
-        "pictures that the val list names and that are not there": 1030 - 160,
+        "groups of byte-identical images": 17,
+        "groups of byte-identical images with different labels": 1,
+        "hidden files that are named like images, left out": 1,
+        "images that the train list names and that are not there": 6169 - 944,
+        "images that the val list names and that are not there": 1030 - 160,
     }
-    (pair,) = summary["oddities"]["groups of byte-identical pictures with different labels"]["examples"]
+    (pair,) = summary["oddities"]["groups of byte-identical images with different labels"]["examples"]
     assert pair == "eosinophil/EO_225902.jpg = neutrophil/BNE_191112.jpg"
     assert summary["expected"]["pictures"] == {"published": 17092, "here": 1776}
     assert len(HemaStandardDataset(root=str(tmp_path / "acevedo.txt"))) == 1776
@@ -71,11 +71,11 @@ def test_ssl_seg_cells_are_cut_out_by_their_masks(shared_data, tmp_path):
         "neutrophil": 40,
     }
     assert odd(summary) == {
-        "classes with a single picture": 1,
-        "groups of byte-identical pictures": 1,
-        "pictures that the CSV names and that are not there": 136,
+        "classes with a single image": 1,
+        "groups of byte-identical images": 1,
+        "images that the CSV names and that are not there": 136,
     }
-    assert summary["oddities"]["groups of byte-identical pictures"]["examples"] == [
+    assert summary["oddities"]["groups of byte-identical images"]["examples"] == [
         "Dataset 1/112.bmp = Dataset 1/139.bmp"
     ]
     assert len(summary["sizes"]) == 28
@@ -94,11 +94,11 @@ def test_bccd_white_cells_are_cut_out_and_boxes_of_no_area_are_told(shared_data,
     assert summary["counts"]["splits"] == {"test": 29, "train": 61, "val": 32}
     assert odd(summary) == {
         "boxes of no area, left out": 2,
-        "pictures that the test list names and that are not there": 43,
-        "pictures that the train list names and that are not there": 146,
-        "pictures that the val list names and that are not there": 55,
-        "pictures with several white cells": 4,
-        "pictures without a white cell": 2,
+        "images that the test list names and that are not there": 43,
+        "images that the train list names and that are not there": 146,
+        "images that the val list names and that are not there": 55,
+        "images with several white cells": 4,
+        "images without a white cell": 2,
     }
     cells = LabelledCells.from_path(tmp_path / "labels.csv")
     assert len(cells) == 122
@@ -112,16 +112,16 @@ def test_bccd_white_cells_are_cut_out_and_boxes_of_no_area_are_told(shared_data,
     assert (tmp_path / "splits" / val[0]["Image Path"]).is_file()
 
 
-def test_aslan_boxes_are_fractions_of_rgba_pictures(shared_data, tmp_path):
+def test_aslan_boxes_are_fractions_of_rgba_images(shared_data, tmp_path):
     summary = prepared("aslan", shared_data / "blood-cell-detection-dataset", tmp_path, margin=0)
     assert summary["counts"]["classes"] == {"wbc": 26}
     assert summary["counts"]["annotated_classes"] == {"rbc": 519, "wbc": 26}
     assert summary["modes"] == {"RGBA": 24}
     assert odd(summary) == {
         "hidden folders, left out": 1,
-        "pictures that annotations.csv names and that are not there": 76,
-        "pictures with several white cells": 3,
-        "pictures without a white cell": 1,
+        "images that annotations.csv names and that are not there": 76,
+        "images with several white cells": 3,
+        "images without a white cell": 1,
     }
     sizes = [Image.open(path).size for path in LabelledCells.from_path(tmp_path / "labels.csv").paths]
     assert min(min(size) for size in sizes) > 20  # pixels, not fractions

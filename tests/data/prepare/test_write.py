@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dinov2.data.datasets import HemaStandardDataset, LabelledCells
-from dinov2.data.prepare import all_datasets, get_dataset, overview_table, write
+from dinov2.data.prepare import all_datasets, get_dataset, overview_table
 from dinov2.data.prepare.base import Box, Cell, DataSet
 from dinov2.data.prepare.masks import components
 from dinov2.data.prepare.write import Options, cut, describe, prepare
@@ -16,7 +16,7 @@ from dinov2.data.prepare.write import Options, cut, describe, prepare
 ROOT = Path(__file__).parents[3]
 
 
-def picture(path: Path, seed: int = 0, size: tuple[int, int] = (40, 50)) -> Path:
+def write_image(path: Path, seed: int = 0, size: tuple[int, int] = (40, 50)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
@@ -24,7 +24,7 @@ def picture(path: Path, seed: int = 0, size: tuple[int, int] = (40, 50)) -> Path
 
 
 def smears(cells: list[tuple[str, str | None, Box | None]], **fields) -> DataSet:
-    """A data set whose pictures lie in `smears/` and whose annotations are `cells`."""
+    """A data set whose images lie in `smears/` and whose annotations are `cells`."""
 
     def find(top, notes):
         for name, label, box in cells:
@@ -52,7 +52,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_odd_boxes_are_counted_and_the_others_cut_out(tmp_path):
-    picture(tmp_path / "in" / "a.png")
+    write_image(tmp_path / "in" / "a.png")
     boxes = [
         Box(10, 10, 20, 20),
         Box(10, 10, 20, 20),
@@ -65,8 +65,8 @@ def test_odd_boxes_are_counted_and_the_others_cut_out(tmp_path):
     summary = prepare(dataset, tmp_path / "in", tmp_path / "out", Options(margin=0))
     assert {kind: note["count"] for kind, note in summary["oddities"].items()} == {
         "boxes of no area, left out": 2,
-        "boxes outside their picture, left out": 1,
-        "boxes that reach beyond their picture, cut off": 1,
+        "boxes outside their image, left out": 1,
+        "boxes that reach beyond their image, cut off": 1,
         "boxes that stand twice, left out": 1,
     }
     assert (tmp_path / "out" / "smears.txt").read_text() == "cells/a.png_000.png\ncells/a.png_004.png\n"
@@ -80,7 +80,7 @@ def test_odd_boxes_are_counted_and_the_others_cut_out(tmp_path):
 
 def test_a_killed_run_goes_on_and_a_second_run_gives_the_same_bytes(tmp_path):
     for seed in range(3):
-        picture(tmp_path / "in" / f"{seed}.png", seed)
+        write_image(tmp_path / "in" / f"{seed}.png", seed)
     dataset = smears([(f"{seed}.png", "white", Box(5, 5, 25, 30)) for seed in range(3)])
     prepare(dataset, tmp_path / "in", tmp_path / "out")
     before = contents(tmp_path / "out")
@@ -94,7 +94,7 @@ def test_a_killed_run_goes_on_and_a_second_run_gives_the_same_bytes(tmp_path):
 
 
 def test_cells_cut_in_another_way_are_not_mixed(tmp_path):
-    picture(tmp_path / "in" / "a.png")
+    write_image(tmp_path / "in" / "a.png")
     dataset = smears([("a.png", "white", Box(5, 5, 25, 25))])
     prepare(dataset, tmp_path / "in", tmp_path / "out")
     with pytest.raises(ValueError, match="margin 0.1, now 0.5.*--overwrite"):
@@ -108,7 +108,7 @@ def test_cells_cut_in_another_way_are_not_mixed(tmp_path):
 
 
 def test_numbers_of_cells_do_not_depend_on_which_classes_are_kept(tmp_path):
-    picture(tmp_path / "in" / "a.png")
+    write_image(tmp_path / "in" / "a.png")
     cells = [("a.png", "red", Box(0, 0, 10, 10)), ("a.png", "white", Box(20, 20, 40, 40))]
     prepare(smears(cells, keep=("white",)), tmp_path / "in", tmp_path / "out")
     assert (tmp_path / "out" / "smears.txt").read_text() == "cells/a.png_001.png\n"
@@ -118,9 +118,9 @@ def test_numbers_of_cells_do_not_depend_on_which_classes_are_kept(tmp_path):
         prepare(smears(cells), tmp_path / "in", tmp_path / "other", Options(keep=("blue",)))
 
 
-def test_whole_pictures_with_several_classes_have_no_label(tmp_path):
+def test_whole_images_with_several_classes_have_no_label(tmp_path):
     for name in "ab":
-        picture(tmp_path / "in" / f"{name}.png", ord(name))
+        write_image(tmp_path / "in" / f"{name}.png", ord(name))
     cells = [
         ("a.png", "red", Box(0, 0, 9, 9)),
         ("a.png", "white", Box(9, 9, 20, 20)),
@@ -133,27 +133,27 @@ def test_whole_pictures_with_several_classes_have_no_label(tmp_path):
 
 
 @pytest.mark.parametrize("check", [True, False])
-def test_unreadable_pictures_are_left_out_and_counted(tmp_path, check):
-    picture(tmp_path / "in" / "good.png")
+def test_unreadable_images_are_left_out_and_counted(tmp_path, check):
+    write_image(tmp_path / "in" / "good.png")
     (tmp_path / "in" / "empty.png").touch()
-    (tmp_path / "in" / "text.png").write_text("not a picture")
+    (tmp_path / "in" / "text.png").write_text("not an image")
     cells = [(name, "white", Box(0, 0, 9, 9)) for name in ("good.png", "empty.png", "text.png")]
     summary = prepare(smears(cells), tmp_path / "in", tmp_path / "out", Options(check=check))
     assert summary["counts"]["listed"] == 1
-    assert summary["oddities"]["unreadable pictures and masks"]["count"] == 2
+    assert summary["oddities"]["unreadable images and masks"]["count"] == 2
 
 
-def test_a_truncated_picture_leaves_no_half_cell(tmp_path):
-    good = picture(tmp_path / "in" / "good.png", size=(200, 200))
+def test_a_truncated_image_leaves_no_half_cell(tmp_path):
+    good = write_image(tmp_path / "in" / "good.png", size=(200, 200))
     (tmp_path / "in" / "cut.png").write_bytes(good.read_bytes()[:5000])
     cells = [(name, "white", Box(100, 150, 180, 190)) for name in ("cut.png", "good.png")]
     summary = prepare(smears(cells), tmp_path / "in", tmp_path / "out", Options(check=False))
-    assert summary["oddities"]["unreadable pictures and masks"]["count"] == 1
+    assert summary["oddities"]["unreadable images and masks"]["count"] == 1
     assert sorted(path.name for path in (tmp_path / "out" / "cells").iterdir()) == ["good.png_000.png", "settings.json"]
 
 
 def test_labels_say_the_data_set_and_the_summary_the_options(tmp_path):
-    picture(tmp_path / "in" / "a.png")
+    write_image(tmp_path / "in" / "a.png")
     prepare(smears([("a.png", "white", None)], cuts=False), tmp_path / "in", tmp_path / "out")
     with open(tmp_path / "out" / "labels.csv", newline="") as file:
         assert list(csv.DictReader(file)) == [
@@ -176,8 +176,8 @@ def test_a_wrong_source_is_told_what_was_expected_and_where_to_get_it(tmp_path):
 
 
 def test_a_layout_without_cells_says_what_was_there_instead(tmp_path):
-    picture(tmp_path / "in" / "a.png")
-    with pytest.raises(ValueError, match="no cell in .* What was there instead: 1 pictures that the layout"):
+    write_image(tmp_path / "in" / "a.png")
+    with pytest.raises(ValueError, match="no cell in .* What was there instead: 1 images that the layout"):
         prepare(smears([]), tmp_path / "in", tmp_path / "out")
     with pytest.raises(ValueError, match="--output: .* is inside the data set's own folder"):
         prepare(smears([("a.png", "white", None)]), tmp_path / "in", tmp_path / "in" / "out")
@@ -192,7 +192,7 @@ def test_options_out_of_range_are_refused(wrong, message):
         Options(**wrong)
 
 
-def test_a_cut_is_square_inside_the_picture_and_scaled_with_repeated_borders():
+def test_a_cut_is_square_inside_the_image_and_scaled_with_repeated_borders():
     image = Image.fromarray(np.arange(30 * 60, dtype=np.uint8).reshape(30, 60)).convert("RGB")
     assert cut(image, Box(50, 20, 60, 30), margin=0.5).size == (20, 20)  # moved inside, not cut off
     np.testing.assert_array_equal(np.asarray(cut(image, Box(50, 20, 60, 30), 0.5)), np.asarray(image)[10:30, 40:60])
@@ -233,7 +233,7 @@ def test_the_documents_sixteenth_data_set_works(tmp_path):
     names: dict = {}
     exec(compile(code, "docs/datasets.md", "exec"), names)
     for path in ("slides/p01/blast/1.png", "slides/p02/lymphocyte/2.png", "slides/p02/unknown/3.png"):
-        picture(tmp_path / "in" / path, len(path))
+        write_image(tmp_path / "in" / path, len(path))
     summary = prepare(names["DATASET"], tmp_path / "in", tmp_path / "out")
     assert summary["counts"]["classes"] == {"blast": 1, "lymphocyte": 1}
     assert summary["counts"]["patients"] == 2
@@ -244,11 +244,11 @@ def test_the_command_prepares_and_answers_mistakes_in_one_line(tmp_path, capsys)
     command = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(command)
     for name in ("basophil/BA_1.png", "eosinophil/EO_2.png"):
-        picture(tmp_path / "in" / name, len(name))
+        write_image(tmp_path / "in" / name, len(name))
     where = ["--source", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
     assert command.main(["acevedo", *where, "--size", "64"]) == 0
     said = capsys.readouterr()
-    assert "2 pictures, 2 lines in the list, 2 labelled" in said.out
+    assert "2 images, 2 lines in the list, 2 labelled" in said.out
     assert "single cells: --margin, --size and --keep change nothing" in said.err
     for wrong, message in ((["acevdo"], "did you mean 'acevedo'"), (["acevedo", "--margin", "-1"], "--margin -1.0")):
         assert command.main([*wrong, *where]) == 2
@@ -260,12 +260,11 @@ def test_the_command_prepares_and_answers_mistakes_in_one_line(tmp_path, capsys)
     assert "give NAME --source DIR --output DIR" in capsys.readouterr().err
 
 
-def test_progress_says_how_long_it_takes(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(write, "SECONDS_BETWEEN_REPORTS", 0)
+def test_progress_is_shown(tmp_path, capsys):
     for seed in range(3):
-        picture(tmp_path / "in" / f"{seed}.png", seed)
+        write_image(tmp_path / "in" / f"{seed}.png", seed)
     dataset = smears([(f"{seed}.png", "white", Box(5, 5, 25, 30)) for seed in range(3)])
-    with caplog.at_level("INFO", logger="dinov2"):
-        prepare(dataset, tmp_path / "in", tmp_path / "out")
-    assert "looking at pictures: 1 of 3, about 0:00 min left" in caplog.text
-    assert "cutting out cells: 3 of 3, about 0:00 min left" in caplog.text
+    prepare(dataset, tmp_path / "in", tmp_path / "out")
+    shown = capsys.readouterr().err
+    assert "reading: 100%" in shown
+    assert "cutting out: 100%" in shown

@@ -1,0 +1,188 @@
+"""The one reader of tables: CSV with any usual delimiter and a byte-order mark or none, and parquet.
+
+Values are text without spaces around it, and stay as they are written: "007" is not 7.
+"""
+
+import csv
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PATH_COLUMN, LABEL_COLUMN, PATIENT_COLUMN = "Image Path", "Label", "patient"
+
+TABLE_SUFFIXES = (".csv", ".parquet")
+DELIMITERS = ",;\t|"
+ROWS_AT_A_TIME = 65536
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose header was read.
+
+    Attributes:
+        file: parquet if it has this suffix, else CSV.
+        setting: what errors begin with: the key, flag or kind of file that named it.
+        columns: names in the first line, without spaces around them.
+    """
+
+    file: Path
+    setting: str
+    columns: list[str]
+
+    def rows(self, *columns: str) -> Iterator[tuple[int, list[str]]]:
+        """Yield (line, values) of each row, of all columns or of these; lines without any value are left out.
+
+        Raises:
+            ValueError: the file is not what its suffix says, or one of the columns stands twice or is not text.
+        """
+        names = columns or self.columns
+        twice = sorted({name for name in names if name and self.columns.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"{self.setting}: {str(self.file)!r} has the column(s) {', '.join(map(repr, twice))} twice; keep one"
+            )
+        if _is_parquet(self.file):
+            yield from _parquet_rows(self.file, self.setting, names)
+            return
+        places = [self.columns.index(name) for name in names]
+        for number, (line, row) in enumerate(_csv_rows(self.file, self.setting)):
+            if number:
+                yield line, [row[place].strip() if place < len(row) else "" for place in places]
+
+    def records(self) -> Iterator[tuple[int, dict[str, str]]]:
+        """Yield (line, {column: value}) of each row."""
+        for line, values in self.rows():
+            yield line, dict(zip(self.columns, values, strict=True))
+
+
+def open_table(file: Path, setting: str) -> Table:
+    """Read the names of a table's columns, none for an empty file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read; parquet needs pyarrow.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{setting}: no file {str(file)!r}; give a CSV or parquet file")
+    if _is_parquet(file):
+        with _opened_parquet(file, setting) as opened:
+            return Table(file, setting, opened.schema_arrow.names)
+    _, header = next(_csv_rows(file, setting), (1, []))
+    return Table(file, setting, [name.strip() for name in header])
+
+
+def read_table(
+    file: Path,
+    setting: str,
+    required: Sequence[str],
+    optional: Sequence[str] = (),
+    other_names: Mapping[str, Sequence[str]] | None = None,
+) -> list[dict[str, str]]:
+    """Read rows with a value in each of some columns.
+
+    Args:
+        file: the table.
+        setting: what errors begin with.
+        required: columns that must be there.
+        optional: columns that may be missing as a whole; if they are there, each row needs a value.
+        other_names: {column: names that files have for it, too}.
+
+    Returns:
+        {column: value} of each row, under the names asked for; other columns are left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, lacks a column or a value, or has no row.
+    """
+    table = open_table(file, setting)
+    found = {}
+    for column in (*required, *optional):
+        names = [name for name in (column, *(other_names or {}).get(column, ())) if name in table.columns]
+        if names:
+            found[column] = names[0]
+    missing = [column for column in required if column not in found]
+    if missing:
+        raise ValueError(
+            f"{setting}: {str(file)!r} lacks the column(s) {', '.join(map(repr, missing))}; its first line has "
+            f"{table.columns or 'nothing'}, expected {','.join(required)}{''.join(f'[,{name}]' for name in optional)}"
+        )
+    rows = []
+    for line, values in table.rows(*found.values()):
+        gaps = [column for column, value in zip(found, values, strict=True) if not value]
+        if len(gaps) == len(found):
+            continue
+        if gaps:
+            raise ValueError(
+                f"{setting}: {str(file)!r}, line {line}: no value for {', '.join(map(repr, gaps))}; fill it in or "
+                f"drop the row"
+            )
+        rows.append(dict(zip(found, values, strict=True)))
+    if not rows:
+        raise ValueError(f"{setting}: {str(file)!r} has no rows under its first line; add some")
+    return rows
+
+
+def _is_parquet(file: Path) -> bool:
+    return file.suffix.lower() == ".parquet"
+
+
+def _csv_rows(file: Path, setting: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line, values) of the header and of each row that is not empty."""
+    line = 0
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as stream:  # -sig: Excel writes a byte-order mark
+            header = re.sub('"[^"]*"', "", stream.readline())
+            stream.seek(0)
+            reader = csv.reader(stream, delimiter=max(DELIMITERS, key=header.count), skipinitialspace=True)
+            for row in reader:
+                line = reader.line_num
+                if any(map(str.strip, row)):  # else an empty line, or the delimiters that spreadsheets leave at the end
+                    yield line, row
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{setting}: {str(file)!r} is not UTF-8 text ({error.reason}); save it as CSV UTF-8"
+        ) from error
+    except csv.Error as error:
+        raise ValueError(
+            f"{setting}: {str(file)!r}, line {line + 1}, is not CSV ({error}); save it as CSV UTF-8"
+        ) from error
+
+
+@contextmanager
+def _opened_parquet(file: Path, setting: str) -> Iterator[Any]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{setting}: reading {str(file)!r} needs pyarrow (`pip install pyarrow`), or save it as CSV"
+        ) from error
+    try:
+        with parquet.ParquetFile(file) as opened:
+            yield opened
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{setting}: {str(file)!r} cannot be read as parquet: {error}") from error
+
+
+def _parquet_rows(file: Path, setting: str, names: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yield (row, values); numbers are written out."""
+    with _opened_parquet(file, setting) as opened:
+        import pyarrow
+        from pyarrow import compute
+
+        row = 0
+        for batch in opened.iter_batches(ROWS_AT_A_TIME, columns=list(names)):
+            texts = []
+            for name in names:
+                try:
+                    texts.append(compute.cast(batch.column(name), pyarrow.large_string()).to_pylist())
+                except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
+                    raise ValueError(
+                        f"{setting}: column {name!r} of {str(file)!r} holds {batch.column(name).type}, not text"
+                    ) from error
+            for values in zip(*texts, strict=True):
+                row += 1
+                yield row, [(value or "").strip() for value in values]

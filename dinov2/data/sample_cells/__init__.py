@@ -1,0 +1,7 @@
+"""Drawn blood cells, for demonstrations and tests: no patient's image, no download, and every label is known."""
+
+from dinov2.data.sample_cells.drawing import DEFAULT_SIZE_PX, draw_cell
+from dinov2.data.sample_cells.forms import CELL_CLASSES, Slide
+from dinov2.data.sample_cells.sets import SUBTYPES, contact_sheet, write_sample_cells
+
+__all__ = ["CELL_CLASSES", "DEFAULT_SIZE_PX", "SUBTYPES", "Slide", "contact_sheet", "draw_cell", "write_sample_cells"]

@@ -1,0 +1,164 @@
+"""What the classes of cells look like, and what the images of one slide share.
+
+What tells the classes apart is what tells real ones apart: the form of the nucleus, its chromatin, how much of the cell
+it fills, and the granules. Stain, light, magnification, sharpness and crowding belong to the slide and vary more
+between slides than the classes differ in colour, so a colour histogram cannot solve the task. Lengths are in
+micrometres.
+"""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from dinov2.data.sample_cells.geometry import NucleusShape, curved_nucleus, lobed_nucleus, round_nucleus
+
+# absorbance (natural logarithm) of red, green and blue at unit amount of azure, eosin and haemoglobin, chosen so that
+# nuclei, granules and erythrocytes come out as in May-Gruenwald-Giemsa smears
+DYES = np.array([[0.84, 0.64, 0.14], [0.05, 0.84, 0.36], [0.10, 0.22, 0.42]])
+
+Amounts: TypeAlias = tuple[float, float, float]  # of azure, eosin and haemoglobin
+
+
+@dataclass(frozen=True)
+class Granules:
+    """Round grains in the cytoplasm; `per_um2` is their number per square micrometre of cytoplasm."""
+
+    dyes: Amounts
+    radius: tuple[float, float]
+    per_um2: tuple[float, float]
+    over_nucleus: float = 0.0  # share of the density that also lies over the nucleus
+
+
+@dataclass(frozen=True)
+class CellForm:
+    """How the cells of one class differ from the others; pairs are the ends of a range.
+
+    Attributes:
+        radius: of the whole cell.
+        cytoplasm: amounts of the dyes.
+        nucleus: draws the nucleus, see `round_nucleus` and the functions after it; None for platelets.
+        nucleus_size: a length relative to the cell's radius, whose meaning the drawing function gives.
+        clumps: diameter of the chromatin's clumps, and how much they stand out.
+        nucleus_dyes: amounts of the dyes where the chromatin has its mean density.
+        nucleoli: how many at most.
+        rim: how much bluer the cytoplasm is at the cell's edge than inside.
+        pale_zone: strength of the pale region beside the nucleus.
+        ragged: how far the outline strays from an ellipse.
+        nucleus_ragged: how far the nucleus's outline strays from its plain form, in micrometres.
+        vacuoles: how many at most.
+        granules: kinds of grains, if any.
+    """
+
+    radius: tuple[float, float]
+    cytoplasm: Amounts
+    nucleus: NucleusShape | None = None
+    nucleus_size: tuple[float, float] = (0.0, 0.0)
+    clumps: tuple[float, float] = (1.0, 0.0)
+    nucleus_dyes: Amounts = (1.5, 1.05, 0.0)
+    nucleoli: int = 0
+    rim: float = 0.0
+    pale_zone: float = 0.0
+    ragged: float = 0.15
+    nucleus_ragged: float = 0.14
+    vacuoles: int = 0
+    granules: tuple[Granules, ...] = ()
+
+
+_NEUTROPHIL = (Granules((0.25, 0.35, 0.0), (0.10, 0.17), (1.2, 3.0)),)
+_EOSINOPHIL = (Granules((0.05, 0.46, 0.52), (0.30, 0.42), (2.0, 3.2), over_nucleus=0.05),)
+_BASOPHIL = (Granules((0.85, 0.62, 0.0), (0.2, 0.5), (1.4, 2.8), over_nucleus=0.5),)
+_MONOCYTE = (Granules((0.12, 0.18, 0.0), (0.08, 0.13), (0.8, 2.0)),)
+_PROMYELOCYTE = (Granules((0.45, 0.65, 0.0), (0.17, 0.28), (0.5, 1.4), over_nucleus=0.35),)
+_PLATELET = (Granules((0.40, 0.50, 0.0), (0.14, 0.24), (2.0, 4.5)),)
+
+# fmt: off
+FORMS: dict[str, CellForm] = {
+    # radius, cytoplasm, nucleus, nucleus_size; the rest by name
+    "neutrophil_segmented": CellForm((5.7, 7.0), (0.16, 0.20, 0.02), lobed_nucleus((3, 3, 4, 4, 5)), (0.29, 0.34),
+        clumps=(1.1, 0.24), granules=_NEUTROPHIL),
+    "neutrophil_band": CellForm((5.7, 7.0), (0.17, 0.20, 0.02), curved_nucleus((1.7, 2.45)), (0.21, 0.27),
+        clumps=(1.1, 0.24), granules=_NEUTROPHIL),
+    "eosinophil": CellForm((5.9, 7.2), (0.16, 0.22, 0.10), lobed_nucleus((2, 2, 2, 3)), (0.31, 0.36),
+        clumps=(1.1, 0.22), granules=_EOSINOPHIL),
+    "basophil": CellForm((5.2, 6.5), (0.18, 0.26, 0.0), lobed_nucleus((2, 3, 3)), (0.36, 0.42),
+        clumps=(1.4, 0.15), nucleus_dyes=(1.05, 0.9, 0.0), granules=_BASOPHIL),
+    "lymphocyte": CellForm((4.3, 5.7), (0.46, 0.16, 0.0), round_nucleus, (0.80, 0.90),
+        clumps=(1.25, 0.17), rim=0.5, ragged=0.2),
+    "monocyte": CellForm((6.8, 8.8), (0.36, 0.22, 0.02), curved_nucleus((0.95, 1.5)), (0.31, 0.39),
+        clumps=(0.8, 0.24), nucleus_dyes=(1.2, 0.95, 0.0), ragged=0.5, nucleus_ragged=0.22, vacuoles=7,
+        granules=_MONOCYTE),
+    "erythroblast": CellForm((4.0, 5.6), (0.34, 0.28, 0.30), round_nucleus, (0.50, 0.64),
+        clumps=(1.0, 0.24), nucleus_dyes=(1.75, 1.2, 0.0), ragged=0.2, nucleus_ragged=0.07),
+    "myeloblast": CellForm((6.2, 8.2), (0.44, 0.16, 0.0), round_nucleus, (0.76, 0.86),
+        clumps=(0.55, 0.15), nucleus_dyes=(1.1, 0.95, 0.0), nucleoli=4, rim=0.35, ragged=0.25),
+    "promyelocyte": CellForm((7.4, 9.4), (0.42, 0.22, 0.0), round_nucleus, (0.56, 0.68),
+        clumps=(0.65, 0.18), nucleus_dyes=(1.15, 0.95, 0.0), nucleoli=2, rim=0.2, pale_zone=0.6, ragged=0.25,
+        granules=_PROMYELOCYTE),
+    "platelet": CellForm((1.3, 2.3), (0.26, 0.28, 0.0), ragged=0.25, granules=_PLATELET),
+}
+# fmt: on
+CELL_CLASSES = tuple(FORMS)
+
+
+@dataclass(frozen=True, eq=False)
+class Slide:
+    """What all images of one glass slide share, drawn anew for each slide.
+
+    Attributes:
+        field: width of an image, in micrometres.
+        dyes: [3 dyes, 3 colours] absorbance at unit amount.
+        plasma: amounts of the dyes between the cells.
+        light: [3] transmitted intensity without any dye, 0-1.
+        light_slope: [2] relative change of the light from the centre to the right and lower edge.
+        crowding: erythrocytes per square micrometre.
+        pallor: depth of the erythrocytes' pale centre, 0-1.
+        erythrocyte_radius: their mean.
+        crenated: share of erythrocytes with a scalloped outline.
+        blur: standard deviation of the optics' spread, in micrometres.
+        sharpening: strength of the camera's edge enhancement.
+        noise: standard deviation of the camera's noise, 0-1.
+        contrast: exponent of the camera's tone curve.
+        spread: size of the cells relative to the usual, as flattened by the smear.
+    """
+
+    field: float
+    dyes: np.ndarray
+    plasma: Amounts
+    light: np.ndarray
+    light_slope: np.ndarray
+    crowding: float
+    pallor: float
+    erythrocyte_radius: float
+    crenated: float
+    blur: float
+    sharpening: float
+    noise: float
+    contrast: float
+    spread: float
+
+    @classmethod
+    def sample(cls, rng: np.random.Generator) -> "Slide":
+        """Draw a slide: who stained it for how long, at what pH, and which microscope looked at it."""
+        ph = rng.normal(0, 0.22)  # acid buffers favour eosin, alkaline ones azure
+        strength = np.exp(rng.normal(0, 0.2))
+        amounts = strength * np.exp([-ph, ph, rng.normal(0, 0.3)])  # [3]
+        dyes = DYES * amounts[:, None] * np.exp(rng.normal(0, 0.12, (3, 3))) + rng.uniform(0, 0.06, (3, 3))
+        warmth, tint = rng.uniform(-0.05, 0.11), rng.uniform(-0.025, 0.02)
+        light = rng.uniform(0.8, 0.99) * np.array([1 + warmth * 0.3, 1 + tint, 1 - warmth * 1.6])
+        return cls(
+            field=rng.uniform(25, 33),
+            dyes=dyes,
+            plasma=(rng.uniform(0, 0.05), rng.uniform(0, 0.08), 0.0),
+            light=np.minimum(light, 0.99),
+            light_slope=rng.normal(0, 0.03, 2),
+            crowding=rng.uniform(0.001, 0.028),
+            pallor=rng.uniform(0.15, 0.95),
+            erythrocyte_radius=rng.uniform(3.3, 3.9),
+            crenated=max(0.0, rng.uniform(-0.5, 0.4)),
+            blur=rng.uniform(0.08, 0.22),
+            sharpening=rng.uniform(0.0, 0.7),
+            noise=rng.uniform(0.003, 0.012),
+            contrast=rng.uniform(0.9, 1.15),
+            spread=rng.uniform(0.93, 1.08),
+        )
