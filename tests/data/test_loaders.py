@@ -152,7 +152,7 @@ def test_loading_leaves_torchs_generator_alone(dataset):
 
 def test_samples_can_be_pickled(dataset):
     again = pickle.loads(pickle.dumps([dataset[4], dataset[5]]))
-    assert again[0].failures[0].reason == "not a known picture format"
+    assert again[0].failures[0].reason == "not a known image format"
     assert [sample.index for sample in again] == [4, 5]
 
 

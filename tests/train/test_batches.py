@@ -121,7 +121,7 @@ def test_failures_come_with_the_batch(config):
     next(loader.starting_at())
     loader.bad_images.settle()
     assert {Path(path).name for path in loader.bad_images.reasons} == {"002.png"}
-    assert "not a known picture format" in (Path(cfg.train.output_dir) / "bad_images.csv").read_text()
+    assert "not a known image format" in (Path(cfg.train.output_dir) / "bad_images.csv").read_text()
 
 
 def test_a_balance_is_kept_when_a_run_goes_on_with_more_processes(config, monkeypatch):
