@@ -36,7 +36,7 @@ from dinov2.eval.metrics import classification_metrics
 from dinov2.logging import MetricLogger
 from dinov2.models import architecture
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.train.health import feature_statistics
+from dinov2.train.monitor import feature_statistics
 from dinov2.train.labelled_sets import LabelledSet, read_labelled_sets, without_copied_pictures
 from dinov2.train.shown_cells import ShownCells
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -237,7 +237,7 @@ def _results_on(labelled: LabelledSet, embedded: Mapping[Path, np.ndarray], devi
 
 
 def _spread_on(labelled: LabelledSet, embedded: Mapping[Path, np.ndarray], device: torch.device) -> dict[str, float]:
-    """`effective_rank` and `feature_spread` (train/health.py) of all cells of a set; training_metrics.json has those of
+    """`effective_rank` and `feature_spread` (train/monitor.py) of all cells of a set; training_metrics.json has those of
     the crops of a step."""
     features = np.concatenate([_side(cells, embedded)[0] for cells in (labelled.train, labelled.test)])
     found = feature_statistics(torch.as_tensor(features, device=device))

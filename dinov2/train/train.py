@@ -31,11 +31,10 @@ from dinov2.models import fixed_settings
 from dinov2.train.batches import TrainBatches, build_augmentation, build_dataset, resolve_batch_size, timed
 from dinov2.train.evaluation import TeacherEvaluation
 from dinov2.train.flops import count_step_flops, measured_matmul_rate
-from dinov2.train.health import CollapseMonitor
+from dinov2.train.monitor import CollapseMonitor, StepProfile
 from dinov2.train.memory import find_batch_size, measure_steps
 from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
 from dinov2.train.plan import describe_environment, describe_run
-from dinov2.train.profiling import StepProfile
 from dinov2.train.run_folder import RunFolder, open_metrics, run_folder_path
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
