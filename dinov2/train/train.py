@@ -74,7 +74,7 @@ def train(
         if progress.iteration == 0:  # what the untrained network can do
             watchdog.beat(0, "evaluation", patient=True)
             with metrics.interruption():
-                evaluation.judge(model, folder.path, 0, metrics)
+                evaluation.evaluate(model, folder.path, 0, metrics)
         stream = timed(batches.starting_at(progress.batch_number, progress.position), metrics.add_data_time)
         while progress.iteration < schedules.n_iterations:
             iteration = progress.iteration

@@ -170,7 +170,7 @@ def test_a_full_disk_costs_the_pictures_and_not_the_run(run, monkeypatch, caplog
 # --- in TensorBoard -------------------------------------------------------------------------------------------------
 
 
-def test_tensorboard_gets_the_sheets_and_the_judged_cells(run, tmp_path):
+def test_tensorboard_gets_the_sheets_and_the_evaluated_cells(run, tmp_path):
     pytest.importorskip("tensorboard")
     from google.protobuf import text_format
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -194,16 +194,18 @@ def test_tensorboard_gets_the_sheets_and_the_judged_cells(run, tmp_path):
         assert (events.Images("views/crops")[-1].width, events.Images("views/crops")[-1].height) == sheet.size
 
     text = (folder / "tensorboard" / "projector_config.pbtxt").read_text()
-    (shown_set,) = text_format.Parse(text, ProjectorConfig()).embeddings
-    assert shown_set.tensor_name == "two after 4"
-    features = np.loadtxt(folder / "tensorboard" / shown_set.tensor_path, delimiter="\t")
-    assert features.shape == tuple(shown_set.tensor_shape) == (20, 32)
-    lines = (folder / "tensorboard" / shown_set.metadata_path).read_text(encoding="utf-8").splitlines()
-    assert lines[0].split("\t") == ["class", "side", "picture"]
+    offered = text_format.Parse(text, ProjectorConfig()).embeddings
+    assert [each.tensor_name for each in offered] == ["two:00000", "two:00004"]  # of each evaluation
+    newest = offered[-1]
+    features = np.loadtxt(folder / "tensorboard" / newest.tensor_path, delimiter="\t")
+    assert features.shape == (20, 32)
+    lines = (folder / "tensorboard" / newest.metadata_path).read_text(encoding="utf-8").splitlines()
+    assert lines[0].split("\t") == ["class", "side", "image"]
     assert {line.split("\t")[0] for line in lines[1:]} == set(levels)
-    with Image.open(folder / "tensorboard" / shown_set.sprite.image_path) as sprite:
+    assert sum(line.split("\t")[1] == "test" for line in lines[1:]) == 4
+    with Image.open(folder / "tensorboard" / newest.sprite.image_path) as sprite:
         tiles = np.asarray(sprite).reshape(5, 40, 5, 40, 3).swapaxes(1, 2).reshape(25, 40, 40, 3)
-    for tile, line in zip(tiles, lines[1:], strict=False):  # each cell has its own picture
-        name, _, picture = line.split("\t")
-        level = levels[name] + int(picture.rsplit("/", 1)[1].removesuffix(".png"))
+    for tile, line in zip(tiles, lines[1:], strict=False):  # each cell has its own image
+        name, _, image = line.split("\t")
+        level = levels[name] + int(image.rsplit("/", 1)[1].removesuffix(".png"))
         assert abs(int(tile.mean()) - level) <= 2
