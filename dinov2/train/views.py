@@ -22,7 +22,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.utils import make_grid  # type: ignore[import-untyped]
 
 from dinov2.data.augmentations import N_GLOBAL_CROPS
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -120,5 +119,5 @@ def _tiles(crops: Tensor, size: int) -> Tensor:
 
 def _sheet(tiles: Tensor) -> np.ndarray:
     """Lay tiles [C, R, 3, size, size] out as one image, uint8 [height, width, 3]."""
-    grid = make_grid(tiles.transpose(0, 1).flatten(0, 1), nrow=len(tiles), padding=GAP, pad_value=1.0)
-    return (grid * 255).round().byte().permute(1, 2, 0).numpy()
+    rows = F.pad(tiles, (0, GAP, 0, GAP), value=1.0).permute(1, 3, 0, 4, 2)  # [R, size + GAP, C, size + GAP, 3]
+    return (rows.flatten(2, 3).flatten(0, 1) * 255).round().byte().numpy()

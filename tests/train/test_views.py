@@ -69,17 +69,17 @@ def test_each_row_is_an_image_in_its_own_colours_and_masks_lie_over_their_patche
     tile = 84  # small crops are made larger, and patches are whole pixels
     crops, masks = sheets["crops"], sheets["masks"]
     step = tile + GAP
-    assert crops.shape == (2 * step + GAP, 5 * step + GAP, 3)
-    assert masks.shape == (2 * step + GAP, 2 * step + GAP, 3)
+    assert crops.shape == (2 * step, 5 * step, 3)
+    assert masks.shape == (2 * step, 2 * step, 3)
 
     def tile_of(sheet, row, column):
-        top, left = GAP + row * step, GAP + column * step
+        top, left = row * step, column * step
         return sheet[top : top + tile, left : left + tile]
 
     for row, first in enumerate((RED, GREEN)):
         for column, colour in enumerate((first, BLUE, GREY, GREY, GREY)):
             assert (tile_of(crops, row, column) == colour).all()
-    assert (crops[:GAP] == 255).all()
+    assert (crops[tile:step] == 255).all()
 
     patch = tile // 4
     covered = [round((1 - MASK_OPACITY) * a + MASK_OPACITY * b) for a, b in zip(GREEN, MASK_COLOUR, strict=True)]
@@ -92,7 +92,7 @@ def test_each_row_is_an_image_in_its_own_colours_and_masks_lie_over_their_patche
 
 def test_a_large_crop_is_made_smaller_and_a_sheet_stays_small_enough_for_a_report():
     sheet = draw_sheets(batch(size=224, local_size=98, n_local=10), 1)["crops"]
-    assert sheet.shape == (160 + 2 * GAP, 10 * (160 + GAP) + GAP, 3)  # of the local crops eight
+    assert sheet.shape == (160 + GAP, 10 * (160 + GAP), 3)  # of the local crops eight
     n_many = 60
     crops = {"global_crops": [torch.rand(n_many, 3, 224, 224)] * 2, "local_crops": [torch.rand(n_many, 3, 98, 98)] * 8}
     many = assemble_batch(crops, torch.ones(2 * n_many, 256, dtype=torch.bool), 256, torch.float32)
@@ -107,7 +107,7 @@ def test_without_masks_there_is_no_sheet_of_them_and_broken_numbers_are_drawn():
     before = {name: value.clone() for name, value in broken.items() if isinstance(value, torch.Tensor)}
     sheets = draw_sheets(broken, 1)
     assert list(sheets) == ["crops"]
-    assert tuple(sheets["crops"][GAP, GAP]) == (255, RED[1], RED[2])
+    assert tuple(sheets["crops"][0, 0]) == (255, RED[1], RED[2])
     assert all(torch.equal(broken[name], value) for name, value in before.items() if name != "collated_global_crops")
 
 
@@ -121,7 +121,7 @@ def test_a_run_shows_its_first_batch_and_those_before_evaluations_and_keeps_the_
     assert shown(folder) == {"crops": [0, 3, 4], "masks": [0, 3, 4]}
     for n in (0, 3, 4):
         with Image.open(folder / "views" / f"crops_{n}.png") as crops:
-            assert crops.height == 3 * 84 + 4 * GAP
+            assert crops.height == 3 * (84 + GAP)
 
 
 def test_no_views_where_none_are_asked_for(run):
