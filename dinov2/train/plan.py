@@ -17,8 +17,7 @@ from dinov2.distributed import get_world_size, is_enabled
 from dinov2.fsdp.precision import resolve_dtype
 from dinov2.hub.downloads import RELEASES
 from dinov2.train.batches import build_balance
-from dinov2.train.finetuning import count_learned
-from dinov2.train.pretrained import weights_of
+from dinov2.train.finetuning import count_learned, weights_of
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 

@@ -30,11 +30,10 @@ from dinov2.logging.step_clock import StepClock
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss, smooth_rank_loss
 from dinov2.models import architecture, build_backbone, build_model_from_cfg
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.train.finetuning import limit_learning
+from dinov2.train.finetuning import limit_learning, start_from_weights
 from dinov2.train.monitor import feature_statistics, prototype_use
 from dinov2.train.optimizer import LossScaler
 from dinov2.train.param_groups import fuse_params_groups, get_params_groups_with_decay
-from dinov2.train.pretrained import start_from_weights
 from dinov2.utils.compilers import obstacle_to_compiling
 
 logger = logging.getLogger("dinov2")
