@@ -7,7 +7,7 @@ import bisect
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -165,21 +165,22 @@ def dry_run(cfg: DictConfig, model: SSLMetaArch, dataset: HemaStandardDataset) -
     """
     logger.info("the student's parameters\n%s", parameter_count_table(model.student, max_depth=2))
     logger.info("flops     %.3g in matrix products of a step of each process", count_step_flops(cfg))
-    device, batch_size, room = model.device, cfg.train.batch_size_per_gpu, memory_room(model.device)
-    is_alone = distributed.get_world_size() == 1
-    trials, whole, need = StepTrials(cfg, model, dataset), None, ""
-    small = max(_fewest_images(cfg), min(N_SMALL, batch_size) // 2)
+    batch_size, room = cfg.train.batch_size_per_gpu, memory_room(model.device)
+    n_processes = distributed.get_world_size()
+    trials, whole, need = StepTrials(cfg, model, dataset), None, "do not fit, nor do fewer"
+    other_sizes = cfg.copy()
+    other_sizes.train.global_batch_size = None
+    fewest = _fewest_images(cfg, has_others=n_processes > 1 or cfg.train.accumulation_steps > 1)
+    small = max(fewest, min(N_SMALL, batch_size) // 2)
     with suppress(torch.OutOfMemoryError):
-        fewer, more = (trials.step(_with_batch_size(cfg, n)) for n in (small, 2 * small))
+        fewer, more = (trials.step(_with_batch_size(other_sizes, n, n_processes)) for n in (small, 2 * small))
         per_image = growth_per_image(fewer, more)
         expected = more.peak + per_image * (batch_size - more.batch_size)
-        need = f"would need about {size_text(expected)}, {size_text(per_image)} for each image,"
-        if device.type == "cuda" or not is_alone or expected <= room:
+        need = f"would need about {size_text(expected)}, {size_text(per_image)} for each image"
+        if model.device.type == "cuda" or n_processes > 1 or expected <= room:
             whole = trials.step(cfg)
-            need = f"need {size_text(whole.peak)}, {size_text(per_image)} for each image,"
-    logger.info(
-        "memory    measured: %d images %s of %s", batch_size, need or "do not fit, nor do fewer,", size_text(room)
-    )
+            need = f"need {size_text(whole.peak)}, {size_text(per_image)} for each image"
+    logger.info("memory    measured: %d images %s; there are %s", batch_size, need, size_text(room))
     if whole is None:
         logger.error(
             "train.batch_size_per_gpu=%d does not fit; --find-batch-size looks for one that does, and "
@@ -206,14 +207,13 @@ def find_batch_size(cfg: DictConfig, model: SSLMetaArch, dataset: HemaStandardDa
         cfg: as given, before resolve_batch_size.
     """
     device, sizes, room = model.device, batch_sizes(cfg), memory_room(model.device)
-    trials = StepTrials(_settled(cfg, sizes[0]), model, dataset)
+    trials = StepTrials(_with_batch_size(cfg, sizes[0]), model, dataset)
     limit = (1 - MARGIN) * room
 
     def step(batch_size: int) -> StepCost:
-        cost = trials.step(_settled(cfg, batch_size))
-        speed = cost.n_images / cost.seconds
+        cost = trials.step(_with_batch_size(cfg, batch_size))
         text = "%6d images: fit, %s at the peak, %.3g images/s besides decoding"
-        logger.info(text, batch_size, size_text(cost.peak), speed)
+        logger.info(text, batch_size, size_text(cost.peak), cost.n_images / cost.seconds)
         return cost
 
     text = "looking for the largest batch that needs at most %s of %s: %.0f %% stay free for what differs between steps"
@@ -234,20 +234,16 @@ def largest_by_trying(step: Step, sizes: Sequence[int]) -> int | None:
     Doubles from N_SMALL images on until one does not fit, then bisects.
     """
     low, high = -1, len(sizes)  # sizes up to that at `low` fit, those from that at `high` on do not
-    trying = min(bisect.bisect_left(sizes, N_SMALL), high - 1)
-    while low < high - 1:
+    trying = bisect.bisect_left(sizes, N_SMALL)
+    while low < high - 1 and (low < 0 or high == len(sizes) or sizes[high] - sizes[low] > max(1, sizes[low] // 32)):
+        trying = min(max(trying, low + 1), high - 1)
         try:
             step(sizes[trying])
             low = trying
         except torch.OutOfMemoryError:
             logger.info("%6d images: do not fit", sizes[trying])
             high = trying
-        if high == len(sizes):
-            trying = min(max(low + 1, bisect.bisect_left(sizes, 2 * sizes[low])), high - 1)
-        elif low >= 0 and sizes[high] - sizes[low] <= max(1, sizes[low] // 32):
-            break
-        else:
-            trying = (low + high) // 2
+        trying = bisect.bisect_left(sizes, 2 * sizes[low]) if high == len(sizes) else (low + high) // 2
     return sizes[low] if low >= 0 else None
 
 
@@ -258,8 +254,8 @@ def largest_by_extrapolation(step: Step, sizes: Sequence[int], limit: float) -> 
     peak. Twice the images need at most twice of what a step adds, so no step but the first can exceed the limit.
     """
     costs, growth = [step(sizes[0])], 0.0
-    for size in _doubling(sizes):
-        last = costs[-1]
+    while (index := bisect.bisect_left(sizes, 2 * costs[-1].batch_size)) < len(sizes):
+        last, size = costs[-1], sizes[index]
         if last.before + (last.peak - last.before) * size / last.batch_size > limit:
             break
         costs.append(step(size))
@@ -274,44 +270,25 @@ def largest_by_extrapolation(step: Step, sizes: Sequence[int], limit: float) -> 
     return sizes[n_fitting - 1] if n_fitting else None
 
 
-def _doubling(sizes: Sequence[int]) -> Iterator[int]:
-    """Yield of ascending sizes the first that is at least twice the first one, then twice that one, and so on."""
-    index = bisect.bisect_left(sizes, 2 * sizes[0])
-    while index < len(sizes):
-        yield sizes[index]
-        index = bisect.bisect_left(sizes, 2 * sizes[index])
-
-
 def batch_sizes(cfg: DictConfig) -> Sequence[int]:
     """Return the values that `train.batch_size_per_gpu` may have in one process; `cfg` is not yet settled."""
     total, accumulation_steps = cfg.train.global_batch_size, cfg.train.accumulation_steps
     if total is not None and accumulation_steps is not None:
-        return [_settled(cfg, total).train.batch_size_per_gpu]
-    has_others = total is not None or (accumulation_steps or 1) > 1
-    fewest = _fewest_images(cfg, has_others=has_others)
+        return [_with_batch_size(cfg, total).train.batch_size_per_gpu]
+    fewest = _fewest_images(cfg, has_others=total is not None or (accumulation_steps or 1) > 1)
     if total is None:
         return range(fewest, MAX_IMAGES + 1)
     return [n for n in range(fewest, total + 1) if total % n == 0]
 
 
-def _fewest_images(cfg: DictConfig, *, has_others: bool | None = None) -> int:
-    """Return the smallest B: KoLeo compares two images, unless the rest of the global batch gives it others."""
-    if has_others is None:
-        has_others = cfg.train.accumulation_steps > 1 or distributed.get_world_size() > 1
+def _fewest_images(cfg: DictConfig, *, has_others: bool) -> int:
+    """Return the smallest B: KoLeo compares two images, unless the rest of the global batch `has_others`."""
     return 1 if cfg.dino.koleo_loss_weight == 0 or (cfg.dino.koleo_loss_distributed and has_others) else 2
 
 
-def _with_batch_size(cfg: DictConfig, batch_size: int) -> DictConfig:
-    """Return the settled configuration with another B and as many micro-batches; decoded in this process."""
+def _with_batch_size(cfg: DictConfig, batch_size: int, world_size: int = 1) -> DictConfig:
+    """Settle an open configuration for another B; images are decoded in this process."""
     changed = cfg.copy()
     changed.train.batch_size_per_gpu, changed.train.num_workers = batch_size, 0
-    changed.train.global_batch_size = batch_size * cfg.train.accumulation_steps * distributed.get_world_size()
-    return changed
-
-
-def _settled(cfg: DictConfig, batch_size: int) -> DictConfig:
-    """Return the configuration with another B, and what follows from it in one process."""
-    changed = cfg.copy()
-    changed.train.batch_size_per_gpu, changed.train.num_workers = batch_size, 0
-    resolve_batch_size(changed.train, world_size=1)
+    resolve_batch_size(changed.train, world_size)
     return changed

@@ -5,7 +5,6 @@ Dimension key:  N feature vectors, D embedding dim, R rows of targets, K prototy
 
 import logging
 import math
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +50,6 @@ LABELS = {
     "prototype_use": "the share of prototypes that are the first choice of an image",
     "patch_prototype_use": "the share of prototypes that are the first choice of a masked patch",
 }
-STAGES = ("data", "teacher", "student", "backward", "optimizer", "teacher update")  # of a step, as StepClock names them
 PROFILE_WARM_UP = 3  # steps before the first profiled one: they choose kernels and compile
 STATE = {"total": float, "n_values": int, "n_rows": int, "first": int, "is_warned": int}  # of a sign, as it is saved
 
@@ -346,23 +344,12 @@ class StepProfile:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(self.folder / "trace.json.gz"))
-            (self.folder / "table.txt").write_text(profile_table(profiler, n_recorded, self.device), encoding="utf-8")
+            kind = "device" if self.device.type == "cuda" else "cpu"
+            orders = (f"{kind}_time_total", f"self_{kind}_time_total")  # the stages first, then single operators
+            tables = [profiler.key_averages().table(sort_by=order, row_limit=40) for order in orders]
+            title = f"{n_recorded} steps on {self.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+            (self.folder / "table.txt").write_text("\n\n".join([title, *tables]), encoding="utf-8")
         except OSError as error:
             logger.warning("profile: %s could not be written: %s", self.folder, error)
             return
         logger.info("profile of %d steps: %s", n_recorded, self.folder)
-
-
-def profile_table(profiler: profile, n_steps: int, device: torch.device) -> str:
-    """Format each stage's seconds a step, and the operators that take longest, by the time of the device."""
-    events = profiler.key_averages()
-    stages = {event.key: event for event in events if event.key in STAGES}
-    kind = "cuda" if device.type == "cuda" else "cpu"
-    name = torch.cuda.get_device_name(device) if kind == "cuda" else platform.processor() or "a CPU"
-    lines = [f"{'stage':<16} {'host, s a step':>16} {'device, s a step':>18}"]
-    for stage in (stage for stage in STAGES if stage in stages):
-        host, on_device = (t / 1e6 / n_steps for t in (stages[stage].cpu_time_total, stages[stage].device_time_total))
-        lines.append(f"{stage:<16} {host:16.4f} {on_device:18.4f}")
-    title = f"{n_steps} steps on {name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    sort_by = "self_device_time_total" if kind == "cuda" else "self_cpu_time_total"
-    return "\n".join([title, "", *lines, "", events.table(sort_by=sort_by, row_limit=40, max_name_column_width=60), ""])

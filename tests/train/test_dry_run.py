@@ -103,6 +103,12 @@ def test_the_rate_is_that_of_the_product_that_was_timed(monkeypatch):
 # --- measured -------------------------------------------------------------------------------------------------------
 
 
+def with_batch_size(cfg, n):
+    changed = cfg.copy()
+    changed.train.batch_size_per_gpu = changed.train.global_batch_size = n
+    return changed
+
+
 def test_the_peak_grows_by_what_more_images_keep_and_less_with_checkpointed_blocks(make):
     # Wide enough that images, and what malloc keeps of earlier tests' memory, are little beside the activations
     def measure(share):
@@ -116,7 +122,7 @@ def test_the_peak_grows_by_what_more_images_keep_and_less_with_checkpointed_bloc
             *("crops.global_crops_size=112", "crops.local_crops_number=0"),
         )
         trials = StepTrials(cfg, model, dataset)
-        return [trials.step(dry_run._with_batch_size(cfg, n)) for n in (8, 72)]
+        return [trials.step(with_batch_size(cfg, n)) for n in (8, 72)]
 
     fewer, most = measure(0)
     # what the inputs of a block's linear maps and of its attention take alone, of both crops
@@ -144,7 +150,7 @@ def test_dry_run_logs_parameters_flops_memory_and_seconds(run, tmp_path, capfd, 
     log = capfd.readouterr().err
     (line,) = [line for line in log.splitlines() if "memory    measured" in line]
     assert f": {n_images} images need " in line
-    assert " for each image, of " in line
+    assert " for each image; there are " in line
     assert "| backbone.blocks " in log
     assert "in matrix products of a step" in log
     (losses,) = [line for line in log.splitlines() if "one step works: " in line]
@@ -313,9 +319,9 @@ def test_sizes_follow_from_what_the_run_has_to_keep():
     assert sizes("train.global_batch_size=12") == [1, 2, 3, 4, 6, 12]
     assert sizes("train.global_batch_size=12", "dino.koleo_loss_distributed=false") == [2, 3, 4, 6, 12]
     assert sizes("train.global_batch_size=12", "train.accumulation_steps=3") == [4]
-    cfg = dry_run._settled(load_run_config(None, ["train.global_batch_size=12"]), 4)
+    cfg = dry_run._with_batch_size(load_run_config(None, ["train.global_batch_size=12"]), 4)
     assert (cfg.train.batch_size_per_gpu, cfg.train.accumulation_steps) == (4, 3)
-    cfg = dry_run._settled(load_run_config(None, ["train.accumulation_steps=3"]), 4)
+    cfg = dry_run._with_batch_size(load_run_config(None, ["train.accumulation_steps=3"]), 4)
     assert (cfg.train.accumulation_steps, cfg.train.global_batch_size) == (3, 12)
 
 
