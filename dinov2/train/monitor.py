@@ -198,6 +198,10 @@ class CollapseMonitor:
             "patch_loss": 2 * patch_loss / self._masked_share if is_loss else math.nan,
         }
 
+    def signs_seen(self) -> list[str]:
+        """Return the signs that were warned of and have not gone."""
+        return [name for name, sign in self._signs.items() if sign.is_warned]
+
     def state_dict(self) -> dict[str, float]:
         """Return plain numbers by name, from which `load_state_dict` continues."""
         return {f"{name}/{key}": getattr(sign, key) for name, sign in self._signs.items() for key in STATE}

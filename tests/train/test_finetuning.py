@@ -20,8 +20,7 @@ from dinov2.hub.backbones import load_backbone, without_chunk
 from dinov2.models.vision_transformer import DinoVisionTransformer, vit_small
 from dinov2.train.batches import resolve_batch_size
 from dinov2.train.finetuning import choose_learned, count_learned, limit_learning
-from dinov2.train.optimizer import build_optimizer
-from dinov2.train.param_groups import get_params_groups_with_decay
+from dinov2.train.optimizer import build_optimizer, get_params_groups_with_decay
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import main

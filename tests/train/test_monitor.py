@@ -336,6 +336,7 @@ def test_losses_are_warned_of_again_only_after_they_had_recovered():
     ):
         rows = rows_of(240, 256, cls=cls, patch=patch, start=200 + 240 * phase, **HEALTHY)
         assert sorted(kinds(check_by_tens(monitor, rows))) == expected, phase
+        assert ("uniform_cls" in monitor.signs_seen()) is (cls > 0.98), phase
 
 
 def test_single_noisy_values_are_no_findings():
