@@ -23,6 +23,7 @@ from dinov2 import distributed
 from dinov2.data.augmentations import N_GLOBAL_CROPS
 from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.train.batches import TrainBatches, resolve_batch_size
+from dinov2.train.micro_batches import forward_backward
 from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -137,7 +138,7 @@ class StepTrials:
                     torch.cuda.synchronize(device)
                 started = time.perf_counter()
                 self.optimizer.zero_grad(set_to_none=True)
-                losses = model.forward_backward(micro_batches, teacher_temp=now.teacher_temp)
+                losses = forward_backward(model, micro_batches, now.teacher_temp)
                 if model.fp16_scaler is not None:
                     model.fp16_scaler.unscale_(self.optimizer)
                 norms = clip_gradients(model.student, max_norm=cfg.optim.clip_grad)
