@@ -55,6 +55,11 @@ def count_step_flops(cfg: Any, *, backbone_is_frozen: bool = False) -> int:
     crops, ibot, batch_size = cfg.crops, cfg.ibot, cfg.train.batch_size_per_gpu
     with torch.device("meta"), torch.random.fork_rng([]):  # the run's own random numbers stay as they are
         model = SSLMetaArch(cfg, load_weights=False)
+        for head in (
+            module for nets in (model.student, model.teacher) for name, module in nets.items() if "head" in name
+        ):
+            layer = head.last_layer  # its weight norm needs autocast, which `meta` lacks; the product is the same
+            head.last_layer = nn.Linear(layer.in_features, layer.out_features, bias=False)
         batches = [torch.empty(N_GLOBAL_CROPS * batch_size, 3, crops.global_crops_size, crops.global_crops_size)]
         if crops.local_crops_number:
             n_crops, size = crops.local_crops_number * batch_size, crops.local_crops_size

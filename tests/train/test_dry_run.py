@@ -211,8 +211,8 @@ def test_checkpointed_blocks_change_no_loss_and_no_gradient(make):
         cfg, model, dataset = make(
             *(f"train.activation_checkpointing={share}", "student.depth=4", "student.drop_path_rate=0.3")
         )
-        parts = next(TrainBatches(cfg, dataset, torch.device("cpu")).starting_at())
-        losses = model.forward_backward(parts, teacher_temp=0.05)
+        (images,) = next(TrainBatches(cfg, dataset, torch.device("cpu")).starting_at())
+        losses = model.forward_backward(images, teacher_temp=0.05)
         return losses, {name: p.grad for name, p in model.student.named_parameters() if p.grad is not None}
 
     losses, gradients = learn(0)
