@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dinov2 import distributed
 from dinov2.data.augmentations import N_GLOBAL_CROPS
 from dinov2.data.datasets.hema_data import HemaStandardDataset
+from dinov2.layers import DINOHead
 from dinov2.train.batches import TrainBatches, resolve_batch_size
 from dinov2.train.micro_batches import forward_backward
 from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
@@ -55,11 +56,12 @@ def count_step_flops(cfg: Any, *, backbone_is_frozen: bool = False) -> int:
     crops, ibot, batch_size = cfg.crops, cfg.ibot, cfg.train.batch_size_per_gpu
     with torch.device("meta"), torch.random.fork_rng([]):  # the run's own random numbers stay as they are
         model = SSLMetaArch(cfg, load_weights=False)
-        for head in (
-            module for nets in (model.student, model.teacher) for name, module in nets.items() if "head" in name
-        ):
-            layer = head.last_layer  # its weight norm needs autocast, which `meta` lacks; the product is the same
-            head.last_layer = nn.Linear(layer.in_features, layer.out_features, bias=False)
+        for head in (*model.student.values(), *model.teacher.values()):
+            if isinstance(
+                head, DINOHead
+            ):  # its weight norm needs autocast, which `meta` lacks; the product is the same
+                layer = head.last_layer
+                head.add_module("last_layer", nn.Linear(layer.in_features, layer.out_features, bias=False))
         batches = [torch.empty(N_GLOBAL_CROPS * batch_size, 3, crops.global_crops_size, crops.global_crops_size)]
         if crops.local_crops_number:
             n_crops, size = crops.local_crops_number * batch_size, crops.local_crops_size

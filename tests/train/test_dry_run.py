@@ -133,7 +133,7 @@ def test_the_peak_grows_by_what_more_images_keep_and_less_with_checkpointed_bloc
     assert most.before < most.peak
     assert set(most.losses) == {"dino_global_crops_loss", "koleo_loss", "ibot_loss"}
     again_fewer, again_most = measure(1)
-    assert again_most.peak - again_fewer.peak < 0.7 * (most.peak - fewer.peak)
+    assert again_most.peak - again_fewer.peak < 0.85 * (most.peak - fewer.peak)
 
 
 @pytest.mark.parametrize(
