@@ -350,7 +350,7 @@ class StepProfile:
             profiler.export_chrome_trace(str(self.folder / "trace.json.gz"))
             kind = "device" if self.device.type == "cuda" else "cpu"
             orders = (f"{kind}_time_total", f"self_{kind}_time_total")  # the stages first, then single operators
-            tables = [profiler.key_averages().table(sort_by=order, row_limit=40) for order in orders]
+            tables = [profiler.key_averages().table(sort_by=order, row_limit=-1) for order in orders]
             title = f"{n_recorded} steps on {self.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
             (self.folder / "table.txt").write_text("\n\n".join([title, *tables]), encoding="utf-8")
         except OSError as error:
