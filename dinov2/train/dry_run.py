@@ -172,7 +172,7 @@ def dry_run(cfg: DictConfig, model: SSLMetaArch, dataset: HemaStandardDataset) -
         the exit code: 1 if the run's batch does not fit into the memory.
     """
     logger.info("the student's parameters\n%s", parameter_count_table(model.student, max_depth=2))
-    logger.info("flops     %.3g in matrix products of a step of each process", count_step_flops(cfg))
+    logger.info("flops     %.3g TFLOP in matrix products of a step of each process", count_step_flops(cfg) / 1e12)
     batch_size, room = cfg.train.batch_size_per_gpu, memory_room(model.device)
     n_processes = distributed.get_world_size()
     trials, whole, need = StepTrials(cfg, model, dataset), None, "do not fit, nor do fewer"
