@@ -12,8 +12,8 @@ from dinov2.train.plan import describe_sets
 def lines(sizes, n_seen, weights=(), temperature=1.0):
     names = [f"set{i}" for i in range(len(sizes))]
     cfg = OmegaConf.create({"train": {"balance": {"weights": dict(weights), "temperature": temperature}}})
-    pictures = SimpleNamespace(set_names=names, set_sizes=np.array(sizes))
-    return list(describe_sets(cfg, SimpleNamespace(pictures=pictures), n_seen))
+    source = SimpleNamespace(set_names=names, set_sizes=np.array(sizes))
+    return list(describe_sets(cfg, SimpleNamespace(source=source), n_seen))
 
 
 def test_one_set_needs_no_lines():
