@@ -261,7 +261,6 @@ class _TensorBoard:
     def __init__(self, folder: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._folder = folder
         self._writer = SummaryWriter(str(folder), purge_step=start)
 
     def log(self, values: Mapping[str, float], iteration: int) -> None:
@@ -273,7 +272,7 @@ class _TensorBoard:
             self._writer.add_image(f"views/{name}", picture, iteration, dataformats="HWC")
 
     def show_cells(self, sets: Sequence[EmbeddedCells], iteration: int) -> None:
-        write_projector(self._folder, sets, iteration)
+        write_projector(self._writer, sets, iteration)
 
     def close(self) -> None:
         self._writer.close()

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2.train.health import CollapseMonitor
+from dinov2.train.monitor import CollapseMonitor
 from dinov2.train.optimizer import LossScaler, StepGuard
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 

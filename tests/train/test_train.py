@@ -254,7 +254,7 @@ def test_dry_run_says_the_plan_and_writes_nothing(run, tmp_path, capfd):
     code, folder = run(arguments=("--dry-run",))
     told = capfd.readouterr().err
     assert code == 0
-    assert "4 steps of 4 pictures = 2.0 passes" in told
+    assert "4 steps of 4 images = 2.0 passes" in told
     assert "one step works" in told
     assert not folder.exists()
 
