@@ -30,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from benchmarking import machine, ratio, resident_mib, take_turns
@@ -90,9 +91,7 @@ def main() -> None:
 
 def time_ways(recipe: str, kind: str, args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of N_PICTURES pictures, a round each."""
-    import torch
-
-    from dinov2.data.loaders import collate_samples, make_dataset
+    from dinov2.data.loaders import make_dataset
 
     plain = make_dataset(f"HemaStandardDataset:root={args.folder / kind / 'list.txt'}", image_size=SIZE)
     packed = make_dataset(
@@ -104,10 +103,10 @@ def time_ways(recipe: str, kind: str, args: argparse.Namespace) -> dict[str, lis
     indices = list(range(len(plain)))
 
     def read(dataset: Any) -> Any:
-        return collate_samples([dataset[index] for index in indices]).images
+        return [dataset[index].image for index in indices]
 
     def augmented(dataset: Any) -> Any:
-        return augmentation(read(dataset), torch.Generator().manual_seed(0))
+        return collated([augmentation(image, Random(i)) for i, image in enumerate(read(dataset))])
 
     ways = {
         UPSTREAM: lambda: upstream.collate([upstream(path) for path in paths]),
@@ -134,11 +133,23 @@ def steps_table(found: dict[str, dict[str, list[float]]]) -> list[str]:
     return lines
 
 
-def our_augmentation(recipe: str) -> Any:
+def our_augmentation(recipe: str, n_local: int = 0) -> Any:
+    import torch
+
     from dinov2.data import DataAugmentationDINO, DataAugmentationHEMA
 
     which = {"default": DataAugmentationDINO, "hema": DataAugmentationHEMA}[recipe]
-    return which(SCALE, LOCAL_SCALE, 0, SIZE, LOCAL_SIZE)
+    return which(SCALE, LOCAL_SCALE, n_local, SIZE, LOCAL_SIZE, dtype=torch.uint8)
+
+
+def collated(samples: list[Any]) -> list[Any]:
+    """Stack and normalise the crops, as a batch of training."""
+    import torch
+
+    from dinov2.data.transforms import normalize_images
+
+    views = ([view for key in ("global_crops", "local_crops") for view in crops[key]] for crops in samples)
+    return [normalize_images(torch.stack(crops)) for crops in zip(*views, strict=True)]
 
 
 class UpstreamTransform:
@@ -151,10 +162,9 @@ class UpstreamTransform:
         from PIL import Image
         from torchvision import transforms as tv
 
-        from dinov2.data.augmentations import DINO_SETTINGS, HEMA_SETTINGS
         from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
-        s = {"default": DINO_SETTINGS, "hema": HEMA_SETTINGS}[recipe]
+        s = our_augmentation(recipe).settings
         bicubic = tv.InterpolationMode.BICUBIC
 
         def quarter_turn(image: Image.Image) -> Image.Image:
@@ -282,8 +292,6 @@ def decoders_table(found: dict[str, dict[str, list[float]]]) -> list[str]:
 
 def time_stages(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
     """Share of each stage in upstream's time for a picture, by recipe and way, of JPEG pictures."""
-    import torch
-
     from dinov2.data.datasets.decode import decode_image, resize_image
     from dinov2.data.loaders import make_dataset
 
@@ -308,11 +316,11 @@ def time_stages(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float
                 "read": lambda _: [path.read_bytes() for path in paths],
                 "decode": lambda files: [decode_image(file) for file in files],
                 "resize": lambda pictures: [resize_image(picture, SIZE, "crop") for picture in pictures],
-                "stack": lambda squares: torch.stack([s.permute(1, 2, 0) for s in squares]).permute(0, 3, 1, 2),
-                "augment": lambda images, augmentation=augmentation: augmentation(
-                    images, torch.Generator().manual_seed(0)
-                ),
-                "copy from the cache": lambda _: [packed[index] for index in indices],
+                "augment": lambda images, augmentation=augmentation: [
+                    augmentation(image, Random(i)) for i, image in enumerate(images)
+                ],
+                "collate and normalise": collated,
+                "copy from the cache": lambda _: [packed[index].image for index in indices],
             }.items():
                 begin = time.perf_counter()
                 results = work(results)
@@ -416,8 +424,11 @@ def one_thread() -> None:
     import cv2
     import torch
 
+    from dinov2.utils.memory import keep_freed_memory
+
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
+    keep_freed_memory()  # as training does
 
 
 def make_formats(folder: Path, source: Path | None) -> None:

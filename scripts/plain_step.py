@@ -28,7 +28,7 @@ from plain_vit import PlainAttention, PlainBlock, PlainViT
 from torch import Tensor, nn
 
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.train.param_groups import fuse_params_groups, get_params_groups_with_decay
+from dinov2.train.optimizer import fuse_params_groups, get_params_groups_with_decay
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 N_GLOBAL_CROPS = 2

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
 from plain_step import PlainStep
@@ -60,18 +59,19 @@ def made_up_batch(cfg: DictConfig, device: torch.device, seed: int = 0) -> dict[
     side = crops.global_crops_size // cfg.student.patch_size
     masks, upperbound = draw_masks(
         *(2 * batch, cfg.ibot.mask_ratio_min_max, cfg.ibot.mask_sample_probability),
-        *(MaskingGenerator((side, side), max_num_patches=side * side // 2), np.random.default_rng(seed)),
+        *(MaskingGenerator((side, side), max_num_patches=side * side // 2), seed),
     )
     generator = torch.Generator().manual_seed(seed)
 
     def noise(n: int, size: int) -> list[Tensor]:
-        return [torch.randn(batch, 3, size, size, generator=generator).to(device) for _ in range(n)]
+        return [torch.randn(batch, 3, size, size, generator=generator) for _ in range(n)]
 
     made = {
         "global_crops": noise(2, crops.global_crops_size),
         "local_crops": noise(crops.local_crops_number, crops.local_crops_size),
     }
-    return assemble_batch(made, masks, upperbound, torch.float32)
+    batch = assemble_batch(made, masks, upperbound, torch.float32)
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 class OurStep:

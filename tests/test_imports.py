@@ -19,6 +19,7 @@ ALLOWED = {
     **{package: set() for package in BASE},
     "utils": {"configs", "distributed"},
     **{package: {"distributed", "utils"} for package in MIDDLE},
+    "data": {"configs", "distributed", "utils"},  # the defaults of the augmentation stand in the default config
     "models": {"layers"},
     "hub": {"models", "utils", "data", "logging"},
     "eval": BASE | MIDDLE | {"utils", "models", "hub"},

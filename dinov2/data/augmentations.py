@@ -1,70 +1,171 @@
-"""Two global and some local random crops of each picture of a batch, on CPU or GPU.
+"""Multi-crop augmentation: two global and L local random crops of one image.
 
 The recipes `default` (DINOv2, Oquab et al. 2023, arXiv 2304.07193, with flips and turns that suit cells) and `hema`
-(DinoBloom, Koch et al. 2024, arXiv 2404.05022) share one implementation and differ in their `AugmentationSettings`.
+(DinoBloom, Koch et al. 2024, arXiv 2404.05022) differ in their settings: the block `augmentation` of the config.
 
-Dimension key:  B pictures, L local crops, S crop side, s local crop side
+Dimension key:  L local crops, S crop side, s local crop side, H height and W width of the image
 
-All that is random comes from one matrix of uniform numbers, a row per picture, drawn on the CPU: what happens to a
-batch is the same function of the generator on every device, and a process that holds every W-th picture of a larger
-batch can draw its share of it. `crop_parameters` turns these numbers into boxes, angles and so on, `crop_making` makes
-the crops: with OpenCV on a CPU and tensors on a GPU, whose values differ by the rounding of the former.
+A crop is made in two steps: `draw_crop` draws all that is random, `make_crop` applies it.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import dataclass, fields
+from random import Random
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dinov2.data.crop_making import apply_crops
-from dinov2.data.crop_parameters import N_UNIFORMS, AugmentationSettings, CropParameters, draw_crops
+from dinov2.configs import dinov2_default_config
+from dinov2.data import image_ops
+from dinov2.data.transforms import normalize_images
 
 N_GLOBAL_CROPS = 2
+CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a crop, drawn log-uniformly
+N_BOX_TRIES = 10
+HIGHEST = {"hue": 0.5, "solarize_threshold": 255}  # of the settings with a limit other than a probability's
 
-# Upstream blurs with 1 - p where its code says p. In both recipes these are the probabilities that act.
-DINO_SETTINGS = AugmentationSettings(
-    hflip_probability=0.5,
-    vflip_probability=0.5,
-    quarter_turn_probability=0.5,
-    rotation_probability=0.0,
-    jitter_probability=0.8,
-    brightness=0.4,
-    contrast=0.4,
-    saturation=0.2,
-    hue=0.1,
-    grayscale_probability=0.2,
-    blur_probability=(0.0, 0.9, 0.5),  # the DINOv2 paper says (1.0, 0.1, 0.5)
-    blur_sigma=(0.1, 2.0),
-    blur_kernel_size=9,
-    solarize_probability=(0.0, 0.2, 0.0),
-    solarize_threshold=128,
-)
-HEMA_SETTINGS = AugmentationSettings(
-    hflip_probability=0.5,
-    vflip_probability=0.5,
-    quarter_turn_probability=0.5,
-    rotation_probability=0.3,
-    jitter_probability=0.8,
-    brightness=0.3,
-    contrast=0.2,
-    saturation=0.3,
-    hue=0.15,
-    grayscale_probability=0.1,
-    blur_probability=(0.9, 0.7, 0.5),  # DinoBloom's code writes (0.1, 0.3, 0.5)
-    blur_sigma=(0.1, 2.0),
-    blur_kernel_size=9,
-    solarize_probability=(0.0, 0.0, 0.0),
-    solarize_threshold=128,
-)
+JITTER = {
+    "brightness": image_ops.adjust_brightness,
+    "contrast": image_ops.adjust_contrast,
+    "saturation": image_ops.adjust_saturation,
+    "hue": image_ops.adjust_hue,
+}
 
 
-class _MultiCropAugmentation:
-    """What both recipes share; `preset` is what tells them apart."""
+@dataclass(frozen=True)
+class AugmentationSettings:
+    """How often each operation is applied, and how strongly.
 
-    preset: AugmentationSettings
+    Three values stand for (first global crop, second global crop, local crops).
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    hflip_probability: float  # left-right mirror
+    vflip_probability: float  # upside-down mirror
+    quarter_turn_probability: float  # rotation by exactly 90 degrees counter-clockwise
+    rotation_probability: float  # rotation by a uniform angle, corners filled with a uniform gray level
+    jitter_probability: float  # of the four that follow, which come together and in random order
+    brightness: float  # x for a uniform factor from 1 - x (0 at least) to 1 + x
+    contrast: float  # the same
+    saturation: float  # the same
+    hue: float  # x for a uniform shift by up to x turns of the colour circle either way; 0.5 at most
+    grayscale_probability: float  # loss of colour
+    blur_probability: tuple[float, float, float]  # Gaussian blur
+    blur_sigma: tuple[float, float]  # lowest and highest standard deviation in pixels
+    blur_kernel_size: int  # taps of the blur on each axis, odd; wider tails are cut off
+    solarize_probability: tuple[float, float, float]  # inversion of the bright values
+    solarize_threshold: float  # level, of 0 to 255, from which on a value is inverted
+
+    def __post_init__(self) -> None:
+        for name, length in (("blur_probability", 3), ("blur_sigma", 2), ("solarize_probability", 3)):
+            values = tuple(getattr(self, name))  # a config file gives lists
+            if len(values) != length:
+                raise ValueError(f"{name}: expected {length} numbers, found {values}")
+            object.__setattr__(self, name, values)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            highest = 1 if field.name.endswith("_probability") else HIGHEST.get(field.name, math.inf)
+            if not all(0 <= v <= highest and v < math.inf for v in (value if isinstance(value, tuple) else (value,))):
+                raise ValueError(f"{field.name}: must lie between 0 and {highest}, found {value}")
+        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
+            raise ValueError(
+                f"blur_sigma: expected (lowest, highest) with 0 < lowest <= highest, found {self.blur_sigma}"
+            )
+        if self.blur_kernel_size % 2 != 1:
+            raise ValueError(f"blur_kernel_size: must be odd and at least 1, found {self.blur_kernel_size}")
+
+
+class CropParameters(NamedTuple):
+    """What happens to one crop, in the order of the operations."""
+
+    box: tuple[int, int, int, int]  # top, left, height, width in pixels
+    angle: float  # degrees counter-clockwise; 0: no rotation
+    fill: int  # gray level of the corners after a rotation
+    hflip: bool
+    vflip: bool
+    quarter_turn: bool
+    jitter: Sequence[tuple[str, float]]  # names of JITTER with their strengths, first to last
+    grayscale: bool
+    sigma: float  # of the blur, in pixels; 0: no blur
+    solarized: bool
+
+
+def draw_box(rng: Random, height: int, width: int, scale: Sequence[float]) -> tuple[int, int, int, int]:
+    """Draw a crop box with the distribution of torchvision's RandomResizedCrop.
+
+    Area and log aspect ratio are uniform. The first of ten tries that fits in the image counts; if none does, the
+    largest central box with an allowed ratio. `scale` is the lowest and highest share of the image's area.
+
+    Returns:
+        top, left, height, width in pixels.
+    """
+    log_low, log_high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
+    for _ in range(N_BOX_TRIES):
+        area = rng.uniform(*scale) * height * width
+        ratio = math.exp(rng.uniform(log_low, log_high))
+        box_height, box_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < box_height <= height and 0 < box_width <= width:
+            return rng.randint(0, height - box_height), rng.randint(0, width - box_width), box_height, box_width
+    box_height, box_width = min(height, round(width / CROP_RATIO[0])), min(width, round(height * CROP_RATIO[1]))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def draw_crop(
+    rng: Random, height: int, width: int, scale: Sequence[float], settings: AugmentationSettings, kind: int
+) -> CropParameters:
+    """Draw what happens to one crop of an image [H, W]; `kind` 0, 1: first, second global crop, 2: local crop."""
+    s = settings
+    jitter: list[tuple[str, float]] = []
+    box = draw_box(rng, height, width, scale)
+    if rng.random() < s.jitter_probability:
+        for name in ("brightness", "contrast", "saturation"):
+            spread = getattr(s, name)
+            jitter.append((name, rng.uniform(max(0.0, 1 - spread), 1 + spread)))
+        jitter.append(("hue", rng.uniform(-s.hue, s.hue)))
+        rng.shuffle(jitter)
+    return CropParameters(
+        box=box,
+        angle=rng.uniform(0, 360) if rng.random() < s.rotation_probability else 0.0,
+        fill=rng.randrange(256),
+        hflip=rng.random() < s.hflip_probability,
+        vflip=rng.random() < s.vflip_probability,
+        quarter_turn=rng.random() < s.quarter_turn_probability,
+        jitter=jitter,
+        grayscale=rng.random() < s.grayscale_probability,
+        sigma=rng.uniform(*s.blur_sigma) if rng.random() < s.blur_probability[kind] else 0.0,
+        solarized=rng.random() < s.solarize_probability[kind],
+    )
+
+
+def make_crop(image: np.ndarray, crop: CropParameters, size: int, settings: AugmentationSettings) -> np.ndarray:
+    """Make the crop of `image`, uint8 [H, W, 3], that `crop` describes: uint8 [S, S, 3]."""
+    made = image_ops.crop_resize(image, crop.box, size)
+    if crop.angle:
+        made = image_ops.rotate(made, crop.angle, crop.fill)
+    made = image_ops.flip(made, crop.hflip, crop.vflip)
+    if crop.quarter_turn:
+        made = image_ops.quarter_turn(made)
+    for name, strength in crop.jitter:
+        made = JITTER[name](made, strength)
+    if crop.grayscale:
+        made = image_ops.to_grayscale(made)
+    if crop.sigma:
+        made = image_ops.gaussian_blur(made, crop.sigma, settings.blur_kernel_size)
+    if crop.solarized:
+        made = image_ops.solarize(made, settings.solarize_threshold)
+    return made
+
+
+class DataAugmentationDINO:
+    """The recipe `default`: DINOv2's, with the flips and quarter turns that suit cells."""
+
+    recipe = "default"
 
     def __init__(
         self,
@@ -75,19 +176,15 @@ class _MultiCropAugmentation:
         local_crops_size: int = 96,
         *,
         dtype: torch.dtype = torch.float32,
-        compiled: bool = False,
         **settings: Any,
     ) -> None:
         """Set up the recipe.
 
         Args:
-            global_crops_scale: lowest and highest share of the picture's area in a global crop.
-            local_crops_scale: the same for local crops.
-            local_crops_number: L local crops a picture; 0 means none.
-            global_crops_size: S, side in pixels.
-            local_crops_size: s, side in pixels.
-            dtype: of the crops: float32, bfloat16 or float16. They are computed in float32 (OpenCV: in whole levels).
-            compiled: on a GPU, let `torch.compile` make a few kernels of all operations.
+            global_crops_scale, local_crops_scale: lowest and highest share of the image's area in a crop.
+            local_crops_number: L; 0 means none.
+            global_crops_size, local_crops_size: S and s, in pixels.
+            dtype: of the crops: a float type for normalised ones, uint8 for levels of 0 to 255.
             **settings: fields of `AugmentationSettings` that replace the recipe's own value.
 
         Raises:
@@ -97,12 +194,10 @@ class _MultiCropAugmentation:
         unknown = sorted(settings.keys() - known)
         if unknown:
             raise ValueError(f"unknown augmentation settings {unknown}; there are: {', '.join(known)}")
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"dtype: must be torch.float32, torch.bfloat16 or torch.float16, found {dtype}")
-        self.dtype, self.compiled = dtype, compiled
-        self.settings = replace(self.preset, **settings)
-        self.global_crops_scale = _checked_scale("global_crops_scale", global_crops_scale)
-        self.local_crops_scale = _checked_scale("local_crops_scale", local_crops_scale)
+        if not (dtype.is_floating_point or dtype == torch.uint8):
+            raise ValueError(f"dtype: must be a float type or torch.uint8, found {dtype}")
+        self.dtype = dtype
+        self.settings = AugmentationSettings(**{**dinov2_default_config.augmentation[self.recipe], **settings})
         least_size = self.settings.blur_kernel_size // 2 + 1  # the blur mirrors that many pixels
         for name, value, least in (
             ("local_crops_number", local_crops_number, 0),
@@ -111,116 +206,46 @@ class _MultiCropAugmentation:
         ):
             if int(value) != value or value < least:
                 raise ValueError(f"{name}: must be a whole number, at least {least}, found {value}")
-        self.local_crops_number = int(local_crops_number)
-        self.global_crops_size = int(global_crops_size)
-        self.local_crops_size = int(local_crops_size)
+        global_scale = _checked_scale("global_crops_scale", global_crops_scale)
+        local_scale = _checked_scale("local_crops_scale", local_crops_scale)
+        self.views = [(kind, int(global_crops_size), global_scale) for kind in range(N_GLOBAL_CROPS)]
+        self.views += [(N_GLOBAL_CROPS, int(local_crops_size), local_scale)] * int(local_crops_number)
 
-    def draw(
-        self,
-        n_images: int,
-        height: int,
-        width: int,
-        generator: torch.Generator | None = None,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> tuple[CropParameters, CropParameters]:
-        """Draw what happens to `n_images` pictures of one size.
-
-        Numbers are drawn for `world_size * n_images` pictures, of which these are number rank, rank + world_size, ...:
-        processes with equal generators together draw what a single one draws.
-
-        Returns:
-            parameters of the 2B global crops (all first ones, then all second ones) and of the L * B local crops.
-        """
-        n_crops = N_GLOBAL_CROPS + self.local_crops_number
-        uniforms = torch.rand(world_size * n_images, n_crops, N_UNIFORMS, generator=generator)
-        uniforms = uniforms[rank::world_size].transpose(0, 1)  # [2 + L, B, N_UNIFORMS]
-        drawn = []
-        for group, scale, kinds in (
-            (uniforms[:N_GLOBAL_CROPS], self.global_crops_scale, [0, 1]),
-            (uniforms[N_GLOBAL_CROPS:], self.local_crops_scale, [2] * self.local_crops_number),
-        ):
-            blur = torch.tensor([self.settings.blur_probability[kind] for kind in kinds])
-            solarize = torch.tensor([self.settings.solarize_probability[kind] for kind in kinds])
-            drawn.append(
-                draw_crops(
-                    group.reshape(-1, N_UNIFORMS),
-                    height,
-                    width,
-                    picture=torch.arange(n_images).repeat(len(kinds)),
-                    scale=scale,
-                    settings=self.settings,
-                    blur_probability=blur.repeat_interleave(n_images),
-                    solarize_probability=solarize.repeat_interleave(n_images),
-                )
-            )
-        return drawn[0], drawn[1]
-
-    def __call__(
-        self,
-        images: Tensor | Image.Image,
-        generator: torch.Generator | None = None,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> dict[str, Any]:
-        """Make the crops of a batch.
+    def __call__(self, image: Image.Image | Tensor, rng: Random | None = None) -> dict[str, Any]:
+        """Make the crops of one image.
 
         Args:
-            images: uint8 [B, 3, H, W] on any device; or [3, H, W] or a PIL picture, and then the outputs have no B.
-            generator: a CPU generator; None takes torch's default one.
-            rank: which share of a larger batch this is, see `draw`.
-            world_size: number of shares.
+            image: uint8 [3, H, W] or a Pillow image.
+            rng: source of randomness; None takes torch's default generator.
 
         Returns:
-            `global_crops`: two [B, 3, S, S] of `dtype`, normalised; `global_crops_teacher`: the same two;
-            `local_crops`: L of [B, 3, s, s]; `offsets`: (), a key that upstream's users expect.
+            `global_crops`: two [3, S, S] of `dtype`; `global_crops_teacher`: the same two; `local_crops`: L of
+            [3, s, s]; `offsets`: (), a key that upstream's users expect.
 
         Raises:
-            ValueError: if the pictures have another type or shape, or the generator is not on the CPU.
+            ValueError: if the image has another type or shape.
         """
-        if isinstance(images, Image.Image):
-            images = _from_pil(images)
-        if images.dtype != torch.uint8 or images.ndim not in (3, 4) or images.shape[-3] != 3 or not images.numel():
-            raise ValueError(
-                f"images: expected uint8 [B, 3, H, W] or [3, H, W], found {images.dtype} {list(images.shape)}; "
-                f"pass the pictures as they are decoded, the augmentation scales and normalises them"
-            )
-        if generator is not None and generator.device.type != "cpu":
-            raise ValueError(f"generator: must be on the CPU, found {generator.device}; torch.Generator() makes one")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank: must lie in [0, world_size), found {rank} of {world_size}")
-        batch = images if images.ndim == 4 else images[None]
-        n, _, height, width = batch.shape
-        global_crops, local_crops = self.draw(n, height, width, generator, rank=rank, world_size=world_size)
-
-        made = apply_crops(batch, global_crops, self.global_crops_size, self.settings, self.dtype, self.compiled)
-        global_views = list(made.view(N_GLOBAL_CROPS, n, *made.shape[1:]).unbind())
-        local_views: list[Tensor] = []
-        if self.local_crops_number:
-            made = apply_crops(batch, local_crops, self.local_crops_size, self.settings, self.dtype, self.compiled)
-            local_views = list(made.view(self.local_crops_number, n, *made.shape[1:]).unbind())
-        if images.ndim == 3:
-            global_views, local_views = [view[0] for view in global_views], [view[0] for view in local_views]
+        pixels = _pixels(image)
+        height, width = pixels.shape[:2]
+        rng = Random(int(torch.randint(2**62, ()))) if rng is None else rng
+        crops = []
+        for kind, size, scale in self.views:
+            crop = draw_crop(rng, height, width, scale, self.settings, kind)
+            made = make_crop(pixels, crop, size, self.settings)
+            levels = torch.from_numpy(image_ops.to_planes(made))  # [3, S, S]
+            crops.append(levels if self.dtype == torch.uint8 else normalize_images(levels).to(self.dtype))
         return {
-            "global_crops": global_views,
-            "global_crops_teacher": list(global_views),
-            "local_crops": local_views,
+            "global_crops": crops[:N_GLOBAL_CROPS],
+            "global_crops_teacher": crops[:N_GLOBAL_CROPS],
+            "local_crops": crops[N_GLOBAL_CROPS:],
             "offsets": (),
         }
 
 
-class DataAugmentationDINO(_MultiCropAugmentation):
-    """The recipe `default`: DINOv2's, with the flips and quarter turns that suit cells."""
-
-    preset = DINO_SETTINGS
-
-
-class DataAugmentationHEMA(_MultiCropAugmentation):
+class DataAugmentationHEMA(DataAugmentationDINO):
     """The recipe `hema`: rotations by any angle, stronger hue, no solarisation."""
 
-    preset = HEMA_SETTINGS
+    recipe = "hema"
 
 
 def _checked_scale(name: str, scale: Sequence[float]) -> tuple[float, float]:
@@ -232,8 +257,13 @@ def _checked_scale(name: str, scale: Sequence[float]) -> tuple[float, float]:
     return values[0], values[1]
 
 
-def _from_pil(image: Image.Image) -> Tensor:
-    """uint8 [3, H, W] of a PIL picture of any mode."""
-    rgb = image.convert("RGB")
-    flat = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
-    return flat.view(rgb.height, rgb.width, 3).permute(2, 0, 1)
+def _pixels(image: Image.Image | Tensor) -> np.ndarray:
+    """Return the image as uint8 [H, W, 3], without a copy if it is a tensor."""
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3 or not image.numel():
+        raise ValueError(
+            f"image: expected uint8 [3, H, W], found {image.dtype} {list(image.shape)}; pass one image at a time, "
+            f"as it is decoded: the augmentation normalises it"
+        )
+    return image.permute(1, 2, 0).numpy()

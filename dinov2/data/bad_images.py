@@ -1,4 +1,4 @@
-"""The record of pictures that could not be read: `bad_images.csv` in the run's folder, and the limit on them."""
+"""The record of images that could not be read: `bad_images.csv` in the run's folder, and the limit on them."""
 
 import csv
 import logging
@@ -15,10 +15,9 @@ logger = logging.getLogger("dinov2")
 
 
 class BadImages:
-    """Remembers each unreadable picture once, over all processes and resumes, and stops a run whose data is not what
-    it seems.
+    """Record each unreadable image once, over all processes and resumes, and stop a run with too many of them.
 
-    Pictures that were mended in between are forgotten.
+    Images that were mended in between are dropped when a run resumes.
     """
 
     def __init__(self, path: Path, n_listed: int, max_fraction: float) -> None:
@@ -32,18 +31,17 @@ class BadImages:
             self.reasons = {bad: reason for bad, reason in found.items() if not _is_readable(bad)}
 
     def record(self, failures: Iterable[tuple[str, str]]) -> None:
-        """Note (path, reason) pairs that this process found."""
+        """Add (path, reason) pairs of this process."""
         for path, reason in failures:
             if path not in self.reasons and path not in self._new:
-                logger.warning("cannot read %s (%s); another picture takes its place", path, reason)
+                logger.warning("cannot read %s (%s); another image takes its place", path, reason)
                 self._new[path] = reason
 
     def settle(self) -> None:
-        """Put together what all processes found, and write it; every process has to call this.
+        """Gather the records of all processes and write them; every process has to call this.
 
         Raises:
-            RuntimeError: on every process, if more than `max_fraction` of the listed pictures are now known to be
-                unreadable.
+            RuntimeError: on every process, if more than `max_fraction` of the listed images are known to be unreadable.
         """
         found = {path: reason for new in all_gather_objects(self._new) for path, reason in new.items()}
         self._new = {}
@@ -54,7 +52,7 @@ class BadImages:
             self._write()
         if len(self.reasons) > self.max_fraction * self.n_listed:
             raise RuntimeError(
-                f"train.max_bad_fraction: {len(self.reasons)} of {self.n_listed} listed pictures cannot be read, "
+                f"train.max_bad_fraction: {len(self.reasons)} of {self.n_listed} listed images cannot be read, "
                 f"more than the {self.max_fraction:.2%} allowed; see {self.path} for each path and reason, then mend "
                 "the lists or raise the limit"
             )

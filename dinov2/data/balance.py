@@ -1,6 +1,6 @@
-"""How often each set of a dataset is seen: weights and a temperature, and the order of pictures that follows.
+"""How often each set of a dataset is seen: weights and a temperature, and a sampler that follows them.
 
-Letters: N pictures, in S sets.
+Letters: N images, in S sets.
 """
 
 import math
@@ -14,17 +14,16 @@ from dinov2.data.samplers import InfiniteSampler, shuffled_indices
 from dinov2.utils.seeds import derive_seed
 
 MIN_PASS = 65536  # positions; shares are rounded to whole positions of a pass
-INDICES_AT_A_TIME = 4096  # of a small set, that several of its permutations are drawn for at once
+INDICES_AT_A_TIME = 4096  # of a small set, that several permutations of it are drawn at once
 
 
 @dataclass(frozen=True)
 class Balance:
-    """Set i is seen in proportion to weight_i * n_i^(1 / T), n_i its number of pictures and T the temperature.
+    """Set i is seen in proportion to weight_i * n_i^(1 / T), n_i its number of images and T the temperature.
 
     Attributes:
         weights: by the name of the set; 1 for the sets not named.
-        temperature: 1 leaves to each set its natural share; the larger, the more alike are the sets, and with infinity
-            all have the same.
+        temperature: 1 gives each set its natural share; infinity gives all sets the same.
 
     Raises:
         ValueError: a weight is negative or not finite, or the temperature is not above 0.
@@ -47,20 +46,20 @@ class Balance:
 
     @property
     def is_natural(self) -> bool:
-        """Whether every picture is seen as often as any other, whatever the sets are."""
+        """Return True if every image is seen as often as any other, whatever the sets are."""
         return not self.weights and self.temperature == 1
 
     def quotas(self, names: Sequence[str], sizes: np.ndarray) -> np.ndarray:
-        """Positions that each set has in a pass: int64 [S].
+        """Compute the positions that each set has in a pass: int64 [S], which add up to max(N, `MIN_PASS`).
 
-        They are whole numbers, at least 1 where a share is not 0, and add up to max(N, `MIN_PASS`).
+        A set whose share is not 0 has at least one.
 
         Args:
             names: S of them, each once.
-            sizes: [S], pictures in each set.
+            sizes: [S], images in each set.
 
         Raises:
-            ValueError: a weight names no set, or no set with pictures has one above 0.
+            ValueError: a weight names no set, or no set with images has one above 0.
         """
         unknown = [name for name in self.weights if name not in names]
         if unknown:
@@ -70,16 +69,16 @@ class Balance:
         is_seen = (weights > 0) & (np.asarray(sizes) > 0)
         if not is_seen.any():
             raise ValueError(
-                "train.balance.weights: every set that has pictures has weight 0; give one of them a weight above 0"
+                "train.balance.weights: every set that has images has weight 0; give one of them a weight above 0"
             )
         logs = np.full(len(names), -np.inf)  # as logarithms, which no temperature makes overflow
         logs[is_seen] = np.log(weights[is_seen]) + np.log(sizes[is_seen]) / self.temperature
         shares = np.exp(logs - logs.max())
         shares /= shares.sum()
         length = max(int(np.sum(sizes)), MIN_PASS)
-        exact = np.round(shares * length, 6)  # so that no machine's last digit decides a position
+        exact = np.round(shares * length, 6)  # the last digit differs between machines
         quotas = np.floor(exact).astype(np.int64)
-        # what rounding down has left goes to those that lost most by it
+        # positions lost by rounding down go to the sets that lost most
         missing = length - int(quotas.sum())
         quotas[np.argsort(-np.where(is_seen, exact - quotas, -1), kind="stable")[:missing]] += 1
         too_small = is_seen & (quotas == 0)
@@ -91,8 +90,8 @@ class Balance:
 class BalancedSampler(InfiniteSampler):
     """Passes in which each set has a fixed number of positions, in an order of their own.
 
-    A set's positions, from pass to pass, take its pictures in permutation after permutation: each of its pictures comes
-    once before one comes again. Like its base, the stream is a pure function of (seed, position).
+    From pass to pass, a set goes through permutations of its images: each of them comes once before one comes again.
+    Like its base, the stream is a pure function of (seed, position).
     """
 
     def __init__(
@@ -108,7 +107,7 @@ class BalancedSampler(InfiniteSampler):
         """
         Args:
             sets: [N], the set that each index of the dataset belongs to.
-            quotas: [S], positions of each set in a pass; 0 for sets without pictures.
+            quotas: [S], positions of each set in a pass; 0 for sets without images.
             seed, start, step, advance: as for `InfiniteSampler`.
         """
         length = int(np.sum(quotas))
@@ -124,7 +123,7 @@ class BalancedSampler(InfiniteSampler):
         return indices[shuffled_indices(len(indices), self._seed, "balanced", pass_number)]
 
     def _of_set(self, number: int, pass_number: int) -> np.ndarray:
-        """The indices of one set in one pass."""
+        """Return the indices of one set in one pass."""
         members, quota = self._members[number], int(self._quotas[number])
         n = len(members)
         block = n * max(1, INDICES_AT_A_TIME // n)
@@ -135,7 +134,7 @@ class BalancedSampler(InfiniteSampler):
 
 
 def _permutations(n: int, count: int, seed: int, *keys: int) -> np.ndarray:
-    """`count` permutations of 0 .. n-1 one after the other: [count * n]."""
+    """Draw `count` permutations of 0 .. n-1 one after the other: [count * n]."""
     if count == 1:
         return shuffled_indices(n, seed, "set", *keys)
     generator = torch.Generator().manual_seed(derive_seed(seed, "order", "sets", *keys))

@@ -1,20 +1,19 @@
-"""From a dataset string to batches: `make_dataset`, `make_data_loader` and the batch that training's loader gives.
-
-Letters: B pictures per process, S side of a picture in pixels.
-"""
+"""From a dataset string to batches: `make_dataset` and `make_data_loader`."""
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from random import Random
 from typing import Any, NamedTuple
 
+import cv2
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from dinov2.data.balance import Balance, BalancedSampler
-from dinov2.data.datasets.hema_data import HemaStandardDataset, Sample, UnreadableImage
-from dinov2.data.samplers import EpochSampler, InfiniteSampler, SamplerType, ShardedInfiniteSampler
+from dinov2.data.datasets.hema_data import HemaStandardDataset, UnreadableImage
+from dinov2.data.samplers import EpochSampler, InfiniteSampler, PositionSampler, SamplerType
 from dinov2.distributed import get_rank, get_world_size
 from dinov2.utils.seeds import derive_seed
 from dinov2.utils.stop_signals import ignore_stop_signals
@@ -22,16 +21,14 @@ from dinov2.utils.stop_signals import ignore_stop_signals
 logger = logging.getLogger("dinov2")
 
 DATASETS = {"HemaStandardDataset": HemaStandardDataset}
-
-
-def _read_truth(value: str) -> bool:
-    return {"1": True, "true": True, "0": False, "false": False}[value.lower()]
+INFINITE = (SamplerType.INFINITE, SamplerType.SHARDED_INFINITE, SamplerType.SHARDED_INFINITE_NEW)
+Augmentation = Callable[[Tensor, Random], Any]  # uint8 [3, S, S] and a source of randomness to crops
 
 
 # key of a dataset string -> how its value is read; a reader raises ValueError or KeyError on other text
 VALUE_READERS: dict[str, Callable[[str], Any]] = {
     "root": str,
-    "shuffle": _read_truth,
+    "shuffle": lambda value: {"1": True, "true": True, "0": False, "false": False}[value.lower()],
     "image_size": int,
     "fit": str,
     "seed": int,
@@ -40,28 +37,25 @@ VALUE_READERS: dict[str, Callable[[str], Any]] = {
 }
 
 
-class SampleBatch(NamedTuple):
-    """Decoded pictures, before any augmentation.
+class AugmentedSample(NamedTuple):
+    """The crops of one image."""
 
-    Attributes:
-        images: uint8 [B, 3, S, S], which lies in memory as [B, S, S, 3] (torch's channels-last).
-        indices: int64 [B], the dataset indices that were asked for.
-        failures: every picture that could not be read on the way, with the reason.
-    """
-
-    images: Tensor
-    indices: Tensor
-    failures: list[UnreadableImage]
+    crops: Any  # what the augmentation returns
+    position: int  # of the image in the global stream
+    failures: tuple[UnreadableImage, ...]  # images that could not be read on the way, with the reason
 
 
-def collate_samples(samples: Sequence[Sample]) -> SampleBatch:
-    """Put together what `HemaStandardDataset` gives without a transform."""
-    images = torch.stack([sample.image.permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2)
-    return SampleBatch(
-        images=images,  # [B, 3, S, S]
-        indices=torch.tensor([sample.index for sample in samples]),  # [B]
-        failures=[failure for sample in samples for failure in sample.failures],
-    )
+class AugmentedDataset(Dataset):
+    """A dataset's images with the augmentation that belongs to their position in the global stream."""
+
+    def __init__(self, dataset: HemaStandardDataset, augmentation: Augmentation, seed: int) -> None:
+        self.dataset, self.augmentation, self.seed = dataset, augmentation, seed
+
+    def __getitem__(self, position_and_index: tuple[int, int]) -> AugmentedSample:
+        position, index = position_and_index
+        sample = self.dataset[index]
+        crops = self.augmentation(sample.image, Random(derive_seed(self.seed, "crops", position)))
+        return AugmentedSample(crops, position, sample.failures)
 
 
 def make_dataset(
@@ -73,17 +67,12 @@ def make_dataset(
     """Build the dataset that a string such as `HemaStandardDataset:root=/data/lists:shuffle=1` describes.
 
     Keys: root (required), shuffle (1 or 0), image_size, fit, seed, column, cache. A colon belongs to a value unless one
-    of these keys and `=` follow it, so `root=C:\\cells` and `root=/data/12:30` are read as meant.
-
-    Args:
-        dataset_str: name, then `:key=value` for each setting.
-        transform: see `HemaStandardDataset`.
-        target_transform: see `HemaStandardDataset`.
-        settings: values for keys that the string does not state.
+    of these keys and `=` follow it, so `root=C:\\cells` and `root=/data/12:30` are read as meant. `settings` are values
+    for keys that the string does not state; the transforms are `HemaStandardDataset`'s.
 
     Raises:
         ValueError: unknown name or key, a key twice or without a value, or a value of the wrong kind.
-        FileNotFoundError: nothing at `root` that names pictures.
+        FileNotFoundError: nothing at `root` that names images.
     """
     name, stated = _parse_dataset_str(dataset_str)
     dataset = DATASETS[name](transform=transform, target_transform=target_transform, **{**settings, **stated})
@@ -124,7 +113,7 @@ def _parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:
 
 def make_data_loader(
     *,
-    dataset: Dataset,
+    dataset: Any,
     batch_size: int,
     num_workers: int,
     shuffle: bool = True,
@@ -138,36 +127,41 @@ def make_data_loader(
     prefetch_factor: int = 2,
     pin_memory: bool | None = None,
     balance: Balance | None = None,
+    augmentation: Augmentation | None = None,
 ) -> DataLoader:
-    """Batches of a dataset for this process; the names and defaults are upstream's.
+    """Load batches of a dataset for this process; the names and defaults are upstream's.
 
     Batches do not depend on `num_workers`. Torch's global generators are left untouched.
 
     Args:
-        dataset: with a length.
-        batch_size: B.
-        num_workers: 0 loads in this process.
+        dataset, batch_size, num_workers, drop_last, persistent_workers, collate_fn, prefetch_factor: as for torch's
+            `DataLoader`; `batch_size` counts the images of this process.
         shuffle: whether the sampler shuffles; without a sampler the dataset's own order is kept whatever this says.
         seed: of the order, and of random numbers that a transform draws in the workers.
         sampler_type: INFINITE (the SHARDED ones are the same), EPOCH, DISTRIBUTED (torch's) or None.
         sampler_size: length of an epoch over all processes, for EPOCH only; -1 takes the dataset's.
         sampler_advance: samples of the global stream already used, for the infinite samplers only.
-        drop_last: leave out a last batch with fewer than B samples.
-        persistent_workers: keep the workers between iterations over the loader.
-        collate_fn: samples to batch; must be picklable where workers are spawned.
-        prefetch_factor: batches that each worker prepares ahead.
         pin_memory: put batches where a GPU copies them from without the host waiting; None: if there is a GPU.
-        balance: how often each set of the dataset is seen, for the infinite samplers only; None: each picture as often
-            as any other.
+        balance: how often each set of the dataset is seen, for the infinite samplers only; None: equal for all images.
+        augmentation: applied to each image, seeded by (seed, position in the global stream), for the infinite samplers
+            only; the samples are then `AugmentedSample`s.
 
     Raises:
-        ValueError: a size, an advance or a balance for a sampler that has none; a balance that does not fit the sets.
+        ValueError: a size, an advance, a balance or an augmentation for a sampler that has none; a balance that does
+            not fit the sets.
     """
+    sampler = _make_sampler(dataset, sampler_type, shuffle, seed, sampler_size, sampler_advance, balance)
+    if augmentation is not None:
+        if not isinstance(sampler, InfiniteSampler):
+            raise ValueError(f"augmentation: only infinite samplers have positions to seed it, found {sampler_type}")
+        dataset, sampler = AugmentedDataset(dataset, augmentation, seed), PositionSampler(sampler)
+    if num_workers > 0:
+        cv2.setNumThreads(1)  # before the fork, which its threads do not survive; a worker needs no more
     # a resumed loader's workers draw numbers of their own, not those of the start again
     generator = torch.Generator().manual_seed(derive_seed(seed, "workers", sampler_advance, get_rank()))
     return DataLoader(
         dataset,
-        sampler=_make_sampler(dataset, sampler_type, shuffle, seed, sampler_size, sampler_advance, balance),
+        sampler=sampler,
         batch_size=batch_size,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
@@ -190,14 +184,11 @@ def _make_sampler(
     balance: Balance | None,
 ) -> Sampler | None:
     if size > 0 and sampler_type is not SamplerType.EPOCH:
-        raise ValueError(
-            f"sampler_size={size}: only SamplerType.EPOCH has a size, found {sampler_type}; leave it at -1"
-        )
-    infinite = (SamplerType.INFINITE, SamplerType.SHARDED_INFINITE, SamplerType.SHARDED_INFINITE_NEW)
-    if advance > 0 and sampler_type not in infinite:
+        raise ValueError(f"sampler_size={size}: only SamplerType.EPOCH has one, found {sampler_type}; leave it at -1")
+    if advance > 0 and sampler_type not in INFINITE:
         raise ValueError(f"sampler_advance={advance}: only infinite samplers can start later, found {sampler_type}")
     if balance is not None and not balance.is_natural:
-        if sampler_type not in infinite or not shuffle:
+        if sampler_type not in INFINITE or not shuffle:
             raise ValueError(
                 f"balance={balance}: only infinite samplers that shuffle have one, found {sampler_type} with "
                 f"shuffle={shuffle}"
@@ -208,10 +199,7 @@ def _make_sampler(
     if sampler_type is SamplerType.EPOCH:
         return EpochSampler(size=size if size > 0 else n, sample_count=n, shuffle=shuffle, seed=seed)
     if sampler_type is SamplerType.DISTRIBUTED:
-        return DistributedSampler(
-            dataset, num_replicas=get_world_size(), rank=get_rank(), shuffle=shuffle, seed=seed, drop_last=False
-        )
+        return DistributedSampler(dataset, get_world_size(), get_rank(), shuffle=shuffle, seed=seed)
     if sampler_type is None:
         return None
-    sampler = InfiniteSampler if sampler_type is SamplerType.INFINITE else ShardedInfiniteSampler
-    return sampler(sample_count=n, shuffle=shuffle, seed=seed, advance=advance)
+    return InfiniteSampler(sample_count=n, shuffle=shuffle, seed=seed, advance=advance)

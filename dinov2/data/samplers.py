@@ -1,11 +1,13 @@
-"""In which order pictures are seen: a pure function of (seed, position), whatever the number of processes.
+"""The order in which images are seen: a pure function of (seed, position), whatever the number of processes.
 
 All processes share one global stream of indices. Process r of W takes the positions r, r + W, r + 2W, ..., so with a
-global batch of B the i-th batch is the positions [i B, (i + 1) B), for every W. Letters: N pictures in the dataset.
+global batch of B the i-th batch is the positions [i B, (i + 1) B), for every W. Letters: N images in the dataset.
 """
 
+import itertools
 from collections.abc import Iterator
 from enum import Enum
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +15,6 @@ from torch.utils.data import Sampler
 
 from dinov2.distributed import get_rank, get_world_size
 from dinov2.utils.seeds import derive_seed
-
-INDICES_AT_A_TIME = 65536
 
 
 class SamplerType(Enum):
@@ -28,14 +28,14 @@ class SamplerType(Enum):
 
 
 def shuffled_indices(sample_count: int, seed: int, *keys: int | str) -> np.ndarray:
-    """The permutation of 0 .. N-1 that belongs to `seed` and `keys`: int32 [N], or int64 where N needs it."""
+    """Return the permutation of 0 .. N-1 that belongs to `seed` and `keys`: int32 [N], or int64 where N needs it."""
     dtype = torch.int32 if sample_count <= torch.iinfo(torch.int32).max else torch.int64
     generator = torch.Generator().manual_seed(derive_seed(seed, "order", *keys))
     return torch.randperm(sample_count, dtype=dtype, generator=generator).numpy()
 
 
 class InfiniteSampler(Sampler[int]):
-    """Pass after pass over the dataset without end; each pass holds every index once, in an order of its own.
+    """Endless passes over the dataset; each pass holds every index once, in an order of its own.
 
     Position p of the global stream belongs to pass p // N, and is the (p mod N)-th index of that pass's permutation.
     """
@@ -50,7 +50,8 @@ class InfiniteSampler(Sampler[int]):
         step: int | None = None,
         advance: int = 0,
     ) -> None:
-        """
+        """Set up the stream of this process.
+
         Args:
             sample_count: N.
             shuffle: permute each pass, by (seed, pass); otherwise every pass is 0 .. N-1.
@@ -60,29 +61,20 @@ class InfiniteSampler(Sampler[int]):
             advance: positions of the GLOBAL stream that earlier training used up, over all processes together.
                 (Upstream counts those of one process.)
         """
-        _check_positive("sample_count", sample_count)
-        self._pass_length = sample_count
-        self._shuffle = shuffle
-        self._seed = seed
-        self._first = advance + (get_rank() if start is None else start)
-        self._step = get_world_size() if step is None else step
-        _check_positive("step", self._step)
-        if advance < 0 or self._first < advance:
+        self._pass_length, self._shuffle, self._seed = sample_count, shuffle, seed
+        self.first_position = advance + (get_rank() if start is None else start)
+        self.step = get_world_size() if step is None else step
+        _check_positive(sample_count=sample_count, step=self.step)
+        if advance < 0 or self.first_position < advance:
             raise ValueError(f"sampler: advance={advance} and start={start} must not be negative")
 
-    def index_at(self, position: int) -> int:
-        """The index at one position of the global stream; computes that whole pass, so not for loops."""
-        pass_number, offset = divmod(position, self._pass_length)
-        return int(self._pass_order(pass_number)[offset])
-
     def __iter__(self) -> Iterator[int]:
-        position = self._first
+        position = self.first_position
         while True:
             pass_number, offset = divmod(position, self._pass_length)
-            mine = self._pass_order(pass_number)[offset :: self._step]
-            for begin in range(0, len(mine), INDICES_AT_A_TIME):
-                yield from mine[begin : begin + INDICES_AT_A_TIME].tolist()
-            position += len(mine) * self._step
+            mine = self._pass_order(pass_number)[offset :: self.step]
+            yield from map(int, mine)
+            position += len(mine) * self.step
 
     def _pass_order(self, pass_number: int) -> np.ndarray:
         if self._shuffle:
@@ -90,69 +82,48 @@ class InfiniteSampler(Sampler[int]):
         return np.arange(self._pass_length)
 
 
-class ShardedInfiniteSampler(InfiniteSampler):
-    """The same as `InfiniteSampler`, under the name that upstream's configs use.
+class PositionSampler(Sampler[tuple[int, int]]):
+    """Pairs (position in the global stream, index) of an infinite sampler."""
 
-    Upstream gives each process a fixed shard, so what a process sees depends on how many there are. The global stream
-    here costs no more and does not.
+    def __init__(self, sampler: InfiniteSampler) -> None:
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return zip(itertools.count(self.sampler.first_position, self.sampler.step), self.sampler, strict=False)
+
+
+class ShardedInfiniteSampler(InfiniteSampler):
+    """`InfiniteSampler` under the name that upstream's configs use.
+
+    Upstream gives each process a fixed shard, so what a process sees depends on how many there are; not so here.
     """
 
-    def __init__(
-        self,
-        *,
-        sample_count: int,
-        shuffle: bool = False,
-        seed: int = 0,
-        start: int | None = None,
-        step: int | None = None,
-        advance: int = 0,
-        use_new_shuffle_tensor_slice: bool = False,
-    ) -> None:
-        """`use_new_shuffle_tensor_slice` chooses between upstream's two shuffles; there is one here: no effect."""
-        super().__init__(sample_count=sample_count, shuffle=shuffle, seed=seed, start=start, step=step, advance=advance)
+    def __init__(self, *, use_new_shuffle_tensor_slice: bool = False, **settings: Any) -> None:
+        """Take `InfiniteSampler`'s settings; the switch between upstream's two shuffles has no effect."""
+        super().__init__(**settings)
 
 
 class EpochSampler(Sampler[int]):
     """`size` indices an epoch, shared among the processes; an epoch larger than the dataset repeats it evenly."""
 
-    def __init__(
-        self,
-        *,
-        size: int,
-        sample_count: int,
-        shuffle: bool = False,
-        seed: int = 0,
-        start: int | None = None,
-        step: int | None = None,
-    ) -> None:
-        """`size` counts all processes together; the other arguments are `InfiniteSampler`'s."""
-        _check_positive("size", size)
-        _check_positive("sample_count", sample_count)
-        self._size = size
-        self._sample_count = sample_count
-        self._shuffle = shuffle
-        self._seed = seed
-        self._start = get_rank() if start is None else start
-        self._step = get_world_size() if step is None else step
-        _check_positive("step", self._step)
-        self._epoch = 0
+    def __init__(self, *, size: int, seed: int = 0, **settings: Any) -> None:
+        """`size` counts all processes together; `settings` are `InfiniteSampler`'s, but for `advance`."""
+        _check_positive(size=size)
+        self._size, self._seed, self._settings = size, seed, settings
+        self.set_epoch(0)
 
     def __iter__(self) -> Iterator[int]:
-        n_passes = -(-self._size // self._sample_count)
-        if self._shuffle:
-            passes = [shuffled_indices(self._sample_count, self._seed, self._epoch, i) for i in range(n_passes)]
-        else:
-            passes = [np.arange(self._sample_count)] * n_passes
-        yield from np.concatenate(passes)[self._start : self._size : self._step].tolist()
+        return itertools.islice(self._stream, len(self))
 
     def __len__(self) -> int:
-        return len(range(self._start, self._size, self._step))
+        return len(range(self._stream.first_position, self._size, self._stream.step))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose which epoch's order the next iteration gives."""
-        self._epoch = epoch
+        self._stream = InfiniteSampler(seed=derive_seed(self._seed, "epoch", epoch), **self._settings)
 
 
-def _check_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"sampler: {name}={value} must be at least 1")
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"sampler: {name}={value} must be at least 1")

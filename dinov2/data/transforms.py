@@ -1,4 +1,6 @@
-"""Normalisation of pictures for the backbone."""
+"""Normalisation of images for the backbone."""
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -9,13 +11,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def normalize_images(images: Tensor) -> Tensor:
-    """Turn stored pictures into the backbone's input: (x / 255 - mean) / std for each colour channel.
+    """Turn stored images into the backbone's input: (x / 255 - mean) / std for each colour channel.
 
     Args:
         images: uint8 [B, 3, H, W] or [3, H, W], on any device.
 
     Returns:
-        float32 of the same shape on the same device.
+        float32 of the same shape on the same device, contiguous.
 
     Raises:
         ValueError: if `images` has another type or does not have three channels.
@@ -23,8 +25,14 @@ def normalize_images(images: Tensor) -> Tensor:
     if images.dtype != torch.uint8 or images.ndim not in (3, 4) or images.shape[-3] != 3:
         raise ValueError(
             f"images: expected uint8 [B, 3, H, W] or [3, H, W], found {images.dtype} {list(images.shape)}; "
-            f"pass the pictures as they are decoded, before any scaling"
+            f"pass the images as they are decoded, before any scaling"
         )
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
-    return (images / 255).sub_(mean).div_(std)
+    mean, per_std = _levels(images.device)
+    return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).mul_(per_std)
+
+
+@cache  # a copy to a GPU for each batch would make the host wait
+def _levels(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the mean and 1 / standard deviation for levels of 0 to 255: [3, 1, 1] each."""
+    mean, std = torch.tensor(IMAGENET_MEAN, device=device), torch.tensor(IMAGENET_STD, device=device)
+    return (255 * mean).view(3, 1, 1), (1 / (255 * std)).view(3, 1, 1)

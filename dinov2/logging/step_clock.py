@@ -1,90 +1,67 @@
 """Where the time of a training step goes, by name, without waiting for the device."""
 
 import time
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
 
 import torch
 
+MAX_MARKS = 100_000  # kept where nobody asks for the means
+
 
 class StepClock:
-    """Cuts the steps of a loop into named laps.
+    """Measures the stages of a loop's steps.
 
-    On a CPU the time is the host's. On CUDA each lap ends with an event in the current stream, and a lap is the time
-    between two events: what the device took for the work that was queued in between, or how long it stood still for
-    want of work. So the laps of a step add up to its duration, and a host that runs ahead of its device shows no
-    waiting that cost nothing. A lap takes a microsecond of the host's time, with CUDA a few.
+    On a CPU the time is the host's. On CUDA each stage ends with an event in the current stream, so a stage is the time
+    that the device took for the work queued in it, or stood still. The stages of a step add up to its duration.
 
     Args:
         device: where the loop's work is done.
     """
 
     def __init__(self, device: torch.device | str) -> None:
-        self._clock: _HostClock | _CudaClock = _CudaClock() if torch.device(device).type == "cuda" else _HostClock()
-
-    def lap(self, name: str) -> None:
-        """The time since the lap before belongs to `name`; a name may come several times a step."""
-        self._clock.mark(name)
+        self._is_cuda = torch.device(device).type == "cuda"
+        self._marks: deque[tuple[str | None, Any]] = deque(maxlen=MAX_MARKS)  # seconds or CUDA events
+        self.restart()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """What the block does is a lap, and a range of this name in a profiler's trace."""
+        """Count the time since the stage before for `name`; in a profiler's trace the block is a range of this name."""
         with torch.profiler.record_function(name):
             yield
-        self.lap(name)
+        self._mark(name)
 
     def restart(self) -> None:
-        """The time since the lap before belongs to nothing: an evaluation, a checkpoint."""
-        self._clock.mark(None)
+        """Count the time since the stage before for nothing: an evaluation, a checkpoint."""
+        self._mark(None)
 
     def means(self) -> dict[str, float]:
-        """Seconds a step of each name since this was last asked, in the order of the first step.
+        """Return each stage's seconds a step since the last call; on CUDA this waits for the last stage.
 
-        The steps are counted by the names that come least often: once each. To be called between two steps where the
-        host has just waited for the device: here it waits for the last lap's event.
+        The steps are counted by the stages that come least often: once each.
         """
-        laps = self._clock.take()
-        n_steps = min((count for _, count in laps.values()), default=1)
-        return {name: seconds / n_steps for name, (seconds, _) in laps.items()}
+        marks, seconds, counts = list(self._marks), defaultdict[str, float](float), Counter[str]()
+        self._marks.clear()
+        self._marks.append(marks[-1])
+        for (_, start), (name, end) in pairwise(marks):
+            if name is not None:
+                seconds[name] += self._between(start, end)
+                counts[name] += 1
+        return {name: total / min(counts.values()) for name, total in seconds.items()}
 
-
-class _HostClock:
-    def __init__(self) -> None:
-        self._laps: dict[str, tuple[float, int]] = {}
-        self._last = time.perf_counter()
-
-    def mark(self, name: str | None) -> None:
-        now = time.perf_counter()
-        if name is not None:
-            seconds, count = self._laps.get(name, (0.0, 0))
-            self._laps[name] = seconds + now - self._last, count + 1
-        self._last = now
-
-    def take(self) -> dict[str, tuple[float, int]]:
-        """{name: (seconds, number of laps)} since the call before."""
-        laps, self._laps = self._laps, {}
-        return laps
-
-
-class _CudaClock:
-    def __init__(self) -> None:
-        self._free: list[torch.cuda.Event] = []  # making one takes longer than recording it
-        self._marks: list[tuple[str | None, torch.cuda.Event]] = []
-        self.mark(None)
-
-    def mark(self, name: str | None) -> None:
-        event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
+    def _mark(self, name: str | None) -> None:
+        if not self._is_cuda:
+            self._marks.append((name, time.perf_counter()))
+            return
+        event = torch.cuda.Event(enable_timing=True)
         event.record()
         self._marks.append((name, event))
 
-    def take(self) -> dict[str, tuple[float, int]]:
-        """{name: (seconds, number of laps)} since the call before."""
-        laps: dict[str, tuple[float, int]] = {}
-        self._marks[-1][1].synchronize()
-        for (_, before), (name, event) in zip(self._marks, self._marks[1:], strict=False):
-            if name is not None:
-                seconds, count = laps.get(name, (0.0, 0))
-                laps[name] = seconds + before.elapsed_time(event) / 1000, count + 1
-        self._free += [event for _, event in self._marks[:-1]]
-        self._marks = self._marks[-1:]
-        return laps
+    def _between(self, start: Any, end: Any) -> float:
+        if not self._is_cuda:
+            return float(end - start)
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000

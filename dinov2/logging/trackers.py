@@ -39,7 +39,6 @@ class TensorBoard(Tracker):
     def __init__(self, folder: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._folder = folder
         self._writer = SummaryWriter(str(folder), purge_step=start)
 
     def log(self, values: Mapping[str, float], iteration: int) -> None:
@@ -51,7 +50,7 @@ class TensorBoard(Tracker):
             self._writer.add_image(f"views/{name}", image, iteration, dataformats="HWC")
 
     def log_cells(self, sets: Sequence[EmbeddedCells], iteration: int) -> None:
-        write_projector(self._folder, sets, iteration)
+        write_projector(self._writer, sets, iteration)
 
     def close(self) -> None:
         self._writer.close()

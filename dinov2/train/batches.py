@@ -1,15 +1,19 @@
-"""From the dataset string to batch dicts on the training device: decode in workers, everything random here.
+"""From the dataset string to batch dicts on the training device.
 
-What batch i holds is a pure function of (train.seed, i), whatever the number of processes: a resumed run sees what the
-unbroken one would have seen.
+Workers decode and augment each image with a seed of its own, (train.seed, position in the global stream), and collate
+micro-batches with their masks. The device normalises the crops. A batch is a function of train.seed and its number,
+whatever the number of workers and processes.
+
+Dimension key:  A micro-batches of a step, W processes, B images of a micro-batch, G = A * W * B images of a step
 """
 
+import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from dinov2.data import (
@@ -17,34 +21,24 @@ from dinov2.data import (
     DataAugmentationHEMA,
     MaskingGenerator,
     SamplerType,
+    collate_data_and_cast,
     make_data_loader,
     make_dataset,
 )
-from dinov2.data.augmentations import N_GLOBAL_CROPS
 from dinov2.data.bad_images import BadImages
 from dinov2.data.balance import Balance
-from dinov2.data.collate import assemble_batch, draw_masks
+from dinov2.data.collate import MicroBatch
 from dinov2.data.datasets.hema_data import HemaStandardDataset
-from dinov2.data.loaders import collate_samples
-from dinov2.data.transfer import sent_ahead
-from dinov2.distributed import get_rank, get_world_size
-
-
-class BatchShare:  # replaced with the data path
-    def __init__(self, *_):
-        pass
-
-
+from dinov2.data.loaders import AugmentedSample
+from dinov2.data.transforms import normalize_images
+from dinov2.distributed import get_rank
 from dinov2.utils.seeds import derive_seed
 
-_AUGMENTATIONS: dict[str, type[DataAugmentationDINO] | type[DataAugmentationHEMA]] = {
-    "default": DataAugmentationDINO,
-    "hema": DataAugmentationHEMA,
-}
+_AUGMENTATIONS = {"default": DataAugmentationDINO, "hema": DataAugmentationHEMA}
 
 
 def build_dataset(cfg: Any) -> HemaStandardDataset:
-    """The pictures that `train.dataset_path` names, decoded to squares.
+    """Open the images that `train.dataset_path` names, decoded to squares.
 
     Raises:
         FileNotFoundError, ValueError: they cannot be read, or `train.balance` does not fit them.
@@ -56,12 +50,12 @@ def build_dataset(cfg: Any) -> HemaStandardDataset:
 
 
 def build_balance(cfg: Any) -> Balance:
-    """How often each set of pictures is seen, as `train.balance` says."""
+    """Read from `train.balance` how often each set of images is seen."""
     return Balance(dict(cfg.train.balance.weights), cfg.train.balance.temperature)
 
 
-def build_augmentation(cfg: Any) -> DataAugmentationDINO | DataAugmentationHEMA:
-    """Global and local crops as `data_transform` and its block of `augmentation` say."""
+def build_augmentation(cfg: Any) -> DataAugmentationDINO:
+    """Build the multi-crop augmentation from `data_transform` and its block of `augmentation`; crops are uint8."""
     crops = cfg.crops
     settings: dict[str, Any] = dict(cfg.augmentation[cfg.data_transform])
     return _AUGMENTATIONS[cfg.data_transform](
@@ -70,104 +64,122 @@ def build_augmentation(cfg: Any) -> DataAugmentationDINO | DataAugmentationHEMA:
         crops.local_crops_number,
         global_crops_size=crops.global_crops_size,
         local_crops_size=crops.local_crops_size,
+        dtype=torch.uint8,
         **settings,
     )
 
 
 def resolve_batch_size(train: Any, world_size: int) -> None:
-    """Settle, in the config's section `train`, how the pictures of a step spread over processes and parts.
+    """Set, in the config's section `train`, how the images of a step spread over processes and micro-batches.
 
     Without global_batch_size it is batch_size_per_gpu x accumulation_steps x processes. With it, batch_size_per_gpu is
-    the most that a process takes at once, and accumulation_steps the fewest parts that keep to it.
+    the largest micro-batch that a process takes, and accumulation_steps the smallest number that keeps to it.
 
     Raises:
         ValueError: the global batch does not divide.
     """
-    total, parts = train.global_batch_size, train.accumulation_steps
+    total, n_steps = train.global_batch_size, train.accumulation_steps
     if total is None:
-        train.accumulation_steps = parts or 1
+        train.accumulation_steps = n_steps or 1
         train.global_batch_size = train.batch_size_per_gpu * train.accumulation_steps * world_size
         return
-    share, rest = divmod(total, world_size)
-    if rest or not share:
+    n_images, rest = divmod(total, world_size)  # of each process
+    if rest or not n_images:
         raise ValueError(
-            f"train.global_batch_size: {total} pictures do not spread evenly over {world_size} processes; "
+            f"train.global_batch_size: {total} images do not spread evenly over {world_size} processes; "
             f"{max(1, round(total / world_size)) * world_size} would"
         )
-    if parts is None:
-        parts = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= train.batch_size_per_gpu)
-    if share % parts:
+    if n_steps is None:
+        divisors = [n for n in range(1, n_images + 1) if n_images % n == 0]
+        n_steps = next(n for n in divisors if n_images // n <= train.batch_size_per_gpu)
+    if n_images % n_steps:
         raise ValueError(
-            f"train.accumulation_steps: {parts} parts do not divide the {share} pictures that each of {world_size} "
-            f"processes has of train.global_batch_size={total}; leave accumulation_steps at null to have it chosen"
+            f"train.accumulation_steps: {n_steps} micro-batches do not divide the {n_images} images that each of "
+            f"{world_size} processes has of train.global_batch_size={total}; leave accumulation_steps at null to have "
+            f"it chosen"
         )
-    train.accumulation_steps, train.batch_size_per_gpu = parts, share // parts
+    train.accumulation_steps, train.batch_size_per_gpu = n_steps, n_images // n_steps
 
 
 class TrainBatches:
-    """The batches of a run, from any of them on without end.
+    """The batches of a run on one process: for each step, A micro-batches.
 
-    A batch is spread over W processes and, within each, over A parts (gradient accumulation): this process gives lists
-    of A batch dicts. Part a of process r is number a * W + r of W * A shares, each of which holds every (W * A)-th
-    picture of the global batch: whether a batch is cut by processes or by parts changes none of them.
+    Position p of the global stream belongs to step p // G. Process r takes the positions r, r + W, r + 2W, ...; its
+    micro-batches are B of these in a row.
     """
 
     def __init__(self, cfg: Any, dataset: HemaStandardDataset, device: torch.device) -> None:
         self.cfg, self.dataset, self.device = cfg, dataset, device
         record = Path(cfg.train.output_dir) / "bad_images.csv"
         self.bad_images = BadImages(record, len(dataset), cfg.train.max_bad_fraction)
-        self.augmentation = build_augmentation(cfg)
         side = cfg.crops.global_crops_size // cfg.student.patch_size
-        self.mask_generator = MaskingGenerator(input_size=(side, side), max_num_patches=int(0.5 * side * side))
+        self.collate = partial(
+            collate_data_and_cast,
+            mask_ratio_tuple=tuple(cfg.ibot.mask_ratio_min_max),
+            mask_probability=cfg.ibot.mask_sample_probability if cfg.ibot.loss_weight > 0 else 0.0,
+            dtype=torch.uint8,
+            mask_generator=MaskingGenerator(input_size=(side, side), max_num_patches=int(0.5 * side * side)),
+        )
 
     def starting_at(self, batch_number: int = 0, position: int = 0) -> Iterator[list[dict[str, Any]]]:
-        """Batches `batch_number` and on; those before took `position` pictures of the global stream."""
-        cfg = self.cfg
+        """Yield batch `batch_number` and those after it; earlier ones took `position` images of the global stream."""
+        train = self.cfg.train
         loader = make_data_loader(
             dataset=self.dataset,
-            batch_size=cfg.train.batch_size_per_gpu * cfg.train.accumulation_steps,
-            num_workers=cfg.train.num_workers,
+            batch_size=train.batch_size_per_gpu,
+            num_workers=train.num_workers,
             shuffle=True,
-            seed=cfg.train.seed,
+            seed=train.seed,
             sampler_type=SamplerType.SHARDED_INFINITE,
             sampler_advance=position,
             drop_last=True,
-            collate_fn=collate_samples,
+            collate_fn=partial(
+                collate_micro_batch,
+                collate=self.collate,
+                seed=train.seed,
+                first_batch=batch_number,
+                first_position=position,
+                global_batch_size=train.global_batch_size,
+            ),
             pin_memory=self.device.type == "cuda",
-            balance=build_balance(cfg),
+            balance=build_balance(self.cfg),
+            augmentation=build_augmentation(self.cfg),
         )
-        for number, samples in enumerate(sent_ahead(loader, self.device), batch_number):
-            self.bad_images.record(samples.failures)
-            masks = self._draw_masks(number)
-            yield [self._part(number, samples.images, masks, part) for part in range(cfg.train.accumulation_steps)]
+        micro_batches = iter(loader)
+        for number in itertools.count(batch_number):
+            yield [self._on_device(next(micro_batches), number, get_rank(), i) for i in range(train.accumulation_steps)]
 
-    def _draw_masks(self, batch_number: int) -> tuple[torch.Tensor, int]:
-        """Masks [2, G, P] of the global batch of G pictures, of which each share takes those of its pictures."""
-        ibot = self.cfg.ibot
-        masks, upperbound = draw_masks(
-            N_GLOBAL_CROPS * self.cfg.train.global_batch_size,
-            ibot.mask_ratio_min_max,
-            ibot.mask_sample_probability if ibot.loss_weight > 0 else 0.0,
-            self.mask_generator,
-            np.random.default_rng(derive_seed(self.cfg.train.seed, "masks", batch_number)),
-        )
-        return masks.unflatten(0, (N_GLOBAL_CROPS, -1)), upperbound
+    def _on_device(self, batch: dict[str, Any], *numbers: int) -> dict[str, Any]:
+        self.bad_images.record(batch.pop("failures"))
+        for key, value in batch.items():
+            if isinstance(value, torch.Tensor):
+                value = value.to(self.device, non_blocking=True)
+                batch[key] = normalize_images(value) if key.endswith("_crops") else value
+        batch["seed"] = derive_seed(self.cfg.train.seed, "step", *numbers)  # of the stochastic depth
+        return batch
 
-    def _part(
-        self, batch_number: int, images: torch.Tensor, masks: tuple[torch.Tensor, int], part: int
-    ) -> dict[str, Any]:
-        n_parts, seed = self.cfg.train.accumulation_steps, self.cfg.train.seed
-        share, n_shares = part * get_world_size() + get_rank(), n_parts * get_world_size()
-        generator = torch.Generator().manual_seed(derive_seed(seed, "augmentation", batch_number))
-        crops = self.augmentation(images[part::n_parts], generator, rank=share, world_size=n_shares)
-        own_masks = masks[0][:, share::n_shares].flatten(0, 1)  # [2B, P]
-        batch = assemble_batch(crops, own_masks, masks[1], torch.float32)
-        # for the stochastic depth, which is drawn for the global batch too
-        return {**batch, "seed": derive_seed(seed, "step", batch_number), "share": BatchShare(share, n_shares)}
+
+def collate_micro_batch(
+    samples: Sequence[AugmentedSample],
+    *,
+    collate: Callable[..., dict[str, Any]],
+    seed: int,
+    first_batch: int,
+    first_position: int,
+    global_batch_size: int,
+) -> dict[str, Any]:
+    """Collate the samples of a micro-batch in a worker; `failures` are the images that could not be read.
+
+    Batch number `first_batch` begins at `first_position`.
+    """
+    places = [divmod(sample.position - first_position, global_batch_size) for sample in samples]
+    mask_seed = derive_seed(seed, "masks", first_batch + places[0][0])
+    batch = collate(samples, micro_batch=MicroBatch([image for _, image in places], global_batch_size, mask_seed))
+    return {**batch, "failures": [failure for sample in samples for failure in sample.failures]}
 
 
 def timed(batches: Iterator[list[dict[str, Any]]], on_wait: Callable[[float], None]) -> Iterator[list[dict[str, Any]]]:
-    """Pass batches on, and tell how long each was waited for."""
+    """Yield the same batches and report the seconds that each was waited for."""
     while True:
         started = time.perf_counter()
         batch = next(batches)

@@ -1,12 +1,12 @@
-"""The teacher during training: written as a file to use, and judged on the labelled sets of evaluation.datasets.
+"""Evaluation of the teacher during training: kNN and a linear probe on the labelled sets of evaluation.datasets.
 
 <run>/eval/training_<n>/teacher_checkpoint.pth   the teacher after n iterations
-                        results.json             what it can do: kNN and, where asked for, a linear probe
+                        results.json             its kNN and, where asked for, its linear probe
            best.json                             which of the teachers is the best so far
 
-kNN and probe are those of protocol `dinobloom` (dinov2/eval/knn.py, linear.py), on CLS tokens. The best teacher has the
-highest balanced accuracy of kNN with the largest k, as the mean over the sets. An evaluation draws no number that the
-training would have drawn: a run with it has the losses and weights of a run without.
+Both are those of protocol `dinobloom` (dinov2/eval/knn.py, linear.py), on CLS tokens. The best teacher has the highest
+balanced accuracy of kNN with the largest k, as the mean over the sets. A run with evaluations has the losses and
+weights of a run without: they draw no number of its streams.
 
 Letters: N cells, D embedding dim
 """
@@ -15,31 +15,31 @@ import json
 import logging
 import math
 import random
-import re
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dinov2.data.datasets.decode import decode_image, resize_image
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, on_main_process
-from dinov2.eval.embedding import Extraction, extract
+from dinov2.eval.embedding import extract
 from dinov2.eval.knn import evaluate_knn
 from dinov2.eval.linear import fit_linear_probe
 from dinov2.eval.metrics import classification_metrics
 from dinov2.logging import MetricLogger
+from dinov2.logging.projector import EmbeddedCells
 from dinov2.models import architecture
-from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.train.health import feature_statistics
-from dinov2.train.labelled_sets import LabelledSet, read_labelled_sets, without_copied_pictures
-from dinov2.train.shown_cells import ShownCells
+from dinov2.train.labelled_sets import LabelledSet, read_labelled_sets, without_copied_images
+from dinov2.train.monitor import feature_statistics
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.utils.command import text_of
 from dinov2.utils.files import atomic_write
 from dinov2.utils.matmul import fast_matmul_within
 
@@ -47,12 +47,17 @@ logger = logging.getLogger("dinov2")
 
 CHECKPOINT_NAME = "teacher_checkpoint.pth"
 RESULTS_NAME = "results.json"
-FOLLOWED = ("accuracy", "balanced_accuracy", "weighted_f1")  # of each method, in the trackers
+TRACKED_METRICS = ("accuracy", "balanced_accuracy", "weighted_f1")  # of each method, in the trackers
 PROTOTYPE_USE = ("prototype_use", "patch_prototype_use")  # of the newest step, as training_metrics.json has them
+# What may go wrong in an evaluation without ending the training
+EVALUATION_ERRORS = (OSError, ValueError, KeyError, MemoryError, torch.OutOfMemoryError)
+MAX_PROJECTED_CELLS, THUMBNAIL_PX = 1000, 40  # of a set, in TensorBoard's projector
+
+Result = TypeVar("Result")
 
 
 class TeacherEvaluation:
-    """Writes and judges teachers, and removes those that evaluation.keep_teachers does not keep.
+    """Writes and evaluates teachers, and removes those that evaluation.keep_teachers does not keep.
 
     Reads and checks the labelled sets when it is made, before there is a model.
 
@@ -63,21 +68,22 @@ class TeacherEvaluation:
     def __init__(self, cfg: Any) -> None:
         self.cfg = cfg
         self.sets = read_labelled_sets(cfg.evaluation)
-        self._shown = ShownCells()
+        self.n_failed = 0
+        self._thumbnails: dict[Path, np.ndarray] = {}
 
     @cached_property
-    def _judging_sets(self) -> list[LabelledSet]:
-        """The sets as the main process judges by them; made at the first evaluation, since it reads many files."""
-        return [without_copied_pictures(labelled) for labelled in self.sets]
+    def _sets_without_copies(self) -> list[LabelledSet]:
+        """The sets as the main process uses them; made at the first evaluation, since it reads many files."""
+        return [without_copied_images(labelled) for labelled in self.sets]
 
     def is_due(self, done: int) -> bool:
         period = self.cfg.evaluation.eval_period_iterations
         return period > 0 and done % period == 0
 
     def run(self, model: SSLMetaArch, run_folder: Path, done: int, metrics: MetricLogger | None = None) -> bool:
-        """Write the teacher as it is after `done` iterations, and judge it; False, and why in the log, if that failed.
+        """Write the teacher as it is after `done` iterations, and evaluate it; log a failure and return False.
 
-        Older teachers go once the new one is whole on disk, and judged.
+        Older teachers are removed once the new one is whole on disk, and evaluated.
         """
         checkpoint = _folder(run_folder, done) / CHECKPOINT_NAME
         state = model.teacher_state()
@@ -87,91 +93,126 @@ class TeacherEvaluation:
             logger.error("the teacher after iteration %d could not be written: %s", done, error)
             return False
         logger.info("teacher: %s", checkpoint)
-        is_judged = self.judge(model, run_folder, done, metrics)
+        is_evaluated = self.evaluate(model, run_folder, done, metrics)
         n_kept = self.cfg.evaluation.keep_teachers
         if n_kept is not None:
             on_main_process(lambda: _remove_teachers(run_folder / "eval", done, n_kept))
-        return is_judged
+        return is_evaluated
 
-    def judge(self, model: SSLMetaArch, run_folder: Path, done: int, metrics: MetricLogger | None = None) -> bool:
-        """Write results.json, and best.json above it, where labelled sets are given; False, and why in the log, if that
-        failed: training can go on."""
+    def evaluate(self, model: SSLMetaArch, run_folder: Path, done: int, metrics: MetricLogger | None = None) -> bool:
+        """Write results.json and best.json, if there are labelled sets; log and count a failure, and return False."""
         if not self.sets:
             return True
         try:
-            with random_state_kept(model.device), fast_matmul_within(False, model.device):  # as the commands judge
-                embedded = self._embed(model)
-                on_main_process(lambda: self._judge(embedded, model.device, run_folder, done, metrics))
-        except (OSError, ValueError) as error:
-            logger.error("the teacher after iteration %d could not be judged: %s", done, error)
+            with random_state_kept(model.device), fast_matmul_within(False, model.device):  # as the commands have it
+                features = self._extract(model)
+                _raise_errors(
+                    [on_main_process(lambda: _attempt(self._write, features, model, run_folder, done, metrics))]
+                )
+        except EVALUATION_ERRORS as error:
+            self.n_failed += 1
+            text = "the teacher after iteration %d could not be evaluated: %s (failed evaluations so far: %d)"
+            logger.error(text, done, text_of(error), self.n_failed)
             return False
         return True
 
-    def _judge(
+    def _extract(self, model: SSLMetaArch) -> dict[Path, np.ndarray]:
+        """Return features [D] of each readable image of the sets, on every process; each extracts its share of them.
+
+        Raises:
+            EVALUATION_ERRORS: no image of a share could be read, or the teacher is broken; on every process.
+        """
+        backbone = model.whole_teacher_backbone()
+        paths = list(dict.fromkeys(path for each in self.sets for path in (*each.train.paths, *each.test.paths)))
+        own_paths = paths[get_rank() :: get_world_size()]
+
+        def extract_share() -> dict[Path, np.ndarray]:
+            if not own_paths:  # there may be fewer images than processes
+                return {}
+            extraction = extract(
+                backbone,
+                own_paths,
+                image_size=self.cfg.crops.global_crops_size,
+                batch_size=self.cfg.evaluation.batch_size,
+                device=model.device,
+                num_workers=self.cfg.train.num_workers,
+                progress=False,
+                fp32_matmul=self.cfg.compute_precision.fp32_matmul,
+            )
+            return {own_paths[i]: row for i, row in zip(extraction.kept, extraction.features, strict=True)}
+
+        shares = _raise_errors(all_gather_objects(_attempt(extract_share)))
+        return {path: row for share in shares for path, row in share.items()}
+
+    def _write(
         self,
-        embedded: dict[Path, np.ndarray],
-        device: torch.device,
+        features: Mapping[Path, np.ndarray],
+        model: SSLMetaArch,
         run_folder: Path,
         done: int,
         metrics: MetricLogger | None,
     ) -> None:
-        newest = metrics.newest if metrics is not None else {}
+        """Write results.json and best.json, and pass the numbers on to the log and the trackers."""
+        sets, newest = self._sets_without_copies, metrics.newest if metrics is not None else {}
+        first = np.concatenate([_side(cells, features)[0] for cells in (sets[0].train, sets[0].test)])
+        statistics_of_cells = feature_statistics(torch.as_tensor(first, device=model.device))
         results = {
             "iteration": done,
-            "datasets": {labelled.name: _results_on(labelled, embedded, device) for labelled in self._judging_sets},
+            "datasets": {labelled.name: _results_on(labelled, features, model.device) for labelled in sets},
             "teacher": {
-                **_spread_on(self._judging_sets[0], embedded, device),
+                **{name: value.item() for name, value in statistics_of_cells.items()},
                 **{name: newest[name] for name in PROTOTYPE_USE if math.isfinite(newest.get(name, math.nan))},
             },
         }
         with atomic_write(_folder(run_folder, done) / RESULTS_NAME, "w") as file:
             json.dump(results, file, indent=1)
-        best = _write_best(run_folder / "eval", done, score(results)[0])
-        _report(results, best)
+        _log_results(results, _write_best(run_folder / "eval", done, score(results)[0]))
         if metrics is not None:
-            metrics.log_evaluation(done, _scalars(results))
+            metrics.log_evaluation(done, _tracked_values(results))
             if metrics.shows_images:
-                metrics.log_cells(done, self._shown.of_sets(self._judging_sets, embedded))
+                metrics.log_cells(done, [self._projected_cells(labelled, features) for labelled in sets])
 
-    def _embed(self, model: SSLMetaArch) -> dict[Path, np.ndarray]:
-        """Features [D] of each readable picture of the sets, on every process; each embeds its share of them.
+    def _projected_cells(self, labelled: LabelledSet, features: Mapping[Path, np.ndarray]) -> EmbeddedCells:
+        """Choose up to MAX_PROJECTED_CELLS cells of a set, evenly from its list, for TensorBoard's projector."""
+        rows = [
+            (path, cells.class_names[label], side, cells.patients[i] if cells.patients is not None else "")
+            for side, cells in (("train", labelled.train), ("test", labelled.test))
+            for i, (path, label) in enumerate(zip(cells.paths, cells.labels, strict=True))
+            if path in features
+        ]
+        chosen = np.linspace(0, len(rows) - 1, min(len(rows), MAX_PROJECTED_CELLS)).round().astype(int)
+        paths, classes, sides, patients = zip(*(rows[i] for i in chosen), strict=True)
+        for path in paths:
+            if path not in self._thumbnails:
+                self._thumbnails[path] = resize_image(decode_image(path), THUMBNAIL_PX).numpy()
+        columns = {"class": classes, "side": sides, "image": [str(path) for path in paths]}
+        if any(patients):
+            columns["patient"] = patients
+        images = np.stack([self._thumbnails[path] for path in paths])
+        return EmbeddedCells(labelled.name, np.stack([features[path] for path in paths]), columns, images)
 
-        Raises:
-            OSError, ValueError: no picture of a share could be read, or the teacher is broken; on every process.
-        """
-        backbone = model.whole_teacher_backbone()
-        paths = list(dict.fromkeys(path for each in self.sets for path in (*each.train.paths, *each.test.paths)))
-        mine = paths[get_rank() :: get_world_size()]
-        own: dict[Path, np.ndarray] | OSError | ValueError = {}
-        try:
-            if mine:  # there may be fewer pictures than processes
-                found = self._extract(backbone, mine, model.device)
-                own = {mine[i]: features for i, features in zip(found.kept, found.features, strict=True)}
-        except (OSError, ValueError) as error:
-            own = error  # the others wait for this share
-        embedded: dict[Path, np.ndarray] = {}
-        for share in all_gather_objects(own):
-            if not isinstance(share, dict):
-                raise share
-            embedded |= share
-        return embedded
 
-    def _extract(self, backbone: DinoVisionTransformer, paths: list[Path], device: torch.device) -> Extraction:
-        return extract(
-            backbone,
-            paths,
-            image_size=self.cfg.crops.global_crops_size,
-            batch_size=self.cfg.evaluation.batch_size,
-            device=device,
-            num_workers=self.cfg.train.num_workers,
-            progress=False,
-            fp32_matmul=self.cfg.compute_precision.fp32_matmul,
-        )
+def _attempt(action: Callable[..., Result], *arguments: Any) -> Result | Exception:
+    """Return the result of `action`, or its error without the traceback, which would keep its tensors in memory."""
+    try:
+        return action(*arguments)
+    except EVALUATION_ERRORS as error:
+        return error.with_traceback(None)
+
+
+def _raise_errors(outcomes: Sequence[Result | Exception]) -> list[Result]:
+    """Return the outcomes of all processes; raise the first error among them."""
+    results = []
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            raise outcome
+        results.append(outcome)
+    return results
 
 
 @contextmanager
 def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn inside, the draws after it are those that there would have been without."""
+    """Restore the random state afterwards: later draws are those that there would have been without the block."""
     of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -188,13 +229,10 @@ def save_teacher(state: dict[str, Tensor], model: SSLMetaArch, path: Path, done:
 
 
 def score(results: Mapping[str, Any]) -> tuple[str, float]:
-    """What teachers are compared by: the balanced accuracy of kNN with the largest k, as the mean over the data sets.
+    """Return what teachers are compared by, in words and as a number: the best one has the highest.
 
-    Args:
-        results: the content of a results.json.
-
-    Returns:
-        which numbers these are, in words, and their mean. Teachers are compared where the words are the same.
+    It is the balanced accuracy of kNN with the largest k, as the mean over the data sets of a results.json. Teachers
+    are compared where the words are the same.
     """
     values = {}
     for name, found in results["datasets"].items():
@@ -208,109 +246,88 @@ def _folder(run_folder: Path, done: int) -> Path:
     return run_folder / "eval" / f"training_{done}"
 
 
-def _side(cells: LabelledCells, embedded: Mapping[Path, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Features [N, D] and labels [N] of those cells that have features."""
-    kept = [i for i, path in enumerate(cells.paths) if path in embedded]
+def _side(cells: LabelledCells, features: Mapping[Path, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return features [N, D] and labels [N] of the readable cells."""
+    kept = [i for i, path in enumerate(cells.paths) if path in features]
     if not kept:
-        raise ValueError(f"none of {len(cells)} pictures could be read, for instance {cells.paths[0]}")
-    return np.stack([embedded[cells.paths[i]] for i in kept]), cells.labels[kept]
+        raise ValueError(f"none of {len(cells)} images could be read, for instance {cells.paths[0]}")
+    return np.stack([features[cells.paths[i]] for i in kept]), cells.labels[kept]
 
 
-def _results_on(labelled: LabelledSet, embedded: Mapping[Path, np.ndarray], device: torch.device) -> dict[str, Any]:
-    """What the features are worth on one set: `n_train`, `n_test`, `knn` and, if asked for, `linear`."""
-    train, train_labels = _side(labelled.train, embedded)
-    test, test_labels = _side(labelled.test, embedded)
+def _results_on(labelled: LabelledSet, features: Mapping[Path, np.ndarray], device: torch.device) -> dict[str, Any]:
+    """Return `n_train`, `n_test`, `knn` and, if asked for, `linear` of one set."""
+    train, train_labels = _side(labelled.train, features)
+    test, test_labels = _side(labelled.test, features)
     class_names = labelled.train.class_names
     on_device = torch.as_tensor(train, device=device), train_labels, torch.as_tensor(test, device=device), test_labels
-    results = {
-        "n_train": len(train),
-        "n_test": len(test),
-        "knn": evaluate_knn(*on_device, class_names, labelled.ks),
-    }
+    results = {"n_train": len(train), "n_test": len(test), "knn": evaluate_knn(*on_device, class_names, labelled.ks)}
     if labelled.with_linear:
         probe = fit_linear_probe(train, train_labels, len(class_names), device=device)
         probabilities = probe.predict_proba(test)
-        results["linear"] = classification_metrics(
-            test_labels, probabilities.argmax(axis=1), class_names, probabilities
-        )
+        predictions = probabilities.argmax(axis=1)
+        results["linear"] = classification_metrics(test_labels, predictions, class_names, probabilities)
     return results
 
 
-def _spread_on(labelled: LabelledSet, embedded: Mapping[Path, np.ndarray], device: torch.device) -> dict[str, float]:
-    """`effective_rank` and `feature_spread` (train/health.py) of all cells of a set; training_metrics.json has those of
-    the crops of a step."""
-    features = np.concatenate([_side(cells, embedded)[0] for cells in (labelled.train, labelled.test)])
-    found = feature_statistics(torch.as_tensor(features, device=device))
-    return {name: value.item() for name, value in found.items()}
-
-
 def _methods(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """{knn_<k> or linear: its metrics}."""
+    """Return {knn_<k> or linear: its metrics}."""
     return {**found["knn"], **({"linear": found["linear"]} if "linear" in found else {})}
 
 
-def _scalars(results: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a results.json that trackers follow."""
+def _tracked_values(results: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a results.json that trackers follow."""
     of_sets = {
         f"evaluation/{name}/{method}_{metric}": values[metric]
         for name, found in results["datasets"].items()
         for method, values in _methods(found).items()
-        for metric in FOLLOWED
+        for metric in TRACKED_METRICS
     }
     return {**of_sets, **{f"evaluation/teacher/{name}": value for name, value in results["teacher"].items()}}
 
 
-def _report(results: Mapping[str, Any], best: Mapping[str, Any] | None) -> None:
+def _log_results(results: Mapping[str, Any], best: Mapping[str, Any] | None) -> None:
     done = results["iteration"]
     for name, found in results["datasets"].items():
-        told = "  ".join(
+        text = "  ".join(
             f"{method} accuracy {values['accuracy']:.3f} balanced {values['balanced_accuracy']:.3f}"
             for method, values in _methods(found).items()
         )
-        logger.info("after iteration %d, %s (%d cells): %s", done, name, found["n_test"], told)
-    told = "  ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in results["teacher"].items())
+        logger.info("after iteration %d, %s (%d cells): %s", done, name, found["n_test"], text)
+    text = "  ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in results["teacher"].items())
     if best is not None:
-        told += f"  (best so far: {best['score']:.3f} at iteration {best['iteration']})"
-    logger.info("after iteration %d, teacher: %s", done, told)
+        text += f"  (best so far: {best['score']:.3f} at iteration {best['iteration']})"
+    logger.info("after iteration %d, teacher: %s", done, text)
 
 
 def _write_best(folder: Path, done: int, metric: str) -> dict[str, Any] | None:
     """Write best.json: the teacher with the highest `metric` up to `done` iterations; None if none is saved.
 
-    It is worked out from the results on disk, so a resumed run counts what came before it and nothing that came after.
+    It follows from the results on disk, so a resumed run counts what came before it and nothing that came after.
     """
     candidates = []
     for iteration, teacher in _teachers(folder, done).items():
-        found = teacher.with_name(RESULTS_NAME)
-        if found.is_file():
-            its_metric, its_score = score(json.loads(found.read_text(encoding="utf-8")))
+        file = teacher.with_name(RESULTS_NAME)
+        if file.is_file():
+            its_metric, its_score = score(json.loads(file.read_text(encoding="utf-8")))
             if its_metric == metric:
                 candidates.append((its_score, -iteration))
     if not candidates:
         return None
     best_score, iteration = max(candidates)
-    best = {
-        "iteration": -iteration,
-        "metric": metric,
-        "score": best_score,
-        "checkpoint": f"training_{-iteration}/{CHECKPOINT_NAME}",
-    }
-    with atomic_write(folder / "best.json", "w") as file:
-        json.dump(best, file, indent=1)
+    checkpoint = f"training_{-iteration}/{CHECKPOINT_NAME}"
+    best = {"iteration": -iteration, "metric": metric, "score": best_score, "checkpoint": checkpoint}
+    with atomic_write(folder / "best.json", "w") as output:
+        json.dump(best, output, indent=1)
     return best
 
 
 def _teachers(folder: Path, done: int) -> dict[int, Path]:
-    """{iteration: file} of the teachers up to `done` iterations, ascending.
+    """Return {iteration: file} of the teachers up to `done` iterations, ascending.
 
-    Later ones are of a part of the run that was lost, and come again.
+    Later ones are of a lost part of the run, and come again.
     """
-    found = {
-        int(match[1]): file
-        for file in folder.glob(f"training_*/{CHECKPOINT_NAME}")
-        if (match := re.fullmatch(r"training_(\d+)", file.parent.name)) and int(match[1]) <= done
-    }
-    return dict(sorted(found.items()))
+    teachers = {int(file.parent.name.removeprefix("training_")): file for file in folder.glob(f"*/{CHECKPOINT_NAME}")}
+    return {iteration: teachers[iteration] for iteration in sorted(teachers) if iteration <= done}
 
 
 def _remove_teachers(folder: Path, done: int, n_kept: int) -> None:

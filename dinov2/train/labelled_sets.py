@@ -3,7 +3,7 @@
 import difflib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,32 +20,13 @@ logger = logging.getLogger("dinov2")
 N_FOLDS, SPLIT_SEED = 5, 0
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_ks(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(k) is int and k >= 1 for k in value)
-
-
-# What an entry may hold: how to tell, and how to say it
-_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "name": (_is_text, "a text (in quotes, if it reads as a number)"),
-    "data": (_is_text, "a path"),
-    "train": (_is_text, "a path"),
-    "test": (_is_text, "a path"),
-    "linear": (lambda value: isinstance(value, bool), "true or false"),
-    "knn_k": (_is_ks, "a list of whole numbers above 0, like [1, 20]"),
-}
-
-
 @dataclass(frozen=True, eq=False)
 class LabelledSet:
-    """Cells to learn from, and others to be judged by.
+    """Training and test cells of one entry of evaluation.datasets.
 
     Attributes:
         name: of the set, in logs and results.
-        train, test: with the same `class_names`; no picture is in both.
+        train, test: with the same `class_names`; no image is in both.
         ks: numbers of neighbours for kNN, ascending.
         with_linear: whether a linear probe is fitted, too.
     """
@@ -58,11 +39,10 @@ class LabelledSet:
 
 
 def read_labelled_sets(evaluation: Any) -> list[LabelledSet]:
-    """The sets of a configuration's section `evaluation`, in its order.
+    """Read and check the sets of a configuration's section `evaluation`, in its order.
 
-    `{name, train, test}` are two sets; `{name, data}` is one, of which a fifth is judged: stratified, whole patients
-    where it names them, the same cells in every run. That the two sides share no picture file is checked here, copies
-    of a picture under other names are `without_copied_pictures`'s.
+    `{name, train, test}` are two sets; `{name, data}` is one, a fifth of which is tested: stratified, whole patients
+    where it names them, the same cells in every run.
 
     Raises:
         FileNotFoundError, KeyError, ValueError: which set is wrong, in what, and what to write instead.
@@ -83,8 +63,8 @@ def read_labelled_sets(evaluation: Any) -> list[LabelledSet]:
     return sets
 
 
-def without_copied_pictures(labelled: LabelledSet) -> LabelledSet:
-    """The set without training pictures whose bytes a test picture has. Reads all files that are equally long.
+def without_copied_images(labelled: LabelledSet) -> LabelledSet:
+    """Drop training images that have the bytes of a test image. Reads all files that are equally long.
 
     Raises:
         ValueError: if none is left to train on.
@@ -96,17 +76,23 @@ def without_copied_pictures(labelled: LabelledSet) -> LabelledSet:
 
 
 def _check_entry(entry: Mapping[str, Any], where: str) -> None:
+    sources = ("data", "train", "test")
+    types = {**dict.fromkeys(("name", *sources), str), "linear": bool, "knn_k": list}
+    wanted = {str: "a text (in quotes, if it reads as a number)", bool: "true or false"}
     for key, value in entry.items():
-        if key not in _KEYS:
-            near = difflib.get_close_matches(str(key), _KEYS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_KEYS)}"
+        if key not in types:
+            near = difflib.get_close_matches(str(key), types, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(types)}"
             raise KeyError(f"{where}: unknown key {key}; {hint}")
-        is_right, words = _KEYS[key]
-        if not is_right(value):
+        is_right = isinstance(value, types[key])
+        if key == "knn_k":
+            is_right = is_right and bool(value) and all(type(k) is int and k >= 1 for k in value)
+        if not is_right:
+            words = wanted.get(types[key], "a list of whole numbers above 0, like [1, 20]")
             raise ValueError(f"{where}: {key} must be {words}, found {value!r}")
     if not entry.get("name"):
         raise ValueError(f"{where}: it has no name; add one, which its results go by")
-    given = [key for key in ("data", "train", "test") if entry.get(key)]
+    given = [key for key in sources if entry.get(key)]
     if given not in (["data"], ["train", "test"]):
         raise ValueError(
             f"{where}: found {' and '.join(given) or 'no cells'}; give data (one set, split here), or train and test"
@@ -119,53 +105,48 @@ def _read(entry: Mapping[str, Any]) -> LabelledSet:
     else:
         train = LabelledCells.from_path(entry["train"])
         test = LabelledCells.from_path(entry["test"], train.class_names)
-    found = LabelledSet(entry["name"], train, test, sorted(set(entry["knn_k"])), entry["linear"])
-    _check_sides(found)
-    return found
+    labelled = LabelledSet(entry["name"], train, test, sorted(set(entry["knn_k"])), entry["linear"])
+    _check_sides(labelled)
+    return labelled
 
 
 def _split(cells: LabelledCells) -> tuple[LabelledCells, LabelledCells]:
     try:
-        sides = make_folds(cells.labels, cells.patients, N_FOLDS, SPLIT_SEED)[0]
+        train, test = make_folds(cells.labels, cells.patients, N_FOLDS, SPLIT_SEED)[0]
     except ValueError as error:
         n_patients = "" if cells.patients is None else f" of {len(set(cells.patients))} patients"
         raise ValueError(
             f"a fifth of its {len(cells)} cells{n_patients} cannot be set apart, by class and by whole patients; give "
             f"train and test instead of data"
         ) from error
-    train, test = (_select(cells, side) for side in sides)
-    return train, test
+    return _select(cells, train), _select(cells, test)
 
 
 def _select(cells: LabelledCells, positions: np.ndarray) -> LabelledCells:
-    return LabelledCells(
-        [cells.paths[i] for i in positions],
-        cells.labels[positions],
-        cells.class_names,
-        None if cells.patients is None else [cells.patients[i] for i in positions],
-    )
+    patients = None if cells.patients is None else [cells.patients[i] for i in positions]
+    return LabelledCells([cells.paths[i] for i in positions], cells.labels[positions], cells.class_names, patients)
 
 
-def _check_sides(found: LabelledSet) -> None:
-    train, test = found.train, found.test
-    files, tested = ({os.path.realpath(path) for path in cells.paths} for cells in (train, test))
-    if shared := files & tested:
+def _check_sides(labelled: LabelledSet) -> None:
+    train, test = labelled.train, labelled.test
+    train_files, test_files = ({os.path.realpath(path) for path in cells.paths} for cells in (train, test))
+    if shared := train_files & test_files:
         raise ValueError(
-            f"training and test cells share {len(shared)} pictures, for instance {min(shared)}; remove them from one "
-            f"side, or list each once: what is judged must not be learned from"
+            f"training and test cells share {len(shared)} images, for instance {min(shared)}; an image may be in only "
+            f"one of them: remove it from the other, or list it once"
         )
-    learned = set(train.labels.tolist())
-    if len(learned) < 2:
+    train_labels = set(train.labels.tolist())
+    if len(train_labels) < 2:
         raise ValueError(
             f"all {len(train)} training cells are of class {train.class_names[train.labels[0]]!r}; two classes or more "
             f"are needed"
         )
-    if found.ks[-1] > len(train):
+    if labelled.ks[-1] > len(train):
         raise ValueError(
-            f"knn_k asks for {found.ks[-1]} neighbours of {len(train)} training cells; choose numbers up to that"
+            f"knn_k asks for {labelled.ks[-1]} neighbours of {len(train)} training cells; choose numbers up to that"
         )
-    if unseen := sorted(set(test.labels.tolist()) - learned):
+    if unseen := sorted(set(test.labels.tolist()) - train_labels):
         names = ", ".join(test.class_names[i] for i in unseen)
-        logger.warning("%s: test classes without a training cell, which nothing can get right: %s", found.name, names)
+        logger.warning("%s: test classes without a training cell, always predicted wrong: %s", labelled.name, names)
     if shared_patients := set(train.patients or ()) & set(test.patients or ()):
-        logger.warning("%s: %d patients have cells in both train and test", found.name, len(shared_patients))
+        logger.warning("%s: %d patients have cells in both train and test", labelled.name, len(shared_patients))

@@ -1,4 +1,4 @@
-"""What a run is about to do, said before it does it: pictures, batches, passes, learning rate, memory."""
+"""The plan that a run logs before it starts: images, batches, passes over the data, learning rate, networks."""
 
 import platform
 import shutil
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from fvcore.nn import parameter_count
 
 import dinov2
 from dinov2.data.datasets.hema_data import HemaStandardDataset
@@ -17,9 +17,7 @@ from dinov2.distributed import get_world_size, is_enabled
 from dinov2.fsdp.precision import resolve_dtype
 from dinov2.hub.downloads import RELEASES
 from dinov2.train.batches import build_balance
-from dinov2.train.finetuning import count_learned
-from dinov2.train.memory import estimate_memory_gib
-from dinov2.train.pretrained import weights_of
+from dinov2.train.finetuning import count_learned, weights_of
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
@@ -27,9 +25,9 @@ N_SETS_SHOWN = 12
 
 
 def describe_run(cfg: Any, model: SSLMetaArch, dataset: HemaStandardDataset) -> str:
-    """A few lines for the start of the log."""
+    """Return the plan as a few lines for the start of the log."""
     schedules = Schedules(cfg)
-    n_pictures = len(dataset)
+    n_images = len(dataset)
     n, batch, epoch = schedules.n_iterations, schedules.global_batch_size, cfg.train.OFFICIAL_EPOCH_LENGTH
     crops = cfg.crops
     local = (
@@ -38,32 +36,32 @@ def describe_run(cfg: Any, model: SSLMetaArch, dataset: HemaStandardDataset) -> 
     precision = cfg.compute_precision.student.backbone.mixed_precision.param_dtype
     dtype = str(resolve_dtype(precision, model.device.type)).removeprefix("torch.")
     frozen = f"; backbone frozen for {schedules.n_backbone_frozen:,} steps" if schedules.n_backbone_frozen else ""
+    n_parameters = parameter_count(model.student)
+    n_backbone = n_parameters["backbone"]
     lines = [
-        f"data      {n_pictures:,} pictures in {dataset.source.kind}",
+        f"data      {n_images:,} images in {dataset.source.kind}",
         *describe_sets(cfg, dataset, n * batch),
         f"crops     2 global of {crops.global_crops_size} px, {local}; augmentation {cfg.data_transform}",
-        f"schedule  {n:,} steps of {batch} pictures = {n * batch / n_pictures:,.1f} passes over the data "
+        f"schedule  {n:,} steps of {batch} images = {n * batch / n_images:,.1f} passes over the data "
         f"({cfg.optim.epochs:g} epochs of {epoch} steps)",
-        f"processes {get_world_size()} x {cfg.train.batch_size_per_gpu} pictures at a time x "
-        f"{cfg.train.accumulation_steps} parts; backbone {_spread(cfg)}",
+        f"processes {get_world_size()} x {cfg.train.batch_size_per_gpu} images at a time x "
+        f"{cfg.train.accumulation_steps} micro-batches; backbone {_spread(cfg)}",
         f"lr        peak {schedules.peak_lr:.3g} (optim.base_lr {cfg.optim.base_lr:g}, {cfg.optim.scaling_rule}) after "
         f"{schedules.n_warmup:,} warm-up steps, then cosine to {cfg.optim.min_lr:g}; last layers frozen for "
         f"{schedules.n_last_layer_frozen:,} steps{frozen}",
         f"teacher   momentum {cfg.teacher.momentum_teacher:g} to {cfg.teacher.final_momentum_teacher:g}, temperature "
         f"{cfg.teacher.warmup_teacher_temp:g} to {cfg.teacher.teacher_temp:g}, {cfg.train.centering}",
-        f"model     {cfg.student.arch}: {_millions(model.student['backbone'])} backbone + "
-        f"{_millions(model.student) - _millions(model.student['backbone']):.1f} heads million parameters, {dtype} on "
-        f"{model.device}{_learned(cfg, model)}",
+        f"model     {cfg.student.arch}: {n_backbone / 1e6:.1f} backbone + {(n_parameters[''] - n_backbone) / 1e6:.1f} "
+        f"heads million parameters, {dtype} on {model.device}{_learned(cfg, model)}",
         f"start     {weights_of(cfg) or _random_start(cfg)}",
-        f"memory    about {estimate_memory_gib(cfg, model):.1f} GiB (estimated from shapes)",
     ]
     return "\n".join(lines)
 
 
 def describe_sets(cfg: Any, dataset: HemaStandardDataset, n_seen: int) -> Iterator[str]:
-    """How often each set is seen in a run that sees `n_seen` pictures; of many, the most seen and most repeated ones.
+    """Yield a line for each set, with how often a run of `n_seen` images sees it; nothing where there is one set.
 
-    Nothing where there is one set.
+    Of many sets, those with the largest shares and the most repetitions have lines.
     """
     names, sizes = dataset.source.set_names, dataset.source.set_sizes
     balance = build_balance(cfg)
@@ -81,14 +79,14 @@ def describe_sets(cfg: Any, dataset: HemaStandardDataset, n_seen: int) -> Iterat
     yield f"sets      {len(names)}, seen {how}:"
     for i in shown:
         yield (
-            f"          {names[i]:<{width}}  {sizes[i]:>11,} pictures, {shares[i]:6.2%} of what is seen, "
+            f"          {names[i]:<{width}}  {sizes[i]:>11,} images, {shares[i]:6.2%} of the run's images, "
             f"{passes[i]:,.1f} passes over it"
         )
     rest = np.setdiff1d(np.arange(len(names)), shown)
     if len(rest):
         yield (
-            f"          and {len(rest)} more: {sizes[rest].sum():,} pictures, {shares[rest].sum():.2%} of what is "
-            f"seen, at most {passes[rest].max():,.1f} passes"
+            f"          and {len(rest)} more: {sizes[rest].sum():,} images, {shares[rest].sum():.2%} of the run's "
+            f"images, at most {passes[rest].max():,.1f} passes"
         )
 
 
@@ -98,7 +96,7 @@ def _random_start(cfg: Any) -> str:
 
 
 def _learned(cfg: Any, model: SSLMetaArch) -> str:
-    """What of the backbone learns, where that is not all of it."""
+    """Describe what of the backbone learns, where that is not all of it."""
     n_learned, n_plain = count_learned(model.student["backbone"])
     if n_learned == n_plain:
         return ""
@@ -134,7 +132,3 @@ def describe_environment(cfg: Any) -> str:
     found = run_environment(cfg)
     code = f"dinov2 {found['dinov2']}" + (f" at {found['commit']}" if found["commit"] else "")
     return f"seed {found['seed']}; {code}; torch {found['torch']}; Python {found['python']}"
-
-
-def _millions(module: nn.Module) -> float:
-    return round(sum(p.numel() for p in module.parameters()) / 1e6, 1)

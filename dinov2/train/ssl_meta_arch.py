@@ -30,11 +30,9 @@ from dinov2.logging.step_clock import StepClock
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss, smooth_rank_loss
 from dinov2.models import architecture, build_backbone, build_model_from_cfg
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.train.finetuning import limit_learning
-from dinov2.train.health import feature_statistics, prototype_use
-from dinov2.train.optimizer import LossScaler
-from dinov2.train.param_groups import fuse_params_groups, get_params_groups_with_decay
-from dinov2.train.pretrained import start_from_weights
+from dinov2.train.finetuning import limit_learning, start_from_weights
+from dinov2.train.monitor import feature_statistics, prototype_use
+from dinov2.train.optimizer import LossScaler, fuse_params_groups, get_params_groups_with_decay
 from dinov2.utils.compilers import obstacle_to_compiling
 
 logger = logging.getLogger("dinov2")
@@ -447,7 +445,7 @@ class SSLMetaArch(nn.Module):
                 loss.apply_center_update()
 
     def get_params_groups(self) -> list[dict[str, Any]]:
-        """What of the student learns, for the optimizer: groups of each sub-network, see train/param_groups.py."""
+        """What of the student learns, for the optimizer: groups of each sub-network, see train/optimizer.py."""
         groups: list[dict[str, Any]] = []
         for module in self.student.values():
             groups += fuse_params_groups(

@@ -28,14 +28,12 @@ from dinov2.logging import setup_logging
 from dinov2.logging.metrics import MetricLogger
 from dinov2.logging.step_clock import StepClock
 from dinov2.train.batches import TrainBatches, build_augmentation, build_dataset
+from dinov2.train.dry_run import count_step_flops, dry_run, find_batch_size, measured_matmul_rate
 from dinov2.train.evaluation import TeacherEvaluation
-from dinov2.train.flops import count_step_flops, measured_matmul_rate
-from dinov2.train.health import CollapseMonitor
-from dinov2.train.memory import find_batch_size, measure_steps
 from dinov2.train.micro_batches import forward_backward
+from dinov2.train.monitor import CollapseMonitor, StepProfile
 from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
 from dinov2.train.plan import describe_environment, describe_run, run_environment
-from dinov2.train.profiling import StepProfile
 from dinov2.train.run_folder import RunFolder, TrainState, open_metrics, run_folder_path
 from dinov2.train.schedules import Schedules
 from dinov2.train.setup import fill_cache, read_settings, resolve_arch, set_up_device
@@ -77,7 +75,7 @@ def train(
         clock, flops = measure_speed(model, metrics)
         if progress.iteration == 0:  # the untrained network
             with supervision.pause("evaluating"):
-                evaluation.judge(model, folder.path, 0, metrics)
+                evaluation.evaluate(model, folder.path, 0, metrics)
         stream = batches.starting_at(progress.batch_number, progress.position)
         while progress.iteration < schedules.n_iterations and not must_stop:
             iteration = progress.iteration
@@ -156,30 +154,7 @@ def measure_speed(model: SSLMetaArch, metrics: MetricLogger) -> tuple[StepClock,
     """
     model.clock = metrics.clock = StepClock(model.device)
     metrics.matmul_rate = measured_matmul_rate(model.device, model.matmul_dtype)
-    return model.clock, {frozen: count_step_flops(model, backbone_is_frozen=frozen).total for frozen in (False, True)}
-
-
-def dry_run(cfg: Any, model: SSLMetaArch, dataset: HemaStandardDataset) -> int:
-    """Run steps and report what they take; nothing is written, and the model is of no use afterwards.
-
-    Returns:
-        the exit code: 1 if the run's batch does not fit into the memory.
-    """
-    cost, memory = measure_steps(cfg, model, dataset)
-    logger.info("%s", memory)
-    if cost is None:
-        logger.error(
-            "train.batch_size_per_gpu=%d does not fit; --find-batch-size looks for one that does, and "
-            "train.activation_checkpointing=1 or fewer head_n_prototypes make room",
-            cfg.train.batch_size_per_gpu,
-        )
-        return 1
-    logger.info("one step works: %s", "  ".join(f"{name} {value:.4f}" for name, value in cost.losses.items()))
-    logger.info(
-        "a step takes about %.2f s besides decoding, so the run at least %.1f h",
-        *(cost.seconds, cost.seconds * Schedules(cfg).n_iterations / 3600),
-    )
-    return 0
+    return model.clock, {frozen: count_step_flops(model.cfg, backbone_is_frozen=frozen) for frozen in (False, True)}
 
 
 def tell_batch_size(args: argparse.Namespace, cfg: DictConfig, model: SSLMetaArch, dataset: HemaStandardDataset) -> int:

@@ -171,6 +171,9 @@ def _read_override(text: str) -> tuple[str, Any]:
         content: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=True)
     except (YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"command line: cannot read {text!r}: {error}") from error
+    mapping, _, name = key.rpartition(".")
+    if isinstance(_EXAMPLES.get(mapping), dict):  # one entry of a mapping of the user's own names
+        return mapping, {name: content["value"]}
     return key, content["value"]
 
 

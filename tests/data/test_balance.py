@@ -105,7 +105,7 @@ def test_what_is_no_balance():
         Balance({"bmc": 1, "acevedo": 2}).quotas(NAMES, SIZES)
     with pytest.raises(ValueError, match="s19 and 5 more"):
         Balance({"x": 1}).quotas([f"s{i}" for i in range(25)], np.ones(25))
-    with pytest.raises(ValueError, match="every set that has pictures has weight 0"):
+    with pytest.raises(ValueError, match="every set that has images has weight 0"):
         Balance({"bmc": 0, "apl": 0, "one": 0}).quotas(NAMES, SIZES)
     assert Balance().is_natural
     assert not Balance({"bmc": 1}).is_natural

@@ -3,56 +3,74 @@
 import pickle
 from itertools import islice
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
 from dinov2.data.balance import Balance
 from dinov2.data.datasets.hema_data import HemaStandardDataset, UnreadableImage
-from dinov2.data.loaders import collate_samples, make_data_loader, make_dataset
+from dinov2.data.loaders import make_data_loader, make_dataset
 from dinov2.data.samplers import SamplerType
 
 
 @pytest.fixture
 def dataset(picture_list):
-    """10 pictures of 28 px; the fifth is not a picture."""
+    """10 images of 28 px; the fifth cannot be decoded."""
     folder = picture_list(n=10)
     (folder / "pictures" / "004.png").write_bytes(b"junk")
     return HemaStandardDataset(root=folder, image_size=14)
 
 
 def batches(dataset, n, num_workers=0, **settings):
-    settings = {"batch_size": 4, "collate_fn": collate_samples, "seed": 1, **settings}
+    settings = {"batch_size": 4, "collate_fn": list, "seed": 1, **settings}
     return list(islice(make_data_loader(dataset=dataset, num_workers=num_workers, **settings), n))
+
+
+def indices_of(found):
+    return [sample.index for batch in found for sample in batch]
 
 
 def assert_same(ours, theirs):
     assert len(ours) == len(theirs)
-    for one, other in zip(ours, theirs, strict=True):
-        assert torch.equal(one.images, other.images)
-        assert torch.equal(one.indices, other.indices)
+    assert indices_of(ours) == indices_of(theirs)
+    for one, other in zip(sum(ours, []), sum(theirs, []), strict=True):
+        assert torch.equal(one.image, other.image)
         assert one.failures == other.failures
 
 
 def test_batches(dataset):
     found = batches(dataset, 5)
-    for batch in found:
-        assert batch.images.shape == (4, 3, 14, 14)
-        assert batch.images.dtype == torch.uint8
-        assert batch.indices.dtype == torch.int64
-    indices = torch.cat([batch.indices for batch in found]).tolist()
+    for sample in sum(found, []):
+        assert sample.image.shape == (3, 14, 14)
+        assert sample.image.dtype == torch.uint8
+    assert [len(batch) for batch in found] == [4] * 5
+    indices = indices_of(found)
     assert sorted(indices[:10]) == sorted(indices[10:]) == list(range(10))
-    failures = [failure for batch in found for failure in batch.failures]
+    failures = [failure for batch in found for sample in batch for failure in sample.failures]
     assert {failure.path for failure in failures} == {dataset.path(4)}
     assert len(failures) == 2  # once a pass
     assert isinstance(failures[0], UnreadableImage)
 
 
-def test_pictures_lie_in_memory_as_channels_last(dataset):
-    (batch,) = batches(dataset, 1, num_workers=1)
-    assert batch.images.is_contiguous(memory_format=torch.channels_last)
-    stacked = collate_samples([dataset[int(index)] for index in batch.indices])
-    assert stacked.images.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(stacked.images, batch.images)
+def mean_and_draw(image, rng):
+    return float(image.float().mean()), rng.random()
+
+
+def test_an_augmentation_is_seeded_by_the_position(dataset):
+    plain = batches(dataset, 6)
+    whole = batches(dataset, 6, augmentation=mean_and_draw)
+    assert [sample.position for batch in whole for sample in batch] == list(range(24))
+    for sample, augmented in zip(sum(plain, []), sum(whole, []), strict=True):
+        assert augmented.crops[0] == float(sample.image.float().mean())
+        assert augmented.failures == sample.failures
+    assert len({augmented.crops[1] for augmented in sum(whole, [])}) == 24
+    assert batches(dataset, 3, num_workers=2, sampler_advance=12, augmentation=mean_and_draw) == whole[3:]
+    assert sum(batches(dataset, 3, batch_size=8, augmentation=mean_and_draw), []) == sum(whole, [])
+    other_seed = batches(dataset, 6, seed=2, augmentation=mean_and_draw)
+    assert not {s.crops[1] for s in sum(whole, [])} & {s.crops[1] for s in sum(other_seed, [])}
+    with pytest.raises(ValueError, match="augmentation: only infinite samplers"):
+        batches(dataset, 1, sampler_type=SamplerType.EPOCH, augmentation=mean_and_draw)
 
 
 def test_workers_change_nothing(dataset):
@@ -73,11 +91,11 @@ def test_the_sharded_types_are_the_infinite_one(dataset):
 def test_finite_samplers(dataset):
     for kind in (SamplerType.EPOCH, SamplerType.DISTRIBUTED):
         found = batches(dataset, 99, sampler_type=kind, drop_last=False)
-        assert sorted(torch.cat([batch.indices for batch in found]).tolist()) == list(range(10))
+        assert sorted(indices_of(found)) == list(range(10))
     assert len(batches(dataset, 99, sampler_type=SamplerType.EPOCH)) == 2  # the last one is not full
     assert len(batches(dataset, 99, sampler_type=SamplerType.EPOCH, sampler_size=24)) == 6
     plain = batches(dataset, 99, sampler_type=None, drop_last=False)
-    assert torch.cat([batch.indices for batch in plain]).tolist() == list(range(10))
+    assert indices_of(plain) == list(range(10))
 
 
 def test_a_size_or_advance_that_would_be_ignored_is_an_error(dataset):
@@ -95,7 +113,7 @@ def test_a_balance_reaches_the_order(dataset, picture_list):
     sets = torch.from_numpy(two.sets())
     for balance, share in ((Balance({"few": 1000}), 0.9), (Balance({"few": 0}), 0.0)):
         found = batches(two, 40, balance=balance)
-        seen = sets[torch.cat([batch.indices for batch in found])].float().mean()
+        seen = sets[indices_of(found)].float().mean()
         assert (seen > share) if share else seen == 0
         assert_same(batches(two, 3, num_workers=2, balance=balance, sampler_advance=37 * 4), found[37:])
     assert_same(batches(two, 8, balance=Balance()), batches(two, 8))  # as before there were balances
@@ -104,6 +122,22 @@ def test_a_balance_reaches_the_order(dataset, picture_list):
             batches(two, 1, balance=Balance({"few": 2}), **wrong)
     with pytest.raises(ValueError, match="no set is called 'many'"):
         batches(two, 1, balance=Balance({"many": 2}))
+
+
+def threads_of_opencv(image, rng):
+    return cv2.getNumThreads()
+
+
+def test_workers_start_although_opencvs_threads_ran_in_this_process(dataset):
+    """They do not exist in a forked worker, which must not wait for them."""
+    before = cv2.getNumThreads()
+    try:
+        cv2.setNumThreads(2)
+        cv2.GaussianBlur(np.zeros((2000, 2000, 3), dtype=np.uint8), (9, 9), 2.0)
+        (batch,) = batches(dataset, 1, num_workers=1, augmentation=threads_of_opencv)
+        assert [sample.crops for sample in batch] == [1] * 4
+    finally:
+        cv2.setNumThreads(before)
 
 
 def test_no_workers_need_no_worker_settings(dataset):
@@ -116,11 +150,10 @@ def test_loading_leaves_torchs_generator_alone(dataset):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_collate_function_and_batches_can_be_pickled(dataset):
-    batch = pickle.loads(pickle.dumps(collate_samples))([dataset[4], dataset[5]])
-    again = pickle.loads(pickle.dumps(batch))
-    assert again.failures[0].reason == "not a known image format"
-    assert again.indices.tolist() == [4, 5]
+def test_samples_can_be_pickled(dataset):
+    again = pickle.loads(pickle.dumps([dataset[4], dataset[5]]))
+    assert again[0].failures[0].reason == "not a known image format"
+    assert [sample.index for sample in again] == [4, 5]
 
 
 def test_dataset_strings(picture_list):

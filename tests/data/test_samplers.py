@@ -10,6 +10,7 @@ import pytest
 from dinov2.data.samplers import (
     EpochSampler,
     InfiniteSampler,
+    PositionSampler,
     SamplerType,
     ShardedInfiniteSampler,
     shuffled_indices,
@@ -36,7 +37,10 @@ def test_the_stream_is_a_function_of_seed_and_position():
     stream = take(sampler, 60)
     assert stream == take(sampler, 60)  # iterating leaves no trace
     assert stream == take(pickle.loads(pickle.dumps(sampler)), 60)
-    assert stream == [sampler.index_at(position) for position in range(60)]
+    resumed = InfiniteSampler(sample_count=17, shuffle=True, seed=5, start=1, step=3, advance=20)
+    pairs = take(PositionSampler(resumed), 10)
+    assert [position for position, _ in pairs] == list(range(21, 51, 3))
+    assert [index for _, index in pairs] == stream[21:51:3]
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

@@ -1,6 +1,5 @@
-"""Batches of training: presets, and that a batch depends on nothing but the seed and its number."""
+"""Batches of training: each depends on nothing but the seed and its number, however it is cut."""
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -8,37 +7,40 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from dinov2.configs import dinov2_default_config
-from dinov2.data.augmentations import DINO_SETTINGS, HEMA_SETTINGS
-from dinov2.layers.drop_path import BatchShare
 from dinov2.train.batches import TrainBatches, build_balance, build_dataset, resolve_batch_size
 from dinov2.utils.config import load_run_config
-
-
-@pytest.mark.parametrize(("name", "preset"), [("default", DINO_SETTINGS), ("hema", HEMA_SETTINGS)])
-def test_the_config_states_the_presets_of_the_classes(name, preset):
-    stated = OmegaConf.to_container(dinov2_default_config.augmentation[name])
-    assert {k: tuple(v) if isinstance(v, list) else v for k, v in stated.items()} == dataclasses.asdict(preset)
 
 
 def batches(cfg, start, n):
     loader = TrainBatches(cfg, build_dataset(cfg), torch.device("cpu"))
     iterator = loader.starting_at(start, start * cfg.train.global_batch_size)
-    return [part for _ in range(n) for part in next(iterator)]
+    return [micro_batch for _ in range(n) for micro_batch in next(iterator)]
 
 
 @pytest.fixture
 def config(tmp_path, picture_list, tiny_overrides):
-    def make(n_pictures: int, *more: str, world_size: int = 1):
-        if n_pictures not in folders:
-            folders[n_pictures] = picture_list(n=n_pictures)
-        cfg = load_run_config(None, tiny_overrides(folders[n_pictures], *more))
+    def make(n_images: int, *more: str, world_size: int = 1):
+        if n_images not in folders:
+            folders[n_images] = picture_list(n=n_images)
+        cfg = load_run_config(None, tiny_overrides(folders[n_images], *more))
         resolve_batch_size(cfg.train, world_size)
         cfg.train.output_dir = str(tmp_path)
         return cfg
 
     folders: dict[int, Path] = {}
     return make
+
+
+def as_rank(monkeypatch, rank, world_size):
+    for module in ("dinov2.train.batches", "dinov2.data.samplers", "dinov2.data.loaders"):
+        monkeypatch.setattr(f"{module}.get_rank", lambda: rank)
+    monkeypatch.setattr("dinov2.data.samplers.get_world_size", lambda: world_size)
+
+
+def by_image(batch, key):
+    """The rows of a key, image by image: [B, views, ...]."""
+    n_views = {"collated_global_crops": 2, "collated_masks": 2, "collated_local_crops": 8}[key]
+    return batch[key].unflatten(0, (n_views, -1)).transpose(0, 1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -53,30 +55,73 @@ def test_a_batch_is_a_function_of_seed_and_number(config, workers):
             else:
                 assert value == theirs[key]
     assert not torch.equal(whole[0]["collated_global_crops"], whole[1]["collated_global_crops"])
+    assert not torch.equal(whole[0]["collated_masks"], whole[1]["collated_masks"])
 
 
-def test_processes_share_the_batch_that_one_process_would_have(config, monkeypatch):
-    (whole,) = batches(config(8, "train.batch_size_per_gpu=4"), 0, 1)
-    half = config(8, "train.batch_size_per_gpu=2", world_size=2)
-    for rank in range(2):
-        for module in ("dinov2.train.batches", "dinov2.data.samplers", "dinov2.data.loaders"):
-            monkeypatch.setattr(f"{module}.get_rank", lambda rank=rank: rank)
-            monkeypatch.setattr(f"{module}.get_world_size", lambda: 2)
-        (part,) = batches(half, 0, 1)
-        for key, views in (("collated_global_crops", 2), ("collated_masks", 2), ("collated_local_crops", 8)):
-            expected = whole[key].unflatten(0, (views, -1))[:, rank::2].flatten(0, 1)
-            torch.testing.assert_close(part[key], expected, rtol=0, atol=0)
-        assert (part["seed"], part["share"]) == (whole["seed"], BatchShare(rank, 2))
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch_size", "global_batch_size", "first_batch", "workers"),
+    [(1, 3, 6, 0, 2), (1, 1, 4, 1, 0), (2, 2, 4, 1, 0), (2, 1, 6, 0, 2), (4, 1, 4, 2, 0)],
+)
+def test_crops_of_an_image_depend_on_seed_and_position_only(
+    config, monkeypatch, world_size, micro_batch_size, global_batch_size, first_batch, workers
+):
+    whole = batches(config(5, "train.batch_size_per_gpu=12"), 0, 1)[0]  # positions 0 to 11, twice through the images
+    cfg = config(
+        *(5, f"train.batch_size_per_gpu={micro_batch_size}", f"train.global_batch_size={global_batch_size}"),
+        f"train.num_workers={workers}",
+        world_size=world_size,
+    )
+    seen = []
+    for rank in range(world_size):
+        as_rank(monkeypatch, rank, world_size)
+        positions = range(first_batch * global_batch_size + rank, 12, world_size)
+        n_batches = 12 // global_batch_size - first_batch
+        micro_batches = batches(cfg, first_batch, n_batches)
+        assert len(micro_batches) * micro_batch_size == len(positions)
+        for key in ("collated_global_crops", "collated_local_crops"):
+            ours = torch.cat([by_image(batch, key) for batch in micro_batches])
+            torch.testing.assert_close(ours, by_image(whole, key)[list(positions)], rtol=0, atol=0)
+        seen += positions
+    assert sorted(seen) == list(range(first_batch * global_batch_size, 12))
 
 
-def test_parts_share_the_batch_that_one_process_would_have_at_once(config):
-    (whole,) = batches(config(8), 0, 1)
-    parts = batches(config(8, "train.batch_size_per_gpu=2", "train.global_batch_size=4"), 0, 1)
-    assert [part["share"] for part in parts] == [BatchShare(0, 2), BatchShare(1, 2)]
-    for number, part in enumerate(parts):
-        for key, views in (("collated_global_crops", 2), ("collated_masks", 2), ("collated_local_crops", 8)):
-            expected = whole[key].unflatten(0, (views, -1))[:, number::2].flatten(0, 1)
-            torch.testing.assert_close(part[key], expected, rtol=0, atol=0)
+@pytest.mark.parametrize(("world_size", "n_micro_batches"), [(2, 1), (1, 2), (2, 2)])
+def test_masks_do_not_depend_on_how_a_global_batch_is_cut(config, monkeypatch, world_size, n_micro_batches):
+    (whole,) = batches(config(8, "train.batch_size_per_gpu=8"), 3, 1)
+    size = 8 // (world_size * n_micro_batches)
+    cfg = config(8, f"train.batch_size_per_gpu={size}", "train.global_batch_size=8", world_size=world_size)
+    seeds, n_masked = set(), 0
+    for rank in range(world_size):
+        as_rank(monkeypatch, rank, world_size)
+        micro_batches = batches(cfg, 3, 1)
+        masks = torch.cat([by_image(batch, "collated_masks") for batch in micro_batches])
+        assert torch.equal(masks, by_image(whole, "collated_masks")[rank::world_size])
+        for batch in micro_batches:
+            assert batch["n_masked_patches"] <= batch["upperbound"] <= whole["upperbound"]
+            n_masked += int(batch["n_masked_patches"])
+            seeds.add(batch["seed"])
+    assert n_masked == whole["n_masked_patches"] > 0
+    assert len(seeds) == world_size * n_micro_batches  # each draws its own stochastic depth
+
+
+def test_crops_arrive_normalised(config):
+    (batch,) = batches(config(8, "train.batch_size_per_gpu=8"), 0, 1)
+    assert batch["collated_global_crops"].dtype == batch["collated_local_crops"].dtype == torch.float32
+    assert batch["collated_global_crops"].is_contiguous()
+    lowest, highest = batch["collated_global_crops"].aminmax()
+    assert -2.2 < lowest < -1.5  # black is -2.1 in red, white 2.6 in blue
+    assert 2.0 < highest < 2.7
+
+
+def test_failures_come_with_the_batch(config):
+    cfg = config(4, "train.batch_size_per_gpu=4", "train.num_workers=1", "train.max_bad_fraction=1")
+    lists = Path(cfg.train.dataset_path.split("root=")[1].split(":shuffle")[0])
+    (lists / "pictures" / "002.png").write_bytes(b"junk")
+    loader = TrainBatches(cfg, build_dataset(cfg), torch.device("cpu"))
+    next(loader.starting_at())
+    loader.bad_images.settle()
+    assert {Path(path).name for path in loader.bad_images.reasons} == {"002.png"}
+    assert "not a known image format" in (Path(cfg.train.output_dir) / "bad_images.csv").read_text()
 
 
 def test_a_balance_is_kept_when_a_run_goes_on_with_more_processes(config, monkeypatch):
@@ -87,12 +132,10 @@ def test_a_balance_is_kept_when_a_run_goes_on_with_more_processes(config, monkey
     assert not torch.equal(whole[0]["collated_global_crops"], batches(config(8), 0, 1)[0]["collated_global_crops"])
     half = config(8, "train.balance.weights={all:3,few:1}", "train.batch_size_per_gpu=2", world_size=2)
     for rank in range(2):
-        for module in ("dinov2.train.batches", "dinov2.data.samplers", "dinov2.data.loaders"):
-            monkeypatch.setattr(f"{module}.get_rank", lambda rank=rank: rank)
-            monkeypatch.setattr(f"{module}.get_world_size", lambda: 2)
-        (part,) = batches(half, 2, 1)
-        expected = whole[2]["collated_global_crops"].unflatten(0, (2, -1))[:, rank::2].flatten(0, 1)
-        torch.testing.assert_close(part["collated_global_crops"], expected, rtol=0, atol=0)
+        as_rank(monkeypatch, rank, 2)
+        (ours,) = batches(half, 2, 1)
+        expected = by_image(whole[2], "collated_global_crops")[rank::2]
+        torch.testing.assert_close(by_image(ours, "collated_global_crops"), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -101,11 +144,11 @@ def test_a_balance_is_kept_when_a_run_goes_on_with_more_processes(config, monkey
         ("train.balance.weights={none:2}", "no set is called 'none'; the sets here are all"),
         ("train.balance.weights={all:-1}", "all has -1.0; a weight is 0"),
         ("train.balance.weights={all:.nan}", "all has nan"),
-        ("train.balance.weights={all:0}", "every set that has pictures has weight 0"),
-        ("train.balance.weights={all:much}", "must give numbers to names, like {bmc: 0.5"),
-        ("train.balance.weights=2", "must give numbers to names"),
+        ("train.balance.weights={all:0}", "every set that has images has weight 0"),
+        ("train.balance.weights={all:much}", "must be a mapping like {bmc: 0.5"),
+        ("train.balance.weights=2", "must be a mapping like {bmc: 0.5"),
         ("train.balance.temperature=0", "0.0 is not above 0"),
-        ("train.balance.temperature=.nan", "nan is not above 0"),
+        ("train.balance.temperature=.nan", "must be at least 0, found nan"),
         ("train.balance.temperature=inf", "must be a number"),
     ],
 )
@@ -134,7 +177,7 @@ def test_weights_come_from_file_and_command_line(tmp_path):
         ((64, 4, 48), 2, (6, 4, 48)),
     ],
 )
-def test_a_step_keeps_its_pictures_however_many_processes_share_them(given, world_size, settled):
+def test_a_step_keeps_its_images_however_many_processes_there_are(given, world_size, settled):
     names = ("batch_size_per_gpu", "accumulation_steps", "global_batch_size")
     train = OmegaConf.create(dict(zip(names, given, strict=True)))
     resolve_batch_size(train, world_size)

@@ -1,4 +1,4 @@
-"""The teacher judged as it trains: the results, which teachers stay, and that the run is the one it would have been."""
+"""The teacher evaluated as it trains: the results, which teachers stay, and that the run stays the same."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from dinov2.logging.metrics import is_time
 from dinov2.train import evaluation
-from dinov2.train.evaluation import FOLLOWED, TeacherEvaluation
+from dinov2.train.evaluation import TRACKED_METRICS, TeacherEvaluation
 from dinov2.train.train import main
 
 WORKER = Path(__file__).with_name("run_commands.py")
@@ -60,7 +60,7 @@ def two(cells: Path, **more) -> dict:
 
 
 @pytest.fixture(scope="module")
-def judged(cells):
+def evaluated(cells):
     """Two data sets, one with a linear probe."""
     both = datasets(two(cells, linear=True, knn_k=[1, 5]), {"name": "one", "data": str(cells / "one.csv")})
     return [both, "evaluation.knn_k=[3]"]
@@ -68,7 +68,7 @@ def judged(cells):
 
 @pytest.fixture
 def run(tmp_path, picture_list, tiny_overrides):
-    """Run train.py in this process on eight pictures; returns (exit code, run folder)."""
+    """Run train.py in this process on eight images; returns (exit code, run folder)."""
     lists = picture_list()
 
     def go(*overrides: str, name: str = "run", arguments: tuple[str, ...] = ()) -> tuple[int, Path]:
@@ -107,11 +107,11 @@ def best(folder: Path) -> dict:
 # --- what is found and written --------------------------------------------------------------------------------------
 
 
-def test_each_set_is_judged_in_its_way_and_the_best_teacher_named(run, judged, monkeypatch):
+def test_each_set_is_evaluated_in_its_way_and_the_best_teacher_named(run, evaluated, monkeypatch):
     logged = []
     tracker = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: tracker))
-    code, folder = run(*judged, EVERY_SECOND, "train.wandb.enabled=true")
+    code, folder = run(*evaluated, EVERY_SECOND, "train.wandb.enabled=true")
     assert code == 0
 
     found = results(folder)
@@ -154,11 +154,11 @@ def test_each_set_is_judged_in_its_way_and_the_best_teacher_named(run, judged, m
     assert f"(best so far: {scores[winner]:.3f} at iteration {winner})" in log
 
 
-def test_eval_only_judges_the_latest_checkpoint(run, judged):
-    _, folder = run(*judged)
+def test_eval_only_evaluates_the_latest_checkpoint(run, evaluated):
+    _, folder = run(*evaluated)
     written = results(folder)[4]
     (folder / "eval" / "training_4" / "results.json").unlink()
-    assert run(*judged, arguments=("--eval-only",))[0] == 0
+    assert run(*evaluated, arguments=("--eval-only",))[0] == 0
     again = results(folder)[4]
     assert again["datasets"] == written["datasets"]
     assert again["teacher"].items() <= written["teacher"].items()
@@ -183,7 +183,33 @@ def test_unreadable_cells_are_left_out_and_none_left_does_not_end_the_run(run, t
     assert teachers(folder) == [2, 4]
     log = (folder / "logs" / "log.txt").read_text()
     for n in (0, 2, 4):
-        assert f"the teacher after iteration {n} could not be judged: none of 8 pictures could be read" in log
+        assert f"the teacher after iteration {n} could not be evaluated: none of 8 images could be read" in log
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("out of memory"), KeyError("no such layer"), MemoryError("no more"), OSError("gone")],
+)
+@pytest.mark.parametrize("place", ["extract", "evaluate_knn"])
+def test_an_evaluation_that_fails_is_counted_and_does_not_end_the_run(run, evaluated, monkeypatch, place, error):
+    original, calls = getattr(evaluation, place), []
+
+    def fail(*arguments, **settings):
+        calls.append(place)
+        if len(calls) in (1, 2):
+            raise error
+        return original(*arguments, **settings)
+
+    monkeypatch.setattr(evaluation, place, fail)
+    code, folder = run(*evaluated, EVERY_SECOND)
+    assert code == 0  # the last teacher was evaluated
+    assert len(rows(folder)) == 4
+    assert list(results(folder)) == [4]
+    assert best(folder)["iteration"] == 4
+    log = (folder / "logs" / "log.txt").read_text()
+    for n_failed, done in enumerate((0, 2), start=1):
+        reason = f"the teacher after iteration {done} could not be evaluated: {error.args[0]}"
+        assert f"{reason} (failed evaluations so far: {n_failed})" in log
 
 
 def test_a_mistake_is_found_before_there_is_a_model_or_a_folder(run, cells, monkeypatch, capfd):
@@ -205,15 +231,15 @@ def random_state() -> list:
 LONGER = ("student.drop_path_rate=0.5", "optim.epochs=3")
 
 
-def test_no_number_of_the_run_changes_also_when_it_is_killed_in_an_evaluation(run, judged, monkeypatch):
+def test_no_number_of_the_run_changes_also_when_it_is_killed_in_an_evaluation(run, evaluated, monkeypatch):
     code, plain = run(*LONGER, name="plain")
     assert code == 0
 
-    judge, evaluate_knn, states, calls = TeacherEvaluation.judge, evaluation.evaluate_knn, [], []
+    evaluate, evaluate_knn, states, calls = TeacherEvaluation.evaluate, evaluation.evaluate_knn, [], []
 
     def watched(*arguments):
         before = random_state()
-        result = judge(*arguments)
+        result = evaluate(*arguments)
         states.append(random_state() == before)
         return result
 
@@ -226,10 +252,10 @@ def test_no_number_of_the_run_changes_also_when_it_is_killed_in_an_evaluation(ru
     class Killed(BaseException):
         pass
 
-    monkeypatch.setattr(TeacherEvaluation, "judge", watched)
+    monkeypatch.setattr(TeacherEvaluation, "evaluate", watched)
     monkeypatch.setattr(evaluation, "evaluate_knn", drawing)
     kill_at = None
-    code, unbroken = run(*LONGER, *judged, EACH, name="unbroken")
+    code, unbroken = run(*LONGER, *evaluated, EACH, name="unbroken")
     assert code == 0
     assert len(calls) == 2 * 7
     assert states == [True] * 7
@@ -237,9 +263,9 @@ def test_no_number_of_the_run_changes_also_when_it_is_killed_in_an_evaluation(ru
     calls.clear()
     kill_at = 2 * 6  # after the fifth iteration; the checkpoint is that of the fourth
     with pytest.raises(Killed):
-        run(*LONGER, *judged, EACH, name="killed")
+        run(*LONGER, *evaluated, EACH, name="killed")
     assert teachers(unbroken.with_name("killed")) == [1, 2, 3, 4, 5]
-    code, killed = run(*LONGER, *judged, EACH, name="killed")
+    code, killed = run(*LONGER, *evaluated, EACH, name="killed")
     assert code == 0
 
     ends = {folder: networks(folder, 6) for folder in (plain, unbroken, killed)}
@@ -257,14 +283,16 @@ def test_no_number_of_the_run_changes_also_when_it_is_killed_in_an_evaluation(ru
 def planted(monkeypatch):
     """Give the evaluation after each iteration a score; returns the dict to fill."""
     scores: dict[int, float] = {}
-    judge, now = TeacherEvaluation._judge, []
+    write, now = TeacherEvaluation._write, []
 
-    def watched(self, embedded, device, run_folder, done, metrics):
+    def watched(self, features, model, run_folder, done, metrics):
         now[:] = [done]
-        judge(self, embedded, device, run_folder, done, metrics)
+        write(self, features, model, run_folder, done, metrics)
 
-    monkeypatch.setattr(TeacherEvaluation, "_judge", watched)
-    monkeypatch.setattr(evaluation, "evaluate_knn", lambda *_: {"knn_1": dict.fromkeys(FOLLOWED, scores[now[0]])})
+    monkeypatch.setattr(TeacherEvaluation, "_write", watched)
+    monkeypatch.setattr(
+        evaluation, "evaluate_knn", lambda *_: {"knn_1": dict.fromkeys(TRACKED_METRICS, scores[now[0]])}
+    )
     return scores
 
 
@@ -308,13 +336,13 @@ def test_no_teacher_goes_before_the_next_is_whole(run, monkeypatch):
 # --- several processes ----------------------------------------------------------------------------------------------
 
 
-def test_two_processes_find_what_one_finds(run, tmp_path, cells, judged, picture_list, tiny_overrides):
-    """Blocks add their full share (layer scale 1), so that pictures differ. One set has a single cell to judge."""
+def test_two_processes_find_what_one_finds(run, tmp_path, cells, evaluated, picture_list, tiny_overrides):
+    """Blocks add their full share (layer scale 1), so that images differ. One set has a single test cell."""
     single = cells / "single.csv"
     single.write_text("Image Path,Label\ntwo/test/dark/0.png,dark\n")
     last = {"name": "single", "train": str(cells / "two" / "train"), "test": str(single)}
-    entries = [*json.loads(judged[0].partition("=")[2]), last]
-    settings = [datasets(*entries), *judged[1:], EVERY_SECOND, "student.layerscale=1.0", "train.global_batch_size=4"]
+    entries = [*json.loads(evaluated[0].partition("=")[2]), last]
+    settings = [datasets(*entries), *evaluated[1:], EVERY_SECOND, "student.layerscale=1.0", "train.global_batch_size=4"]
     code, alone = run(*settings, name="alone")
     assert code == 0
 

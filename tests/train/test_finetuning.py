@@ -20,8 +20,7 @@ from dinov2.hub.backbones import load_backbone, without_chunk
 from dinov2.models.vision_transformer import DinoVisionTransformer, vit_small
 from dinov2.train.batches import resolve_batch_size
 from dinov2.train.finetuning import choose_learned, count_learned, limit_learning
-from dinov2.train.optimizer import build_optimizer
-from dinov2.train.param_groups import get_params_groups_with_decay
+from dinov2.train.optimizer import build_optimizer, get_params_groups_with_decay
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import main
@@ -48,7 +47,7 @@ def configured(tiny_overrides):
 
 @pytest.fixture
 def run(tmp_path, picture_list, tiny_overrides):
-    """Run train.py in this process on eight pictures; returns (exit code, run folder)."""
+    """Run train.py in this process on eight images; returns (exit code, run folder)."""
     lists = picture_list()
 
     def go(*overrides: str, name: str = "run") -> tuple[int, Path]:
@@ -273,13 +272,13 @@ def test_adapters_are_under_five_percent_and_merge_into_a_plain_network(adapted)
     }
     plain = vit_small(patch_size=14, img_size=28, init_values=1.0, block_chunks=0).eval()
     untouched = {n.replace(".base_layer", ""): v for n, v in network.state_dict().items() if "lora_" not in n}
-    pictures = torch.randn(4, 3, 28, 28)
+    images = torch.randn(4, 3, 28, 28)
     with torch.no_grad():
         plain.load_state_dict(untouched)
-        before = plain(pictures)
+        before = plain(images)
         plain.load_state_dict(merged(network.state_dict(), lora_scaling(settings)))
-        torch.testing.assert_close(plain(pictures), network(pictures), rtol=0, atol=1e-5)
-        assert (plain(pictures) - before).abs().max() > 0.1
+        torch.testing.assert_close(plain(images), network(images), rtol=0, atol=1e-5)
+        assert (plain(images) - before).abs().max() > 0.1
 
 
 def test_merging_is_that_of_peft(adapted):
@@ -324,25 +323,25 @@ def test_a_run_with_adapters_writes_a_plain_teacher(run, chunks):
     base = of("teacher", "backbone", last["model"])[layer.replace("qkv.", "qkv.base_layer.")]
     assert (written[layer] - base).abs().max() > 1e-4
     resumable = load_backbone(folder / "checkpoints" / "iteration_0000004", img_size=28)
-    pictures = torch.randn(2, 3, 28, 28)
+    images = torch.randn(2, 3, 28, 28)
     with torch.no_grad():
-        assert torch.equal(resumable(pictures), load_backbone(folder, img_size=28)(pictures))
+        assert torch.equal(resumable(images), load_backbone(folder, img_size=28)(images))
     (folder / "config.yaml").unlink()
     with pytest.raises(ValueError, match=r"has adapters.*config\.yaml"):
         load_backbone(folder / "checkpoints" / "iteration_0000004", img_size=28)
 
 
-def test_the_teacher_that_is_judged_has_its_adapters_merged(configured):
+def test_the_teacher_that_is_evaluated_has_its_adapters_merged(configured):
     pytest.importorskip("peft")
     model = SSLMetaArch(configured(*LORA))
     for name, parameter in model.teacher["backbone"].named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    judged = model.whole_teacher_backbone()
-    assert not any("lora" in name for name, _ in judged.named_parameters())
-    pictures = torch.randn(3, 3, 28, 28)
+    evaluated = model.whole_teacher_backbone()
+    assert not any("lora" in name for name, _ in evaluated.named_parameters())
+    images = torch.randn(3, 3, 28, 28)
     with torch.no_grad():
-        torch.testing.assert_close(judged(pictures), model.teacher_backbone(pictures), rtol=0, atol=1e-5)
+        torch.testing.assert_close(evaluated(images), model.teacher_backbone(images), rtol=0, atol=1e-5)
 
 
 def test_activation_checkpointing_changes_nothing_of_a_run_with_adapters(run):

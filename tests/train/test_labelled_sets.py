@@ -1,4 +1,4 @@
-"""evaluation.datasets: which cells are learned from and judged, and what is said to mistakes before a run starts."""
+"""evaluation.datasets: which cells are for training and testing, and the errors for mistakes before a run starts."""
 
 import csv
 
@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from dinov2.data.splits import make_folds
-from dinov2.train.labelled_sets import read_labelled_sets, without_copied_pictures
+from dinov2.train.labelled_sets import read_labelled_sets, without_copied_images
 
 
 def read(*datasets, linear=False, knn_k=(1,)):
@@ -16,7 +16,7 @@ def read(*datasets, linear=False, knn_k=(1,)):
 
 @pytest.fixture
 def folders(tmp_path):
-    """train/ and test/ with three pictures of two classes each, and alone/ with one class."""
+    """train/ and test/ with three images of two classes each, and alone/ with one class."""
     for side, classes in {"train": "ab", "test": "ab", "alone": "a"}.items():
         for name in classes:
             (tmp_path / side / name).mkdir(parents=True)
@@ -78,7 +78,7 @@ def test_a_set_has_settings_of_its_own(folders):
         ({"knn_k": 5}, ValueError, "knn_k must be a list of whole numbers above 0"),
         ({"knn_k": [7]}, ValueError, "x: knn_k asks for 7 neighbours of 6 training cells"),
         ({"test": "nowhere"}, FileNotFoundError, "x: labelled cells: 'nowhere' does not exist"),
-        ({"test": "{}/train"}, ValueError, "x: training and test cells share 6 pictures, for instance .*0.png"),
+        ({"test": "{}/train"}, ValueError, "x: training and test cells share 6 images, for instance .*0.png"),
         ({"train": "{}/alone", "test": "{}/train/a"}, ValueError, "x: .*expected one folder per class"),
         ({"train": "{}/test", "test": "{}"}, ValueError, "x: .*not among the known classes"),
     ],
@@ -113,20 +113,20 @@ def test_two_sets_of_one_name(folders):
         read(entry, entry)
 
 
-def test_training_pictures_that_are_copies_of_test_pictures_are_left_out(folders):
+def test_training_images_that_are_copies_of_test_images_are_left_out(folders):
     for i, path in enumerate(sorted(folders.rglob("*.png"))):
         path.write_bytes(bytes([i, i]))
     (folders / "train" / "a" / "1.png").write_bytes((folders / "test" / "b" / "2.png").read_bytes())
     (folders / "train" / "a" / "0.png").write_bytes((folders / "train" / "a" / "2.png").read_bytes())
     (found,) = read({"name": "x", "train": str(folders / "train"), "test": str(folders / "test")})
-    clean = without_copied_pictures(found)
+    clean = without_copied_images(found)
     left = [str(path.relative_to(folders / "train")) for path in clean.train.paths]
     assert left == ["a/0.png", "a/2.png", "b/0.png", "b/1.png", "b/2.png"]
     assert clean.train.labels.tolist() == [0, 0, 1, 1, 1]
     assert clean.test is found.test
 
 
-def test_classes_that_nothing_can_get_right_are_named(tmp_path, caplog):
+def test_classes_without_a_training_cell_are_named(tmp_path, caplog):
     rows = []
     for patient in range(10):  # each alone has a class of its own
         for i, label in enumerate(("common", "common", f"only {patient}")):
@@ -135,5 +135,5 @@ def test_classes_that_nothing_can_get_right_are_named(tmp_path, caplog):
     with open(tmp_path / "cells.csv", "w", newline="") as file:
         csv.writer(file).writerows([("Image Path", "Label", "patient"), *rows])
     (found,) = read({"name": "x", "data": str(tmp_path / "cells.csv")})
-    told = ", ".join(f"only {patient.split()[1]}" for patient in sorted(set(found.test.patients)))
-    assert f"x: test classes without a training cell, which nothing can get right: {told}" in caplog.text
+    names = ", ".join(f"only {patient.split()[1]}" for patient in sorted(set(found.test.patients)))
+    assert f"x: test classes without a training cell, always predicted wrong: {names}" in caplog.text

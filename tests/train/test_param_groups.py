@@ -5,7 +5,7 @@ import torch
 
 from dinov2.layers import DINOHead
 from dinov2.models.vision_transformer import vit_small
-from dinov2.train.param_groups import fuse_params_groups, get_params_groups_with_decay
+from dinov2.train.optimizer import fuse_params_groups, get_params_groups_with_decay
 
 BACKBONES = {
     "vit_small_d0.9": (0.9, {"num_register_tokens": 4, "block_chunks": 0}),

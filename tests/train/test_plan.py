@@ -12,8 +12,8 @@ from dinov2.train.plan import describe_sets
 def lines(sizes, n_seen, weights=(), temperature=1.0):
     names = [f"set{i}" for i in range(len(sizes))]
     cfg = OmegaConf.create({"train": {"balance": {"weights": dict(weights), "temperature": temperature}}})
-    pictures = SimpleNamespace(set_names=names, set_sizes=np.array(sizes))
-    return list(describe_sets(cfg, SimpleNamespace(pictures=pictures), n_seen))
+    source = SimpleNamespace(set_names=names, set_sizes=np.array(sizes))
+    return list(describe_sets(cfg, SimpleNamespace(source=source), n_seen))
 
 
 def test_one_set_needs_no_lines():
@@ -24,23 +24,23 @@ def test_how_often_each_set_is_seen():
     title, *rows = lines([75_000, 25_000, 0], 1_000_000)
     assert title == "sets      3, seen as many as there are:"
     assert [" ".join(row.split()) for row in rows] == [
-        "set0 75,000 pictures, 75.00% of what is seen, 10.0 passes over it",
-        "set1 25,000 pictures, 25.00% of what is seen, 10.0 passes over it",
-        "set2 0 pictures, 0.00% of what is seen, 0.0 passes over it",
+        "set0 75,000 images, 75.00% of the run's images, 10.0 passes over it",
+        "set1 25,000 images, 25.00% of the run's images, 10.0 passes over it",
+        "set2 0 images, 0.00% of the run's images, 0.0 passes over it",
     ]
     title, *rows = lines([75_000, 25_000, 0], 1_000_000, temperature=float("inf"))
     assert title == "sets      3, seen as balanced:"
-    assert "50.00% of what is seen, 6.7 passes" in rows[0]
-    assert "50.00% of what is seen, 20.0 passes" in rows[1]
+    assert "50.00% of the run's images, 6.7 passes" in rows[0]
+    assert "50.00% of the run's images, 20.0 passes" in rows[1]
 
 
 @pytest.mark.parametrize("n_sets", [12, 13, 60])
-def test_of_many_sets_the_most_seen_and_most_repeated_are_told(n_sets):
+def test_of_many_sets_the_most_seen_and_most_repeated_have_lines(n_sets):
     _, *rows = lines([1000 * (i + 1) for i in range(n_sets)], 10**6, weights={"set0": 50})
     assert len(rows) == min(n_sets, 13)
     assert any(row.split()[0] == "set0" for row in rows)
     assert any(row.split()[0] == f"set{n_sets - 1}" for row in rows)
     if n_sets > 12:
         assert rows[-1].strip().startswith(f"and {n_sets - 12} more: ")
-        shown = [float(row.split("pictures, ")[1].split("%")[0]) for row in rows]
+        shown = [float(row.split("images, ")[1].split("%")[0]) for row in rows]
         assert sum(shown) == pytest.approx(100, abs=0.1)

@@ -252,7 +252,7 @@ def test_dry_run_says_the_plan_and_writes_nothing(run, tmp_path, capfd):
     code, folder = run(arguments=("--dry-run",))
     told = capfd.readouterr().err
     assert code == 0
-    assert "4 steps of 4 pictures = 2.0 passes" in told
+    assert "4 steps of 4 images = 2.0 passes" in told
     assert "one step works" in told
     assert not folder.exists()
 
@@ -422,7 +422,7 @@ def test_too_many_unreadable_pictures_stop_the_run_until_they_are_mended(tmp_pat
     overrides = tiny_overrides(lists, "train.max_bad_fraction=0.2")
     assert main(["--output-dir", str(tmp_path), "--name", "run", *overrides]) == 1
     log = (tmp_path / "run" / "logs" / "log.txt").read_text()
-    assert re.search(r"train\.max_bad_fraction: \d of 8 listed pictures", log)
+    assert re.search(r"train\.max_bad_fraction: \d of 8 listed images", log)
     assert (tmp_path / "run" / "bad_images.csv").is_file()
     for i in (1, 3, 5):  # mended pictures no longer count
         shutil.copy(lists / "pictures" / "000.png", lists / "pictures" / f"00{i}.png")

@@ -27,13 +27,13 @@ def flat(colours, size: int) -> torch.Tensor:
 
 
 def batch(size=56, local_size=28, n_local=3):
-    """Two pictures: red and green in their first crops, blue in the second, grey in local ones; one mask."""
+    """Two images: red and green in their first crops, blue in the second, grey in local ones; one mask."""
     crops = {
         "global_crops": [flat([RED, GREEN], size), flat([BLUE, BLUE], size)],
         "local_crops": [flat([GREY, GREY], local_size)] * n_local,
     }
     masks = torch.zeros(4, (size // 14) ** 2, dtype=torch.bool)
-    masks[1, 0] = True  # the first patch of the second picture's first crop
+    masks[1, 0] = True  # the first patch of the second image's first crop
     return assemble_batch(crops, masks, 1, torch.float32)
 
 
@@ -64,50 +64,51 @@ def rows(folder) -> list[dict]:
 # --- a sheet --------------------------------------------------------------------------------------------------------
 
 
-def test_each_row_is_a_picture_in_its_own_colours_and_masks_lie_over_their_patches():
-    sheets, told = draw_sheets(batch(), 8)
-    tile = told["shown_px"]
-    assert tile == 84  # small crops are made larger: a pixel becomes a square, and patches are whole pixels
+def test_each_row_is_an_image_in_its_own_colours_and_masks_lie_over_their_patches():
+    sheets = draw_sheets(batch(), 8)
+    tile = 84  # small crops are made larger, and patches are whole pixels
     crops, masks = sheets["crops"], sheets["masks"]
-    assert crops.shape == (2 * tile + GAP, 2 * tile + 2 * ((tile - GAP) // 2) + 3 * GAP, 3)
-    below, right = tile + GAP, tile + GAP
-    assert (crops[:tile, :tile] == RED).all()
-    assert (crops[below:, :tile] == GREEN).all()
-    assert (crops[:tile, right : right + tile] == BLUE).all()
-    assert tuple(crops[0, 2 * right]) == tuple(crops[tile - 1, 2 * right]) == GREY  # local crops: two, and then one
-    assert tuple(crops[0, -1]) == GREY
-    assert tuple(crops[tile - 1, -1]) == (255, 255, 255)
+    step = tile + GAP
+    assert crops.shape == (2 * step, 5 * step, 3)
+    assert masks.shape == (2 * step, 2 * step, 3)
+
+    def tile_of(sheet, row, column):
+        top, left = row * step, column * step
+        return sheet[top : top + tile, left : left + tile]
+
+    for row, first in enumerate((RED, GREEN)):
+        for column, colour in enumerate((first, BLUE, GREY, GREY, GREY)):
+            assert (tile_of(crops, row, column) == colour).all()
+    assert (crops[tile:step] == 255).all()
 
     patch = tile // 4
     covered = [round((1 - MASK_OPACITY) * a + MASK_OPACITY * b) for a, b in zip(GREEN, MASK_COLOUR, strict=True)]
-    assert (masks[below : below + patch, :patch] == covered).all()
-    assert (masks[below : below + patch, patch:tile] == GREEN).all()
-    assert (masks[:tile, :tile] == RED).all()
-    assert told["masked_share"] == [[0, 0], [1 / 16, 0]]
-    assert (told["pictures"], told["local_crops"], told["local_crops_of_each"]) == (2, 3, 3)
+    masked = tile_of(masks, 1, 0)
+    assert (np.abs(masked[:patch, :patch] - np.array(covered)) <= 1).all()
+    assert (masked[:patch, patch:] == GREEN).all()
+    assert (masked[patch:] == GREEN).all()
+    assert (tile_of(masks, 0, 0) == RED).all()
 
 
 def test_a_large_crop_is_made_smaller_and_a_sheet_stays_small_enough_for_a_report():
-    sheets, told = draw_sheets(batch(size=224, local_size=98, n_local=10), 1)
-    assert told["shown_px"] == 160
-    assert told["local_crops"] == 8
-    assert len(sheets["crops"]) == 160
+    sheet = draw_sheets(batch(size=224, local_size=98, n_local=10), 1)["crops"]
+    assert sheet.shape == (160 + GAP, 10 * (160 + GAP), 3)  # of the local crops eight
     n_many = 60
     crops = {"global_crops": [torch.rand(n_many, 3, 224, 224)] * 2, "local_crops": [torch.rand(n_many, 3, 98, 98)] * 8}
     many = assemble_batch(crops, torch.ones(2 * n_many, 256, dtype=torch.bool), 256, torch.float32)
-    for sheet in draw_sheets(many, 64)[0].values():
+    for sheet in draw_sheets(many, 64).values():
         assert sheet.size <= 3_000_000
 
 
 def test_without_masks_there_is_no_sheet_of_them_and_broken_numbers_are_drawn():
-    part = batch(n_local=0)
-    part["collated_masks"][:] = False
-    part["collated_global_crops"][0, 0, 0, 0] = float("nan")
-    before = {name: value.clone() for name, value in part.items() if isinstance(value, torch.Tensor)}
-    sheets, told = draw_sheets(part, 1)
+    broken = batch(n_local=0)
+    broken["collated_masks"][:] = False
+    broken["collated_global_crops"][0, 0, 0, 0] = float("nan")
+    before = {name: value.clone() for name, value in broken.items() if isinstance(value, torch.Tensor)}
+    sheets = draw_sheets(broken, 1)
     assert list(sheets) == ["crops"]
-    assert told["local_crop_px"] is None
-    assert all(torch.equal(part[name], value) for name, value in before.items() if name != "collated_global_crops")
+    assert tuple(sheets["crops"][0, 0]) == (255, RED[1], RED[2])
+    assert all(torch.equal(broken[name], value) for name, value in before.items() if name != "collated_global_crops")
 
 
 # --- of a run -------------------------------------------------------------------------------------------------------
@@ -118,14 +119,9 @@ def test_a_run_shows_its_first_batch_and_those_before_evaluations_and_keeps_the_
     code, folder = run(EACH, "ibot.mask_sample_probability=1.0", "train.views=3")
     assert code == 0
     assert shown(folder) == {"crops": [0, 3, 4], "masks": [0, 3, 4]}
-    index = json.loads((folder / "views" / "views.json").read_text())["views"]
-    assert [entry["iteration"] for entry in index] == [0, 3, 4]
-    for entry in index:
-        with Image.open(folder / "views" / entry["crops"]) as crops:
-            assert crops.height == 3 * entry["shown_px"] + 2 * GAP
-        assert (folder / "views" / entry["masks"]).is_file()
-        assert entry["pictures"] == 3
-        assert np.max(entry["masked_share"]) > 0
+    for n in (0, 3, 4):
+        with Image.open(folder / "views" / f"crops_{n}.png") as crops:
+            assert crops.height == 3 * (84 + GAP)
 
 
 def test_no_views_where_none_are_asked_for(run):
@@ -138,13 +134,10 @@ def test_a_run_that_goes_on_shows_what_comes_and_drops_what_was_lost(run):
     _, folder = run("evaluation.eval_period_iterations=2")
     lost = folder / "views" / "crops_12.png"
     lost.write_bytes((folder / "views" / "crops_4.png").read_bytes())
-    (folder / "views" / "views.json").write_text('{"views": [{"iter')
     (folder / "views" / ".crops_12.png.abc.tmp").write_bytes(b"torn")
     code, _ = run("evaluation.eval_period_iterations=2", "optim.epochs=4")
     assert code == 0
     assert shown(folder)["crops"] == [0, 2, 4, 6, 8]
-    index = json.loads((folder / "views" / "views.json").read_text())["views"]
-    assert [entry["iteration"] for entry in index] == [6, 8]
     assert not list((folder / "views").glob(".*"))
 
 
@@ -154,7 +147,7 @@ def test_no_number_of_the_run_changes(run):
     assert rows(shown_too) == rows(without)
 
 
-def test_a_full_disk_costs_the_pictures_and_not_the_run(run, monkeypatch, caplog):
+def test_a_full_disk_costs_the_sheets_and_not_the_run(run, monkeypatch, caplog):
     def full(path, mode="wb"):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -170,7 +163,7 @@ def test_a_full_disk_costs_the_pictures_and_not_the_run(run, monkeypatch, caplog
 # --- in TensorBoard -------------------------------------------------------------------------------------------------
 
 
-def test_tensorboard_gets_the_sheets_and_the_judged_cells(run, tmp_path):
+def test_tensorboard_gets_the_sheets_and_the_evaluated_cells(run, tmp_path):
     pytest.importorskip("tensorboard")
     from google.protobuf import text_format
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -194,16 +187,18 @@ def test_tensorboard_gets_the_sheets_and_the_judged_cells(run, tmp_path):
         assert (events.Images("views/crops")[-1].width, events.Images("views/crops")[-1].height) == sheet.size
 
     text = (folder / "tensorboard" / "projector_config.pbtxt").read_text()
-    (shown_set,) = text_format.Parse(text, ProjectorConfig()).embeddings
-    assert shown_set.tensor_name == "two after 4"
-    features = np.loadtxt(folder / "tensorboard" / shown_set.tensor_path, delimiter="\t")
-    assert features.shape == tuple(shown_set.tensor_shape) == (20, 32)
-    lines = (folder / "tensorboard" / shown_set.metadata_path).read_text(encoding="utf-8").splitlines()
-    assert lines[0].split("\t") == ["class", "side", "picture"]
+    offered = text_format.Parse(text, ProjectorConfig()).embeddings
+    assert [each.tensor_name for each in offered] == ["two:00000", "two:00004"]  # of each evaluation
+    newest = offered[-1]
+    features = np.loadtxt(folder / "tensorboard" / newest.tensor_path, delimiter="\t")
+    assert features.shape == (20, 32)
+    lines = (folder / "tensorboard" / newest.metadata_path).read_text(encoding="utf-8").splitlines()
+    assert lines[0].split("\t") == ["class", "side", "image"]
     assert {line.split("\t")[0] for line in lines[1:]} == set(levels)
-    with Image.open(folder / "tensorboard" / shown_set.sprite.image_path) as sprite:
+    assert sum(line.split("\t")[1] == "test" for line in lines[1:]) == 4
+    with Image.open(folder / "tensorboard" / newest.sprite.image_path) as sprite:
         tiles = np.asarray(sprite).reshape(5, 40, 5, 40, 3).swapaxes(1, 2).reshape(25, 40, 40, 3)
-    for tile, line in zip(tiles, lines[1:], strict=False):  # each cell has its own picture
-        name, _, picture = line.split("\t")
-        level = levels[name] + int(picture.rsplit("/", 1)[1].removesuffix(".png"))
+    for tile, line in zip(tiles, lines[1:], strict=False):  # each cell has its own image
+        name, _, image = line.split("\t")
+        level = levels[name] + int(image.rsplit("/", 1)[1].removesuffix(".png"))
         assert abs(int(tile.mean()) - level) <= 2

@@ -22,8 +22,7 @@ from dinov2.models import build_model_from_cfg
 from dinov2.run.submit import TrainingTask, add_cluster_arguments, describe, submit, tasks_per_node, wait
 from dinov2.train.batches import build_augmentation, build_dataset
 from dinov2.train.evaluation import TeacherEvaluation
-from dinov2.train.finetuning import choose_learned
-from dinov2.train.pretrained import locate_weights
+from dinov2.train.finetuning import choose_learned, locate_weights
 from dinov2.train.schedules import Schedules
 from dinov2.train.train import parse_arguments, read_settings
 from dinov2.utils.command import USER_ERRORS, logger, text_of

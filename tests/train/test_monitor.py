@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from dinov2.configs import CONFIG_FOLDER
 from dinov2.data.collate import assemble_batch
-from dinov2.train.health import CollapseMonitor, feature_statistics, prototype_use
+from dinov2.train.monitor import CollapseMonitor, feature_statistics, prototype_use
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.config import load_run_config
 
@@ -128,7 +128,7 @@ MARKS = {
     "patches vanish": "the patch loss",
     "rank": "the effective rank",
     "spread": "the spread",
-    "prototypes": "first choice of a picture",
+    "prototypes": "first choice of an image",
     "patch prototypes": "first choice of a masked patch",
 }
 
@@ -188,7 +188,7 @@ def test_a_warning_says_number_limit_iterations_meaning_and_what_to_try():
     for advice in (
         "student.layerscale=1.0 (at 1e-05",
         "down to 0.02 (now 0.04 and 0.07)",
-        "a larger batch (now 32 pictures a step)",
+        "a larger batch (now 32 images a step)",
         "fewer prototypes (dino.head_n_prototypes=256 for 64 crops a step)",
         "a higher optim.base_lr (now 0.004)",
         "student.pretrained_weights",
@@ -296,7 +296,7 @@ def test_the_start_up_phase_is_silent_and_ends_early(n, overrides, startup, wind
     assert sorted(kinds(monitor.check(rows[-1:]))) == sorted(everything)
 
 
-def test_a_run_shorter_than_the_start_up_phase_is_never_judged():
+def test_a_run_shorter_than_the_start_up_phase_is_never_checked():
     assert CollapseMonitor(small_config(256), 100).check(rows_of(100, 256)) == []
 
 
@@ -336,6 +336,7 @@ def test_losses_are_warned_of_again_only_after_they_had_recovered():
     ):
         rows = rows_of(240, 256, cls=cls, patch=patch, start=200 + 240 * phase, **HEALTHY)
         assert sorted(kinds(check_by_tens(monitor, rows))) == expected, phase
+        assert ("uniform_cls" in monitor.signs_seen()) is (cls > 0.98), phase
 
 
 def test_single_noisy_values_are_no_findings():
@@ -369,7 +370,7 @@ def test_a_patch_loss_of_nothing_masked_is_no_collapse():
     assert CollapseMonitor(unmasked, 400).check([{**row, "ibot_loss": 0.01} for row in rows]) == []
 
 
-def test_few_pictures_are_not_judged_by_how_they_spread():
+def test_few_images_are_not_checked_for_how_they_spread():
     alike = {"effective_rank": 1.0, "feature_spread": 0.05, "prototype_use": 0.02, "patch_prototype_use": 0.01}
     rows = rows_of(300, 256, cls=0.8, patch=0.8, **alike)
     assert CollapseMonitor(small_config(256, "train.batch_size_per_gpu=4"), 300).check(rows) == []
@@ -476,7 +477,7 @@ def test_an_untrained_network_that_stays_as_it_is_is_found(n_local_crops, separa
     statistics = {name: value.item() for name, value in feature_statistics(tokens).items()}
     choices = model.dino_loss.sinkhorn_knopp_teacher(targets[-1], 0.07).argmax(dim=1)
     use = prototype_use(choices, cfg.dino.head_n_prototypes).item()
-    assert statistics["feature_spread"] < 0.01  # at layer scale 1e-5 all pictures are alike
+    assert statistics["feature_spread"] < 0.01  # at layer scale 1e-5 all images are alike
     assert 0 < use <= 1
     stays = [{**rows[i % 3], **statistics, "prototype_use": use, "iteration": i} for i in range(200)]
     assert {"uniform", "spread"} <= set(kinds(CollapseMonitor(cfg, 200).check(stays)))

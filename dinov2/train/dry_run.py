@@ -1,0 +1,302 @@
+"""What a training step takes: arithmetic, seconds and memory; `--dry-run`, and the largest batch that fits.
+
+Dimension key:  B images of a micro-batch (train.batch_size_per_gpu), P patches of a global crop
+"""
+
+import bisect
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fvcore.nn import parameter_count_table
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from dinov2 import distributed
+from dinov2.data.augmentations import N_GLOBAL_CROPS
+from dinov2.data.datasets.hema_data import HemaStandardDataset
+from dinov2.layers import DINOHead
+from dinov2.train.batches import TrainBatches, resolve_batch_size
+from dinov2.train.micro_batches import forward_backward
+from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
+from dinov2.train.schedules import Schedules
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.utils.memory import PeakMemory, memory_room, resident_memory, size_text
+
+logger = logging.getLogger("dinov2")
+
+MARGIN = 0.1  # share of the free memory that a batch leaves: fragments, data workers, evaluation, masks that differ
+MAX_IMAGES = 2**16
+N_SMALL = 8  # images of the larger one of the small steps that a dry run measures
+VISIBLE_GROWTH = 1.25  # of the peak over that of the smallest step: below, an image's memory is lost in the rest
+
+Step = Callable[[int], "StepCost"]  # from B to what it takes
+
+
+# --- arithmetic -----------------------------------------------------------------------------------------------------
+
+
+def count_step_flops(cfg: Any, *, backbone_is_frozen: bool = False) -> int:
+    """Count the floating-point operations in matrix products of one process's step, on networks without memory.
+
+    Both backbones on all tokens, heads and prototypes, forward and backward. What else a step does (losses,
+    Sinkhorn-Knopp, optimizer) takes time, but is about a hundredth of the arithmetic.
+
+    Args:
+        cfg: settled by `resolve_batch_size`.
+        backbone_is_frozen: as in the first `optim.freeze_backbone_iterations` steps.
+    """
+    crops, ibot, batch_size = cfg.crops, cfg.ibot, cfg.train.batch_size_per_gpu
+    with torch.device("meta"), torch.random.fork_rng([]):  # the run's own random numbers stay as they are
+        model = SSLMetaArch(cfg, load_weights=False)
+        for head in (*model.student.values(), *model.teacher.values()):
+            if isinstance(
+                head, DINOHead
+            ):  # its weight norm needs autocast, which `meta` lacks; the product is the same
+                layer = head.last_layer
+                head.add_module("last_layer", nn.Linear(layer.in_features, layer.out_features, bias=False))
+        batches = [torch.empty(N_GLOBAL_CROPS * batch_size, 3, crops.global_crops_size, crops.global_crops_size)]
+        if crops.local_crops_number:
+            n_crops, size = crops.local_crops_number * batch_size, crops.local_crops_size
+            batches.append(torch.empty(n_crops, 3, size, size))
+    n_patches = (crops.global_crops_size // cfg.student.patch_size) ** 2
+    masked_share = ibot.mask_sample_probability * sum(ibot.mask_ratio_min_max) / 2
+    n_masked = round(len(batches[0]) * n_patches * masked_share)
+
+    def sum_of_logits(networks: nn.ModuleDict, tokens: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        total = torch.zeros((), device="meta")
+        if model.do_dino:
+            total = total + networks["dino_head"](torch.cat([each["x_norm_clstoken"] for each in tokens])).sum()
+        if model.do_ibot:
+            head = networks["ibot_head" if model.ibot_separate_head else "dino_head"]
+            total = total + head(tokens[0]["x_norm_patchtokens"].flatten(0, 1)[:n_masked]).sum()
+        return total
+
+    with FlopCounterMode(display=False) as counter, torch.random.fork_rng([]):
+        with torch.no_grad():
+            sum_of_logits(model.teacher, [model.teacher["backbone"](batches[0], is_training=True)])
+        with torch.set_grad_enabled(not backbone_is_frozen):
+            tokens = model.student["backbone"](batches, masks=[None] * len(batches), is_training=True)
+        sum_of_logits(model.student, tokens).backward()
+    return counter.get_total_flops() * int(cfg.train.accumulation_steps)
+
+
+@torch.no_grad()
+def measured_matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
+    """Measure the rate, in FLOP/s, at which the device multiplies large square matrices of `dtype`.
+
+    Unlike a data sheet's number it has this machine's clock, cores, libraries and matmul precision in it.
+    """
+    device = torch.device(device)
+    side = 16384 // dtype.itemsize if device.type == "cuda" else 1024
+    generator = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay as they are
+    # Numbers as they occur in training: a GPU multiplies zeros at a higher clock
+    a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
+    timer = Timer("torch.mm(a, b.T, out=out)", globals={"a": a, "b": b, "out": torch.empty_like(a)})
+    timer.timeit(1)  # chooses a kernel
+    return 2 * side**3 / timer.blocked_autorange(min_run_time=0.1).median
+
+
+# --- real steps -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a step takes: seconds besides decoding, and bytes in use before it and at its peak; and its losses."""
+
+    batch_size: int  # B
+    n_images: int  # of the global batch
+    before: int
+    peak: int
+    seconds: float
+    losses: dict[str, float]
+
+
+class StepTrials:
+    """Runs real training steps with any batch size; nothing is written, but the weights move."""
+
+    def __init__(self, cfg: DictConfig, model: SSLMetaArch, dataset: HemaStandardDataset) -> None:
+        self.model, self.dataset = model, dataset
+        self.optimizer = build_optimizer(cfg.optim, model.get_params_groups())
+        self.guard = StepGuard(model.device)
+        model.backbone_is_frozen = False  # a frozen one, as it may be in the first steps of a run, takes less
+
+    def step(self, cfg: DictConfig) -> StepCost:
+        """Run two steps of a settled configuration: the first warms the device up, the second is timed.
+
+        Raises:
+            torch.OutOfMemoryError: they do not fit on the GPU.
+        """
+        model, device, train = self.model, self.model.device, cfg.train
+        now = Schedules(cfg).at(0)
+        now.apply_to(self.optimizer)
+        with tempfile.TemporaryDirectory() as scratch, PeakMemory(device) as peak:
+            before = resident_memory()
+            batches = TrainBatches(OmegaConf.merge(cfg, {"train": {"output_dir": scratch}}), self.dataset, device)
+            for _, micro_batches in zip(range(2), batches.starting_at(), strict=False):
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                started = time.perf_counter()
+                self.optimizer.zero_grad(set_to_none=True)
+                losses = forward_backward(model, micro_batches, now.teacher_temp)
+                if model.fp16_scaler is not None:
+                    model.fp16_scaler.unscale_(self.optimizer)
+                norms = clip_gradients(model.student, max_norm=cfg.optim.clip_grad)
+                self.guard.step(self.optimizer, losses, norms, model.fp16_scaler)
+                model.update_teacher(now.teacher_momentum)
+                values = {name: value.item() for name, value in losses.items()}  # waits for the device
+                seconds = time.perf_counter() - started
+        n_images = train.batch_size_per_gpu * train.accumulation_steps * distributed.get_world_size()
+        highest = max(distributed.all_gather_objects(peak.bytes))
+        return StepCost(train.batch_size_per_gpu, n_images, before, highest, seconds, values)
+
+
+def growth_per_image(fewer: StepCost, more: StepCost) -> float:
+    """Return the bytes by which the peak grows with each image between two steps."""
+    return max(0.0, (more.peak - fewer.peak) / (more.batch_size - fewer.batch_size))
+
+
+def dry_run(cfg: DictConfig, model: SSLMetaArch, dataset: HemaStandardDataset) -> int:
+    """Log the networks' parameters, and what real steps take; the weights are of no use afterwards.
+
+    Two small steps show what an image takes. A CPU, which would swap, then tries the run's batch only if it fits.
+
+    Returns:
+        the exit code: 1 if the run's batch does not fit into the memory.
+    """
+    logger.info("the student's parameters\n%s", parameter_count_table(model.student, max_depth=2))
+    logger.info("flops     %.3g TFLOP in matrix products of a step of each process", count_step_flops(cfg) / 1e12)
+    batch_size, room = cfg.train.batch_size_per_gpu, memory_room(model.device)
+    n_processes = distributed.get_world_size()
+    trials, whole, need = StepTrials(cfg, model, dataset), None, "do not fit, nor do fewer"
+    other_sizes = cfg.copy()
+    other_sizes.train.global_batch_size = None
+    fewest = _fewest_images(cfg, has_others=n_processes > 1 or cfg.train.accumulation_steps > 1)
+    small = max(fewest, min(N_SMALL, batch_size) // 2)
+    with suppress(torch.OutOfMemoryError):
+        fewer, more = (trials.step(_with_batch_size(other_sizes, n, n_processes)) for n in (small, 2 * small))
+        per_image = growth_per_image(fewer, more)
+        expected = more.peak + per_image * (batch_size - more.batch_size)
+        need = f"would need about {size_text(expected)}, {size_text(per_image)} for each image"
+        if model.device.type == "cuda" or n_processes > 1 or expected <= room:
+            whole = trials.step(cfg)
+            need = f"need {size_text(whole.peak)}, {size_text(per_image)} for each image"
+    logger.info("memory    measured: %d images %s; there are %s", batch_size, need, size_text(room))
+    if whole is None:
+        logger.error(
+            "train.batch_size_per_gpu=%d does not fit; --find-batch-size looks for one that does, and "
+            "train.activation_checkpointing=1 or fewer head_n_prototypes make room",
+            batch_size,
+        )
+        return 1
+    logger.info("one step works: %s", "  ".join(f"{name} {value:.4f}" for name, value in whole.losses.items()))
+    hours = whole.seconds * Schedules(cfg).n_iterations / 3600
+    logger.info("a step takes about %.2f s besides decoding, so the run at least %.1f h", whole.seconds, hours)
+    return 0
+
+
+# --- the largest batch ----------------------------------------------------------------------------------------------
+
+
+def find_batch_size(cfg: DictConfig, model: SSLMetaArch, dataset: HemaStandardDataset) -> int | None:
+    """Find the largest `train.batch_size_per_gpu` whose step leaves MARGIN of the free memory; None where no step does.
+
+    A GPU tries sizes until one does not fit. A CPU would swap, or its process be killed: there the answer follows from
+    the growth over small steps. With `train.global_batch_size` sizes are its divisors.
+
+    Args:
+        cfg: as given, before resolve_batch_size.
+    """
+    device, sizes, room = model.device, batch_sizes(cfg), memory_room(model.device)
+    trials = StepTrials(_with_batch_size(cfg, sizes[0]), model, dataset)
+    limit = (1 - MARGIN) * room
+
+    def step(batch_size: int) -> StepCost:
+        cost = trials.step(_with_batch_size(cfg, batch_size))
+        text = "%6d images: fit, %s at the peak, %.3g images/s besides decoding"
+        logger.info(text, batch_size, size_text(cost.peak), cost.n_images / cost.seconds)
+        return cost
+
+    text = "looking for the largest batch that needs at most %s of %s: %.0f %% stay free for what differs between steps"
+    logger.info(text, size_text(limit), size_text(room), 100 * MARGIN)
+    if device.type != "cuda":
+        return largest_by_extrapolation(step, sizes, limit)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    try:
+        return largest_by_trying(step, sizes)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def largest_by_trying(step: Step, sizes: Sequence[int]) -> int | None:
+    """Find the largest of the ascending `sizes` whose step raises no torch.OutOfMemoryError, to 3 %; None if all do.
+
+    Doubles from N_SMALL images on until one does not fit, then bisects.
+    """
+    low, high = -1, len(sizes)  # sizes up to that at `low` fit, those from that at `high` on do not
+    trying = bisect.bisect_left(sizes, N_SMALL)
+    while low < high - 1 and (low < 0 or high == len(sizes) or sizes[high] - sizes[low] > max(1, sizes[low] // 32)):
+        trying = min(max(trying, low + 1), high - 1)
+        try:
+            step(sizes[trying])
+            low = trying
+        except torch.OutOfMemoryError:
+            logger.info("%6d images: do not fit", sizes[trying])
+            high = trying
+        trying = bisect.bisect_left(sizes, 2 * sizes[low]) if high == len(sizes) else (low + high) // 2
+    return sizes[low] if low >= 0 else None
+
+
+def largest_by_extrapolation(step: Step, sizes: Sequence[int], limit: float) -> int | None:
+    """Find the largest of the ascending `sizes` that needs at most `limit` bytes, from the growth over small steps.
+
+    Steps double until the peak visibly grows, as steadily as before: in very small ones the optimizer's step may be the
+    peak. Twice the images need at most twice of what a step adds, so no step but the first can exceed the limit.
+    """
+    costs, growth = [step(sizes[0])], 0.0
+    while (index := bisect.bisect_left(sizes, 2 * costs[-1].batch_size)) < len(sizes):
+        last, size = costs[-1], sizes[index]
+        if last.before + (last.peak - last.before) * size / last.batch_size > limit:
+            break
+        costs.append(step(size))
+        earlier, growth = growth, growth_per_image(last, costs[-1])
+        if costs[-1].peak >= VISIBLE_GROWTH * costs[0].peak and growth <= 1.1 * earlier:
+            break
+    last = costs[-1]
+    if last.peak < VISIBLE_GROWTH * costs[0].peak:  # all that the step added may be the images'
+        growth = (last.peak - last.before) / last.batch_size
+    logger.info("each image beyond %d takes %s more", last.batch_size, size_text(growth))
+    n_fitting = bisect.bisect_right(sizes, limit, key=lambda size: last.peak + growth * (size - last.batch_size))
+    return sizes[n_fitting - 1] if n_fitting else None
+
+
+def batch_sizes(cfg: DictConfig) -> Sequence[int]:
+    """Return the values that `train.batch_size_per_gpu` may have in one process; `cfg` is not yet settled."""
+    total, accumulation_steps = cfg.train.global_batch_size, cfg.train.accumulation_steps
+    if total is not None and accumulation_steps is not None:
+        return [_with_batch_size(cfg, total).train.batch_size_per_gpu]
+    fewest = _fewest_images(cfg, has_others=total is not None or (accumulation_steps or 1) > 1)
+    if total is None:
+        return range(fewest, MAX_IMAGES + 1)
+    return [n for n in range(fewest, total + 1) if total % n == 0]
+
+
+def _fewest_images(cfg: DictConfig, *, has_others: bool) -> int:
+    """Return the smallest B: KoLeo compares two images, unless the rest of the global batch `has_others`."""
+    return 1 if cfg.dino.koleo_loss_weight == 0 or (cfg.dino.koleo_loss_distributed and has_others) else 2
+
+
+def _with_batch_size(cfg: DictConfig, batch_size: int, world_size: int = 1) -> DictConfig:
+    """Settle an open configuration for another B; images are decoded in this process."""
+    changed = cfg.copy()
+    changed.train.batch_size_per_gpu, changed.train.num_workers = batch_size, 0
+    resolve_batch_size(changed.train, world_size)
+    return changed
