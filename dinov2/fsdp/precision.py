@@ -42,6 +42,12 @@ def resolve_precision(compute_precision: Any, device_type: str) -> None:
             mixed.reduce_dtype = names[resolve_dtype(mixed.reduce_dtype, device_type)]
 
 
+def computes_in_fp16(compute_precision: Any, device_type: str) -> bool:
+    """Return True if a network of the student computes in fp16, whose gradients need a scaled loss."""
+    parts = compute_precision.student.values()
+    return any(resolve_dtype(part.mixed_precision.param_dtype, device_type) == torch.float16 for part in parts)
+
+
 def autocast(name: str, device_type: str) -> torch.autocast:
     """Return an autocast context for `param_dtype: name`; weights and sensitive operations stay fp32."""
     dtype = resolve_dtype(name, device_type)

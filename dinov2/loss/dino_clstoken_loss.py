@@ -30,6 +30,14 @@ class DINOLoss(TeacherCenter):
         self.student_temp = student_temp
         self.compiled = compiled
 
+    def targets(self, teacher_output: Tensor, teacher_temp: float, centering: str) -> Tensor:
+        """Compute the targets [R, K] of teacher logits [R, K] by "sinkhorn_knopp" or "centering"."""
+        if centering == "sinkhorn_knopp":
+            return self.sinkhorn_knopp_teacher(teacher_output, teacher_temp)
+        targets = self.softmax_center_teacher(teacher_output, teacher_temp)
+        self.update_center(teacher_output)
+        return targets
+
     @torch.no_grad()
     def sinkhorn_knopp_teacher(self, teacher_output: Tensor, teacher_temp: float, n_iterations: int = 3) -> Tensor:
         """Balance teacher logits [R, K] into assignments [R, K]; every process must hold the same R."""

@@ -30,6 +30,17 @@ class iBOTPatchLoss(TeacherCenter):
         self.student_temp = student_temp
         self.compiled = compiled
 
+    def targets(
+        self, teacher_output: Tensor, teacher_temp: float, centering: str, n_masked_patches_tensor: Tensor
+    ) -> Tensor:
+        """Compute the targets [M, K] of teacher logits [M, K] by "sinkhorn_knopp" or "centering"."""
+        if centering == "sinkhorn_knopp":
+            return self.sinkhorn_knopp_teacher(teacher_output, teacher_temp, n_masked_patches_tensor)
+        batch = teacher_output.unsqueeze(0)  # [1, M, K]
+        targets = self.softmax_center_teacher(batch, teacher_temp).squeeze(0)
+        self.update_center(batch)
+        return targets
+
     @torch.no_grad()
     def sinkhorn_knopp_teacher(
         self, teacher_output: Tensor, teacher_temp: float, n_masked_patches_tensor: Tensor, n_iterations: int = 3

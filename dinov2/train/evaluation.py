@@ -39,6 +39,7 @@ from dinov2.models import architecture
 from dinov2.train.labelled_sets import LabelledSet, read_labelled_sets, without_copied_images
 from dinov2.train.monitor import feature_statistics
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.teacher import teacher_state, whole_teacher_backbone
 from dinov2.utils.command import text_of
 from dinov2.utils.files import atomic_write
 from dinov2.utils.matmul import fast_matmul_within
@@ -86,7 +87,7 @@ class TeacherEvaluation:
         Older teachers are removed once the new one is whole on disk, and evaluated.
         """
         checkpoint = _folder(run_folder, done) / CHECKPOINT_NAME
-        state = model.teacher_state()
+        state = teacher_state(model)
         try:
             on_main_process(lambda: save_teacher(state, model, checkpoint, done))
         except OSError as error:
@@ -122,7 +123,7 @@ class TeacherEvaluation:
         Raises:
             EVALUATION_ERRORS: no image of a share could be read, or the teacher is broken; on every process.
         """
-        backbone = model.whole_teacher_backbone()
+        backbone = whole_teacher_backbone(model)
         paths = list(dict.fromkeys(path for each in self.sets for path in (*each.train.paths, *each.test.paths)))
         own_paths = paths[get_rank() :: get_world_size()]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dinov2.distributed import all_gather_rows, get_rank
 from dinov2.fsdp.sharding import without_gradient_sync
-from dinov2.train.ssl_meta_arch import BatchFeatures, SSLMetaArch
+from dinov2.train.ssl_meta_arch import BatchFeatures, SSLMetaArch, by_view
 
 
 def forward_backward(
@@ -42,7 +42,7 @@ def forward_backward(
         own = None if features is None else BatchFeatures(features, get_rank() * n + number)
         with ExitStack() as stack:
             if number < n - 1:
-                for module in model.replicas():
+                for module in model.callables.values():
                     stack.enter_context(without_gradient_sync(module))
             losses.append(model.student_step(images, target, own, n_micro_batches=n))
     return {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
@@ -51,4 +51,6 @@ def forward_backward(
 @torch.no_grad()
 def _features_ahead(model: SSLMetaArch, batches: Sequence[Mapping[str, Any]]) -> Tensor:
     """Compute the CLS tokens of all micro-batches of all processes: [W*A, 2, B, D]. Costs a forward pass."""
-    return all_gather_rows(torch.stack([model.global_features(images) for images in batches]))
+    return all_gather_rows(
+        torch.stack([by_view(model.student_tokens(images)[0]["x_norm_clstoken"]) for images in batches])
+    )

@@ -12,23 +12,22 @@ Dimension key:  W processes, A micro-batches of a process, B images in one, N = 
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from dinov2.data.augmentations import N_GLOBAL_CROPS
-from dinov2.distributed import all_gather_rows, get_rank, is_enabled, is_main_process
-from dinov2.fsdp.precision import autocast, resolve_dtype
-from dinov2.fsdp.sharding import SHARDED, lerp_, make_mesh, replicate, reshard, shard, whole
-from dinov2.hub.adapters import lora_scaling, merged
-from dinov2.layers import DINOHead
+from dinov2.distributed import all_gather_rows, get_rank, is_enabled
+from dinov2.fsdp.precision import autocast, computes_in_fp16, resolve_dtype
+from dinov2.fsdp.sharding import SHARDED, lerp_, make_mesh, replicate, reshard, shard
+from dinov2.hub.adapters import lora_scaling
+from dinov2.layers import Block, DINOHead
 from dinov2.logging.step_clock import StepClock
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss, smooth_rank_loss
-from dinov2.models import architecture, build_backbone, build_model_from_cfg
+from dinov2.models import build_model_from_cfg
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.train.finetuning import limit_learning, start_from_weights
 from dinov2.train.monitor import feature_statistics, prototype_use
@@ -123,13 +122,13 @@ class SSLMetaArch(nn.Module):
         # From the first block on: when backward recomputes its inner values, those of all later blocks are freed
         for block in blocks[: math.ceil(round(cfg.train.activation_checkpointing * len(blocks), 6))]:
             block.checkpoint_activations = True
-        self.fp16_scaler: LossScaler | None = None
-        if cfg.compute_precision.grad_scaler and self._computes_in_fp16():
-            self.fp16_scaler = LossScaler()
+        device_type = "cuda" if torch.cuda.is_available() and cfg.train.device != "cpu" else "cpu"
+        needs_scaler = cfg.compute_precision.grad_scaler and computes_in_fp16(cfg.compute_precision, device_type)
+        self.fp16_scaler = LossScaler() if needs_scaler else None
         self.clock = StepClock("cpu")  # is told where a step's time goes; a loop sets one for its device
         self.statistics: dict[str, Tensor] = {}  # of the last step's teacher: 0-d, on the device
         # What forward calls: the networks themselves, or DDP around them
-        self._callable: dict[tuple[str, str], nn.Module] = {
+        self.callables: dict[tuple[str, str], nn.Module] = {
             (role, part): module
             for role, networks in (("student", self.student), ("teacher", self.teacher))
             for part, module in networks.items()
@@ -149,13 +148,13 @@ class SSLMetaArch(nn.Module):
             if self.cfg.train[key] and (obstacle := obstacle_to_compiling(self.device)):
                 raise ValueError(f"train.{key}=true: {obstacle}; set it to false")
         if self.cfg.train.compile_blocks:
-            for networks in (self.student, self.teacher):
-                for block in _backbone_of(networks).each_block():
-                    block.compile_branches()
+            for module in self.modules():
+                if isinstance(module, Block):
+                    module.compile_branches()
         if not is_enabled():
             return
         device_type = self.device.type
-        for (role, part), module in self._callable.items():
+        for (role, part), module in self.callables.items():
             settings = self.cfg.compute_precision[role][part]
             reduce_dtype = resolve_dtype(settings.mixed_precision.reduce_dtype, device_type)
             if settings.sharding_strategy in SHARDED:
@@ -169,7 +168,7 @@ class SSLMetaArch(nn.Module):
                     reshard_after_forward=role == "teacher" or settings.sharding_strategy != "SHARD_GRAD_OP",
                 )
             elif role == "student":
-                self._callable[role, part] = replicate(module, reduce_dtype=reduce_dtype)
+                self.callables[role, part] = replicate(module, reduce_dtype=reduce_dtype)
 
     def _build_heads(self, embed_dim: int) -> dict[str, nn.Module]:
         sections = {"dino_head": self.cfg.dino} if self.do_dino or not self.ibot_separate_head else {}
@@ -186,16 +185,12 @@ class SSLMetaArch(nn.Module):
             for name, section in sections.items()
         }
 
-    def _computes_in_fp16(self) -> bool:
-        device_type = "cuda" if torch.cuda.is_available() and self.cfg.train.device != "cpu" else "cpu"
-        student = self.cfg.compute_precision.student
-        names = {student[part].mixed_precision.param_dtype for part in ("backbone", "dino_head", "ibot_head")}
-        return any(resolve_dtype(name, device_type) == torch.float16 for name in names)
-
     @property
     def teacher_backbone(self) -> DinoVisionTransformer:
         """The network that is kept and used after training."""
-        return _backbone_of(self.teacher)
+        backbone = self.teacher["backbone"]
+        assert isinstance(backbone, DinoVisionTransformer), "build_model_from_cfg builds nothing else"
+        return backbone
 
     @property
     def device(self) -> torch.device:
@@ -250,32 +245,21 @@ class SSLMetaArch(nn.Module):
 
         The micro-batches of a step are balanced together, and give one entry each.
         """
-        n = len(outputs)
+        n, centering = len(outputs), self.cfg.train.centering
         cls_targets: Sequence[Tensor | None] = [None] * n
         patch_targets: Sequence[Tensor | None] = [None] * n
-        sinkhorn_knopp = self.cfg.train.centering == "sinkhorn_knopp"
         self.statistics = feature_statistics(all_gather_rows(torch.cat([output.cls_tokens for output in outputs])))
         if self.do_dino:
             logits = _joined([output.cls_logits for output in outputs])  # [A * 2B, K]
-            if sinkhorn_knopp:
-                targets = self.dino_loss.sinkhorn_knopp_teacher(logits, teacher_temp)
-            else:
-                targets = self.dino_loss.softmax_center_teacher(logits, teacher_temp)
-                self.dino_loss.update_center(logits)
+            targets = self.dino_loss.targets(logits, teacher_temp, centering)
             self.statistics["prototype_use"] = prototype_use(targets.argmax(dim=1), targets.shape[1])
             cls_targets = targets.chunk(n)
         if self.do_ibot:
-            n_patches = [len(output.patch_logits.rows) for output in outputs if output.patch_logits is not None]
             logits = _joined([output.patch_logits for output in outputs])  # [M of all, K]
-            if sinkhorn_knopp:
-                n_masked = torch.stack([output.n_masked_patches for output in outputs]).sum(dim=0)  # [1]
-                targets = self.ibot_patch_loss.sinkhorn_knopp_teacher(logits, teacher_temp, n_masked)
-            else:
-                batch = logits.unsqueeze(0)  # [1, M, K]
-                targets = self.ibot_patch_loss.softmax_center_teacher(batch, teacher_temp).squeeze(0)
-                self.ibot_patch_loss.update_center(batch)
+            n_masked = torch.stack([output.n_masked_patches for output in outputs]).sum(dim=0)  # [1]
+            targets = self.ibot_patch_loss.targets(logits, teacher_temp, centering, n_masked)
             self.statistics["patch_prototype_use"] = prototype_use(targets.argmax(dim=1), targets.shape[1])
-            patch_targets = targets.split(n_patches)
+            patch_targets = targets.split([len(out.patch_logits.rows) for out in outputs if out.patch_logits])
         return [TeacherTargets(cls, patches) for cls, patches in zip(cls_targets, patch_targets, strict=True)]
 
     def student_step(
@@ -317,14 +301,6 @@ class SSLMetaArch(nn.Module):
         tokens: list[dict[str, Tensor]] = self._backbone("student", crops, masks=masks)
         return tokens
 
-    def global_features(self, images: Mapping[str, Any]) -> Tensor:
-        """Compute the student's CLS tokens of the global crops, by view: [2, B, D]."""
-        return _by_view(self.student_tokens(images)[0]["x_norm_clstoken"])
-
-    def replicas(self) -> Iterator[nn.Module]:
-        """Iterate over what forward calls: the networks, or DDP around them."""
-        return iter(self._callable.values())
-
     def losses(
         self,
         images: Mapping[str, Any],
@@ -361,7 +337,7 @@ class SSLMetaArch(nn.Module):
             whole_batch = self._whole_batch(student.global_cls_tokens, features)  # [2, N, D]
         if self.do_koleo:
             # within a view: the two views of an image are meant to be close
-            views = whole_batch if dino.koleo_loss_distributed else _by_view(student.global_cls_tokens)
+            views = whole_batch if dino.koleo_loss_distributed else by_view(student.global_cls_tokens)
             koleo = torch.stack([self.koleo_loss(view) for view in views]).mean()
             terms["koleo_loss"] = N_GLOBAL_CROPS, dino.koleo_loss_weight * koleo
         if self.do_smooth_rank_loss:
@@ -392,8 +368,8 @@ class SSLMetaArch(nn.Module):
         own images: it counts n times.
         """
         if not self.compares_images:
-            return _by_view(own)
-        own = _by_view(own)  # [2, B, D]
+            return by_view(own)
+        own = by_view(own)  # [2, B, D]
         if features is None:
             features = BatchFeatures(all_gather_rows(own.unsqueeze(0)), get_rank())
         n, index = len(features.all), features.index
@@ -411,32 +387,6 @@ class SSLMetaArch(nn.Module):
         pairs = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
         learning = [(teacher, student) for teacher, student in pairs if student.requires_grad]
         lerp_([teacher for teacher, _ in learning], [student for _, student in learning], 1.0 - m)
-
-    @torch.no_grad()
-    def teacher_state(self) -> dict[str, Tensor]:
-        """The teacher put together from its shards, fp32 on the CPU; every process has to ask, the main one gets it.
-
-        Adapters are merged: these are a plain network's tensors.
-        """
-        state = {}
-        for name, value in self.teacher.state_dict().items():
-            tensor = whole(value)
-            if is_main_process():
-                state[name] = tensor.detach().to("cpu", torch.float32)
-        return merged(state, self.lora_scaling)
-
-    @torch.no_grad()
-    def whole_teacher_backbone(self) -> DinoVisionTransformer:
-        """The teacher's backbone as a network that one process can use alone; every process has to ask for it."""
-        backbone = self.teacher_backbone
-        is_sharded = any(isinstance(parameter, DTensor) for parameter in backbone.parameters())
-        is_compiled = self.cfg.train.compile_blocks  # for the batches of training alone
-        if not (is_sharded or is_compiled or self.lora_scaling):
-            return backbone
-        copy = build_backbone(architecture(backbone)).to(self.device).requires_grad_(False)
-        state = {name: whole(value) for name, value in backbone.state_dict().items()}
-        copy.load_state_dict(merged(state, self.lora_scaling))
-        return copy.eval()
 
     def apply_center_updates(self) -> None:
         """Finish the moving centers that still wait for their update, so that a checkpoint holds them."""
@@ -456,7 +406,7 @@ class SSLMetaArch(nn.Module):
     def _backbone(self, role: str, crops: Any, **kwargs: Any) -> Any:
         frozen = role == "student" and self.backbone_is_frozen
         with self._precision(role, "backbone"), torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            tokens = self._callable[role, "backbone"](crops, is_training=True, **kwargs)
+            tokens = self.callables[role, "backbone"](crops, is_training=True, **kwargs)
         if frozen:
             reshard(self.student["backbone"])  # there is no backward that would do it
         return tokens
@@ -468,7 +418,7 @@ class SSLMetaArch(nn.Module):
 
         def head(name: str, tokens: Tensor) -> HeadOutput:
             with self._precision(role, name):
-                out = self._callable[role, name](tokens, with_logits=with_logits)
+                out = self.callables[role, name](tokens, with_logits=with_logits)
             return HeadOutput(out) if with_logits else HeadOutput(*out)
 
         if self.do_ibot and not self.ibot_separate_head:
@@ -490,13 +440,7 @@ class SSLMetaArch(nn.Module):
         return autocast(name, self.device.type)
 
 
-def _backbone_of(networks: nn.ModuleDict) -> DinoVisionTransformer:
-    backbone = networks["backbone"]
-    assert isinstance(backbone, DinoVisionTransformer), "build_model_from_cfg builds nothing else"
-    return backbone
-
-
-def _by_view(cls_tokens: Tensor) -> Tensor:
+def by_view(cls_tokens: Tensor) -> Tensor:
     """[2B, D] to [2, B, D]."""
     return cls_tokens.unflatten(0, (N_GLOBAL_CROPS, -1))
 

@@ -23,6 +23,7 @@ from dinov2.train.finetuning import choose_learned, count_learned, limit_learnin
 from dinov2.train.optimizer import build_optimizer, get_params_groups_with_decay
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.teacher import whole_teacher_backbone
 from dinov2.train.train import main
 from dinov2.utils.config import load_run_config
 from dinov2.utils.seeds import derive_seed
@@ -337,7 +338,7 @@ def test_the_teacher_that_is_evaluated_has_its_adapters_merged(configured):
     for name, parameter in model.teacher["backbone"].named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    evaluated = model.whole_teacher_backbone()
+    evaluated = whole_teacher_backbone(model)
     assert not any("lora" in name for name, _ in evaluated.named_parameters())
     images = torch.randn(3, 3, 28, 28)
     with torch.no_grad():

@@ -10,6 +10,7 @@ from dinov2.models.vision_transformer import resize_pos_embed, vit_small
 from dinov2.train.batches import resolve_batch_size
 from dinov2.train.evaluation import save_teacher
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.teacher import teacher_state
 from dinov2.train.train import main
 from dinov2.utils.config import load_run_config
 
@@ -41,8 +42,8 @@ def teacher_file(configured, tmp_path):
         torch.manual_seed(seed)
         model = SSLMetaArch(configured("ibot.separate_head=true", *overrides))
         path = tmp_path / "teacher_checkpoint.pth"
-        save_teacher(model.teacher_state(), model, path, 1)
-        return path, model.teacher_state()
+        save_teacher(teacher_state(model), model, path, 1)
+        return path, teacher_state(model)
 
     return write
 
