@@ -124,12 +124,6 @@ class DinoVisionTransformer(nn.Module):
         )
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
 
-        if drop_path_uniform:
-            drop_rates = [drop_path_rate] * depth
-        else:
-            # float32 steps as upstream takes them: the rounding can decide how many samples a block keeps.
-            # The device is named so that nets can be built on "meta".
-            drop_rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         blocks = [
             block_fn(
                 dim=embed_dim,
@@ -144,7 +138,7 @@ class DinoVisionTransformer(nn.Module):
                 ffn_layer=FFN_LAYERS[ffn_layer],
                 init_values=init_values,
             )
-            for drop_rate in drop_rates
+            for drop_rate in _drop_rates(drop_path_rate, depth, drop_path_uniform)
         ]
         self.blocks = nn.ModuleList(_chunk(blocks, block_chunks) if self.chunked_blocks else blocks)
         self.norm = norm_layer(embed_dim)
@@ -303,6 +297,14 @@ class DinoVisionTransformer(nn.Module):
         """Return forward_features' dictionary if `is_training`, else `head` (identity) of the CLS tokens [B, D]."""
         features = self.forward_features(*args, **kwargs)
         return features if is_training else self.head(features["x_norm_clstoken"])
+
+
+def _drop_rates(rate: float, depth: int, uniform: bool) -> list[float]:
+    if uniform:
+        return [rate] * depth
+    # float32 steps as upstream takes them: the rounding can decide how many samples a block keeps. The device is named
+    # so that networks can be built on "meta".
+    return torch.linspace(0, rate, depth, device="cpu").tolist()
 
 
 def _chunk(blocks: list[nn.Module], n_chunks: int) -> list[nn.Module]:

@@ -10,7 +10,6 @@ Dimension key:  W processes, A micro-batches of a process, B images in one, N = 
                 d bottleneck dim
 """
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,8 +32,6 @@ from dinov2.train.finetuning import limit_learning, start_from_weights
 from dinov2.train.monitor import feature_statistics, prototype_use
 from dinov2.train.optimizer import LossScaler, fuse_params_groups, get_params_groups_with_decay
 from dinov2.utils.compilers import obstacle_to_compiling
-
-logger = logging.getLogger("dinov2")
 
 
 class HeadOutput(NamedTuple):
