@@ -180,7 +180,7 @@ class DinoEncoder(Encoder):
     def embed(self, images: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
         parsed = [Kind.parse(kind) for kind in kinds]
         if not any(kind.has_mean or kind.is_grid or kind.n_last > 1 for kind in parsed):
-            cls_token = self.network(normalize_images(images))  # [B, D]; the last block computes it alone
+            cls_token = self.network(normalize_images(images))  # [B, D]
             return dict.fromkeys(kinds, cls_token.float())
         n = max(1, *(kind.n_last for kind in parsed))
         layers = self.network.get_intermediate_layers(normalize_images(images), n=n, return_class_token=True)

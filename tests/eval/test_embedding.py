@@ -158,16 +158,6 @@ def test_the_thread_ends_with_the_loop_and_passes_errors_on():
     assert threads() == []
 
 
-def test_the_last_block_computes_cls_tokens_alone_if_no_other_is_wanted(backbone, pictures):
-    whole = extract(backbone, pictures, image_size=28, progress=False, kinds=["cls", "mean"]).features
-    rows = []
-    backbone.blocks[-1].mlp.register_forward_hook(lambda _module, inputs, _output: rows.append(inputs[0].shape[:-1]))
-    for kind in ("cls", "last1"):
-        alone = extract(backbone, pictures, image_size=28, progress=False, kinds=[kind]).features
-        np.testing.assert_allclose(alone, whole, rtol=0, atol=1e-5)
-    assert [shape.numel() for shape in rows] == [7, 7]
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_cpu_takes_large_batches_in_pieces(precision, backbone, monkeypatch):
     images = torch.randint(0, 256, (21, 3, 28, 28), dtype=torch.uint8)
