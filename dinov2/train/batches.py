@@ -8,7 +8,6 @@ Dimension key:  A micro-batches of a step, W processes, B images of a micro-batc
 """
 
 import itertools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -176,12 +175,3 @@ def collate_micro_batch(
     mask_seed = derive_seed(seed, "masks", first_batch + places[0][0])
     batch = collate(samples, micro_batch=MicroBatch([image for _, image in places], global_batch_size, mask_seed))
     return {**batch, "failures": [failure for sample in samples for failure in sample.failures]}
-
-
-def timed(batches: Iterator[list[dict[str, Any]]], on_wait: Callable[[float], None]) -> Iterator[list[dict[str, Any]]]:
-    """Yield the same batches and report the seconds that each was waited for."""
-    while True:
-        started = time.perf_counter()
-        batch = next(batches)
-        on_wait(time.perf_counter() - started)
-        yield batch
