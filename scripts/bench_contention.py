@@ -54,7 +54,7 @@ def step_in_this_process(args: argparse.Namespace) -> None:
 
     def seconds() -> float:
         started = time.perf_counter()
-        step([batch])
+        step(batch)
         return time.perf_counter() - started
 
     seconds()  # the first step allocates

@@ -36,6 +36,7 @@ class Supervision:
         self.timeout_seconds, self.metrics, self.signals = hang_timeout_seconds, metrics, signals
         self.folder = folder
         self._timer: threading.Timer | None = None
+        log_file(folder.path, get_rank()).parent.mkdir(parents=True, exist_ok=True)
         self._stacks = open(log_file(folder.path, get_rank()), "a", encoding="utf-8")  # noqa: SIM115
 
     def __enter__(self) -> "Supervision":

@@ -506,7 +506,7 @@ def test_mistakes_in_lists_show_before_anything_is_embedded(checkpoint, tmp_path
     message = r"lacks the column\(s\) 'Label'; its first line has \['Image Path', 'Class'\]"
     expect_nothing(tmp_path, capsys, message, *listed("Image Path,Class", "cells/basophil/00.png,basophil"))
     flags = listed("Image Path,Label", "cells/basophil/00.png,basophil", "gone.png,eosinophil")
-    expect_nothing(tmp_path, capsys, "1 of the 2 pictures in .* do not exist", *flags, error=FileNotFoundError)
+    expect_nothing(tmp_path, capsys, "1 of the 2 images in .* do not exist", *flags, error=FileNotFoundError)
     flags = listed("Image Path,Label", "cells/basophil/00.png,basophil", "cells/basophil/01.png,")
     expect_nothing(tmp_path, capsys, "line 3: no value for 'Label'", *flags)
     flags = listed("Image Path,Label", *(f"cells/basophil/{i:02d}.png,basophil" for i in range(2)))

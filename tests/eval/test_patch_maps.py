@@ -86,8 +86,7 @@ def test_the_attention_of_the_fused_kernel_gives_the_same_output(formulas):
     for hook in hooks:
         hook.remove()
     values = seen["qkv"].unflatten(-1, (3, HEADS, -1))[:, :, 2]  # [B, N, heads, d]
-    of_cls = torch.einsum("bhk,bkhd->bhd", weights[:, :, 0], values).flatten(1)  # all that the last layer goes on with
-    torch.testing.assert_close(of_cls, seen["joined"])
+    torch.testing.assert_close(torch.einsum("bhqk,bkhd->bqhd", weights, values).flatten(2), seen["joined"])
 
 
 def test_attention_does_not_depend_on_the_backend(formulas):

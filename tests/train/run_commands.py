@@ -36,14 +36,30 @@ class StopIn(StopSignals):
     def received(self, value: int | None) -> None: ...
 
 
-def recording(make_data_loader, path: Path):
-    """The loader, with a line for the indices of each batch that is taken from it."""
+class RecordedDataset:
+    """A dataset that keeps the indices of the images that were read."""
 
-    def make(**settings) -> Iterator:
-        for samples in make_data_loader(**settings):
+    def __init__(self, dataset) -> None:
+        self.dataset, self.indices = dataset, []
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int):
+        self.indices.append(int(index))
+        return self.dataset[index]
+
+
+def recording(make_data_loader, path: Path):
+    """The loader (without workers), with a line for the indices of each batch that is taken from it."""
+
+    def make(*, dataset, **settings) -> Iterator:
+        recorded = RecordedDataset(dataset)
+        for batch in make_data_loader(dataset=recorded, **settings):
             with open(path, "a") as file:
-                file.write(json.dumps(samples.indices.tolist()) + "\n")
-            yield samples
+                file.write(json.dumps(recorded.indices) + "\n")
+            recorded.indices.clear()
+            yield batch
 
     return make
 

@@ -386,7 +386,7 @@ NETWORKS = [
     f"compute_precision.{r}.{p}" for r in ("student", "teacher") for p in ("backbone", "dino_head", "ibot_head")
 ]
 WAYS = {"NO_SHARD": BOTH, "SHARD_GRAD_OP": [*BOTH, "train.batch_size_per_gpu=2"]}
-LARGE_BATCH = ["train.global_batch_size=12", "train.batch_size_per_gpu=12"]
+LARGE_BATCH = ["train.global_batch_size=12", "train.batch_size_per_gpu=12", "student.drop_path_rate=0"]
 
 
 class CountingHandler(SimpleHTTPRequestHandler):

@@ -28,9 +28,8 @@ SHRUNK = [
 ]
 STEPS = 4
 DINOBLOOM = ["--config-file", str(CONFIG_FOLDER / "train" / "custom.yaml")]
-# Four blocks: where stochastic depth drops the attention of a picture in every block, its CLS token has not seen it and
-# equals that of others, and which of them is KoLeo's nearest neighbour is a matter of their order.
-DINOV2 = ["student.drop_path_rate=0.3", "student.depth=4", "train.centering=centering"]
+# Without stochastic depth, for which each process draws its own samples
+DINOV2 = ["student.drop_path_rate=0", "train.centering=centering"]
 RECIPES = {"dinobloom": DINOBLOOM, "dinov2": DINOV2}
 
 
@@ -175,11 +174,12 @@ def test_bf16_agrees_within_its_rounding(runs, name):
         assert ours[-1][name] == pytest.approx(theirs[-1][name], rel=5e-2, abs=1e-2), name
 
 
-def test_koleo_within_a_part_is_that_of_a_process(runs):
-    """Two processes, and one that takes the same halves one after the other."""
-    assert_same_run(runs / "dinobloom local koleo 2", runs / "dinobloom local koleo 1", 1e-5, 1e-3, 2e-4)
-    local, whole = (rows(runs / name)[0]["koleo_loss"] for name in ("dinobloom local koleo 1", "dinobloom fp32 1"))
-    assert local < whole - 0.001  # fewer pictures, farther neighbours
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_local_koleo_compares_the_images_of_one_micro_batch_only(runs, n_processes):
+    """Two processes of one micro-batch, or one process of two."""
+    names = (f"dinobloom local koleo {n_processes}", "dinobloom fp32 1")
+    local, whole = (rows(runs / name)[0]["koleo_loss"] for name in names)
+    assert local < whole - 0.001  # fewer images, farther neighbours
 
 
 def pictures(path: Path, n_processes: int) -> list[list[int]]:

@@ -29,4 +29,4 @@ def test_the_torchrun_command(tmp_path, picture_list, tiny_overrides, readme_com
     assert done.returncode == 0, done.stderr[-3000:]
     lines = (tmp_path / "first" / "training_metrics.json").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [0, 1, 2, 3]
-    assert "processes 2 x 4 pictures at a time" in (tmp_path / "first" / "logs" / "log.txt").read_text()
+    assert "processes 2 x 4 images at a time" in (tmp_path / "first" / "logs" / "log.txt").read_text()

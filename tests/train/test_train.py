@@ -333,7 +333,7 @@ def test_lists_that_cannot_be_used(failing, tmp_path):
         folder.mkdir()
     assert "no *.txt" in told(empty)
     (blank / "list.txt").write_text("\n# only a comment\n")
-    assert "name no picture" in told(blank)
+    assert "name no image" in told(blank)
     (missing / "list.txt").write_text("".join(f"gone/{i}.png\n" for i in range(30)))
     assert "gone/0.png" in told(missing)
 
