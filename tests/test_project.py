@@ -95,7 +95,8 @@ def test_every_import_is_a_requirement_and_every_requirement_is_imported():
     listed = {re.split(r"[^\w.-]", line)[0].lower() for line in requirement_lines()}
     imported = imported_distributions()
     assert {name: line for name, line in imported.items() if name not in listed | EXTRAS} == {}
-    assert listed - imported.keys() == set()
+    through_torch = {"tensorboard"}  # torch.utils.tensorboard imports it
+    assert listed - imported.keys() == through_torch
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
