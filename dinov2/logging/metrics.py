@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dinov2.distributed import is_main_process
-from dinov2.logging.projector import EmbeddedCells
 from dinov2.logging.step_clock import StepClock
 from dinov2.logging.trackers import Tracker
 from dinov2.utils.files import atomic_write
@@ -126,18 +125,9 @@ class MetricLogger:
         self.newest_evaluation = {"iteration": done, **values}
         self._track(lambda tracker: tracker.log(values, max(done - 1, 0)))
 
-    @property
-    def shows_images(self) -> bool:
-        """Whether any tracker shows images."""
-        return any(tracker.shows_images for tracker in self.trackers)
-
     def log_images(self, done: int, images: Mapping[str, np.ndarray]) -> None:
         """Pass images uint8 [height, width, 3], by name, of the run after `done` iterations on to the trackers."""
         self._track(lambda tracker: tracker.log_images(images, max(done - 1, 0)))
-
-    def log_cells(self, done: int, sets: Sequence[EmbeddedCells]) -> None:
-        """Pass cells, with their features after `done` iterations, on to the trackers."""
-        self._track(lambda tracker: tracker.log_cells(sets, done))
 
     def _track(self, action: Callable[[Tracker], None]) -> None:
         """Run `action` for each tracker. One that cannot write, on a full disk say, is dropped: the run goes on."""

@@ -2,23 +2,20 @@
 
 import logging
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dinov2.distributed import is_main_process
-from dinov2.logging.projector import EmbeddedCells, write_projector
 from dinov2.utils.files import atomic_write
 
 logger = logging.getLogger("dinov2")
 
 
 class Tracker:
-    """A place that follows a run's numbers; one with `shows_images` takes images and embedded cells, too."""
-
-    shows_images = False
+    """A place that follows a run's numbers and, if it can show them, images."""
 
     def log(self, values: Mapping[str, float], iteration: int) -> None:
         raise NotImplementedError
@@ -26,16 +23,11 @@ class Tracker:
     def log_images(self, images: Mapping[str, np.ndarray], iteration: int) -> None:
         """Show images, uint8 [height, width, 3], by name."""
 
-    def log_cells(self, sets: Sequence[EmbeddedCells], iteration: int) -> None:
-        """Show cells with their features."""
-
     def close(self) -> None:
         raise NotImplementedError
 
 
 class TensorBoard(Tracker):
-    shows_images = True
-
     def __init__(self, folder: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -48,9 +40,6 @@ class TensorBoard(Tracker):
     def log_images(self, images: Mapping[str, np.ndarray], iteration: int) -> None:
         for name, image in images.items():
             self._writer.add_image(f"views/{name}", image, iteration, dataformats="HWC")
-
-    def log_cells(self, sets: Sequence[EmbeddedCells], iteration: int) -> None:
-        write_projector(self._writer, sets, iteration)
 
     def close(self) -> None:
         self._writer.close()

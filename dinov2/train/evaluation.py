@@ -14,29 +14,31 @@ Letters: N cells, D embedding dim
 import json
 import logging
 import math
+import os
 import random
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
-from dinov2.data.datasets.decode import decode_image, resize_image
 from dinov2.data.datasets.labelled_cells import LabelledCells
+from dinov2.data.splits import make_folds
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, on_main_process
+from dinov2.eval.cell_sets import without_copies
 from dinov2.eval.embedding import extract
 from dinov2.eval.knn import evaluate_knn
 from dinov2.eval.linear import fit_linear_probe
 from dinov2.eval.metrics import classification_metrics
 from dinov2.logging import MetricLogger
-from dinov2.logging.projector import EmbeddedCells
 from dinov2.models import architecture
-from dinov2.train.labelled_sets import LabelledSet, read_labelled_sets, without_copied_images
 from dinov2.train.monitor import feature_statistics
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.teacher import teacher_state, whole_teacher_backbone
@@ -52,9 +54,26 @@ TRACKED_METRICS = ("accuracy", "balanced_accuracy", "weighted_f1")  # of each me
 PROTOTYPE_USE = ("prototype_use", "patch_prototype_use")  # of the newest step, as training_metrics.json has them
 # What may go wrong in an evaluation without ending the training
 EVALUATION_ERRORS = (OSError, ValueError, KeyError, MemoryError, torch.OutOfMemoryError)
-MAX_PROJECTED_CELLS, THUMBNAIL_PX = 1000, 40  # of a set, in TensorBoard's projector
+# A set is split into the first of the folds that the evaluation commands make of it by default
+N_FOLDS, SPLIT_SEED = 5, 0
 
-Result = TypeVar("Result")
+
+@dataclass(frozen=True, eq=False)
+class LabelledSet:
+    """Training and test cells of one entry of evaluation.datasets.
+
+    Attributes:
+        name: of the set, in logs and results.
+        train, test: with the same `class_names`; no image is in both.
+        ks: numbers of neighbours for kNN, ascending.
+        with_linear: whether a linear probe is fitted, too.
+    """
+
+    name: str
+    train: LabelledCells
+    test: LabelledCells
+    ks: list[int]
+    with_linear: bool
 
 
 class TeacherEvaluation:
@@ -70,7 +89,6 @@ class TeacherEvaluation:
         self.cfg = cfg
         self.sets = read_labelled_sets(cfg.evaluation)
         self.n_failed = 0
-        self._thumbnails: dict[Path, np.ndarray] = {}
 
     @cached_property
     def _sets_without_copies(self) -> list[LabelledSet]:
@@ -107,9 +125,7 @@ class TeacherEvaluation:
         try:
             with random_state_kept(model.device), fast_matmul_within(False, model.device):  # as the commands have it
                 features = self._extract(model)
-                _raise_errors(
-                    [on_main_process(lambda: _attempt(self._write, features, model, run_folder, done, metrics))]
-                )
+                on_main_process(lambda: self._write(features, model, run_folder, done, metrics))
         except EVALUATION_ERRORS as error:
             self.n_failed += 1
             text = "the teacher after iteration %d could not be evaluated: %s (failed evaluations so far: %d)"
@@ -126,24 +142,28 @@ class TeacherEvaluation:
         backbone = whole_teacher_backbone(model)
         paths = list(dict.fromkeys(path for each in self.sets for path in (*each.train.paths, *each.test.paths)))
         own_paths = paths[get_rank() :: get_world_size()]
-
-        def extract_share() -> dict[Path, np.ndarray]:
-            if not own_paths:  # there may be fewer images than processes
-                return {}
-            extraction = extract(
-                backbone,
-                own_paths,
-                image_size=self.cfg.crops.global_crops_size,
-                batch_size=self.cfg.evaluation.batch_size,
-                device=model.device,
-                num_workers=self.cfg.train.num_workers,
-                progress=False,
-                fp32_matmul=self.cfg.compute_precision.fp32_matmul,
-            )
-            return {own_paths[i]: row for i, row in zip(extraction.kept, extraction.features, strict=True)}
-
-        shares = _raise_errors(all_gather_objects(_attempt(extract_share)))
-        return {path: row for share in shares for path, row in share.items()}
+        outcome: dict[Path, np.ndarray] | Exception = {}
+        try:
+            if own_paths:  # there may be fewer images than processes
+                extraction = extract(
+                    backbone,
+                    own_paths,
+                    image_size=self.cfg.crops.global_crops_size,
+                    batch_size=self.cfg.evaluation.batch_size,
+                    device=model.device,
+                    num_workers=self.cfg.train.num_workers,
+                    progress=False,
+                    fp32_matmul=self.cfg.compute_precision.fp32_matmul,
+                )
+                outcome = {own_paths[i]: row for i, row in zip(extraction.kept, extraction.features, strict=True)}
+        except EVALUATION_ERRORS as error:
+            outcome = error.with_traceback(None)  # which would keep its tensors in memory
+        features: dict[Path, np.ndarray] = {}
+        for share in all_gather_objects(outcome):
+            if isinstance(share, Exception):
+                raise share
+            features |= share
+        return features
 
     def _write(
         self,
@@ -170,45 +190,6 @@ class TeacherEvaluation:
         _log_results(results, _write_best(run_folder / "eval", done, score(results)[0]))
         if metrics is not None:
             metrics.log_evaluation(done, _tracked_values(results))
-            if metrics.shows_images:
-                metrics.log_cells(done, [self._projected_cells(labelled, features) for labelled in sets])
-
-    def _projected_cells(self, labelled: LabelledSet, features: Mapping[Path, np.ndarray]) -> EmbeddedCells:
-        """Choose up to MAX_PROJECTED_CELLS cells of a set, evenly from its list, for TensorBoard's projector."""
-        rows = [
-            (path, cells.class_names[label], side, cells.patients[i] if cells.patients is not None else "")
-            for side, cells in (("train", labelled.train), ("test", labelled.test))
-            for i, (path, label) in enumerate(zip(cells.paths, cells.labels, strict=True))
-            if path in features
-        ]
-        chosen = np.linspace(0, len(rows) - 1, min(len(rows), MAX_PROJECTED_CELLS)).round().astype(int)
-        paths, classes, sides, patients = zip(*(rows[i] for i in chosen), strict=True)
-        for path in paths:
-            if path not in self._thumbnails:
-                self._thumbnails[path] = resize_image(decode_image(path), THUMBNAIL_PX).numpy()
-        columns = {"class": classes, "side": sides, "image": [str(path) for path in paths]}
-        if any(patients):
-            columns["patient"] = patients
-        images = np.stack([self._thumbnails[path] for path in paths])
-        return EmbeddedCells(labelled.name, np.stack([features[path] for path in paths]), columns, images)
-
-
-def _attempt(action: Callable[..., Result], *arguments: Any) -> Result | Exception:
-    """Return the result of `action`, or its error without the traceback, which would keep its tensors in memory."""
-    try:
-        return action(*arguments)
-    except EVALUATION_ERRORS as error:
-        return error.with_traceback(None)
-
-
-def _raise_errors(outcomes: Sequence[Result | Exception]) -> list[Result]:
-    """Return the outcomes of all processes; raise the first error among them."""
-    results = []
-    for outcome in outcomes:
-        if isinstance(outcome, Exception):
-            raise outcome
-        results.append(outcome)
-    return results
 
 
 @contextmanager
@@ -344,3 +325,116 @@ def _remove_teachers(folder: Path, done: int, n_kept: int) -> None:
                     teacher.parent.rmdir()
     except OSError as error:
         logger.warning("teachers beyond those of evaluation.keep_teachers could not be removed: %s", error)
+
+
+# --- labelled sets ---------------------------------------------------------------------------------------------------
+
+
+def read_labelled_sets(evaluation: Any) -> list[LabelledSet]:
+    """Read and check the sets of a configuration's section `evaluation`, in its order.
+
+    `{name, train, test}` are two sets; `{name, data}` is one, a fifth of which is tested: stratified, whole patients
+    where it names them, the same cells in every run.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: which set is wrong, in what, and what to write instead.
+    """
+    given: Any = OmegaConf.to_container(evaluation.datasets, resolve=True)
+    entries = [{"linear": evaluation.linear, "knn_k": list(evaluation.knn_k), **entry} for entry in given]
+    for number, entry in enumerate(entries, start=1):
+        _check_entry(entry, f"evaluation.datasets, {entry.get('name') or f'entry {number}'}")
+    names = [entry["name"] for entry in entries]
+    if len(set(names)) < len(names):
+        raise ValueError(f"evaluation.datasets: two sets have the same name among {', '.join(names)}; rename one")
+    sets = []
+    for entry in entries:
+        try:
+            sets.append(_read(entry))
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"evaluation.datasets, {entry['name']}: {error}") from error
+    return sets
+
+
+def without_copied_images(labelled: LabelledSet) -> LabelledSet:
+    """Drop training images that have the bytes of a test image. Reads all files that are equally long.
+
+    Raises:
+        ValueError: if none is left to train on.
+    """
+    n_train = len(labelled.train)
+    paths = [str(path) for path in (*labelled.train.paths, *labelled.test.paths)]
+    ((kept, _),), _ = without_copies(paths, [(np.arange(n_train), np.arange(n_train, len(paths)))])
+    return replace(labelled, train=_select(labelled.train, kept))
+
+
+def _check_entry(entry: Mapping[str, Any], where: str) -> None:
+    for key in entry.keys() - {"name", "data", "train", "test", "linear", "knn_k"}:
+        raise KeyError(f"{where}: unknown key {key}; there are name, data, train, test, linear, knn_k")
+    for key in entry.keys() & {"name", "data", "train", "test"}:
+        if not isinstance(entry[key], str):
+            raise ValueError(f"{where}: {key} must be a text (in quotes, if it is a number), found {entry[key]!r}")
+    if not isinstance(entry["linear"], bool):
+        raise ValueError(f"{where}: linear must be true or false, found {entry['linear']!r}")
+    ks = entry["knn_k"]
+    if not isinstance(ks, list) or not ks or not all(type(k) is int and k >= 1 for k in ks):
+        raise ValueError(f"{where}: knn_k must be a list of whole numbers above 0, like [1, 20], found {ks!r}")
+    if not entry.get("name"):
+        raise ValueError(f"{where}: it has no name; add one, which its results go by")
+    given = [key for key in ("data", "train", "test") if entry.get(key)]
+    if given not in (["data"], ["train", "test"]):
+        raise ValueError(
+            f"{where}: found {' and '.join(given) or 'no cells'}; give data (one set, split here), or train and test"
+        )
+
+
+def _read(entry: Mapping[str, Any]) -> LabelledSet:
+    if entry.get("data"):
+        train, test = _split(LabelledCells.from_path(entry["data"]))
+    else:
+        train = LabelledCells.from_path(entry["train"])
+        test = LabelledCells.from_path(entry["test"], train.class_names)
+    labelled = LabelledSet(entry["name"], train, test, sorted(set(entry["knn_k"])), entry["linear"])
+    _check_sides(labelled)
+    return labelled
+
+
+def _split(cells: LabelledCells) -> tuple[LabelledCells, LabelledCells]:
+    try:
+        train, test = make_folds(cells.labels, cells.patients, N_FOLDS, SPLIT_SEED)[0]
+    except ValueError as error:
+        n_patients = "" if cells.patients is None else f" of {len(set(cells.patients))} patients"
+        raise ValueError(
+            f"a fifth of its {len(cells)} cells{n_patients} cannot be set apart, by class and by whole patients; give "
+            f"train and test instead of data"
+        ) from error
+    return _select(cells, train), _select(cells, test)
+
+
+def _select(cells: LabelledCells, positions: np.ndarray) -> LabelledCells:
+    patients = None if cells.patients is None else [cells.patients[i] for i in positions]
+    return LabelledCells([cells.paths[i] for i in positions], cells.labels[positions], cells.class_names, patients)
+
+
+def _check_sides(labelled: LabelledSet) -> None:
+    train, test = labelled.train, labelled.test
+    train_files, test_files = ({os.path.realpath(path) for path in cells.paths} for cells in (train, test))
+    if shared := train_files & test_files:
+        raise ValueError(
+            f"training and test cells share {len(shared)} images, for instance {min(shared)}; an image may be in only "
+            f"one of them: remove it from the other, or list it once"
+        )
+    train_labels = set(train.labels.tolist())
+    if len(train_labels) < 2:
+        raise ValueError(
+            f"all {len(train)} training cells are of class {train.class_names[train.labels[0]]!r}; two classes or more "
+            f"are needed"
+        )
+    if labelled.ks[-1] > len(train):
+        raise ValueError(
+            f"knn_k asks for {labelled.ks[-1]} neighbours of {len(train)} training cells; choose numbers up to that"
+        )
+    if unseen := sorted(set(test.labels.tolist()) - train_labels):
+        names = ", ".join(test.class_names[i] for i in unseen)
+        logger.warning("%s: test classes without a training cell, always predicted wrong: %s", labelled.name, names)
+    if shared_patients := set(train.patients or ()) & set(test.patients or ()):
+        logger.warning("%s: %d patients have cells in both train and test", labelled.name, len(shared_patients))

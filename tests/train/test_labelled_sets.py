@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from dinov2.data.splits import make_folds
-from dinov2.train.labelled_sets import read_labelled_sets, without_copied_images
+from dinov2.train.evaluation import read_labelled_sets, without_copied_images
 
 
 def read(*datasets, linear=False, knn_k=(1,)):
@@ -67,7 +67,7 @@ def test_a_set_has_settings_of_its_own(folders):
         ({"name": None}, ValueError, "entry 1: name must be a text"),
         ({"name": ""}, ValueError, "entry 1: it has no name; add one"),
         ({"name": 3}, ValueError, "name must be a text .in quotes"),
-        ({"tset": "x"}, KeyError, "x: unknown key tset; did you mean test"),
+        ({"tset": "x"}, KeyError, "x: unknown key tset; there are name, data, train, test"),
         ({"zzz": "x"}, KeyError, "there are name, data, train, test, linear, knn_k"),
         ({"data": "x"}, ValueError, "x: found data and train and test; give data .one set, split here., or train"),
         ({"test": ""}, ValueError, "x: found train; give"),
