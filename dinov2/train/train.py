@@ -31,7 +31,7 @@ from dinov2.train.batches import TrainBatches, build_augmentation, build_dataset
 from dinov2.train.dry_run import count_step_flops, dry_run, find_batch_size, measured_matmul_rate
 from dinov2.train.evaluation import TeacherEvaluation
 from dinov2.train.micro_batches import forward_backward
-from dinov2.train.monitor import CollapseMonitor, StepProfile
+from dinov2.train.monitor import CollapseMonitor, profiled_steps
 from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
 from dinov2.train.plan import describe_environment, describe_run, run_environment
 from dinov2.train.run_folder import RunFolder, TrainState, open_metrics, run_folder_path
@@ -70,7 +70,7 @@ def train(
     with (
         closing(open_metrics(cfg, folder.path, progress.iteration, schedules)) as metrics,
         Supervision(cfg.train.hang_timeout_seconds, folder, metrics, signals) as supervision,
-        StepProfile(folder.path / "profile", n_profiled, model.device) as profile,
+        profiled_steps(folder.path / "profile", n_profiled, model.device) as end_profiled_step,
     ):
         clock, flops = measure_speed(model, metrics)
         if progress.iteration == 0:  # the untrained network
@@ -101,7 +101,7 @@ def train(
             with clock.stage("teacher update"):
                 model.update_teacher(now.teacher_momentum)  # teacher <- m * teacher + (1 - m) * student
             progress.advance(schedules.global_batch_size)
-            profile.step()
+            end_profiled_step()
 
             logged = {**guard.log_values(losses, norms), **means}
             rows = metrics.update(iteration, now.log_values(), logged, flops[now.backbone_is_frozen])

@@ -186,7 +186,7 @@ def test_a_warning_says_number_limit_iterations_meaning_and_what_to_try():
     assert "iterations 100 to 119" in text
     assert "does not learn to tell them apart" in text
     for advice in (
-        "student.layerscale=1.0 (at 1e-05",
+        "student.layerscale=1.0 (now 1e-05",
         "down to 0.02 (now 0.04 and 0.07)",
         "a larger batch (now 32 images a step)",
         "fewer prototypes (dino.head_n_prototypes=256 for 64 crops a step)",
@@ -198,17 +198,12 @@ def test_a_warning_says_number_limit_iterations_meaning_and_what_to_try():
     assert (RECIPES / "small_from_scratch.yaml").is_file()
 
 
-def test_advice_leaves_out_what_is_so_already():
-    sharp = ["teacher.warmup_teacher_temp=0.02", "teacher.teacher_temp=0.02", "student.layerscale=1.0"]
-    cfg = small_config(64, *sharp, "student.pretrained_weights=vits14.pth")
+def test_a_run_from_weights_has_other_advice():
+    cfg = small_config(64, "student.pretrained_weights=vits14.pth")
     [text] = CollapseMonitor(cfg, 300).check(rows_of(300, 64))
-    for absent in ("layerscale", "sharper", "fewer prototypes", "released weights", "small_from_scratch"):
-        assert absent not in text
     assert "too high a one undoes the weights" in text
-    vanishing = rows_of(300, 256, cls=0.8, patch=(1.0, 0.02))
-    for centering, is_advised in (("centering", True), ("sinkhorn_knopp", False)):
-        [text] = CollapseMonitor(small_config(256, f"train.centering={centering}"), 300).check(vanishing)
-        assert ("train.centering=sinkhorn_knopp" in text) is is_advised
+    for absent in ("layerscale", "released weights", "small_from_scratch"):
+        assert absent not in text
 
 
 # Means of twenty iterations each, recorded on blood cells (K = 256, batch 32, losses in nats).
@@ -349,7 +344,7 @@ def test_single_noisy_values_are_no_findings():
 def test_absent_and_nan_values_are_passed_over():
     rows = rows_of(400, 256, cls=1.0, patch=0.8, **HEALTHY, smooth_rank_loss=1.0)
     for i, row in enumerate(rows):
-        if i % 10:  # statistics of one step in ten
+        if i % 3:  # statistics of one step in three
             for name in HEALTHY:
                 del row[name]
         else:
@@ -358,7 +353,9 @@ def test_absent_and_nan_values_are_passed_over():
             row["dino_global_crops_loss"] = math.nan if i % 2 else math.inf
     texts = check_by_tens(CollapseMonitor(small_config(256), 400), rows)
     assert kinds(texts) == ["uniform", "rank"]
-    assert "iterations 100 to 140" in texts[1]  # five values are waited for
+    assert "iterations 100 to 119" in texts[1]
+    few = [{"iteration": i, "effective_rank": 1.1} if i % 5 == 0 else {"iteration": i} for i in range(400)]
+    assert CollapseMonitor(small_config(256), 400).check(few) == []  # four values in each window
     without_losses = [{"iteration": i} for i in range(400)]
     assert CollapseMonitor(small_config(256, "dino.loss_weight=0"), 400).check(without_losses) == []
 
