@@ -33,10 +33,17 @@ from dinov2.train.evaluation import TeacherEvaluation
 from dinov2.train.micro_batches import forward_backward
 from dinov2.train.monitor import CollapseMonitor, profiled_steps
 from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
-from dinov2.train.plan import describe_environment, describe_run, run_environment
 from dinov2.train.run_folder import RunFolder, TrainState, open_metrics, run_folder_path
 from dinov2.train.schedules import Schedules
-from dinov2.train.setup import fill_cache, read_settings, resolve_arch, set_up_device
+from dinov2.train.setup import (
+    describe_environment,
+    describe_run,
+    fill_cache,
+    read_settings,
+    resolve_arch,
+    run_environment,
+    set_up_device,
+)
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.supervision import Supervision
 from dinov2.train.views import TrainingViews

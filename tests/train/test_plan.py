@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from dinov2.train.plan import describe_sets
+from dinov2.train.setup import describe_sets
 
 
 def lines(sizes, n_seen, weights=(), temperature=1.0):
@@ -35,7 +35,7 @@ def test_how_often_each_set_is_seen():
 
 
 @pytest.mark.parametrize("n_sets", [12, 13, 60])
-def test_of_many_sets_the_most_seen_and_most_repeated_have_lines(n_sets):
+def test_of_many_sets_the_most_seen_have_lines(n_sets):
     _, *rows = lines([1000 * (i + 1) for i in range(n_sets)], 10**6, weights={"set0": 50})
     assert len(rows) == min(n_sets, 13)
     assert any(row.split()[0] == "set0" for row in rows)
