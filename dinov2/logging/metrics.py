@@ -50,18 +50,11 @@ class MetricLogger:
         self.newest_evaluation: dict[str, float] = {}
         self._pending: list[tuple[dict[str, float], dict[str, Tensor]]] = []
         self._unwritten = ""
-        self._data_seconds = self._flops = 0.0
+        self._flops = 0.0
         self._start, self._started = start, time.perf_counter()
         self._flushed_at = self._started
         if is_main_process():
             _keep_lines_before(path, start)
-
-    @contextmanager
-    def data_wait(self) -> Iterator[None]:
-        """Count the time of the block as waiting for data."""
-        started = time.perf_counter()
-        yield
-        self._data_seconds += time.perf_counter() - started
 
     def update(
         self, iteration: int, values: dict[str, float], device_values: dict[str, Tensor], flops: float = 0.0
@@ -99,7 +92,7 @@ class MetricLogger:
 
         self._track(log_rows)
         self._pending.clear()
-        self._data_seconds = self._flops = 0.0
+        self._flops = 0.0
         self._flushed_at, self.newest = now, rows[-1]
         if self.clock is not None:
             self.clock.restart()  # writing and showing them is no part of a step
@@ -110,13 +103,13 @@ class MetricLogger:
         seconds = (now - self._flushed_at) / n
         rates = {
             "iter_time": seconds,
-            "data_time": self._data_seconds / n,
             "images_per_second": self.batch_size / seconds,
         }
         if self.matmul_rate is not None:
             rates["matmul_share"] = self._flops / n / seconds / self.matmul_rate
-        if self.clock is not None:  # after the wait for the device: these need none of their own
-            rates |= {f"{LAP_PREFIX}{name.replace(' ', '_')}": lap for name, lap in self.clock.means().items()}
+        laps = self.clock.means() if self.clock is not None else {}  # waits for the device, which flush did already
+        rates["data_time"] = laps.get("data", 0.0)
+        rates |= {f"{LAP_PREFIX}{name.replace(' ', '_')}": seconds for name, seconds in laps.items()}
         return rates
 
     def log_evaluation(self, done: int, values: Mapping[str, float]) -> None:
@@ -199,8 +192,7 @@ def is_time(column: str) -> bool:
 def _split(row: Mapping[str, float]) -> str:
     """Describe where the time went: "62 % of matmul rate; data 1 %, teacher 27 %, student 28 %, backward 43 %, ..."."""
     laps = {name.removeprefix(LAP_PREFIX): row[name] for name in row if name.startswith(LAP_PREFIX)}
-    shares = {name: 100 * value / row["iter_time"] for name, value in (laps or {"data": row["data_time"]}).items()}
-    parts = ", ".join(f"{name.replace('_', ' ')} {share:.0f} %" for name, share in shares.items())
+    parts = ", ".join(f"{name.replace('_', ' ')} {100 * lap / row['iter_time']:.0f} %" for name, lap in laps.items())
     return f"{100 * row['matmul_share']:.0f} % of matmul rate; {parts}" if "matmul_share" in row else parts
 
 

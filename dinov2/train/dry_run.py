@@ -54,7 +54,7 @@ def count_step_flops(cfg: Any, *, backbone_is_frozen: bool = False) -> int:
         backbone_is_frozen: as in the first `optim.freeze_backbone_iterations` steps.
     """
     crops, ibot, batch_size = cfg.crops, cfg.ibot, cfg.train.batch_size_per_gpu
-    with torch.device("meta"), torch.random.fork_rng([]):  # the run's own random numbers stay as they are
+    with torch.device("meta"):
         model = SSLMetaArch(cfg, load_weights=False)
         for head in (*model.student.values(), *model.teacher.values()):
             if isinstance(
@@ -79,7 +79,7 @@ def count_step_flops(cfg: Any, *, backbone_is_frozen: bool = False) -> int:
             total = total + head(tokens[0]["x_norm_patchtokens"].flatten(0, 1)[:n_masked]).sum()
         return total
 
-    with FlopCounterMode(display=False) as counter, torch.random.fork_rng([]):
+    with FlopCounterMode(display=False) as counter:
         with torch.no_grad():
             sum_of_logits(model.teacher, [model.teacher["backbone"](batches[0], is_training=True)])
         with torch.set_grad_enabled(not backbone_is_frozen):
@@ -96,9 +96,8 @@ def measured_matmul_rate(device: torch.device | str, dtype: torch.dtype) -> floa
     """
     device = torch.device(device)
     side = 16384 // dtype.itemsize if device.type == "cuda" else 1024
-    generator = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay as they are
     # Numbers as they occur in training: a GPU multiplies zeros at a higher clock
-    a, b = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     timer = Timer("torch.mm(a, b.T, out=out)", globals={"a": a, "b": b, "out": torch.empty_like(a)})
     timer.timeit(1)  # chooses a kernel
     return 2 * side**3 / timer.blocked_autorange(min_run_time=0.1).median

@@ -6,7 +6,7 @@
 
 Both are those of protocol `dinobloom` (dinov2/eval/knn.py, linear.py), on CLS tokens. The best teacher has the highest
 balanced accuracy of kNN with the largest k, as the mean over the sets. A run with evaluations has the losses and
-weights of a run without: they draw no number of its streams.
+weights of a run without: each step seeds its random numbers itself.
 
 Letters: N cells, D embedding dim
 """
@@ -15,10 +15,8 @@ import json
 import logging
 import math
 import os
-import random
 import statistics
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -123,7 +121,7 @@ class TeacherEvaluation:
         if not self.sets:
             return True
         try:
-            with random_state_kept(model.device), fast_matmul_within(False, model.device):  # as the commands have it
+            with fast_matmul_within(False, model.device):  # as the commands have it
                 features = self._extract(model)
                 on_main_process(lambda: self._write(features, model, run_folder, done, metrics))
         except EVALUATION_ERRORS as error:
@@ -190,18 +188,6 @@ class TeacherEvaluation:
         _log_results(results, _write_best(run_folder / "eval", done, score(results)[0]))
         if metrics is not None:
             metrics.log_evaluation(done, _tracked_values(results))
-
-
-@contextmanager
-def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Restore the random state afterwards: later draws are those that there would have been without the block."""
-    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)  # noqa: NPY002
 
 
 def save_teacher(state: dict[str, Tensor], model: SSLMetaArch, path: Path, done: int) -> None:

@@ -177,8 +177,8 @@ def describe_sets(cfg: Any, dataset: HemaStandardDataset, n_seen: int) -> Iterat
     yield f"sets      {len(names)}, seen {'as many as there are' if balance.is_natural else 'as balanced'}:"
     for i in order[:N_SETS_SHOWN]:
         yield (
-            f"          {names[i]:<{width}}  {sizes[i]:>11,} images, {shares[i]:6.2%} of the run's images, {passes[i]:,.1f} passes "
-            "over it"
+            f"          {names[i]:<{width}}  {sizes[i]:>11,} images, {shares[i]:6.2%} of the run's images, "
+            f"{passes[i]:,.1f} passes over it"
         )
     if len(rest):
         yield (

@@ -87,7 +87,7 @@ def train(
         while progress.iteration < schedules.n_iterations and not must_stop:
             iteration = progress.iteration
             supervision.begin_step()
-            with clock.stage("data"), metrics.data_wait():
+            with clock.stage("data"):
                 micro_batches = next(stream)
             if iteration == 0:
                 with supervision.pause("running"):

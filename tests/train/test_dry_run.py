@@ -87,14 +87,6 @@ def test_what_needs_no_gradient_or_is_dropped_is_not_counted(make, overrides):
     assert 0.4 * whole < less < 0.95 * whole
 
 
-def test_counting_and_measuring_draw_no_number_of_the_run(make):
-    cfg, _, _ = make()
-    before = torch.get_rng_state()
-    count_step_flops(cfg)
-    measured_matmul_rate("cpu", torch.float32)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_the_rate_is_that_of_the_product_that_was_timed(monkeypatch):
     monkeypatch.setattr(dry_run.Timer, "blocked_autorange", lambda *_, **__: SimpleNamespace(median=0.5))
     assert measured_matmul_rate("cpu", torch.float32) == 2 * 1024**3 / 0.5
