@@ -35,7 +35,7 @@ logger = logging.getLogger("dinov2")
 MARGIN = 0.1  # share of the free memory that a batch leaves: fragments, data workers, evaluation, masks that differ
 MAX_IMAGES = 2**16
 N_SMALL = 8  # images of the larger one of the small steps that a dry run measures
-VISIBLE_GROWTH = 1.25  # of the peak over that of the smallest step: below, an image's memory is lost in the rest
+VISIBLE_GROWTH = 1.5  # of the peak over that of the smallest step: below, an image's memory is lost in the rest
 
 Step = Callable[[int], "StepCost"]  # from B to what it takes
 
@@ -257,24 +257,24 @@ def largest_by_trying(step: Step, sizes: Sequence[int]) -> int | None:
 def largest_by_extrapolation(step: Step, sizes: Sequence[int], limit: float) -> int | None:
     """Find the largest of the ascending `sizes` that needs at most `limit` bytes, from the growth over small steps.
 
-    Steps double until the peak visibly grows, as steadily as before: in very small ones the optimizer's step may be the
-    peak. Twice the images need at most twice of what a step adds, so no step but the first can exceed the limit.
+    The size doubles until the peak has grown by half: in very small steps the optimizer's part may be the peak. No step
+    but the first can exceed the limit, since twice the images need at most twice of what a step adds.
     """
-    costs, growth = [step(sizes[0])], 0.0
-    while (index := bisect.bisect_left(sizes, 2 * costs[-1].batch_size)) < len(sizes):
-        last, size = costs[-1], sizes[index]
+    first = last = step(sizes[0])
+    growth = (first.peak - first.before) / first.batch_size  # bytes an image, at most
+    for size in sizes:
+        if size < 2 * last.batch_size:
+            continue
+        if last.peak >= VISIBLE_GROWTH * first.peak:
+            break
         if last.before + (last.peak - last.before) * size / last.batch_size > limit:
             break
-        costs.append(step(size))
-        earlier, growth = growth, growth_per_image(last, costs[-1])
-        if costs[-1].peak >= VISIBLE_GROWTH * costs[0].peak and growth <= 1.1 * earlier:
-            break
-    last = costs[-1]
-    if last.peak < VISIBLE_GROWTH * costs[0].peak:  # all that the step added may be the images'
+        last, earlier = step(size), last
         growth = (last.peak - last.before) / last.batch_size
+        if last.peak >= VISIBLE_GROWTH * first.peak:
+            growth = growth_per_image(earlier, last)
     logger.info("each image beyond %d takes %s more", last.batch_size, size_text(growth))
-    n_fitting = bisect.bisect_right(sizes, limit, key=lambda size: last.peak + growth * (size - last.batch_size))
-    return sizes[n_fitting - 1] if n_fitting else None
+    return max((n for n in sizes if last.peak + growth * (n - last.batch_size) <= limit), default=None)
 
 
 def batch_sizes(cfg: DictConfig) -> Sequence[int]:

@@ -36,6 +36,7 @@ from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
 from dinov2.train.run_folder import RunFolder, TrainState, open_metrics, run_folder_path
 from dinov2.train.schedules import Schedules
 from dinov2.train.setup import (
+    Supervision,
     describe_environment,
     describe_run,
     fill_cache,
@@ -45,7 +46,6 @@ from dinov2.train.setup import (
     set_up_device,
 )
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.supervision import Supervision
 from dinov2.train.views import TrainingViews
 from dinov2.utils.command import REQUEUE_EXIT_CODE, USER_ERRORS, text_of
 from dinov2.utils.config import load_run_config

@@ -263,13 +263,13 @@ def test_trying_keeps_to_the_sizes_that_there_are():
 def test_extrapolation_finds_the_largest_batch_from_small_steps():
     sizes = range(2, 2**16)
     assert largest_by_extrapolation(made_up_step(100, 7, tried := []), sizes, 1000) == 128
-    assert tried == [2, 4, 8]
+    assert tried == [2, 4, 8, 16]
     sizes = [1, 2, 3, 5, 6, 10, 15, 30]
     assert largest_by_extrapolation(made_up_step(0, 7, tried := []), sizes, 100) == 10
     assert set(tried) <= set(sizes)
 
 
-def test_extrapolation_waits_until_the_growth_is_steady():
+def test_extrapolation_waits_until_the_growth_is_that_of_the_images():
     tried = []
 
     def step(n):  # up to 16 images the optimizer's step is the peak
@@ -282,7 +282,7 @@ def test_extrapolation_waits_until_the_growth_is_steady():
 
 def test_growth_that_is_small_is_not_taken_for_none():
     assert largest_by_extrapolation(made_up_step(1000, 1, tried := []), range(2, 2**16), 10_000) == 9000
-    assert max(tried) == 256
+    assert max(tried) == 512
 
 
 def test_extrapolation_never_tries_what_may_not_fit():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dinov2.train.supervision import HANG_EXIT_CODE
+from dinov2.train.setup import HANG_EXIT_CODE
 
 TIMEOUT = 3.0  # seconds; a slow step takes less, a pause more
 WORLD_SIZE = 3
@@ -26,7 +26,7 @@ import torch
 from dinov2 import distributed
 from dinov2.distributed import on_main_process
 from dinov2.logging import MetricLogger, setup_logging
-from dinov2.train.supervision import Supervision
+from dinov2.train.setup import Supervision
 from dinov2.utils.run_status import StatusFile
 from dinov2.utils.stop_signals import StopSignals
 
