@@ -105,18 +105,14 @@ class Sign:
     meaning: str
     advice: str
 
-    def is_present(self, mean: float) -> bool:
-        """Return whether the limit is reached."""
-        return mean >= self.limit if self.is_ceiling else mean <= self.limit
-
-    def is_over(self, mean: float) -> bool:
-        """Return whether a sign that was present is gone."""
-        return mean < self.recovered if self.is_ceiling else mean > self.recovered
-
     @property
     def is_ceiling(self) -> bool:
         """Whether values above the limit are the sign, not values below it."""
         return self.recovered < self.limit
+
+    def is_beyond(self, bound: float, mean: float) -> bool:
+        """Return whether a mean reaches `bound`, the limit or the value of recovery."""
+        return mean >= bound if self.is_ceiling else mean <= bound
 
 
 class CollapseMonitor:
@@ -174,10 +170,10 @@ class CollapseMonitor:
             if state[f"{sign.measure}/n"] < MIN_VALUES:
                 continue
             label, mean = LABELS[sign.measure], state[f"{sign.measure}/total"] / state[f"{sign.measure}/n"]
-            if self._state[name] and sign.is_over(mean):
+            if self._state[name] and not sign.is_beyond(sign.recovered, mean):
                 self._state[name] = 0
                 logger.info("%s has recovered: %.4g in iterations %d to %d", label, mean, state["first"], last)
-            elif not self._state[name] and sign.is_present(mean):
+            elif not self._state[name] and sign.is_beyond(sign.limit, mean):
                 self._state[name] = 1
                 texts.append(
                     f"collapse? {label} is {mean:.4g}, not {'below' if sign.is_ceiling else 'above'} {sign.limit:.4g}, "
