@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _open(args: argparse.Namespace) -> PackedCache:
+    if args.workers is not None and args.workers < 0:
+        raise ValueError(f"--workers {args.workers}: give 0 or more")
     flags = {"cache": args.cache, "image_size": args.image_size, "fit": args.fit}
     given = {name: value for name, value in flags.items() if value is not None}
     dataset = make_dataset(args.dataset, **given)

@@ -17,7 +17,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
 from itertools import islice, takewhile
 from multiprocessing.pool import ThreadPool
@@ -28,7 +28,7 @@ import filelock
 import numpy as np
 from tqdm import tqdm
 
-from dinov2.data.datasets.decode import UnreadableImageError, check_fit, decode_image, resize_image
+from dinov2.data.datasets.decode import UnreadableImageError, decode_image, resize_image
 from dinov2.data.datasets.sources import ImageSource
 from dinov2.distributed import all_gather_objects, on_main_process
 from dinov2.utils.cores import available_cores
@@ -38,22 +38,18 @@ from dinov2.utils.parallel import parallel_map
 logger = logging.getLogger("dinov2")
 
 VERSION = 2  # raise it when the layout changes, or when decode_image or resize_image give other pixels
-IMAGES_PER_ROUND = 2048  # of a worker, between two writes of entries: what a killed build loses at most
+IMAGES_PER_ROUND = 8192  # between two writes of entries: what a killed build loses at most
 WAIT_SECONDS = 5.0  # for another build's lock, between two looks at its work
 IMAGES_AT_A_TIME = 32  # that a worker packs
-FEW_IMAGES = 256  # decoding these here takes less time than starting worker processes
-
-PROGRESS_SECONDS = 2.0  # between two lines, in a log file
-
+FEW_IMAGES = 256  # for each worker process; decoding fewer takes less time than starting it
 FREE, PACKED, UNREADABLE = range(3)  # status of a record
 NO_STAMP = (-1, -1)  # of a source without a file, or of an image to be tried again by the next build
-# 64 bytes, so that no entry crosses a sector of the disk. `size` and `mtime_ns` are the source's when it was read,
-# `crc32` is that of key and record
+# 64 bytes, so that no entry crosses a disk sector; size and time are the source's, crc32 is of key and record
 ENTRY = np.dtype(
     [("key", "S16"), ("size", "<i8"), ("mtime_ns", "<i8"), ("crc32", "<u4"), ("status", "<u4"), ("unused", "V24")]
 )
-
 ShouldStop = Callable[[], bool]
+show_progress = partial(tqdm, unit="image", mininterval=2)  # seconds; in a log file each update is a line
 
 
 class Plan(NamedTuple):
@@ -62,7 +58,7 @@ class Plan(NamedTuple):
     n_images: int
     n_there: int
     todo: np.ndarray  # missing, or packed from a source that has changed since
-    gone: dict[int, str]  # without a source file, and why; their records stay
+    gone: dict[bytes, str]  # keys of those without a source file, and why; their records stay
     bytes_needed: int
     bytes_free: int
 
@@ -96,14 +92,15 @@ class PackedCache:
 
     def __init__(self, folder: str | os.PathLike[str], source: ImageSource, image_size: int, fit: str = "crop") -> None:
         """Open what is there; nothing is written. `folder` may hold other datasets, sizes and fits too."""
-        check_fit(fit)
         if image_size < 1:
             raise ValueError(f"image_size: {image_size} pixels; give 1 or more")
         self.source, self.image_size, self.fit = source, image_size, fit
         self.record_bytes = image_size * image_size * 3
         self.folder = Path(folder).absolute() / f"{image_size}-{fit}-v{VERSION}"
         self.pixels_file, self.entries_file = self.folder / "pixels.bin", self.folder / "entries.bin"
-        self._keys = np.array([_hash_path(source.path(i)) for i in range(len(source))], "S16")
+        self._lock = filelock.FileLock(self.folder / "lock", mode=0o666)
+        paths = (source.path(i).encode(errors="surrogateescape") for i in range(len(source)))
+        self._keys = np.array([hashlib.blake2b(path, digest_size=16).digest() for path in paths], "S16")
         self._first = np.sort(np.unique(self._keys, return_index=True)[1])  # where each path stands first
         old = self.folder.with_name(f"{image_size}-{fit}-v1")
         if old.is_dir() and not self.folder.is_dir():
@@ -114,31 +111,27 @@ class PackedCache:
         self._open()
 
     def _open(self) -> None:
-        """Find the record of each image, -1 for none, and the reasons of the unreadable ones."""
+        """Read the entries: the record of each image, -1 for none, and the reasons of the unreadable ones."""
         self._pixels: np.ndarray | None = None
-        self._entries = self._read_entries()
+        self._entries = np.empty(0, ENTRY)
+        if self.entries_file.is_file() and self.pixels_file.is_file():
+            entries = np.fromfile(self.entries_file, ENTRY)
+            n_records = self.pixels_file.stat().st_size // self.record_bytes
+            if n_records < len(entries):
+                logger.warning("packed cache: %s lacks %d records", self.pixels_file, len(entries) - n_records)
+            self._entries = entries[:n_records]
         used = np.flatnonzero(self._entries["status"] != FREE)
         row_of = dict(zip(self._entries["key"][used].tolist(), used.tolist(), strict=True))  # the last of each key
         self._rows = np.array([row_of.get(key, -1) for key in self._keys.tolist()], dtype=np.int32)  # [N]
-        is_bad = np.append(self._entries["status"] == UNREADABLE, False)[self._rows]  # row -1 is the appended one
-        bad = np.flatnonzero(is_bad).tolist()
+        statuses = np.append(self._entries["status"], FREE)[self._rows]  # row -1 is the appended one
+        bad = np.flatnonzero(statuses == UNREADABLE).tolist()
         self._reasons = {i: self._read_record(self._rows[i]).rstrip(b"\0").decode(errors="replace") for i in bad}
-
-    def _read_entries(self) -> np.ndarray:
-        """Read the entries whose records are in the other file."""
-        if not self.entries_file.is_file() or not self.pixels_file.is_file():
-            return np.empty(0, ENTRY)
-        entries = np.fromfile(self.entries_file, ENTRY)
-        n_records = self.pixels_file.stat().st_size // self.record_bytes
-        if n_records < len(entries):
-            logger.warning("packed cache: %s lacks %d records", self.pixels_file, len(entries) - n_records)
-        return entries[:n_records]
 
     def _read_record(self, row: int) -> bytes:
         return np.fromfile(self.pixels_file, np.uint8, self.record_bytes, offset=int(row) * self.record_bytes).tobytes()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | dict.fromkeys(("_pixels", "_keys", "_first", "_entries"))
+        return self.__dict__ | dict.fromkeys(("_pixels", "_keys", "_first", "_entries", "_lock"))
 
     def fetch(self, i: int) -> np.ndarray:
         """Return image i, uint8 [S, S, 3], as a read-only view of the file.
@@ -151,8 +144,7 @@ class PackedCache:
             raise UnreadableImageError(self.source.path(i), self._reasons[i])
         if self._rows[i] < 0:
             raise KeyError(
-                f"packed cache: {self.source.path(i)!r} is not in {str(self.folder)!r}; build the cache first "
-                f"(scripts/pack_dataset.py, or PackedCache.build)"
+                f"packed cache: {self.source.path(i)!r} is not in {str(self.folder)!r}; run scripts/pack_dataset.py first"
             )
         if self._pixels is None:
             n_records = self.pixels_file.stat().st_size // self.record_bytes
@@ -160,27 +152,25 @@ class PackedCache:
                 raise FileNotFoundError(f"packed cache: {str(self.pixels_file)!r} was cut while in use; start again")
             shape = (n_records, self.image_size, self.image_size, 3)
             self._pixels = np.asarray(np.memmap(self.pixels_file, np.uint8, "r", shape=shape))
-        square: np.ndarray = self._pixels[self._rows[i]]
-        return square
+        return np.asarray(self._pixels[self._rows[i]])
 
     def plan(self, should_stop: ShouldStop = lambda: False) -> Plan:
         """Compare the sources with what is packed; nothing is written. Of no use if told to stop on the way."""
-        gone: dict[int, str] = {}
+        gone: dict[bytes, str] = {}
 
         def read_stamp(i: int) -> tuple[int, int]:
             try:
                 return NO_STAMP if should_stop() else self.source.stamp(i)
             except OSError as error:
-                gone[i] = error.strerror or str(error)
+                gone[self._keys[i]] = error.strerror or str(error)
                 return NO_STAMP
 
         with ThreadPool(16) as pool:  # a network file system answers many at once, each after a while
             stamps = np.array(pool.map(read_stamp, self._first.tolist(), 1024), dtype=np.int64).reshape(-1, 2)
         entries = np.append(self._entries, np.zeros(1, ENTRY))[self._rows[self._first]]  # row -1 is the empty one
-        is_packed = (
-            (entries["status"] != FREE) & (entries["size"] == stamps[:, 0]) & (entries["mtime_ns"] == stamps[:, 1])
-        )
-        todo = self._first[~is_packed & (stamps[:, 0] >= 0)]
+        is_there, is_packed = stamps[:, 0] >= 0, entries["status"] != FREE
+        is_packed &= is_there & (entries["size"] == stamps[:, 0]) & (entries["mtime_ns"] == stamps[:, 1])
+        todo = self._first[is_there & ~is_packed]
         disk = next(parent for parent in (self.folder, *self.folder.parents) if parent.is_dir())
         bytes_needed, bytes_free = len(todo) * (self.record_bytes + ENTRY.itemsize), shutil.disk_usage(disk).free
         return Plan(len(self._first), int(is_packed.sum()), todo, gone, bytes_needed, bytes_free)
@@ -195,19 +185,15 @@ class PackedCache:
             should_stop: asked from time to time, on all ranks; what is packed by then stays.
 
         Raises:
-            ValueError: the disk has too little space, before anything is written, or becomes full.
-            PermissionError: images are missing, and the folder cannot be written.
+            ValueError: the disk has too little space, or images are missing and the folder cannot be written.
         """
-        if n_workers is not None and n_workers < 0:
-            raise ValueError(f"--workers {n_workers}: give 0 or more")
         is_stopped = False
         rounds = self._build(n_workers, lambda: is_stopped or should_stop())
         while (outcome := on_main_process(partial(next, rounds))) is None:
             is_stopped = any(all_gather_objects(should_stop()))  # by a signal to any rank
         plan, n_packed, is_complete = outcome
         self._open()
-        reason_of = {self._keys[i]: reason for i, reason in plan.gone.items()}  # of each path, also if listed twice
-        self._reasons |= {i: reason_of[key] for i, key in enumerate(self._keys) if key in reason_of}
+        self._reasons |= {i: plan.gone[key] for i, key in enumerate(self._keys) if key in plan.gone}
         bad = [i for i in self._first.tolist() if i in self._reasons]
         examples = [(self.source.path(i), self._reasons[i]) for i in bad[:5]]
         summary = Summary(plan.n_images, plan.n_there, n_packed, len(bad), examples, is_complete)
@@ -219,61 +205,56 @@ class PackedCache:
         self._open()
         plan, n_packed = self.plan(should_stop), 0
         logger.info("packed cache %s: %s", self.folder, plan)
-        with _explain_disk_errors(self.folder):
-            while len(plan.todo) and not should_stop():
-                self._check_space(plan)
+        while len(plan.todo) and not should_stop():
+            if plan.bytes_needed > plan.bytes_free:
+                raise ValueError(
+                    f"packed cache: {len(plan.todo):,} images of {self.image_size} x {self.image_size} pixels need "
+                    f"{size_text(plan.bytes_needed)} in {str(self.folder)!r}, and {size_text(plan.bytes_free)} are "
+                    f"free there; make room, choose a folder on another disk, or a smaller image_size"
+                )
+            try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                try:
-                    with self._lock().acquire(timeout=WAIT_SECONDS):
-                        if not np.array_equal(self._entries, self._read_entries()):  # another build packed some
-                            self._open()
-                            plan = self.plan(should_stop)
-                        for n in self._pack(plan.todo, n_workers, should_stop):
-                            n_packed += n
-                            yield None
-                        break
-                except ValueError:
-                    if not should_stop():  # else a signal to all processes ended workers that were just starting
-                        raise
-                except filelock.Timeout:
-                    logger.info("packed cache: another process builds in %s; waiting for it", self.folder)
-                    yield None
+                with self._lock.acquire(timeout=WAIT_SECONDS):
+                    self._open()  # another build may have packed some
+                    plan = self.plan(should_stop)
+                    for n in self._pack(plan.todo, n_workers, should_stop):
+                        n_packed += n
+                        yield None
+                    break
+            except filelock.Timeout:
+                logger.info("packed cache: another process builds in %s; waiting for it", self.folder)
+                yield None
+            except ValueError:
+                if not should_stop():  # else a signal to all processes ended workers that were just starting
+                    raise
+            except OSError as error:
+                raise ValueError(
+                    f"packed cache: cannot write to {str(self.folder)!r}: {error.strerror or error}; what was packed stays: "
+                    f"make room, get the right to write, or choose another folder, and start the same command again"
+                ) from error
         yield plan, n_packed, not should_stop()
-
-    def _lock(self) -> filelock.BaseFileLock:
-        return filelock.FileLock(self.folder / "lock", mode=0o666)
-
-    def _check_space(self, plan: Plan) -> None:
-        if plan.bytes_needed > plan.bytes_free:
-            raise ValueError(
-                f"packed cache: {len(plan.todo):,} images of {self.image_size} x {self.image_size} pixels need "
-                f"{size_text(plan.bytes_needed)} in {str(self.folder)!r}, and {size_text(plan.bytes_free)} are free "
-                f"there; make room, choose a folder on another disk, or a smaller image_size"
-            )
 
     def _pack(self, todo: np.ndarray, n_workers: int | None, should_stop: ShouldStop) -> Iterator[int]:
         """Pack images in rounds; yield how many of each could be decoded, once its entries are on the disk."""
-        if n_workers is None:
-            n_workers = available_cores() if len(todo) > FEW_IMAGES else 0
+        n_workers = min(available_cores(), 1 + len(todo) // FEW_IMAGES) if n_workers is None else n_workers
         row = len(self._entries)
-        jobs = list(zip(todo.tolist(), range(row, row + len(todo)), strict=True))
+        jobs = list(zip(todo.tolist(), range(row, row + len(todo)), self._keys[todo].tolist(), strict=True))
         with open(self.entries_file, "ab") as entries_file, open(self.pixels_file, "ab") as pixels_file:
             entries_file.truncate(row * ENTRY.itemsize)  # first: what lost its record may not come back with another
             pixels_file.truncate((row + len(todo)) * self.record_bytes)
         with closing(parallel_map(self._pack_image, jobs, n_workers, IMAGES_AT_A_TIME)) as packed:
-            progress = tqdm(packed, "packing", len(jobs), unit="image", mininterval=PROGRESS_SECONDS)
-            rest = takewhile(lambda _: not should_stop(), progress)
-            while batch := list(islice(rest, IMAGES_PER_ROUND * max(1, n_workers))):
+            rest = takewhile(lambda _: not should_stop(), show_progress(packed, "packing", len(jobs)))
+            while batch := list(islice(rest, IMAGES_PER_ROUND)):
                 with open(self.pixels_file, "rb+") as file:
                     os.fsync(file.fileno())  # before any entry says that they are there
                 entries = np.array(batch, ENTRY)
-                self._write_entries(row, entries)
+                _write(self.entries_file, row * ENTRY.itemsize, entries.tobytes())
                 row += len(entries)
                 yield int((entries["status"] == PACKED).sum())
 
-    def _pack_image(self, job: tuple[int, int]) -> tuple[bytes | int, ...]:
-        """Write the record of an image, given its position and row, and return its entry."""
-        position, row = job
+    def _pack_image(self, job: tuple[int, int, bytes]) -> tuple[bytes | int, ...]:
+        """Write the record of an image, given its position, row and key, and return its entry."""
+        position, row, key = job
         path, stamp, status = self.source.path(position), NO_STAMP, PACKED
         try:
             stamp_before = self.source.stamp(position)  # the next build sees what changes from here on
@@ -284,58 +265,36 @@ class PackedCache:
         except (OSError, UnreadableImageError) as error:
             reason = error.reason if isinstance(error, UnreadableImageError) else error.strerror or str(error)
             status, record = UNREADABLE, reason.encode()[: self.record_bytes].ljust(self.record_bytes, b"\0")
-        with open(self.pixels_file, "rb+") as file:  # not through a memory map: on a full disk that ends the process
-            file.seek(row * self.record_bytes)
-            file.write(record)
-        key = _hash_path(path)
+        _write(self.pixels_file, row * self.record_bytes, record)
         return key, *stamp, _checksum(key, record), status, b""
 
-    def _write_entries(self, row: int, entries: np.ndarray) -> None:
-        with open(self.entries_file, "rb+") as file:
-            file.seek(row * ENTRY.itemsize)
-            file.write(entries.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-
     def verify(self, should_stop: ShouldStop = lambda: False) -> tuple[int, list[str]]:
-        """Check all records, also those of other datasets; the entries of damaged ones go, so that a build packs them.
+        """Check all records, also those of other datasets; return how many, and the paths (or numbers) of damaged ones.
 
-        Returns:
-            how many were checked, and what is damaged: paths, or numbers of records of other datasets.
+        The entries of damaged records are cleared, so that the next build packs these images again.
         """
         n_checked, damaged = 0, []
         used = np.flatnonzero(self._entries["status"] != FREE).tolist()
-        progress = tqdm(used, "checking", unit="image", mininterval=PROGRESS_SECONDS)
-        for row in takewhile(lambda _: not should_stop(), progress):
+        for row in takewhile(lambda _: not should_stop(), show_progress(used, "checking")):
             n_checked += 1
             if _checksum(self._entries[row]["key"], self._read_record(row)) != self._entries[row]["crc32"]:
                 damaged.append(row)
-        position_of = {int(self._rows[i]): i for i in self._first.tolist()}
+        position_of = dict(zip(self._rows.tolist(), range(len(self._rows)), strict=True))
         names = [self.source.path(position_of[row]) if row in position_of else f"record {row}" for row in damaged]
         if damaged:
             logger.warning("packed cache %s: damaged: %s", self.folder, ", ".join(names[:5]))
-            with _explain_disk_errors(self.folder), self._lock():
+            with self._lock:
                 for row in damaged:
-                    self._write_entries(row, np.zeros(1, ENTRY))
+                    _write(self.entries_file, row * ENTRY.itemsize, bytes(ENTRY.itemsize))
             self._open()
         return n_checked, names
-
-
-def _hash_path(path: str) -> bytes:
-    return hashlib.blake2b(path.encode(errors="surrogateescape"), digest_size=16).digest()
 
 
 def _checksum(key: bytes, record: bytes) -> int:
     return zlib.crc32(record, zlib.crc32(key.ljust(16, b"\0")))  # numpy takes zeros off the end of a key
 
 
-@contextmanager
-def _explain_disk_errors(folder: Path) -> Iterator[None]:
-    """Turn errors of the disk into what a user can do about them."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"packed cache: cannot write to {str(folder)!r}: {error.strerror or error}; what was packed stays: make "
-            f"room, get the right to write there or choose another folder, and start the same command again"
-        ) from error
+def _write(file: Path, start: int, data: bytes) -> None:
+    with open(file, "rb+") as opened:  # not through a memory map: on a full disk that ends the process
+        opened.seek(start)
+        opened.write(data)
