@@ -144,7 +144,7 @@ class PackedCache:
             raise UnreadableImageError(self.source.path(i), self._reasons[i])
         if self._rows[i] < 0:
             raise KeyError(
-                f"packed cache: {self.source.path(i)!r} is not in {str(self.folder)!r}; run scripts/pack_dataset.py first"
+                f"packed cache: {self.source.path(i)!r} is not in {str(self.folder)!r}; run scripts/pack_dataset.py"
             )
         if self._pixels is None:
             n_records = self.pixels_file.stat().st_size // self.record_bytes
@@ -229,8 +229,8 @@ class PackedCache:
                     raise
             except OSError as error:
                 raise ValueError(
-                    f"packed cache: cannot write to {str(self.folder)!r}: {error.strerror or error}; what was packed stays: "
-                    f"make room, get the right to write, or choose another folder, and start the same command again"
+                    f"packed cache: cannot write to {str(self.folder)!r}: {error.strerror or error}; what was packed "
+                    f"stays: make room, get write access, or choose another folder, and start the same command again"
                 ) from error
         yield plan, n_packed, not should_stop()
 

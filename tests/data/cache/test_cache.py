@@ -398,7 +398,7 @@ def test_a_cache_of_somebody_else_can_be_read_and_not_completed(built, open_cach
     again = open_cache(images)
     assert again.build(n_workers=0).n_there == 10
     make_image(Path(images.paths[0]), 90, (25, 25))
-    with pytest.raises(ValueError, match=r"cannot write to .*Permission denied.*get the right to write"):
+    with pytest.raises(ValueError, match=r"cannot write to .*Permission denied.*get write access"):
         again.build(n_workers=0)
 
 
