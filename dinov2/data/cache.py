@@ -38,7 +38,7 @@ from dinov2.utils.parallel import parallel_map
 logger = logging.getLogger("dinov2")
 
 VERSION = 2  # raise it when the layout changes, or when decode_image or resize_image give other pixels
-IMAGES_PER_ROUND = 8192  # between two writes of entries: what a killed build loses at most
+IMAGES_PER_ROUND = 2048  # between two writes of entries: what a killed build loses at most
 WAIT_SECONDS = 5.0  # for another build's lock, between two looks at its work
 IMAGES_AT_A_TIME = 32  # that a worker packs
 FEW_IMAGES = 256  # for each worker process; decoding fewer takes less time than starting it

@@ -1,15 +1,19 @@
 """Apply a function to many items with several processes."""
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import cv2
 import torch
 
-from dinov2.utils.pool_workers import become_pool_worker
+from dinov2.utils.stop_signals import ignore_stop_signals
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -23,7 +27,7 @@ def parallel_map(
     Call it under `if __name__ == "__main__":` for more than one worker. Ctrl-C drops the items that have not begun.
 
     Args:
-        function: of a module, so that other processes can import it; each gets one copy of what it holds.
+        function: of a module, or a method of an object that can be pickled; each process gets it once.
         items: their arguments.
         n_workers: processes.
         chunk: items that a process takes at a time.
@@ -55,9 +59,20 @@ _function: Callable[[Any], Any]  # of this worker process
 def _start_worker(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
-    become_pool_worker()
+    ignore_stop_signals()  # a terminal and a batch system send them to all; the parent decides what they mean
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    # the workers of a pool wait for work for ever if their parent was killed
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        with suppress(OSError):
+            parent.join()
+        os._exit(1)
 
 
 def _apply(item: Any) -> Any:
