@@ -39,8 +39,7 @@ def overview_table() -> str:
     for dataset in all_datasets().values():
         lines.append(
             f"| `{dataset.name}` | [{dataset.title}]({dataset.origin}) | {dataset.modality} | "
-            f"{_published(dataset)} | {'yes' if dataset.cuts else ''} | "
-            f"{dataset.licence or 'not stated'} |"
+            f"{_published(dataset)} | {'yes' if dataset.cuts else ''} | {dataset.licence} |"
         )
     return "\n".join(lines)
 

@@ -1,14 +1,12 @@
-"""AML Matek: white cells of 100 AML patients and 100 controls, LMU Munich (Matek et al. 2019, Nature Mach. Intell. 1).
+"""AML Matek: white cells of 100 AML patients and 100 controls, LMU Munich (TCIA, doi 10.7937/tcia.2019.36f5o9ld).
 
-`AML-Cytomorphology_LMU/<CODE>/<CODE>_<4 digits>.tiff` as TCIA delivers it (doi 10.7937/tcia.2019.36f5o9ld), with
-`annotations.dat`, whose lines begin with an image's path and its class. The TIFFs have an alpha channel. The archive
-has no patient ids.
+Lines of `annotations.dat` begin with an image's path and its class. The TIFFs have an alpha channel.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.prepare.base import Cell, DataSet, Notes, class_folders
+from dinov2.data.prepare.base import Cell, DataSet, Notes, class_folders, label_file
 
 CLASSES = {
     "BAS": "basophil",
@@ -41,11 +39,8 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
 
 
 def _annotations(top: Path, notes: Notes) -> dict[str, str]:
-    file = next((f for f in (top / "annotations.dat", top.parent / "annotations.dat") if f.is_file()), None)
-    if file is None:
-        notes.add("label files that are not there", "annotations.dat")
-        return {}
-    lines = (line.replace(",", " ").split() for line in file.read_text(encoding="utf-8").splitlines())
+    file = label_file("annotations.dat", notes, top, top.parent)
+    lines = (line.replace(",", " ").split() for line in file.read_text(encoding="utf-8").splitlines()) if file else ()
     return {Path(line[0]).name: line[1] for line in lines if len(line) >= 2 and line[1] in CLASSES}
 
 

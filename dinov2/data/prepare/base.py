@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
+
 from dinov2.data.datasets.image_paths import IMAGE_SUFFIXES, find_images, is_image_name
 from dinov2.data.datasets.tables import open_table
 
@@ -35,23 +37,14 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell as its distributor describes it.
-
-    Attributes:
-        image: the file that shows it.
-        label: the distributor's class; None if there is none.
-        group: DinoBloom's class, where it differs; None for a cell that belongs to none of those.
-        patient: an id, None if the set names none.
-        part: of the official split, for instance "train".
-        box: where the cell is; None if the image is the cell.
-    """
+    """One cell as its distributor describes it."""
 
     image: Path
-    label: str | None = None
-    group: str | None = None
+    label: str | None = None  # the distributor's class
+    group: str | None = None  # DinoBloom's class, where it differs; None for a cell that belongs to none of those
     patient: str | None = None
-    part: str | None = None
-    box: Box | None = None
+    part: str | None = None  # of the official split, for instance "train"
+    box: Box | None = None  # where the cell is; None if the image is the cell
 
 
 class Notes:
@@ -78,43 +71,24 @@ Finder = Callable[[Path, Notes], Iterator[Cell]]
 
 @dataclass(frozen=True)
 class DataSet:
-    """What is known of a data set before its files are read. None stands for "the distributor does not say".
+    """What is known of a data set before its files are read."""
 
-    Attributes:
-        name: on the command line and of the files written.
-        title: as DinoBloom's overview calls it.
-        origin: where the archive can be downloaded.
-        paper: to cite.
-        layout: what lies in the unpacked archive, for messages.
-        entries: names (patterns as in fnmatch, any case) of which the layout's top folder has some.
-        find: yields the cells below that folder and notes oddities.
-        modality: "peripheral blood" or "bone marrow", and the species if not human.
-        licence: of the images.
-        n_entries: how many different `entries` a folder needs to be taken for the top folder.
-        classes: {the distributor's code: class name}; empty if the set has no classes.
-        expected: {what: count} as published, keys being "pictures", "cells", "patients", a class or a part.
-        cuts: whether cells are cut out of larger images.
-        margin: around a cut cell unless the user chooses another, as a fraction of its longer side.
-        keep: classes that are cut out unless the user chooses others; empty for all.
-        remarks: what users of the set have to know.
-    """
-
-    name: str
-    title: str
-    origin: str
+    name: str  # on the command line and of the files written
+    title: str  # as DinoBloom's overview calls it
+    origin: str  # where the archive can be downloaded
     paper: str
-    layout: str
-    entries: tuple[str, ...]
-    find: Finder = field(repr=False)
+    layout: str  # what lies in the unpacked archive, for messages
+    entries: tuple[str, ...]  # patterns of names (any case), of which the layout's top folder has some
+    find: Finder = field(repr=False)  # yields the cells below that folder and notes oddities
     modality: str = "peripheral blood"
-    licence: str | None = None
-    n_entries: int = 2
-    classes: Mapping[str, str] = field(default_factory=dict)
-    expected: Mapping[str, int] = field(default_factory=dict)
-    cuts: bool = False
-    margin: float = 0.1
-    keep: tuple[str, ...] = ()
-    remarks: str = ""
+    licence: str = "not stated"
+    n_entries: int = 2  # how many different entries make a folder the top folder
+    classes: Mapping[str, str] = field(default_factory=dict)  # {the distributor's code: class name}
+    expected: Mapping[str, int] = field(default_factory=dict)  # published counts of "pictures", "patients", a class ...
+    cuts: bool = False  # whether cells are cut out of larger images
+    margin: float = 0.1  # around a cut cell, as a fraction of its longer side, unless the user gives another
+    keep: tuple[str, ...] = ()  # classes that are cut out unless the user chooses others; empty for all
+    remarks: str = ""  # what users of the set have to know
 
     def top_folder(self, source: str | os.PathLike[str]) -> Path:
         """Return the folder at or below `source` that has the layout.
@@ -123,14 +97,16 @@ class DataSet:
             FileNotFoundError: if there is none.
         """
         source = Path(source).absolute()
-        where_to_get = f"{self.title} can be downloaded at {self.origin} (licence: {self.licence or 'not stated'})"
+        where_to_get = f"{self.title} can be downloaded at {self.origin} (licence: {self.licence})"
         if not source.is_dir():
             what = "is a file; unpack it and give the folder" if source.is_file() else "does not exist"
             raise FileNotFoundError(f"--source: {str(source)!r} {what}. {where_to_get}")
         level = [source]
         for _ in range(SEARCH_DEPTH):
             for folder in level:
-                if self._has_layout(folder):
+                names = [name.lower() for name in os.listdir(folder)]
+                n_matching = sum(bool(fnmatch.filter(names, entry.lower())) for entry in self.entries)
+                if n_matching >= min(self.n_entries, len(self.entries)):
                     return folder
             level = [inner for folder in level for inner in folders_in(folder)]
         found = sorted(os.listdir(source))
@@ -140,11 +116,6 @@ class DataSet:
             f"--source: {str(source)!r} and the folders inside do not look like {self.title}: expected {self.layout}; "
             f"found {', '.join(found[:N_EXAMPLES]) or 'nothing'}.{hint} {where_to_get}"
         )
-
-    def _has_layout(self, folder: Path) -> bool:
-        names = [name.lower() for name in os.listdir(folder)]
-        matching = sum(bool(fnmatch.filter(names, entry.lower())) for entry in self.entries)
-        return matching >= min(self.n_entries, len(self.entries))
 
 
 def find_cells(dataset: DataSet, top: Path) -> tuple[list[Cell], Notes]:
@@ -184,6 +155,16 @@ def images_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if is_image_name(path.name) and path.is_file())
 
 
+def image_size(image: Path, notes: Notes) -> tuple[int, int] | None:
+    """Read an image's width and height; an unreadable one is noted and has none."""
+    try:
+        with Image.open(image) as header:
+            return header.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        notes.add("unreadable images and masks", f"{image}: {error}")
+        return None
+
+
 def child(folder: Path, name: str) -> Path:
     """Return the entry of that name in any case; where there is none, the path it would have."""
     return next((path for path in folder.iterdir() if path.name.lower() == name.lower()), folder / name)
@@ -203,6 +184,14 @@ def read_rows(file: Path, columns: Iterable[str]) -> list[dict[str, str]]:
             f"distributor's file?"
         )
     return [dict(zip(columns, values, strict=True)) for _, values in table.rows(*columns)]
+
+
+def label_file(name: str, notes: Notes, *folders: Path) -> Path | None:
+    """Return the file of that name in the first folder that has it; its absence is noted."""
+    file = next((folder / name for folder in folders if (folder / name).is_file()), None)
+    if file is None:
+        notes.add("label files that are not there", name)
+    return file
 
 
 def class_folders(top: Path, classes: Mapping[str, str], notes: Notes) -> Iterator[tuple[Path, str]]:

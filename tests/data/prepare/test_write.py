@@ -37,7 +37,6 @@ def smears(cells: list[tuple[str, str | None, Box | None]], **fields) -> DataSet
             "modality": "peripheral blood",
             "origin": "https://example.org/smears",
             "paper": "none",
-            "licence": None,
             "layout": "smears/*.png",
             "entries": ("*.png",),
             "cuts": True,
