@@ -3,7 +3,8 @@
 A fold is (training positions, test positions), both ascending. A patient may be in only one of train, validation and
 test.
 
-Letters: N cells (or bags: whatever has one label each)
+Letters: N cells (or bags: whatever has one label each). Labels are int64 [N], positions in the class names; patients
+are N ids, None to split by cell.
 """
 
 import csv

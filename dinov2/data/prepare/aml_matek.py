@@ -1,12 +1,12 @@
 """AML Matek: white cells of 100 AML patients and 100 controls, LMU Munich (TCIA, doi 10.7937/tcia.2019.36f5o9ld).
 
-Lines of `annotations.dat` begin with an image's path and its class. The TIFFs have an alpha channel.
+The TIFFs have an alpha channel. Labels are the folders; `annotations.dat` repeats them.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.prepare.base import Cell, DataSet, Notes, class_folders, label_file
+from dinov2.data.prepare.base import Cell, DataSet, Notes, class_folders
 
 CLASSES = {
     "BAS": "basophil",
@@ -28,20 +28,8 @@ CLASSES = {
 
 
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
-    annotated = _annotations(top, notes)
     for image, label in class_folders(top, CLASSES, notes):
-        code = annotated.pop(image.name, None)
-        if code is not None and CLASSES.get(code) != label:
-            notes.add("images that annotations.dat calls otherwise than their folder", image.relative_to(top))
         yield Cell(image, label)
-    for absent in annotated:
-        notes.add("images that annotations.dat names and that are not there", absent)
-
-
-def _annotations(top: Path, notes: Notes) -> dict[str, str]:
-    file = label_file("annotations.dat", notes, top, top.parent)
-    lines = (line.replace(",", " ").split() for line in file.read_text(encoding="utf-8").splitlines()) if file else ()
-    return {Path(line[0]).name: line[1] for line in lines if len(line) >= 2 and line[1] in CLASSES}
 
 
 DATASET = DataSet(

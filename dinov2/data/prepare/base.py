@@ -15,7 +15,6 @@ from dinov2.data.datasets.tables import open_table
 
 N_EXAMPLES = 5
 SEARCH_DEPTH = 5  # folders between --source and the layout: an archive is often unpacked into folders of its own name
-ARCHIVE_SUFFIXES = (".zip", ".rar", ".7z", ".tar", ".tgz", ".gz")
 
 
 class Box(NamedTuple):
@@ -109,12 +108,10 @@ class DataSet:
                 if n_matching >= min(self.n_entries, len(self.entries)):
                     return folder
             level = [inner for folder in level for inner in folders_in(folder)]
-        found = sorted(os.listdir(source))
-        archives = [name for name in found if name.lower().endswith(ARCHIVE_SUFFIXES)]
-        hint = f" Unpack {', '.join(archives[:N_EXAMPLES])} first." if archives else ""
+        found = ", ".join(sorted(os.listdir(source))[:N_EXAMPLES]) or "nothing"
         raise FileNotFoundError(
             f"--source: {str(source)!r} and the folders inside do not look like {self.title}: expected {self.layout}; "
-            f"found {', '.join(found[:N_EXAMPLES]) or 'nothing'}.{hint} {where_to_get}"
+            f"found {found}. Unpack archives first. {where_to_get}"
         )
 
 
@@ -184,14 +181,6 @@ def read_rows(file: Path, columns: Iterable[str]) -> list[dict[str, str]]:
             f"distributor's file?"
         )
     return [dict(zip(columns, values, strict=True)) for _, values in table.rows(*columns)]
-
-
-def label_file(name: str, notes: Notes, *folders: Path) -> Path | None:
-    """Return the file of that name in the first folder that has it; its absence is noted."""
-    file = next((folder / name for folder in folders if (folder / name).is_file()), None)
-    if file is None:
-        notes.add("label files that are not there", name)
-    return file
 
 
 def class_folders(top: Path, classes: Mapping[str, str], notes: Notes) -> Iterator[tuple[Path, str]]:

@@ -21,8 +21,7 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
             parts.update(dict.fromkeys(file.read_text(encoding="utf-8").split(), part))
         else:
             notes.add("split lists that are not there", f"{part}.txt")
-    images = images_in(top / "JPEGImages")
-    for image in images:
+    for image in images_in(top / "JPEGImages"):
         own_part = parts.pop(image.stem, None)
         cells = list(_boxes(top / "Annotations" / f"{image.stem}.xml", notes))
         n_white = sum(label == WHITE for label, _ in cells)
@@ -34,8 +33,6 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
             notes.annotations.add(image)
     for absent, part in parts.items():
         notes.add(f"images that the {part} list names and that are not there", absent)
-    for stem in sorted({file.stem for file in (top / "Annotations").glob("*.xml")} - {image.stem for image in images}):
-        notes.add("annotations of images that are not there", f"{stem}.xml")
 
 
 def _boxes(file: Path, notes: Notes) -> Iterator[tuple[str, Box]]:

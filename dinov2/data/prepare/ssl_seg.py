@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dinov2.data.datasets.tables import open_table
-from dinov2.data.prepare.base import Cell, DataSet, Notes, images_in, label_file
+from dinov2.data.prepare.base import Cell, DataSet, Notes, images_in
 from dinov2.data.prepare.masks import boxes_of_mask
 
 CLASSES = {"1": "neutrophil", "2": "lymphocyte", "3": "monocyte", "4": "eosinophil", "5": "basophil"}
@@ -17,8 +17,10 @@ CYTOPLASM_OR_NUCLEUS = 64  # of a mask's greys 0, 128 and 255
 
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
     for folder in (top / "Dataset 1", top / "Dataset 2"):
-        file = label_file(f"Class Labels of {folder.name}.csv", notes, top) if folder.is_dir() else None
-        labels = _labels(file, notes) if file else {}
+        file = top / f"Class Labels of {folder.name}.csv"
+        labels = _labels(file, notes) if file.is_file() else {}
+        if folder.is_dir() and not labels:
+            notes.add("label files that are not there", file.name)
         for image in (path for path in images_in(folder) if path.suffix.lower() != ".png"):
             label = labels.pop(int(image.stem), None) if image.stem.isdigit() else None
             if label is None:

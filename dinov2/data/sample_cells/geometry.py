@@ -72,6 +72,19 @@ def stamp(
     return np.bincount(pixels, patches[is_within], size * size).reshape(size, size).astype(np.float32)
 
 
+def discs(
+    centres_px: np.ndarray, radii_px: np.ndarray, edge_px: float, size: int, weights: float | np.ndarray = 1.0
+) -> np.ndarray:
+    """Sum [S, S] of n round spots, the edges of which are `edge_px` wide."""
+    shape = (-1, 1, 1)
+
+    def disc(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        distance = np.hypot(rows, columns) - radii_px.reshape(shape)
+        return np.reshape(weights, shape) * np.clip(0.5 - distance / edge_px, 0, 1)
+
+    return stamp(centres_px, radii_px.max(initial=0) + edge_px, disc, size)
+
+
 def blurred(image: np.ndarray, sigma_px: float) -> np.ndarray:
     """Gaussian blur of [3, S, S] along both sides, with the border repeated."""
     half = max(1, int(np.ceil(2.5 * sigma_px)))
