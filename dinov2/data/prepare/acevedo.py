@@ -8,7 +8,8 @@ lists (`pbc_attr_v1_{train,val,test}.csv`, Tsutsui et al., NeurIPS 2023) are tak
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.prepare.base import Cell, DataSet, Notes, class_folders, read_rows
+from dinov2.data.datasets.tables import read_table
+from dinov2.data.prepare.base import Cell, DataSet, Notes, class_folders
 
 CELL_TYPES = ("basophil", "eosinophil", "erythroblast", "ig", "lymphocyte", "monocyte", "neutrophil", "platelet")
 CLASSES = {name: name for name in CELL_TYPES}
@@ -43,7 +44,7 @@ def _parts(top: Path, notes: Notes) -> dict[str, str]:
     parts = {}
     for part in ("train", "val", "test"):
         file = next((f for f in (top / d / f"pbc_attr_v1_{part}.csv" for d in SPLIT_FOLDERS) if f.is_file()), None)
-        for row in read_rows(file, ("path",)) if file else ():
+        for row in read_table(file, "labels", ("path",)) if file else ():
             parts["/".join(Path(row["path"]).parts[-2:])] = part
     return parts
 

@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.prepare.base import Box, Cell, DataSet, Notes, image_size, read_rows
+from dinov2.data.datasets.tables import read_table
+from dinov2.data.prepare.base import Box, Cell, DataSet, Notes, image_size
 
 WHITE = "wbc"
 CLASSES = {"rbc": "rbc", WHITE: WHITE}
@@ -16,7 +17,7 @@ SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
     rows = defaultdict(list)
-    for row in read_rows(top / "annotations.csv", ("image", *SIDES, "label")):
+    for row in read_table(top / "annotations.csv", "labels", ("image", *SIDES, "label")):
         rows[row["image"]].append(row)
     for name in sorted(rows):
         image = top / "images" / name

@@ -3,7 +3,7 @@
 import fnmatch
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +11,6 @@ from typing import NamedTuple
 from PIL import Image
 
 from dinov2.data.datasets.image_paths import IMAGE_SUFFIXES, find_images, is_image_name
-from dinov2.data.datasets.tables import open_table
 
 N_EXAMPLES = 5
 SEARCH_DEPTH = 5  # folders between --source and the layout: an archive is often unpacked into folders of its own name
@@ -165,22 +164,6 @@ def image_size(image: Path, notes: Notes) -> tuple[int, int] | None:
 def child(folder: Path, name: str) -> Path:
     """Return the entry of that name in any case; where there is none, the path it would have."""
     return next((path for path in folder.iterdir() if path.name.lower() == name.lower()), folder / name)
-
-
-def read_rows(file: Path, columns: Iterable[str]) -> list[dict[str, str]]:
-    """Read these columns of a distributor's CSV; values are "" where they are missing.
-
-    Raises:
-        ValueError: if it lacks a column.
-    """
-    table, columns = open_table(file, "labels"), list(columns)
-    missing = sorted(set(columns) - set(table.columns))
-    if missing:
-        raise ValueError(
-            f"{str(file)!r}: no column {', '.join(map(repr, missing))} among {table.columns or 'none'}; is it the "
-            f"distributor's file?"
-        )
-    return [dict(zip(columns, values, strict=True)) for _, values in table.rows(*columns)]
 
 
 def class_folders(top: Path, classes: Mapping[str, str], notes: Notes) -> Iterator[tuple[Path, str]]:

@@ -174,7 +174,7 @@ def _with_sound_boxes(cells: list[Cell], top: Path, notes: Notes) -> Iterator[tu
 
 
 def _chosen(cells: list[tuple[int, Cell]], keep: tuple[str, ...], dataset: DataSet) -> list[tuple[int, Cell]]:
-    if not keep or keep == ("all",):
+    if keep in ((), ("all",)):
         return cells
     there = {cell.label for _, cell in cells if cell.label is not None}
     unknown = sorted(set(keep) - there - set(dataset.classes.values()))

@@ -188,7 +188,7 @@ def test_krd_wbc_says_which_column_it_looked_for(tree, run):
 def test_aslan_says_which_column_is_missing(tree, run):
     tree("images/image-1.png")
     tree("annotations.csv", text="image,xmin,xmax,ymax,label\nimage-1.png,0,1,1,wbc\n")
-    with pytest.raises(ValueError, match="no column 'ymin' among .'image', 'xmin'"):
+    with pytest.raises(ValueError, match="lacks the column.s. 'ymin'; its first line has .'image', 'xmin'"):
         run("aslan")
 
 
