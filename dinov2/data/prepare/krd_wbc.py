@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dinov2.data.datasets.tables import open_table
 from dinov2.data.prepare.base import Cell, DataSet, Notes, child
-from dinov2.data.prepare.masks import cells_of_mask, with_masks
+from dinov2.data.prepare.masks import boxes_of_mask, with_masks
 
 LABEL_COLUMN = re.compile("categor|class|label", re.IGNORECASE)
 
@@ -23,7 +23,7 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
         label = labels.pop(_number(image.stem), None)
         if label is None:
             notes.add("images without a class in the CSV", image.name)
-        yield from cells_of_mask(image, mask, notes, label)
+        yield from (Cell(image, label, box=box) for box in boxes_of_mask(image, mask, notes))
     for number in labels:
         notes.add("images that the CSV names and that are not there", f"image{number}")
 

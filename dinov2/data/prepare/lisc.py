@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dinov2.data.prepare.base import Cell, DataSet, Notes, child
-from dinov2.data.prepare.masks import cells_of_mask, with_masks
+from dinov2.data.prepare.masks import boxes_of_mask, with_masks
 
 CLASSES = {"Baso": "basophil", "eosi": "eosinophil", "lymp": "lymphocyte", "mono": "monocyte", "neut": "neutrophil"}
 MIXED = "mixt"
@@ -19,7 +19,7 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
         folder = child(smears, code)
         masks = child(truth, folder.name) / "areaforexpert1"
         for image, mask in with_masks(folder, masks, lambda stem: f"{stem}_expert.bmp", top, notes):
-            yield from cells_of_mask(image, mask, notes, label, threshold=0)
+            yield from (Cell(image, label, box=box) for box in boxes_of_mask(image, mask, notes, threshold=0))
 
 
 DATASET = DataSet(

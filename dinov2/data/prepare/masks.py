@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 from dinov2.data.datasets.decode import UnreadableImageError, load_image
-from dinov2.data.prepare.base import Box, Cell, Notes, image_size, images_in
+from dinov2.data.prepare.base import Box, Notes, image_size, images_in
 
 MIN_SIDE_PX = 4  # smaller specks come from hand-drawn and lossy masks
 
@@ -26,20 +26,6 @@ def with_masks(
         notes.add("masks of images that are not there", mask.relative_to(top))
 
 
-def cells_of_mask(
-    image: Path,
-    mask: Path,
-    notes: Notes,
-    label: str | None = None,
-    part: str | None = None,
-    gap: int = 0,
-    threshold: int = 127,
-) -> Iterator[Cell]:
-    """Yield the cells of a smear with a mask, see `boxes_of_mask`. Without a usable mask there are none."""
-    notes.annotations.add(image)
-    yield from (Cell(image, label, part=part, box=box) for box in boxes_of_mask(image, mask, notes, gap, threshold))
-
-
 def boxes_of_mask(
     image: Path, mask: Path, notes: Notes, gap: int = 0, threshold: int = 127, single: bool = False
 ) -> Iterator[Box]:
@@ -48,11 +34,12 @@ def boxes_of_mask(
     Args:
         image: the image that the mask belongs to; only its size is read.
         mask: bright where a cell is. A missing, unreadable or empty one, or one of another size, has no boxes.
-        notes: takes the oddities, and the mask as a known file.
+        notes: takes the oddities, and image and mask as known files.
         gap: pixels of background that two parts of one cell may lie apart, as the lobes of a nucleus do.
         threshold: grey value above which a pixel counts; between the two greys of a lossy mask.
         single: the whole mask is one cell, however many parts it has.
     """
+    notes.annotations.add(image)
     if not mask.is_file():
         notes.add("masks that are missing", mask)
         return

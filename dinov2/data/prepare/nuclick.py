@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dinov2.data.prepare.base import Cell, DataSet, Notes, child
-from dinov2.data.prepare.masks import cells_of_mask, with_masks
+from dinov2.data.prepare.masks import boxes_of_mask, with_masks
 
 PARTS = {"Train": "train", "Validation": "val"}
 
@@ -17,7 +17,7 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
         folder = child(top, name)
         pairs = with_masks(folder / "images", folder / "masks", lambda stem: f"{stem}_mask.png", top, notes)
         for image, mask in pairs:
-            yield from cells_of_mask(image, mask, notes, part=part, threshold=0)
+            yield from (Cell(image, part=part, box=box) for box in boxes_of_mask(image, mask, notes, threshold=0))
 
 
 DATASET = DataSet(
