@@ -24,7 +24,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from dinov2.data.datasets.tables import TABLE_SUFFIXES, read_table
+from dinov2.data.datasets.tables import check_files_exist, is_folder, read_table
 from dinov2.utils.paths import local_path
 
 logger = logging.getLogger("dinov2")
@@ -129,73 +129,63 @@ class PatientBags:
 
     @classmethod
     def from_path(cls, path: PathLike) -> "PatientBags":
-        """Read a folder (`from_folder`) or a table (`from_table`)."""
+        """Read one of the layouts in the module's docstring; hidden files and other suffixes are ignored.
+
+        Relative files in a table count from the table's own folder.
+        """
         path = local_path(path)
-        if path.is_dir():
-            return cls.from_folder(path)
-        if not path.exists():
-            raise FileNotFoundError(f"bags: {str(path)!r} does not exist; give a folder of .h5 files or a CSV of them")
-        if path.suffix.lower() not in TABLE_SUFFIXES:
-            raise ValueError(
-                f"bags: {str(path)!r} is neither a folder nor a .csv or .parquet file; give a folder with <patient>.h5 "
-                f"or <class>/<patient>.h5, or a table with the columns patient,label,file"
-            )
-        return cls.from_table(path)
+        layouts = (
+            "a folder of .h5 files, <patient>.h5 or <class>/<patient>.h5, or a table with the columns "
+            "patient,label,file"
+        )
+        return cls._from_folder(path) if is_folder(path, "bags", layouts) else cls._from_table(path)
 
     @classmethod
-    def from_folder(cls, folder: PathLike) -> "PatientBags":
-        """Read one of the layouts in the module's docstring; hidden files and other suffixes are ignored."""
-        folder = Path(folder)
-        flat = _h5_files(folder)
-        class_folders = {entry.name: entry for entry in _folders(folder)}
-        by_class = {name: _patient_files(entry) for name, entry in class_folders.items()}
-        by_class = {name: patients for name, patients in by_class.items() if any(patients.values())}
-        if flat and by_class:
+    def _from_folder(cls, folder: Path) -> "PatientBags":
+        flat = _visible(folder, "*.[hH]5")
+        files: dict[tuple[str, str], list[Path]] = defaultdict(list)  # of (class, patient)
+        for file in _visible(folder, "*/*.[hH]5"):
+            if file.with_suffix("").is_dir():
+                raise ValueError(f"bags: {str(file.parent)!r} has both a file and a folder of {file.stem!r}; keep one")
+            files[file.parent.name, file.stem].append(file)
+        for file in _visible(folder, "*/*/*.[hH]5"):
+            files[file.parent.parent.name, file.parent.name].append(file)
+        classes = {name for name, _ in files}
+        if flat and files:
             raise ValueError(
                 f"bags: {str(folder)!r} has .h5 files ({flat[0].name}, ...) beside folders with .h5 files "
-                f"({list_names(by_class)}); keep either one file per patient or one folder per class"
+                f"({list_names(sorted(classes))}); keep either one file per patient or one folder per class"
             )
-        if not flat and not by_class:
+        if flat:
+            return cls._from_files({file.stem: [file] for file in flat})
+        if not files:
             raise ValueError(
                 f"bags: no .h5 file in {str(folder)!r} and the folders inside; expected <patient>.h5, "
                 f"<class>/<patient>.h5 or <class>/<patient>/*.h5"
             )
-        if flat:
-            return cls._from_files({file.stem: [file] for file in flat})
         without_cells = [
-            f"{name}/{patient}" for name, found in by_class.items() for patient in found if not found[patient]
+            f"{entry.parent.name}/{entry.name}"
+            for entry in _visible(folder, "*/*")
+            if entry.is_dir() and entry.parent.name in classes and (entry.parent.name, entry.name) not in files
         ]
         if without_cells:
             raise ValueError(
                 f"bags: folders without an .h5 file are bags without cells: {list_names(without_cells)}; extract these "
                 f"patients' cells, or remove the folders"
             )
-        labels = one_label_each(
-            ((patient, name) for name, patients in by_class.items() for patient in patients), "bags"
-        )
-        files = {patient: paths for patients in by_class.values() for patient, paths in patients.items()}
-        empty = sorted(set(class_folders) - set(by_class))
+        empty = [entry.name for entry in _visible(folder, "*") if entry.is_dir() and entry.name not in classes]
         if empty:
             logger.warning("%s: folders without .h5 files are not classes: %s", folder, ", ".join(empty))
-        return cls._from_files(files).with_labels(labels)
+        labels = one_label_each(((patient, name) for name, patient in files), "bags")
+        return cls._from_files({patient: paths for (_, patient), paths in files.items()}).with_labels(labels)
 
     @classmethod
-    def from_table(cls, file: PathLike) -> "PatientBags":
-        """A row per .h5 file with the columns `patient,label,file`, or `patient,file` for bags without labels.
-
-        Relative files count from the table's own folder.
-        """
-        file = Path(file)
+    def _from_table(cls, file: Path) -> "PatientBags":
         rows = read_table(file, "bags", ("patient", "file"), ("label",), OTHER_NAMES)
         files: dict[str, list[Path]] = defaultdict(list)
         for row in rows:
             files[row["patient"]].append(file.parent / row["file"])
-        missing = [str(path) for paths in files.values() for path in paths if not path.is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"bags: {len(missing)} of the files in {str(file)!r} do not exist, for instance "
-                f"{', '.join(missing[:N_EXAMPLES])}; relative paths count from {str(file.parent.absolute())!r}"
-            )
+        check_files_exist([path for paths in files.values() for path in paths], file, "bags", "files")
         bags = cls._from_files(files)
         if "label" not in rows[0]:
             return bags
@@ -204,29 +194,27 @@ class PatientBags:
     @classmethod
     def _from_files(cls, files: Mapping[str, Sequence[Path]]) -> "PatientBags":
         patients = sorted(files)
-        features, cells = [], []
-        attributes: dict[str, set[str | None]] = defaultdict(set)
-        for patient in patients:
-            parts = [_read_file(path) for path in files[patient]]
-            if len({part.features.shape[1] for part in parts}) > 1:
+        contents = {patient: [_read_file(path) for path in files[patient]] for patient in patients}
+        attributes = [attributes for parts in contents.values() for _, _, attributes in parts]
+        for name in IDENTITY:
+            values = {of_file.get(name) for of_file in attributes}
+            if len(values) > 1:
+                raise ValueError(
+                    f"bags: files of different networks are mixed, their {name} is "
+                    f"{', '.join(sorted(map(repr, values)))}; extract all bags with one checkpoint and one image size"
+                )
+        for patient, parts in contents.items():
+            if len({features.shape[1] for features, _, _ in parts}) > 1:
                 raise ValueError(
                     f"bags: the files of patient {patient!r} have features of different dimensions; extract all with "
                     f"one checkpoint"
                 )
-            features.append(np.concatenate([part.features for part in parts]))
-            cells.append([cell for part in parts for cell in part.cells])
-            for part in parts:
-                for name in {*IDENTITY, *part.attributes, *attributes}:
-                    attributes[name].add(part.attributes.get(name))
-        mixed = [name for name in IDENTITY if len(attributes[name]) > 1]
-        if mixed:
-            found = ", ".join(sorted(map(repr, attributes[mixed[0]])))
-            raise ValueError(
-                f"bags: files of different networks are mixed, their {mixed[0]} is {found}; extract all bags with one "
-                f"checkpoint and one image size"
-            )
-        known = {name: next(iter(values)) for name, values in attributes.items() if len(values) == 1}
-        return cls(patients, features, cells, attributes={k: v for k, v in sorted(known.items()) if v is not None})
+        return cls(
+            patients,
+            [np.concatenate([features for features, _, _ in parts]) for parts in contents.values()],
+            [[cell for _, cells, _ in parts for cell in cells] for parts in contents.values()],
+            attributes=dict(sorted(set.intersection(*(set(of_file.items()) for of_file in attributes)))),
+        )
 
     def with_labels(self, labels: Mapping[str, str], class_names: Sequence[str] | None = None) -> "PatientBags":
         """Return the same bags with labels, {patient: class}; without `class_names` the classes are sorted.
@@ -390,20 +378,14 @@ def one_label_each(pairs: Iterable[tuple[str, str]], source: str) -> dict[str, s
     return {patient: next(iter(labels)) for patient, labels in found.items()}
 
 
-@dataclass(frozen=True)
-class _FileContent:
-    features: np.ndarray  # float32 [N, D]
-    cells: list[str]
-    attributes: dict[str, str]
-
-
-def _read_file(path: Path) -> _FileContent:
+def _read_file(path: Path) -> tuple[np.ndarray, list[str], dict[str, str]]:
+    """Read features, float32 [N, D], where the N cells are from, and the attributes."""
     try:
         with h5py.File(path, "r") as file:
             if "features" not in file:
                 raise ValueError(f"bags: {str(path)!r} has no dataset `features`; extract it again")
             features = np.atleast_2d(file["features"][()].astype(np.float32))
-            paths = file["paths"].asstr()[:].tolist() if "paths" in file else []
+            cells = file["paths"].asstr()[:].tolist() if "paths" in file else []
             attributes = {name: str(value) for name, value in file.attrs.items()}
     except (OSError, RuntimeError) as error:  # h5py's, for files of another kind and for broken parts
         raise ValueError(
@@ -411,31 +393,15 @@ def _read_file(path: Path) -> _FileContent:
         ) from error
     if features.ndim != 2:
         raise ValueError(f"bags: {str(path)!r} has features of shape {list(features.shape)}; expected [cells, dim]")
-    if len(paths) != len(features):
-        paths = [f"{path}:{row}" for row in range(len(features))] if len(features) > 1 else [str(path)] * len(features)
-    return _FileContent(features, paths, attributes)
+    if len(cells) != len(features):
+        cells = [str(path)] if len(features) == 1 else [f"{path}:{row}" for row in range(len(features))]
+    return features, cells, attributes
 
 
-def _h5_files(folder: Path) -> list[Path]:
-    return sorted(
-        entry
-        for entry in folder.iterdir()
-        if entry.is_file() and entry.suffix.lower() == SUFFIX and not entry.name.startswith(".")
-    )
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _patient_files(class_folder: Path) -> dict[str, list[Path]]:
-    """Find {patient: files} of one class, a file or a folder each; an empty folder has no files."""
-    files = {file.stem: [file] for file in _h5_files(class_folder)}
-    for entry in _folders(class_folder):
-        if entry.name in files:
-            raise ValueError(f"bags: {str(class_folder)!r} has both a file and a folder of {entry.name!r}; keep one")
-        files[entry.name] = _h5_files(entry)
-    return files
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    """Find what matches a pattern in `folder`, sorted; hidden names, also of a folder on the way, are left out."""
+    found = sorted(folder.glob(pattern))
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
 def list_names(names: Iterable[str]) -> str:

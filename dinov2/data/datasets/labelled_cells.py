@@ -12,7 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from dinov2.data.datasets.image_paths import IMAGE_SUFFIXES, find_images, is_image_name
-from dinov2.data.datasets.tables import LABEL_COLUMN, PATH_COLUMN, PATIENT_COLUMN, TABLE_SUFFIXES, read_table
+from dinov2.data.datasets.tables import (
+    LABEL_COLUMN,
+    PATH_COLUMN,
+    PATIENT_COLUMN,
+    check_files_exist,
+    is_folder,
+    read_table,
+)
 from dinov2.utils.paths import local_path
 
 logger = logging.getLogger("dinov2")
@@ -51,16 +58,12 @@ class LabelledCells:
             ValueError: no labelled cell was found, the CSV is malformed, or a label is not in `class_names`.
         """
         path = local_path(path)
-        if path.is_dir():
+        layouts = (
+            f"a folder with one folder per class, or a table with the columns "
+            f"{PATH_COLUMN},{LABEL_COLUMN}[,{PATIENT_COLUMN}]"
+        )
+        if is_folder(path, "labelled cells", layouts):
             return cls.from_folder(path, class_names)
-        if not path.exists():
-            raise FileNotFoundError(f"labelled cells: {str(path)!r} does not exist; give a folder per class or a CSV")
-        if path.suffix.lower() not in TABLE_SUFFIXES:
-            raise ValueError(
-                f"labelled cells: {str(path)!r} is neither a folder nor a .csv or .parquet file; give a "
-                f"folder with one folder per class, or a table with the columns "
-                f"{PATH_COLUMN},{LABEL_COLUMN}[,{PATIENT_COLUMN}]"
-            )
         return cls.from_table(path, class_names)
 
     @classmethod
@@ -93,18 +96,9 @@ class LabelledCells:
         paths = [file.parent / row[PATH_COLUMN] for row in rows]
         names = [row[LABEL_COLUMN] for row in rows]
         patients = [row[PATIENT_COLUMN] for row in rows] if PATIENT_COLUMN in rows[0] else None
-        _check_files_exist(paths, file)
+        check_files_exist(paths, file, "labelled cells", "images")
         class_names = _checked_class_names(class_names, names, source=str(file))
         return cls(paths, _to_ids(names, class_names), class_names, patients)
-
-
-def _check_files_exist(paths: Sequence[Path], source: Path) -> None:
-    missing = [str(path) for path in paths if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"labelled cells: {len(missing)} of the {len(paths)} images in {str(source)!r} do not exist, for "
-            f"instance {', '.join(missing[:3])}; relative paths count from {str(source.parent.absolute())!r}"
-        )
 
 
 def _checked_class_names(given: Sequence[str] | None, found: Iterable[str], source: str) -> list[str]:

@@ -81,7 +81,7 @@ def test_a_csv_of_files(tmp_path):
     table.write_text("patient,file\np1,h5/other.h5\n")
     assert PatientBags.from_path(table).labels is None
     table.write_text("patient,label,file\np1,a,h5/no.h5\n")
-    with pytest.raises(FileNotFoundError, match=r"1 of the files .* do not exist, for instance .*no.h5"):
+    with pytest.raises(FileNotFoundError, match=r"1 of the 1 files .* do not exist, for instance .*no.h5"):
         PatientBags.from_path(table)
 
 
