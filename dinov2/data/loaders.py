@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from dinov2.data.balance import Balance, BalancedSampler
-from dinov2.data.datasets.hema_data import HemaStandardDataset, UnreadableImage
+from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.data.samplers import EpochSampler, InfiniteSampler, PositionSampler, SamplerType
 from dinov2.distributed import get_rank, get_world_size
 from dinov2.utils.seeds import derive_seed
@@ -42,7 +42,7 @@ class AugmentedSample(NamedTuple):
 
     crops: Any  # what the augmentation returns
     position: int  # of the image in the global stream
-    failures: tuple[UnreadableImage, ...]  # images that could not be read on the way, with the reason
+    failures: tuple[tuple[str, str], ...]  # (path, reason) of images that could not be read on the way
 
 
 class AugmentedDataset(Dataset):

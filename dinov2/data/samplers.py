@@ -92,17 +92,6 @@ class PositionSampler(Sampler[tuple[int, int]]):
         return zip(itertools.count(self.sampler.first_position, self.sampler.step), self.sampler, strict=False)
 
 
-class ShardedInfiniteSampler(InfiniteSampler):
-    """`InfiniteSampler` under the name that upstream's configs use.
-
-    Upstream gives each process a fixed shard, so what a process sees depends on how many there are; not so here.
-    """
-
-    def __init__(self, *, use_new_shuffle_tensor_slice: bool = False, **settings: Any) -> None:
-        """Take `InfiniteSampler`'s settings; the switch between upstream's two shuffles has no effect."""
-        super().__init__(**settings)
-
-
 class EpochSampler(Sampler[int]):
     """`size` indices an epoch, shared among the processes; an epoch larger than the dataset repeats it evenly."""
 

@@ -102,17 +102,20 @@ class ImageSource:
             return _read(path, lambda: names.read(position))
         return _read(path, lambda: _read_file(path))
 
+    def file(self, position: int) -> str:
+        """Return the absolute path of the file that holds an image, its own or a shard."""
+        return self._names.shard(position) if isinstance(self._names, ShardIndex) else self.path(position)
+
     def stamp(self, position: int) -> tuple[int, int]:
         """Return size in bytes and time of the last change in ns, of the file that holds the image.
 
         Raises:
             OSError: there is no such file.
         """
-        file = self._names.shard(position) if isinstance(self._names, ShardIndex) else self.path(position)
         try:
-            status = os.stat(file)
+            status = os.stat(self.file(position))
         except ValueError as error:  # a null character in the path
-            raise FileNotFoundError(f"{file!r}: {error}") from error
+            raise FileNotFoundError(f"{self.path(position)!r}: {error}") from error
         return status.st_size, status.st_mtime_ns
 
     def set_ids(self) -> np.ndarray:
