@@ -10,6 +10,7 @@ Dimension key:  H height, W width, S side of the square, T filter taps, [n] pixe
 import io
 import os
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -66,15 +67,12 @@ def decode_image(source: str | os.PathLike[str] | bytes, name: str = "") -> np.n
         UnreadableImageError: the file is missing, empty, truncated, damaged, not an image, suspiciously large
             (`PIL.Image.MAX_IMAGE_PIXELS`), or its pixels have no defined brightness (floats, wide integers).
     """
-    data = source if isinstance(source, bytes) else None
     name = name or ("" if isinstance(source, bytes) else os.fspath(source))
     try:
-        if data is None:
-            with open(source, "rb") as file:
-                data = file.read()
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            return rgb_array(image)
+            return np.asarray(to_rgb(image))
     except UnidentifiedImageError as error:
         raise UnreadableImageError(name, "not a known image format" if data else "the file is empty") from error
     except OSError as error:  # of the disk; or Pillow's, for truncated and damaged data
@@ -86,15 +84,6 @@ def decode_image(source: str | os.PathLike[str] | bytes, name: str = "") -> np.n
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
     """Decode a file to a PIL image in mode RGB."""
     return Image.fromarray(decode_image(path))
-
-
-def rgb_array(image: Image.Image) -> np.ndarray:
-    """Return `to_rgb` of an image as an array, uint8 [H, W, 3]."""
-    if image.mode == "RGBA":
-        pixels = np.asarray(image)
-        if pixels[..., 3].min() == 255:
-            return cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB)
-    return np.asarray(to_rgb(image))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -142,7 +131,7 @@ def resize_image(image: Image.Image | np.ndarray, size: int, fit: str = "crop") 
         ValueError: an unknown `fit`, an array of another type or shape, or pixels with no defined brightness.
     """
     check_fit(fit)
-    pixels = image if isinstance(image, np.ndarray) else rgb_array(image)
+    pixels = image if isinstance(image, np.ndarray) else np.asarray(to_rgb(image))
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise ValueError(f"image: an array of uint8 [H, W, 3] is needed, not {pixels.dtype} {list(pixels.shape)}")
     height, width = pixels.shape[:2]

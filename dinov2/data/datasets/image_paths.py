@@ -60,13 +60,12 @@ def read_list(file: Path) -> list[str]:
     Raises:
         ValueError: the file is not UTF-8.
     """
-    content = file.read_bytes()
     try:
-        text = content.decode("utf-8-sig")  # -sig: Windows editors write a byte-order mark
+        text = file.read_text(encoding="utf-8-sig")  # -sig: Windows editors write a byte-order mark
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(
             f"train.dataset_path: {str(file)!r}, line {line}, is not UTF-8 text ({error.reason}); save it as UTF-8"
         ) from error
-    lines = (line.strip() for line in text.replace("\r", "\n").split("\n"))
+    lines = (line.strip() for line in text.split("\n"))
     return [line for line in lines if line and not line.startswith("#")]
