@@ -70,7 +70,7 @@ class MaskingGenerator:
             if block is None:
                 break
             mask[block] = True
-            n_masked = np.count_nonzero(mask)
+            n_masked = int(np.count_nonzero(mask))
         return mask
 
     def _draw_block(self, mask: np.ndarray, most: float, rng: np.random.Generator) -> tuple[slice, slice] | None:

@@ -138,63 +138,17 @@ class PatientBags:
             "a folder of .h5 files, <patient>.h5 or <class>/<patient>.h5, or a table with the columns "
             "patient,label,file"
         )
-        return cls._from_folder(path) if is_folder(path, "bags", layouts) else cls._from_table(path)
-
-    @classmethod
-    def _from_folder(cls, folder: Path) -> "PatientBags":
-        flat = _visible(folder, "*.[hH]5")
-        files: dict[tuple[str, str], list[Path]] = defaultdict(list)  # of (class, patient)
-        for file in _visible(folder, "*/*.[hH]5"):
-            if file.with_suffix("").is_dir():
-                raise ValueError(f"bags: {str(file.parent)!r} has both a file and a folder of {file.stem!r}; keep one")
-            files[file.parent.name, file.stem].append(file)
-        for file in _visible(folder, "*/*/*.[hH]5"):
-            files[file.parent.parent.name, file.parent.name].append(file)
-        classes = {name for name, _ in files}
-        if flat and files:
-            raise ValueError(
-                f"bags: {str(folder)!r} has .h5 files ({flat[0].name}, ...) beside folders with .h5 files "
-                f"({list_names(sorted(classes))}); keep either one file per patient or one folder per class"
-            )
-        if flat:
-            return cls._from_files({file.stem: [file] for file in flat})
-        if not files:
-            raise ValueError(
-                f"bags: no .h5 file in {str(folder)!r} and the folders inside; expected <patient>.h5, "
-                f"<class>/<patient>.h5 or <class>/<patient>/*.h5"
-            )
-        without_cells = [
-            f"{entry.parent.name}/{entry.name}"
-            for entry in _visible(folder, "*/*")
-            if entry.is_dir() and entry.parent.name in classes and (entry.parent.name, entry.name) not in files
-        ]
-        if without_cells:
-            raise ValueError(
-                f"bags: folders without an .h5 file are bags without cells: {list_names(without_cells)}; extract these "
-                f"patients' cells, or remove the folders"
-            )
-        empty = [entry.name for entry in _visible(folder, "*") if entry.is_dir() and entry.name not in classes]
-        if empty:
-            logger.warning("%s: folders without .h5 files are not classes: %s", folder, ", ".join(empty))
-        labels = one_label_each(((patient, name) for name, patient in files), "bags")
-        return cls._from_files({patient: paths for (_, patient), paths in files.items()}).with_labels(labels)
-
-    @classmethod
-    def _from_table(cls, file: Path) -> "PatientBags":
-        rows = read_table(file, "bags", ("patient", "file"), ("label",), OTHER_NAMES)
+        rows = _rows_of_folder(path) if is_folder(path, "bags", layouts) else _rows_of_table(path)
         files: dict[str, list[Path]] = defaultdict(list)
-        for row in rows:
-            files[row["patient"]].append(file.parent / row["file"])
-        check_files_exist([path for paths in files.values() for path in paths], file, "bags", "files")
+        for patient, _, file in rows:
+            files[patient].append(file)
         bags = cls._from_files(files)
-        if "label" not in rows[0]:
-            return bags
-        return bags.with_labels(one_label_each(((row["patient"], row["label"]) for row in rows), str(file)))
+        labels = [(patient, label) for patient, label, _ in rows if label is not None]
+        return bags.with_labels(one_label_each(labels, f"bags {str(path)!r}")) if labels else bags
 
     @classmethod
     def _from_files(cls, files: Mapping[str, Sequence[Path]]) -> "PatientBags":
-        patients = sorted(files)
-        contents = {patient: [_read_file(path) for path in files[patient]] for patient in patients}
+        contents = {patient: [_read_file(path) for path in files[patient]] for patient in sorted(files)}
         attributes = [attributes for parts in contents.values() for _, _, attributes in parts]
         for name in IDENTITY:
             values = {of_file.get(name) for of_file in attributes}
@@ -210,7 +164,7 @@ class PatientBags:
                     f"one checkpoint"
                 )
         return cls(
-            patients,
+            list(contents),
             [np.concatenate([features for features, _, _ in parts]) for parts in contents.values()],
             [[cell for _, cells, _ in parts for cell in cells] for parts in contents.values()],
             attributes=dict(sorted(set.intersection(*(set(of_file.items()) for of_file in attributes)))),
@@ -376,6 +330,49 @@ def one_label_each(pairs: Iterable[tuple[str, str]], source: str) -> dict[str, s
             f"the patients' with --labels"
         )
     return {patient: next(iter(labels)) for patient, labels in found.items()}
+
+
+# patient, label or None, file
+Row = tuple[str, str | None, Path]
+
+
+def _rows_of_table(file: Path) -> list[Row]:
+    rows = read_table(file, "bags", ("patient", "file"), ("label",), OTHER_NAMES)
+    check_files_exist([file.parent / row["file"] for row in rows], file, "bags", "files")
+    return [(row["patient"], row.get("label"), file.parent / row["file"]) for row in rows]
+
+
+def _rows_of_folder(folder: Path) -> list[Row]:
+    flat: list[Row] = [(file.stem, None, file) for file in _visible(folder, "*.[hH]5")]
+    whole: list[Row] = [(file.stem, file.parent.name, file) for file in _visible(folder, "*/*.[hH]5")]
+    parts: list[Row] = [(file.parent.name, file.parent.parent.name, file) for file in _visible(folder, "*/*/*.[hH]5")]
+    twice = {row[:2] for row in whole} & {row[:2] for row in parts}
+    if twice:
+        names = list_names(sorted(patient for patient, _ in twice))
+        raise ValueError(f"bags: {str(folder)!r} has both a file and a folder of {names}; keep one")
+    bags = {(label, patient) for patient, label, _ in whole + parts}
+    classes = {label for label, _ in bags}
+    if flat and bags:
+        raise ValueError(
+            f"bags: {str(folder)!r} has .h5 files ({flat[0][2].name}, ...) beside folders with .h5 files "
+            f"({list_names(sorted(map(str, classes)))}); keep either one file per patient or one folder per class"
+        )
+    if not flat and not bags:
+        raise ValueError(
+            f"bags: no .h5 file in {str(folder)!r} and the folders inside; expected <patient>.h5, "
+            f"<class>/<patient>.h5 or <class>/<patient>/*.h5"
+        )
+    inside = [entry for entry in _visible(folder, "*/*") if entry.is_dir() and entry.parent.name in classes]
+    empty = [f"{entry.parent.name}/{entry.name}" for entry in inside if (entry.parent.name, entry.name) not in bags]
+    if empty:
+        raise ValueError(
+            f"bags: folders without an .h5 file are bags without cells: {list_names(empty)}; extract these patients' "
+            f"cells, or remove the folders"
+        )
+    others = [entry.name for entry in _visible(folder, "*") if entry.is_dir() and entry.name not in classes]
+    if others and bags:
+        logger.warning("%s: folders without .h5 files are not classes: %s", folder, ", ".join(others))
+    return flat + whole + parts
 
 
 def _read_file(path: Path) -> tuple[np.ndarray, list[str], dict[str, str]]:
