@@ -27,12 +27,7 @@ ROWS_AT_ONCE = 512  # bounds the float32 copy of a large image
 
 
 class UnreadableImageError(ValueError):
-    """An image file that cannot be decoded.
-
-    Attributes:
-        path: the file.
-        reason: what is wrong with it, in a few words.
-    """
+    """An image file that cannot be decoded, and what is wrong with it in a few words."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)  # both in `args`: pickling between processes calls the class with them
@@ -44,7 +39,7 @@ class UnreadableImageError(ValueError):
 
 
 class Span(NamedTuple):
-    """What a resized axis shows of the original one, from `start` to `end`, in pixels."""
+    """What a resized axis shows of the original one, in pixels."""
 
     start: float
     end: float
@@ -155,10 +150,9 @@ def check_fit(fit: str) -> None:
 
 
 def _spans_of_crop(height: int, width: int, size: int) -> tuple[Span, Span]:
-    """Rows and columns that stay when the shorter side is scaled to `size` and the centre kept.
+    """Find the rows and columns of the original that the crop shows, so that no large image is made in between.
 
-    Only what the crop keeps is computed: no large image in between, however long and thin the original is. The grid
-    is torchvision's: longer side floored, offset rounded.
+    The grid is torchvision's: longer side floored, offset rounded.
     """
     shorter = min(height, width)
     spans = []
@@ -170,35 +164,22 @@ def _spans_of_crop(height: int, width: int, size: int) -> tuple[Span, Span]:
 
 
 class Taps(NamedTuple):
-    """The filter of an axis.
+    """The filter of an axis."""
 
-    Attributes:
-        first, end: the range of pixels that it reads.
-        lines: int64 [n, T] pixels that each new one is a weighted sum of, counted from `first`.
-        weights: float32 [n, T], rows summing to 1.
-    """
-
-    first: int
-    end: int
-    lines: Tensor
-    weights: Tensor
+    first: int  # of the pixels that it reads
+    end: int  # one past the last
+    lines: Tensor  # int64 [n, T] pixels that each new one is a weighted sum of, counted from `first`
+    weights: Tensor  # float32 [n, T], rows summing to 1
 
 
 def resize_lanczos(pixels: np.ndarray, height: int, width: int, rows: Span, columns: Span) -> np.ndarray:
-    """Cut out a box, whose borders may lie between pixels, and resize it, as Pillow's `resize(box=...)`.
+    """Cut rows and columns, whose borders may lie between pixels, out of uint8 [H, W, 3], and resize them.
 
     As in Pillow the filter (Duchon 1979) is widened by the scale where the image shrinks, reaches over pixels outside
     the box, is cut off at the image's borders and normalised; its weights are whole multiples of 2^-22; values are
     rounded and clamped to 0-255 after each pass, which at edges decides about many levels. The few float32 sums that
     are too near to a half to be rounded safely are computed again with integers. The horizontal pass is always the
     first, as in Pillow up to 12; Pillow 13 turns the order for images that are much taller than wide.
-
-    Args:
-        pixels: uint8 [H, W, 3].
-        height: rows of the result.
-        width: columns of the result.
-        rows: within 0 and H.
-        columns: within 0 and W.
 
     Returns:
         uint8 [height, width, 3], contiguous, never sharing memory with `pixels`.

@@ -31,11 +31,9 @@ LOOSE_SET = "."  # images in the folder itself, beside the folders that are sets
 MEMBER_MARK = ".tar::"  # between a shard and its member in the path of an image
 KINDS = (
     "a folder with *.txt lists or one list (one image path per line; scripts/make_patch_lists.py writes one), a .csv "
-    "or .parquet file with a column of paths, a folder of images, or .tar shards (one, a folder with some, or a "
-    "pattern such as cells-{000..015}.tar)"
+    "or .parquet file with a column of paths, a folder of images, or .tar shards, not compressed (one, a "
+    "folder with some, or a pattern such as cells-{000..015}.tar)"
 )
-
-_COMPRESSED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
 
 
 class ImageSource:
@@ -100,7 +98,7 @@ class ImageSource:
         path, names = self.path(position), self._names
         if isinstance(names, ShardIndex):
             return _read(path, lambda: names.read(position))
-        return _read(path, lambda: _read_file(path))
+        return _read(path, Path(path).read_bytes)
 
     def file(self, position: int) -> str:
         """Return the absolute path of the file that holds an image, its own or a shard."""
@@ -132,12 +130,7 @@ def read_image(path: str) -> bytes:
     shard, mark, member = path.partition(MEMBER_MARK)
     if mark and not os.path.exists(path):
         return _read(path, lambda: read_member(f"{shard}.tar", member))
-    return _read(path, lambda: _read_file(path))
-
-
-def _read_file(path: str) -> bytes:
-    with open(path, "rb", buffering=0) as file:
-        return file.read()
+    return _read(path, Path(path).read_bytes)
 
 
 def _read(path: str, read: Callable[[], bytes]) -> bytes:
@@ -164,7 +157,6 @@ def _from_folder(root: Path) -> ImageSource:
         return _from_shards([str(shard) for shard in shards])
     images = _from_tree(root, entries)
     if len(images) == 0:
-        _check_not_compressed(entries)
         tables = [entry.name for entry in entries if _is_table(entry)]
         hint = f"; to read {tables[0]}, give this file" if tables else ""
         raise FileNotFoundError(
@@ -178,10 +170,9 @@ def _from_files(root: str) -> ImageSource:
     files = [root] if os.path.exists(root) else _expanded(root)
     if root.lower().endswith(".txt"):
         return _from_lists([Path(file) for file in files])
-    others = [Path(file) for file in files if not file.lower().endswith(".tar")]
+    others = [file for file in files if not file.lower().endswith(".tar")]
     if others:
-        _check_not_compressed(others)
-        raise ValueError(f"train.dataset_path: {str(others[0])!r} is a file of another kind; it must be {KINDS}")
+        raise ValueError(f"train.dataset_path: {others[0]!r} is a file of another kind; it must be {KINDS}")
     return _from_shards(files)
 
 
@@ -261,12 +252,3 @@ def _expanded(pattern: str) -> list[str]:
             raise FileNotFoundError(f"train.dataset_path: root={pattern!r}{meaning} does not exist; it must be {KINDS}")
         found += files
     return found
-
-
-def _check_not_compressed(files: Sequence[Path]) -> None:
-    compressed = [file for file in files if _COMPRESSED_TAR.search(file.name)]
-    if compressed:
-        raise ValueError(
-            f"train.dataset_path: {str(compressed[0])!r} is compressed, and images are read from anywhere in a "
-            f"shard; unpack it to a plain .tar"
-        )

@@ -249,7 +249,7 @@ def test_a_folder_without_anything_known(tmp_path):
     with pytest.raises(FileNotFoundError, match="no image .*to read labels.csv, give this file; root must be a folder"):
         ImageSource.from_root(tmp_path)
     write(tmp_path / "cells-000.tar.gz")
-    with pytest.raises(ValueError, match=r"cells-000.tar.gz' is compressed.*plain \.tar"):
+    with pytest.raises(FileNotFoundError, match=r"no \.tar shard.*\.tar shards, not compressed"):
         ImageSource.from_root(tmp_path)
 
 
@@ -323,7 +323,7 @@ def test_patterns_that_cannot_be_used(tmp_path):
     with pytest.raises(ValueError, match=r"c-0.txt' is a file of another kind; it must be"):
         ImageSource.from_root(str(tmp_path / "c-0.t*"))
     write(tmp_path / "c-0.tar.zst")
-    with pytest.raises(ValueError, match="is compressed"):
+    with pytest.raises(ValueError, match="another kind.*not compressed"):
         ImageSource.from_root(str(tmp_path / "*.zst"))
 
 
@@ -334,7 +334,7 @@ def test_tar_files_that_cannot_be_used(tmp_path, caplog):
             tar.add(__file__, "1.png")
         with pytest.raises(ValueError, match=r"c\.tar' is not a tar file, or is compressed.*unpack it"):
             ImageSource.from_root(file)
-    with pytest.raises(ValueError, match="is compressed"):
+    with pytest.raises(ValueError, match=r"c\.tar\.gz' is a file of another kind.*not compressed"):
         ImageSource.from_root(write(tmp_path / "c.tar.gz"))
     for data, message in ((b"", "not a tar file"), (b"hello", "not a tar file"), (b"y" * 4096, "not a tar file")):
         with pytest.raises(ValueError, match=message):
