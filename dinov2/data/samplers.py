@@ -64,7 +64,8 @@ class InfiniteSampler(Sampler[int]):
         self._pass_length, self._shuffle, self._seed = sample_count, shuffle, seed
         self.first_position = advance + (get_rank() if start is None else start)
         self.step = get_world_size() if step is None else step
-        _check_positive(sample_count=sample_count, step=self.step)
+        if sample_count < 1 or self.step < 1:
+            raise ValueError(f"sampler: sample_count={sample_count} and step={self.step} must be at least 1")
         if advance < 0 or self.first_position < advance:
             raise ValueError(f"sampler: advance={advance} and start={start} must not be negative")
 
@@ -97,7 +98,8 @@ class EpochSampler(Sampler[int]):
 
     def __init__(self, *, size: int, seed: int = 0, **settings: Any) -> None:
         """`size` counts all processes together; `settings` are `InfiniteSampler`'s, but for `advance`."""
-        _check_positive(size=size)
+        if size < 1:
+            raise ValueError(f"sampler: size={size} must be at least 1")
         self._size, self._seed, self._settings = size, seed, settings
         self.set_epoch(0)
 
@@ -110,9 +112,3 @@ class EpochSampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Choose which epoch's order the next iteration gives."""
         self._stream = InfiniteSampler(seed=derive_seed(self._seed, "epoch", epoch), **self._settings)
-
-
-def _check_positive(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"sampler: {name}={value} must be at least 1")

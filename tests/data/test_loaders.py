@@ -140,7 +140,7 @@ def test_workers_start_although_opencvs_threads_ran_in_this_process(dataset):
 
 
 def test_no_workers_need_no_worker_settings(dataset):
-    assert len(batches(dataset, 1, num_workers=0, persistent_workers=True, prefetch_factor=4)) == 1
+    assert len(batches(dataset, 1, num_workers=0, persistent_workers=True)) == 1
 
 
 def test_loading_leaves_torchs_generator_alone(dataset):
