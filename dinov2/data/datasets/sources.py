@@ -168,8 +168,8 @@ def _from_folder(root: Path) -> ImageSource:
 
 def _from_files(root: str) -> ImageSource:
     files = [root] if os.path.exists(root) else _expanded(root)
-    if root.lower().endswith(".txt"):
-        return _from_lists([Path(file) for file in files])
+    if files == [root] and root.lower().endswith(".txt"):
+        return _from_lists([Path(root)])
     others = [file for file in files if not file.lower().endswith(".tar")]
     if others:
         raise ValueError(f"train.dataset_path: {others[0]!r} is a file of another kind; it must be {KINDS}")
