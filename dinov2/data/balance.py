@@ -109,7 +109,7 @@ class BalancedSampler(InfiniteSampler):
         """
         length = int(np.sum(quotas))
         super().__init__(sample_count=length, shuffle=True, seed=seed, start=start, step=step, advance=advance)
-        by_set = np.argsort(sets, kind="stable").astype(np.int32 if len(sets) <= np.iinfo(np.int32).max else np.int64)
+        by_set = np.argsort(sets, kind="stable").astype(np.int32)
         ends = np.cumsum(np.bincount(sets, minlength=len(quotas)))
         self._members = np.split(by_set, ends[:-1])  # of each set, its indices
         self._quotas = np.asarray(quotas)

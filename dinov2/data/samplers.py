@@ -28,10 +28,9 @@ class SamplerType(Enum):
 
 
 def shuffled_indices(sample_count: int, seed: int, *keys: int | str) -> np.ndarray:
-    """Return the permutation of 0 .. N-1 that belongs to `seed` and `keys`: int32 [N], or int64 where N needs it."""
-    dtype = torch.int32 if sample_count <= torch.iinfo(torch.int32).max else torch.int64
+    """Return the permutation of 0 .. N-1 that belongs to `seed` and `keys`: int32 [N]."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "order", *keys))
-    return torch.randperm(sample_count, dtype=dtype, generator=generator).numpy()
+    return torch.randperm(sample_count, dtype=torch.int32, generator=generator).numpy()
 
 
 class InfiniteSampler(Sampler[int]):

@@ -62,9 +62,6 @@ class PatientBags:
     def __post_init__(self) -> None:
         if not self.patients:
             raise ValueError("bags: there is no patient; give at least one bag of cells")
-        twice = [patient for patient, count in Counter(self.patients).items() if count > 1]
-        if twice:
-            raise ValueError(f"bags: {list_names(twice)} stand twice; a patient is one bag, so merge or rename them")
         for patient, cells in zip(self.patients, self.features, strict=True):
             if cells.ndim != 2 or not len(cells):
                 raise ValueError(
@@ -170,11 +167,11 @@ class PatientBags:
             attributes=dict(sorted(set.intersection(*(set(of_file.items()) for of_file in attributes)))),
         )
 
-    def with_labels(self, labels: Mapping[str, str], class_names: Sequence[str] | None = None) -> "PatientBags":
-        """Return the same bags with labels, {patient: class}; without `class_names` the classes are sorted.
+    def with_labels(self, labels: Mapping[str, str]) -> "PatientBags":
+        """Return the same bags with labels, {patient: class}; classes are sorted.
 
         Raises:
-            ValueError: if a bag has no label, a label has no bag, or a label is not among `class_names`.
+            ValueError: if a bag has no label, or a label has no bag.
         """
         unlabelled = [patient for patient in self.patients if patient not in labels]
         if unlabelled:
@@ -188,13 +185,7 @@ class PatientBags:
                 f"labels: {len(without_bag)} of {len(labels)} labelled patients have no bag "
                 f"({list_names(without_bag)}); extract their cells, or drop them from the labels"
             )
-        names = sorted(set(labels.values())) if class_names is None else list(class_names)
-        unknown = sorted(set(labels.values()) - set(names))
-        if unknown:
-            raise ValueError(
-                f"labels: {list_names(unknown)} are not among the classes {', '.join(map(repr, names))}; drop or "
-                f"rename these patients' labels"
-            )
+        names = sorted(set(labels.values()))
         ids = {name: i for i, name in enumerate(names)}
         return replace(
             self,
