@@ -276,8 +276,7 @@ def check_no_bag_twice(bags: PatientBags) -> None:
     twice = [patients for patients in names.values() if len(patients) > 1]
     if twice:
         raise ValueError(
-            f"bags: {list_names(twice[0])} have the same cells, so one patient is there under several names"
-            f"{f', and {len(twice) - 1} more such cases' if len(twice) > 1 else ''}; keep one of each"
+            f"bags: {list_names(twice[0])} have the same cells, so one patient is there under several names; keep one"
         )
 
 

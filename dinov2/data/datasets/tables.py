@@ -126,12 +126,7 @@ def read_table(
 
 
 def is_folder(path: Path, setting: str, expected: str) -> bool:
-    """Return True for a folder, False for a table.
-
-    Raises:
-        FileNotFoundError: nothing is at `path`.
-        ValueError: it is a file of another kind.
-    """
+    """Return True for a folder, False for a table; raise FileNotFoundError or ValueError for anything else."""
     if not path.exists():
         raise FileNotFoundError(f"{setting}: {str(path)!r} does not exist; give {expected}")
     if not path.is_dir() and path.suffix.lower() not in TABLE_SUFFIXES:
