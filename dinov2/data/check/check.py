@@ -84,4 +84,4 @@ def check_lists(
         remarks.append("Images were not decoded (--no-pixels): only missing, empty and equal files are found.")
     findings, drops = diagnose(inputs, images, near, drop_near_duplicates)
     settings = {"pixels": pixels, "near_duplicates": near_duplicates if pixels else "off", "remarks": remarks}
-    return write_report(inputs, images, findings, drops, settings, output)
+    return write_report(inputs, findings, drops, settings, output)

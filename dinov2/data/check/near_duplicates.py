@@ -2,8 +2,8 @@
 
 The hash is the signs of the 16 x 16 lowest cosine coefficients of the grey image at 32 x 32. Re-encoding and scaling
 change a few of the 256 bits. Of 2,249 real images of four sets, the two most alike differ in 63. A mirrored image has
-the odd coefficients with the opposite sign, so the hash of a turned image follows from the image's own (a threshold at the median, as other
-perceptual hashes take it, would not allow that).
+the odd coefficients with the opposite sign, so the hash of a turned image follows from the image's own (a threshold at
+the median, as other perceptual hashes take it, would not allow that).
 """
 
 import cv2
@@ -34,23 +34,14 @@ def _pack(signs: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.packbits(signs[..., _ROWS, _COLUMNS], axis=-1)).view("<u8")
 
 
-def turned_hashes(hashes: np.ndarray, turn: int) -> np.ndarray:
-    """Compute the hashes [N, 4] that the images would have after a turn."""
-    transposes, mirrors_x, mirrors_y = TURNS[turn]
+def turned_hashes(hashes: np.ndarray, transposes: bool, mirrors_x: bool, mirrors_y: bool) -> np.ndarray:
+    """Compute the hashes [N, 4] that the images would have after a turn, see `TURNS`."""
     signs = np.empty((len(hashes), 16, 16), dtype=bool)
     signs[:, _ROWS, _COLUMNS] = np.unpackbits(hashes.view(np.uint8), axis=-1)
     if transposes:
         signs = signs.transpose(0, 2, 1)
     is_odd = np.arange(16) % 2 == 1
     return _pack(signs ^ (mirrors_x & is_odd) ^ (mirrors_y & is_odd)[:, None])
-
-
-def turned(image: np.ndarray, turn: int) -> np.ndarray:
-    """Turn an image [H, W, 3] as `turned_hashes` assumes."""
-    transposes, mirrors_x, mirrors_y = TURNS[turn]
-    if transposes:
-        image = image.transpose(1, 0, 2)
-    return np.ascontiguousarray(image[:: -1 if mirrors_y else 1, :: -1 if mirrors_x else 1])
 
 
 def similar_hashes(hashes: np.ndarray, with_turns: bool = False) -> tuple[np.ndarray, int]:
@@ -70,8 +61,8 @@ def similar_hashes(hashes: np.ndarray, with_turns: bool = False) -> tuple[np.nda
     different, first, inverse = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
     found = [np.stack([first[inverse.ravel()], np.arange(len(hashes))], axis=1)]
     n_crowded = 0
-    for turn in range(len(TURNS) if with_turns else 1):
-        keys = np.concatenate([different, turned_hashes(different, turn)]) if turn else different
+    for turn in TURNS if with_turns else TURNS[:1]:
+        keys = np.concatenate([different, turned_hashes(different, *turn)]) if any(turn) else different
         words = keys.view("<u2")  # [N, 16]
         for word in range(words.shape[1]):
             # likely pairs become neighbours: with an equal word, sorted by the next two

@@ -8,7 +8,6 @@ import pandas as pd
 
 from dinov2.data.check.faults import KINDS
 from dinov2.data.check.inputs import TRAINING, Inputs
-from dinov2.data.check.scan import READABLE
 from dinov2.utils.files import atomic_write
 
 N_EXAMPLES = 10
@@ -16,7 +15,6 @@ N_EXAMPLES = 10
 
 def write_report(
     inputs: Inputs,
-    images: pd.DataFrame,
     findings: pd.DataFrame,
     drops: pd.Series,
     settings: dict[str, Any],
@@ -26,14 +24,13 @@ def write_report(
     counts = findings["kind"].value_counts()
     summary = {
         "format": 1,
-        "pictures": len(images),
+        "pictures": len(inputs.paths),
         "entries": len(inputs.entries),
         "faults": sum(KINDS[kind].is_fault for kind in findings["kind"]),
         "counts": {kind: int(counts.get(kind, 0)) for kind in KINDS},
         "kinds": {kind: {"title": title, "is_fault": is_fault} for kind, (title, is_fault, _) in KINDS.items()},
         **settings,
         "sources": [{"file": str(s.file), "kind": s.kind, "role": s.role} for s in inputs.sources],
-        "datasets": _dataset_table(inputs.entries, images),
         "cleaned": _write_cleaned(inputs, drops, output / "cleaned"),
     }
     _write_text(output / "findings.csv", findings.to_csv(index=False, lineterminator="\n"))
@@ -41,29 +38,6 @@ def write_report(
     _write_text(output / "report.json", json.dumps({**summary, "findings": records}, indent=1))
     _write_text(output / "report.md", _markdown(summary, findings, output))
     return summary
-
-
-def _dataset_table(entries: pd.DataFrame, images: pd.DataFrame) -> list[dict[str, Any]]:
-    """Count images, classes, patients and sizes of each data set, ready for JSON."""
-    table = []
-    for name, group in images.groupby("dataset"):
-        labelled = entries[entries["image"].isin(group.index) & (entries["label"] != "")]
-        decoded = group[group["width"] > 0]
-        sizes = decoded[["width", "height"]].agg(["median", "min", "max"]).fillna(0)
-        table.append(
-            {
-                "dataset": name,
-                "pictures": len(group),
-                "readable": int((group["status"] == READABLE).sum()),
-                "different": int(group["content"].nunique()),
-                "classes": labelled.groupby("label")["image"].nunique().to_dict(),
-                "patients": len(set(group["patient"]) - {""}),
-                "megabytes": round(float(group["size"].sum()) / 1e6, 1),
-                "modes": decoded["mode"].value_counts().sort_index().to_dict(),
-                **sizes.to_dict(),
-            }
-        )
-    return table
 
 
 def _write_cleaned(inputs: Inputs, drops: pd.Series, folder: Path) -> list[dict[str, Any]]:
@@ -111,11 +85,7 @@ def describe(summary: dict[str, Any], output: str | Path) -> str:
 
 
 def _markdown(summary: dict[str, Any], findings: pd.DataFrame, output: Path) -> str:
-    table = pd.json_normalize(summary["datasets"], max_level=0).drop(columns="modes")
-    table["classes"] = table["classes"].map(len)
-    for side in ("width", "height"):
-        table[side] = [f"{size['median']:g} ({size['min']:g} to {size['max']:g})" for size in table[side]]
-    blocks = ["# List check", f"```\n{describe(summary, output)}\n```", f"```\n{table.to_string(index=False)}\n```"]
+    blocks = ["# List check", f"```\n{describe(summary, output)}\n```"]
     for kind, rows in findings.groupby("kind", sort=False):
         title, _, advice = KINDS[str(kind)]
         blocks += [f"## {title[0].upper()}{title[1:]} (`{kind}`): {len(rows)}", f"What to do: {advice}."]
