@@ -1,20 +1,20 @@
 """Check image lists: read them, look at each image, compare, write the report and the cleaned lists."""
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from dinov2.data.check.faults import describe_images, diagnose
+from dinov2.data.check.faults import KINDS, describe_images, diagnose
 from dinov2.data.check.inputs import read_inputs
-from dinov2.data.check.near_duplicates import similar_hashes
-from dinov2.data.check.report import write_report
+from dinov2.data.check.near_duplicates import find_near_duplicates
+from dinov2.data.check.report import markdown, write_cleaned
 from dinov2.data.check.scan import READABLE, scan
 from dinov2.utils.cores import available_cores
-from dinov2.utils.files import PathLike
+from dinov2.utils.files import PathLike, atomic_write
 
 logger = logging.getLogger("dinov2")
 
@@ -42,7 +42,7 @@ def check_lists(
         labels: tables or folders that give labels, patients and data sets.
         evaluation: splits to evaluate on.
         pixels: decode every image; without, only its bytes are compared.
-        near_duplicates: "off", "on", or "turned" to find mirrored and turned images too.
+        near_duplicates: one of `NEAR_CHOICES`; "turned" finds mirrored and turned images too.
         drop_near_duplicates: leave near-duplicates out of the cleaned lists.
         n_workers: processes; None for all cores.
 
@@ -59,29 +59,42 @@ def check_lists(
     if drop_near_duplicates and not searches_near:
         raise ValueError("--drop-near-duplicates: none are searched with --no-pixels or --near-duplicates off")
     output = Path(output).absolute()
-    inputs = read_inputs(training, labels, evaluation)
-    for source in inputs.sources:
+    sources, entries, paths = read_inputs(training, labels, evaluation)
+    for source in sources:
         if (output / "cleaned").resolve() in source.file.resolve().parents:
             raise ValueError(
                 f"--output-dir: {str(source.file)!r} is to be read and lies where the cleaned lists go; choose another "
                 f"folder"
             )
-    logger.info("%d images, named by %d sources", len(inputs.paths), len(inputs.sources))
-    images = describe_images(inputs, scan(inputs.paths, output / "scan", pixels, n_workers))
+    logger.info("%d images, named by %d sources", len(paths), len(sources))
+    images = describe_images(entries, paths, scan(paths, output / "scan", pixels, n_workers))
     near, remarks = pd.DataFrame(columns=["a", "b"]), ["Near-duplicates were not searched."]
     if searches_near:
-        with_turns = near_duplicates == "turned"
-        is_first = (images["content"] == images.index) & (images["status"] == READABLE)
-        first = images[is_first & (images["hash"] != "")]
-        hashes = np.frombuffer(bytes.fromhex("".join(first["hash"])), dtype="<u8").reshape(-1, 4)
-        pairs, n_crowded = similar_hashes(hashes, with_turns)
-        near = pd.DataFrame(first.index.to_numpy()[pairs], columns=["a", "b"])
-        turned_too = "mirrored and turned ones too" if with_turns else "mirrored and turned ones were not searched"
-        remarks = [f"Near-duplicates: re-encoded, scaled, slightly brighter or darker copies; {turned_too}."]
-        if n_crowded:
-            remarks.append(f"{n_crowded} images look like so many others that some near-duplicates may be missing.")
+        is_first = (images["content"] == images.index) & (images["status"] == READABLE) & (images["hash"] != "")
+        near, remarks = find_near_duplicates(images[is_first], near_duplicates == "turned")
     if not pixels:
         remarks.append("Images were not decoded (--no-pixels): only missing, empty and equal files are found.")
-    findings, drops = diagnose(inputs, images, near, drop_near_duplicates)
-    settings = {"pixels": pixels, "near_duplicates": near_duplicates if pixels else "off", "remarks": remarks}
-    return write_report(inputs, findings, drops, settings, output)
+    findings, reasons = diagnose(sources, entries, images, near, drop_near_duplicates)
+    counts = findings["kind"].value_counts()
+    summary = {
+        "format": 1,
+        "pictures": len(paths),
+        "entries": len(entries),
+        "faults": sum(KINDS[kind][1] for kind in findings["kind"]),
+        "counts": {kind: int(counts.get(kind, 0)) for kind in KINDS},
+        "kinds": {kind: {"title": title, "is_fault": is_fault} for kind, (title, is_fault, _) in KINDS.items()},
+        "pixels": pixels,
+        "near_duplicates": near_duplicates if pixels else "off",
+        "remarks": remarks,
+        "sources": [{"file": str(s.file), "kind": s.kind, "role": s.role} for s in sources],
+        "cleaned": write_cleaned(sources, entries.assign(reason=reasons), output / "cleaned"),
+    }
+    records = findings.rename(columns={"other path": "other_path"}).to_dict("records")
+    for name, text in (
+        ("findings.csv", findings.to_csv(index=False, lineterminator="\n")),
+        ("report.json", json.dumps({**summary, "findings": records}, indent=1)),
+        ("report.md", markdown(summary, findings, output)),
+    ):
+        with atomic_write(output / name, "w") as stream:
+            stream.write(text)
+    return summary

@@ -1,54 +1,45 @@
 """What is wrong with a set of image lists, and what the cleaned lists leave out."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from dinov2.data.check.inputs import EVALUATION, LABELS, TRAINING, Inputs
+from dinov2.data.check.inputs import EVALUATION, LABELS, TRAINING, Source
 from dinov2.data.check.scan import READABLE, UNREADABLE
 
 HIDDEN = "hidden"
 Finding = tuple[str, str, str, str]  # kind, path, other path, detail
 
 
-class Kind(NamedTuple):
-    """A kind of finding; a fault makes the command end with 1."""
-
-    title: str
-    is_fault: bool
-    advice: str
-
-
+# kind: title, whether it is a fault, what to do; a fault makes the command end with 1
 KINDS = {
-    "missing": Kind("missing files", True, "correct the paths; relative ones count from the list's own folder"),
-    "unreadable": Kind("damaged images", True, "get them again from their origin, or use the cleaned lists"),
-    "empty_value": Kind("rows without a path, label or patient", True, "fill them in, or use the cleaned tables"),
-    "same_path": Kind("images named twice", True, "they count double in training; use the cleaned lists"),
-    "same_bytes": Kind("byte-identical images", True, "keep one of each; the cleaned lists do"),
-    "two_labels": Kind("one image under two labels", True, "ask who labelled them; the cleaned lists have neither"),
-    "leak_path": Kind("evaluation images in training", True, "use the cleaned lists"),
-    "leak_bytes": Kind("copies of evaluation images in training", True, "use the cleaned lists"),
-    "leak_patient": Kind("evaluation patients in training", True, "use the cleaned lists"),
-    "leak_near": Kind("near-duplicates of evaluation images in training", True, "--drop-near-duplicates drops them"),
-    "two_labels_near": Kind("near-duplicates under two labels", True, "--drop-near-duplicates drops both"),
-    "near_duplicate": Kind("near-duplicates", False, "look at them; --drop-near-duplicates keeps one of each"),
-    "blank": Kind("images without contrast", False, "look at them; no near-duplicates of them are searched"),
-    HIDDEN: Kind("hidden images", False, "readers of folders leave them out, and so do the cleaned lists"),
+    "missing": ("missing files", True, "correct the paths; relative ones count from the list's own folder"),
+    "unreadable": ("damaged images", True, "get them again from their origin, or use the cleaned lists"),
+    "empty_value": ("rows without a path, label or patient", True, "fill them in, or use the cleaned tables"),
+    "same_path": ("images named twice", True, "they count double in training; use the cleaned lists"),
+    "same_bytes": ("byte-identical images", True, "keep one of each; the cleaned lists do"),
+    "two_labels": ("one image under two labels", True, "ask who labelled them; the cleaned lists have neither"),
+    "leak_path": ("evaluation images in training", True, "use the cleaned lists"),
+    "leak_bytes": ("copies of evaluation images in training", True, "use the cleaned lists"),
+    "leak_patient": ("evaluation patients in training", True, "use the cleaned lists"),
+    "leak_near": ("near-duplicates of evaluation images in training", True, "--drop-near-duplicates drops them"),
+    "two_labels_near": ("near-duplicates under two labels", True, "--drop-near-duplicates drops both"),
+    "near_duplicate": ("near-duplicates", False, "look at them; --drop-near-duplicates keeps one of each"),
+    "blank": ("images without contrast", False, "look at them; no near-duplicates of them are searched"),
+    HIDDEN: ("hidden images", False, "readers of folders leave them out, and so do the cleaned lists"),
 }
 
 
-def describe_images(inputs: Inputs, scanned: pd.DataFrame) -> pd.DataFrame:
+def describe_images(entries: pd.DataFrame, paths: list[str], scanned: pd.DataFrame) -> pd.DataFrame:
     """Add to the facts of each image what the entries say of it.
 
     The new columns: path, printable; content (the first readable image with the same bytes); trained, evaluated (a
-    source of this role names it); patient, dataset ("" for none); has_leaking_patient (it is trained on, and its patient
-    is in an evaluation split too). An image that only folders name, as a hidden file, has the status `HIDDEN`.
+    source of this role names it); patient, dataset ("" for none); has_leaking_patient (trained on, and the patient is
+    in an evaluation split too). An image that only folders name, as a hidden file, has the status `HIDDEN`.
     """
-    entries = inputs.entries
-    images = scanned.assign(path=[path.encode("utf-8", "backslashreplace").decode() for path in inputs.paths])
-    has_bad_name = (images["path"] != inputs.paths) | images["path"].str.contains("[\r\n]")
+    images = scanned.assign(path=[path.encode("utf-8", "backslashreplace").decode() for path in paths])
+    has_bad_name = (images["path"] != paths) | images["path"].str.contains("[\r\n]")
     images.loc[has_bad_name, ["status", "reason"]] = UNREADABLE, "its name has a line break or is not UTF-8: rename it"
     is_hidden = entries.groupby("image")["is_hidden"].all() & (images["status"] == READABLE)
     images.loc[is_hidden, ["status", "reason"]] = HIDDEN, "its name or a folder's begins with a dot"
@@ -71,37 +62,33 @@ def describe_images(inputs: Inputs, scanned: pd.DataFrame) -> pd.DataFrame:
 
 
 def diagnose(
-    inputs: Inputs, images: pd.DataFrame, near: pd.DataFrame, drop_near: bool = False
+    sources: list[Source], entries: pd.DataFrame, images: pd.DataFrame, near: pd.DataFrame, drop_near: bool
 ) -> tuple[pd.DataFrame, pd.Series]:
     """Collect all problems found, and decide what the cleaned lists leave out.
 
-    Args:
-        inputs: the entries.
-        images: as `describe_images` returns them.
-        near: pairs of near-duplicates of different bytes: a, b (positions).
-        drop_near: leave near-duplicates out.
+    `near` are pairs of near-duplicates of different bytes: a, b (positions); `drop_near` leaves them out.
 
     Returns:
         the findings (kind, path, other path, detail), in the order of `KINDS`; and for each entry why a cleaned list
         leaves it out, "" to keep it.
     """
-    entries = inputs.entries.assign(content=images["content"].loc[inputs.entries["image"]].to_numpy())
+    entries = entries.assign(content=images["content"].loc[entries["image"]].to_numpy())
     # all training sources are one list, and so are all evaluation sources; each label table stands alone
     scope = entries["role"].where(entries["role"] != LABELS, entries["source"])
     entries["is_repeated"] = entries[["image"]].assign(scope=scope).duplicated()
     contents = entries["content"].drop_duplicates()
     conflicts = _label_conflicts(entries, pd.concat([pd.DataFrame({"a": contents, "b": contents}), near]))
-    rows = [*_damage(inputs.gaps, images), *_repeats(entries, images, conflicts), *_copies_and_leaks(images, near)]
+    rows = [*_damage(sources, images), *_repeats(entries, images, conflicts), *_copies_and_leaks(images, near)]
     rows.sort(key=lambda row: list(KINDS).index(row[0]))
     findings = pd.DataFrame(rows, columns=["kind", "path", "other path", "detail"])
     return findings, _drops(entries, images, conflicts, near, drop_near)
 
 
-def _damage(gaps: pd.DataFrame, images: pd.DataFrame) -> Iterator[Finding]:
+def _damage(sources: list[Source], images: pd.DataFrame) -> Iterator[Finding]:
     for row in images[images["status"] != READABLE].itertuples():
         yield row.status, row.path, "", row.reason
-    for row in gaps.itertuples():
-        yield "empty_value", "", "", f"{row.place}: no value for {row.gap}"
+    for place in (place for source in sources for place in source.gaps):
+        yield "empty_value", "", "", f"{place}: no path, label, patient or dataset"
     for path in images.loc[(images["status"] == READABLE) & (images["width"] > 0) & (images["hash"] == ""), "path"]:
         yield "blank", path, "", "hardly any contrast"
 

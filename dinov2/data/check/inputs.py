@@ -16,48 +16,35 @@ from dinov2.utils.paths import local_path
 
 TRAINING, LABELS, EVALUATION = "training", "labels", "evaluation"
 SETTINGS = {TRAINING: "check lists", LABELS: "--labels", EVALUATION: "--eval-splits"}
+VALUE_COLUMNS = (LABEL_COLUMN, PATIENT_COLUMN, "dataset")
 
 
 class Source(NamedTuple):
     """A list, table or folder; `kind` says which, `role` what it is used for.
 
-    `rows` are all its rows and columns by line number, with absolute paths: what a cleaned copy may keep.
+    `rows` are its rows and columns by line number, with absolute paths; `gaps` places of rows that lack a value.
     """
 
     file: Path
     kind: str
     role: str
     rows: pd.DataFrame
-
-    @property
-    def name(self) -> str:
-        return self.file.absolute().name if self.kind == "folder" else self.file.stem
+    gaps: Sequence[str] = ()
 
 
-class Inputs(NamedTuple):
-    """What all sources name.
-
-    Attributes:
-        sources: what was read.
-        entries: a row for each naming of an image: source (position in `sources`), its role, line and place, image
-            (position in `paths`), label, patient, dataset ("" for none), is_hidden (in a folder, a name with a dot
-            first).
-        gaps: the same columns and `gap`, the columns without a value; these rows are no entries.
-        paths: absolute path of each image.
-    """
-
-    sources: list[Source]
-    entries: pd.DataFrame
-    gaps: pd.DataFrame
-    paths: list[str]
-
-
-def read_inputs(training: Sequence[PathLike], labels: Sequence[PathLike], evaluation: Sequence[PathLike]) -> Inputs:
+def read_inputs(
+    training: Sequence[PathLike], labels: Sequence[PathLike], evaluation: Sequence[PathLike]
+) -> tuple[list[Source], pd.DataFrame, list[str]]:
     """Read all sources, without opening the images.
 
     A source is a .txt list, a table with the columns `Image Path[,Label][,patient][,dataset]`, a folder with .txt lists
     (each becomes a source), or a folder of images, searched with all folders in it. In a folder of images given for
     labels or evaluation, the first folder below it is the label.
+
+    Returns:
+        the sources; the entries, a row for each naming of an image: source (its position), role, line, place, image
+        (position in the paths), label, patient, dataset ("" for none) and is_hidden (a folder has it, its name begins
+        with a dot); and the absolute path of each image.
 
     Raises:
         FileNotFoundError: a source does not exist, or a folder has no list and no image.
@@ -68,74 +55,67 @@ def read_inputs(training: Sequence[PathLike], labels: Sequence[PathLike], evalua
         for path in map(local_path, paths):
             lists = [] if role == LABELS else sorted(path.glob("[!.]*.[tT][xX][tT]"))
             sources += [_read_source(file, role) for file in lists or [path]]
-    rows = pd.concat([_entries(source).assign(source=i) for i, source in enumerate(sources)], ignore_index=True)
-    if rows.empty:
+    entries = pd.concat([_entries(source).assign(source=i) for i, source in enumerate(sources)], ignore_index=True)
+    if entries.empty:
         files = ", ".join(str(source.file) for source in sources)
         raise ValueError(f"check lists: {files} name no image; write one image path per line")
-    entries, gaps = rows[rows["gap"] == ""].reset_index(drop=True), rows[rows["gap"] != ""]
-    entries["image"], paths = pd.factorize(entries["path"])
-    return Inputs(sources, entries, gaps, list(paths))
+    entries["image"], unique = pd.factorize(entries.pop("path"))
+    return sources, entries, list(unique)
 
 
 def _read_source(file: Path, role: str) -> Source:
     setting, suffix = SETTINGS[role], file.suffix.lower()
     if file.is_dir():
-        return Source(file, "folder", role, _read_folder(file, role))
+        return Source(file, "folder", role, _read_folder(file, setting, has_labels=role != TRAINING))
     if not file.is_file():
         raise FileNotFoundError(f"{setting}: {str(file)!r} does not exist; give a .txt list, a CSV or a folder")
-    if suffix in TABLE_SUFFIXES:
-        kind, rows = "table", _read_table(file, role)
-    elif suffix == ".txt" and role != LABELS:
-        kind, rows = "list", pd.DataFrame({PATH_COLUMN: read_list(file, setting)})
-    else:
+    if suffix == ".txt" and role != LABELS:
+        paths = [os.path.abspath(file.parent / path) for path in read_list(file, setting)]
+        return Source(file, "list", role, pd.DataFrame({PATH_COLUMN: paths}))
+    if suffix not in TABLE_SUFFIXES:
         kinds = "a CSV or a folder with a folder per class" if role == LABELS else "a .txt list, a CSV or a folder"
         raise ValueError(f"{setting}: {str(file)!r} is of an unknown kind; give {kinds}")
-    column = _path_column(rows)
-    rows[column] = [path and os.path.abspath(file.parent / path) for path in rows[column]]
-    return Source(file, kind, role, rows)
-
-
-def _path_column(rows: pd.DataFrame) -> str:
-    return next(name for name in PATH_COLUMNS if name in rows)
-
-
-def _read_table(file: Path, role: str) -> pd.DataFrame:
-    table = open_table(file, SETTINGS[role])
-    if not set(PATH_COLUMNS) & set(table.columns) or (role == LABELS and LABEL_COLUMN not in table.columns):
+    table = open_table(file, setting)
+    columns = [name for name in (*PATH_COLUMNS, *VALUE_COLUMNS) if name in table.columns]
+    if not set(PATH_COLUMNS) & set(columns) or (role == LABELS and LABEL_COLUMN not in columns):
         raise ValueError(
-            f"{SETTINGS[role]}: {str(file)!r} has the columns {table.columns}; expected "
+            f"{setting}: {str(file)!r} has the columns {table.columns}; expected "
             f"{PATH_COLUMN},{LABEL_COLUMN}[,{PATIENT_COLUMN}][,dataset]"
         )
-    return pd.DataFrame.from_dict(dict(table.rows()), orient="index", columns=table.columns)
+    rows = pd.DataFrame.from_dict(dict(table.rows()), orient="index", columns=table.columns)
+    has_gap = (rows[columns] == "").any(axis=1)
+    gaps = [f"{file}, line {line}" for line in rows.index[has_gap]]
+    rows = rows[~has_gap].copy()
+    rows[columns[0]] = [os.path.abspath(file.parent / path) for path in rows[columns[0]]]
+    return Source(file, "table", role, rows, gaps)
 
 
-def _read_folder(folder: Path, role: str) -> pd.DataFrame:
+def _read_folder(folder: Path, setting: str, has_labels: bool) -> pd.DataFrame:
     folder = folder.absolute()
     found = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
     files = sorted(file for file in found if file.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise FileNotFoundError(
-            f"{SETTINGS[role]}: no .txt list and no image ({', '.join(IMAGE_SUFFIXES)}) in {str(folder)!r}; give the "
+            f"{setting}: no .txt list and no image ({', '.join(IMAGE_SUFFIXES)}) in {str(folder)!r}; give the "
             f"folder that has them"
         )
     rows = pd.DataFrame({PATH_COLUMN: map(os.path.abspath, files)})
-    if role != TRAINING:
+    if has_labels:
         below = (file.relative_to(folder).parts for file in files)
         rows[LABEL_COLUMN] = [parts[0] if len(parts) > 1 else "" for parts in below]
     return rows
 
 
 def _entries(source: Source) -> pd.DataFrame:
-    rows, path_column = source.rows, _path_column(source.rows)
+    rows = source.rows
     if source.role == EVALUATION and PART_COLUMN in rows:
         rows = rows[rows[PART_COLUMN].isin(("val", "test"))]
+    path_column = next(name for name in PATH_COLUMNS if name in rows)
     columns = {"path": path_column, "label": LABEL_COLUMN, "patient": PATIENT_COLUMN, "dataset": "dataset"}
     entries = pd.DataFrame({name: rows.get(column, "") for name, column in columns.items()}, rows.index)
-    entries = entries.assign(line=rows.index, role=source.role, place=source.file.name, gap="", is_hidden=False)
+    entries = entries.assign(line=rows.index, role=source.role, place=source.file.name, is_hidden=False)
     if source.kind == "table":
-        entries["place"] = [f"{source.file.name} line {line}" for line in rows.index]
-        is_empty = rows[[column for column in columns.values() if column in rows]] == ""
-        entries["gap"] = [", ".join(is_empty.columns[row]) for row in is_empty.to_numpy()]
+        entries["place"] += [f" line {line}" for line in rows.index]
     elif source.kind == "folder":
         below = entries["path"].str.slice(len(os.path.abspath(source.file)))
         entries["is_hidden"] = below.str.contains(f"{os.sep}.", regex=False)

@@ -8,6 +8,7 @@ the median, as other perceptual hashes take it, would not allow that).
 
 import cv2
 import numpy as np
+import pandas as pd
 
 MAX_DISTANCE = 32  # bits
 MAX_NEIGHBOURS = 256
@@ -47,13 +48,9 @@ def turned_hashes(hashes: np.ndarray, transposes: bool, mirrors_x: bool, mirrors
 def similar_hashes(hashes: np.ndarray, with_turns: bool = False) -> tuple[np.ndarray, int]:
     """Find pairs of hashes that differ in few bits, without comparing each with each.
 
-    Two hashes are compared if one of their sixteen 16-bit words is equal (multi-index hashing, Norouzi et al. 2012), so
-    a pair with at most 15 different bits is found, unless it is in a crowd: of many with the same word, each is
-    compared with its next `MAX_NEIGHBOURS`. Equal hashes are paired with their first only.
-
-    Args:
-        hashes: uint64 [N, 4].
-        with_turns: also pair images that are mirrored or turned.
+    Two hashes [N, 4] are compared if one of their sixteen 16-bit words is equal (multi-index hashing, Norouzi et al.
+    2012), so a pair with at most 15 different bits is found, unless it is in a crowd: of many with the same word, each
+    is compared with its next `MAX_NEIGHBOURS`. Equal hashes are paired with their first only.
 
     Returns:
         int64 [K, 2], the smaller position first, sorted; and the number of hashes in the largest crowd.
@@ -79,3 +76,14 @@ def similar_hashes(hashes: np.ndarray, with_turns: bool = False) -> tuple[np.nda
             n_crowded = max(n_crowded, len(start))
     pairs = np.concatenate(found)
     return np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0), n_crowded
+
+
+def find_near_duplicates(images: pd.DataFrame, with_turns: bool) -> tuple[pd.DataFrame, list[str]]:
+    """Find pairs (a, b, of the index of `images`) by the column `hash`; return them, and remarks on the search."""
+    hashes = np.frombuffer(bytes.fromhex("".join(images["hash"])), dtype="<u8").reshape(-1, 4)
+    pairs, n_crowded = similar_hashes(hashes, with_turns)
+    turned_too = "mirrored and turned ones too" if with_turns else "mirrored and turned ones were not searched"
+    remarks = [f"Near-duplicates: re-encoded, scaled, slightly brighter or darker copies; {turned_too}."]
+    if n_crowded:
+        remarks.append(f"{n_crowded} images look like so many others that some near-duplicates may be missing.")
+    return pd.DataFrame(images.index.to_numpy()[pairs], columns=["a", "b"]), remarks

@@ -1,76 +1,43 @@
-"""Write the report of a check: report.json, report.md, findings.csv, and cleaned lists and tables."""
+"""The cleaned lists and tables of a check, and its report in words."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from dinov2.data.check.faults import KINDS
-from dinov2.data.check.inputs import TRAINING, Inputs
+from dinov2.data.check.inputs import TRAINING, Source
 from dinov2.utils.files import atomic_write
 
 N_EXAMPLES = 10
 
 
-def write_report(
-    inputs: Inputs,
-    findings: pd.DataFrame,
-    drops: pd.Series,
-    settings: dict[str, Any],
-    output: Path,
-) -> dict[str, Any]:
-    """Write all files of a report into `output`, and return what report.json holds, without the findings."""
-    counts = findings["kind"].value_counts()
-    summary = {
-        "format": 1,
-        "pictures": len(inputs.paths),
-        "entries": len(inputs.entries),
-        "faults": sum(KINDS[kind].is_fault for kind in findings["kind"]),
-        "counts": {kind: int(counts.get(kind, 0)) for kind in KINDS},
-        "kinds": {kind: {"title": title, "is_fault": is_fault} for kind, (title, is_fault, _) in KINDS.items()},
-        **settings,
-        "sources": [{"file": str(s.file), "kind": s.kind, "role": s.role} for s in inputs.sources],
-        "cleaned": _write_cleaned(inputs, drops, output / "cleaned"),
-    }
-    _write_text(output / "findings.csv", findings.to_csv(index=False, lineterminator="\n"))
-    records = findings.rename(columns={"other path": "other_path"}).to_dict("records")
-    _write_text(output / "report.json", json.dumps({**summary, "findings": records}, indent=1))
-    _write_text(output / "report.md", _markdown(summary, findings, output))
-    return summary
+def write_cleaned(sources: list[Source], drops: pd.DataFrame, folder: Path) -> list[dict[str, Any]]:
+    """Write what is left of each source, and describe what was left out; files of an earlier check are removed.
 
-
-def _write_cleaned(inputs: Inputs, drops: pd.Series, folder: Path) -> list[dict[str, Any]]:
-    """Write what is left of each source, and describe what was left out.
-
-    Tables keep their columns and rows of other parts, with absolute paths; a folder of training images becomes a list,
-    one of labelled images a CSV. Files of an earlier check are removed.
+    A folder of training images becomes a list, one of labelled images a CSV. `drops` has the source and line of each
+    entry, and the reason to leave it out, "" to keep it.
     """
     for file in [*folder.glob("*.txt"), *folder.glob("*.csv")]:
         file.unlink()
-    summaries = []
-    for number, source in enumerate(inputs.sources):
-        entries = inputs.entries[inputs.entries["source"] == number]
-        reasons = drops[entries.index]
-        lost = reasons[reasons != ""]
-        gaps = inputs.gaps.loc[inputs.gaps["source"] == number, "line"]
-        rows = source.rows.drop([*entries.loc[lost.index, "line"], *gaps])
+    summaries: list[dict[str, Any]] = []
+    for number, source in enumerate(sources):
+        entries = drops[drops["source"] == number]
+        lost = entries[entries["reason"] != ""]
+        rows = source.rows.drop(lost["line"])
         is_list = source.kind == "list" or (source.kind == "folder" and source.role == TRAINING)
-        suffix = ".txt" if is_list else ".csv"
-        n_same, file = 1, folder / f"{source.name}{suffix}"
-        while file.exists():
-            n_same, file = n_same + 1, folder / f"{source.name}_{n_same + 1}{suffix}"
+        stem = source.file.absolute().name if source.kind == "folder" else source.file.stem
+        stem += f"_{number + 1}" if stem in [Path(one["file"]).stem for one in summaries] else ""
+        file = folder / f"{stem}{'.txt' if is_list else '.csv'}"
         text = "".join(f"{path}\n" for path in rows.iloc[:, 0])
-        _write_text(file, text if is_list else rows.to_csv(index=False, lineterminator="\n"))
-        about = {"source": str(source.file), "role": source.role, "file": str(file)}
+        with atomic_write(file, "w") as stream:
+            stream.write(text if is_list else rows.to_csv(index=False, lineterminator="\n"))
         counts = {"entries": len(entries), "kept": len(entries) - len(lost)}
-        summaries.append({**about, **counts, "left_out": lost.value_counts().sort_index().to_dict()})
+        left_out = lost["reason"].value_counts().sort_index().to_dict()
+        summaries.append(
+            {"source": str(source.file), "role": source.role, "file": str(file), **counts, "left_out": left_out}
+        )
     return summaries
-
-
-def _write_text(file: Path, text: str) -> None:
-    with atomic_write(file, "w") as stream:
-        stream.write(text)
 
 
 def describe(summary: dict[str, Any], output: str | Path) -> str:
@@ -84,7 +51,8 @@ def describe(summary: dict[str, Any], output: str | Path) -> str:
     return "\n".join([*lines, f"  report: {Path(output) / 'report.md'}"])
 
 
-def _markdown(summary: dict[str, Any], findings: pd.DataFrame, output: Path) -> str:
+def markdown(summary: dict[str, Any], findings: pd.DataFrame, output: Path) -> str:
+    """Format a summary and the first findings of each kind as report.md."""
     blocks = ["# List check", f"```\n{describe(summary, output)}\n```"]
     for kind, rows in findings.groupby("kind", sort=False):
         title, _, advice = KINDS[str(kind)]

@@ -37,14 +37,7 @@ class ImageFacts(NamedTuple):
 
 
 def scan(paths: list[str], folder: Path, with_pixels: bool = True, n_workers: int = 1) -> pd.DataFrame:
-    """Return the `ImageFacts` of all images, a row each.
-
-    Args:
-        paths: absolute.
-        folder: for the file with what is known.
-        with_pixels: decode the images; else only their bytes are read.
-        n_workers: processes.
-    """
+    """Return the `ImageFacts` of all images, a row each; `folder` keeps the file with what is known."""
     file = folder / f"{'pixels' if with_pixels else 'bytes'}_v{VERSION}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(16) as pool:  # a network disk answers slowly
