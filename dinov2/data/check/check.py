@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from dinov2.data.check.faults import KINDS, describe_images, diagnose
 from dinov2.data.check.inputs import read_inputs
-from dinov2.data.check.near_duplicates import find_near_duplicates
+from dinov2.data.check.near_duplicates import similar_hashes
 from dinov2.data.check.report import markdown, write_cleaned
 from dinov2.data.check.scan import READABLE, scan
 from dinov2.utils.cores import available_cores
@@ -60,18 +61,16 @@ def check_lists(
         raise ValueError("--drop-near-duplicates: none are searched with --no-pixels or --near-duplicates off")
     output = Path(output).absolute()
     sources, entries, paths = read_inputs(training, labels, evaluation)
-    for source in sources:
-        if (output / "cleaned").resolve() in source.file.resolve().parents:
-            raise ValueError(
-                f"--output-dir: {str(source.file)!r} is to be read and lies where the cleaned lists go; choose another "
-                f"folder"
-            )
+    if any((output / "cleaned").resolve() in source.file.resolve().parents for source in sources):
+        raise ValueError(f"--output-dir: {str(output)!r} holds a list to check in cleaned/; choose another folder")
     logger.info("%d images, named by %d sources", len(paths), len(sources))
     images = describe_images(entries, paths, scan(paths, output / "scan", pixels, n_workers))
     near, remarks = pd.DataFrame(columns=["a", "b"]), ["Near-duplicates were not searched."]
     if searches_near:
-        is_first = (images["content"] == images.index) & (images["status"] == READABLE) & (images["hash"] != "")
-        near, remarks = find_near_duplicates(images[is_first], near_duplicates == "turned")
+        near = _near_pairs(images, with_turns=near_duplicates == "turned")
+        remarks = ["Near-duplicates: re-encoded, scaled, slightly brighter or darker copies."]
+        if near_duplicates != "turned":
+            remarks.append("Mirrored and turned copies were not searched (--near-duplicates turned).")
     if not pixels:
         remarks.append("Images were not decoded (--no-pixels): only missing, empty and equal files are found.")
     findings, reasons = diagnose(sources, entries, images, near, drop_near_duplicates)
@@ -98,3 +97,10 @@ def check_lists(
         with atomic_write(output / name, "w") as stream:
             stream.write(text)
     return summary
+
+
+def _near_pairs(images: pd.DataFrame, with_turns: bool) -> pd.DataFrame:
+    is_first = (images["content"] == images.index) & (images["status"] == READABLE) & (images["hash"] != "")
+    first = images[is_first]
+    hashes = np.frombuffer(bytes.fromhex("".join(first["hash"])), dtype="<u8").reshape(-1, 4)
+    return pd.DataFrame(first.index.to_numpy()[similar_hashes(hashes, with_turns)], columns=["a", "b"])

@@ -38,8 +38,9 @@ def describe_images(entries: pd.DataFrame, paths: list[str], scanned: pd.DataFra
     source of this role names it); patient, dataset ("" for none); has_leaking_patient (trained on, and the patient is
     in an evaluation split too). An image that only folders name, as a hidden file, has the status `HIDDEN`.
     """
-    images = scanned.assign(path=[path.encode("utf-8", "backslashreplace").decode() for path in paths])
-    has_bad_name = (images["path"] != paths) | images["path"].str.contains("[\r\n]")
+    printable = [path.encode("utf-8", "backslashreplace").decode() for path in paths]
+    images = scanned.assign(path=printable)
+    has_bad_name = [name != path or "\n" in name or "\r" in name for name, path in zip(printable, paths, strict=True)]
     images.loc[has_bad_name, ["status", "reason"]] = UNREADABLE, "its name has a line break or is not UTF-8: rename it"
     is_hidden = entries.groupby("image")["is_hidden"].all() & (images["status"] == READABLE)
     images.loc[is_hidden, ["status", "reason"]] = HIDDEN, "its name or a folder's begins with a dot"
@@ -87,8 +88,8 @@ def diagnose(
 def _damage(sources: list[Source], images: pd.DataFrame) -> Iterator[Finding]:
     for row in images[images["status"] != READABLE].itertuples():
         yield row.status, row.path, "", row.reason
-    for place in (place for source in sources for place in source.gaps):
-        yield "empty_value", "", "", f"{place}: no path, label, patient or dataset"
+    for source in sources:
+        yield from (("empty_value", "", "", gap) for gap in source.gaps)
     for path in images.loc[(images["status"] == READABLE) & (images["width"] > 0) & (images["hash"] == ""), "path"]:
         yield "blank", path, "", "hardly any contrast"
 

@@ -22,7 +22,7 @@ VALUE_COLUMNS = (LABEL_COLUMN, PATIENT_COLUMN, "dataset")
 class Source(NamedTuple):
     """A list, table or folder; `kind` says which, `role` what it is used for.
 
-    `rows` are its rows and columns by line number, with absolute paths; `gaps` places of rows that lack a value.
+    `rows` are its rows and columns by line number, with absolute paths; `gaps` say which rows lack a value.
     """
 
     file: Path
@@ -83,8 +83,12 @@ def _read_source(file: Path, role: str) -> Source:
             f"{PATH_COLUMN},{LABEL_COLUMN}[,{PATIENT_COLUMN}][,dataset]"
         )
     rows = pd.DataFrame.from_dict(dict(table.rows()), orient="index", columns=table.columns)
-    has_gap = (rows[columns] == "").any(axis=1)
-    gaps = [f"{file}, line {line}" for line in rows.index[has_gap]]
+    is_empty = rows[columns] == ""
+    has_gap = is_empty.any(axis=1)
+    gaps = [
+        f"{file}, line {row.Index}: no value for {', '.join(is_empty.columns[list(row[1:])])}"
+        for row in is_empty[has_gap].itertuples()
+    ]
     rows = rows[~has_gap].copy()
     rows[columns[0]] = [os.path.abspath(file.parent / path) for path in rows[columns[0]]]
     return Source(file, "table", role, rows, gaps)
@@ -99,7 +103,8 @@ def _read_folder(folder: Path, setting: str, has_labels: bool) -> pd.DataFrame:
             f"{setting}: no .txt list and no image ({', '.join(IMAGE_SUFFIXES)}) in {str(folder)!r}; give the "
             f"folder that has them"
         )
-    rows = pd.DataFrame({PATH_COLUMN: map(os.path.abspath, files)})
+    paths = list(map(os.path.abspath, files))
+    rows = pd.DataFrame({PATH_COLUMN: paths}, dtype=object)  # else no name may have bytes that are not UTF-8
     if has_labels:
         below = (file.relative_to(folder).parts for file in files)
         rows[LABEL_COLUMN] = [parts[0] if len(parts) > 1 else "" for parts in below]

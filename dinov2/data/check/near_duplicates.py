@@ -8,7 +8,6 @@ the median, as other perceptual hashes take it, would not allow that).
 
 import cv2
 import numpy as np
-import pandas as pd
 
 MAX_DISTANCE = 32  # bits
 MAX_NEIGHBOURS = 256
@@ -45,7 +44,7 @@ def turned_hashes(hashes: np.ndarray, transposes: bool, mirrors_x: bool, mirrors
     return _pack(signs ^ (mirrors_x & is_odd) ^ (mirrors_y & is_odd)[:, None])
 
 
-def similar_hashes(hashes: np.ndarray, with_turns: bool = False) -> tuple[np.ndarray, int]:
+def similar_hashes(hashes: np.ndarray, with_turns: bool = False) -> np.ndarray:
     """Find pairs of hashes that differ in few bits, without comparing each with each.
 
     Two hashes [N, 4] are compared if one of their sixteen 16-bit words is equal (multi-index hashing, Norouzi et al.
@@ -53,11 +52,10 @@ def similar_hashes(hashes: np.ndarray, with_turns: bool = False) -> tuple[np.nda
     is compared with its next `MAX_NEIGHBOURS`. Equal hashes are paired with their first only.
 
     Returns:
-        int64 [K, 2], the smaller position first, sorted; and the number of hashes in the largest crowd.
+        int64 [K, 2], the smaller position first, sorted.
     """
     different, first, inverse = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
     found = [np.stack([first[inverse.ravel()], np.arange(len(hashes))], axis=1)]
-    n_crowded = 0
     for turn in TURNS if with_turns else TURNS[:1]:
         keys = np.concatenate([different, turned_hashes(different, *turn)]) if any(turn) else different
         words = keys.view("<u2")  # [N, 16]
@@ -73,17 +71,5 @@ def similar_hashes(hashes: np.ndarray, with_turns: bool = False) -> tuple[np.nda
                 pairs = np.stack([order[start], order[start + step]], axis=1)
                 is_near = np.bitwise_count(keys[pairs[:, 0]] ^ keys[pairs[:, 1]]).sum(axis=1) <= MAX_DISTANCE
                 found.append(np.sort(first[pairs[is_near] % len(first)], axis=1))
-            n_crowded = max(n_crowded, len(start))
     pairs = np.concatenate(found)
-    return np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0), n_crowded
-
-
-def find_near_duplicates(images: pd.DataFrame, with_turns: bool) -> tuple[pd.DataFrame, list[str]]:
-    """Find pairs (a, b, of the index of `images`) by the column `hash`; return them, and remarks on the search."""
-    hashes = np.frombuffer(bytes.fromhex("".join(images["hash"])), dtype="<u8").reshape(-1, 4)
-    pairs, n_crowded = similar_hashes(hashes, with_turns)
-    turned_too = "mirrored and turned ones too" if with_turns else "mirrored and turned ones were not searched"
-    remarks = [f"Near-duplicates: re-encoded, scaled, slightly brighter or darker copies; {turned_too}."]
-    if n_crowded:
-        remarks.append(f"{n_crowded} images look like so many others that some near-duplicates may be missing.")
-    return pd.DataFrame(images.index.to_numpy()[pairs], columns=["a", "b"]), remarks
+    return np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0)

@@ -181,6 +181,15 @@ def test_hidden_files_are_noticed(cells, tmp_path):
     assert found(tmp_path / "out") == {("unreadable", ".DS_1.jpg", ""), ("hidden", "c00-checkpoint.png", "")}
 
 
+def test_a_name_that_no_list_can_hold_is_left_out(cells, tmp_path):
+    os.rename(cells / "c00.png", os.fsencode(cells) + b"/k\xe4se.png")
+    os.rename(cells / "c01.png", cells / "two\nlines.png")
+    summary = check_lists([cells], tmp_path / "out", **INLINE)
+    assert summary["faults"] == summary["counts"]["unreadable"] == 2
+    cleaned = (tmp_path / "out" / "cleaned" / f"{cells.name}.txt").read_text(encoding="utf-8").splitlines()
+    assert [Path(line).name for line in cleaned] == [f"c{i:02d}.png" for i in range(2, 12)]
+
+
 def test_fine_classes_do_not_contradict_coarse_ones(cells, tmp_path):
     coarse = write_csv(cells / "coarse.csv", "Image Path,Label", ["c00.png,n", "c01.png,n", "c02.png,m"])
     fine = write_csv(cells / "fine.csv", "Image Path,Label", ["c00.png,band", "c01.png,segmented", "c02.png,m"])
@@ -246,25 +255,23 @@ def test_near_pairs_of_many_hashes_equal_those_by_brute_force():
     for row, n_bits in zip(bits, rng.integers(0, 16, n_planted), strict=True):
         row[rng.permutation(256)[:n_bits]] ^= 1
     hashes[targets] = np.packbits(bits, axis=1).view(np.uint64)
-    pairs, n_crowded = similar_hashes(hashes)
+    pairs = similar_hashes(hashes)
     expected = {tuple(sorted(pair)) for pair in zip(sources.tolist(), targets.tolist(), strict=True)}
     assert set(map(tuple, pairs.tolist())) == expected
     subset = np.concatenate([sources, targets])
     distances = np.bitwise_count(hashes[subset, None] ^ hashes[None, subset]).sum(axis=2)
     brute = {tuple(sorted(subset[[a, b]].tolist())) for a, b in np.argwhere(np.triu(distances <= 32, 1))}
     assert brute == expected
-    assert n_crowded == 0
 
 
-def test_a_crowd_of_like_hashes_is_told_and_not_quadratic():
+def test_a_crowd_of_like_hashes_is_not_quadratic():
     rng = np.random.default_rng(1)
     hashes = rng.integers(0, 2**64, (20_000, 4), dtype=np.uint64)
     hashes[:, 0] = 7
     hashes[19_999] = hashes[3]
     hashes[19_998] = hashes[5] ^ np.array([0, 0, 1, 0], dtype=np.uint64)
-    pairs, n_crowded = similar_hashes(hashes)
+    pairs = similar_hashes(hashes)
     assert pairs.tolist() == [[3, 19_999], [5, 19_998]]
-    assert n_crowded > 10_000
 
 
 @pytest.mark.parametrize("turn", range(len(TURNS)))
