@@ -54,7 +54,7 @@ class PathBlock:
         return self._data.numpy()[start:end].tobytes().decode("utf-8", "surrogateescape")
 
 
-def read_list(file: Path) -> list[str]:
+def read_list(file: Path, setting: str = "train.dataset_path") -> list[str]:
     """Read the lines of a text file without the spaces around them, but for blank lines and those that begin with `#`.
 
     Raises:
@@ -65,7 +65,7 @@ def read_list(file: Path) -> list[str]:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"train.dataset_path: {str(file)!r}, line {line}, is not UTF-8 text ({error.reason}); save it as UTF-8"
+            f"{setting}: {str(file)!r}, line {line}, is not UTF-8 text ({error.reason}); save it as UTF-8"
         ) from error
     lines = (line.strip() for line in text.split("\n"))
     return [line for line in lines if line and not line.startswith("#")]
