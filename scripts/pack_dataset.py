@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, help="folder for the cache, if `dataset` does not name it with cache=")
     parser.add_argument("--image-size", type=int, help="side of the packed images in pixels (default: the dataset's)")
     parser.add_argument("--fit", choices=FITS, help="how an image becomes square (default: the dataset's)")
-    parser.add_argument("--workers", type=int, help="processes that decode; 0 for none (default: one a core)")
+    parser.add_argument("--workers", type=int, help="processes that decode; 0 or 1: this one (default: one a core)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="say what is to do and the space it takes, write nothing")
     what.add_argument(
@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _open(args: argparse.Namespace) -> PackedCache:
+    if args.workers is not None and args.workers < 0:
+        raise ValueError(f"--workers {args.workers}: give 0 or more")
     flags = {"cache": args.cache, "image_size": args.image_size, "fit": args.fit}
     given = {name: value for name, value in flags.items() if value is not None}
     dataset = make_dataset(args.dataset, **given)
@@ -72,7 +74,7 @@ def _open(args: argparse.Namespace) -> PackedCache:
 
 def _dry_run(cache: PackedCache, signals: StopSignals) -> int:
     plan = cache.plan(lambda: signals.received is not None)
-    if plan is None:
+    if signals.received is not None:
         return REQUEUE_EXIT_CODE
     print(plan)
     return 0

@@ -8,13 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from dinov2.data.samplers import InfiniteSampler, shuffled_indices
-from dinov2.utils.seeds import derive_seed
 
 MIN_PASS = 65536  # positions; shares are rounded to whole positions of a pass
-INDICES_AT_A_TIME = 4096  # of a small set, that several permutations of it are drawn at once
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ class BalancedSampler(InfiniteSampler):
         """
         length = int(np.sum(quotas))
         super().__init__(sample_count=length, shuffle=True, seed=seed, start=start, step=step, advance=advance)
-        by_set = np.argsort(sets, kind="stable").astype(np.int32 if len(sets) <= np.iinfo(np.int32).max else np.int64)
+        by_set = np.argsort(sets, kind="stable").astype(np.int32)
         ends = np.cumsum(np.bincount(sets, minlength=len(quotas)))
         self._members = np.split(by_set, ends[:-1])  # of each set, its indices
         self._quotas = np.asarray(quotas)
@@ -125,18 +122,7 @@ class BalancedSampler(InfiniteSampler):
     def _of_set(self, number: int, pass_number: int) -> np.ndarray:
         """Return the indices of one set in one pass."""
         members, quota = self._members[number], int(self._quotas[number])
-        n = len(members)
-        block = n * max(1, INDICES_AT_A_TIME // n)
-        begin, end = pass_number * quota, (pass_number + 1) * quota
-        first, last = begin // block, (end - 1) // block
-        orders = [_permutations(n, block // n, self._seed, number, i) for i in range(first, last + 1)]
-        return members[np.concatenate(orders)[begin - first * block : end - first * block]]
-
-
-def _permutations(n: int, count: int, seed: int, *keys: int) -> np.ndarray:
-    """Draw `count` permutations of 0 .. n-1 one after the other: [count * n]."""
-    if count == 1:
-        return shuffled_indices(n, seed, "set", *keys)
-    generator = torch.Generator().manual_seed(derive_seed(seed, "order", "sets", *keys))
-    draws = torch.rand((count, n), dtype=torch.float64, generator=generator)
-    return draws.argsort(dim=1).flatten().numpy()
+        n, begin = len(members), pass_number * quota
+        first, last = begin // n, (begin + quota - 1) // n
+        orders = [shuffled_indices(n, self._seed, "set", number, i) for i in range(first, last + 1)]
+        return members[np.concatenate(orders)[begin - first * n :][:quota]]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from dinov2.data.balance import Balance, BalancedSampler
-from dinov2.data.datasets.hema_data import HemaStandardDataset, UnreadableImage
+from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.data.samplers import EpochSampler, InfiniteSampler, PositionSampler, SamplerType
 from dinov2.distributed import get_rank, get_world_size
 from dinov2.utils.seeds import derive_seed
@@ -42,7 +42,7 @@ class AugmentedSample(NamedTuple):
 
     crops: Any  # what the augmentation returns
     position: int  # of the image in the global stream
-    failures: tuple[UnreadableImage, ...]  # images that could not be read on the way, with the reason
+    failures: tuple[tuple[str, str], ...]  # (path, reason) of images that could not be read on the way
 
 
 class AugmentedDataset(Dataset):
@@ -124,7 +124,6 @@ def make_data_loader(
     drop_last: bool = True,
     persistent_workers: bool = False,
     collate_fn: Callable[[list[Any]], Any] | None = None,
-    prefetch_factor: int = 2,
     pin_memory: bool | None = None,
     balance: Balance | None = None,
     augmentation: Augmentation | None = None,
@@ -134,7 +133,7 @@ def make_data_loader(
     Batches do not depend on `num_workers`. Torch's global generators are left untouched.
 
     Args:
-        dataset, batch_size, num_workers, drop_last, persistent_workers, collate_fn, prefetch_factor: as for torch's
+        dataset, batch_size, num_workers, drop_last, persistent_workers, collate_fn: as for torch's
             `DataLoader`; `batch_size` counts the images of this process.
         shuffle: whether the sampler shuffles; without a sampler the dataset's own order is kept whatever this says.
         seed: of the order, and of random numbers that a transform draws in the workers.
@@ -167,7 +166,6 @@ def make_data_loader(
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
         drop_last=drop_last,
         persistent_workers=persistent_workers and num_workers > 0,
-        prefetch_factor=prefetch_factor if num_workers > 0 else None,
         collate_fn=collate_fn,
         generator=generator,
         worker_init_fn=ignore_stop_signals,

@@ -45,9 +45,6 @@ class MaskingGenerator:
         limits = (max_num_patches, num_masking_patches, self.num_patches)
         self.max_num_patches = next(limit for limit in limits if limit is not None)
         self.log_aspect_ratio = (math.log(min_aspect), math.log(max_aspect or 1 / min_aspect))
-        # A mask is one integer, bit row * w + column, so that a block's new patches are counted in one operation. Entry
-        # n has the first bit of n rows set; times (2^width - 1) it is a block of n rows.
-        self._columns = [sum(1 << (row * self.width) for row in range(n)) for n in range(self.height + 1)]
 
     def get_shape(self) -> tuple[int, int]:
         """(h, w)."""
@@ -65,30 +62,29 @@ class MaskingGenerator:
         """
         if rng is None:
             rng = np.random.default_rng(random.getrandbits(64))
-        mask, n_masked = 0, 0
+        mask = np.zeros((self.height, self.width), dtype=bool)
+        n_masked = 0
         while n_masked < num_masking_patches:
             most = min(num_masking_patches - n_masked, self.max_num_patches)
             block = self._draw_block(mask, most, rng)
-            if block == 0:
+            if block is None:
                 break
-            mask |= block
-            n_masked = mask.bit_count()
-        packed = np.frombuffer(mask.to_bytes(-(-self.num_patches // 8), "little"), dtype=np.uint8)
-        bits = np.unpackbits(packed, count=self.num_patches, bitorder="little")
-        return bits.view(bool).reshape(self.height, self.width)
+            mask[block] = True
+            n_masked = int(np.count_nonzero(mask))
+        return mask
 
-    def _draw_block(self, mask: int, most: float, rng: np.random.Generator) -> int:
-        """The bits of a block that adds 1 to `most` patches to `mask`, or 0 if no try gave one."""
+    def _draw_block(self, mask: np.ndarray, most: float, rng: np.random.Generator) -> tuple[slice, slice] | None:
+        """Draw rows and columns that add 1 to `most` patches to `mask`; None if no try gave such."""
         log_low, log_high = self.log_aspect_ratio
-        numbers = iter(rng.random(N_TRIES_PER_BLOCK * N_NUMBERS_PER_TRY).tolist())
-        for u_area, u_aspect, u_row, u_column in zip(numbers, numbers, numbers, numbers, strict=True):
+        numbers = rng.random((N_TRIES_PER_BLOCK, N_NUMBERS_PER_TRY)).tolist()
+        for u_area, u_aspect, u_row, u_column in numbers:
             area = self.min_num_patches + u_area * (most - self.min_num_patches)
             aspect = math.exp(log_low + u_aspect * (log_high - log_low))
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if height >= self.height or width >= self.width:
                 continue
             row, column = int(u_row * (self.height - height + 1)), int(u_column * (self.width - width + 1))
-            block = self._columns[height] * ((1 << width) - 1) << (row * self.width + column)
-            if 0 < (block & ~mask).bit_count() <= most:
+            block = slice(row, row + height), slice(column, column + width)
+            if 0 < height * width - np.count_nonzero(mask[block]) <= most:
                 return block
-        return 0
+        return None

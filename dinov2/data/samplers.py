@@ -28,10 +28,9 @@ class SamplerType(Enum):
 
 
 def shuffled_indices(sample_count: int, seed: int, *keys: int | str) -> np.ndarray:
-    """Return the permutation of 0 .. N-1 that belongs to `seed` and `keys`: int32 [N], or int64 where N needs it."""
-    dtype = torch.int32 if sample_count <= torch.iinfo(torch.int32).max else torch.int64
+    """Return the permutation of 0 .. N-1 that belongs to `seed` and `keys`: int32 [N]."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "order", *keys))
-    return torch.randperm(sample_count, dtype=dtype, generator=generator).numpy()
+    return torch.randperm(sample_count, dtype=torch.int32, generator=generator).numpy()
 
 
 class InfiniteSampler(Sampler[int]):
@@ -64,7 +63,8 @@ class InfiniteSampler(Sampler[int]):
         self._pass_length, self._shuffle, self._seed = sample_count, shuffle, seed
         self.first_position = advance + (get_rank() if start is None else start)
         self.step = get_world_size() if step is None else step
-        _check_positive(sample_count=sample_count, step=self.step)
+        if sample_count < 1 or self.step < 1:
+            raise ValueError(f"sampler: sample_count={sample_count} and step={self.step} must be at least 1")
         if advance < 0 or self.first_position < advance:
             raise ValueError(f"sampler: advance={advance} and start={start} must not be negative")
 
@@ -92,23 +92,13 @@ class PositionSampler(Sampler[tuple[int, int]]):
         return zip(itertools.count(self.sampler.first_position, self.sampler.step), self.sampler, strict=False)
 
 
-class ShardedInfiniteSampler(InfiniteSampler):
-    """`InfiniteSampler` under the name that upstream's configs use.
-
-    Upstream gives each process a fixed shard, so what a process sees depends on how many there are; not so here.
-    """
-
-    def __init__(self, *, use_new_shuffle_tensor_slice: bool = False, **settings: Any) -> None:
-        """Take `InfiniteSampler`'s settings; the switch between upstream's two shuffles has no effect."""
-        super().__init__(**settings)
-
-
 class EpochSampler(Sampler[int]):
     """`size` indices an epoch, shared among the processes; an epoch larger than the dataset repeats it evenly."""
 
     def __init__(self, *, size: int, seed: int = 0, **settings: Any) -> None:
         """`size` counts all processes together; `settings` are `InfiniteSampler`'s, but for `advance`."""
-        _check_positive(size=size)
+        if size < 1:
+            raise ValueError(f"sampler: size={size} must be at least 1")
         self._size, self._seed, self._settings = size, seed, settings
         self.set_epoch(0)
 
@@ -121,9 +111,3 @@ class EpochSampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Choose which epoch's order the next iteration gives."""
         self._stream = InfiniteSampler(seed=derive_seed(self._seed, "epoch", epoch), **self._settings)
-
-
-def _check_positive(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"sampler: {name}={value} must be at least 1")

@@ -3,7 +3,8 @@
 A fold is (training positions, test positions), both ascending. A patient may be in only one of train, validation and
 test.
 
-Letters: N cells (or bags: whatever has one label each)
+Letters: N cells (or bags: whatever has one label each). Labels are int64 [N], positions in the class names; patients
+are N ids, None to split by cell.
 """
 
 import csv
@@ -37,21 +38,11 @@ N_EXAMPLES = 3
 def make_folds(
     labels: np.ndarray, patients: Sequence[str] | None = None, n_folds: int = 5, seed: int = 0
 ) -> list[Fold]:
-    """Draw stratified folds from `seed`; each cell is tested in one of them, but for classes with a single cell.
+    """Draw stratified folds of int64 [N] labels; each cell is tested in one, but for classes with a single cell.
 
     Without patients (or with one cell each) a class with a single cell is in the training side of every fold: tested,
-    it would be a class without a training cell. Other classes smaller than `n_folds` are missing from the test side of
-    some folds. With patients, a class that one patient alone has is missing from training where it is tested.
-    `describe_folds` reports all of these.
-
-    Args:
-        labels: int64 [N], 0 or more.
-        patients: N patient ids; a patient's cells are tested together. None to split by cell.
-        n_folds: 2 or more.
-        seed: of the draw.
-
-    Returns:
-        (training positions, test positions) per fold; training is all that is not tested.
+    it would be a class without a training cell. With patients, a patient's cells are tested together. `describe_folds`
+    reports classes that some fold does not test or does not train on.
 
     Raises:
         ValueError: if there are fewer than two folds, or too few cells or patients for them.
@@ -66,11 +57,7 @@ def make_folds(
     if patients is None or len(set(patients)) == len(labels):
         candidates, groups = np.flatnonzero(np.bincount(labels)[labels] > 1), None
     tested = [candidates[test] for test in _stratified_parts(labels[candidates], groups, n_folds, seed)]
-    folds = [(np.setdiff1d(np.arange(len(labels)), test), np.sort(test)) for test in tested]
-    if patients is not None:
-        for train, test in folds:
-            check_no_patient_on_two_sides(patients, train, test)
-    return folds
+    return [(np.setdiff1d(np.arange(len(labels)), test), np.sort(test)) for test in tested]
 
 
 def split_cells(
@@ -78,11 +65,7 @@ def split_cells(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw one stratified split: positions of the training and of the test cells, both ascending.
 
-    Args:
-        labels: int64 [N].
-        patients: N patient ids; a patient's cells all go to one side. None to split by cell.
-        test_fraction: share of the test set: of round(1 / test_fraction) parts it is the one of the most even size.
-        seed: of the draw.
+    The test set is the part of the most even size of round(1 / test_fraction). A patient's cells all go to one side.
 
     Raises:
         ValueError: if the fraction is not in (0, 0.5], or there are too few patients or cells for it.
@@ -118,10 +101,7 @@ def _check_enough(labels: np.ndarray, patients: Sequence[str] | None, n_parts: i
 
 
 def leave_one_dataset_out(datasets: Sequence[str]) -> dict[str, Fold]:
-    """Return {data set: its cells as test side, those of all others as training side}, in sorted order.
-
-    Args:
-        datasets: N names, the data set of each cell.
+    """Return {data set: its cells as test side, those of all others as training side} for each cell's data set.
 
     Raises:
         ValueError: if all cells are of one data set.
@@ -164,15 +144,7 @@ def few_shot_draws(labels: np.ndarray, n_per_class: int, n_repeats: int, seed: i
 
 
 def check_no_patient_on_two_sides(patients: Sequence[str], *sides: np.ndarray) -> None:
-    """Refuse a split that has a patient in more than one of train, validation and test.
-
-    Args:
-        patients: N patient ids.
-        sides: positions of the cells of each side.
-
-    Raises:
-        ValueError: names such patients.
-    """
+    """Raise a ValueError if a patient has cells in more than one of train, validation and test (positions)."""
     counts = Counter(patient for side in sides for patient in {patients[int(i)] for i in side})
     shared = sorted(patient for patient, n_sides in counts.items() if n_sides > 1)
     if shared:
@@ -184,11 +156,6 @@ def check_no_patient_on_two_sides(patients: Sequence[str], *sides: np.ndarray) -
 
 def describe_folds(labels: np.ndarray, folds: Sequence[Fold], class_names: Sequence[str]) -> dict[str, Any]:
     """Describe the sizes of folds and what they lack, in plain Python, ready for JSON.
-
-    Args:
-        labels: int64 [N], positions in `class_names`.
-        folds: training and test positions each.
-        class_names: C names.
 
     Returns:
         `train_sizes`, `test_sizes` (one number a fold), `never_tested` ({class: its cells, all of them in training
@@ -230,27 +197,17 @@ def log_fold_problems(description: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Split:
-    """A split as a file keeps it.
+    """A split as a file keeps it; positions each."""
 
-    Attributes:
-        folds: training and test positions each; one fold if the file names parts.
-        validation: positions of the part `val`; None if the file has none.
-    """
-
-    folds: list[Fold]
-    validation: np.ndarray | None = None
+    folds: list[Fold]  # one if the file names parts
+    validation: np.ndarray | None = None  # the part `val`; None if the file has none
 
 
 def write_split(file: PathLike, paths: Sequence[str], split: Split) -> None:
     """Write a CSV that `read_split` reads.
 
     One fold is written as `path,part` (train, val, test or unused); several as `path,fold`, where `fold` is the number
-    of the fold that tests the cell, or `train` for a cell that none does.
-
-    Args:
-        file: the CSV.
-        paths: N images (or patients), none twice.
-        split: positions in `paths`.
+    of the fold that tests the cell, or `train` for a cell that none does. `paths` are N images (or patients).
 
     Raises:
         ValueError: if a path stands twice, or the folds are not such that each trains on all it does not test and no
@@ -284,9 +241,8 @@ def write_split(file: PathLike, paths: Sequence[str], split: Split) -> None:
 def read_split(file: PathLike, paths: Sequence[str]) -> Split:
     """Read a CSV with the columns `path,fold` or `path,part`, as `write_split` describes them.
 
-    Args:
-        file: the CSV; `Image Path` is another name for the column `path`. Relative paths count from its folder.
-        paths: N images (or patients) that the positions count in. Each needs a row; rows of others are ignored.
+    `Image Path` is another name for the column `path`. Relative paths count from the file's folder. Each of `paths`, N
+    images (or patients), needs a row; rows of others are ignored.
 
     Raises:
         FileNotFoundError: if there is no such file.

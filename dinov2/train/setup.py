@@ -121,7 +121,7 @@ def pick_device(name: str, launch: Launch | None) -> torch.device:
 
 
 def fill_cache(dataset: HemaStandardDataset, signals: StopSignals, *, only_report: bool) -> bool:
-    """Write missing images into the data set's cache, if it has one; all processes share the work.
+    """Write missing images into the data set's cache, if it has one; rank 0 does the work.
 
     With `only_report` nothing is written, and images are decoded as if there were no cache.
 
@@ -134,8 +134,7 @@ def fill_cache(dataset: HemaStandardDataset, signals: StopSignals, *, only_repor
         logger.info("packed cache %s: %s", dataset.cache.folder, dataset.cache.plan())
         dataset.cache = None
         return True
-    summary = dataset.cache.build(should_stop=lambda: signals.received is not None)
-    return all(distributed.all_gather_objects(summary.is_complete))
+    return dataset.cache.build(should_stop=lambda: signals.received is not None).is_complete
 
 
 # --- the plan in the log ----------------------------------------------------------------------------------------------

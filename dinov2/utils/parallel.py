@@ -1,14 +1,19 @@
 """Apply a function to many items with several processes."""
 
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import cv2
+import torch
 
-from dinov2.utils.pool_workers import become_pool_worker
+from dinov2.utils.stop_signals import ignore_stop_signals
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -16,13 +21,13 @@ Result = TypeVar("Result")
 
 def parallel_map(
     function: Callable[[Item], Result], items: Iterable[Item], n_workers: int, chunk: int = 16
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Yield `function(item)` for each item, in order; one worker is this process.
 
     Call it under `if __name__ == "__main__":` for more than one worker. Ctrl-C drops the items that have not begun.
 
     Args:
-        function: of a module, so that other processes can import it.
+        function: of a module, or a method of an object that can be pickled; each process gets it once.
         items: their arguments.
         n_workers: processes.
         chunk: items that a process takes at a time.
@@ -36,9 +41,9 @@ def parallel_map(
     # workers fork from a server that has imported the module: they start fast, without this process's threads and locks
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
-    pool = ProcessPoolExecutor(n_workers, context, initializer=_start_worker)
+    pool = ProcessPoolExecutor(n_workers, context, initializer=_start_worker, initargs=(function,))
     try:
-        yield from pool.map(function, items, chunksize=chunk)
+        yield from pool.map(_apply, items, chunksize=chunk)
     except BrokenProcessPool as error:
         raise ValueError(
             f"workers: one of {n_workers} processes was killed, perhaps for lack of memory; start the same command "
@@ -48,6 +53,27 @@ def parallel_map(
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
-    become_pool_worker()
+_function: Callable[[Any], Any]  # of this worker process
+
+
+def _start_worker(function: Callable[[Any], Any]) -> None:
+    global _function
+    _function = function
+    ignore_stop_signals()  # a terminal and a batch system send them to all; the parent decides what they mean
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    # the workers of a pool wait for work for ever if their parent was killed
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        with suppress(OSError):
+            parent.join()
+        os._exit(1)
+
+
+def _apply(item: Any) -> Any:
+    return _function(item)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dinov2.data.balance import Balance
-from dinov2.data.datasets.hema_data import HemaStandardDataset, UnreadableImage
+from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.data.loaders import make_data_loader, make_dataset
 from dinov2.data.samplers import SamplerType
 
@@ -48,9 +48,8 @@ def test_batches(dataset):
     indices = indices_of(found)
     assert sorted(indices[:10]) == sorted(indices[10:]) == list(range(10))
     failures = [failure for batch in found for sample in batch for failure in sample.failures]
-    assert {failure.path for failure in failures} == {dataset.path(4)}
+    assert {path for path, _ in failures} == {dataset.path(4)}
     assert len(failures) == 2  # once a pass
-    assert isinstance(failures[0], UnreadableImage)
 
 
 def mean_and_draw(image, rng):
@@ -141,7 +140,7 @@ def test_workers_start_although_opencvs_threads_ran_in_this_process(dataset):
 
 
 def test_no_workers_need_no_worker_settings(dataset):
-    assert len(batches(dataset, 1, num_workers=0, persistent_workers=True, prefetch_factor=4)) == 1
+    assert len(batches(dataset, 1, num_workers=0, persistent_workers=True)) == 1
 
 
 def test_loading_leaves_torchs_generator_alone(dataset):
@@ -152,7 +151,7 @@ def test_loading_leaves_torchs_generator_alone(dataset):
 
 def test_samples_can_be_pickled(dataset):
     again = pickle.loads(pickle.dumps([dataset[4], dataset[5]]))
-    assert again[0].failures[0].reason == "not a known image format"
+    assert again[0].failures[0][1] == "not a known image format"
     assert [sample.index for sample in again] == [4, 5]
 
 

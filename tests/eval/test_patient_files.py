@@ -135,7 +135,7 @@ def test_a_patient_without_a_readable_picture_stops_it_and_keeps_the_work(work, 
         extract()
     assert all(name.startswith(".patients.parts/") for name in written(work / "bags"))
     shutil.copy("0.png", "3.png")
-    cells = LabelledCells.from_table("cells.csv")
+    cells = LabelledCells.from_path("cells.csv")
     embedder = Embedder("weights.pth", image_size=28)
     seen, embed = [], embedder.encoder.embed
 

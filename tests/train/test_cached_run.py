@@ -1,4 +1,4 @@
-"""train.py on a data set with `cache=`: the same run as without, whatever happens to pictures and cache in between."""
+"""train.py on a data set with `cache=`: the same run as without, whatever happens to images and cache in between."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ from dinov2.utils.stop_signals import StopSignals
 
 @pytest.fixture
 def train(tmp_path, make_picture_list, make_tiny_overrides):
-    """Run on eight pictures, with a cache or without; returns the exit code and the rows of its metrics."""
+    """Run on eight images, with a cache or without; returns the exit code and the rows of its metrics."""
     lists = make_picture_list(tmp_path / "lists")
 
     def go(name: str, *, cached: bool, arguments: tuple[str, ...] = (), **settings) -> tuple[int, list[dict]]:
@@ -35,7 +35,7 @@ def losses(rows: list[dict]) -> list[tuple]:
     return [(row["iteration"], row["total_loss"], row["grad_norm_backbone"]) for row in rows]
 
 
-def bad_pictures(run) -> list[str]:
+def bad_images(run) -> list[str]:
     with open(run / "bad_images.csv", newline="") as file:
         return [row["path"] for row in csv.DictReader(file)]
 
@@ -49,20 +49,20 @@ def test_a_cache_changes_no_number(train):
     assert (code, losses(again)) == (0, losses(plain))
 
 
-def test_pictures_that_changed_or_went_are_seen_by_the_next_run(train, tmp_path):
+def test_images_that_changed_or_went_are_seen_by_the_next_run(train, tmp_path):
     _, before = train("before", cached=True)
-    pictures = tmp_path / "lists" / "pictures"
-    Image.fromarray(np.full((28, 28, 3), 200, np.uint8)).save(pictures / "001.png")
-    (pictures / "002.png").unlink()
-    (pictures / "003.png").write_bytes((pictures / "003.png").read_bytes()[:200])
+    images = tmp_path / "lists" / "pictures"
+    Image.fromarray(np.full((28, 28, 3), 200, np.uint8)).save(images / "001.png")
+    (images / "002.png").unlink()
+    (images / "003.png").write_bytes((images / "003.png").read_bytes()[:200])
     code, plain = train("plain", cached=False)
     assert code == 0
     code, cached = train("cached", cached=True)
     assert (code, losses(cached)) == (0, losses(plain))
     assert losses(cached) != losses(before)
-    gone = [str(pictures / name) for name in ("002.png", "003.png")]
+    gone = [str(images / name) for name in ("002.png", "003.png")]
     for name in ("plain", "cached"):
-        assert sorted(bad_pictures(tmp_path / "out" / name)) == gone
+        assert sorted(bad_images(tmp_path / "out" / name)) == gone
 
 
 def test_a_run_that_is_stopped_while_it_packs_goes_on_later(train, tmp_path):

@@ -1,15 +1,16 @@
 """The lists, tables and folders to check, read into one table with a row for each time that an image is named."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 
-from dinov2.data.datasets.image_paths import IMAGE_SUFFIXES
+from dinov2.data.datasets.image_paths import IMAGE_SUFFIXES, read_list
+from dinov2.data.datasets.sources import PATH_COLUMNS
 from dinov2.data.datasets.tables import LABEL_COLUMN, PATH_COLUMN, PATIENT_COLUMN, TABLE_SUFFIXES, open_table
-from dinov2.data.splits import PART_COLUMN, PATH_COLUMNS
+from dinov2.data.splits import PART_COLUMN
 from dinov2.utils.files import PathLike
 from dinov2.utils.paths import local_path
 
@@ -19,150 +20,109 @@ VALUE_COLUMNS = (LABEL_COLUMN, PATIENT_COLUMN, "dataset")
 
 
 class Source(NamedTuple):
-    """A list, table or folder; `kind` says which, `role` what it is used for, and no two have the same `name`."""
+    """A list, table or folder; `kind` says which, `role` what it is used for.
+
+    `rows` are its rows and columns by line number, with absolute paths; `gaps` say which rows lack a value.
+    """
 
     file: Path
     kind: str
     role: str
-    name: str
+    rows: pd.DataFrame
+    gaps: Sequence[str] = ()
 
 
-class Row(NamedTuple):
-    """One naming of an image; `gap` names the columns that should have a value and have none."""
-
-    line: int  # from 1; 0 in a folder
-    path: str
-    label: str = ""
-    patient: str = ""
-    dataset: str = ""
-    is_hidden: bool = False  # in a folder, a name that begins with a dot
-    gap: str = ""
-
-
-class Inputs(NamedTuple):
-    """What all sources name.
-
-    Attributes:
-        sources: what was read.
-        entries: the columns of `Row`, source (position in `sources`), its role, and image (position in `paths`).
-        paths: absolute path of each image.
-        gaps: the same columns, of rows that lack a value; they are no entries.
-    """
-
-    sources: list[Source]
-    entries: pd.DataFrame
-    paths: list[str]
-    gaps: pd.DataFrame
-
-
-def read_inputs(training: Sequence[PathLike], labels: Sequence[PathLike], evaluation: Sequence[PathLike]) -> Inputs:
+def read_inputs(
+    training: Sequence[PathLike], labels: Sequence[PathLike], evaluation: Sequence[PathLike]
+) -> tuple[list[Source], pd.DataFrame, list[str]]:
     """Read all sources, without opening the images.
 
-    A source is a .txt list, a CSV with the columns `Image Path[,Label][,patient][,dataset]`, a folder with .txt lists
+    A source is a .txt list, a table with the columns `Image Path[,Label][,patient][,dataset]`, a folder with .txt lists
     (each becomes a source), or a folder of images, searched with all folders in it. In a folder of images given for
     labels or evaluation, the first folder below it is the label.
+
+    Returns:
+        the sources; the entries, a row for each naming of an image: source (its position), role, line, place, image
+        (position in the paths), label, patient, dataset ("" for none) and is_hidden (a folder has it, its name begins
+        with a dot); and the absolute path of each image.
 
     Raises:
         FileNotFoundError: a source does not exist, or a folder has no list and no image.
         ValueError: a source is of another kind, is not UTF-8, lacks a column, or no image is named.
     """
-    readers = {"list": _list_rows, "table": _table_rows, "folder": _folder_rows}
-    sources: list[Source] = []
+    sources = []
     for role, paths in ((TRAINING, training), (LABELS, labels), (EVALUATION, evaluation)):
-        for file, kind in (found for path in paths for found in _sources_in(local_path(path), role)):
-            stem = file.absolute().name if kind == "folder" else file.stem
-            names = [stem, *(f"{stem}_{number}" for number in range(2, len(sources) + 2))]
-            free = (name for name in names if all(name != source.name for source in sources))
-            sources.append(Source(file, kind, role, next(free)))
-    tables = [
-        pd.DataFrame(readers[s.kind](s.file, s.role), columns=Row._fields).assign(source=i, role=s.role)
-        for i, s in enumerate(sources)
-    ]
-    rows = pd.concat(tables, ignore_index=True)
-    if rows.empty:
+        for path in map(local_path, paths):
+            lists = [] if role == LABELS else sorted(path.glob("[!.]*.[tT][xX][tT]"))
+            sources += [_read_source(file, role) for file in lists or [path]]
+    entries = pd.concat([_entries(source).assign(source=i) for i, source in enumerate(sources)], ignore_index=True)
+    if entries.empty:
         files = ", ".join(str(source.file) for source in sources)
         raise ValueError(f"check lists: {files} name no image; write one image path per line")
-    entries, gaps = rows[rows["gap"] == ""].reset_index(drop=True), rows[rows["gap"] != ""]
     entries["image"], unique = pd.factorize(entries.pop("path"))
-    return Inputs(sources, entries, list(unique), gaps)
+    return sources, entries, list(unique)
 
 
-def _sources_in(path: Path, role: str) -> Iterable[tuple[Path, str]]:
-    """Return (file or folder, kind); a folder with lists gives each of them."""
-    if path.is_dir():
-        lists = [file for file in sorted(path.glob("[!.]*")) if file.suffix.lower() == ".txt" and file.is_file()]
-        return [(file, "list") for file in lists] if lists and role != LABELS else [(path, "folder")]
-    if not path.is_file():
-        raise FileNotFoundError(f"{SETTINGS[role]}: {str(path)!r} does not exist; give a .txt list, a CSV or a folder")
-    if path.suffix.lower() == ".txt" and role != LABELS:
-        return [(path, "list")]
-    if path.suffix.lower() in TABLE_SUFFIXES:
-        return [(path, "table")]
-    kinds = "a CSV or a folder with a folder per class" if role == LABELS else "a .txt list, a CSV or a folder"
-    raise ValueError(f"{SETTINGS[role]}: {str(path)!r} is of an unknown kind; give {kinds}")
-
-
-def absolute_path(file: Path, path: str) -> str:
-    """Resolve a path that a list or table names; relative ones count from its folder."""
-    return os.path.abspath(os.path.join(file.parent, path))
-
-
-def read_lines(file: Path, role: str) -> list[str]:
-    """Read the lines of a list, without spaces around them."""
-    try:
-        return [line.strip() for line in file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")]
-    except UnicodeDecodeError as error:
-        number = error.object.count(b"\n", 0, error.start) + 1
+def _read_source(file: Path, role: str) -> Source:
+    setting, suffix = SETTINGS[role], file.suffix.lower()
+    if file.is_dir():
+        return Source(file, "folder", role, _read_folder(file, setting, has_labels=role != TRAINING))
+    if not file.is_file():
+        raise FileNotFoundError(f"{setting}: {str(file)!r} does not exist; give a .txt list, a CSV or a folder")
+    if suffix == ".txt" and role != LABELS:
+        paths = [os.path.abspath(file.parent / path) for path in read_list(file, setting)]
+        return Source(file, "list", role, pd.DataFrame({PATH_COLUMN: paths}))
+    if suffix not in TABLE_SUFFIXES:
+        kinds = "a CSV or a folder with a folder per class" if role == LABELS else "a .txt list, a CSV or a folder"
+        raise ValueError(f"{setting}: {str(file)!r} is of an unknown kind; give {kinds}")
+    table = open_table(file, setting)
+    columns = [name for name in (*PATH_COLUMNS, *VALUE_COLUMNS) if name in table.columns]
+    if not set(PATH_COLUMNS) & set(columns) or (role == LABELS and LABEL_COLUMN not in columns):
         raise ValueError(
-            f"{SETTINGS[role]}: {str(file)!r}, line {number}, is not UTF-8 text ({error.reason}); save it as UTF-8"
-        ) from error
-
-
-def _list_rows(file: Path, role: str) -> Iterator[Row]:
-    lines = enumerate(read_lines(file, role), 1)
-    return (Row(number, absolute_path(file, line)) for number, line in lines if line and line[0] != "#")
-
-
-def read_table(file: Path, role: str) -> tuple[pd.DataFrame, str]:
-    """Read a table as strings, with line numbers as index and no empty rows, and find its column of paths."""
-    opened = open_table(file, SETTINGS[role])
-    path_column = next((name for name in (PATH_COLUMN, *PATH_COLUMNS) if name in opened.columns), None)
-    if path_column is None or (role == LABELS and LABEL_COLUMN not in opened.columns):
-        raise ValueError(
-            f"{SETTINGS[role]}: {str(file)!r} has the columns {opened.columns}; expected "
+            f"{setting}: {str(file)!r} has the columns {table.columns}; expected "
             f"{PATH_COLUMN},{LABEL_COLUMN}[,{PATIENT_COLUMN}][,dataset]"
         )
-    lines, rows = [], []
-    for line, values in opened.rows():
-        lines.append(line)
-        rows.append(values)
-    return pd.DataFrame(rows, index=lines, columns=opened.columns), path_column
+    rows = pd.DataFrame.from_dict(dict(table.rows()), orient="index", columns=table.columns)
+    is_empty = rows[columns] == ""
+    has_gap = is_empty.any(axis=1)
+    gaps = [
+        f"{file}, line {row.Index}: no value for {', '.join(is_empty.columns[list(row[1:])])}"
+        for row in is_empty[has_gap].itertuples()
+    ]
+    rows = rows[~has_gap].copy()
+    rows[columns[0]] = [os.path.abspath(file.parent / path) for path in rows[columns[0]]]
+    return Source(file, "table", role, rows, gaps)
 
 
-def _table_rows(file: Path, role: str) -> Iterator[Row]:
-    table, path_column = read_table(file, role)
-    if role == EVALUATION and PART_COLUMN in table:
-        table = table[table[PART_COLUMN].isin(("val", "test"))]
-    expected = [path_column, *(column for column in VALUE_COLUMNS if column in table)]
-    values = table.reindex(columns=[path_column, *VALUE_COLUMNS], fill_value="")
-    for line, path, label, patient, dataset in values.itertuples(name=None):
-        row = zip(values, (path, label, patient, dataset), strict=True)
-        gap = ", ".join(column for column, value in row if not value and column in expected)
-        yield Row(line, absolute_path(file, path), label, patient, dataset, gap=gap)
-
-
-def _folder_rows(folder: Path, role: str) -> Iterator[Row]:
-    is_empty = True
-    for parent, folders, files in os.walk(folder):
-        folders.sort()
-        inside = Path(parent).relative_to(folder).parts
-        for name in sorted(name for name in files if name.lower().endswith(IMAGE_SUFFIXES)):
-            is_hidden = any(part.startswith(".") for part in (*inside, name))
-            label = inside[0] if inside and role != TRAINING and not is_hidden else ""
-            is_empty = False
-            yield Row(0, os.path.abspath(os.path.join(parent, name)), label, is_hidden=is_hidden)
-    if is_empty:
+def _read_folder(folder: Path, setting: str, has_labels: bool) -> pd.DataFrame:
+    folder = folder.absolute()
+    found = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    files = sorted(file for file in found if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
         raise FileNotFoundError(
-            f"{SETTINGS[role]}: no .txt list and no image ({', '.join(IMAGE_SUFFIXES)}) in {str(folder)!r}; give the "
+            f"{setting}: no .txt list and no image ({', '.join(IMAGE_SUFFIXES)}) in {str(folder)!r}; give the "
             f"folder that has them"
         )
+    paths = list(map(os.path.abspath, files))
+    rows = pd.DataFrame({PATH_COLUMN: paths}, dtype=object)  # else no name may have bytes that are not UTF-8
+    if has_labels:
+        below = (file.relative_to(folder).parts for file in files)
+        rows[LABEL_COLUMN] = [parts[0] if len(parts) > 1 else "" for parts in below]
+    return rows
+
+
+def _entries(source: Source) -> pd.DataFrame:
+    rows = source.rows
+    if source.role == EVALUATION and PART_COLUMN in rows:
+        rows = rows[rows[PART_COLUMN].isin(("val", "test"))]
+    path_column = next(name for name in PATH_COLUMNS if name in rows)
+    columns = {"path": path_column, "label": LABEL_COLUMN, "patient": PATIENT_COLUMN, "dataset": "dataset"}
+    entries = pd.DataFrame({name: rows.get(column, "") for name, column in columns.items()}, rows.index)
+    entries = entries.assign(line=rows.index, role=source.role, place=source.file.name, is_hidden=False)
+    if source.kind == "table":
+        entries["place"] += [f" line {line}" for line in rows.index]
+    elif source.kind == "folder":
+        below = entries["path"].str.slice(len(os.path.abspath(source.file)))
+        entries["is_hidden"] = below.str.contains(f"{os.sep}.", regex=False)
+        entries.loc[entries["is_hidden"], "label"] = ""
+    return entries

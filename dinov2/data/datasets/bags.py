@@ -24,7 +24,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from dinov2.data.datasets.tables import TABLE_SUFFIXES, read_table
+from dinov2.data.datasets.tables import check_files_exist, is_folder, read_table
 from dinov2.utils.paths import local_path
 
 logger = logging.getLogger("dinov2")
@@ -62,9 +62,6 @@ class PatientBags:
     def __post_init__(self) -> None:
         if not self.patients:
             raise ValueError("bags: there is no patient; give at least one bag of cells")
-        twice = [patient for patient, count in Counter(self.patients).items() if count > 1]
-        if twice:
-            raise ValueError(f"bags: {list_names(twice)} stand twice; a patient is one bag, so merge or rename them")
         for patient, cells in zip(self.patients, self.features, strict=True):
             if cells.ndim != 2 or not len(cells):
                 raise ValueError(
@@ -129,110 +126,52 @@ class PatientBags:
 
     @classmethod
     def from_path(cls, path: PathLike) -> "PatientBags":
-        """Read a folder (`from_folder`) or a table (`from_table`)."""
-        path = local_path(path)
-        if path.is_dir():
-            return cls.from_folder(path)
-        if not path.exists():
-            raise FileNotFoundError(f"bags: {str(path)!r} does not exist; give a folder of .h5 files or a CSV of them")
-        if path.suffix.lower() not in TABLE_SUFFIXES:
-            raise ValueError(
-                f"bags: {str(path)!r} is neither a folder nor a .csv or .parquet file; give a folder with <patient>.h5 "
-                f"or <class>/<patient>.h5, or a table with the columns patient,label,file"
-            )
-        return cls.from_table(path)
+        """Read one of the layouts in the module's docstring; hidden files and other suffixes are ignored.
 
-    @classmethod
-    def from_folder(cls, folder: PathLike) -> "PatientBags":
-        """Read one of the layouts in the module's docstring; hidden files and other suffixes are ignored."""
-        folder = Path(folder)
-        flat = _h5_files(folder)
-        class_folders = {entry.name: entry for entry in _folders(folder)}
-        by_class = {name: _patient_files(entry) for name, entry in class_folders.items()}
-        by_class = {name: patients for name, patients in by_class.items() if any(patients.values())}
-        if flat and by_class:
-            raise ValueError(
-                f"bags: {str(folder)!r} has .h5 files ({flat[0].name}, ...) beside folders with .h5 files "
-                f"({list_names(by_class)}); keep either one file per patient or one folder per class"
-            )
-        if not flat and not by_class:
-            raise ValueError(
-                f"bags: no .h5 file in {str(folder)!r} and the folders inside; expected <patient>.h5, "
-                f"<class>/<patient>.h5 or <class>/<patient>/*.h5"
-            )
-        if flat:
-            return cls._from_files({file.stem: [file] for file in flat})
-        without_cells = [
-            f"{name}/{patient}" for name, found in by_class.items() for patient in found if not found[patient]
-        ]
-        if without_cells:
-            raise ValueError(
-                f"bags: folders without an .h5 file are bags without cells: {list_names(without_cells)}; extract these "
-                f"patients' cells, or remove the folders"
-            )
-        labels = one_label_each(
-            ((patient, name) for name, patients in by_class.items() for patient in patients), "bags"
-        )
-        files = {patient: paths for patients in by_class.values() for patient, paths in patients.items()}
-        empty = sorted(set(class_folders) - set(by_class))
-        if empty:
-            logger.warning("%s: folders without .h5 files are not classes: %s", folder, ", ".join(empty))
-        return cls._from_files(files).with_labels(labels)
-
-    @classmethod
-    def from_table(cls, file: PathLike) -> "PatientBags":
-        """A row per .h5 file with the columns `patient,label,file`, or `patient,file` for bags without labels.
-
-        Relative files count from the table's own folder.
+        Relative files in a table count from the table's own folder.
         """
-        file = Path(file)
-        rows = read_table(file, "bags", ("patient", "file"), ("label",), OTHER_NAMES)
+        path = local_path(path)
+        layouts = (
+            "a folder of .h5 files, <patient>.h5 or <class>/<patient>.h5, or a table with the columns "
+            "patient,label,file"
+        )
+        rows = _rows_of_folder(path) if is_folder(path, "bags", layouts) else _rows_of_table(path)
         files: dict[str, list[Path]] = defaultdict(list)
-        for row in rows:
-            files[row["patient"]].append(file.parent / row["file"])
-        missing = [str(path) for paths in files.values() for path in paths if not path.is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"bags: {len(missing)} of the files in {str(file)!r} do not exist, for instance "
-                f"{', '.join(missing[:N_EXAMPLES])}; relative paths count from {str(file.parent.absolute())!r}"
-            )
+        for patient, _, file in rows:
+            files[patient].append(file)
         bags = cls._from_files(files)
-        if "label" not in rows[0]:
-            return bags
-        return bags.with_labels(one_label_each(((row["patient"], row["label"]) for row in rows), str(file)))
+        labels = [(patient, label) for patient, label, _ in rows if label is not None]
+        return bags.with_labels(one_label_each(labels, f"bags {str(path)!r}")) if labels else bags
 
     @classmethod
     def _from_files(cls, files: Mapping[str, Sequence[Path]]) -> "PatientBags":
-        patients = sorted(files)
-        features, cells = [], []
-        attributes: dict[str, set[str | None]] = defaultdict(set)
-        for patient in patients:
-            parts = [_read_file(path) for path in files[patient]]
-            if len({part.features.shape[1] for part in parts}) > 1:
+        contents = {patient: [_read_file(path) for path in files[patient]] for patient in sorted(files)}
+        attributes = [attributes for parts in contents.values() for _, _, attributes in parts]
+        for name in IDENTITY:
+            values = {of_file.get(name) for of_file in attributes}
+            if len(values) > 1:
+                raise ValueError(
+                    f"bags: files of different networks are mixed, their {name} is "
+                    f"{', '.join(sorted(map(repr, values)))}; extract all bags with one checkpoint and one image size"
+                )
+        for patient, parts in contents.items():
+            if len({features.shape[1] for features, _, _ in parts}) > 1:
                 raise ValueError(
                     f"bags: the files of patient {patient!r} have features of different dimensions; extract all with "
                     f"one checkpoint"
                 )
-            features.append(np.concatenate([part.features for part in parts]))
-            cells.append([cell for part in parts for cell in part.cells])
-            for part in parts:
-                for name in {*IDENTITY, *part.attributes, *attributes}:
-                    attributes[name].add(part.attributes.get(name))
-        mixed = [name for name in IDENTITY if len(attributes[name]) > 1]
-        if mixed:
-            found = ", ".join(sorted(map(repr, attributes[mixed[0]])))
-            raise ValueError(
-                f"bags: files of different networks are mixed, their {mixed[0]} is {found}; extract all bags with one "
-                f"checkpoint and one image size"
-            )
-        known = {name: next(iter(values)) for name, values in attributes.items() if len(values) == 1}
-        return cls(patients, features, cells, attributes={k: v for k, v in sorted(known.items()) if v is not None})
+        return cls(
+            list(contents),
+            [np.concatenate([features for features, _, _ in parts]) for parts in contents.values()],
+            [[cell for _, cells, _ in parts for cell in cells] for parts in contents.values()],
+            attributes=dict(sorted(set.intersection(*(set(of_file.items()) for of_file in attributes)))),
+        )
 
-    def with_labels(self, labels: Mapping[str, str], class_names: Sequence[str] | None = None) -> "PatientBags":
-        """Return the same bags with labels, {patient: class}; without `class_names` the classes are sorted.
+    def with_labels(self, labels: Mapping[str, str]) -> "PatientBags":
+        """Return the same bags with labels, {patient: class}; classes are sorted.
 
         Raises:
-            ValueError: if a bag has no label, a label has no bag, or a label is not among `class_names`.
+            ValueError: if a bag has no label, or a label has no bag.
         """
         unlabelled = [patient for patient in self.patients if patient not in labels]
         if unlabelled:
@@ -246,13 +185,7 @@ class PatientBags:
                 f"labels: {len(without_bag)} of {len(labels)} labelled patients have no bag "
                 f"({list_names(without_bag)}); extract their cells, or drop them from the labels"
             )
-        names = sorted(set(labels.values())) if class_names is None else list(class_names)
-        unknown = sorted(set(labels.values()) - set(names))
-        if unknown:
-            raise ValueError(
-                f"labels: {list_names(unknown)} are not among the classes {', '.join(map(repr, names))}; drop or "
-                f"rename these patients' labels"
-            )
+        names = sorted(set(labels.values()))
         ids = {name: i for i, name in enumerate(names)}
         return replace(
             self,
@@ -343,8 +276,7 @@ def check_no_bag_twice(bags: PatientBags) -> None:
     twice = [patients for patients in names.values() if len(patients) > 1]
     if twice:
         raise ValueError(
-            f"bags: {list_names(twice[0])} have the same cells, so one patient is there under several names"
-            f"{f', and {len(twice) - 1} more such cases' if len(twice) > 1 else ''}; keep one of each"
+            f"bags: {list_names(twice[0])} have the same cells, so one patient is there under several names; keep one"
         )
 
 
@@ -390,20 +322,57 @@ def one_label_each(pairs: Iterable[tuple[str, str]], source: str) -> dict[str, s
     return {patient: next(iter(labels)) for patient, labels in found.items()}
 
 
-@dataclass(frozen=True)
-class _FileContent:
-    features: np.ndarray  # float32 [N, D]
-    cells: list[str]
-    attributes: dict[str, str]
+# patient, label or None, file
+Row = tuple[str, str | None, Path]
 
 
-def _read_file(path: Path) -> _FileContent:
+def _rows_of_table(file: Path) -> list[Row]:
+    rows = read_table(file, "bags", ("patient", "file"), ("label",), OTHER_NAMES)
+    check_files_exist([file.parent / row["file"] for row in rows], file, "bags", "files")
+    return [(row["patient"], row.get("label"), file.parent / row["file"]) for row in rows]
+
+
+def _rows_of_folder(folder: Path) -> list[Row]:
+    flat: list[Row] = [(file.stem, None, file) for file in _visible(folder, "*.[hH]5")]
+    whole: list[Row] = [(file.stem, file.parent.name, file) for file in _visible(folder, "*/*.[hH]5")]
+    parts: list[Row] = [(file.parent.name, file.parent.parent.name, file) for file in _visible(folder, "*/*/*.[hH]5")]
+    twice = {row[:2] for row in whole} & {row[:2] for row in parts}
+    if twice:
+        names = list_names(sorted(patient for patient, _ in twice))
+        raise ValueError(f"bags: {str(folder)!r} has both a file and a folder of {names}; keep one")
+    bags = {(label, patient) for patient, label, _ in whole + parts}
+    classes = {label for label, _ in bags}
+    if flat and bags:
+        raise ValueError(
+            f"bags: {str(folder)!r} has .h5 files ({flat[0][2].name}, ...) beside folders with .h5 files "
+            f"({list_names(sorted(map(str, classes)))}); keep either one file per patient or one folder per class"
+        )
+    if not flat and not bags:
+        raise ValueError(
+            f"bags: no .h5 file in {str(folder)!r} and the folders inside; expected <patient>.h5, "
+            f"<class>/<patient>.h5 or <class>/<patient>/*.h5"
+        )
+    inside = [entry for entry in _visible(folder, "*/*") if entry.is_dir() and entry.parent.name in classes]
+    empty = [f"{entry.parent.name}/{entry.name}" for entry in inside if (entry.parent.name, entry.name) not in bags]
+    if empty:
+        raise ValueError(
+            f"bags: folders without an .h5 file are bags without cells: {list_names(empty)}; extract these patients' "
+            f"cells, or remove the folders"
+        )
+    others = [entry.name for entry in _visible(folder, "*") if entry.is_dir() and entry.name not in classes]
+    if others and bags:
+        logger.warning("%s: folders without .h5 files are not classes: %s", folder, ", ".join(others))
+    return flat + whole + parts
+
+
+def _read_file(path: Path) -> tuple[np.ndarray, list[str], dict[str, str]]:
+    """Read features, float32 [N, D], where the N cells are from, and the attributes."""
     try:
         with h5py.File(path, "r") as file:
             if "features" not in file:
                 raise ValueError(f"bags: {str(path)!r} has no dataset `features`; extract it again")
             features = np.atleast_2d(file["features"][()].astype(np.float32))
-            paths = file["paths"].asstr()[:].tolist() if "paths" in file else []
+            cells = file["paths"].asstr()[:].tolist() if "paths" in file else []
             attributes = {name: str(value) for name, value in file.attrs.items()}
     except (OSError, RuntimeError) as error:  # h5py's, for files of another kind and for broken parts
         raise ValueError(
@@ -411,31 +380,15 @@ def _read_file(path: Path) -> _FileContent:
         ) from error
     if features.ndim != 2:
         raise ValueError(f"bags: {str(path)!r} has features of shape {list(features.shape)}; expected [cells, dim]")
-    if len(paths) != len(features):
-        paths = [f"{path}:{row}" for row in range(len(features))] if len(features) > 1 else [str(path)] * len(features)
-    return _FileContent(features, paths, attributes)
+    if len(cells) != len(features):
+        cells = [str(path)] if len(features) == 1 else [f"{path}:{row}" for row in range(len(features))]
+    return features, cells, attributes
 
 
-def _h5_files(folder: Path) -> list[Path]:
-    return sorted(
-        entry
-        for entry in folder.iterdir()
-        if entry.is_file() and entry.suffix.lower() == SUFFIX and not entry.name.startswith(".")
-    )
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _patient_files(class_folder: Path) -> dict[str, list[Path]]:
-    """Find {patient: files} of one class, a file or a folder each; an empty folder has no files."""
-    files = {file.stem: [file] for file in _h5_files(class_folder)}
-    for entry in _folders(class_folder):
-        if entry.name in files:
-            raise ValueError(f"bags: {str(class_folder)!r} has both a file and a folder of {entry.name!r}; keep one")
-        files[entry.name] = _h5_files(entry)
-    return files
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    """Find what matches a pattern in `folder`, sorted; hidden names, also of a folder on the way, are left out."""
+    found = sorted(folder.glob(pattern))
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
 def list_names(names: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ Dimension key:  H height, W width, S side of the square, T filter taps, [n] pixe
 import io
 import os
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -26,12 +27,7 @@ ROWS_AT_ONCE = 512  # bounds the float32 copy of a large image
 
 
 class UnreadableImageError(ValueError):
-    """An image file that cannot be decoded.
-
-    Attributes:
-        path: the file.
-        reason: what is wrong with it, in a few words.
-    """
+    """An image file that cannot be decoded, and what is wrong with it in a few words."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)  # both in `args`: pickling between processes calls the class with them
@@ -43,7 +39,7 @@ class UnreadableImageError(ValueError):
 
 
 class Span(NamedTuple):
-    """What a resized axis shows of the original one, from `start` to `end`, in pixels."""
+    """What a resized axis shows of the original one, in pixels."""
 
     start: float
     end: float
@@ -66,15 +62,12 @@ def decode_image(source: str | os.PathLike[str] | bytes, name: str = "") -> np.n
         UnreadableImageError: the file is missing, empty, truncated, damaged, not an image, suspiciously large
             (`PIL.Image.MAX_IMAGE_PIXELS`), or its pixels have no defined brightness (floats, wide integers).
     """
-    data = source if isinstance(source, bytes) else None
     name = name or ("" if isinstance(source, bytes) else os.fspath(source))
     try:
-        if data is None:
-            with open(source, "rb") as file:
-                data = file.read()
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            return rgb_array(image)
+            return np.asarray(to_rgb(image))
     except UnidentifiedImageError as error:
         raise UnreadableImageError(name, "not a known image format" if data else "the file is empty") from error
     except OSError as error:  # of the disk; or Pillow's, for truncated and damaged data
@@ -86,15 +79,6 @@ def decode_image(source: str | os.PathLike[str] | bytes, name: str = "") -> np.n
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
     """Decode a file to a PIL image in mode RGB."""
     return Image.fromarray(decode_image(path))
-
-
-def rgb_array(image: Image.Image) -> np.ndarray:
-    """Return `to_rgb` of an image as an array, uint8 [H, W, 3]."""
-    if image.mode == "RGBA":
-        pixels = np.asarray(image)
-        if pixels[..., 3].min() == 255:
-            return cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB)
-    return np.asarray(to_rgb(image))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -142,7 +126,7 @@ def resize_image(image: Image.Image | np.ndarray, size: int, fit: str = "crop") 
         ValueError: an unknown `fit`, an array of another type or shape, or pixels with no defined brightness.
     """
     check_fit(fit)
-    pixels = image if isinstance(image, np.ndarray) else rgb_array(image)
+    pixels = image if isinstance(image, np.ndarray) else np.asarray(to_rgb(image))
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise ValueError(f"image: an array of uint8 [H, W, 3] is needed, not {pixels.dtype} {list(pixels.shape)}")
     height, width = pixels.shape[:2]
@@ -166,10 +150,9 @@ def check_fit(fit: str) -> None:
 
 
 def _spans_of_crop(height: int, width: int, size: int) -> tuple[Span, Span]:
-    """Rows and columns that stay when the shorter side is scaled to `size` and the centre kept.
+    """Find the rows and columns of the original that the crop shows, so that no large image is made in between.
 
-    Only what the crop keeps is computed: no large image in between, however long and thin the original is. The grid
-    is torchvision's: longer side floored, offset rounded.
+    The grid is torchvision's: longer side floored, offset rounded.
     """
     shorter = min(height, width)
     spans = []
@@ -181,35 +164,22 @@ def _spans_of_crop(height: int, width: int, size: int) -> tuple[Span, Span]:
 
 
 class Taps(NamedTuple):
-    """The filter of an axis.
+    """The filter of an axis."""
 
-    Attributes:
-        first, end: the range of pixels that it reads.
-        lines: int64 [n, T] pixels that each new one is a weighted sum of, counted from `first`.
-        weights: float32 [n, T], rows summing to 1.
-    """
-
-    first: int
-    end: int
-    lines: Tensor
-    weights: Tensor
+    first: int  # of the pixels that it reads
+    end: int  # one past the last
+    lines: Tensor  # int64 [n, T] pixels that each new one is a weighted sum of, counted from `first`
+    weights: Tensor  # float32 [n, T], rows summing to 1
 
 
 def resize_lanczos(pixels: np.ndarray, height: int, width: int, rows: Span, columns: Span) -> np.ndarray:
-    """Cut out a box, whose borders may lie between pixels, and resize it, as Pillow's `resize(box=...)`.
+    """Cut rows and columns, whose borders may lie between pixels, out of uint8 [H, W, 3], and resize them.
 
     As in Pillow the filter (Duchon 1979) is widened by the scale where the image shrinks, reaches over pixels outside
     the box, is cut off at the image's borders and normalised; its weights are whole multiples of 2^-22; values are
     rounded and clamped to 0-255 after each pass, which at edges decides about many levels. The few float32 sums that
     are too near to a half to be rounded safely are computed again with integers. The horizontal pass is always the
     first, as in Pillow up to 12; Pillow 13 turns the order for images that are much taller than wide.
-
-    Args:
-        pixels: uint8 [H, W, 3].
-        height: rows of the result.
-        width: columns of the result.
-        rows: within 0 and H.
-        columns: within 0 and W.
 
     Returns:
         uint8 [height, width, 3], contiguous, never sharing memory with `pixels`.

@@ -2,7 +2,9 @@
 
 import csv
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
 
 from dinov2.data.datasets.bags import OTHER_NAMES, PathLike, list_names, one_label_each
@@ -53,71 +55,61 @@ def read_fold_files(path: PathLike) -> FoldFiles:
         ValueError: if a file is malformed, a fold lacks a part, a patient has two labels or is on two sides of a fold.
     """
     path = local_path(path)
-    rows = _rows_of_fold_folders(path) if path.is_dir() else _rows_of_fold_table(path)
-    names = sorted({row["fold"] for row in rows}, key=_natural)
-    folds = [
-        {part: [r["patient"] for r in rows if (r["fold"], r["part"]) == (name, part)] for part in PARTS}
-        for name in names
-    ]
-    for name, fold in zip(names, folds, strict=True):
+    rows = _rows_of_fold_folders(path) if path.is_dir() else _read(path, ("fold", "part", "patient", "label"))
+    unknown = sorted({row["part"] for row in rows} - set(PARTS))
+    if unknown:
+        raise ValueError(f"fold files: {str(path)!r} has the part {list_names(unknown)}; write {', '.join(PARTS)}")
+    found: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        found.setdefault(row["fold"], {part: [] for part in PARTS})[row["part"]].append(row["patient"])
+    for name, fold in found.items():
         lacking = [part for part in PARTS if not fold[part]]
         if lacking:
             raise ValueError(
                 f"fold files: fold {name!r} of {str(path)!r} has no patient in {' and '.join(lacking)}; add some"
             )
-        counts = Counter(patient for part in PARTS for patient in fold[part])
+        counts = Counter(chain.from_iterable(fold.values()))
         twice = sorted(patient for patient, count in counts.items() if count > 1)
         if twice:
             raise ValueError(
                 f"fold files: in fold {name!r} of {str(path)!r} {list_names(twice)} stand twice among train, val and "
                 f"test; a patient may be in only one of them"
             )
+    names = sorted(found, key=_natural)
     labels = one_label_each(((row["patient"], row["label"]) for row in rows), f"fold files {str(path)!r}")
-    return FoldFiles(folds, names, labels)
+    return FoldFiles([found[name] for name in names], names, labels)
 
 
-def _rows_of_fold_table(file: Path) -> list[dict[str, str]]:
-    rows = read_table(file, "fold files", ("fold", "part", "patient", "label"), other_names=OTHER_NAMES)
-    unknown = sorted({row["part"] for row in rows} - set(PARTS))
-    if unknown:
-        raise ValueError(f"fold files: {str(file)!r} has the part {list_names(unknown)}; write {', '.join(PARTS)}")
-    return rows
+def _read(file: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    return read_table(file, "fold files", columns, other_names=OTHER_NAMES)
 
 
 def _rows_of_fold_folders(folder: Path) -> list[dict[str, str]]:
     """Read rows with the columns fold, part, patient, label."""
-    fold_folders = [
-        entry for entry in sorted(folder.iterdir()) if (entry / "train.csv").is_file() and entry.name[0] != "."
-    ]
+    fold_folders = sorted(file.parent for file in folder.glob("[!.]*/train.csv"))
     if not fold_folders:
         raise FileNotFoundError(
             f"fold files: no folder in {str(folder)!r} has a train.csv; expected <fold>/train.csv, val.csv and test.csv"
         )
-    names_of_ids = _names_of_ids(folder / CLASS_NAMES_FILE)
+    names_file = folder / CLASS_NAMES_FILE
+    class_names = _read(names_file, ("label_name", "label_id")) if names_file.is_file() else []
+    name_of_id = {row["label_id"]: row["label_name"] for row in class_names}
     rows = []
-    for fold_folder in fold_folders:
-        for part in PARTS:
-            file = fold_folder / f"{part}.csv"
-            if part == "test" and not file.is_file():
-                file = folder / file.name
-            if not file.is_file():
-                raise FileNotFoundError(f"fold files: {str(fold_folder)!r} has no {part}.csv; add it")
-            for row in read_table(file, "fold files", ("patient", "label"), other_names=OTHER_NAMES):
-                if names_of_ids and row["label"] not in names_of_ids:
-                    raise ValueError(
-                        f"fold files: {str(file)!r} has the label {row['label']!r}, which {CLASS_NAMES_FILE} does not "
-                        f"name; add it there"
-                    )
-                label = names_of_ids.get(row["label"], row["label"])
-                rows.append({"fold": fold_folder.name, "part": part, "patient": row["patient"], "label": label})
+    for fold_folder, part in product(fold_folders, PARTS):
+        file = fold_folder / f"{part}.csv"
+        if part == "test" and not file.is_file():
+            file = folder / file.name
+        if not file.is_file():
+            raise FileNotFoundError(f"fold files: {str(fold_folder)!r} has no {part}.csv; add it")
+        for row in _read(file, ("patient", "label")):
+            if name_of_id and row["label"] not in name_of_id:
+                raise ValueError(
+                    f"fold files: {str(file)!r} has the label {row['label']!r}, which {CLASS_NAMES_FILE} does not "
+                    f"name; add it there"
+                )
+            label = name_of_id.get(row["label"], row["label"])
+            rows.append({"fold": fold_folder.name, "part": part, "patient": row["patient"], "label": label})
     return rows
-
-
-def _names_of_ids(file: Path) -> dict[str, str]:
-    """Read {label id: class}; empty if there is no such file."""
-    if not file.is_file():
-        return {}
-    return {row["label_id"]: row["label_name"] for row in read_table(file, "fold files", ("label_name", "label_id"))}
 
 
 def _natural(name: str) -> tuple[int, str]:

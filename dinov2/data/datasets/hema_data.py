@@ -22,25 +22,18 @@ MAX_REPLACEMENTS = 20
 N_PROBED_PATHS = 16
 
 
-class UnreadableImage(NamedTuple):
-    """An image that had to be replaced."""
-
-    path: str
-    reason: str
-
-
 class Sample(NamedTuple):
     """An image, and what went wrong on the way to it.
 
     Attributes:
         image: uint8 [3, S, S], which lies in memory as [S, S, 3].
         index: the index that was asked for, also when another image stands in.
-        failures: the images that could not be read, the asked one first; empty as a rule.
+        failures: (path, reason) of images that could not be read, the asked one first; empty as a rule.
     """
 
     image: Tensor
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
-    failures: tuple[UnreadableImage, ...]
+    failures: tuple[tuple[str, str], ...]
 
 
 class HemaStandardDataset(Dataset):
@@ -99,9 +92,8 @@ class HemaStandardDataset(Dataset):
         self.image_size, self.fit, self.seed = image_size, fit, seed
         self.transform, self.target_transform = transform, target_transform
         self.source = ImageSource.from_root(root, column)
-        order = np.arange(len(self.source))
-        if shuffle:
-            order = np.random.default_rng(seed).permutation(len(self.source))
+        n = len(self.source)
+        order = np.random.default_rng(seed).permutation(n) if shuffle else np.arange(n)
         # a tensor, as what `source` holds: spawned workers share its memory
         self._order = torch.from_numpy(order.astype(np.int32))
         self._check_that_some_exist()
@@ -118,17 +110,6 @@ class HemaStandardDataset(Dataset):
         """Return the set of the image at each index, as a position in `source.set_names`: int32 [N]."""
         return self.source.set_ids()[self._order.numpy()]
 
-    def read_square(self, index: int) -> tuple[np.ndarray, tuple[UnreadableImage, ...]]:
-        """Read the image at `index`, or another in its place.
-
-        Returns:
-            uint8 [S, S, 3], which may be read-only, and the images that could not be read.
-
-        Raises:
-            RuntimeError: neither this image nor any of its replacements can be read.
-        """
-        return self._first_readable(index, self._read_square)
-
     def __getitem__(self, index: int) -> Any:
         """Return a `Sample`, or with a `transform` the pair (transform(image), target).
 
@@ -136,7 +117,7 @@ class HemaStandardDataset(Dataset):
             RuntimeError: neither this image nor any of its replacements can be read.
         """
         if self.transform is None:
-            square, failures = self.read_square(index)
+            square, failures = self._first_readable(index, self._read_square)
             return Sample(torch.from_numpy(np.require(square, requirements="W")).permute(2, 0, 1), index, failures)
         pixels, _ = self._first_readable(index, self._read_whole)
         target = () if self.target_transform is None else self.target_transform(None)
@@ -159,13 +140,13 @@ class HemaStandardDataset(Dataset):
 
     def _first_readable(
         self, index: int, read: Callable[[int], np.ndarray]
-    ) -> tuple[np.ndarray, tuple[UnreadableImage, ...]]:
-        failures: list[UnreadableImage] = []
+    ) -> tuple[np.ndarray, tuple[tuple[str, str], ...]]:
+        failures: list[tuple[str, str]] = []
         for candidate in self._candidates(index):
             try:
                 return read(self._position(candidate)), tuple(failures)
             except UnreadableImageError as error:
-                failures.append(UnreadableImage(self.path(candidate), error.reason))
+                failures.append((self.path(candidate), error.reason))
         reasons = "; ".join(f"{path}: {reason}" for path, reason in failures[:3])
         raise RuntimeError(
             f"train.dataset_path: image {index} and all {len(failures) - 1} tried in its place cannot be read "
@@ -181,11 +162,7 @@ class HemaStandardDataset(Dataset):
 
     def _check_that_some_exist(self) -> None:
         probes = np.linspace(0, len(self) - 1, num=min(len(self), N_PROBED_PATHS)).astype(int).tolist()
-        for position in probes:
-            try:
-                self.source.stamp(position)
-            except OSError:
-                continue
+        if any(os.path.exists(self.source.file(position)) for position in probes):
             return
         raise FileNotFoundError(
             f"train.dataset_path: none of the {len(probes)} images probed among the {len(self)} that "

@@ -5,7 +5,7 @@ Letters: N paths.
 
 import os
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,16 @@ def is_image_name(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def find_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """Find all images in `folder` and the folders inside it, sorted; names that begin with a dot are left out."""
-    found = []
+def walk_images(folder: str | os.PathLike[str]) -> Iterator[str]:
+    """Yield paths of images in a folder and those inside it, sorted within each; hidden names are left out."""
     for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in files if is_image_name(name)]
-    return sorted(found)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (os.path.join(parent, name) for name in sorted(files) if is_image_name(name))
+
+
+def find_images(folder: str | os.PathLike[str]) -> list[Path]:
+    """Find all images in `folder` and the folders inside it, sorted as a whole."""
+    return sorted(map(Path, walk_images(folder)))
 
 
 class PathBlock:
@@ -51,19 +54,18 @@ class PathBlock:
         return self._data.numpy()[start:end].tobytes().decode("utf-8", "surrogateescape")
 
 
-def read_list(file: Path) -> list[str]:
+def read_list(file: Path, setting: str = "train.dataset_path") -> list[str]:
     """Read the lines of a text file without the spaces around them, but for blank lines and those that begin with `#`.
 
     Raises:
         ValueError: the file is not UTF-8.
     """
-    content = file.read_bytes()
     try:
-        text = content.decode("utf-8-sig")  # -sig: Windows editors write a byte-order mark
+        text = file.read_text(encoding="utf-8-sig")  # -sig: Windows editors write a byte-order mark
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"train.dataset_path: {str(file)!r}, line {line}, is not UTF-8 text ({error.reason}); save it as UTF-8"
+            f"{setting}: {str(file)!r}, line {line}, is not UTF-8 text ({error.reason}); save it as UTF-8"
         ) from error
-    lines = (line.strip() for line in text.replace("\r", "\n").split("\n"))
+    lines = (line.strip() for line in text.split("\n"))
     return [line for line in lines if line and not line.startswith("#")]

@@ -5,17 +5,28 @@ Letters: N cells, C classes.
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from dinov2.data.datasets.image_paths import IMAGE_SUFFIXES, find_images, is_image_name
-from dinov2.data.datasets.tables import LABEL_COLUMN, PATH_COLUMN, PATIENT_COLUMN, TABLE_SUFFIXES, read_table
+from dinov2.data.datasets.tables import (
+    LABEL_COLUMN,
+    PATH_COLUMN,
+    PATIENT_COLUMN,
+    check_files_exist,
+    is_folder,
+    read_table,
+)
 from dinov2.utils.paths import local_path
 
 logger = logging.getLogger("dinov2")
+
+LAYOUTS = (
+    f"a folder with one folder per class, or a table with the columns {PATH_COLUMN},{LABEL_COLUMN}[,{PATIENT_COLUMN}]"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +50,11 @@ class LabelledCells:
 
     @classmethod
     def from_path(cls, path: str | os.PathLike[str], class_names: Sequence[str] | None = None) -> "LabelledCells":
-        """Read a folder (`from_folder`) or a table (`from_table`).
+        """Read a folder or a table; hidden files and those of other suffixes are ignored, and so are further columns.
 
         Args:
-            path: the folder or the .csv file.
+            path: a folder with a folder per class, in which images may lie deeper; or a table, from whose folder
+                relative paths count.
             class_names: the classes in the order of their ids. A test set takes its training set's; without it, the
                 names found here in sorted order.
 
@@ -51,77 +63,43 @@ class LabelledCells:
             ValueError: no labelled cell was found, the CSV is malformed, or a label is not in `class_names`.
         """
         path = local_path(path)
-        if path.is_dir():
-            return cls.from_folder(path, class_names)
-        if not path.exists():
-            raise FileNotFoundError(f"labelled cells: {str(path)!r} does not exist; give a folder per class or a CSV")
-        if path.suffix.lower() not in TABLE_SUFFIXES:
+        patients = None
+        if is_folder(path, "labelled cells", LAYOUTS):
+            paths, names = _read_folder(path)
+        else:
+            rows = read_table(path, "labelled cells", (PATH_COLUMN, LABEL_COLUMN), optional=(PATIENT_COLUMN,))
+            paths = [path.parent / row[PATH_COLUMN] for row in rows]
+            names = [row[LABEL_COLUMN] for row in rows]
+            if PATIENT_COLUMN in rows[0]:
+                patients = [row[PATIENT_COLUMN] for row in rows]
+            check_files_exist(paths, path, "labelled cells", "images")
+        class_names = sorted(set(names)) if class_names is None else list(class_names)
+        ids = {name: i for i, name in enumerate(class_names)}
+        if len(ids) != len(class_names):
+            raise ValueError(f"class_names: a name stands twice in {class_names}; each class needs its own")
+        unknown = sorted(set(names).difference(ids))
+        if unknown:
             raise ValueError(
-                f"labelled cells: {str(path)!r} is neither a folder nor a .csv or .parquet file; give a "
-                f"folder with one folder per class, or a table with the columns "
-                f"{PATH_COLUMN},{LABEL_COLUMN}[,{PATIENT_COLUMN}]"
+                f"labelled cells: {str(path)!r} has the label(s) {', '.join(map(repr, unknown))}, which are not among "
+                f"the known classes {', '.join(map(repr, ids))}; drop or rename these cells, or train with them"
             )
-        return cls.from_table(path, class_names)
-
-    @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str], class_names: Sequence[str] | None = None) -> "LabelledCells":
-        """One folder per class; the images may lie deeper inside it. Hidden files and other suffixes are ignored."""
-        folder = Path(folder)
-        entries = [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")]
-        by_class = {entry.name: find_images(entry) for entry in entries if entry.is_dir()}
-        empty = [name for name, images in by_class.items() if not images]
-        loose = sum(is_image_name(entry.name) and entry.is_file() for entry in entries)
-        paths = [path for images in by_class.values() for path in images]
-        names = [name for name, images in by_class.items() for _ in images]
-        if not paths:
-            raise ValueError(
-                f"labelled cells: no images ({', '.join(IMAGE_SUFFIXES)}) in the folders inside {str(folder)!r}; "
-                f"expected one folder per class, with the class's images in it"
-            )
-        if empty:
-            logger.warning("%s: folders without images are not classes: %s", folder, ", ".join(empty))
-        if loose:
-            logger.warning("%s: %d images beside the class folders have no label and are left out", folder, loose)
-        class_names = _checked_class_names(class_names, names, source=str(folder))
-        return cls(paths, _to_ids(names, class_names), class_names)
-
-    @classmethod
-    def from_table(cls, file: str | os.PathLike[str], class_names: Sequence[str] | None = None) -> "LabelledCells":
-        """A row per cell; relative paths count from the CSV's own folder, and further columns are ignored."""
-        file = Path(file)
-        rows = read_table(file, "labelled cells", (PATH_COLUMN, LABEL_COLUMN), optional=(PATIENT_COLUMN,))
-        paths = [file.parent / row[PATH_COLUMN] for row in rows]
-        names = [row[LABEL_COLUMN] for row in rows]
-        patients = [row[PATIENT_COLUMN] for row in rows] if PATIENT_COLUMN in rows[0] else None
-        _check_files_exist(paths, file)
-        class_names = _checked_class_names(class_names, names, source=str(file))
-        return cls(paths, _to_ids(names, class_names), class_names, patients)
+        return cls(paths, np.array([ids[name] for name in names], dtype=np.int64), class_names, patients)
 
 
-def _check_files_exist(paths: Sequence[Path], source: Path) -> None:
-    missing = [str(path) for path in paths if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"labelled cells: {len(missing)} of the {len(paths)} images in {str(source)!r} do not exist, for "
-            f"instance {', '.join(missing[:3])}; relative paths count from {str(source.parent.absolute())!r}"
-        )
-
-
-def _checked_class_names(given: Sequence[str] | None, found: Iterable[str], source: str) -> list[str]:
-    found = set(found)
-    if given is None:
-        return sorted(found)
-    if len(set(given)) != len(given):
-        raise ValueError(f"class_names: a name stands twice in {list(given)}; each class needs its own")
-    unknown = sorted(found.difference(given))
-    if unknown:
+def _read_folder(folder: Path) -> tuple[list[Path], list[str]]:
+    """Find images with their labels, the names of the folders at the first level."""
+    entries = [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")]
+    by_class = {entry.name: find_images(entry) for entry in entries if entry.is_dir()}
+    if not any(by_class.values()):
         raise ValueError(
-            f"labelled cells: {source!r} has the label(s) {', '.join(map(repr, unknown))}, which are not among the "
-            f"known classes {', '.join(map(repr, given))}; drop or rename these cells, or train with them"
+            f"labelled cells: no images ({', '.join(IMAGE_SUFFIXES)}) in the folders inside {str(folder)!r}; "
+            f"expected one folder per class, with the class's images in it"
         )
-    return list(given)
-
-
-def _to_ids(names: Sequence[str], class_names: Sequence[str]) -> np.ndarray:
-    ids = {name: i for i, name in enumerate(class_names)}
-    return np.array([ids[name] for name in names], dtype=np.int64)  # [N]
+    empty = [name for name, images in by_class.items() if not images]
+    if empty:
+        logger.warning("%s: folders without images are not classes: %s", folder, ", ".join(empty))
+    loose = sum(is_image_name(entry.name) and entry.is_file() for entry in entries)
+    if loose:
+        logger.warning("%s: %d images beside the class folders have no label and are left out", folder, loose)
+    paths = [path for images in by_class.values() for path in images]
+    return paths, [name for name, images in by_class.items() for _ in images]

@@ -10,14 +10,15 @@ import re
 import tarfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
+from braceexpand import braceexpand
 
 from dinov2.data.datasets.decode import UnreadableImageError
-from dinov2.data.datasets.image_paths import IMAGE_SUFFIXES, PathBlock, is_image_name, read_list
+from dinov2.data.datasets.image_paths import IMAGE_SUFFIXES, PathBlock, is_image_name, read_list, walk_images
 from dinov2.data.datasets.tables import PATH_COLUMN, TABLE_SUFFIXES, open_table
 from dinov2.data.datasets.tar_shards import ShardIndex, read_member
 from dinov2.utils.paths import local_path
@@ -30,11 +31,9 @@ LOOSE_SET = "."  # images in the folder itself, beside the folders that are sets
 MEMBER_MARK = ".tar::"  # between a shard and its member in the path of an image
 KINDS = (
     "a folder with *.txt lists or one list (one image path per line; scripts/make_patch_lists.py writes one), a .csv "
-    "or .parquet file with a column of paths, a folder of images, or .tar shards (one, a folder with some, or a "
-    "pattern such as cells-{000..015}.tar)"
+    "or .parquet file with a column of paths, a folder of images, or .tar shards, not compressed (one, a "
+    "folder with some, or a pattern such as cells-{000..015}.tar)"
 )
-
-_COMPRESSED_TAR = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz)$", re.IGNORECASE)
 
 
 class ImageSource:
@@ -70,13 +69,14 @@ class ImageSource:
             ValueError: what is there cannot be read (parquet needs pyarrow), names no image, or has no such column.
         """
         root = str(local_path(root))
-        images = _from_table(Path(root), column) if _is_table(root) else None
-        if images is None and column is not None:
+        if _is_table(root):
+            images = _from_table(Path(root), column)
+        elif column is not None:
             raise ValueError(
                 f"train.dataset_path: column={column!r} is for a .csv or .parquet file, and root={root!r} is none; "
                 f"leave it out"
             )
-        if images is None:
+        else:
             images = _from_folder(Path(root)) if os.path.isdir(root) else _from_files(root)
         if len(images) == 0:
             raise ValueError(f"train.dataset_path: {images.kind} in {root!r} name no image; it must be {KINDS}")
@@ -98,7 +98,11 @@ class ImageSource:
         path, names = self.path(position), self._names
         if isinstance(names, ShardIndex):
             return _read(path, lambda: names.read(position))
-        return _read(path, lambda: _read_file(path))
+        return _read(path, Path(path).read_bytes)
+
+    def file(self, position: int) -> str:
+        """Return the absolute path of the file that holds an image, its own or a shard."""
+        return self._names.shard(position) if isinstance(self._names, ShardIndex) else self.path(position)
 
     def stamp(self, position: int) -> tuple[int, int]:
         """Return size in bytes and time of the last change in ns, of the file that holds the image.
@@ -106,11 +110,10 @@ class ImageSource:
         Raises:
             OSError: there is no such file.
         """
-        file = self._names.shard(position) if isinstance(self._names, ShardIndex) else self.path(position)
         try:
-            status = os.stat(file)
+            status = os.stat(self.file(position))
         except ValueError as error:  # a null character in the path
-            raise FileNotFoundError(f"{file!r}: {error}") from error
+            raise FileNotFoundError(f"{self.path(position)!r}: {error}") from error
         return status.st_size, status.st_mtime_ns
 
     def set_ids(self) -> np.ndarray:
@@ -127,12 +130,7 @@ def read_image(path: str) -> bytes:
     shard, mark, member = path.partition(MEMBER_MARK)
     if mark and not os.path.exists(path):
         return _read(path, lambda: read_member(f"{shard}.tar", member))
-    return _read(path, lambda: _read_file(path))
-
-
-def _read_file(path: str) -> bytes:
-    with open(path, "rb", buffering=0) as file:
-        return file.read()
+    return _read(path, Path(path).read_bytes)
 
 
 def _read(path: str, read: Callable[[], bytes]) -> bytes:
@@ -159,7 +157,6 @@ def _from_folder(root: Path) -> ImageSource:
         return _from_shards([str(shard) for shard in shards])
     images = _from_tree(root, entries)
     if len(images) == 0:
-        _check_not_compressed(entries)
         tables = [entry.name for entry in entries if _is_table(entry)]
         hint = f"; to read {tables[0]}, give this file" if tables else ""
         raise FileNotFoundError(
@@ -170,17 +167,13 @@ def _from_folder(root: Path) -> ImageSource:
 
 
 def _from_files(root: str) -> ImageSource:
-    if not os.path.exists(root):
-        files = _expanded(root)
-        if files is None:
-            raise FileNotFoundError(f"train.dataset_path: root={root!r} does not exist; it must be {KINDS}")
-        return _from_shards(files)
-    if root.lower().endswith(".txt"):
+    files = [root] if os.path.exists(root) else _expanded(root)
+    if files == [root] and root.lower().endswith(".txt"):
         return _from_lists([Path(root)])
-    if root.lower().endswith(".tar"):
-        return _from_shards([root])
-    _check_not_compressed([Path(root)])
-    raise ValueError(f"train.dataset_path: root={root!r} is a file of another kind; it must be {KINDS}")
+    others = [file for file in files if not file.lower().endswith(".tar")]
+    if others:
+        raise ValueError(f"train.dataset_path: {others[0]!r} is a file of another kind; it must be {KINDS}")
+    return _from_shards(files)
 
 
 def _from_lists(files: list[Path]) -> ImageSource:
@@ -222,21 +215,12 @@ def _from_table(file: Path, column: str | None) -> ImageSource:
 
 
 def _from_tree(root: Path, entries: list[Path]) -> ImageSource:
-    """ImageSource in `root` and the folders inside it; links to folders are followed at the first level only."""
-    loose = [entry.name for entry in entries if is_image_name(entry.name) and not entry.is_dir()]
-    found = {LOOSE_SET: loose} | {entry.name: list(_walk(root, entry.name)) for entry in entries if entry.is_dir()}
-    found = {name: paths for name, paths in found.items() if paths}
+    """Take images in `root` and the folders inside it; links to folders are followed at the first level only."""
+    loose = [os.path.abspath(entry) for entry in entries if is_image_name(entry.name) and not entry.is_dir()]
+    found = {entry.name: list(walk_images(os.path.abspath(entry))) for entry in entries if entry.is_dir()}
+    found = {name: paths for name, paths in ({LOOSE_SET: loose} | found).items() if paths}
     names, ids = _number(list(found), [len(paths) for paths in found.values()])
-    block = PathBlock(chain.from_iterable(found.values()))
-    return ImageSource(block, os.path.abspath(root), names, ids, f"the images in {str(root)!r}")
-
-
-def _walk(root: Path, name: str) -> Iterator[str]:
-    """Yield paths of images in a folder and those inside it, sorted within each, relative to `root`."""
-    for parent, folders, files in os.walk(root / name):
-        folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
-        relative = os.path.relpath(parent, root)
-        yield from (os.path.join(relative, file) for file in sorted(files) if is_image_name(file))
+    return ImageSource(PathBlock(chain.from_iterable(found.values())), "", names, ids, f"the images in {str(root)!r}")
 
 
 def _from_shards(shards: list[str]) -> ImageSource:
@@ -252,57 +236,19 @@ def _number(names: Sequence[str], counts: Sequence[int]) -> tuple[list[str], np.
     return once, np.repeat(np.array([once.index(name) for name in names], dtype=np.int32), counts)
 
 
-def _expanded(pattern: str) -> list[str] | None:
-    """Find the tar files that a pattern with braces (`{000..015}`, `{a,b}`) or wildcards (`*`, `?`) means.
-
-    Returns:
-        them, in the order of the braces, sorted for wildcards; None if `pattern` has neither.
-
-    Raises:
-        FileNotFoundError: one of those that the braces name is missing, or wildcards find nothing.
-        ValueError: they are no .tar files.
-    """
-    texts = list(_without_braces(pattern))
-    if len(texts) == 1 and not glob.has_magic(pattern):
-        return None
+def _expanded(pattern: str) -> list[str]:
+    """Find the files that a pattern means: in the order of its braces, sorted for wildcards."""
+    try:
+        texts = list(braceexpand(pattern, escape=False))
+    except ValueError as error:
+        raise FileNotFoundError(
+            f"train.dataset_path: root={pattern!r} does not exist, and lacks a brace as a pattern; it must be {KINDS}"
+        ) from error
     found: list[str] = []
     for text in texts:
-        files = sorted(glob.glob(text)) if glob.has_magic(text) else [text] * os.path.exists(text)
+        files = sorted(glob.glob(text))
         if not files:
-            raise FileNotFoundError(
-                f"train.dataset_path: root={pattern!r} means {text!r}, too, which does not exist; mend the pattern or "
-                f"fetch the file"
-            )
+            meaning = "" if text == pattern else f" means {text!r}, too, which"
+            raise FileNotFoundError(f"train.dataset_path: root={pattern!r}{meaning} does not exist; it must be {KINDS}")
         found += files
-    others = [file for file in found if not file.lower().endswith(".tar")]
-    if others:
-        _check_not_compressed([Path(file) for file in others])
-        raise ValueError(
-            f"train.dataset_path: root={pattern!r} means {others[0]!r}, too; a pattern is for .tar files only"
-        )
     return found
-
-
-def _without_braces(pattern: str) -> Iterator[str]:
-    parts = re.split(r"\{([^{}]*)\}", pattern)  # text, braces, text, braces, ..., text
-    choices = [[part] if i % 2 == 0 else _alternatives(part) for i, part in enumerate(parts)]
-    return map("".join, product(*choices))
-
-
-def _alternatives(inside: str) -> list[str]:
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
-    if numbers is None:
-        return inside.split(",") if "," in inside else [f"{{{inside}}}"]
-    first, last = numbers.groups()
-    width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
-    step = 1 if int(first) <= int(last) else -1
-    return [f"{number:0{width}d}" for number in range(int(first), int(last) + step, step)]
-
-
-def _check_not_compressed(files: Sequence[Path]) -> None:
-    compressed = [file for file in files if _COMPRESSED_TAR.search(file.name)]
-    if compressed:
-        raise ValueError(
-            f"train.dataset_path: {str(compressed[0])!r} is compressed, and images are read from anywhere in a "
-            f"shard; unpack it to a plain .tar"
-        )

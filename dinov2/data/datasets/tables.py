@@ -125,6 +125,25 @@ def read_table(
     return rows
 
 
+def is_folder(path: Path, setting: str, expected: str) -> bool:
+    """Return True for a folder, False for a table; raise FileNotFoundError or ValueError for anything else."""
+    if not path.exists():
+        raise FileNotFoundError(f"{setting}: {str(path)!r} does not exist; give {expected}")
+    if not path.is_dir() and path.suffix.lower() not in TABLE_SUFFIXES:
+        raise ValueError(f"{setting}: {str(path)!r} is neither a folder nor a .csv or .parquet file; give {expected}")
+    return path.is_dir()
+
+
+def check_files_exist(files: Sequence[Path], table: Path, setting: str, things: str) -> None:
+    """Raise FileNotFoundError unless all files that a table names exist."""
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{setting}: {len(missing)} of the {len(files)} {things} in {str(table)!r} do not exist, for instance "
+            f"{', '.join(missing[:3])}; relative paths count from {str(table.parent.absolute())!r}"
+        )
+
+
 def _is_parquet(file: Path) -> bool:
     return file.suffix.lower() == ".parquet"
 

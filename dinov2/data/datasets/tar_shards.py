@@ -19,8 +19,6 @@ from dinov2.data.datasets.image_paths import PathBlock, is_image_name
 
 logger = logging.getLogger("dinov2")
 
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-
 
 class ShardIndex:
     """The N images in some tar files (absolute paths), in the order of the files."""
@@ -67,23 +65,16 @@ def read_member(shard: str, name: str) -> bytes:
 
 def _scan(shard: str) -> list[tuple[str, int, int]]:
     """Return name, offset and size of each image."""
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            members = [(m.name, m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse()]
+            end = tar.offset
+    except tarfile.TarError as error:
+        raise ValueError(
+            f"train.dataset_path: {shard!r} is not a tar file, or is compressed, damaged or truncated ({error}); "
+            f"unpack it to a plain .tar, or copy or make it again"
+        ) from error
     with open(shard, "rb") as file:
-        start = file.read(8)
-        compression = next((name for mark, name in COMPRESSED.items() if start.startswith(mark)), None)
-        if compression:
-            raise ValueError(
-                f"train.dataset_path: {shard!r} is compressed ({compression}), and images are read from anywhere in a "
-                f"shard; unpack it to a plain .tar"
-            )
-        try:
-            with tarfile.open(shard, "r:") as tar:
-                members = [(m.name, m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse()]
-                end = tar.offset
-        except tarfile.TarError as error:
-            raise ValueError(
-                f"train.dataset_path: {shard!r} is not a tar file, or damaged or truncated ({error}); copy or make it "
-                f"again"
-            ) from error
         file.seek(end)
         block = file.read(tarfile.BLOCKSIZE)
     if block.strip(b"\0"):  # where tarfile stops without an error

@@ -37,15 +37,9 @@ def overview_table() -> str:
     """All data sets as a Markdown table."""
     lines = ["| name | data set | modality | images | cells cut out | licence |", "|---|---|---|---|---|---|"]
     for dataset in all_datasets().values():
+        counts = [f"{name} {count:,}" for name, count in dataset.expected.items()] or ["not stated"]
         lines.append(
             f"| `{dataset.name}` | [{dataset.title}]({dataset.origin}) | {dataset.modality} | "
-            f"{_published(dataset)} | {'yes' if dataset.cuts else ''} | "
-            f"{dataset.licence or 'not stated'} |"
+            f"{counts[0].removeprefix('pictures ')} | {'yes' if dataset.cuts else ''} | {dataset.licence} |"
         )
     return "\n".join(lines)
-
-
-def _published(dataset: DataSet) -> str:
-    count = dataset.expected.get("pictures")
-    parts = [f"{name} {count:,}" for name, count in dataset.expected.items() if name not in dataset.classes.values()]
-    return f"{count:,}" if count else ", ".join(parts) or "not stated"

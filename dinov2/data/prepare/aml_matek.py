@@ -1,8 +1,6 @@
-"""AML Matek: white cells of 100 AML patients and 100 controls, LMU Munich (Matek et al. 2019, Nature Mach. Intell. 1).
+"""AML Matek: white cells of 100 AML patients and 100 controls, LMU Munich (TCIA, doi 10.7937/tcia.2019.36f5o9ld).
 
-`AML-Cytomorphology_LMU/<CODE>/<CODE>_<4 digits>.tiff` as TCIA delivers it (doi 10.7937/tcia.2019.36f5o9ld), with
-`annotations.dat`, whose lines begin with an image's path and its class. The TIFFs have an alpha channel. The archive
-has no patient ids.
+The TIFFs have an alpha channel. Labels are the folders; `annotations.dat` repeats them.
 """
 
 from collections.abc import Iterator
@@ -30,23 +28,8 @@ CLASSES = {
 
 
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
-    annotated = _annotations(top, notes)
     for image, label in class_folders(top, CLASSES, notes):
-        code = annotated.pop(image.name, None)
-        if code is not None and CLASSES.get(code) != label:
-            notes.add("images that annotations.dat calls otherwise than their folder", image.relative_to(top))
         yield Cell(image, label)
-    for absent in annotated:
-        notes.add("images that annotations.dat names and that are not there", absent)
-
-
-def _annotations(top: Path, notes: Notes) -> dict[str, str]:
-    file = next((f for f in (top / "annotations.dat", top.parent / "annotations.dat") if f.is_file()), None)
-    if file is None:
-        notes.add("label files that are not there", "annotations.dat")
-        return {}
-    lines = (line.replace(",", " ").split() for line in file.read_text(encoding="utf-8").splitlines())
-    return {Path(line[0]).name: line[1] for line in lines if len(line) >= 2 and line[1] in CLASSES}
 
 
 DATASET = DataSet(

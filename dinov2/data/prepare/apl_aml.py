@@ -1,8 +1,6 @@
-"""APL_AML: cells of 106 patients with APL or other AML, Johns Hopkins (Sidhom et al. 2021, npj Precis. Oncol. 5).
+"""APL_AML: cells of 106 patients with APL or other AML, Johns Hopkins.
 
-`Patient_<nn>/Signed slides/<cell type>/*.jpg` and `Patient_<nn>/Unsigned slides/*.jpg` (cells without a type) as on
-Kaggle, at times below two folders called `All`. Types are spelt in several ways and are put in lower case here. The
-archive has a few images under two types.
+Cell types are spelt in several ways and are put in lower case here. The archive has a few images under two types.
 """
 
 from collections.abc import Iterator

@@ -3,17 +3,17 @@
 import fnmatch
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
+
 from dinov2.data.datasets.image_paths import IMAGE_SUFFIXES, find_images, is_image_name
-from dinov2.data.datasets.tables import open_table
 
 N_EXAMPLES = 5
 SEARCH_DEPTH = 5  # folders between --source and the layout: an archive is often unpacked into folders of its own name
-ARCHIVE_SUFFIXES = (".zip", ".rar", ".7z", ".tar", ".tgz", ".gz")
 
 
 class Box(NamedTuple):
@@ -35,23 +35,14 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell as its distributor describes it.
-
-    Attributes:
-        image: the file that shows it.
-        label: the distributor's class; None if there is none.
-        group: DinoBloom's class, where it differs; None for a cell that belongs to none of those.
-        patient: an id, None if the set names none.
-        part: of the official split, for instance "train".
-        box: where the cell is; None if the image is the cell.
-    """
+    """One cell as its distributor describes it."""
 
     image: Path
-    label: str | None = None
-    group: str | None = None
+    label: str | None = None  # the distributor's class
+    group: str | None = None  # DinoBloom's class, where it differs; None for a cell that belongs to none of those
     patient: str | None = None
-    part: str | None = None
-    box: Box | None = None
+    part: str | None = None  # of the official split, for instance "train"
+    box: Box | None = None  # where the cell is; None if the image is the cell
 
 
 class Notes:
@@ -78,43 +69,24 @@ Finder = Callable[[Path, Notes], Iterator[Cell]]
 
 @dataclass(frozen=True)
 class DataSet:
-    """What is known of a data set before its files are read. None stands for "the distributor does not say".
+    """What is known of a data set before its files are read."""
 
-    Attributes:
-        name: on the command line and of the files written.
-        title: as DinoBloom's overview calls it.
-        origin: where the archive can be downloaded.
-        paper: to cite.
-        layout: what lies in the unpacked archive, for messages.
-        entries: names (patterns as in fnmatch, any case) of which the layout's top folder has some.
-        find: yields the cells below that folder and notes oddities.
-        modality: "peripheral blood" or "bone marrow", and the species if not human.
-        licence: of the images.
-        n_entries: how many different `entries` a folder needs to be taken for the top folder.
-        classes: {the distributor's code: class name}; empty if the set has no classes.
-        expected: {what: count} as published, keys being "pictures", "cells", "patients", a class or a part.
-        cuts: whether cells are cut out of larger images.
-        margin: around a cut cell unless the user chooses another, as a fraction of its longer side.
-        keep: classes that are cut out unless the user chooses others; empty for all.
-        remarks: what users of the set have to know.
-    """
-
-    name: str
-    title: str
-    origin: str
+    name: str  # on the command line and of the files written
+    title: str  # as DinoBloom's overview calls it
+    origin: str  # where the archive can be downloaded
     paper: str
-    layout: str
-    entries: tuple[str, ...]
-    find: Finder = field(repr=False)
+    layout: str  # what lies in the unpacked archive, for messages
+    entries: tuple[str, ...]  # patterns of names (any case), of which the layout's top folder has some
+    find: Finder = field(repr=False)  # yields the cells below that folder and notes oddities
     modality: str = "peripheral blood"
-    licence: str | None = None
-    n_entries: int = 2
-    classes: Mapping[str, str] = field(default_factory=dict)
-    expected: Mapping[str, int] = field(default_factory=dict)
-    cuts: bool = False
-    margin: float = 0.1
-    keep: tuple[str, ...] = ()
-    remarks: str = ""
+    licence: str = "not stated"
+    n_entries: int = 2  # how many different entries make a folder the top folder
+    classes: Mapping[str, str] = field(default_factory=dict)  # {the distributor's code: class name}
+    expected: Mapping[str, int] = field(default_factory=dict)  # published counts of "pictures", "patients", a class ...
+    cuts: bool = False  # whether cells are cut out of larger images
+    margin: float = 0.1  # around a cut cell, as a fraction of its longer side, unless the user gives another
+    keep: tuple[str, ...] = ()  # classes that are cut out unless the user chooses others; empty for all
+    remarks: str = ""  # what users of the set have to know
 
     def top_folder(self, source: str | os.PathLike[str]) -> Path:
         """Return the folder at or below `source` that has the layout.
@@ -123,28 +95,23 @@ class DataSet:
             FileNotFoundError: if there is none.
         """
         source = Path(source).absolute()
-        where_to_get = f"{self.title} can be downloaded at {self.origin} (licence: {self.licence or 'not stated'})"
+        where_to_get = f"{self.title} can be downloaded at {self.origin} (licence: {self.licence})"
         if not source.is_dir():
             what = "is a file; unpack it and give the folder" if source.is_file() else "does not exist"
             raise FileNotFoundError(f"--source: {str(source)!r} {what}. {where_to_get}")
         level = [source]
         for _ in range(SEARCH_DEPTH):
             for folder in level:
-                if self._has_layout(folder):
+                names = [name.lower() for name in os.listdir(folder)]
+                n_matching = sum(bool(fnmatch.filter(names, entry.lower())) for entry in self.entries)
+                if n_matching >= min(self.n_entries, len(self.entries)):
                     return folder
             level = [inner for folder in level for inner in folders_in(folder)]
-        found = sorted(os.listdir(source))
-        archives = [name for name in found if name.lower().endswith(ARCHIVE_SUFFIXES)]
-        hint = f" Unpack {', '.join(archives[:N_EXAMPLES])} first." if archives else ""
+        found = ", ".join(sorted(os.listdir(source))[:N_EXAMPLES]) or "nothing"
         raise FileNotFoundError(
             f"--source: {str(source)!r} and the folders inside do not look like {self.title}: expected {self.layout}; "
-            f"found {', '.join(found[:N_EXAMPLES]) or 'nothing'}.{hint} {where_to_get}"
+            f"found {found}. Unpack archives first. {where_to_get}"
         )
-
-    def _has_layout(self, folder: Path) -> bool:
-        names = [name.lower() for name in os.listdir(folder)]
-        matching = sum(bool(fnmatch.filter(names, entry.lower())) for entry in self.entries)
-        return matching >= min(self.n_entries, len(self.entries))
 
 
 def find_cells(dataset: DataSet, top: Path) -> tuple[list[Cell], Notes]:
@@ -184,25 +151,19 @@ def images_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if is_image_name(path.name) and path.is_file())
 
 
+def image_size(image: Path, notes: Notes) -> tuple[int, int] | None:
+    """Read an image's width and height; an unreadable one is noted and has none."""
+    try:
+        with Image.open(image) as header:
+            return header.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        notes.add("unreadable images and masks", f"{image}: {error}")
+        return None
+
+
 def child(folder: Path, name: str) -> Path:
     """Return the entry of that name in any case; where there is none, the path it would have."""
     return next((path for path in folder.iterdir() if path.name.lower() == name.lower()), folder / name)
-
-
-def read_rows(file: Path, columns: Iterable[str]) -> list[dict[str, str]]:
-    """Read these columns of a distributor's CSV; values are "" where they are missing.
-
-    Raises:
-        ValueError: if it lacks a column.
-    """
-    table, columns = open_table(file, "labels"), list(columns)
-    missing = sorted(set(columns) - set(table.columns))
-    if missing:
-        raise ValueError(
-            f"{str(file)!r}: no column {', '.join(map(repr, missing))} among {table.columns or 'none'}; is it the "
-            f"distributor's file?"
-        )
-    return [dict(zip(columns, values, strict=True)) for _, values in table.rows(*columns)]
 
 
 def class_folders(top: Path, classes: Mapping[str, str], notes: Notes) -> Iterator[tuple[Path, str]]:

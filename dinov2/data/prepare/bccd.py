@@ -1,7 +1,6 @@
-"""BCCD: blood smears with boxes of red cells, white cells and platelets (github.com/Shenggan/BCCD_Dataset).
+"""BCCD: blood smears with boxes of red cells, white cells and platelets.
 
-`BCCD/JPEGImages/<id>.jpg`, `BCCD/Annotations/<id>.xml` (Pascal VOC) and the split `BCCD/ImageSets/Main/*.txt`, one id a
-line, where trainval is train and val together.
+Annotations are Pascal VOC. `ImageSets/Main/*.txt` has an id a line; trainval is train and val together.
 """
 
 import xml.etree.ElementTree as ElementTree
@@ -19,13 +18,10 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
     for part in ("train", "val", "test"):
         file = top / "ImageSets" / "Main" / f"{part}.txt"
         if file.is_file():
-            parts.update(
-                {line.split()[0]: part for line in file.read_text(encoding="utf-8").splitlines() if line.strip()}
-            )
+            parts.update(dict.fromkeys(file.read_text(encoding="utf-8").split(), part))
         else:
             notes.add("split lists that are not there", f"{part}.txt")
-    images = images_in(top / "JPEGImages")
-    for image in images:
+    for image in images_in(top / "JPEGImages"):
         own_part = parts.pop(image.stem, None)
         cells = list(_boxes(top / "Annotations" / f"{image.stem}.xml", notes))
         n_white = sum(label == WHITE for label, _ in cells)
@@ -37,10 +33,6 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
             notes.annotations.add(image)
     for absent, part in parts.items():
         notes.add(f"images that the {part} list names and that are not there", absent)
-    stems = {image.stem for image in images}
-    for file in sorted((top / "Annotations").glob("*.xml")):
-        if file.stem not in stems:
-            notes.add("annotations of images that are not there", file.name)
 
 
 def _boxes(file: Path, notes: Notes) -> Iterator[tuple[str, Box]]:
@@ -48,8 +40,7 @@ def _boxes(file: Path, notes: Notes) -> Iterator[tuple[str, Box]]:
         notes.add("images without an annotation file", file.name)
         return
     try:
-        objects = ElementTree.parse(file).getroot().findall("object")
-        for item in objects:
+        for item in ElementTree.parse(file).getroot().findall("object"):
             sides = [float(item.findtext(f"bndbox/{side}") or "nan") for side in ("xmin", "ymin", "xmax", "ymax")]
             label = (item.findtext("name") or "").strip()
             if label not in CLASSES or any(side != side for side in sides):

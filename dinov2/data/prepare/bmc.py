@@ -1,8 +1,6 @@
-"""BMC: bone marrow cells of 945 patients, Munich Leukemia Laboratory (Matek et al. 2021, Blood 138(20)).
+"""BMC: bone marrow cells of 945 patients, Munich Leukemia Laboratory (TCIA, doi 10.7937/TCIA.AXH3-T579).
 
-`BM_cytomorphology_data/<CODE>/<from>-<to>/<CODE>_<5 digits>.jpg` as TCIA delivers it
-(doi 10.7937/TCIA.AXH3-T579): one folder a class, cut into folders of a thousand. The archive has no patient ids. The
-paper counts 171,374 images, TCIA's page one more.
+A folder a class, cut into folders of a thousand. The paper counts 171,374 images, TCIA's page one more.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,7 @@
-"""KRD-WBC: smears with masks of white cells (Mendeley Data jzdj6h7gms, version 2).
+"""KRD-WBC: smears with masks of white cells.
 
-`KRD-WBC dataset/Dataset/image/image<n>.jpg`, `.../mask/mask<n>.jpg` and `class labels.csv`, whose class column is spelt
-"Categoriy". What its other columns are called could not be checked, so the first value of a row with a number in it is
-taken for the image. Masks are JPEGs: their edges are grey, and a threshold decides.
+The class column of the CSV is spelt "Categoriy". What its other columns are called could not be checked, so the first
+value of a row with a number in it is taken for the image. Masks are JPEGs: their edges are grey, a threshold decides.
 """
 
 import re
@@ -10,33 +9,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dinov2.data.datasets.tables import open_table
-from dinov2.data.prepare.base import Cell, DataSet, Notes, images_in
-from dinov2.data.prepare.masks import cells_of_mask
+from dinov2.data.prepare.base import Cell, DataSet, Notes, child
+from dinov2.data.prepare.masks import boxes_of_mask, with_masks
 
 LABEL_COLUMN = re.compile("categor|class|label", re.IGNORECASE)
 
 
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
-    labels = _labels(top / "class labels.csv", notes)
-    masks = {_number(mask.stem): mask for mask in images_in(top / "Dataset" / "mask")}
-    notes.annotations.update(masks.values())
-    for image in images_in(top / "Dataset" / "image"):
-        number = _number(image.stem)
-        label = labels.pop(number, None)
+    labels = _labels(child(top, "class labels.csv"), notes)
+    folder = child(top, "Dataset")
+    pairs = with_masks(folder / "image", folder / "mask", lambda stem: f"mask{_number(stem)}.jpg", top, notes)
+    for image, mask in pairs:
+        label = labels.pop(_number(image.stem), None)
         if label is None:
             notes.add("images without a class in the CSV", image.name)
-        mask = masks.pop(number, top / "Dataset" / "mask" / f"mask{number}.jpg")
-        yield from cells_of_mask(image, mask, notes, label)
+        yield from (Cell(image, label, box=box) for box in boxes_of_mask(image, mask, notes))
     for number in labels:
         notes.add("images that the CSV names and that are not there", f"image{number}")
-    for mask in masks.values():
-        notes.add("masks of images that are not there", mask.relative_to(top))
 
 
 def _labels(file: Path, notes: Notes) -> dict[int | None, str]:
-    if not file.is_file():
-        notes.add("label files that are not there", file.name)
-        return {}
     table = open_table(file, "labels")
     column = next((name for name in table.columns if LABEL_COLUMN.match(name)), None)
     if column is None:

@@ -1,15 +1,13 @@
-"""LISC: smears of healthy people with hand-drawn masks (Rezatofighi and Soltanian-Zadeh 2011).
+"""LISC: smears of healthy people with masks that an expert drew.
 
-`LISC Database/Main Dataset/<class>/<n>.bmp` (720 x 576) and, drawn by an expert,
-`LISC Database/Ground Truth Segmentation/<class>/areaforexpert1/<n>_expert.bmp`. Folder names mix cases (`Baso`,
-`eosi`). `mixt` has images with cells of several kinds, which nothing tells apart: they are cut out without a label.
+Folder names mix cases (`Baso`, `eosi`). `mixt` has images with cells of several kinds, which nothing tells apart.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.prepare.base import Cell, DataSet, Notes, child, images_in
-from dinov2.data.prepare.masks import cells_of_mask
+from dinov2.data.prepare.base import Cell, DataSet, Notes, child
+from dinov2.data.prepare.masks import boxes_of_mask, with_masks
 
 CLASSES = {"Baso": "basophil", "eosi": "eosinophil", "lymp": "lymphocyte", "mono": "monocyte", "neut": "neutrophil"}
 MIXED = "mixt"
@@ -19,14 +17,9 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
     smears, truth = child(top, "Main Dataset"), child(top, "Ground Truth Segmentation")
     for code, label in {**CLASSES, MIXED: None}.items():
         folder = child(smears, code)
-        masks = child(truth, folder.name) / "areaforexpert1" if truth.is_dir() else truth
-        drawn = {mask.stem.split("_")[0]: mask for mask in images_in(masks)}
-        for image in images_in(folder):
-            mask = drawn.pop(image.stem, masks / f"{image.stem}_expert.bmp")
-            yield from cells_of_mask(image, mask, notes, label, threshold=0)
-        for mask in drawn.values():
-            notes.add("masks of images that are not there", mask.relative_to(top))
-            notes.annotations.add(mask)
+        masks = child(truth, folder.name) / "areaforexpert1"
+        for image, mask in with_masks(folder, masks, lambda stem: f"{stem}_expert.bmp", top, notes):
+            yield from (Cell(image, label, box=box) for box in boxes_of_mask(image, mask, notes, threshold=0))
 
 
 DATASET = DataSet(

@@ -1,30 +1,29 @@
 """Cells in mask images: which pixels belong together, and the box around them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from dinov2.data.datasets.decode import UnreadableImageError, load_image
-from dinov2.data.prepare.base import Box, Cell, Notes
+from dinov2.data.prepare.base import Box, Notes, image_size, images_in
 
 MIN_SIDE_PX = 4  # smaller specks come from hand-drawn and lossy masks
 
 
-def cells_of_mask(
-    image: Path,
-    mask: Path,
-    notes: Notes,
-    label: str | None = None,
-    part: str | None = None,
-    gap: int = 0,
-    threshold: int = 127,
-) -> Iterator[Cell]:
-    """Yield the cells of a smear with a mask, see `boxes_of_mask`. Without a usable mask there are none."""
-    notes.annotations.add(image)
-    yield from (Cell(image, label, part=part, box=box) for box in boxes_of_mask(image, mask, notes, gap, threshold))
+def with_masks(
+    images: Path, masks: Path, mask_name: Callable[[str], str], top: Path, notes: Notes
+) -> Iterator[tuple[Path, Path]]:
+    """Yield each image of a folder with the mask that `mask_name` gives for its stem; note masks without an image."""
+    unused = set(images_in(masks))
+    notes.annotations |= unused
+    for image in images_in(images):
+        mask = masks / mask_name(image.stem)
+        unused.discard(mask)
+        yield image, mask
+    for mask in sorted(unused):
+        notes.add("masks of images that are not there", mask.relative_to(top))
 
 
 def boxes_of_mask(
@@ -35,21 +34,23 @@ def boxes_of_mask(
     Args:
         image: the image that the mask belongs to; only its size is read.
         mask: bright where a cell is. A missing, unreadable or empty one, or one of another size, has no boxes.
-        notes: takes the oddities, and the mask as a known file.
+        notes: takes the oddities, and image and mask as known files.
         gap: pixels of background that two parts of one cell may lie apart, as the lobes of a nucleus do.
         threshold: grey value above which a pixel counts; between the two greys of a lossy mask.
         single: the whole mask is one cell, however many parts it has.
     """
+    notes.annotations.add(image)
     if not mask.is_file():
         notes.add("masks that are missing", mask)
         return
     notes.annotations.add(mask)
+    size = image_size(image, notes)
     try:
         grey = np.asarray(load_image(mask)).max(axis=2)
-        with Image.open(image) as header:
-            size = header.size
-    except (UnreadableImageError, OSError) as error:
+    except UnreadableImageError as error:
         notes.add("unreadable images and masks", f"{mask}: {error}")
+        return
+    if size is None:
         return
     is_cell = grey > (0 if grey.max() == 1 else threshold)  # some masks are zeros and ones
     if not is_cell.any():
@@ -59,7 +60,7 @@ def boxes_of_mask(
         notes.add("masks of another size than their image", f"{mask}: {is_cell.shape[::-1]}, image {size}")
         return
     found = 0
-    for box in [_around(is_cell)] if single else components(is_cell, gap):
+    for box in components(is_cell, max(size) if single else gap):
         width, height = box.right - box.left, box.bottom - box.top
         if min(width, height) < MIN_SIDE_PX:
             notes.add(f"specks in masks, smaller than {MIN_SIDE_PX} px", mask)
@@ -83,13 +84,7 @@ def components(is_cell: np.ndarray, gap: int = 0) -> list[Box]:
     parts, first_pixel = np.unique(part_of, return_index=True)
     ordered = [part for part in parts[np.argsort(first_pixel)] if part > 0]  # 0 is the background
     # growing moved every edge outwards by `reach`, and padding the image's corner as well
-    sides = [
-        (left, top, left + width - 2 * reach, top + height - 2 * reach)
+    return [
+        Box(left, top, left + width - 2 * reach, top + height - 2 * reach)
         for left, top, width, height, _ in stats[ordered].tolist()
     ]
-    return [Box(*box) for box in sides]
-
-
-def _around(is_cell: np.ndarray) -> Box:
-    rows, columns = np.nonzero(is_cell)
-    return Box(int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)

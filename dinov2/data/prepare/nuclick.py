@@ -1,15 +1,13 @@
-"""NuClick: smears with masks of white cells (Alemi Koohbanani et al. 2020, arXiv 2005.14511).
+"""NuClick: smears with masks of white cells.
 
-As github.com/navidstuv/NuClick links it, `Hemato_Data/{Train,Validation}/images/<stem>.png` and
-`.../masks/<stem>_mask.png`, of `hemato_data.zip`. Stems have blanks and brackets, like `img (1)`. There are no
-classes. The archive beside it, `ihc_nuclick.zip`, is of tissue and not for this.
+The archive is `hemato_data.zip`, linked by the repository; `ihc_nuclick.zip` beside it is of tissue and not for this.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.prepare.base import Cell, DataSet, Notes, child, images_in
-from dinov2.data.prepare.masks import cells_of_mask
+from dinov2.data.prepare.base import Cell, DataSet, Notes, child
+from dinov2.data.prepare.masks import boxes_of_mask, with_masks
 
 PARTS = {"Train": "train", "Validation": "val"}
 
@@ -17,15 +15,9 @@ PARTS = {"Train": "train", "Validation": "val"}
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
     for name, part in PARTS.items():
         folder = child(top, name)
-        masks = images_in(folder / "masks")
-        notes.annotations.update(masks)
-        images = images_in(folder / "images")
-        for image in images:
-            yield from cells_of_mask(image, folder / "masks" / f"{image.stem}_mask.png", notes, part=part, threshold=0)
-        stems = {f"{image.stem}_mask" for image in images}
-        for mask in masks:
-            if mask.stem not in stems:
-                notes.add("masks of images that are not there", mask.relative_to(top))
+        pairs = with_masks(folder / "images", folder / "masks", lambda stem: f"{stem}_mask.png", top, notes)
+        for image, mask in pairs:
+            yield from (Cell(image, part=part, box=box) for box in boxes_of_mask(image, mask, notes, threshold=0))
 
 
 DATASET = DataSet(

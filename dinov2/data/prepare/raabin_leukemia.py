@@ -1,8 +1,7 @@
-"""Raabin Leukemia: blood of patients with leukaemia, from the makers of Raabin-WBC (raabindata.com/free-data).
+"""Raabin Leukemia: blood of patients with leukaemia, from the makers of Raabin-WBC.
 
-THE LAYOUT IS NOT PUBLISHED in a form that could be checked. Taken as: images below folders of which one names the
-leukaemia (ALL, AML, APL, CLL, CML, also within a longer name). Images elsewhere are listed without a label and
-counted. The label is the patient's disease, not the type of a cell.
+THE LAYOUT IS NOT PUBLISHED in a form that could be checked. Images elsewhere than below a folder that names one
+leukaemia are listed without a label. The label is the patient's disease, not the type of a cell.
 """
 
 import re

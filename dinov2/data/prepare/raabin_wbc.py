@@ -1,28 +1,24 @@
-"""Raabin-WBC: double-labelled white cells, already cropped (Mousavi Kouzehkanan et al. 2022, Sci. Rep. 12, 1123).
+"""Raabin-WBC: double-labelled white cells, already cropped.
 
-`Train.rar`, `TestA.rar` and `TestB.rar` of "double labeled cropped cells" (raabindata.com/free-data), each with a
-folder a class. An unpacker may put a folder of the same name inside: `Train/Train/<class>`. TestB is of
-another microscope and camera.
+An unpacker may put a folder of the same name inside: `Train/Train/<class>`. TestB is of another microscope and camera.
 """
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.prepare.base import Cell, DataSet, Notes, child, class_folders
+from dinov2.data.prepare.base import Cell, DataSet, Notes, child, class_folders, folders_in
 
-CLASSES = ("basophil", "eosinophil", "lymphocyte", "monocyte", "neutrophil")
+CLASSES = {name: name for name in ("basophil", "eosinophil", "lymphocyte", "monocyte", "neutrophil")}
 PARTS = {"train": "train", "testa": "testA", "testb": "testB"}
 
 
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
-    for folder in sorted(path for path in top.iterdir() if path.is_dir()):
+    for folder in folders_in(top):
         part = PARTS.get(re.sub("[^a-z]", "", folder.name.lower()))
         if part is not None:
             inner = child(folder, folder.name)
-            for image, label in class_folders(
-                inner if inner.is_dir() else folder, {name: name for name in CLASSES}, notes
-            ):
+            for image, label in class_folders(inner if inner.is_dir() else folder, CLASSES, notes):
                 yield Cell(image, label, part=part)
 
 
@@ -34,7 +30,7 @@ DATASET = DataSet(
     layout="Train, TestA and TestB, each <class>/*.jpg, the classes being " + ", ".join(CLASSES),
     entries=("Train", "Test*A", "Test*B"),
     n_entries=1,
-    classes={name: name for name in CLASSES},
+    classes=CLASSES,
     expected={"train": 10175},
     remarks="TestA and TestB are test sets of their own: splits/testA.csv and splits/testB.csv",
     find=find,

@@ -1,8 +1,7 @@
-"""SSL Seg (segmentation_WBC): single white cells with masks (Zheng et al. 2018, Micron 107, 55-71).
+"""SSL Seg (segmentation_WBC): single white cells with masks.
 
-`Dataset 1` (Jiangxi Tecom, 300 images of about 120 px) and `Dataset 2` (CellaVision blog, 100 of 300 px) have a BMP
-and a PNG mask of one stem each; masks are black, grey (cytoplasm) and white (nucleus). `Class Labels of Dataset
-<n>.csv` has `image ID,class label` with ids that are not padded, where files have three digits.
+`Dataset 1` (Jiangxi Tecom) and `Dataset 2` (CellaVision blog) have a BMP and a PNG mask of one stem each; masks are
+black, grey (cytoplasm) and white (nucleus). The CSVs have ids that are not padded, where files have three digits.
 """
 
 from collections.abc import Iterator
@@ -18,7 +17,10 @@ CYTOPLASM_OR_NUCLEUS = 64  # of a mask's greys 0, 128 and 255
 
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
     for folder in (top / "Dataset 1", top / "Dataset 2"):
-        labels = _labels(top / f"Class Labels of {folder.name}.csv", notes) if folder.is_dir() else {}
+        file = top / f"Class Labels of {folder.name}.csv"
+        labels = _labels(file, notes) if file.is_file() else {}
+        if folder.is_dir() and not labels:
+            notes.add("label files that are not there", file.name)
         for image in (path for path in images_in(folder) if path.suffix.lower() != ".png"):
             label = labels.pop(int(image.stem), None) if image.stem.isdigit() else None
             if label is None:
@@ -31,9 +33,6 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
 
 
 def _labels(file: Path, notes: Notes) -> dict[int, str]:
-    if not file.is_file():
-        notes.add("label files that are not there", file.name)
-        return {}
     labels = {}
     for _, row in open_table(file, "labels").rows():
         if len(row) >= 2 and row[0].isdigit() and row[1] in CLASSES:

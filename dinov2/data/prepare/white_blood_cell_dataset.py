@@ -1,28 +1,22 @@
-"""White-Blood-Cell-dataset: 367 smears with masks of the nuclei (github.com/arbackes/White-Blood-Cell-dataset).
+"""White-Blood-Cell-dataset: 367 smears with masks of the nuclei.
 
-`BloodImageSetS6NucSeg/BloodImage_<5 digits>.jpg` (640 x 480) and `BloodImageSetS6NucSeg_masks/<same stem>.png`, of two
-archives. Masks show nuclei, whose lobes may lie apart: lobes near each other are one cell, and the margin is wide
-enough for the cytoplasm. There are no classes. The smears carry BCCD's file names.
+The lobes of a nucleus may lie apart: lobes near each other are one cell, and the margin is wide enough for the
+cytoplasm.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.prepare.base import Cell, DataSet, Notes, images_in
-from dinov2.data.prepare.masks import cells_of_mask
+from dinov2.data.prepare.base import Cell, DataSet, Notes
+from dinov2.data.prepare.masks import boxes_of_mask, with_masks
 
 IMAGES, MASKS = "BloodImageSetS6NucSeg", "BloodImageSetS6NucSeg_masks"
 GAP_OF_LOBES_PX = 24
 
 
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
-    images = images_in(top / IMAGES)
-    masks = images_in(top / MASKS)
-    notes.annotations.update(masks)
-    for image in images:
-        yield from cells_of_mask(image, top / MASKS / f"{image.stem}.png", notes, gap=GAP_OF_LOBES_PX)
-    for mask in sorted({mask.stem for mask in masks} - {image.stem for image in images}):
-        notes.add("masks of images that are not there", mask)
+    for image, mask in with_masks(top / IMAGES, top / MASKS, lambda stem: f"{stem}.png", top, notes):
+        yield from (Cell(image, box=box) for box in boxes_of_mask(image, mask, notes, gap=GAP_OF_LOBES_PX))
 
 
 DATASET = DataSet(

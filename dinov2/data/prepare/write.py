@@ -2,9 +2,7 @@
 
 In the output folder, <name> being the data set's:
 
-- `<name>.txt`: the training list, an image path a line;
-- `labels.csv`: `Image Path,Label[,patient],dataset`, for images with a label; the column `patient` is there where the
-  distributor names patients. `labels_dinobloom.csv` is the same with DinoBloom's classes, where they are others;
+- `<name>.txt`: the training list; `labels.csv` and `labels_dinobloom.csv`: images with a label;
 - `splits/<part>.csv`, as `labels.csv`, where there is an official split; `split.csv` for `--split` of the evaluations,
   if its parts are train, test and perhaps val;
 - `cells/`: cells that were cut out, as PNG; `cells/settings.json` how;
@@ -14,11 +12,11 @@ In the output folder, <name> being the data set's:
 import json
 import logging
 import os
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ from tqdm import tqdm
 from dinov2.data.check.scan import READABLE, ImageFacts, read_facts
 from dinov2.data.datasets.decode import UnreadableImageError, load_image
 from dinov2.data.datasets.tables import LABEL_COLUMN, PATH_COLUMN, PATIENT_COLUMN
-from dinov2.data.prepare.base import Box, Cell, DataSet, Notes, find_cells
+from dinov2.data.prepare.base import Box, Cell, DataSet, Notes, find_cells, image_size
 from dinov2.data.splits import PART_COLUMN, PARTS
 from dinov2.utils.files import atomic_write
 
@@ -40,23 +38,11 @@ logger = logging.getLogger("dinov2")
 
 @dataclass(frozen=True)
 class Options:
-    """How cells are cut out, and what is left out.
+    """How cells are cut out, and what is left out; the help of scripts/prepare_dataset.py explains each."""
 
-    Attributes:
-        margin: added to each side of a cell's box, as a fraction of its longer side; the cut is square where the
-            image is large enough; None for the data set's own choice.
-        size: side in pixels to which cuts are scaled; None leaves them as they are.
-        keep: classes that are cut out; empty for the data set's own choice, ("all",) for all.
-        whole: list whole images, cut nothing.
-        check: decode every image and look for byte-identical ones.
-        drop_duplicates: list only the first of byte-identical images.
-        overwrite: cut all cells again.
-        n_workers: threads that read images.
-    """
-
-    margin: float | None = None
-    size: int | None = None
-    keep: tuple[str, ...] = ()
+    margin: float | None = None  # None: the data set's own
+    size: int | None = None  # side in pixels to which cuts are scaled; None leaves them as they are
+    keep: tuple[str, ...] = ()  # empty: the data set's own choice; ("all",): every class
     whole: bool = False
     check: bool = True
     drop_duplicates: bool = False
@@ -100,10 +86,8 @@ def prepare(
     if options.whole or not dataset.cuts:
         listed = [(str(cell.image), cell) for cell in _whole_images(cells, notes)]
     else:
-        numbered = list(_with_sound_boxes(cells, top, notes))
-        listed = list(
-            _cut_out(_chosen(numbered, options.keep or dataset.keep, dataset), dataset, top, output, options, notes)
-        )
+        chosen = _chosen(list(_with_sound_boxes(cells, top, notes)), options.keep or dataset.keep, dataset)
+        listed = list(_cut_out(chosen, dataset, top, output, options, notes))
     if not listed:
         raise ValueError(f"{dataset.title}: no image is left of {n_found}; {notes}")
     rows = [(path, cell.label, cell.group, cell.patient, cell.part) for path, cell in listed]
@@ -166,34 +150,31 @@ def _whole_images(cells: list[Cell], notes: Notes) -> Iterator[Cell]:
 def _with_sound_boxes(cells: list[Cell], top: Path, notes: Notes) -> Iterator[tuple[int, Cell]]:
     """Yield cells whose box can be cut out, and each one's number among the boxes of its image."""
     for image, group in groupby(cells, key=lambda cell: cell.image):
-        try:
-            with Image.open(image) as header:
-                size = header.size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            notes.add("unreadable images and masks", f"{image.relative_to(top)}: {error}")
+        size = image_size(image, notes)
+        if size is None:
             continue
         seen = set()
         for number, cell in enumerate(group):
             if cell.box is None:
                 yield number, cell
                 continue
-            inside, problem = cell.box.clipped(*size), ""
+            where = f"{image.relative_to(top)}: {cell.label or 'cell'} {tuple(cell.box)}"
+            inside = cell.box.clipped(*size)
             if not cell.box.has_area:
-                problem = "boxes of no area, left out"
+                notes.add("boxes of no area, left out", where)
             elif not inside.has_area:
-                problem = "boxes outside their image, left out"
+                notes.add("boxes outside their image, left out", where)
             elif (cell.box, cell.label) in seen:
-                problem = "boxes that stand twice, left out"
+                notes.add("boxes that stand twice, left out", where)
             else:
+                if inside != cell.box:
+                    notes.add("boxes that reach beyond their image, cut off", where)
                 yield number, replace(cell, box=inside)
-                problem = "boxes that reach beyond their image, cut off" if inside != cell.box else ""
             seen.add((cell.box, cell.label))
-            if problem:
-                notes.add(problem, f"{image.relative_to(top)}: {cell.label or 'cell'} {tuple(cell.box)}")
 
 
 def _chosen(cells: list[tuple[int, Cell]], keep: tuple[str, ...], dataset: DataSet) -> list[tuple[int, Cell]]:
-    if not keep or keep == ("all",):
+    if keep in ((), ("all",)):
         return cells
     there = {cell.label for _, cell in cells if cell.label is not None}
     unknown = sorted(set(keep) - there - set(dataset.classes.values()))
@@ -208,7 +189,7 @@ def _cut_out(
     """Write each cell's PNG unless it is there already; cells without a box are listed as whole images."""
     folder, margin = output / "cells", dataset.margin if options.margin is None else options.margin
     _check_settings(folder, {"source": str(top), "margin": margin, "size": options.size}, options.overwrite)
-    opened: tuple[Path, Image.Image] | None = None
+    load = lru_cache(maxsize=1)(load_image)  # the cells of one image follow each other
     for number, cell in tqdm(cells, "cutting out", unit=" cells"):
         if cell.box is None:
             yield str(cell.image), cell
@@ -217,14 +198,13 @@ def _cut_out(
         # the suffix stays in the name: 001.bmp and 001.jpg are two images
         file = folder / relative.parent / f"{relative.name}_{number:03d}.png"
         if not file.is_file():
-            if opened is None or opened[0] != cell.image:
-                try:
-                    opened = cell.image, load_image(cell.image)
-                except UnreadableImageError as error:
-                    notes.add("unreadable images and masks", f"{relative}: {error.reason}")
-                    continue
+            try:
+                image = load(cell.image)
+            except UnreadableImageError as error:
+                notes.add("unreadable images and masks", f"{relative}: {error.reason}")
+                continue
             with atomic_write(file) as stream:
-                cut(opened[1], cell.box, margin, options.size).save(stream, format="PNG")
+                cut(image, cell.box, margin, options.size).save(stream, format="PNG")
         yield file.relative_to(output).as_posix(), cell
 
 
@@ -232,22 +212,16 @@ def _check_settings(folder: Path, settings: dict[str, Any], overwrite: bool) -> 
     """Refuse to mix cells that are cut in different ways; with `overwrite`, remove the old ones."""
     file = folder / "settings.json"
     if overwrite and file.is_file():
-        for entry in folder.iterdir():  # the settings stay until all is gone: killed here, the same command goes on
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry != file:
-                entry.unlink()
+        for cell in list(folder.rglob("*.png")):  # the settings stay: killed here, the same command goes on
+            cell.unlink()
     elif file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
-        differing = [
-            f"{key} {before.get(key)!r}, now {now!r}" for key, now in settings.items() if before.get(key) != now
-        ]
-        if differing:
+        changes = [f"{key} {before.get(key)!r}, now {now!r}" for key, now in settings.items() if before.get(key) != now]
+        if changes:
             raise ValueError(
-                f"--output: {str(folder)!r} has cells that were cut otherwise ({', '.join(differing)}); give "
+                f"--output: {str(folder)!r} has cells that were cut otherwise ({', '.join(changes)}); give "
                 f"--overwrite to cut them again, or another folder"
             )
-        return
     elif folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"--output: {str(folder)!r} is in use by something else (it has no settings.json)")
     with atomic_write(file, "w") as stream:
@@ -257,11 +231,7 @@ def _check_settings(folder: Path, settings: dict[str, Any], overwrite: bool) -> 
 def cut(image: Image.Image, box: Box, margin: float = 0.1, size: int | None = None) -> Image.Image:
     """Cut out the square around a box, moved to lie inside the image; cut off where the image is too small for it.
 
-    Args:
-        image: RGB.
-        box: inside the image.
-        margin: added on each side, a fraction of the box's longer side.
-        size: side to scale to; a cut that is not square is scaled to fit, its border pixels repeated.
+    With a size, a cut that is not square is scaled to fit, its border pixels repeated.
     """
     longer = max(box.right - box.left, box.bottom - box.top)
     side = max(1, round(longer * (1 + 2 * margin)))
@@ -338,15 +308,15 @@ def _summary(
     single = [name for name, count in counts["classes"].items() if count == 1]
     if single:
         notes.add("classes with a single image", ", ".join(single))
-    here = {**counts["annotated_classes"], **counts["splits"], **counts, "patients": counts["patients"] or 0}
+    here = {**counts["annotated_classes"], **counts["splits"], **counts}
     about = ("title", "origin", "paper", "licence", "modality", "remarks")
     return {
         "dataset": dataset.name,
-        **{key: getattr(dataset, key) or ("not stated" if key == "licence" else "") for key in about},
+        **{key: getattr(dataset, key) for key in about},
         "source": str(top),
         "options": {key: value for key, value in asdict(options).items() if key not in ("n_workers", "overwrite")},
         "counts": counts,
-        "expected": {name: {"published": n, "here": here.get(name, 0)} for name, n in dataset.expected.items()},
+        "expected": {name: {"published": n, "here": here.get(name) or 0} for name, n in dataset.expected.items()},
         "sizes": _counted(f"{found.width}x{found.height}" for found in facts),
         "modes": _counted(found.mode for found in facts),
         "oddities": notes.report(),
@@ -358,32 +328,21 @@ def _counted(values: Iterable[str | None]) -> dict[str, int]:
 
 
 def describe(summary: dict[str, Any], output: str | os.PathLike[str]) -> str:
-    """Format a summary for the terminal."""
+    """Format the counts and oddities of a summary for the terminal."""
     counts = summary["counts"]
-
-    def listed(found: dict[str, int]) -> str:
-        return ", ".join(f"{name} {count}" for name, count in found.items())
-
     lines = [
         f"{summary['title']} ({summary['modality']}; licence: {summary['licence']})",
-        f"  {counts['pictures']} images, {counts['listed']} lines in the list, {counts['labelled']} labelled"
-        + (f", {counts['patients']} patients" if counts["patients"] else ""),
+        f"  {counts['pictures']} images, {counts['listed']} lines in the list, {counts['labelled']} labelled, "
+        f"{counts['patients'] or 'no'} patients named",
     ]
     for title, key in (("classes", "classes"), ("DinoBloom's classes", "dinobloom_classes"), ("splits", "splits")):
         if counts[key]:
-            lines.append(f"  {title}: {listed(counts[key])}")
-    if len(summary["sizes"]) > 1:
-        common = sorted(summary["sizes"].items(), key=lambda item: -item[1])[:3]
-        sizes = ", ".join(f"{size} ({count})" for size, count in common)
-        lines.append(f"  {len(summary['sizes'])} image sizes, mostly {sizes}")
-    if set(summary["modes"]) - {"RGB"}:
-        lines.append(f"  modes, all read as RGB: {listed(summary['modes'])}")
+            lines.append(f"  {title}: " + ", ".join(f"{name} {count}" for name, count in counts[key].items()))
     for name, n in summary["expected"].items():
         if n["published"] != n["here"]:
             lines.append(f"  published {name}: {n['published']}, here {n['here']}")
     for kind, note in summary["oddities"].items():
-        more = "; ..." if note["count"] > 2 else ""
-        lines.append(f"  {note['count']} {kind}: {'; '.join(note['examples'][:2])}{more}")
+        lines.append(f"  {note['count']} {kind}: {'; '.join(note['examples'][:2])}")
     if summary["remarks"]:
         lines.append(f"  note: {summary['remarks']}")
     return "\n".join([*lines, f"  written to {output}"])

@@ -7,6 +7,7 @@ micrometres.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -32,36 +33,20 @@ class Granules:
 
 @dataclass(frozen=True)
 class CellForm:
-    """How the cells of one class differ from the others; pairs are the ends of a range.
+    """How the cells of one class differ from the others; pairs are the ends of a range."""
 
-    Attributes:
-        radius: of the whole cell.
-        cytoplasm: amounts of the dyes.
-        nucleus: draws the nucleus, see `round_nucleus` and the functions after it; None for platelets.
-        nucleus_size: a length relative to the cell's radius, whose meaning the drawing function gives.
-        clumps: diameter of the chromatin's clumps, and how much they stand out.
-        nucleus_dyes: amounts of the dyes where the chromatin has its mean density.
-        nucleoli: how many at most.
-        rim: how much bluer the cytoplasm is at the cell's edge than inside.
-        pale_zone: strength of the pale region beside the nucleus.
-        ragged: how far the outline strays from an ellipse.
-        nucleus_ragged: how far the nucleus's outline strays from its plain form, in micrometres.
-        vacuoles: how many at most.
-        granules: kinds of grains, if any.
-    """
-
-    radius: tuple[float, float]
+    radius: tuple[float, float]  # of the whole cell
     cytoplasm: Amounts
-    nucleus: NucleusShape | None = None
-    nucleus_size: tuple[float, float] = (0.0, 0.0)
-    clumps: tuple[float, float] = (1.0, 0.0)
-    nucleus_dyes: Amounts = (1.5, 1.05, 0.0)
-    nucleoli: int = 0
-    rim: float = 0.0
-    pale_zone: float = 0.0
-    ragged: float = 0.15
-    nucleus_ragged: float = 0.14
-    vacuoles: int = 0
+    nucleus: NucleusShape | None = None  # draws the nucleus, see `round_nucleus`; platelets have none
+    nucleus_size: tuple[float, float] = (0.0, 0.0)  # relative to the cell's radius; `nucleus` says of what
+    clumps: tuple[float, float] = (1.0, 0.0)  # diameter of the chromatin's clumps, and how much they stand out
+    nucleus_dyes: Amounts = (1.5, 1.05, 0.0)  # where the chromatin has its mean density
+    nucleoli: int = 0  # at most
+    rim: float = 0.0  # how much bluer the cytoplasm is at the cell's edge than inside
+    pale_zone: float = 0.0  # strength of the pale region beside the nucleus
+    ragged: float = 0.15  # how far the outline strays from an ellipse
+    nucleus_ragged: float = 0.14  # how far the nucleus's outline strays from its plain form, in micrometres
+    vacuoles: int = 0  # at most
     granules: tuple[Granules, ...] = ()
 
 
@@ -75,17 +60,17 @@ _PLATELET = (Granules((0.40, 0.50, 0.0), (0.14, 0.24), (2.0, 4.5)),)
 # fmt: off
 FORMS: dict[str, CellForm] = {
     # radius, cytoplasm, nucleus, nucleus_size; the rest by name
-    "neutrophil_segmented": CellForm((5.7, 7.0), (0.16, 0.20, 0.02), lobed_nucleus((3, 3, 4, 4, 5)), (0.29, 0.34),
+    "neutrophil_segmented": CellForm((5.7, 7.0), (0.16, 0.20, 0.02), partial(lobed_nucleus, (3, 3, 4, 4, 5)),
+        (0.29, 0.34), clumps=(1.1, 0.24), granules=_NEUTROPHIL),
+    "neutrophil_band": CellForm((5.7, 7.0), (0.17, 0.20, 0.02), partial(curved_nucleus, (1.7, 2.45)), (0.21, 0.27),
         clumps=(1.1, 0.24), granules=_NEUTROPHIL),
-    "neutrophil_band": CellForm((5.7, 7.0), (0.17, 0.20, 0.02), curved_nucleus((1.7, 2.45)), (0.21, 0.27),
-        clumps=(1.1, 0.24), granules=_NEUTROPHIL),
-    "eosinophil": CellForm((5.9, 7.2), (0.16, 0.22, 0.10), lobed_nucleus((2, 2, 2, 3)), (0.31, 0.36),
+    "eosinophil": CellForm((5.9, 7.2), (0.16, 0.22, 0.10), partial(lobed_nucleus, (2, 2, 2, 3)), (0.31, 0.36),
         clumps=(1.1, 0.22), granules=_EOSINOPHIL),
-    "basophil": CellForm((5.2, 6.5), (0.18, 0.26, 0.0), lobed_nucleus((2, 3, 3)), (0.36, 0.42),
+    "basophil": CellForm((5.2, 6.5), (0.18, 0.26, 0.0), partial(lobed_nucleus, (2, 3, 3)), (0.36, 0.42),
         clumps=(1.4, 0.15), nucleus_dyes=(1.05, 0.9, 0.0), granules=_BASOPHIL),
     "lymphocyte": CellForm((4.3, 5.7), (0.46, 0.16, 0.0), round_nucleus, (0.80, 0.90),
         clumps=(1.25, 0.17), rim=0.5, ragged=0.2),
-    "monocyte": CellForm((6.8, 8.8), (0.36, 0.22, 0.02), curved_nucleus((0.95, 1.5)), (0.31, 0.39),
+    "monocyte": CellForm((6.8, 8.8), (0.36, 0.22, 0.02), partial(curved_nucleus, (0.95, 1.5)), (0.31, 0.39),
         clumps=(0.8, 0.24), nucleus_dyes=(1.2, 0.95, 0.0), ragged=0.5, nucleus_ragged=0.22, vacuoles=7,
         granules=_MONOCYTE),
     "erythroblast": CellForm((4.0, 5.6), (0.34, 0.28, 0.30), round_nucleus, (0.50, 0.64),
@@ -103,39 +88,22 @@ CELL_CLASSES = tuple(FORMS)
 
 @dataclass(frozen=True, eq=False)
 class Slide:
-    """What all images of one glass slide share, drawn anew for each slide.
+    """What all images of one glass slide share, drawn anew for each slide."""
 
-    Attributes:
-        field: width of an image, in micrometres.
-        dyes: [3 dyes, 3 colours] absorbance at unit amount.
-        plasma: amounts of the dyes between the cells.
-        light: [3] transmitted intensity without any dye, 0-1.
-        light_slope: [2] relative change of the light from the centre to the right and lower edge.
-        crowding: erythrocytes per square micrometre.
-        pallor: depth of the erythrocytes' pale centre, 0-1.
-        erythrocyte_radius: their mean.
-        crenated: share of erythrocytes with a scalloped outline.
-        blur: standard deviation of the optics' spread, in micrometres.
-        sharpening: strength of the camera's edge enhancement.
-        noise: standard deviation of the camera's noise, 0-1.
-        contrast: exponent of the camera's tone curve.
-        spread: size of the cells relative to the usual, as flattened by the smear.
-    """
-
-    field: float
-    dyes: np.ndarray
-    plasma: Amounts
-    light: np.ndarray
-    light_slope: np.ndarray
-    crowding: float
-    pallor: float
-    erythrocyte_radius: float
-    crenated: float
-    blur: float
-    sharpening: float
-    noise: float
-    contrast: float
-    spread: float
+    field: float  # width of an image
+    dyes: np.ndarray  # [3 dyes, 3 colours] absorbance at unit amount
+    plasma: Amounts  # between the cells
+    light: np.ndarray  # [3] transmitted intensity without any dye, 0-1
+    light_slope: np.ndarray  # [2] relative change of the light from the centre to the right and lower edge
+    crowding: float  # erythrocytes per square micrometre
+    pallor: float  # depth of the erythrocytes' pale centre, 0-1
+    erythrocyte_radius: float  # their mean
+    crenated: float  # share of erythrocytes with a scalloped outline
+    blur: float  # standard deviation of the optics' spread
+    sharpening: float  # strength of the camera's edge enhancement
+    noise: float  # standard deviation of the camera's noise, 0-1
+    contrast: float  # exponent of the camera's tone curve
+    spread: float  # size of the cells relative to the usual, as flattened by the smear
 
     @classmethod
     def sample(cls, rng: np.random.Generator) -> "Slide":

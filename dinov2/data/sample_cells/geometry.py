@@ -52,13 +52,9 @@ def smooth_noise(rng: np.random.Generator, size: int, grain_px: float) -> np.nda
 def stamp(
     centres_px: np.ndarray, reach_px: float, draw: Callable[[np.ndarray, np.ndarray], np.ndarray], size: int
 ) -> np.ndarray:
-    """Sum [S, S] of small patches, all drawn at once.
+    """Sum [S, S] of small patches around [n, 2] centres (row, column), which may lie outside the image.
 
-    Args:
-        centres_px: [n, 2] row and column of each patch's centre; it may lie outside the image.
-        reach_px: beyond it the patches are empty.
-        draw: takes [n, w, w] rows and columns relative to the centres, gives [n, w, w].
-        size: S.
+    `draw` takes [n, w, w] rows and columns relative to the centres and gives [n, w, w], empty beyond `reach_px`.
     """
     if len(centres_px) == 0:
         return np.zeros((size, size), dtype=np.float32)
@@ -76,18 +72,28 @@ def stamp(
     return np.bincount(pixels, patches[is_within], size * size).reshape(size, size).astype(np.float32)
 
 
+def discs(
+    centres_px: np.ndarray, radii_px: np.ndarray, edge_px: float, size: int, weights: float | np.ndarray = 1.0
+) -> np.ndarray:
+    """Sum [S, S] of n round spots, the edges of which are `edge_px` wide."""
+    shape = (-1, 1, 1)
+
+    def disc(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        distance = np.hypot(rows, columns) - radii_px.reshape(shape)
+        return np.reshape(weights, shape) * np.clip(0.5 - distance / edge_px, 0, 1)
+
+    return stamp(centres_px, radii_px.max(initial=0) + edge_px, disc, size)
+
+
 def blurred(image: np.ndarray, sigma_px: float) -> np.ndarray:
     """Gaussian blur of [3, S, S] along both sides, with the border repeated."""
     half = max(1, int(np.ceil(2.5 * sigma_px)))
     taps = np.exp(-0.5 * (np.arange(-half, half + 1) / max(sigma_px, 1e-3)) ** 2)
     taps = (taps / taps.sum()).astype(np.float32)
-    for axis in (1, 2):
-        width = [(0, 0)] * 3
-        width[axis] = (half, half)
-        padded = np.pad(image, width, mode="edge")
-        n = image.shape[axis]
-        image = sum(tap * padded.take(range(i, i + n), axis) for i, tap in enumerate(taps))
-    return image
+    size = image.shape[-1]
+    padded = np.pad(image, ((0, 0), (half, half), (half, half)), mode="edge")
+    rows = sum(tap * padded[:, i : i + size] for i, tap in enumerate(taps))
+    return sum(tap * rows[:, :, i : i + size] for i, tap in enumerate(taps))
 
 
 # --- nuclei ---------------------------------------------------------------------------------------------------------
@@ -108,49 +114,42 @@ def round_nucleus(x: np.ndarray, y: np.ndarray, cell: float, size: float, rng: n
     return distance
 
 
-def lobed_nucleus(n_lobes: Sequence[int]) -> NucleusShape:
+def lobed_nucleus(
+    n_lobes: Sequence[int], x: np.ndarray, y: np.ndarray, cell: float, size: float, rng: np.random.Generator
+) -> np.ndarray:
     """Round lobes strung along an arc by thin threads; `size` is the lobes' radius for three of them."""
-
-    def shape(x: np.ndarray, y: np.ndarray, cell: float, size: float, rng: np.random.Generator) -> np.ndarray:
-        n = int(rng.choice(n_lobes))
-        radius = size * cell * (3 / n) ** 0.45
-        arc = max(0.5 * cell, 1.05 * radius) * rng.uniform(0.85, 1.05)
-        step = min(2 * np.arcsin(min(1.0, radius * rng.uniform(1.0, 1.2) / arc)), 5.2 / n)
-        angles = step * (np.arange(n) - (n - 1) / 2) + rng.normal(0, 0.12, n)
-        reach = arc * rng.uniform(0.8, 1.1, n)
-        lobe_x, lobe_y = reach * np.cos(angles), reach * np.sin(angles)
-        lobe_x -= lobe_x.mean() * rng.uniform(0.5, 1.0)
-        lobes = []
-        for i in range(n):
-            long, turn = rng.uniform(1.0, 1.35) ** 0.5, rng.uniform(0, np.pi)
-            mean_radius = radius * rng.uniform(0.85, 1.12)
-            along, across = turned(x - lobe_x[i], y - lobe_y[i], turn)
-            lobes.append(ellipse(along, across, mean_radius * long, mean_radius / long))
-        distance = reduce(lambda a, b: smooth_min(a, b, 0.12), lobes)
-        for i in range(n - 1):
-            thread = segment(x, y, lobe_x[i : i + 2], lobe_y[i : i + 2]) - rng.uniform(0.2, 0.45)
-            distance = smooth_min(distance, thread, 0.3)
-        return distance
-
-    return shape
+    n = int(rng.choice(n_lobes))
+    radius = size * cell * (3 / n) ** 0.45
+    arc = max(0.5 * cell, 1.05 * radius) * rng.uniform(0.85, 1.05)
+    step = min(2 * np.arcsin(min(1.0, radius * rng.uniform(1.0, 1.2) / arc)), 5.2 / n)
+    angles = step * (np.arange(n) - (n - 1) / 2) + rng.normal(0, 0.12, n)
+    reach = arc * rng.uniform(0.8, 1.1, n)
+    lobe_x, lobe_y = reach * np.cos(angles), reach * np.sin(angles)
+    lobe_x -= lobe_x.mean() * rng.uniform(0.5, 1.0)
+    lobes = []
+    for i in range(n):
+        long, turn = rng.uniform(1.0, 1.35) ** 0.5, rng.uniform(0, np.pi)
+        mean_radius = radius * rng.uniform(0.85, 1.12)
+        along, across = turned(x - lobe_x[i], y - lobe_y[i], turn)
+        lobes.append(ellipse(along, across, mean_radius * long, mean_radius / long))
+    distance = reduce(lambda a, b: smooth_min(a, b, 0.12), lobes)
+    for i in range(n - 1):
+        thread = segment(x, y, lobe_x[i : i + 2], lobe_y[i : i + 2]) - rng.uniform(0.2, 0.45)
+        distance = smooth_min(distance, thread, 0.3)
+    return distance
 
 
-def curved_nucleus(aperture: tuple[float, float]) -> NucleusShape:
-    """A thick arc: a horseshoe for a wide `aperture` (half of its angle), a kidney for a narrow one.
-
-    `size` is half its thickness.
-    """
-
-    def shape(x: np.ndarray, y: np.ndarray, cell: float, size: float, rng: np.random.Generator) -> np.ndarray:
-        half_angle = rng.uniform(*aperture)
-        half = size * cell
-        arc = max((cell - half) * rng.uniform(0.6, 0.78), half * 0.55)
-        x = x + arc * np.sin(half_angle) / half_angle * 0.8  # the arc's centre of mass near the cell's centre
-        side = np.abs(y)
-        end_x, end_y = arc * np.cos(half_angle), arc * np.sin(half_angle)
-        beside_arc = end_x * side < end_y * x  # the angle from the x axis is below half_angle
-        distance = np.where(beside_arc, np.abs(np.hypot(x, y) - arc), np.hypot(x - end_x, side - end_y))
-        uneven = 1 + rng.uniform(-0.12, 0.12) * y / arc + rng.uniform(-0.1, 0.14) * (x / arc)
-        return distance - half * uneven
-
-    return shape
+def curved_nucleus(
+    aperture: tuple[float, float], x: np.ndarray, y: np.ndarray, cell: float, size: float, rng: np.random.Generator
+) -> np.ndarray:
+    """A thick arc, `size` half its thickness: a horseshoe for a wide `aperture` (half of its angle), else a kidney."""
+    half_angle = rng.uniform(*aperture)
+    half = size * cell
+    arc = max((cell - half) * rng.uniform(0.6, 0.78), half * 0.55)
+    x = x + arc * np.sin(half_angle) / half_angle * 0.8  # the arc's centre of mass near the cell's centre
+    side = np.abs(y)
+    end_x, end_y = arc * np.cos(half_angle), arc * np.sin(half_angle)
+    beside_arc = end_x * side < end_y * x  # the angle from the x axis is below half_angle
+    distance = np.where(beside_arc, np.abs(np.hypot(x, y) - arc), np.hypot(x - end_x, side - end_y))
+    uneven = 1 + rng.uniform(-0.12, 0.12) * y / arc + rng.uniform(-0.1, 0.14) * (x / arc)
+    return distance - half * uneven

@@ -46,13 +46,13 @@ def build(order):
     logging.basicConfig(filename=f"{order['log']}.{os.getpid()}.log", level=logging.INFO)
     cache.IMAGES_AT_A_TIME, cache.IMAGES_PER_ROUND, cache.WAIT_SECONDS = 1, order["round"], 0.1
     packed = cache.PackedCache(order["folder"], Images(order["paths"], order["log"], order["seconds"]), order["size"])
-    write_entries = packed._write_entries
+    pack, sync = packed._pack, os.fsync
     if order["die_in"] == "fsync":
         os.fsync = die
     elif order["die_in"] == "entries":
-        packed._write_entries = die
+        os.fsync = lambda file: (sync(file), die())
     elif order["die_in"] == "release":
-        packed._write_entries = lambda *entries: (write_entries(*entries), die())
+        packed._pack = lambda *arguments: (next(pack(*arguments)), die())
     summary = packed.build(n_workers=0)
     Path(order["log"] + f".{os.getpid()}").write_text(json.dumps([summary.n_there, summary.n_packed]))
 

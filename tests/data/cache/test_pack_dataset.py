@@ -108,7 +108,7 @@ def test_stopped_or_killed_nothing_goes_on(tmp_path, until):
     for number, cache in caches.items():
         command = [sys.executable, SCRIPT, f"HemaStandardDataset:root={tmp_path / 'images'}", "--cache", cache]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "BUILDER_OF_TEST": str(cache)}
-        runs[number] = subprocess.Popen([*command, "--workers", "1"], env=environment, start_new_session=True)
+        runs[number] = subprocess.Popen([*command, "--workers", "2"], env=environment, start_new_session=True)
     for number, cache in caches.items():
         until(
             lambda cache=cache: any(np.fromfile(file, np.uint8, 1000).any() for file in cache.glob("*/pixels.bin")),

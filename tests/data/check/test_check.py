@@ -17,7 +17,7 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from dinov2.data.check import check_lists, scan
-from dinov2.data.check.near_duplicates import TURNS, perceptual_hash, similar_hashes, turned, turned_hashes
+from dinov2.data.check.near_duplicates import TURNS, perceptual_hash, similar_hashes, turned_hashes
 from dinov2.data.sample_cells import CELL_CLASSES, Slide, draw_cell
 
 ROOT = Path(__file__).parents[3]
@@ -51,6 +51,14 @@ def write_csv(file: Path, header: str, rows: list[str]) -> Path:
     return write_list(file, [header, *rows])
 
 
+def turned(image: np.ndarray, turn: int) -> np.ndarray:
+    """Turn an image [H, W, 3] by one of `TURNS`."""
+    transposes, mirrors_x, mirrors_y = TURNS[turn]
+    if transposes:
+        image = image.transpose(1, 0, 2)
+    return np.ascontiguousarray(image[:: -1 if mirrors_y else 1, :: -1 if mirrors_x else 1])
+
+
 def found(folder: Path) -> set[tuple[str, str, str]]:
     with open(folder / "findings.csv", encoding="utf-8", newline="") as stream:
         return {(r["kind"], Path(r["path"]).name, Path(r["other path"]).name) for r in csv.DictReader(stream)}
@@ -67,18 +75,13 @@ def test_every_planted_fault_is_found_and_nothing_else(cells, tmp_path):
     image = Image.open(cells / "c00.png").convert("RGB")
     (cells / "fake.jpg").write_bytes(b"not an image at all")
     (cells / "zero.png").touch()
-    whole = (cells / "c01.png").read_bytes()
     image.resize((61, 61)).save(cells / "cut.bmp")
     (cells / "cut.bmp").write_bytes((cells / "cut.bmp").read_bytes()[:5000])
     shutil.copy(cells / "c02.png", cells / "copy.png")
-    (cells / "named.jpg").write_bytes(whole)
-    (cells / "c01.png").unlink()
-    Image.open(cells / "c03.png").convert("L").save(cells / "c03.png")
-    image.crop((20, 20, 30, 30)).save(cells / "tiny.png")
     Image.new("RGB", (64, 64), "white").save(cells / "blank.png")
     Image.open(cells / "c04.png").convert("RGB").save(cells / "near.jpg", quality=60)
-    names = ["fake.jpg", "zero.png", "cut.bmp", "copy.png", "named.jpg", "tiny.png", "blank.png", "near.jpg"]
-    names += [f"c{i:02d}.png" for i in range(12) if i != 1]
+    names = ["fake.jpg", "zero.png", "cut.bmp", "copy.png", "blank.png", "near.jpg"]
+    names += [f"c{i:02d}.png" for i in range(12)]
     files = write_list(cells / "all.txt", ["# a comment", "", *names, "gone.png", str(cells / "c05.png")])
     labels = write_csv(
         cells / "labels.csv",
@@ -90,7 +93,7 @@ def test_every_planted_fault_is_found_and_nothing_else(cells, tmp_path):
     expected = {
         ("unreadable", "fake.jpg", ""),
         ("unreadable", "zero.png", ""),
-        ("truncated", "cut.bmp", ""),
+        ("unreadable", "cut.bmp", ""),
         ("missing", "gone.png", ""),
         ("same_path", "c05.png", ""),
         ("same_path", "c06.png", ""),
@@ -99,9 +102,6 @@ def test_every_planted_fault_is_found_and_nothing_else(cells, tmp_path):
         ("two_labels", "c06.png", "c06.png"),
         ("near_duplicate", "near.jpg", "c04.png"),
         ("empty_value", "", ""),
-        ("wrong_format", "named.jpg", ""),
-        ("mode", "c03.png", ""),
-        ("odd_size", "tiny.png", ""),
         ("blank", "blank.png", ""),
     }
     assert found(tmp_path / "out") == expected
@@ -181,6 +181,15 @@ def test_hidden_files_are_noticed(cells, tmp_path):
     assert found(tmp_path / "out") == {("unreadable", ".DS_1.jpg", ""), ("hidden", "c00-checkpoint.png", "")}
 
 
+def test_a_name_that_no_list_can_hold_is_left_out(cells, tmp_path):
+    os.rename(cells / "c00.png", os.fsencode(cells) + b"/k\xe4se.png")
+    os.rename(cells / "c01.png", cells / "two\nlines.png")
+    summary = check_lists([cells], tmp_path / "out", **INLINE)
+    assert summary["faults"] == summary["counts"]["unreadable"] == 2
+    cleaned = (tmp_path / "out" / "cleaned" / f"{cells.name}.txt").read_text(encoding="utf-8").splitlines()
+    assert [Path(line).name for line in cleaned] == [f"c{i:02d}.png" for i in range(2, 12)]
+
+
 def test_fine_classes_do_not_contradict_coarse_ones(cells, tmp_path):
     coarse = write_csv(cells / "coarse.csv", "Image Path,Label", ["c00.png,n", "c01.png,n", "c02.png,m"])
     fine = write_csv(cells / "fine.csv", "Image Path,Label", ["c00.png,band", "c01.png,segmented", "c02.png,m"])
@@ -210,23 +219,23 @@ def test_a_killed_check_goes_on(tmp_path, monkeypatch):
     process = subprocess.Popen(list(map(str, command)), env={**os.environ, "PYTHONPATH": str(ROOT)})
     deadline = time.monotonic() + 120
     lines: list[str] = []
-    while len(lines) < 100 and process.poll() is None and time.monotonic() < deadline:
+    while len(lines) < 110 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
-        lines = [line for file in out.glob("scan/*.csv") for line in file.read_text().splitlines()]
+        lines = [line for file in out.glob("scan/*.jsonl") for line in file.read_text().splitlines()]
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    (file,) = out.glob("scan/*.csv")
-    n_kept = file.read_text().count("\n")
-    assert 100 <= n_kept < 1500
-    with open(file, "a") as stream:
-        stream.write("cut off in the middle of a li")
+    (file,) = out.glob("scan/*.jsonl")
+    whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("]\n")]
+    assert 100 <= len(whole) < 1500
+    file.write_text("".join(whole)[:-20])  # cut off in the middle of a line
     looked = []
     read_facts = scan.read_facts
     monkeypatch.setattr(scan, "read_facts", lambda job: looked.append(job) or read_facts(job))
     summary = check_lists([folder], out, near_duplicates="off", **INLINE)
     assert summary["faults"] == 0
-    assert len(looked) == 1500 - n_kept
-    assert file.read_text().count("\n") == 1500
+    assert len(looked) == 1500 - (len(whole) - 1)
+    check_lists([folder], out, near_duplicates="off", **INLINE)
+    assert len(looked) == 1500 - (len(whole) - 1)
 
 
 def test_two_processes_give_the_facts_of_one(cells, tmp_path):
@@ -246,32 +255,30 @@ def test_near_pairs_of_many_hashes_equal_those_by_brute_force():
     for row, n_bits in zip(bits, rng.integers(0, 16, n_planted), strict=True):
         row[rng.permutation(256)[:n_bits]] ^= 1
     hashes[targets] = np.packbits(bits, axis=1).view(np.uint64)
-    pairs, n_crowded = similar_hashes(hashes)
+    pairs = similar_hashes(hashes)
     expected = {tuple(sorted(pair)) for pair in zip(sources.tolist(), targets.tolist(), strict=True)}
     assert set(map(tuple, pairs.tolist())) == expected
     subset = np.concatenate([sources, targets])
     distances = np.bitwise_count(hashes[subset, None] ^ hashes[None, subset]).sum(axis=2)
     brute = {tuple(sorted(subset[[a, b]].tolist())) for a, b in np.argwhere(np.triu(distances <= 32, 1))}
     assert brute == expected
-    assert n_crowded == 0
 
 
-def test_a_crowd_of_like_hashes_is_told_and_not_quadratic():
+def test_a_crowd_of_like_hashes_is_not_quadratic():
     rng = np.random.default_rng(1)
     hashes = rng.integers(0, 2**64, (20_000, 4), dtype=np.uint64)
     hashes[:, 0] = 7
     hashes[19_999] = hashes[3]
     hashes[19_998] = hashes[5] ^ np.array([0, 0, 1, 0], dtype=np.uint64)
-    pairs, n_crowded = similar_hashes(hashes)
+    pairs = similar_hashes(hashes)
     assert pairs.tolist() == [[3, 19_999], [5, 19_998]]
-    assert n_crowded > 10_000
 
 
 @pytest.mark.parametrize("turn", range(len(TURNS)))
 def test_turned_hash_is_the_hash_of_the_turned_image(cells, turn):
     image = np.asarray(Image.open(cells / "c04.png").convert("RGB"))
-    expected, _ = perceptual_hash(turned(image, turn))
-    assert np.bitwise_count(turned_hashes(perceptual_hash(image)[0][None], turn)[0] ^ expected).sum() <= 8
+    expected = perceptual_hash(turned(image, turn))
+    assert np.bitwise_count(turned_hashes(perceptual_hash(image)[None], *TURNS[turn])[0] ^ expected).sum() <= 8
 
 
 def test_command_ends_with_what_it_found(cells, tmp_path, capsys):
@@ -315,7 +322,7 @@ def test_real_images_have_their_known_faults_and_no_other(shared_data, tmp_path)
     sources = [pbc, ssl, shared_data / "BCCD_Dataset", shared_data / "blood-cell-detection-dataset"]
     summary = check_lists(sources, tmp_path / "out", labels=[pbc], **INLINE)
     counts = {kind: count for kind, count in summary["counts"].items() if count}
-    assert counts == {"unreadable": 1, "same_bytes": 18, "two_labels": 1, "mode": 24}
+    assert counts == {"unreadable": 1, "same_bytes": 18, "two_labels": 1}
     (conflict,) = (
         f for f in json.loads((tmp_path / "out" / "report.json").read_text())["findings"] if "labels" in f["kind"]
     )

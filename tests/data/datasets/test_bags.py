@@ -67,7 +67,6 @@ def test_one_folder_with_labels_beside(tmp_path):
     labelled = bags.with_labels(read_patient_labels(tmp_path / "labels.csv"))
     assert labelled.labels.tolist() == [0, 1]
     assert labelled.labels.dtype == np.int64
-    assert bags.with_labels({"p1": "a", "p2": "b"}, ["b", "x", "a"]).labels.tolist() == [2, 0]
 
 
 def test_a_csv_of_files(tmp_path):
@@ -81,7 +80,7 @@ def test_a_csv_of_files(tmp_path):
     table.write_text("patient,file\np1,h5/other.h5\n")
     assert PatientBags.from_path(table).labels is None
     table.write_text("patient,label,file\np1,a,h5/no.h5\n")
-    with pytest.raises(FileNotFoundError, match=r"1 of the files .* do not exist, for instance .*no.h5"):
+    with pytest.raises(FileNotFoundError, match=r"1 of the 1 files .* do not exist, for instance .*no.h5"):
         PatientBags.from_path(table)
 
 
@@ -145,14 +144,10 @@ def test_missing_patients_and_labels(tmp_path):
         bags.with_labels({"p1": "a"})
     with pytest.raises(ValueError, match=r"2 of 4 labelled patients have no bag \('p3', 'p4'\)"):
         bags.with_labels({"p1": "a", "p2": "b", "p3": "a", "p4": "a"})
-    with pytest.raises(ValueError, match="'b' are not among the classes 'a', 'c'"):
-        bags.with_labels({"p1": "a", "p2": "b"}, ["a", "c"])
     with pytest.raises(ValueError, match="folds: 1 of 2 patients have no bag"):
         bags.positions(["p1", "p7"], "folds")
     with pytest.raises(ValueError, match="the features name no patients"):
         PatientBags.from_cells(np.zeros((2, DIM)), None, ["", ""])
-    with pytest.raises(ValueError, match="stand twice"):
-        PatientBags(["p1", "p1"], [bag("p1"), bag("p1")], [[""] * 3] * 2)
 
 
 def test_features_of_two_networks(tmp_path):

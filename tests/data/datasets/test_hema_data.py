@@ -192,9 +192,6 @@ def test_a_cache_changes_nothing(cached):
         ours, theirs = packed[index], plain[index]
         assert torch.equal(ours.image, theirs.image)
         assert ours[1:] == theirs[1:]
-        square, failures = packed.read_square(index)
-        np.testing.assert_array_equal(square, theirs.image.permute(1, 2, 0))
-        assert failures == theirs.failures
     packed[0].image.fill_(0)  # is not the cache's own memory
     assert torch.equal(packed[0].image, plain[0].image)
     again = pickle.loads(pickle.dumps(packed))  # as a spawned worker has it

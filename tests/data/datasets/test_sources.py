@@ -249,7 +249,7 @@ def test_a_folder_without_anything_known(tmp_path):
     with pytest.raises(FileNotFoundError, match="no image .*to read labels.csv, give this file; root must be a folder"):
         ImageSource.from_root(tmp_path)
     write(tmp_path / "cells-000.tar.gz")
-    with pytest.raises(ValueError, match=r"cells-000.tar.gz' is compressed.*plain \.tar"):
+    with pytest.raises(FileNotFoundError, match=r"no \.tar shard.*\.tar shards, not compressed"):
         ImageSource.from_root(tmp_path)
 
 
@@ -316,24 +316,26 @@ def test_patterns_that_cannot_be_used(tmp_path):
     write_tar(tmp_path / "c-0.tar", [("1.png", b"x")])
     with pytest.raises(FileNotFoundError, match="means '.*c-1.tar', too, which does not exist"):
         ImageSource.from_root(str(tmp_path / "c-{0..1}.tar"))
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        ImageSource.from_root(str(tmp_path / "d-*.tar"))
+    for pattern in ("d-*.tar", "c-{0.tar"):
+        with pytest.raises(FileNotFoundError, match="does not exist.* it must be a folder"):
+            ImageSource.from_root(str(tmp_path / pattern))
     write(tmp_path / "c-0.txt")
-    with pytest.raises(ValueError, match="a pattern is for .tar files only"):
-        ImageSource.from_root(str(tmp_path / "c-0.t*"))
+    for pattern in ("c-0.t*", "*.txt"):
+        with pytest.raises(ValueError, match=r"c-0.txt' is a file of another kind; it must be"):
+            ImageSource.from_root(str(tmp_path / pattern))
     write(tmp_path / "c-0.tar.zst")
-    with pytest.raises(ValueError, match="is compressed"):
+    with pytest.raises(ValueError, match="another kind.*not compressed"):
         ImageSource.from_root(str(tmp_path / "*.zst"))
 
 
 def test_tar_files_that_cannot_be_used(tmp_path, caplog):
     file = tmp_path / "c.tar"
-    for mode, name in (("gz", "gzip"), ("bz2", "bzip2"), ("xz", "xz")):
+    for mode in ("gz", "bz2", "xz"):
         with tarfile.open(file, f"w:{mode}") as tar:
             tar.add(__file__, "1.png")
-        with pytest.raises(ValueError, match=rf"is compressed \({name}\)"):
+        with pytest.raises(ValueError, match=r"c\.tar' is not a tar file, or is compressed.*unpack it"):
             ImageSource.from_root(file)
-    with pytest.raises(ValueError, match="is compressed"):
+    with pytest.raises(ValueError, match=r"c\.tar\.gz' is a file of another kind.*not compressed"):
         ImageSource.from_root(write(tmp_path / "c.tar.gz"))
     for data, message in ((b"", "not a tar file"), (b"hello", "not a tar file"), (b"y" * 4096, "not a tar file")):
         with pytest.raises(ValueError, match=message):
@@ -345,7 +347,8 @@ def test_tar_files_that_cannot_be_used(tmp_path, caplog):
     whole = write_tar(tmp_path / "d.tar", [("1.png", b"x" * 1000), ("2.png", b"y" * 1000)]).read_bytes()
     for length in (512 + 100, 512 + 1024 + 512 + 10):
         with pytest.raises(
-            ValueError, match=r"c\.tar' is not a tar file, or damaged or truncated \(unexpected end of data\)"
+            ValueError,
+            match=r"c\.tar' is not a tar file, or is compressed, damaged or truncated \(unexpected end of data\)",
         ):
             ImageSource.from_root(write(file, whole[:length]))
     with pytest.raises(ValueError, match="is damaged at byte 1536"):

@@ -60,35 +60,23 @@ def test_bmc_looks_into_the_folders_of_a_thousand(tree, run):
     }
 
 
-def test_aml_matek_reads_tiffs_with_alpha_and_compares_with_its_annotations(tree, run):
+def test_aml_matek_reads_tiffs_with_alpha_and_its_own_codes(tree, run):
     for path in ("MYO/MYO_0001.tiff", "MYO/MYO_0002.tiff", "MYB/MYB_0001.tiff", "MYB/MYB_0002.tiff"):
         tree(f"AML-Cytomorphology_LMU/{path}", mode="RGBA")
-    lines = (
-        "MYO/MYO_0001.tiff MYO nan nan",
-        "MYO/MYO_0002.tiff MON MON",
-        "MYB/MYB_0001.tiff MYB",
-        "BAS/BAS_0001.tiff BAS",
-    )
-    tree("annotations.dat", text="\n".join(lines))
     summary = run("aml_matek")
     assert summary["counts"]["classes"] == {"myeloblast": 2, "myelocyte": 2}
     assert summary["modes"] == {"RGBA": 4}
-    assert odd(summary) == {
-        "images that annotations.dat calls otherwise than their folder": 1,
-        "images that annotations.dat names and that are not there": 1,
-    }
+    assert odd(summary) == {}
 
 
 def test_aml_hehr_has_patients_whose_subtype_is_the_label(tree, run, tmp_path):
     for path in ("NPM1/AAA/image_0.tif", "NPM1/AAA/image_1.tif", "control/BBB/image_0.tif", "control/AAA/image_0.tif"):
         tree(f"PKG - AML/data/{path}")
     tree("PKG - AML/data/control/image_9.tif")
-    tree("PKG - AML/data/metadata.csv", text="patient_id,age\nAAA,50\nBBB,60\nCCC,70\n")
     summary = run("aml_hehr")
     assert summary["counts"]["patients"] == 2
     assert odd(summary) == {
         "classes with a single image": 1,
-        "patients that metadata.csv names and that are not there": 1,
         "images beside the patients' folders, left out": 1,
         "images of a patient who has another subtype already, left out": 1,
     }
@@ -200,7 +188,7 @@ def test_krd_wbc_says_which_column_it_looked_for(tree, run):
 def test_aslan_says_which_column_is_missing(tree, run):
     tree("images/image-1.png")
     tree("annotations.csv", text="image,xmin,xmax,ymax,label\nimage-1.png,0,1,1,wbc\n")
-    with pytest.raises(ValueError, match="no column 'ymin' among .'image', 'xmin'"):
+    with pytest.raises(ValueError, match="lacks the column.s. 'ymin'; its first line has .'image', 'xmin'"):
         run("aslan")
 
 
@@ -211,12 +199,10 @@ def test_bccd_tells_annotations_that_cannot_be_read(tree, run):
     tree("BCCD/Annotations/a.xml", text=f"<annotation><object><name>WBC</name>{box}</object></annotation>")
     tree("BCCD/Annotations/b.xml", text=f"<annotation><object><name>Cat</name>{box}</object></annotation>")
     tree("BCCD/Annotations/c.xml", text="<annotation>")
-    tree("BCCD/Annotations/e.xml", text="<annotation/>")
     summary = run("bccd")
     assert summary["counts"]["classes"] == {"WBC": 1}
     assert odd(summary) == {
         "annotation files that cannot be read": 1,
-        "annotations of images that are not there": 1,
         "classes with a single image": 1,
         "objects that are not understood": 1,
         "images without a white cell": 3,

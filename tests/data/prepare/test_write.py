@@ -37,7 +37,6 @@ def smears(cells: list[tuple[str, str | None, Box | None]], **fields) -> DataSet
             "modality": "peripheral blood",
             "origin": "https://example.org/smears",
             "paper": "none",
-            "licence": None,
             "layout": "smears/*.png",
             "entries": ("*.png",),
             "cuts": True,
@@ -167,7 +166,7 @@ def test_labels_say_the_data_set_and_the_summary_the_options(tmp_path):
 def test_a_wrong_source_is_told_what_was_expected_and_where_to_get_it(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "archive.zip").touch()
-    with pytest.raises(FileNotFoundError, match=r"expected BCCD/JPEG.*Unpack archive.zip first.*Shenggan"):
+    with pytest.raises(FileNotFoundError, match=r"expected BCCD/JPEG.*found archive.zip. Unpack.*Shenggan"):
         prepare(get_dataset("bccd"), tmp_path / "in", tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         prepare(get_dataset("bccd"), tmp_path / "no", tmp_path / "out")

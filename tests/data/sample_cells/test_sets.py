@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dinov2.data.datasets import HemaStandardDataset, LabelledCells
-from dinov2.data.sample_cells import CELL_CLASSES, SUBTYPES, contact_sheet, draw_cell, sets, write_sample_cells
+from dinov2.data.sample_cells import CELL_CLASSES, SUBTYPES, Slide, contact_sheet, draw_cell, sets, write_sample_cells
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "make_sample_cells.py"
 SMALL = {
@@ -81,7 +81,8 @@ def test_no_slide_is_in_two_splits(small_set):
 
 
 def test_slides_of_different_splits_differ_in_stain():
-    slides = [sets._slide(0, stream, index) for stream in ("train", "probe_train", "probe_test") for index in (0, 1)]
+    streams = ("train", "probe_train", "probe_test")
+    slides = [Slide.sample(sets._rng(0, stream, index)) for stream in streams for index in (0, 1)]
     assert len({slide.dyes.tobytes() for slide in slides}) == 6
 
 
