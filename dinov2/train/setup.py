@@ -13,9 +13,9 @@ from dinov2.fsdp.precision import resolve_precision
 from dinov2.models import fixed_settings
 from dinov2.train.batches import resolve_batch_size
 from dinov2.utils.config import load_run_config, missing_keys
-from dinov2.utils.cores import available_cores
 from dinov2.utils.matmul import fast_matmul
 from dinov2.utils.memory import keep_freed_memory
+from dinov2.utils.parallel import available_cores
 from dinov2.utils.stop_signals import StopSignals
 
 logger = logging.getLogger("dinov2")
