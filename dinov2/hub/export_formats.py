@@ -69,22 +69,16 @@ def own_tokens(model: DinoVisionTransformer, images: Tensor) -> dict[str, Tensor
 
 @dataclass(frozen=True)
 class Format:
-    """One format.
-
-    Attributes:
-        title: for readers.
-        packages: modules to import for writing and reading, beyond this project's requirements.
-        write: writes it below a folder.
-        read: reads it with its own library.
-        refusal: returns why a network cannot be written in this format; empty if it can.
-        prepare: transforms images with its own library, to normalised [B, 3, S, S]; None if it has no transform.
-    """
+    """One format: how it is written below a folder, and read with its own library."""
 
     title: str
-    packages: tuple[str, ...]
+    packages: tuple[str, ...]  # modules to import for it, beyond this project's requirements
     write: Callable[[DinoVisionTransformer, Path], None]
     read: Callable[[DinoVisionTransformer, Path], Embed]
-    refusal: Callable[[DinoVisionTransformer], str] = lambda model: ""
+    refusal: Callable[[DinoVisionTransformer], str] = lambda model: (
+        ""
+    )  # why a network cannot be written; empty if it can
+    # transforms images with its own library, to normalised [B, 3, S, S]
     prepare: Callable[[Path, Sequence[Image.Image]], Tensor] | None = None
 
 
