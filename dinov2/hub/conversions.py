@@ -127,14 +127,8 @@ def _joined(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def hugging_face_config(architecture: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of transformers' `Dinov2Config`, or of `Dinov2WithRegistersConfig` for registers.
 
-    transformers does not change the position embeddings for images of side `image_size`, and interpolates them in its
-    own way (bicubic, without offset and antialiasing) for others.
-
-    Args:
-        architecture: as `dinov2.models.architecture` gives it, with a square img_size.
-
-    Raises:
-        ValueError: the class does not support this architecture.
+    For images of another side than `image_size`, transformers interpolates position embeddings in its own way (bicubic,
+    without offset and antialiasing). ValueError for an architecture that the classes do not support.
     """
     if architecture["mlp_ratio"] != int(architecture["mlp_ratio"]):
         raise ValueError(
@@ -201,15 +195,9 @@ def _is_gated_in_timm(state: Mapping[str, Tensor], block: str) -> bool:
 def timm_arguments(architecture: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return the name and further arguments of `timm.create_model` for a backbone.
 
-    With `img_size`, timm does not change the position embeddings and takes images of that side only, unless
-    `dynamic_img_size=True` turns on its own interpolation (bicubic with antialiasing).
-
-    Args:
-        architecture: as `dinov2.models.architecture` gives it, with a square img_size.
-
-    Returns:
-        for instance ("vit_small_patch14_dinov2", {"img_size": 224, "num_classes": 0}); a network without a name in timm
-        gets a similar one's name with its dimensions as arguments.
+    For instance ("vit_small_patch14_dinov2", {"img_size": 224, "num_classes": 0}); a network without a name in timm
+    gets a similar one's name with its dimensions as arguments. timm then takes images of side `img_size` only, unless
+    `dynamic_img_size=True` turns on its own interpolation of position embeddings (bicubic with antialiasing).
     """
     is_gated, n_registers = _is_gated(architecture), architecture["num_register_tokens"]
     sizes = _TIMM_SIZES[is_gated]

@@ -135,15 +135,9 @@ def draw_cells() -> list[Image.Image]:
 def compare(
     name: str, model: DinoVisionTransformer, folder: Path, cells: Sequence[Image.Image], tolerance: float
 ) -> dict[str, float]:
-    """Read what a format wrote, and compare its features of cells with ours, one image and several at a time.
+    """Compare a written format's features of cells with ours, one image and several at a time, and its own pixels.
 
-    Where the format prepares images itself, its pixels are compared too, and the features that it gives of them.
-
-    Returns:
-        {output: largest difference}.
-
-    Raises:
-        ExportError: a difference is above the tolerance, or the library cannot read the file.
+    Returns {output: largest difference}; ExportError if one is above the tolerance or the file cannot be read.
     """
     form, transform = FORMATS[name], ImageTransform(exported_size(model))
     images = torch.stack([transform(cell) for cell in cells])  # [B, 3, S, S]
