@@ -103,8 +103,8 @@ class Checkpointer:
 
     def paths(self) -> list[Path]:
         """List all complete checkpoints, oldest first."""
-        found = [path for path in self.folder.glob(f"{_PREFIX}*") if path.is_dir() and _number(path) is not None]
-        return sorted(found, key=lambda path: _number(path) or 0)
+        found = (path for path in self.folder.glob(f"{_PREFIX}*") if path.is_dir() and _number(path) >= 0)
+        return sorted(found, key=_number)
 
     def newest(self, before: int | None = None) -> tuple[Path, dict[str, Any]] | None:
         """Find the newest checkpoint whose files are undamaged, and its numbers; None if there is no checkpoint.
@@ -116,7 +116,7 @@ class Checkpointer:
         """
         paths = on_main_process(self.paths)
         if before is not None:
-            paths = [path for path in paths if (_number(path) or 0) <= before]
+            paths = [path for path in paths if _number(path) <= before]
         for path in reversed(paths):
             faults = [fault for found in all_gather_objects(_faults(path)) for fault in found]
             if not faults:
@@ -132,7 +132,7 @@ class Checkpointer:
     def set_aside_after(self, iteration: int) -> None:
         """Rename checkpoints that are newer than the one a run goes on from: they must not count among the newest."""
         for path in self.paths():
-            if (_number(path) or 0) > iteration:
+            if _number(path) > iteration:
                 names = (f"unused_{path.name}_{n}" for n in itertools.count(1))  # a run may go back more than once
                 aside = next(free for name in names if not (free := path.with_name(name)).exists())
                 path.rename(aside)
@@ -187,7 +187,7 @@ class Checkpointer:
         temporary.rename(final)
         sync_folder(self.folder)
         for old in self.paths()[: -self.keep]:
-            if not self.milestone_period or (_number(old) or 0) % self.milestone_period:
+            if not self.milestone_period or _number(old) % self.milestone_period:
                 self._remove(old)
 
     def _remove(self, path: Path) -> None:
@@ -245,6 +245,6 @@ def _faults(path: Path) -> list[str]:
     return faults
 
 
-def _number(path: Path) -> int | None:
+def _number(path: Path) -> int:
     digits = path.name.removeprefix(_PREFIX)
-    return int(digits) if digits.isdigit() else None
+    return int(digits) if digits.isdigit() else -1
