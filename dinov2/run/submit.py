@@ -20,7 +20,7 @@ from typing import Any
 
 import submitit
 from submitit.core.utils import UncompletedJobError
-from submitit.helpers import DelayedSubmission
+from submitit.helpers import Checkpointable
 
 from dinov2.utils.command import REQUEUE_EXIT_CODE, exit_code
 from dinov2.utils.stop_signals import StopSignals
@@ -83,8 +83,8 @@ def add_cluster_arguments(
     add("--wait", action="store_true", help="stay until the job has ended, with its exit code")
 
 
-class TrainingTask:
-    """Each process of a training job: run train.py, and queue an interrupted job again.
+class TrainingTask(Checkpointable):
+    """Each process of a training job: run train.py, which continues from its checkpoints in a job queued again.
 
     The job has a copy of the configuration file: editing the file while the job waits or restarts changes nothing.
     """
@@ -109,10 +109,6 @@ class TrainingTask:
         if code != 0:
             self._end(code, signals.received)
 
-    def checkpoint(self) -> DelayedSubmission:
-        """Return this task for submitit to queue again: train.py continues from its own checkpoints."""
-        return DelayedSubmission(self)
-
     @staticmethod
     def _end(code: int, received: int | None) -> None:
         """End the process of an unfinished run, and queue an interrupted job again unless SLURM does so.
@@ -125,13 +121,14 @@ class TrainingTask:
         if environment.global_rank != 0:
             _let_rank_0_go_first(environment.job_id, math.inf if code == REQUEUE_EXIT_CODE else _HOLD_SECONDS)
         elif code == REQUEUE_EXIT_CODE:
-            asked_to_end = received in (signal.SIGTERM, signal.SIGINT)
-            if not asked_to_end or _is_being_preempted(environment.job_id):
+            fields = _fields_of(environment.job_id)
+            is_preempted = fields.get("JobState") == "RUNNING" and fields.get("PreemptTime", "None") != "None"
+            if received not in (signal.SIGTERM, signal.SIGINT) or is_preempted:
                 signal.raise_signal(signal.Signals[f"SIG{environment.USR_SIG}"])
         sys.exit(code)
 
 
-class EvaluationTask:
+class EvaluationTask(Checkpointable):
     """An evaluation command as a job; queued again, it starts from the beginning."""
 
     def __init__(self, module: str, argv: Sequence[str]) -> None:
@@ -143,17 +140,11 @@ class EvaluationTask:
         if code != 0:
             sys.exit(code)
 
-    def checkpoint(self) -> DelayedSubmission:
-        return DelayedSubmission(self)
-
 
 def submit(
     task: TrainingTask | EvaluationTask, args: argparse.Namespace, output_dir: Path, name: str
 ) -> submitit.Job[None]:
-    """Submit `task` to SLURM with the options `args` of `add_cluster_arguments`.
-
-    submitit writes the task and its logs to `output_dir/submitit/<job id>`, beside the runs, because a run's folder may
-    be moved aside.
+    """Submit `task` to SLURM; submitit writes it and its logs to `output_dir/submitit/<job id>`, beside the runs.
 
     Raises:
         ValueError: options contradict each other, this machine has no SLURM, or SLURM refuses the job.
@@ -273,11 +264,6 @@ def _let_rank_0_go_first(job_id: str, at_most_seconds: float) -> None:
     deadline = time.monotonic() + at_most_seconds
     while time.monotonic() < deadline and _fields_of(job_id).get("JobState", "RUNNING") == "RUNNING":
         time.sleep(5)
-
-
-def _is_being_preempted(job_id: str) -> bool:
-    fields = _fields_of(job_id)
-    return fields.get("JobState") == "RUNNING" and fields.get("PreemptTime", "None") != "None"
 
 
 def _fields_of(job_id: str) -> dict[str, str]:
