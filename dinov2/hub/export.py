@@ -107,7 +107,11 @@ def _obstacle(form: Format, model: DinoVisionTransformer) -> str:
             importlib.import_module(package)
         except ImportError as error:
             return f"it needs {package}, which cannot be imported here ({error}); {EXTRA} installs what exports need"
-    return form.refusal(model)
+    try:
+        form.check(model)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _read(checkpoint: PathLike, image_size: int) -> tuple[DinoVisionTransformer, Origin]:
