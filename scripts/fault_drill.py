@@ -85,7 +85,6 @@ HANGS = re.compile(r"training hangs: rank (\d+) \(host .*?, pid (\d+)\)")
 STAGES = {
     "its folder is made": "",
     "tensors are being written": "__*.distcp",
-    "a rank has its checksums": "checksums_[0-9]*.json",
     "the index is there": ".metadata",
     "the numbers are there": "run.json",
     "it is about to get its name": "checksums_all.json",

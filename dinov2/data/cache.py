@@ -31,9 +31,8 @@ from tqdm import tqdm
 from dinov2.data.datasets.decode import UnreadableImageError, decode_image, resize_image
 from dinov2.data.datasets.sources import ImageSource
 from dinov2.distributed import all_gather_objects, on_main_process
-from dinov2.utils.cores import available_cores
 from dinov2.utils.memory import size_text
-from dinov2.utils.parallel import parallel_map
+from dinov2.utils.parallel import available_cores, parallel_map
 
 logger = logging.getLogger("dinov2")
 

@@ -66,9 +66,7 @@ def is_main_process() -> bool:
 def enable(launch: Launch, device: torch.device, timeout_seconds: float) -> None:
     """Join the process group that `launch` describes: NCCL between GPUs, gloo between CPUs (and for objects).
 
-    Args:
-        device: what this process computes on; a CUDA device becomes the current one.
-        timeout_seconds: how long a step may wait for a rank before it fails.
+    A CUDA `device` becomes the current one. A step waits for a rank for `timeout_seconds`, then fails.
 
     Raises:
         ConnectionError: the processes do not find each other.
@@ -111,28 +109,24 @@ def enable(launch: Launch, device: torch.device, timeout_seconds: float) -> None
 
 
 def _agree_on_start(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> str:
-    """Agree on a name that only the processes of this start know.
+    """Agree on a name that only the processes of this start know; ConnectionError if not all processes come.
 
     torchrun keeps its store when it starts the processes again, with the addresses of those that are gone; and its
     count of restarts is each node's own. So each process publishes a new random number, and rank 0 answers it with its
     own.
-
-    Raises:
-        ConnectionError: not all processes came.
     """
     own, deadline = uuid.uuid4().hex, time.monotonic() + timeout_seconds
     store.set(f"start/here/{rank}", own)
-    others, answered = range(1, world_size), set()
+    others = range(1, world_size)
     while time.monotonic() < deadline:
         if rank != 0 and store.check([f"start/answer/{own}"]):
             start = store.get(f"start/answer/{own}").decode()
             store.set(f"start/ready/{start}/{rank}", "")
             return start
         if rank == 0:
-            for other in others:
-                if store.check([f"start/here/{other}"]) and (here := store.get(f"start/here/{other}")) not in answered:
-                    store.set(f"start/answer/{here.decode()}", own)
-                    answered.add(here)
+            for here in (f"start/here/{other}" for other in others):
+                if store.check([here]):
+                    store.set(f"start/answer/{store.get(here).decode()}", own)
             if not others or store.check([f"start/ready/{own}/{other}" for other in others]):
                 return own
         time.sleep(0.02)

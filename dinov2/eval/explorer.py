@@ -48,7 +48,7 @@ from dinov2.eval.projection import (
 from dinov2.eval.thumbnails import N_COLUMNS, PER_SHEET, ThumbnailSheets, make_thumbnails
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
-from dinov2.utils.cores import available_cores
+from dinov2.utils.parallel import available_cores
 
 logger = logging.getLogger("dinov2")
 

@@ -27,8 +27,8 @@ from dinov2.eval.features import DEFAULT_KIND
 from dinov2.eval.patient_files import extract_patient_files
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
-from dinov2.utils.cores import available_cores
 from dinov2.utils.memory import keep_freed_memory
+from dinov2.utils.parallel import available_cores
 
 logger = logging.getLogger("dinov2")
 

@@ -4,7 +4,7 @@
     __<rank>_<i>.distcp   tensors, each process its own (torch.distributed.checkpoint)
     .metadata             which tensor lies where
     run.json              iteration and other plain numbers
-    checksums_<rank>.json CRC-32 and size of the files of a process
+    checksums_all.json    CRC-32 and size of these files
 
 A checkpoint is written into a hidden folder, which is renamed once all processes have written and synced their files:
 what has its final name is complete. Writing goes on beside the training.
@@ -23,14 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, is_enabled, on_main_process
-from dinov2.fsdp.sharding import checkpoint_group
 from dinov2.utils.files import atomic_write, sync_folder
 from dinov2.utils.sharded_checkpoints import TensorReader, reason_of
 
@@ -41,7 +40,7 @@ for _noise in ("torch.distributed is disabled, unavailable", "TypedStorage is de
     warnings.filterwarnings("ignore", message=_noise, module=r"torch\.distributed\.checkpoint")
 
 _PREFIX = "iteration_"
-_NUMBERS = "run.json"
+_NUMBERS, _CHECKSUMS = "run.json", "checksums_all.json"
 _CHUNK_BYTES = 1 << 24
 
 Tensors = Mapping[str, Any]  # nested mappings with tensors as leaves
@@ -71,16 +70,18 @@ class Checkpointer:
         """
         self.wait()
         if self._group is None and is_enabled():
-            self._group = checkpoint_group()
+            self._group = dist.new_group(backend="gloo")  # beside the training, so that messages do not mix
         final = self.path_of(iteration)
         temporary = self.folder / f".{final.name}.tmp"
         try:
             on_main_process(lambda: self._make_room(temporary))
-            writer = _CheckedWriter(
-                temporary, lambda: self._commit(temporary, final, {"iteration": iteration, **numbers})
-            )
             future = dcp.async_save(
-                dict(tensors), storage_writer=writer, process_group=self._group, no_dist=not is_enabled()
+                dict(tensors),
+                storage_writer=_CommittingWriter(
+                    temporary, lambda: self._commit(temporary, final, {"iteration": iteration, **numbers})
+                ),
+                process_group=self._group,
+                no_dist=not is_enabled(),
             )
         except OSError as error:
             self._report(iteration, error)
@@ -102,8 +103,8 @@ class Checkpointer:
 
     def paths(self) -> list[Path]:
         """List all complete checkpoints, oldest first."""
-        found = [path for path in self.folder.glob(f"{_PREFIX}*") if path.is_dir() and _number(path) is not None]
-        return sorted(found, key=lambda path: _number(path) or 0)
+        found = (path for path in self.folder.glob(f"{_PREFIX}*") if path.is_dir() and _number(path) >= 0)
+        return sorted(found, key=_number)
 
     def newest(self, before: int | None = None) -> tuple[Path, dict[str, Any]] | None:
         """Find the newest checkpoint whose files are undamaged, and its numbers; None if there is no checkpoint.
@@ -115,7 +116,7 @@ class Checkpointer:
         """
         paths = on_main_process(self.paths)
         if before is not None:
-            paths = [path for path in paths if (_number(path) or 0) <= before]
+            paths = [path for path in paths if _number(path) <= before]
         for path in reversed(paths):
             faults = [fault for found in all_gather_objects(_faults(path)) for fault in found]
             if not faults:
@@ -131,7 +132,7 @@ class Checkpointer:
     def set_aside_after(self, iteration: int) -> None:
         """Rename checkpoints that are newer than the one a run goes on from: they must not count among the newest."""
         for path in self.paths():
-            if (_number(path) or 0) > iteration:
+            if _number(path) > iteration:
                 names = (f"unused_{path.name}_{n}" for n in itertools.count(1))  # a run may go back more than once
                 aside = next(free for name in names if not (free := path.with_name(name)).exists())
                 path.rename(aside)
@@ -177,15 +178,16 @@ class Checkpointer:
         """Give the folder its final name, on the coordinating process, once all processes have written their files."""
         with atomic_write(temporary / _NUMBERS, "w") as file:
             json.dump(numbers, file)
-        lists = sorted(temporary.glob("checksums_*.json"))
-        _write_checksums(temporary, "all", [temporary / ".metadata", temporary / _NUMBERS, *lists])
-        sync_folder(temporary)
+        files = [temporary / ".metadata", temporary / _NUMBERS, *sorted(temporary.glob("*.distcp"))]
+        sums = {file.name: {"crc32": _crc32(file), "bytes": file.stat().st_size} for file in files}
+        with atomic_write(temporary / _CHECKSUMS, "w") as file:
+            json.dump(sums, file)
         if final.exists():
             self._remove(final)
         temporary.rename(final)
         sync_folder(self.folder)
         for old in self.paths()[: -self.keep]:
-            if not self.milestone_period or (_number(old) or 0) % self.milestone_period:
+            if not self.milestone_period or _number(old) % self.milestone_period:
                 self._remove(old)
 
     def _remove(self, path: Path) -> None:
@@ -204,30 +206,16 @@ class Checkpointer:
         )
 
 
-class _CheckedWriter(FileSystemWriter):
-    """Writes checksums beside the files, and commits when all processes have written."""
+class _CommittingWriter(FileSystemWriter):
+    """Commits a checkpoint when all processes have written."""
 
     def __init__(self, path: Path, commit: Callable[[], None]) -> None:
         super().__init__(path, single_file_per_rank=True, sync_files=True)
         self._commit = commit
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
-        written = super().write_data(plan, planner)
-        written.wait()
-        folder = Path(self.path)
-        rank = get_rank()
-        _write_checksums(folder, str(rank), sorted(folder.glob(f"__{rank}_*.distcp")))
-        return written
-
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
         self._commit()
-
-
-def _write_checksums(folder: Path, owner: str, files: list[Path]) -> None:
-    sums = {file.name: {"crc32": _crc32(file), "bytes": file.stat().st_size} for file in files}
-    with atomic_write(folder / f"checksums_{owner}.json", "w") as file:
-        json.dump(sums, file)
 
 
 def _crc32(path: Path) -> int:
@@ -240,10 +228,8 @@ def _crc32(path: Path) -> int:
 
 def _faults(path: Path) -> list[str]:
     """List what is wrong with this process's share of the files."""
-    lists = sorted(path.glob("checksums_*.json"))
-    if get_rank() == 0 and not (path / "checksums_all.json").is_file():
-        return [f"{path.name}/checksums_all.json is missing"]
     faults = []
+    lists = {path / _CHECKSUMS, *path.glob("checksums_*.json")}  # once, each process wrote its own
     try:
         expected = {name: entry for file in lists for name, entry in json.loads(file.read_text()).items()}
     except (OSError, ValueError) as error:
@@ -259,6 +245,6 @@ def _faults(path: Path) -> list[str]:
     return faults
 
 
-def _number(path: Path) -> int | None:
+def _number(path: Path) -> int:
     digits = path.name.removeprefix(_PREFIX)
-    return int(digits) if digits.isdigit() else None
+    return int(digits) if digits.isdigit() else -1

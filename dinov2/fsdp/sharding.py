@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -59,14 +58,14 @@ def shard(
     """
     gathered = None if param_dtype == torch.float32 else param_dtype
     own_blocks = list(blocks)
-    # inputs keep their type: autocast decides what each operation computes in, as without sharding
-    block_policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    rest_policy = MixedPrecisionPolicy(
-        param_dtype=None if own_blocks else gathered, reduce_dtype=reduce_dtype, cast_forward_inputs=False
-    )
-    for block in own_blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=block_policy)
-    fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=rest_policy)
+    for unit in (*own_blocks, module):
+        # inputs keep their type: autocast decides what each operation computes in, as without sharding
+        policy = MixedPrecisionPolicy(
+            param_dtype=None if own_blocks and unit is module else gathered,
+            reduce_dtype=reduce_dtype,
+            cast_forward_inputs=False,
+        )
+        fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
 
 
 def replicate(module: nn.Module, *, reduce_dtype: torch.dtype) -> DistributedDataParallel:
@@ -107,21 +106,18 @@ def whole(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def lerp_(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -> None:
     """targets <- targets + weight * (sources - targets), in place, for any sharding of either side."""
-    matched = [_laid_out_as(target, source) for target, source in zip(targets, sources, strict=True)]
-    plain = [(_local(target), _local(source)) for target, source in zip(targets, matched, strict=True)]
-    torch._foreach_lerp_([target for target, _ in plain], [source for _, source in plain], weight)
+    matched = [_local(_laid_out_as(target, source)) for target, source in zip(targets, sources, strict=True)]
+    torch._foreach_lerp_([_local(target) for target in targets], matched, weight)
 
 
 def _laid_out_as(target: Tensor, source: Tensor) -> Tensor:
-    if isinstance(target, DTensor):
-        if isinstance(source, DTensor) and (source.device_mesh, source.placements) == (
-            target.device_mesh,
-            target.placements,
-        ):
-            return source
-        # every process has the whole source, so nothing is sent
-        return distribute_tensor(whole(source), target.device_mesh, target.placements, src_data_rank=None)
-    return whole(source)
+    if not isinstance(target, DTensor):
+        return whole(source)
+    layout = target.device_mesh, target.placements
+    if isinstance(source, DTensor) and (source.device_mesh, source.placements) == layout:
+        return source
+    # every process has the whole source, so nothing is sent
+    return distribute_tensor(whole(source), *layout, src_data_rank=None)
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -131,8 +127,3 @@ def _local(tensor: Tensor) -> Tensor:
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Compute the 2-norm of all entries of `tensors` over all shards: 0-d, the same on every process."""
     return whole(nn.utils.get_total_norm(tensors))
-
-
-def checkpoint_group() -> "dist.ProcessGroup | None":
-    """Make a process group for writing checkpoints beside the training, so that messages do not mix."""
-    return dist.new_group(backend="gloo") if dist.is_initialized() else None

@@ -103,19 +103,15 @@ def _with_transform(model: DinoVisionTransformer, img_size: int) -> DinoVisionTr
 
 
 def trained_image_size(source: PathLike) -> int | None:
-    """Return the side in pixels of the images that a network was trained on or is meant for; None if unknown.
-
-    A training run's files record the size of its global crops; folders of transformers and timm that of their images.
-    """
+    """Return the side in pixels of the images that a network was trained on or is meant for; None if unknown."""
     size = read_networks(checkpoint_file(source)).recorded.get("img_size")
     return None if size is None else int(size)
 
 
 def untrained_backbone(source: PathLike, img_size: int = 224, seed: int = 0) -> DinoVisionTransformer:
-    """Build the architecture of `load_backbone(source)` with random weights from `seed`, in eval mode.
+    """Build the architecture of `load_backbone(source)` with random weights from `seed`, in eval mode: a baseline.
 
-    This is the baseline of training. Layer scale starts where the file's `architecture` says, or at 1.0, where an
-    untrained network is the stronger baseline.
+    Layer scale starts where the file's `architecture` says, or at 1.0, where an untrained network is stronger.
     """
     path = checkpoint_file(source)
     stored = read_networks(path)
@@ -126,14 +122,10 @@ def untrained_backbone(source: PathLike, img_size: int = 224, seed: int = 0) -> 
 
 
 def read_heads(source: PathLike) -> dict[str, dict[str, Tensor]]:
-    """Read the heads beside a backbone, of the teacher where there are two networks.
+    """Read the heads beside a backbone: {"dino_head": tensors, "ibot_head": tensors} in fp32, those that exist.
 
-    Returns:
-        {"dino_head": tensors, "ibot_head": tensors} in fp32, those that exist, with names as `DINOHead` has them:
-        `last_layer.weight_g` and `_v` also for files that use torch's parametrization. Releases of DINOv2 have none.
-
-    Raises:
-        as `load_backbone`.
+    Names are those of `DINOHead`: `last_layer.weight_g` and `_v` also for files that use torch's parametrization.
+    Raises what `load_backbone` does.
     """
     return read_networks(checkpoint_file(source)).heads
 

@@ -35,15 +35,11 @@ _HF_OUTSIDE = {
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "norm": "layernorm",
 }
-# within a block, but for attn.qkv
+# within a block, but for attn.qkv; other names are the same
 _HF_INSIDE = {
-    "norm1": "norm1",
-    "norm2": "norm2",
     "attn.proj": "attention.output.dense",
     "ls1.gamma": "layer_scale1.lambda1",
     "ls2.gamma": "layer_scale2.lambda1",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
     "mlp.w12": "mlp.weights_in",
     "mlp.w3": "mlp.weights_out",
 }
@@ -58,10 +54,6 @@ _HF_PARTS = {
     "attn.qkv": tuple(f"attention.attention.{third}" for third in THIRDS),
     "mlp.w12": ("mlp.gate_proj", "mlp.up_proj"),
 }
-_HF_PREFIXES = (
-    "dinov2_with_registers.",
-    "dinov2.",
-)  # before the backbone's names in a network with a classifier
 
 _TIMM_GATED = {"mlp.w12": "mlp.fc1", "mlp.w3": "mlp.fc2"}
 _TIMM_SIZES = {
@@ -85,11 +77,7 @@ def is_hugging_face(state: Mapping[str, Tensor]) -> bool:
 
 
 def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a backbone's tensors for `Dinov2Model.from_pretrained` and `Dinov2WithRegistersModel.from_pretrained`.
-
-    Args:
-        state: our names, without block chunks.
-    """
+    """Rename a backbone's tensors, without block chunks, for `from_pretrained` of transformers' two classes."""
     renamed = {}
     for name, value in _completed(state).items():
         block, inner = _split_block(name)
@@ -110,8 +98,7 @@ def from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     inside = {theirs: ours for ours, theirs in _HF_INSIDE.items()}
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
-        prefix = next((prefix for prefix in _HF_PREFIXES if name.startswith(prefix)), "")
-        name = name.removeprefix(prefix)
+        name = re.sub(r"^dinov2(_with_registers)?\.", "", name)  # in a network with a classifier
         if name.startswith("classifier."):
             continue
         match = re.match(r"encoder\.layer\.(\d+)\.(.+)", name)
@@ -140,14 +127,8 @@ def _joined(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def hugging_face_config(architecture: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of transformers' `Dinov2Config`, or of `Dinov2WithRegistersConfig` for registers.
 
-    transformers does not change the position embeddings for images of side `image_size`, and interpolates them in its
-    own way (bicubic, without offset and antialiasing) for others.
-
-    Args:
-        architecture: as `dinov2.models.architecture` gives it, with a square img_size.
-
-    Raises:
-        ValueError: the class does not support this architecture.
+    For images of another side than `image_size`, transformers interpolates position embeddings in its own way (bicubic,
+    without offset and antialiasing). ValueError for an architecture that the classes do not support.
     """
     if architecture["mlp_ratio"] != int(architecture["mlp_ratio"]):
         raise ValueError(
@@ -176,11 +157,7 @@ def hugging_face_config(architecture: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a backbone's tensors for the timm model of `timm_arguments`, exactly those that it loads.
-
-    Args:
-        state: our names, without block chunks.
-    """
+    """Rename a backbone's tensors, without block chunks, for the timm model of `timm_arguments`."""
     renamed = {}
     for name, value in _completed(state).items():
         block, inner = _split_block(name)
@@ -218,15 +195,9 @@ def _is_gated_in_timm(state: Mapping[str, Tensor], block: str) -> bool:
 def timm_arguments(architecture: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return the name and further arguments of `timm.create_model` for a backbone.
 
-    With `img_size`, timm does not change the position embeddings and takes images of that side only, unless
-    `dynamic_img_size=True` turns on its own interpolation (bicubic with antialiasing).
-
-    Args:
-        architecture: as `dinov2.models.architecture` gives it, with a square img_size.
-
-    Returns:
-        for instance ("vit_small_patch14_dinov2", {"img_size": 224, "num_classes": 0}); a network without a name in timm
-        gets a similar one's name with its dimensions as arguments.
+    For instance ("vit_small_patch14_dinov2", {"img_size": 224, "num_classes": 0}); a network without a name in timm
+    gets a similar one's name with its dimensions as arguments. timm then takes images of side `img_size` only, unless
+    `dynamic_img_size=True` turns on its own interpolation of position embeddings (bicubic with antialiasing).
     """
     is_gated, n_registers = _is_gated(architecture), architecture["num_register_tokens"]
     sizes = _TIMM_SIZES[is_gated]

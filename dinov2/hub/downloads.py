@@ -16,27 +16,16 @@ from dinov2.utils.paths import cache_folder, download, local_path
 
 @dataclass(frozen=True)
 class Release:
-    """Published weights.
+    """Published weights."""
 
-    Attributes:
-        name: what users call it.
-        arch: as `dinov2.models` knows it.
-        img_size: side in pixels of the images that its position embeddings are for.
-        folder: default beginning of its URL.
-        folder_variable: environment variable that replaces that beginning.
-        path: the rest of the URL.
-        title: for readers.
-        sha256: of the file; empty where none is published.
-    """
-
-    name: str
-    arch: str
-    img_size: int
-    folder: str
-    folder_variable: str
-    path: str
+    name: str  # what users call it
+    arch: str  # as `dinov2.models` knows it
+    img_size: int  # side in pixels of the images that its position embeddings are for
+    folder: str  # default beginning of its URL
+    folder_variable: str  # environment variable that replaces that beginning
+    path: str  # the rest of the URL
     title: str
-    sha256: str = ""
+    sha256: str = ""  # of the file; empty where none is published
 
     @property
     def url(self) -> str:
@@ -90,13 +79,11 @@ def resolve_weights(source: PathLike) -> Path:
     """Return the file or folder that `source` names on this machine; names and URLs are downloaded once.
 
     Args:
-        source: an existing file or folder; a name out of `RELEASES`; or a URL. An http(s) URL may end in
-            `#sha256=<64 digits>`, which the file must then have. s3:// needs boto3.
+        source: a name out of `RELEASES`, or a path or URL as `local_path` takes it.
 
     Raises:
         FileNotFoundError: it is none of these, or the server has no such file.
-        ConnectionError: it cannot be downloaded; the message says which file to put where instead.
-        ValueError: the file does not have its checksum, or is a web page; or a URL of an unknown kind.
+        ConnectionError, ValueError: as `local_path`.
     """
     text = os.fspath(source)
     release = next((known for known in RELEASES.values() if known.url == text), None)

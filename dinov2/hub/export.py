@@ -21,11 +21,10 @@ import argparse
 import importlib
 import logging
 import math
-import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -73,18 +72,11 @@ def export_backbone(
 ) -> None:
     """Write a checkpoint's backbone to `output_dir` in several formats, checked, with a model card.
 
-    Args:
-        checkpoint: whatever `load_backbone` reads.
-        output_dir: a new or empty folder.
-        formats: names out of `FORMATS`; None for all that are installed and support the network.
-        image_size: side of the images in pixels; 0 for that of the training run if the file has it, else 224.
-        results: results.json files to quote in the card.
-        tolerance: largest difference allowed between an exported file's features and ours.
-        overwrite: replace an earlier export in `output_dir`.
+    The arguments are the command's options (see `--help`).
 
     Raises:
         ExportError: a file does not reproduce our features; `output_dir` is then unchanged.
-        FileNotFoundError, ValueError: a wrong argument.
+        FileNotFoundError, NotADirectoryError, ValueError: a wrong argument.
     """
     _check_free(output_dir, overwrite)
     model, origin = _read(checkpoint, image_size)
@@ -115,7 +107,11 @@ def _obstacle(form: Format, model: DinoVisionTransformer) -> str:
             importlib.import_module(package)
         except ImportError as error:
             return f"it needs {package}, which cannot be imported here ({error}); {EXTRA} installs what exports need"
-    return form.refusal(model)
+    try:
+        form.check(model)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _read(checkpoint: PathLike, image_size: int) -> tuple[DinoVisionTransformer, Origin]:
@@ -143,15 +139,9 @@ def draw_cells() -> list[Image.Image]:
 def compare(
     name: str, model: DinoVisionTransformer, folder: Path, cells: Sequence[Image.Image], tolerance: float
 ) -> dict[str, float]:
-    """Read what a format wrote, and compare its features of cells with ours, one image and several at a time.
+    """Compare a written format's features of cells with ours, one image and several at a time, and its own pixels.
 
-    Where the format prepares images itself, its pixels are compared too, and the features that it gives of them.
-
-    Returns:
-        {output: largest difference}.
-
-    Raises:
-        ExportError: a difference is above the tolerance, or the library cannot read the file.
+    Returns {output: largest difference}; ExportError if one is above the tolerance or the file cannot be read.
     """
     form, transform = FORMATS[name], ImageTransform(exported_size(model))
     images = torch.stack([transform(cell) for cell in cells])  # [B, 3, S, S]
@@ -169,12 +159,12 @@ def compare(
         for output, value in theirs.items():
             largest = _largest_difference(ours[output][: len(given)], value)
             differences[output] = max(differences.get(output, 0.0), largest)
-    logger.info("%s: largest difference %s", name, _listed(differences))
-    too_large = {output: value for output, value in differences.items() if not value <= tolerance}
-    if too_large:
+    text = ", ".join(f"{output} {value:.2g}" for output, value in differences.items())
+    logger.info("%s: largest difference %s", name, text)
+    if any(value > tolerance for value in differences.values()):
         raise ExportError(
-            f"{name}: what was written differs from the network by more than --tolerance {tolerance:g}: "
-            f"{_listed(too_large)}; nothing is exported"
+            f"{name}: what was written differs from the network by more than --tolerance {tolerance:g}: {text}; "
+            "nothing is exported"
         )
     return differences
 
@@ -187,16 +177,12 @@ def _largest_difference(expected: Tensor, found: Tensor) -> float:
     return largest if math.isfinite(largest) else math.inf
 
 
-def _listed(differences: Mapping[str, float]) -> str:
-    return ", ".join(f"{output} {value:.2g}" for output, value in differences.items())
-
-
 # --- the folder -----------------------------------------------------------------------------------------------------
 
 
 def _check_free(output_dir: Path, overwrite: bool) -> None:
     """Refuse to write over what is there, unless it is an earlier export and `overwrite` allows it."""
-    if not os.path.lexists(output_dir):
+    if not output_dir.exists():
         return
     if not output_dir.is_dir():
         raise NotADirectoryError(f"--output-dir: {output_dir} is a file; choose another folder")
@@ -221,9 +207,8 @@ def _appearing(final: Path, overwrite: bool) -> Iterator[Path]:
         inner.mkdir()
         yield inner
         rights = inner.stat().st_mode & 0o666  # some libraries write files that only their owner may read
-        for path in inner.rglob("*"):
-            if path.is_file():
-                path.chmod(rights)
+        for path in files_below(inner):
+            path.chmod(rights)
         _check_free(final, overwrite)
         if final.exists():
             final.rename(temporary / "before")
@@ -281,17 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     setup_logging()
     try:
-        return exit_code(
-            lambda: export_backbone(
-                args.checkpoint,
-                args.output_dir,
-                args.formats,
-                image_size=args.image_size,
-                results=args.results,
-                tolerance=args.tolerance,
-                overwrite=args.overwrite,
-            )
-        )
+        return exit_code(lambda: export_backbone(**vars(args)))
     except ExportError as error:
         logger.error("%s", error)
         return 1

@@ -69,22 +69,15 @@ def own_tokens(model: DinoVisionTransformer, images: Tensor) -> dict[str, Tensor
 
 @dataclass(frozen=True)
 class Format:
-    """One format.
-
-    Attributes:
-        title: for readers.
-        packages: modules to import for writing and reading, beyond this project's requirements.
-        write: writes it below a folder.
-        read: reads it with its own library.
-        refusal: returns why a network cannot be written in this format; empty if it can.
-        prepare: transforms images with its own library, to normalised [B, 3, S, S]; None if it has no transform.
-    """
+    """One format: how it is written below a folder, and read with its own library."""
 
     title: str
-    packages: tuple[str, ...]
+    packages: tuple[str, ...]  # modules to import for it, beyond this project's requirements
     write: Callable[[DinoVisionTransformer, Path], None]
     read: Callable[[DinoVisionTransformer, Path], Embed]
-    refusal: Callable[[DinoVisionTransformer], str] = lambda model: ""
+    # raises ValueError for a network that it cannot hold
+    check: Callable[[DinoVisionTransformer], object] = lambda model: None
+    # transforms images with its own library, to normalised [B, 3, S, S]
     prepare: Callable[[Path, Sequence[Image.Image]], Tensor] | None = None
 
 
@@ -138,14 +131,6 @@ def hugging_face_preprocessor(image_size: int) -> dict[str, Any]:
         "image_mean": list(IMAGENET_MEAN),
         "image_std": list(IMAGENET_STD),
     }
-
-
-def _hugging_face_refusal(model: DinoVisionTransformer) -> str:
-    try:
-        conversions.hugging_face_config(architecture(model))
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def _write_hugging_face(model: DinoVisionTransformer, folder: Path) -> None:
@@ -314,7 +299,7 @@ FORMATS: dict[str, Format] = {
         ("transformers",),
         _write_hugging_face,
         _read_hugging_face,
-        _hugging_face_refusal,
+        lambda model: conversions.hugging_face_config(architecture(model)),
         _prepare_hugging_face,
     ),
     "timm": Format("timm", ("timm",), _write_timm, _read_timm),

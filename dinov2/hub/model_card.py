@@ -4,9 +4,8 @@ A card is published with the weights, so it names files and lists without their 
 """
 
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -36,29 +35,18 @@ _SCHEDULE = (
     *("optim.warmup_epochs", "optim.min_lr", "optim.weight_decay", "optim.weight_decay_end", "optim.clip_grad"),
     *("optim.layerwise_decay", "teacher.momentum_teacher", "teacher.final_momentum_teacher", "train.seed"),
 )
-_METRICS = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "weighted_f1": "weighted F1",
-    "macro_f1": "macro F1",
-    "auroc": "AUROC",
-}
+_IMAGE_LINE = re.compile(rb"^\s*[^#\s]", re.MULTILINE)  # of a path list; others are empty or comments
+_METRICS = ("accuracy", "balanced_accuracy", "weighted_f1", "macro_f1", "auroc")
 _DATA_FLAGS = ("data", "train", "test", "features", "test_features", "bags", "names")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a network comes from.
+    """Where a network comes from."""
 
-    Attributes:
-        file: the checkpoint; a folder where its weights lie in several files.
-        sha256: of it.
-        grid: patches along one side of the checkpoint's position embeddings.
-    """
-
-    file: Path
+    file: Path  # the checkpoint; a folder where its weights lie in several files
     sha256: str
-    grid: int
+    grid: int  # patches along one side of the checkpoint's position embeddings
 
     @property
     def title(self) -> str:
@@ -78,11 +66,9 @@ class Origin:
     @property
     def run_folder(self) -> Path | None:
         """The run that wrote eval/training_<n>/<file> or checkpoints/iteration_<n>, if it still has its config.yaml."""
-        if self.iteration is None:
-            return None
-        parents = [parent for parent in self.file.parents if parent.name in ("eval", "checkpoints")]
-        folder = parents[0].parent if parents else None
-        return folder if folder is not None and (folder / "config.yaml").is_file() else None
+        parents = [] if self.iteration is None else self.file.parents
+        run = next((parent.parent for parent in parents if parent.name in ("eval", "checkpoints")), None)
+        return run if run is not None and (run / "config.yaml").is_file() else None
 
 
 def write_card(
@@ -103,8 +89,8 @@ def write_card(
         results: {file: its content}, as `read_results` gives it.
         left_out: {format: why it was not written}.
     """
-    known, size = architecture(model), exported_size(model)
-    timm_name, timm_options = timm_arguments(known)
+    size = exported_size(model)
+    timm_name, timm_options = timm_arguments(architecture(model))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         trim_blocks=True,
@@ -112,20 +98,23 @@ def write_card(
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.globals.update(grid=_grid, table=_table, as_arguments=_as_arguments)
     card = environment.get_template("model_card.md.jinja").render(
-        **{"origin": origin, "origin_rows": _origin_rows(origin), "model": model, "known": known},
-        **{"size": size, "grid_side": size // model.patch_size},
-        **{"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
-        n_parameters=f"{sum(value.numel() for value in model.state_dict().values()):,}",
-        **(_run_sections(origin.run_folder) if origin.run_folder is not None else {"recipe": {}}),
+        origin=origin,
+        origin_rows=_origin_rows(origin),
+        model=model,
+        known=architecture(model),
+        size=size,
+        grid_side=size // model.patch_size,
+        mean=list(IMAGENET_MEAN),
+        std=list(IMAGENET_STD),
+        n_parameters=sum(value.numel() for value in model.state_dict().values()),
+        run=None if origin.run_folder is None else _run_sections(origin.run_folder),
         results=[_quoted(file, content) for file, content in results.items()],
         formats=FORMATS,
         processor_arguments=PROCESSOR_ARGUMENTS,
         timm_name=timm_name,
         timm_arguments={**timm_options, "checkpoint_path": f"{TIMM_FOLDER}/{WEIGHTS_NAME}"},
         differences=differences,
-        compared=[(name, f"{max(found.values()):.1e}", ", ".join(found)) for name, found in differences.items()],
         left_out=left_out,
         files=[
             (path.relative_to(folder).as_posix(), f"{path.stat().st_size:,}", file_sha256(path))
@@ -158,7 +147,7 @@ def _run_sections(folder: Path) -> dict[str, Any]:
         {key: value for key in keys if (value := OmegaConf.select(cfg, key)) is not None}
         for keys in (_RECIPE, _SCHEDULE)
     )
-    started_from = Path(str(OmegaConf.select(cfg, "student.pretrained_weights") or "")).name
+    started_from = Path(OmegaConf.select(cfg, "student.pretrained_weights") or "").name
     if {"optim.epochs", "train.OFFICIAL_EPOCH_LENGTH"} <= schedule.keys():
         n_iterations = round(schedule["optim.epochs"] * schedule["train.OFFICIAL_EPOCH_LENGTH"])
         schedule = {"iterations planned": f"{n_iterations:,}", **schedule}
@@ -169,13 +158,8 @@ def _run_sections(folder: Path) -> dict[str, Any]:
     return {
         "recipe": {"started from": started_from or "random weights", **recipe},
         "schedule": schedule,
-        "lists": [(file.name, f"{_count_images(file):,}", file_sha256(file)) for file in files],
+        "lists": [(file.name, f"{len(_IMAGE_LINE.findall(file.read_bytes())):,}", file_sha256(file)) for file in files],
     }
-
-
-def _count_images(file: Path) -> int:
-    lines = (line.strip() for line in file.read_bytes().splitlines())
-    return sum(bool(line) and not line.startswith(b"#") for line in lines)
 
 
 # --- results --------------------------------------------------------------------------------------------------------
@@ -198,16 +182,13 @@ def read_results(file: Path, origin: Origin) -> dict[str, Any]:
         raise ValueError(f"--results: {file} holds no accuracies; give results.json files that an evaluation wrote")
     evaluated, iteration = content.get("checkpoint"), content.get("iteration")
     sha256 = evaluated.get("checkpoint_sha256") if isinstance(evaluated, dict) else None
+    other = ""
     if sha256 not in (None, origin.sha256):
-        raise ValueError(
-            f"--results: {file} is about the checkpoint with sha256 {sha256}, not about {origin.file.name} "
-            f"({origin.sha256}); give results of the checkpoint that is exported"
-        )
-    if None not in (iteration, origin.iteration) and iteration != origin.iteration:
-        raise ValueError(
-            f"--results: {file} is about the teacher after iteration {iteration}, not {origin.iteration}; give results "
-            f"of the checkpoint that is exported"
-        )
+        other = f"the checkpoint with sha256 {sha256}, not about {origin.file.name} ({origin.sha256})"
+    elif None not in (iteration, origin.iteration) and iteration != origin.iteration:
+        other = f"the teacher after iteration {iteration}, not {origin.iteration}"
+    if other:
+        raise ValueError(f"--results: {file} is about {other}; give results of the checkpoint that is exported")
     return content
 
 
@@ -220,49 +201,27 @@ def _quoted(file: Path, content: Mapping[str, Any]) -> tuple[str, list[str], lis
     """Return a description of a results.json, and header and rows of the table of its metrics."""
     settings = content.get("settings", {})
     about = [f"`{file.name}` ({file_sha256(file)})", f"protocol {content.get('protocol', 'of training')}"]
-    about += [f"{flag} {_file_names(settings[flag])}" for flag in _DATA_FLAGS if settings.get(flag)]
+    for flag in _DATA_FLAGS:
+        if value := settings.get(flag):
+            paths = value if isinstance(value, list) else [value]
+            about.append(f"{flag} {', '.join(Path(path).name for path in paths)}")
     if content.get("date"):
-        about.append(str(content["date"])[:10])
+        about.append(content["date"][:10])
     accuracies = dict(_accuracies(_numbers_of(content)))
     columns = [name for name in _METRICS if any(name in metrics for metrics in accuracies.values())]
     rows = [
         [label, *(f"{100 * metrics[name]:.1f}" if name in metrics else "" for name in columns)]
         for label, metrics in accuracies.items()
     ]
-    return ", ".join(about), ["features and method", *(_METRICS[name] for name in columns)], rows
+    return ", ".join(about), ["features and method", *(name.replace("_", " ") for name in columns)], rows
 
 
 def _accuracies(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, float]]]:
     """Yield (path of keys, metrics) of each innermost dictionary with an accuracy."""
     if not isinstance(content, Mapping):
         return
-    metrics = {name: content[name] for name in _METRICS if isinstance(content.get(name), (int, float))}
-    if "accuracy" in metrics:
-        yield " / ".join(path), {name: value for name, value in metrics.items() if math.isfinite(value)}
+    if "accuracy" in content:
+        yield " / ".join(path), {name: content[name] for name in _METRICS if content.get(name) is not None}
         return
     for name, value in content.items():
-        yield from _accuracies(value, (*path, str(name)))
-
-
-def _file_names(value: Any) -> str:
-    return ", ".join(Path(str(one)).name for one in (value if isinstance(value, list) else [value]))
-
-
-# --- functions of the template---------------------------------------------------------------------------------------
-
-
-def _as_arguments(arguments: Mapping[str, Any]) -> str:
-    """Write further arguments of a call as code."""
-    return "".join(
-        f", {name}={json.dumps(value) if isinstance(value, str) else value}" for name, value in arguments.items()
-    )
-
-
-def _table(rows: Mapping[str, Any]) -> str:
-    shown = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in rows.items()}
-    return _grid(("", ""), list(shown.items()))
-
-
-def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+        yield from _accuracies(value, (*path, name))

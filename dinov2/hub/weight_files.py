@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -50,27 +51,18 @@ _HF_SETTINGS = {
 _HF_FIXED = {"hidden_act": "gelu", "layer_norm_eps": LAYER_NORM_EPS}
 _HF_TYPES = ("dinov2", "dinov2_with_registers")
 _TIMM_SETTINGS = {
-    "embed_dim": "embed_dim",
-    "depth": "depth",
-    "num_heads": "num_heads",
+    **{name: name for name in ("embed_dim", "depth", "num_heads")},
     "reg_tokens": "num_register_tokens",
 }
 
 
 @dataclass
 class StoredNetworks:
-    """The teacher's networks of a checkpoint, or its only ones.
+    """The teacher's networks of a checkpoint, or its only ones: tensors in fp32 on the CPU."""
 
-    Attributes:
-        backbone: tensors in fp32 on the CPU, without prefixes and block chunks.
-        heads: {"dino_head": tensors, "ibot_head": tensors}, those that exist.
-        recorded: the recorded architecture, with names of `models.architecture`; `img_size` is the side of the images
-            that the network was trained on or is meant for.
-    """
-
-    backbone: dict[str, Tensor]
-    heads: dict[str, dict[str, Tensor]]
-    recorded: dict[str, Any]
+    backbone: dict[str, Tensor]  # without prefixes and block chunks
+    heads: dict[str, dict[str, Tensor]]  # {"dino_head": tensors, "ibot_head": tensors}, those that exist
+    recorded: dict[str, Any]  # architecture, as `models.architecture` has it; img_size is of the images it is meant for
 
 
 def checkpoint_file(source: PathLike) -> Path:
@@ -89,14 +81,16 @@ def checkpoint_file(source: PathLike) -> Path:
     for name in (TEACHER_FILE, *FOLDER_WEIGHTS):
         if (path / name).is_file():
             return path / name
-    teachers = _by_iteration(path, "eval/training_*", TEACHER_FILE)
-    if teachers:
-        return teachers[max(teachers)] / TEACHER_FILE
-    checkpoints = _by_iteration(path, "checkpoints/iteration_*", METADATA_FILE) or _by_iteration(
-        path, "iteration_*", METADATA_FILE
-    )
-    if checkpoints:
-        return checkpoints[max(checkpoints)]
+    for pattern in (
+        f"eval/training_*/{TEACHER_FILE}",
+        f"checkpoints/iteration_*/{METADATA_FILE}",
+        f"iteration_*/{METADATA_FILE}",
+    ):
+        numbers = {file: file.parent.name.rpartition("_")[2] for file in path.glob(pattern)}
+        files = [file for file, number in numbers.items() if number.isdigit()]
+        if files:
+            newest = max(files, key=lambda file: int(numbers[file]))
+            return newest if newest.name == TEACHER_FILE else newest.parent
     raise FileNotFoundError(
         f"checkpoint: no weights in the folder {str(path)!r}: neither eval/training_<iteration>/{TEACHER_FILE}, which "
         f"a run writes at each evaluation, nor checkpoints/iteration_<n>/, nor {' or '.join(FOLDER_WEIGHTS)}; pass a "
@@ -106,15 +100,6 @@ def checkpoint_file(source: PathLike) -> Path:
 
 def _is_split(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (METADATA_FILE, *INDEX_FILES))
-
-
-def _by_iteration(folder: Path, pattern: str, needed: str) -> dict[int, Path]:
-    """Map iterations to their folders, for folders that have the file `needed`."""
-    return {
-        int(digits): found
-        for found in folder.glob(pattern)
-        if (digits := found.name.rpartition("_")[2]).isdigit() and (found / needed).is_file()
-    }
 
 
 # --- tensors under our names ----------------------------------------------------------------------------------------
@@ -180,11 +165,9 @@ def _unique(named: list[tuple[str, Tensor]], path: Path) -> dict[str, Tensor]:
 
 
 def _with_old_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    renamed = {}
-    for name, value in state.items():
-        new = next((new for new in WEIGHT_NORM if name.endswith(new)), "")
-        renamed[name.removesuffix(new) + WEIGHT_NORM[new] if new else name] = value
-    return renamed
+    for new, old in WEIGHT_NORM.items():
+        state = {name.replace(new, old): value for name, value in state.items()}
+    return dict(state)
 
 
 def without_chunk(name: str) -> str:
@@ -212,8 +195,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def read_weights_file(path: Path) -> dict[str, Any]:
     """Read tensors and plain values of a .pth/.pt or .safetensors file to the CPU, without running any code in it.
-
-    The values include `architecture` (JSON) from the metadata of a safetensors file.
 
     Raises:
         ValueError: the file is damaged, is something else, or needs pickled code.
@@ -257,9 +238,9 @@ def _read_safetensors(path: Path, damaged: str) -> dict[str, Any]:
             described = (file.metadata() or {}).get("architecture")
     except SafetensorError as error:
         raise ValueError(f"{damaged} ({error})") from error
-    if described is None or not described.startswith("{"):  # other tools put a name there
-        return content
-    return {**content, "architecture": _parsed(described, path)}
+    if described and described.startswith("{"):  # other tools put a name there
+        content["architecture"] = _parsed(described, path)
+    return content
 
 
 def _read_split(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -307,11 +288,7 @@ def _read_run_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    """Read the architecture from transformers' or timm's config.json.
-
-    Raises:
-        ValueError: it is another kind of network, or needs another mean and std than ImageNet's.
-    """
+    """Read the architecture from transformers' or timm's config.json; ValueError for one that cannot be used."""
     file = folder / CONFIG_FILE
     if not file.is_file():
         return {}
@@ -338,10 +315,9 @@ def _described_by_transformers(config: Mapping[str, Any], file: Path) -> dict[st
     preprocessor = file.with_name(PREPROCESSOR_FILE)
     if preprocessor.is_file():
         settings = _parsed(preprocessor.read_text(encoding="utf-8"), preprocessor)
-        if settings.get("do_normalize", True):
-            _check_normalisation(settings.get("image_mean"), settings.get("image_std"), preprocessor)
-        else:
-            _check_normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), preprocessor)
+        unchanged = {} if settings.get("do_normalize", True) else {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+        used = {**settings, **unchanged}
+        _check_normalisation(used.get("image_mean"), used.get("image_std"), preprocessor)
         size = settings.get("crop_size" if settings.get("do_center_crop") else "size")
         if isinstance(size, Mapping):
             size = size.get("height", size.get("shortest_edge"))
@@ -361,9 +337,7 @@ def _described_by_timm(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
 
 def _check_normalisation(mean: Any, std: Any, file: Path) -> None:
     for name, found, known in (("mean", mean, IMAGENET_MEAN), ("std", std, IMAGENET_STD)):
-        if found is None:
-            continue
-        if len(found) != len(known) or any(abs(a - b) > 1e-3 for a, b in zip(found, known, strict=True)):
+        if found and not (len(found) == len(known) and np.allclose(found, known, rtol=0, atol=1e-3)):
             raise ValueError(
                 f"checkpoint {file.parent}: {file.name} asks for images of {name} {list(found)}; here they are "
                 f"normalised by ImageNet's, {list(known)}, so its features would be wrong"

@@ -16,10 +16,11 @@ import time
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import submitit
 from submitit.core.utils import UncompletedJobError
-from submitit.helpers import DelayedSubmission
+from submitit.helpers import Checkpointable
 
 from dinov2.utils.command import REQUEUE_EXIT_CODE, exit_code
 from dinov2.utils.stop_signals import StopSignals
@@ -31,7 +32,6 @@ _ENDED = {
 }
 _PATIENCE_SECONDS = 300  # with a controller that does not answer, or restarts
 _HOLD_SECONDS = 60  # for rank 0 to notice that the run has failed
-
 
 # Options that are handed to sbatch as they are, with their help
 _SAME_IN_SBATCH = {
@@ -51,57 +51,40 @@ _SAME_IN_SBATCH = {
 def add_cluster_arguments(
     parser: argparse.ArgumentParser, *, ngpus: int, minutes: int, many_tasks: bool, max_timeouts: int
 ) -> None:
-    """Add the options of a launcher: upstream's, and what else clusters ask for. Nothing of a cluster is preset.
+    """Add the options of a launcher, with defaults for some; nothing of a cluster is preset.
 
-    Args:
-        ngpus: default of --ngpus.
-        minutes: default of --timeout.
-        many_tasks: whether the job may have several nodes and tasks.
-        max_timeouts: default of --max-timeouts.
+    `many_tasks` is True for a job that may have several nodes and tasks.
     """
     group = parser.add_argument_group("cluster")
-
-    def add_number(*flags: str, help: str, default: int | None = None, metavar: str = "N") -> None:
-        shown = "" if default is None else " (default: %(default)s)"
-        group.add_argument(*flags, type=int, default=default, metavar=metavar, help=help + shown)
-
-    def add_texts(flag: str, metavar: str, help: str) -> None:
-        group.add_argument(flag, action="append", default=[], metavar=metavar, help=f"{help}; may be repeated")
-
+    add, default = group.add_argument, "(default: %(default)s)"
     if many_tasks:
-        add_number("--nodes", "-n", help="nodes", default=1)
-        add_number("--tasks-per-node", help="processes of a node with --ngpus 0 (default: 1)")
+        add("--nodes", "-n", type=int, default=1, help=f"nodes {default}")
+        add("--tasks-per-node", type=int, metavar="N", help="processes of a node with --ngpus 0 (default: 1)")
     else:
         parser.set_defaults(nodes=1, tasks_per_node=None)
-    add_number(
-        "--ngpus", "--gpus", "--gpus-per-node", help="GPUs of a node, one process each; 0: the CPU", default=ngpus
-    )
-    add_number("--timeout", help="time limit", default=minutes, metavar="MINUTES")
+    gpus_help = f"GPUs of a node, one process each; 0: the CPU {default}"
+    add("--ngpus", "--gpus", "--gpus-per-node", type=int, default=ngpus, help=gpus_help)
+    add("--timeout", type=int, default=minutes, metavar="MINUTES", help=f"time limit {default}")
+    add("-p", dest="partition", help="the same as --partition")
     for name, text in _SAME_IN_SBATCH.items():
-        flags = (f"--{name}", "-p") if name == "partition" else (f"--{name}",)
-        group.add_argument(*flags, metavar=name[0].upper(), help=text)
-    group.add_argument(
-        "--use-volta32",
-        dest="constraint",
-        action="store_const",
-        const="volta32gb",
-        help="the same as --constraint volta32gb",
-    )
-    add_number("--cpus-per-task", help="cores of a process; decoding needs several")
-    add_texts("--slurm", "KEY[=VALUE]", "any other option of sbatch, as in --slurm reservation=r1 --slurm exclusive")
-    add_texts("--setup", "LINE", "shell line to run before, for instance 'module load cuda'")
-    add_number(
-        "--signal-delay",
-        help="how long before the time limit the job is told to save and to queue again; SLURM may be a minute early",
-        default=120,
-        metavar="SECONDS",
-    )
-    add_number("--max-timeouts", help="how often the job may reach its limit and queue again", default=max_timeouts)
-    group.add_argument("--wait", action="store_true", help="stay until the job has ended, with its exit code")
+        add(f"--{name}", help=text)
+    volta_help = "the same as --constraint volta32gb"
+    add("--use-volta32", dest="constraint", action="store_const", const="volta32gb", help=volta_help)
+    add("--cpus-per-task", type=int, metavar="N", help="cores of a process; decoding needs several")
+    repeated: dict[str, Any] = {"action": "append", "default": []}
+    sbatch_help = "any other option of sbatch, as in --slurm reservation=r1 --slurm exclusive; may be repeated"
+    add("--slurm", **repeated, metavar="KEY[=VALUE]", help=sbatch_help)
+    setup_help = "shell line to run before, for instance 'module load cuda'; may be repeated"
+    add("--setup", **repeated, metavar="LINE", help=setup_help)
+    delay_help = f"time before the limit at which the job saves and queues again; SLURM may be a minute early {default}"
+    add("--signal-delay", type=int, default=120, metavar="SECONDS", help=delay_help)
+    limits_help = f"how often the job may reach its limit and queue again {default}"
+    add("--max-timeouts", type=int, default=max_timeouts, metavar="N", help=limits_help)
+    add("--wait", action="store_true", help="stay until the job has ended, with its exit code")
 
 
-class TrainingTask:
-    """Each process of a training job: run train.py, and queue an interrupted job again.
+class TrainingTask(Checkpointable):
+    """Each process of a training job: run train.py, which continues from its checkpoints in a job queued again.
 
     The job has a copy of the configuration file: editing the file while the job waits or restarts changes nothing.
     """
@@ -126,10 +109,6 @@ class TrainingTask:
         if code != 0:
             self._end(code, signals.received)
 
-    def checkpoint(self) -> DelayedSubmission:
-        """Return this task for submitit to queue again: train.py continues from its own checkpoints."""
-        return DelayedSubmission(self)
-
     @staticmethod
     def _end(code: int, received: int | None) -> None:
         """End the process of an unfinished run, and queue an interrupted job again unless SLURM does so.
@@ -142,13 +121,14 @@ class TrainingTask:
         if environment.global_rank != 0:
             _let_rank_0_go_first(environment.job_id, math.inf if code == REQUEUE_EXIT_CODE else _HOLD_SECONDS)
         elif code == REQUEUE_EXIT_CODE:
-            asked_to_end = received in (signal.SIGTERM, signal.SIGINT)
-            if not asked_to_end or _is_being_preempted(environment.job_id):
+            fields = _fields_of(environment.job_id)
+            is_preempted = fields.get("JobState") == "RUNNING" and fields.get("PreemptTime", "None") != "None"
+            if received not in (signal.SIGTERM, signal.SIGINT) or is_preempted:
                 signal.raise_signal(signal.Signals[f"SIG{environment.USR_SIG}"])
         sys.exit(code)
 
 
-class EvaluationTask:
+class EvaluationTask(Checkpointable):
     """An evaluation command as a job; queued again, it starts from the beginning."""
 
     def __init__(self, module: str, argv: Sequence[str]) -> None:
@@ -160,17 +140,11 @@ class EvaluationTask:
         if code != 0:
             sys.exit(code)
 
-    def checkpoint(self) -> DelayedSubmission:
-        return DelayedSubmission(self)
-
 
 def submit(
     task: TrainingTask | EvaluationTask, args: argparse.Namespace, output_dir: Path, name: str
 ) -> submitit.Job[None]:
-    """Submit `task` to SLURM with the options `args` of `add_cluster_arguments`.
-
-    submitit writes the task and its logs to `output_dir/submitit/<job id>`, beside the runs, because a run's folder may
-    be moved aside.
+    """Submit `task` to SLURM; submitit writes it and its logs to `output_dir/submitit/<job id>`, beside the runs.
 
     Raises:
         ValueError: options contradict each other, this machine has no SLURM, or SLURM refuses the job.
@@ -188,24 +162,26 @@ def submit(
     except OSError as error:
         raise PermissionError(f"--output-dir: cannot write to {folder} ({error.strerror}); choose another") from error
 
-    srun_args = ["--kill-on-bad-exit=1"]
-    if args.cpus_per_task is not None:  # since SLURM 22.05 srun does not take it over from sbatch
-        srun_args.append(f"--cpus-per-task={args.cpus_per_task}")
-    parameters = {
-        "job_name": name,
-        "time": args.timeout,
-        "nodes": args.nodes,
-        "ntasks_per_node": tasks_per_node(args),
-        "gpus_per_node": args.ngpus if args.ngpus > 0 and args.gres is None else None,
-        "setup": args.setup or None,
-        "srun_args": srun_args,
-        "stderr_to_stdout": True,
-        "signal_delay_s": args.signal_delay,
-        "additional_parameters": {"requeue": True, **dict(map(_sbatch_option, args.slurm))},
-    }
-    parameters |= {key: getattr(args, key) for key in (*_SAME_IN_SBATCH, "cpus_per_task")}
+    # since SLURM 22.05 srun does not take --cpus-per-task over from sbatch
+    srun_cpus = [] if args.cpus_per_task is None else [f"--cpus-per-task={args.cpus_per_task}"]
+    more = (text.lstrip("-").partition("=") for text in args.slurm)
     executor = submitit.SlurmExecutor(folder / "%j", max_num_timeout=args.max_timeouts)
-    executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
+    executor.update_parameters(
+        **{key: getattr(args, key) for key in (*_SAME_IN_SBATCH, "cpus_per_task") if getattr(args, key) is not None},
+        **({"gpus_per_node": args.ngpus} if args.ngpus > 0 and args.gres is None else {}),
+        job_name=name,
+        time=args.timeout,
+        nodes=args.nodes,
+        ntasks_per_node=tasks_per_node(args),
+        setup=args.setup,
+        srun_args=["--kill-on-bad-exit=1", *srun_cpus],
+        stderr_to_stdout=True,
+        signal_delay_s=args.signal_delay,
+        additional_parameters={
+            "requeue": True,
+            **{key.replace("-", "_"): value if equals else True for key, equals, value in more},
+        },
+    )
     try:
         return executor.submit(task)
     except UncompletedJobError as error:
@@ -235,27 +211,16 @@ def tasks_per_node(args: argparse.Namespace) -> int:
     return int(args.ngpus)
 
 
-def _sbatch_option(text: str) -> tuple[str, str | bool]:
-    key, equals, value = text.lstrip("-").partition("=")
-    return key.replace("-", "_"), value if equals else True
-
-
 def describe(job: submitit.Job[None], args: argparse.Namespace, results: Path) -> str:
     """Tell the user of a launcher where results and logs are, and how to follow, queue again and cancel the job."""
-    log, n_tasks = job.paths.stdout, job.num_tasks
-    others = f" (task 0; task k: {job.job_id}_<k>_log.out)" if n_tasks > 1 else ""
-    return "\n".join(
-        [
-            f"job {job.job_id}: {n_tasks} task{'s' * (n_tasks > 1)} on {args.nodes} node{'s' * (args.nodes > 1)}, "
-            f"{args.timeout} min",
-            f"  results  {results}",
-            f"  log      {log}{others}",
-            f"  follow   tail -F {log}",
-            f"  state    squeue -j {job.job_id}; in the end: sacct -j {job.job_id}",
-            f"  requeue  scontrol requeue {job.job_id}",
-            f"  cancel   scancel {job.job_id}",
-        ]
-    )
+    log, number = job.paths.stdout, job.job_id
+    return f"""job {number}: nodes {args.nodes}, tasks {job.num_tasks}, {args.timeout} min
+  results  {results}
+  log      {log} (of task 0; task k: {number}_<k>_log.out)
+  follow   tail -F {log}
+  state    squeue -j {number}; in the end: sacct -j {number}
+  requeue  scontrol requeue {number}
+  cancel   scancel {number}"""
 
 
 def wait(job_id: str) -> int:
@@ -270,7 +235,8 @@ def wait(job_id: str) -> int:
         while True:
             fields, now = _fields_of(job_id), time.monotonic()
             if fields:
-                answered, text = now, f"job {job_id} {_state_of(fields)}"
+                where = fields["Reason"] if fields["JobState"] == "PENDING" else fields.get("NodeList", "")
+                answered, text = now, f"job {job_id} {fields['JobState']} ({where})"
                 if text != printed:
                     print(time.strftime("%H:%M:%S"), text, flush=True)
                     printed = text
@@ -292,26 +258,12 @@ def _exit_code_of(fields: dict[str, str]) -> int:
     return next((int(code) or 128 + int(number) for code, number in codes if (code, number) != ("0", "0")), 1)
 
 
-def _state_of(fields: dict[str, str]) -> str:
-    state = fields["JobState"]
-    if state == "PENDING":
-        state += f" ({fields['Reason']})"
-    elif fields.get("NodeList", "(null)") != "(null)":
-        state += f" on {fields['NodeList']}"
-    return state if fields["Restarts"] == "0" else f"{state} (restarts: {fields['Restarts']})"
-
-
 def _let_rank_0_go_first(job_id: str, at_most_seconds: float) -> None:
     """Wait while rank 0 may queue the job again or log an error: the first process that exits ends all."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     deadline = time.monotonic() + at_most_seconds
     while time.monotonic() < deadline and _fields_of(job_id).get("JobState", "RUNNING") == "RUNNING":
         time.sleep(5)
-
-
-def _is_being_preempted(job_id: str) -> bool:
-    fields = _fields_of(job_id)
-    return fields.get("JobState") == "RUNNING" and fields.get("PreemptTime", "None") != "None"
 
 
 def _fields_of(job_id: str) -> dict[str, str]:

@@ -37,9 +37,9 @@ from dinov2.train.run_folder import RunFolder
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.config import load_run_config, missing_keys
-from dinov2.utils.cores import available_cores
 from dinov2.utils.matmul import fast_matmul
 from dinov2.utils.memory import keep_freed_memory
+from dinov2.utils.parallel import available_cores
 from dinov2.utils.stop_signals import StopSignals
 
 logger = logging.getLogger("dinov2")

@@ -73,16 +73,9 @@ _BOUNDS: list[tuple[float, float, str]] = [
     (0, 1, "ibot.mask_* teacher.*momentum_teacher crops.*_crops_scale"),
     (1e-4, math.inf, "teacher.*teacher_temp"),
     (2, math.inf, "*.head_n_prototypes"),
-    (
-        1,
-        math.inf,
-        "*batch_size* train.accumulation_steps train.OFFICIAL_EPOCH_LENGTH train.image_size train.log_period",
-    ),
-    (
-        1,
-        math.inf,
-        "train.max_bad_steps_in_row *.keep_* *.head_nlayers student.patch_size student.depth evaluation.knn_k",
-    ),
+    (1, math.inf, "*batch_size* train.accumulation_steps train.OFFICIAL_EPOCH_LENGTH train.image_size"),
+    (1, math.inf, "train.log_period train.max_bad_steps_in_row *.keep_* *.head_nlayers"),
+    (1, math.inf, "student.patch_size student.depth evaluation.knn_k"),
     (0, math.inf, "*"),
 ]
 
@@ -97,13 +90,10 @@ def load_run_config(
     Args:
         config_file: path or URL of a YAML with what differs from the defaults; None for the defaults alone.
         overrides: `key.subkey=value` texts of the command line, which win.
-        resolve: called with the merged values, to replace those that follow from others, before they are checked
-            against each other.
+        resolve: replaces merged values that follow from others, before they are checked against each other.
 
     Raises:
-        FileNotFoundError: no such file.
-        KeyError: an unknown key; the message names the nearest valid one.
-        ValueError: an unreadable file or a value of the wrong type or range.
+        FileNotFoundError, KeyError, ValueError: no such file; an unknown key; an unreadable file or wrong value.
     """
     merged = dinov2_default_config.copy()
     layers = [("command line", dict(_read_override(text) for text in overrides))]
@@ -214,17 +204,15 @@ def _checked(key: str, value: Any) -> Any:
     try:
         result = _converted(value, example)
     except TypeError as error:
-        text = f"{_TYPE_NAMES[type(example)]} (default: {default})"
-        if isinstance(example, (list, dict)):
-            text = f"{_TYPE_NAMES[type(example)]} like {example}".replace("'", "")
+        like = f"like {example}".replace("'", "") if isinstance(example, list | dict) else f"(default: {default})"
         found = "nothing (null)" if value is None else repr(value)
-        raise ValueError(f"{key} must be {text}, found {found}") from error
+        raise ValueError(f"{key} must be {_TYPE_NAMES[type(example)]} {like}, found {found}") from error
     for ending, choices in _CHOICES.items():
         if key.endswith(ending) and result not in choices:
             raise ValueError(f"{key} must be one of {', '.join(choices)}, found {result!r}")
     low, high = next((low, high) for low, high, keys in _BOUNDS if any(fnmatchcase(key, name) for name in keys.split()))
-    numbers = [number for number in (result if isinstance(result, list) else [result]) if type(number) in (int, float)]
-    if not all(low <= number <= high for number in numbers):
+    members = result if isinstance(result, list) else [result]
+    if any(type(member) in (int, float) and not low <= member <= high for member in members):
         limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
         raise ValueError(f"{key} must be {limits}, found {result}")
     return result
@@ -273,33 +261,37 @@ def _check_together(cfg: DictConfig) -> None:
             "set crops.local_crops_number=0 and dino.loss_weight=%s, its effective value",
             cfg.dino.loss_weight / 2,
         )
-    patch = cfg.student.patch_size
-    sizes = {"crops.global_crops_size": cfg.crops.global_crops_size}
-    if cfg.crops.local_crops_number > 0:
-        sizes["crops.local_crops_size"] = cfg.crops.local_crops_size
-    for key, size in sizes.items():
-        if size < patch or size % patch:
-            nearest = max(patch, round(size / patch) * patch)
-            raise ValueError(f"{key} must be a multiple of student.patch_size={patch}, found {size}; {nearest} is near")
-    if cfg.MODEL.WEIGHTS and cfg.student.pretrained_weights and cfg.MODEL.WEIGHTS != cfg.student.pretrained_weights:
-        raise ValueError(
-            "MODEL.WEIGHTS and student.pretrained_weights name different files; set one of them, and the other to null"
-        )
-    if cfg.student.lora.rank and not cfg.student.lora.alpha:
-        raise ValueError("student.lora.alpha is 0: adapters would have no effect; set student.lora.rank=0 for none")
-    for key, (low, high) in {
-        "crops.global_crops_scale": cfg.crops.global_crops_scale,
-        "crops.local_crops_scale": cfg.crops.local_crops_scale,
-        "ibot.mask_ratio_min_max": cfg.ibot.mask_ratio_min_max,
-    }.items():
-        if low > high:
-            raise ValueError(f"{key} must be [smallest, largest], found [{low}, {high}]")
-    if cfg.dino.loss_weight == 0 and cfg.ibot.loss_weight == 0:
-        raise ValueError("dino.loss_weight and ibot.loss_weight are both 0: nothing would be learned; set one of them")
-    compared = cfg.train.batch_size_per_gpu
+    for is_broken, text in _rules(cfg):
+        if is_broken:
+            raise ValueError(text)
+
+
+def _rules(cfg: DictConfig) -> Iterator[tuple[bool, str]]:
+    """Yield (whether a rule is broken, what to do about it)."""
+    patch, n_compared = cfg.student.patch_size, cfg.train.batch_size_per_gpu
     if cfg.dino.koleo_loss_distributed:
-        compared = cfg.train.global_batch_size or compared * (cfg.train.accumulation_steps or 1)
-    if cfg.dino.koleo_loss_weight > 0 and compared < 2:
-        raise ValueError(
-            "dino.koleo_loss_weight needs two images to compare: train.batch_size_per_gpu must be at least 2"
-        )
+        n_compared = cfg.train.global_batch_size or n_compared * (cfg.train.accumulation_steps or 1)
+    for key in ["crops.global_crops_size", *["crops.local_crops_size"] * (cfg.crops.local_crops_number > 0)]:
+        size = OmegaConf.select(cfg, key)
+        near = max(patch, round(size / patch) * patch)
+        yield size != near, f"{key} must be a multiple of student.patch_size={patch}, found {size}; {near} is near"
+    for key in ("crops.global_crops_scale", "crops.local_crops_scale", "ibot.mask_ratio_min_max"):
+        low, high = OmegaConf.select(cfg, key)
+        yield low > high, f"{key} must be [smallest, largest], found [{low}, {high}]"
+    weights = {cfg.MODEL.WEIGHTS, cfg.student.pretrained_weights} - {None, ""}
+    yield (
+        len(weights) > 1,
+        "MODEL.WEIGHTS and student.pretrained_weights name different files; set one of them, and the other to null",
+    )
+    yield (
+        cfg.student.lora.rank and not cfg.student.lora.alpha,
+        "student.lora.alpha is 0: adapters would have no effect; set student.lora.rank=0 for none",
+    )
+    yield (
+        cfg.dino.loss_weight == cfg.ibot.loss_weight == 0,
+        "dino.loss_weight and ibot.loss_weight are both 0: nothing would be learned; set one of them",
+    )
+    yield (
+        cfg.dino.koleo_loss_weight > 0 and n_compared < 2,
+        "dino.koleo_loss_weight needs two images to compare: train.batch_size_per_gpu must be at least 2",
+    )

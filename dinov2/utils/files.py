@@ -2,15 +2,13 @@
 
 import hashlib
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 PathLike: TypeAlias = str | os.PathLike[str]
-
-_BLOCK_BYTES = 1 << 20
 
 
 @contextmanager
@@ -26,49 +24,37 @@ def atomic_write(path: PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     is_text = "b" not in mode
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with open(handle, mode, encoding="utf-8" if is_text else None, newline="\n" if is_text else None) as file:
+        with open(temporary, mode, encoding="utf-8" if is_text else None, newline="\n" if is_text else None) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
 
-def _umask() -> int:
-    # mkstemp makes files that only the owner reads; others in the group expect the usual rights
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def sync_folder(folder: Path) -> None:
     """Make the rename itself durable; some file systems do not let folders be opened, and those need no sync."""
-    try:
+    with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def file_sha256(path: PathLike) -> str:
     """SHA-256 of a file, in hexadecimal; of a folder, that of the names and SHA-256 of the files in it."""
-    digest = hashlib.sha256()
     if os.path.isdir(path):
-        for file in sorted(file for file in Path(path).rglob("*") if file.is_file()):
-            digest.update(f"{file_sha256(file)}  {file.relative_to(path).as_posix()}\n".encode())
-        return digest.hexdigest()
+        files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+        lines = [f"{file_sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in files]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    digest = hashlib.sha256()
     with open(path, "rb") as opened:
-        while block := opened.read(_BLOCK_BYTES):
+        while block := opened.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -25,14 +25,9 @@ TOLERANCE = 1e-5
 
 
 def fast_matmul(is_wanted: bool, device: torch.device | str = "cpu") -> bool:
-    """Set how this process multiplies float32 matrices.
+    """Turn the fast path on where it is wanted and as accurate as float32, else off; returns whether it is on.
 
-    Args:
-        is_wanted: the fast path where it is as accurate as float32; False for torch's default.
-        device: where the products are computed; only "cpu" has a fast path.
-
-    Returns:
-        whether the fast path is on.
+    Only the device "cpu" has one.
     """
     is_fast = is_wanted and torch.device(device).type == "cpu" and _is_fast_path_accurate()
     torch.set_float32_matmul_precision(FAST if is_fast else EXACT)
@@ -84,10 +79,6 @@ def _is_fast_path_accurate() -> bool:
     with matmul_setting_kept(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         torch.set_float32_matmul_precision(FAST)
         error = largest_error()
-    is_accurate = error <= TOLERANCE
-    if not is_accurate:
-        logger.info(
-            "float32 matrix products: the fast path of this processor rounds (error %.0e), so the exact one is used",
-            error,
-        )
-    return is_accurate
+    if error > TOLERANCE:
+        logger.info("float32 matrix products: the fast path rounds (error %.0e), so the exact one is used", error)
+    return error <= TOLERANCE

@@ -6,8 +6,8 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
@@ -36,16 +36,13 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            _reset_peak()
+            with suppress(OSError):  # no such file, or not ours to write: the peak stays that of the whole process
+                (PROC / "self/clear_refs").write_text(_RESET_PEAK)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.device.type == "cuda":
-            self.bytes = torch.cuda.max_memory_allocated(self.device)
-        else:
-            self.bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    def __exit__(self, *_: object) -> None:
+        is_cuda = self.device.type == "cuda"
+        self.bytes = torch.cuda.max_memory_allocated(self.device) if is_cuda else _peak_of_process()
 
 
 def release_free_memory(device: torch.device) -> None:
@@ -74,7 +71,11 @@ def resident_memory() -> int:
     try:
         return int((PROC / "self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return _peak_of_process()
+
+
+def _peak_of_process() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def memory_room(device: torch.device) -> int:
@@ -101,13 +102,6 @@ def size_text(n_bytes: float) -> str:
         if value >= 0.1:
             return f"{value:.{0 if value >= 100 else 1 if value >= 1 else 2}f} {unit}"
     return f"{n_bytes:.0f} bytes"
-
-
-def _reset_peak() -> None:
-    try:
-        (PROC / "self/clear_refs").write_text(_RESET_PEAK)
-    except OSError:  # no such file, or not ours to write: the peak stays that of the whole process
-        return
 
 
 def _cgroup_room() -> Iterator[int]:

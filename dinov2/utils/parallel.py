@@ -19,6 +19,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def available_cores() -> int:
+    """Count the processors given to this process: a container or a batch job may have fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def parallel_map(
     function: Callable[[Item], Result], items: Iterable[Item], n_workers: int, chunk: int = 16
 ) -> Generator[Result, None, None]:

@@ -9,18 +9,22 @@ import hashlib
 import importlib.util
 import os
 import re
+import shutil
 from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
+from urllib.request import urlopen
 
 import torch
-from iopath.common.download import download as download_with_progress
 from iopath.common.file_io import HTTPURLHandler, PathManager, file_lock
+from tqdm import tqdm
 
 from dinov2.utils.files import PathLike, file_sha256
+
+SILENCE_SECONDS = 60.0  # of a server, before a download is given up
 
 
 def local_path(source: PathLike) -> Path:
@@ -63,8 +67,8 @@ def download(url: str, file: Path, sha256: str = "") -> Path:
     with file_lock(str(file)):
         if not file.is_file():  # no other process was faster
             part = file.with_name(f"{file.name}.part")
-            _download(url, part, file)
             try:
+                _download(url, part, file)
                 _check(part, sha256, f"it came from {url} and is not kept; try again, or put the right file at {file}")
                 part.replace(file)
             finally:
@@ -81,17 +85,25 @@ def _check(file: Path, sha256: str, advice: str) -> None:
 
 
 def _download(url: str, part: Path, file: Path) -> None:
-    """Download with a progress bar; a connection that ends early leaves nothing behind."""
+    """Download with a progress bar; a connection that ends early or falls silent is an error."""
     try:
-        download_with_progress(url, str(part.parent), filename=part.name)
+        with urlopen(url, timeout=SILENCE_SECONDS) as answer, open(part, "wb") as opened:
+            n_bytes = int(answer.headers.get("Content-Length", 0))
+            with tqdm.wrapattr(opened, "write", n_bytes or None, desc=file.name) as written:
+                shutil.copyfileobj(answer, written)
+        if part.stat().st_size < n_bytes:
+            raise ConnectionError(f"got only {part.stat().st_size} out of {n_bytes} bytes")
     except HTTPError as error:
         if error.code in (404, 410):
             raise FileNotFoundError(f"{url}: the server has no such file ({error.code})") from error
         raise ConnectionError(f"{url}: the server says {error.code} {error.reason}") from error
     except (OSError, HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, TimeoutError):
+            reason = f"the server sent nothing for {SILENCE_SECONDS:g} s"
         raise ConnectionError(
-            f"{url} cannot be downloaded ({getattr(error, 'reason', error)}); without a network, fetch it elsewhere "
-            f"and put it at {file}, or pass the path of your copy"
+            f"{url} cannot be downloaded ({reason}); without a network, fetch it elsewhere and put it at {file}, or "
+            "pass the path of your copy"
         ) from error
 
 

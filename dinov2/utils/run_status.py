@@ -20,47 +20,29 @@ MOST_WARNINGS = 200  # different ones that are kept
 
 @dataclass
 class RunStatus:
-    """How a run is doing.
+    """How a run is doing."""
 
-    Attributes:
-        state: starting, running, evaluating, saving, or one of ENDED.
-        reason: why it failed or stopped; empty otherwise.
-        iteration, n_iterations: done, and of how many.
-        losses: of the newest iteration that was logged, by name; None where one is not finite.
-        images_per_second, seconds_per_iteration, data_share: newest rates; the share of time that goes into waiting for
-            data.
-        eta_seconds: to the end of the run, evaluations and checkpoints left out.
-        evaluation: {"iteration": n, name: value} of the newest one.
-        skipped_steps, rollbacks, resumed, errors: how often.
-        collapse: signs of a collapse that hold now.
-        warnings: {text: how often} of warnings and errors.
-        starts: seed and versions of each start or resume.
-        host, pid: of the main process.
-        time: when this was written, in seconds since 1970.
-        seconds_between_reports: of the newest rates.
-    """
-
-    state: str = "starting"
-    reason: str = ""
-    iteration: int = 0
+    state: str = "starting"  # or running, evaluating, saving, or one of ENDED
+    reason: str = ""  # why it failed or stopped
+    iteration: int = 0  # done
     n_iterations: int = 0
-    losses: dict[str, float | None] = field(default_factory=dict)
-    images_per_second: float | None = None
+    losses: dict[str, float | None] = field(default_factory=dict)  # of the newest logged iteration; None: not finite
+    images_per_second: float | None = None  # this and the next two: the newest rates
     seconds_per_iteration: float | None = None
-    data_share: float | None = None
-    eta_seconds: float | None = None
-    evaluation: dict[str, float] = field(default_factory=dict)
+    data_share: float | None = None  # of the time, for waiting for data
+    eta_seconds: float | None = None  # to the end of the run, evaluations and checkpoints left out
+    evaluation: dict[str, float] = field(default_factory=dict)  # {"iteration": n, name: value} of the newest one
     skipped_steps: int = 0
     rollbacks: int = 0
     resumed: int = 0
     errors: int = 0
-    collapse: list[str] = field(default_factory=list)
-    warnings: dict[str, int] = field(default_factory=dict)
-    starts: list[dict[str, Any]] = field(default_factory=list)
-    host: str = ""
+    collapse: list[str] = field(default_factory=list)  # signs of a collapse that hold now
+    warnings: dict[str, int] = field(default_factory=dict)  # {text: how often} of warnings and errors
+    starts: list[dict[str, Any]] = field(default_factory=list)  # seed and versions of each start or resume
+    host: str = ""  # this and the next: of the main process
     pid: int = 0
-    time: float = 0.0
-    seconds_between_reports: float = 0.0
+    time: float = 0.0  # when this was written, in seconds since 1970
+    seconds_between_reports: float = 0.0  # of the newest rates
 
     def take_rates(self, row: Mapping[str, float], n_rows: int) -> None:
         """Set losses and rates from the newest of `n_rows` rows of training_metrics.json."""

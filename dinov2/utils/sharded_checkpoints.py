@@ -28,41 +28,31 @@ _UNREADABLE = (
 )
 
 _ALLOWED = {
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),  # looks a layout up by its name
-    ("collections", "OrderedDict"),
-    # where the folder was when it was written; Python 3.13 moved the classes
-    *((module, f"{system}Path") for module in ("pathlib", "pathlib._local") for system in ("Posix", "Windows")),
+    "torch.distributed.checkpoint.metadata": "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex "
+    "StorageMeta TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+    "torch": "Size",
+    "torch.serialization": "_get_layout",  # looks a layout up by its name
+    "collections": "OrderedDict",
+    **dict.fromkeys(
+        ("pathlib", "pathlib._local"), "PosixPath WindowsPath"
+    ),  # where the folder was; moved in Python 3.13
 }
 
 
 class _DescriptionUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        if name in _ALLOWED.get(module, "").split() or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        ):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{METADATA_FILE} holds a {module}.{name}, and to make one would run code")
 
 
 class TensorReader(FileSystemReader):
-    """Read such folders, tensors only.
+    """Read such folders, tensors only; anything else is a pickle.UnpicklingError.
 
-    Raises:
-        pickle.UnpicklingError: when it is used, if the folder's metadata hold anything but descriptions, or a value
-            asked for is no tensor. `torch.distributed.checkpoint.load` wraps it into its CheckpointException.
+    `torch.distributed.checkpoint.load` wraps it into its CheckpointException.
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -80,14 +70,7 @@ class TensorReader(FileSystemReader):
 
 
 def read_tensors(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Read whole tensors to the CPU, however many processes wrote them.
-
-    Args:
-        folder: with `.metadata` in it.
-        wanted: returns True for the names of tensors to read, which have dots between levels.
-
-    Returns:
-        {name: tensor}; {} where none is wanted.
+    """Read whole tensors whose dotted names are `wanted` to the CPU, however many processes wrote them.
 
     Raises:
         ValueError: the folder cannot be read, or holds anything that could run code.

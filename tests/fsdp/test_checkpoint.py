@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 
-from dinov2.fsdp.checkpoint import Checkpointer, _CheckedWriter
+from dinov2.fsdp.checkpoint import Checkpointer, _CommittingWriter
 
 
 def fill(folder, *iterations, keep=2, milestone_period=0):
@@ -86,7 +86,7 @@ def damage(path, kind):
         for file in path.glob("checksums_*"):
             file.unlink()
     else:
-        (path / "checksums_0.json").write_text("no json")
+        (path / "checksums_all.json").write_text("no json")
 
 
 @pytest.mark.parametrize("kind", ["cut", "missing", "one bit", "numbers", "no checksums", "bad checksums"])
@@ -98,6 +98,17 @@ def test_a_damaged_one_is_passed_over_and_said(tmp_path, caplog, kind):
     assert numbers["iteration"] == 5
     assert weight_of(checkpoints, path) == [5.0] * 3
     assert "iteration_0000010 is damaged" in caplog.text
+
+
+def test_checksums_in_a_file_of_each_process_are_read(tmp_path):
+    checkpoints = fill(tmp_path, 5, 10)
+    newest = tmp_path / "iteration_0000010"
+    sums = json.loads((newest / "checksums_all.json").read_text())
+    (newest / "checksums_0.json").write_text(json.dumps({"__0_0.distcp": sums.pop("__0_0.distcp")}))
+    (newest / "checksums_all.json").write_text(json.dumps(sums))
+    assert checkpoints.newest()[1]["iteration"] == 10
+    damage(newest, "one bit")
+    assert checkpoints.newest()[1]["iteration"] == 5
 
 
 def test_nothing_readable_is_an_error_not_a_fresh_start(tmp_path):
@@ -132,7 +143,7 @@ def test_a_write_that_fails_leaves_the_last_good_one_and_says_so(tmp_path, monke
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR, "dinov2"):
-        patch.setattr(_CheckedWriter, step, refuse)
+        patch.setattr(_CommittingWriter, step, refuse)
         checkpoints.save(10, {"net": {"weight": torch.ones(3)}}, {})
         assert not checkpoints.wait()
     assert "could not be written" in caplog.text

@@ -20,6 +20,7 @@ from dinov2.eval.extract_features import embedder_from, parse_arguments
 from dinov2.hub.backbones import load_backbone
 from dinov2.hub.downloads import RELEASES, resolve_weights
 from dinov2.models import build_backbone
+from dinov2.utils import paths
 from dinov2.utils.config import load_run_config
 
 CONTENT = bytes(range(256)) * 4000  # 1 MB
@@ -38,6 +39,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.statuses: list[int] = []  # answers to the next requests; then it works
         self.cuts: list[int] = []  # bytes after which the next connections are cut
         self.delay = 0.0  # seconds before each answer
+        self.silence_after: int | None = None  # bytes after which nothing comes until `speak` is set
+        self.speak = threading.Event()
 
     @property
     def url(self):
@@ -59,6 +62,10 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        if server.silence_after is not None:
+            self.wfile.write(body[: server.silence_after])
+            server.speak.wait(30)
+            return
         self.wfile.write(body[: server.cuts.pop(0)] if server.cuts else body)
 
     def log_message(self, *args):
@@ -71,6 +78,7 @@ def server():
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         yield server
+        server.speak.set()
         server.shutdown()
         thread.join()
 
@@ -112,7 +120,7 @@ def test_a_name_is_downloaded_once(server, release, cache, capsys):
     file = resolve_weights("dinov2_vitb14")
     assert file == cache / "dinov2_vitb14_pretrain.pth"
     assert file.read_bytes() == CONTENT
-    assert re.search(r"dinov2_vitb14_pretrain\.pth\S*: .*1\.02M", capsys.readouterr().err)  # the progress bar
+    assert re.search(r"dinov2_vitb14_pretrain\.pth\S*: .*0\.98M", capsys.readouterr().err)  # the progress bar
     assert resolve_weights("dinov2_vitb14") == file
     assert server.requests == ["/mirror/dinov2_vitb14/dinov2_vitb14_pretrain.pth"]
     assert resolve_weights(release.url) == file  # the same by its URL
@@ -157,7 +165,7 @@ def test_a_cut_download_is_never_taken_for_whole(server, release, cache):
 
 def test_what_a_killed_download_left_is_replaced(server, release, cache):
     cache.mkdir(parents=True)
-    (cache / f"{release.file.name}.part.tmp").write_bytes(b"x" * 2_000_000)
+    (cache / f"{release.file.name}.part").write_bytes(b"x" * 2_000_000)
     (cache / f"{release.file.name}.lock").touch()
     assert resolve_weights(release.name).read_bytes() == CONTENT
 
@@ -192,6 +200,19 @@ def test_no_server(cache, monkeypatch):
         assert part in str(caught.value)
     (cache / "DinoBloom-B.pth").write_bytes(CONTENT)  # what the message says
     assert resolve_weights("dinobloom_b") == cache / "DinoBloom-B.pth"
+
+
+@pytest.mark.parametrize("n_bytes", [0, 1000])
+def test_a_server_that_falls_silent_is_given_up(n_bytes, server, release, cache, monkeypatch):
+    monkeypatch.setattr(paths, "SILENCE_SECONDS", 0.3)
+    server.silence_after = n_bytes
+    with pytest.raises(
+        ConnectionError, match=r"cannot be downloaded \(the server sent nothing for 0\.3 s\); .* put it"
+    ):
+        resolve_weights(release.name)
+    assert left_behind(cache) == []
+    server.silence_after = None
+    assert resolve_weights(release.name).read_bytes() == CONTENT
 
 
 def test_a_wrong_checksum_is_not_kept(server, cache, monkeypatch):

@@ -14,8 +14,8 @@ from dinov2.data.check.inputs import read_inputs
 from dinov2.data.check.near_duplicates import similar_hashes
 from dinov2.data.check.report import markdown, write_cleaned
 from dinov2.data.check.scan import READABLE, scan
-from dinov2.utils.cores import available_cores
 from dinov2.utils.files import PathLike, atomic_write
+from dinov2.utils.parallel import available_cores
 
 logger = logging.getLogger("dinov2")
 

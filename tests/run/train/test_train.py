@@ -135,4 +135,4 @@ def test_waiting_ends_with_the_jobs_exit_code(launch, slurm, capsys):
     assert launch("--wait") == 2
     told = capsys.readouterr().out
     assert "job 7 PENDING (Resources)" in told
-    assert "job 7 RUNNING on n[1-2] (restarts: 1)" in told
+    assert "job 7 RUNNING (n[1-2])" in told
