@@ -1,26 +1,22 @@
-"""Pictures a second and core: upstream's data path against ours, without and with a packed cache; lists of a million.
+"""Images a second and core: upstream's data path against ours, without and with a packed cache; lists of a million.
 
-    python scripts/bench_data.py --folder bench [--pictures <folder of cells>] [--rounds 7] [--only steps decoders ...]
+    python scripts/bench_data.py --folder bench [--pictures <folder of cells>] [--rounds 7] [--only steps stages lists]
 
 The ways, each in one process on one thread:
 
-  upstream   Pillow decodes and LANCZOS-resizes one picture; torchvision's transforms make its two global crops and the
+  upstream   Pillow decodes and LANCZOS-resizes one image; torchvision's transforms make its two global crops and the
              local crop that DinoBloom's recipe makes and never uses; then they are collated
-  no cache   ours: read, decode and resize, then the batch is augmented on the CPU
-  cache      ours from a packed cache: copy, then the batch is augmented on the CPU
-  ... read   the same two without augmentation: what is left to the CPU where the training device augments
+  no cache   ours: read, decode, resize and augment an image, then collate and normalise the batch
+  cache      ours from a packed cache: the same without decoding and resizing
 
-`decoders` times what libraries need for one file, those that are installed: simplejpeg, imagecodecs and PyTurboJPEG are
-not among this project's requirements. `stages` tells where the time goes, `lists` opens a list of a million paths.
+`stages` shows where the time goes, `lists` opens a list of a million paths.
 
-A round runs all of them on the same pictures, rounds take turns in their order, and a ratio is that of the medians.
+A round runs all of them on the same images, rounds take turns in their order, and a ratio is that of the medians.
 Pictures are real ones (or drawn), saved as JPEG of 360 x 363, BMP of 120 x 120, RGBA PNG of 256 x 256 and TIFF of 400 x
-400 pixels: the formats and sizes of PBC, SSL Seg, Aslan and AML Matek. Lists name pictures that do not exist.
+400 pixels: the formats and sizes of PBC, SSL Seg, Aslan and AML Matek. Lists name images that do not exist.
 """
 
 import argparse
-import importlib.util
-import io
 import json
 import multiprocessing
 import os
@@ -40,9 +36,9 @@ RECIPES = ("default", "hema")
 N_PICTURES = 64
 SIZE, LOCAL_SIZE = 224, 98
 SCALE, LOCAL_SCALE = (0.32, 1.0), (0.05, 0.32)
-UPSTREAM, NO_CACHE, CACHE, READ, READ_CACHE = "upstream", "no cache", "cache", "no cache, read", "cache, read"
+UPSTREAM, NO_CACHE, CACHE = "upstream", "no cache", "cache"
 N_LISTED = 1_000_000
-PARTS = ["steps", "decoders", "stages", "lists"]
+PARTS = ["steps", "stages", "lists"]
 
 
 def main() -> None:
@@ -58,15 +54,12 @@ def main() -> None:
         return
     args.folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"machine": machine("torch", "torchvision", "pillow", "opencv-python-headless")}
-    if {"steps", "decoders", "stages"} & {*args.only}:
+    if {"steps", "stages"} & {*args.only}:
         make_formats(args.folder, args.pictures)
         one_thread()
     if "steps" in args.only:
         results["steps"] = {f"{recipe} {kind}": time_ways(recipe, kind, args) for recipe in RECIPES for kind in FORMATS}
         print("\n".join(steps_table(results["steps"])), end="\n\n")
-    if "decoders" in args.only:
-        results["decoders"] = {kind: time_decoders(kind, args) for kind in FORMATS}
-        print("\n".join(decoders_table(results["decoders"])), end="\n\n")
     if "stages" in args.only:
         results["stages"] = time_stages(args)
         print("\n".join(stages_table(results["stages"])), end="\n\n")
@@ -90,7 +83,7 @@ def main() -> None:
 
 
 def time_ways(recipe: str, kind: str, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of N_PICTURES pictures, a round each."""
+    """Seconds of N_PICTURES images, a round each."""
     from dinov2.data.loaders import make_dataset
 
     plain = make_dataset(f"HemaStandardDataset:root={args.folder / kind / 'list.txt'}", image_size=SIZE)
@@ -112,20 +105,18 @@ def time_ways(recipe: str, kind: str, args: argparse.Namespace) -> dict[str, lis
         UPSTREAM: lambda: upstream.collate([upstream(path) for path in paths]),
         NO_CACHE: lambda: augmented(plain),
         CACHE: lambda: augmented(packed),
-        READ: lambda: read(plain),
-        READ_CACHE: lambda: read(packed),
     }
     return take_turns(ways, args.rounds, f"{recipe}, {kind}")
 
 
 def steps_table(found: dict[str, dict[str, list[float]]]) -> list[str]:
     lines = [
-        f"| recipe, pictures | {UPSTREAM}: images/s | " + " | ".join((NO_CACHE, CACHE, READ, READ_CACHE)) + " |",
-        "|---|---|---|---|---|---|",
+        f"| recipe, images | {UPSTREAM}: images/s | " + " | ".join((NO_CACHE, CACHE)) + " |",
+        "|---|---|---|---|",
     ]
     for name, seconds in found.items():
         cells = []
-        for way in (NO_CACHE, CACHE, READ, READ_CACHE):
+        for way in (NO_CACHE, CACHE):
             middle, least, most = ratio(seconds[UPSTREAM], seconds[way])
             cells.append(f"{middle:.1f}x ({least:.1f} to {most:.1f})")
         rate = N_PICTURES / statistics.median(seconds[UPSTREAM])
@@ -153,7 +144,7 @@ def collated(samples: list[Any]) -> list[Any]:
 
 
 class UpstreamTransform:
-    """One picture at a time with Pillow and torchvision's transforms: what upstream's recipe does, with equal settings.
+    """One image at a time with Pillow and torchvision's transforms: what upstream's recipe does, with equal settings.
 
     `seconds` adds up the time of each stage.
     """
@@ -228,70 +219,11 @@ class UpstreamTransform:
         return result
 
 
-# --- what a file costs ----------------------------------------------------------------------------------------------
-
-
-def time_decoders(kind: str, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of N_PICTURES files for each library that reads this format and is installed."""
-    files = [path.read_bytes() for path in sorted((args.folder / kind).glob(f"*{FORMATS[kind][2]}"))]
-
-    def of_all(decode: Callable[[bytes], Any]) -> Callable[[], Any]:
-        return lambda: [decode(file) for file in files]
-
-    return take_turns({name: of_all(decode) for name, decode in decoders(kind).items()}, args.rounds, f"decode {kind}")
-
-
-def decoders(kind: str) -> dict[str, Callable[[bytes], Any]]:
-    import cv2
-    import numpy as np
-    import torch
-    from PIL import Image
-    from torchvision import io as vision
-
-    from dinov2.data.datasets.decode import decode_image
-
-    def pillow(file: bytes, draft: bool = False) -> Any:
-        with Image.open(io.BytesIO(file)) as image:
-            if draft:
-                image.draft("RGB", (SIZE, SIZE))
-            return np.asarray(image.convert("RGB"))
-
-    found: dict[str, Callable[[bytes], Any]] = {"Pillow": pillow, "ours": decode_image}
-    found["OpenCV"] = lambda file: cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR_RGB)
-    if kind == "JPEG":
-        found["Pillow with draft"] = lambda file: pillow(file, draft=True)
-        if simplejpeg := installed("simplejpeg"):
-            found["simplejpeg"] = simplejpeg.decode_jpeg
-        if turbojpeg := installed("turbojpeg"):
-            found["PyTurboJPEG"] = turbojpeg.TurboJPEG().decode
-    if kind in ("JPEG", "PNG"):
-        found["torchvision.io"] = lambda file: vision.decode_image(torch.frombuffer(bytearray(file), dtype=torch.uint8))
-    if imagecodecs := installed("imagecodecs"):
-        names = {"JPEG": "jpeg8_decode", "PNG": "png_decode", "TIFF": "tiff_decode", "BMP": "bmp_decode"}
-        found["imagecodecs"] = getattr(imagecodecs, names[kind])
-    if kind == "TIFF" and (tifffile := installed("tifffile")):
-        found["tifffile"] = lambda file: tifffile.imread(io.BytesIO(file))
-    return found
-
-
-def installed(name: str) -> Any:
-    """The module, or None."""
-    return importlib.import_module(name) if importlib.util.find_spec(name) else None
-
-
-def decoders_table(found: dict[str, dict[str, list[float]]]) -> list[str]:
-    lines = ["| files | Pillow's time / that of others |", "|---|---|"]
-    for kind, seconds in found.items():
-        others = [f"{name} {ratio(seconds['Pillow'], taken)[0]:.2f}" for name, taken in seconds.items()]
-        lines.append(f"| {kind} | {', '.join(others[1:])} |")
-    return lines
-
-
 # --- where the time goes --------------------------------------------------------------------------------------------
 
 
 def time_stages(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
-    """Share of each stage in upstream's time for a picture, by recipe and way, of JPEG pictures."""
+    """Share of each stage in upstream's time for a image, by recipe and way, of JPEG images."""
     from dinov2.data.datasets.decode import decode_image, resize_image
     from dinov2.data.loaders import make_dataset
 
@@ -315,7 +247,7 @@ def time_stages(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float
             for name, work in {
                 "read": lambda _: [path.read_bytes() for path in paths],
                 "decode": lambda files: [decode_image(file) for file in files],
-                "resize": lambda pictures: [resize_image(picture, SIZE, "crop") for picture in pictures],
+                "resize": lambda images: [resize_image(image, SIZE, "crop") for image in images],
                 "augment": lambda images, augmentation=augmentation: [
                     augmentation(image, Random(i)) for i, image in enumerate(images)
                 ],
@@ -337,7 +269,7 @@ def time_stages(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float
 
 
 def stages_table(found: dict[str, dict[str, dict[str, float]]]) -> list[str]:
-    lines = ["| recipe | way | stages, of upstream's time for a picture |", "|---|---|---|"]
+    lines = ["| recipe | way | stages, of upstream's time for a image |", "|---|---|---|"]
     for recipe, ways in found.items():
         for way, stages in ways.items():
             told = ", ".join(f"{name} {share:.1%}" for name, share in stages.items())
@@ -381,7 +313,7 @@ def private_mib() -> float:
 
 
 class StringList:
-    """Upstream's way: a Python list with a string a picture."""
+    """Upstream's way: a Python list with a string a image."""
 
     def __init__(self, folder: Path) -> None:
         self.paths: list[str] = []
@@ -432,10 +364,10 @@ def one_thread() -> None:
 
 
 def make_formats(folder: Path, source: Path | None) -> None:
-    """The same pictures in each format and size, and a list of each."""
+    """The same images in each format and size, and a list of each."""
     from dinov2.data.datasets.decode import load_image
 
-    paths = list(chosen_pictures(folder, source))
+    paths = list(chosen_images(folder, source))
     for kind, (width, height, suffix) in FORMATS.items():
         where = folder / kind
         where.mkdir(exist_ok=True)
@@ -447,7 +379,7 @@ def make_formats(folder: Path, source: Path | None) -> None:
         (where / "list.txt").write_text("".join(f"{number:03d}{suffix}\n" for number in range(len(paths))))
 
 
-def chosen_pictures(folder: Path, source: Path | None) -> Iterable[Path]:
+def chosen_images(folder: Path, source: Path | None) -> Iterable[Path]:
     from dinov2.data.datasets.image_paths import find_images
     from dinov2.data.sample_cells import write_sample_cells
 
@@ -457,7 +389,7 @@ def chosen_pictures(folder: Path, source: Path | None) -> Iterable[Path]:
             write_sample_cells(source, N_PICTURES, 10, 10, 2, seed=0, size=360, n_workers=os.cpu_count() or 1)
     found = find_images(source)
     if len(found) < N_PICTURES:
-        raise SystemExit(f"--pictures: {source} has {len(found)} pictures; {N_PICTURES} are needed")
+        raise SystemExit(f"--images: {source} has {len(found)} images; {N_PICTURES} are needed")
     return found[:: len(found) // N_PICTURES][:N_PICTURES]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Logits of a chunk: enough rows for fast matrix products, which read all K prototypes for each chunk
-CHUNK_ELEMENTS = 2**23
+CHUNK_ELEMENTS = 2**22
 
 
 def prototype_cross_entropy(

@@ -203,7 +203,7 @@ def test_a_cache_changes_nothing(cached):
 def test_images_that_are_not_packed(tmp_path):
     make_set(tmp_path, 2)
     dataset = HemaStandardDataset(root=tmp_path, image_size=8, cache=tmp_path / "cache")
-    with pytest.raises(KeyError, match="build the cache first"):
+    with pytest.raises(KeyError, match="run scripts/pack_dataset.py"):
         dataset[0]
     with pytest.raises(ValueError, match="a transform is given whole images"):
         HemaStandardDataset(root=tmp_path, cache=tmp_path / "cache", transform=np.asarray)
