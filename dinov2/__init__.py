@@ -8,8 +8,9 @@ import os
 __version__ = "0.1.0"
 
 # Turns of the loop in which a thread that waits at a barrier keeps its core, before it sleeps. libgomp's own 300,000
-# are good on a quiet machine only: beside other processes, threads spin on cores that the others' work needs.
-OPENMP_SPIN_COUNT = 10_000
+# are good on a quiet machine only: beside other processes, threads spin on cores that the others' work needs. This
+# number costs nothing on a quiet machine (docs/benchmarks/contention.md).
+OPENMP_SPIN_COUNT = 100_000
 
 
 def limit_openmp_spinning() -> None:

@@ -23,9 +23,9 @@ SPIN_COUNTS = (LIBGOMP_SPIN_COUNT, 100_000, 10_000, 1_000, 0)
 LOADS = (0, 2, 4)
 HEAD = """# Training beside other processes
 
-Made by `python scripts/bench_contention.py --batch {batch} --rounds {rounds}`: steps of DinoBloom's recipe in fp32.
-OpenMP threads spin for so many turns at a barrier before they sleep. A load of n is n processes that compute without
-pause. Ratios are to the first row.
+Made by `{command}`:
+steps of DinoBloom's recipe in fp32, changed as the command says. OpenMP threads spin for so many turns at a barrier
+before they sleep. A load of n is n processes that compute without pause. Ratios are to the first row.
 
 """
 
@@ -114,7 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         step_in_this_process(args)
         return
     lines = table(measure(args), args.batch)
-    text = "\n".join([*HEAD.format(batch=args.batch, rounds=args.rounds).splitlines(), *lines, ""])
+    words = [f"--batch {args.batch} --rounds {args.rounds}", *args.overrides]
+    head = HEAD.format(command=" ".join(["python scripts/bench_contention.py", *words]))
+    text = "\n".join([*head.splitlines(), *lines, ""])
     text += f"\nMachine: {machine('torch')}.\n"
     if args.output is None:
         print(text)
