@@ -5,6 +5,7 @@ Dimension key:  B images of a micro-batch (train.batch_size_per_gpu), P patches 
 
 import bisect
 import logging
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,6 @@ import torch
 from fvcore.nn import parameter_count_table
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinov2 import distributed
@@ -98,9 +98,17 @@ def measured_matmul_rate(device: torch.device | str, dtype: torch.dtype) -> floa
     side = 16384 // dtype.itemsize if device.type == "cuda" else 1024
     # Numbers as they occur in training: a GPU multiplies zeros at a higher clock
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    timer = Timer("torch.mm(a, b.T, out=out)", globals={"a": a, "b": b, "out": torch.empty_like(a)})
-    timer.timeit(1)  # chooses a kernel
-    return 2 * side**3 / timer.blocked_autorange(min_run_time=0.1).median
+    out = torch.empty_like(a)
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        torch.mm(a, b.T, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    seconds()  # chooses a kernel
+    return 2 * side**3 / statistics.median(seconds() for _ in range(9))
 
 
 # --- real steps -----------------------------------------------------------------------------------------------------
