@@ -22,7 +22,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from bench_data import RECIPES, SIZE, UpstreamTransform, chosen_pictures, collated, one_thread, our_augmentation
+from bench_data import RECIPES, SIZE, UpstreamTransform, chosen_images, collated, one_thread, our_augmentation
 from benchmarking import machine, ratio, take_turns
 from PIL import Image
 
@@ -42,7 +42,7 @@ def main() -> None:
     args = parser.parse_args()
     one_thread()
     args.folder.mkdir(parents=True, exist_ok=True)
-    paths = [str(path) for path in chosen_pictures(args.folder, args.pictures)][: args.batch]
+    paths = [str(path) for path in chosen_images(args.folder, args.pictures)][: args.batch]
     cases = [case for case, (name, _) in CASES.items() if name in args.recipes]
     counts = sorted({1, os.cpu_count() or 1})
     found = {

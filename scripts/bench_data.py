@@ -223,7 +223,7 @@ class UpstreamTransform:
 
 
 def time_stages(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
-    """Share of each stage in upstream's time for a image, by recipe and way, of JPEG images."""
+    """Share of each stage in upstream's time for an image, by recipe and way, of JPEG images."""
     from dinov2.data.datasets.decode import decode_image, resize_image
     from dinov2.data.loaders import make_dataset
 
@@ -269,7 +269,7 @@ def time_stages(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float
 
 
 def stages_table(found: dict[str, dict[str, dict[str, float]]]) -> list[str]:
-    lines = ["| recipe | way | stages, of upstream's time for a image |", "|---|---|---|"]
+    lines = ["| recipe | way | stages, of upstream's time for an image |", "|---|---|---|"]
     for recipe, ways in found.items():
         for way, stages in ways.items():
             told = ", ".join(f"{name} {share:.1%}" for name, share in stages.items())
@@ -313,7 +313,7 @@ def private_mib() -> float:
 
 
 class StringList:
-    """Upstream's way: a Python list with a string a image."""
+    """Upstream's way: a Python list with a string an image."""
 
     def __init__(self, folder: Path) -> None:
         self.paths: list[str] = []

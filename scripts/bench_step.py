@@ -451,6 +451,8 @@ def kernels_for(device: torch.device) -> dict[str, Kernel]:
 
 def attention(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     dtypes = ("bf16", "fp16", "fp32") if args.device.type == "cuda" else ("fp32", "bf16")
+    if args.device.type == "cpu":
+        keep_freed_memory()  # as train.py does
     kernels, found = kernels_for(args.device), []
     cases = [(dtype, n, with_backward) for dtype in dtypes for with_backward in (False, True) for n in args.tokens]
     for dtype, n_tokens, with_backward in cases:

@@ -51,7 +51,7 @@ class PatchEmbed(nn.Module):
         self.norm = norm_layer(embed_dim) if norm_layer is not None else nn.Identity()
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches in a image of `height` x `width` pixels; ValueError if they don't fit."""
+        """Rows and columns of patches in an image of `height` x `width` pixels; ValueError if they don't fit."""
         rows, cols = height // self.patch_size[0], width // self.patch_size[1]
         if rows * self.patch_size[0] != height or cols * self.patch_size[1] != width or not rows * cols:
             raise ValueError(

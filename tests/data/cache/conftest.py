@@ -167,7 +167,7 @@ def _fork_builder():
 
 @pytest.fixture
 def start_builder(tmp_path, _fork_builder):
-    """Starts a builder; `seconds` is what it takes to read a image, `die_in` where it kills itself."""
+    """Starts a builder; `seconds` is what it takes to read an image, `die_in` where it kills itself."""
 
     def start(images: Folder, seconds: float = 0.0, die_in: str = "") -> Builder:
         log = tmp_path / "reads.log"

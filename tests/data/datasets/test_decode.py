@@ -138,7 +138,7 @@ def test_the_first_of_several_frames(tmp_path, pixels):
 
 def test_missing_empty_and_foreign_files(tmp_path):
     (tmp_path / "empty.png").touch()
-    (tmp_path / "text.jpg").write_text("not a image")
+    (tmp_path / "text.jpg").write_text("not an image")
     cases = [
         ("gone.png", "No such file"),
         ("empty.png", "the file is empty"),
