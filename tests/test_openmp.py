@@ -17,7 +17,7 @@ COMMANDS = sorted(
     path
     for folder in ("dinov2", "scripts")
     for path in (ROOT / folder).rglob("*.py")
-    if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
+    if '\nif __name__ == "__main__":' in path.read_text(encoding="utf-8")
 )
 
 
