@@ -1,4 +1,4 @@
-"""Every protocol on fixed features gives the numbers that were recorded before evaluation was simplified (commit 7b054c3).
+"""Protocols on fixed features give the numbers that were recorded before evaluation was simplified (commit 7b054c3).
 
 The commands run as a user starts them, and results.json and predictions.csv are compared: exactly where nothing is
 fitted (kNN), to 1e-3 in probability where a solver decides (linear probes), within the noise of threads for ABMIL.
