@@ -37,15 +37,16 @@ import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads 
 import numpy as np
 import torch
 
+from dinov2.data.copies import without_copies
 from dinov2.data.datasets.tables import open_table
 from dinov2.data.splits import Fold, few_shot_draws, leave_one_dataset_out, make_folds
-from dinov2.eval.cell_sets import check_finite, check_same_network, without_copies
 from dinov2.eval.extract_features import device_of, positive_int
 from dinov2.eval.features import Features, read_features
 from dinov2.eval.figures import draw_matrix
 from dinov2.eval.knn import knn_predict
 from dinov2.eval.linear import fit_linear_probe
 from dinov2.eval.metrics import classification_metrics
+from dinov2.eval.protocol import check_finite, check_same_network
 from dinov2.eval.results import (
     TABLE_METRICS,
     FoldPredictions,

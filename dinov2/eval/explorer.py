@@ -23,7 +23,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from dinov2.eval.cell_sets import check_finite
 from dinov2.eval.explorer_columns import (
     Column,
     Groups,
@@ -45,6 +44,7 @@ from dinov2.eval.projection import (
     pca_projection,
     umap_projection,
 )
+from dinov2.eval.protocol import check_finite
 from dinov2.eval.thumbnails import N_COLUMNS, PER_SHEET, ThumbnailSheets, make_thumbnails
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
