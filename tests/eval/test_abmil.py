@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov2.data.datasets.fold_files import read_fold_files
+from dinov2.data.datasets.bag_folds import read_fold_files
 from dinov2.eval.abmil import TrainedAggregator, format_report, main
 from dinov2.eval.features import Features, write_features
 from dinov2.eval.results import read_predictions
@@ -198,7 +198,7 @@ def test_patients_without_labels_are_judged(trained, tmp_path, capsys):
     rows = rows_of(tmp_path / "applied" / "predictions.csv")
     assert [row["patient"] for row in rows] == ["p20", "p21", "p22"]
     assert list(rows[0]) == ["patient", "prediction", "p_NPM1", "p_control"]
-    assert "3 patients judged" in capsys.readouterr().out
+    assert "predictions for 3 patients" in capsys.readouterr().out
     labels = write_labels(tmp_path / "labels.csv", range(20, 23))
     report = run(tmp_path / "again", "--bags", bags, "--labels", labels, "--apply", output / "aggregator.pth")
     assert report["results"]["classwise"]["together"]["per_class"]["NPM1"]["support"] == 2

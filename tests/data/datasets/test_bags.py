@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dinov2.data.datasets.bags import PatientBags, read_patient_labels
-from dinov2.data.datasets.fold_files import read_fold_files
+from dinov2.data.datasets.bag_folds import read_fold_files
 
 DIM = 4
 
