@@ -23,7 +23,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads 
 
 # isort: split
 import numpy as np
-import pandas as pd
 import torch
 
 from dinov2.data.datasets.bag_folds import (
@@ -46,7 +45,6 @@ from dinov2.data.datasets.bag_folds import (
 )
 from dinov2.data.datasets.bags import PatientBags, check_same_network, read_patient_labels
 from dinov2.data.datasets.labelled_cells import LabelledCells
-from dinov2.data.datasets.tables import write_table
 from dinov2.eval.extract_features import (
     CELLS_HELP,
     add_embedder_arguments,
@@ -56,20 +54,21 @@ from dinov2.eval.extract_features import (
     positive_int,
 )
 from dinov2.eval.features import Features, read_features
-from dinov2.eval.figures import draw_confusion, draw_curves, draw_losses
+from dinov2.eval.metrics.figures import draw_confusion, draw_curves, draw_losses
+from dinov2.eval.metrics.tables import class_table, metrics_table
 from dinov2.eval.results import (
     PROBABILITY_PREFIX,
     FoldPredictions,
-    class_table,
-    metrics_table,
     provenance,
     settings_of,
     summarize,
+    write_csv,
     write_predictions,
     write_report,
 )
 from dinov2.eval.solvers.mil_training import (
     BagPredictions,
+    Epoch,
     Network,
     TrainedAggregator,
     TrainingSettings,
@@ -84,8 +83,6 @@ from dinov2.utils.command import exit_code
 from dinov2.utils.seeds import derive_seed
 
 logger = logging.getLogger("dinov2")
-
-PROBABILITY_DIGITS, ATTENTION_DIGITS = 8, 6
 
 
 @dataclass(frozen=True)
@@ -273,14 +270,15 @@ def run_trained(
         write_predictions(file, bags.patients, labels, by_fold, names, key_column="patient")
     else:
         logger.warning("no metrics: the patients have no labels, or others than the aggregator's %s", ", ".join(names))
-        table = _prediction_table({"patient": bags.patients}, predictions.probabilities, names)
-        write_table(file, table, PROBABILITY_DIGITS)
-    keys = {
-        "network": np.tile(np.arange(len(aggregator.members)), len(bags)),
-        "patient": np.repeat(bags.patients, len(aggregator.members)),
-    }
-    table = _prediction_table(keys, np.concatenate(predictions.by_network), names)
-    write_table(output_dir / "predictions_of_networks.csv", table, PROBABILITY_DIGITS)
+        rows = zip(bags.patients, predictions.classes, predictions.probabilities, strict=True)
+        table = [[patient, names[i], *probabilities] for patient, i, probabilities in rows]
+        write_csv(file, _prediction_header(names, "patient"), table)
+    table = [
+        [number, patient, names[probabilities.argmax()], *probabilities]
+        for patient, networks in zip(bags.patients, predictions.by_network, strict=True)
+        for number, probabilities in enumerate(networks)
+    ]
+    write_csv(output_dir / "predictions_of_networks.csv", _prediction_header(names, "network", "patient"), table)
     _write_attention(output_dir, bags, predictions, names, options.top_cells)
     write_report(output_dir, report)
     return report
@@ -303,26 +301,24 @@ def _as_fold_predictions(predictions: BagPredictions, folds: Sequence[BagFold], 
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def _prediction_table(keys: Mapping[str, Any], probabilities: np.ndarray, class_names: Sequence[str]) -> pd.DataFrame:
-    """Return a table of key columns, `prediction` and p_<class>."""
-    columns = {
-        f"{PROBABILITY_PREFIX}{name}": of_class for name, of_class in zip(class_names, probabilities.T, strict=True)
-    }
-    return pd.DataFrame({**keys, "prediction": np.array(class_names)[probabilities.argmax(axis=1)], **columns})
+def _prediction_header(class_names: Sequence[str], *keys: str) -> list[str]:
+    return [*keys, "prediction", *(f"{PROBABILITY_PREFIX}{name}" for name in class_names)]
 
 
 def _write_networks(output_dir: Path, data: FoldedBags, networks: Sequence[Network]) -> None:
     """Write predictions_of_networks.csv (a row for each network and test patient) and history.csv (for each epoch)."""
-    names, patients = np.array(data.bags.class_names), np.array(data.bags.patients)
-    predictions, histories = [], []
+    label_of, names = data.bags.label_of(), data.bags.class_names
+    predictions, epochs = [], []
     for network in networks:
-        keys = {"fold": data.fold_names[network.fold], "run": network.run}
-        who = {"patient": patients[network.test], "label": names[data.labels[network.test]]}
-        predictions.append(_prediction_table(keys | who, network.probabilities, data.bags.class_names))
-        epochs = [asdict(epoch) for epoch in network.training.history]
-        histories += [{**keys, "epoch": number, **epoch} for number, epoch in enumerate(epochs)]
-    write_table(output_dir / "predictions_of_networks.csv", pd.concat(predictions), PROBABILITY_DIGITS)
-    write_table(output_dir / "history.csv", pd.DataFrame(histories))
+        key = (data.fold_names[network.fold], network.run)
+        for i, probabilities in zip(network.test.tolist(), network.probabilities, strict=True):
+            patient = data.bags.patients[i]
+            predictions.append([*key, patient, label_of[patient], names[probabilities.argmax()], *probabilities])
+        epochs += [[*key, i, *map(str, astuple(epoch))] for i, epoch in enumerate(network.training.history)]
+    header = _prediction_header(names, "fold", "run", "patient", "label")
+    write_csv(output_dir / "predictions_of_networks.csv", header, predictions)
+    header = ["fold", "run", "epoch", *(column.name for column in fields(Epoch))]
+    write_csv(output_dir / "history.csv", header, epochs)
 
 
 def _write_attention(
@@ -332,20 +328,23 @@ def _write_attention(
 
     The column `attention` is that of the predicted class; where each class has its own, `attention_<class>` follow.
     """
-    cells, top_cells = [], []
+    has_columns = len(predictions.attention[0]) > 1
+    rows, top_rows = [], []
     predicted = zip(predictions.classes, predictions.predicted_attention(), predictions.attention, strict=True)
-    for position, (i, attention, columns) in zip(predictions.positions.tolist(), predicted, strict=True):
-        keys = {"patient": bags.patients[position], "cell": range(len(attention)), "source": bags.cells[position]}
-        table = pd.DataFrame({**keys, "attention": attention})
-        top = table.sort_values("attention", ascending=False, kind="stable").head(n_top)
-        top.insert(1, "prediction", class_names[i])
-        top.insert(2, "rank", np.arange(1, len(top) + 1))
-        if len(columns) > 1:
-            table[[f"attention_{name}" for name in class_names]] = columns.T
-        cells.append(table)
-        top_cells.append(top)
-    write_table(output_dir / "attention.csv", pd.concat(cells), ATTENTION_DIGITS)
-    write_table(output_dir / "top_cells.csv", pd.concat(top_cells), ATTENTION_DIGITS)
+    for position, (i, attention, by_class) in zip(predictions.positions.tolist(), predicted, strict=True):
+        patient, sources = bags.patients[position], bags.cells[position]
+        columns = np.stack([attention, *(by_class if has_columns else ())], axis=1)  # [N, 1 or 1 + C]
+        texts = [[f"{value:.6g}" for value in values] for values in columns]
+        rows += [[patient, cell, source, *texts[cell]] for cell, source in enumerate(sources)]
+        top_cells = np.argsort(-attention, kind="stable")[:n_top].tolist()
+        top_rows += [
+            [patient, class_names[i], rank, cell, sources[cell], texts[cell][0]]
+            for rank, cell in enumerate(top_cells, start=1)
+        ]
+    names = [f"attention_{name}" for name in class_names] if has_columns else []
+    write_csv(output_dir / "attention.csv", ["patient", "cell", "source", "attention", *names], rows)
+    header = ["patient", "prediction", "rank", "cell", "source", "attention"]
+    write_csv(output_dir / "top_cells.csv", header, top_rows)
 
 
 def format_report(report: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The one reader and the one writer of tables: CSV with any usual delimiter and a byte-order mark or none, and parquet.
+"""The one reader of tables: CSV with any usual delimiter and a byte-order mark or none, and parquet.
 
 Values are text without spaces around it, and stay as they are written: "007" is not 7.
 """
@@ -9,12 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from dinov2.utils.files import atomic_write
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
+from typing import Any
 
 PATH_COLUMN, LABEL_COLUMN, PATIENT_COLUMN = "Image Path", "Label", "patient"
 
@@ -210,9 +205,3 @@ def _parquet_rows(file: Path, setting: str, names: Sequence[str]) -> Iterator[tu
             for values in zip(*texts, strict=True):
                 row += 1
                 yield row, [(value or "").strip() for value in values]
-
-
-def write_table(file: Path, table: "DataFrame", digits: int | None = None) -> None:
-    """Write a data frame as CSV, its fractions with this many digits; None for all digits."""
-    with atomic_write(file, "w") as stream:
-        table.to_csv(stream, index=False, lineterminator="\n", float_format=None if digits is None else f"%.{digits}g")
