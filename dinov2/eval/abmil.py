@@ -38,10 +38,8 @@ from dinov2.data.datasets.bag_folds import (
     PROTOCOLS,
     BagFold,
     FoldedBags,
-    FoldFiles,
     draw_folds,
     folds_from_files,
-    read_fold_files,
 )
 from dinov2.data.datasets.bags import PatientBags, check_same_network, read_patient_labels
 from dinov2.data.datasets.labelled_cells import LabelledCells
@@ -50,7 +48,6 @@ from dinov2.eval.extract_features import (
     add_embedder_arguments,
     device_of,
     embedder_from,
-    has_embedder,
     positive_int,
 )
 from dinov2.eval.features import Features, read_features
@@ -194,8 +191,7 @@ def run(
         "training": asdict(options.training),
         **provenance(bags.attributes, settings, {"bags": bags.sha256(), **(hashes or {})}),
     }
-    folds = [data.names_of(fold) for fold in data.folds]
-    FoldFiles(folds, data.fold_names, bags.label_of()).write(output_dir / "folds.csv")
+    data.write(output_dir / "folds.csv")
     write_predictions(
         output_dir / "predictions.csv", bags.patients, labels, found.predictions, names, key_column="patient"
     )
@@ -425,17 +421,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _wrong_combination(args: argparse.Namespace) -> str:
     """Return what is wrong with the flags together, or ""."""
-    sources = ("data", "features", "test_features", "bags", "test_bags")
-    network = {"encoder" if args.encoder else "checkpoint"} if has_embedder(args) else set()
-    given = network | {name for name in sources if getattr(args, name)}
-    allowed = (
-        {"data", *(network or {"checkpoint"})},
-        {"features"},
-        {"features", "test_features"},
-        {"bags"},
-        {"bags", "test_bags"},
-    )
-    if given not in allowed:
+    names = ("data", "features", "test_features", "bags", "test_bags", "checkpoint", "encoder")
+    given = {name for name in names if getattr(args, name)}
+    allowed = ("checkpoint data", "encoder data", "features", "features test_features", "bags", "bags test_bags")
+    if given not in [set(names.split()) for names in allowed]:
         flags = ["--" + name.replace("_", "-") for name in sorted(given)]
         return (
             f"got {' '.join(flags) or 'no cells'}; give --features [--test-features], or --bags [--test-bags], "
@@ -478,7 +467,7 @@ def _load_data(args: argparse.Namespace) -> FoldedBags:
     if args.labels:
         bags = bags.with_labels(read_patient_labels(args.labels))
     if args.fold_files:
-        return folds_from_files(bags, read_fold_files(args.fold_files), f"--fold-files {args.fold_files}")
+        return folds_from_files(bags, args.fold_files)
     return draw_folds(bags, args.protocol, args.folds, args.seed, test)
 
 

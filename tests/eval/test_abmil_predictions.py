@@ -1,12 +1,13 @@
 """ABMIL as a function: what is planted is found, shuffled labels are not, and upstream's faults stay away."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from dinov2.data.datasets.bag_folds import FoldedBags, crossval_folds, dinobloom_folds
+from dinov2.data.datasets.bag_folds import FoldedBags, draw_folds
 from dinov2.data.datasets.bags import PatientBags
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.data.sample_cells import sets
@@ -27,12 +28,18 @@ def patients(n: int) -> list[str]:
     return [f"p{i:02d}" for i in range(n)]
 
 
+def as_bags(bags, labels, names=("a", "b")):
+    cells = [[str(cell) for cell in range(len(bag))] for bag in bags]
+    return PatientBags(patients(len(bags)), list(bags), cells, labels, list(names))
+
+
+def drawn(bags, labels, protocol, n_folds):
+    return draw_folds(as_bags(bags, labels), protocol, n_folds).folds
+
+
 def cross_validate(bags, labels, names, folds, runs, model, training, seed=0, device="cpu"):
     """The networks and the predictions for bags in arrays."""
-    cells = [[str(cell) for cell in range(len(bag))] for bag in bags]
-    data = FoldedBags(
-        PatientBags(patients(len(bags)), bags, cells, labels, names), folds, [str(i) for i in range(len(folds))]
-    )
+    data = FoldedBags(as_bags(bags, labels, names), folds, [str(i) for i in range(len(folds))])
     found = evaluate(data, AbmilOptions(model, runs, seed, device, training))
     return found.networks, found.bags
 
@@ -40,7 +47,7 @@ def cross_validate(bags, labels, names, folds, runs, model, training, seed=0, de
 def test_test_patients_change_nothing_that_is_learned():
     """Upstream once trained on the folder called test."""
     bags, labels = random_bags(12)
-    folds = dinobloom_folds(labels, patients(12), n_folds=2, seed=0)
+    folds = drawn(bags, labels, "dinobloom", 2)
     runs, predictions = cross_validate(bags, labels, ["a", "b"], folds, 1, "gated", QUICK)
     others = copy.deepcopy(bags)
     for i in folds[0].test:
@@ -59,7 +66,7 @@ def test_test_patients_change_nothing_that_is_learned():
 def test_the_same_inputs_give_the_same_numbers_and_no_network_depends_on_another():
     """Upstream went on with the network and the optimizer of the run before."""
     bags, labels = random_bags(12)
-    folds = crossval_folds(labels, patients(12), n_folds=3, seed=0)
+    folds = drawn(bags, labels, "crossval", 3)
     runs, predictions = cross_validate(bags, labels, ["a", "b"], folds, 2, "classwise", QUICK)
     again, others = cross_validate(bags, labels, ["a", "b"], folds, 2, "classwise", QUICK)
     assert [(run.fold, run.run) for run in runs] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
@@ -75,7 +82,7 @@ def test_the_same_inputs_give_the_same_numbers_and_no_network_depends_on_another
 
 def test_predictions_are_means_over_the_networks_that_did_not_see_the_patient():
     bags, labels = random_bags(12)
-    folds = dinobloom_folds(labels, patients(12), n_folds=2, seed=0)
+    folds = drawn(bags, labels, "dinobloom", 2)
     runs, predictions = cross_validate(bags, labels, ["a", "b"], folds, 2, "classwise", QUICK)
     assert [len(networks) for networks in predictions.by_network] == [4] * len(folds[0].test)
     np.testing.assert_allclose(predictions.probabilities, np.mean([run.probabilities for run in runs], axis=0))
@@ -90,7 +97,7 @@ def test_predictions_are_means_over_the_networks_that_did_not_see_the_patient():
 @pytest.mark.gpu
 def test_a_gpu_gives_nearly_the_same():
     bags, labels = random_bags(12)
-    folds = dinobloom_folds(labels, patients(12), n_folds=2, seed=0)
+    folds = drawn(bags, labels, "dinobloom", 2)
     on_cpu, on_gpu = (
         cross_validate(bags, labels, ["a", "b"], folds, 1, "classwise", QUICK, device=device)
         for device in ("cpu", "cuda")
@@ -101,7 +108,7 @@ def test_a_gpu_gives_nearly_the_same():
 
 def test_spread_is_over_networks():
     bags, labels = random_bags(12)
-    folds = crossval_folds(labels, patients(12), n_folds=3, seed=0)
+    folds = drawn(bags, labels, "crossval", 3)
     runs, _ = cross_validate(bags, labels, ["a", "b"], folds, 2, "mean", QUICK)
     described = describe_networks(runs, labels, ["a", "b"])
     values = [np.mean(run.probabilities.argmax(axis=1) == labels[run.test]) for run in runs]
@@ -142,7 +149,7 @@ def sample_patients(tmp_path_factory):
 def test_a_planted_rule_is_learned_and_the_planted_cells_get_the_attention(sample_patients, model):
     bags, labels = sample_patients, sample_patients.labels
     settings = TrainingSettings(epochs=20, learning_rate=0.03)
-    folds = crossval_folds(labels, bags.patients, n_folds=4, seed=0)
+    folds = draw_folds(replace(bags, labels=labels), "crossval", 4).folds
     _, predictions = cross_validate(bags.features, labels, NAMES, folds, 1, model, settings)
     assert len(predictions.positions) == len(bags) == 40
     # some controls have more of these cells than some patients do
@@ -164,7 +171,7 @@ def test_shuffled_labels_stay_at_chance(sample_patients):
     bags = sample_patients
     labels = np.random.default_rng(0).permutation(bags.labels)
     settings = TrainingSettings(epochs=20, learning_rate=0.03)
-    folds = crossval_folds(labels, bags.patients, n_folds=4, seed=0)
+    folds = draw_folds(replace(bags, labels=labels), "crossval", 4).folds
     _, predictions = cross_validate(bags.features, labels, NAMES, folds, 1, "classwise", settings)
     # 40 fair coins are within these bounds in 98 of 100 cases
     assert 0.3 <= (predictions.classes == labels).mean() <= 0.7
