@@ -12,20 +12,24 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from dinov2.data.datasets.bag_folds import draw_folds
+from dinov2.data.datasets.bags import read_patient_labels
 from dinov2.eval import abmil, knn, linear, runner
-from dinov2.eval.features import Features
+from dinov2.eval.features import Features, read_features
 from dinov2.eval.knn import KnnOptions
 from dinov2.eval.linear import LinearOptions
+from dinov2.eval.metrics.tables import metrics_table
 from dinov2.eval.protocol import (
     EvaluationSet,
     add_evaluation_arguments,
     check_evaluation_arguments,
     load_evaluation_set,
 )
-from dinov2.eval.results import metrics_table, provenance, settings_of, write_report
+from dinov2.eval.results import provenance, settings_of, write_report
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
 from dinov2.utils.files import file_sha256
@@ -122,11 +126,22 @@ def evaluate_patients(args: argparse.Namespace) -> dict[str, Any]:
         sides = [args.output_dir / "features.h5", None]
     else:
         sides = [args.output_dir / f"features_{side}.h5" for side in ("train", "test")]
-    flags = ["--features", sides[0], "--output-dir", args.output_dir / ABMIL, "--seed", args.seed]
-    flags += ["--test-features", sides[1]] if sides[1] is not None else ["--protocol", "crossval"]
-    flags += ["--labels", args.patient_labels] if args.patient_labels is not None else []
-    (of_model,) = abmil.judge(abmil.parse_arguments([str(flag) for flag in flags]))["results"].values()
-    return dict(of_model["together"])
+    with_labels = args.patient_labels is None
+    bags, test = abmil.bags_of(read_features(sides[0]), with_labels), None
+    if sides[1] is not None:
+        bags, test = bags.joined(abmil.bags_of(read_features(sides[1]), with_labels))
+    if args.patient_labels is not None:
+        bags = bags.with_labels(read_patient_labels(args.patient_labels))
+    protocol = "crossval" if test is None else "dinobloom"
+    options = replace(abmil.DEFAULTS, seed=args.seed)
+    files = {"features": sides[0], "test_features": sides[1], "labels": args.patient_labels}
+    settings = {name: None if file is None else str(file) for name, file in files.items()}
+    hashes = {name: file_sha256(file) for name, file in files.items() if file is not None}
+    data = draw_folds(bags, protocol, seed=args.seed, test=test)
+    report = abmil.run(
+        data, options, args.output_dir / ABMIL, settings | {"protocol": protocol} | asdict(options), hashes
+    )
+    return dict(report["results"][options.model]["together"])
 
 
 def why_not_patients(cells: Features) -> str:

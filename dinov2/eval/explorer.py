@@ -35,6 +35,7 @@ from dinov2.eval.explorer_columns import (
 )
 from dinov2.eval.extract_features import positive_int
 from dinov2.eval.features import Features, read_features
+from dinov2.eval.features.join import check_finite
 from dinov2.eval.pages import Section, escape, write_page
 from dinov2.eval.projection import (
     MIN_CELLS_FOR_UMAP,
@@ -44,7 +45,6 @@ from dinov2.eval.projection import (
     pca_projection,
     umap_projection,
 )
-from dinov2.eval.protocol import check_finite
 from dinov2.eval.thumbnails import N_COLUMNS, PER_SHEET, ThumbnailSheets, make_thumbnails
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code

@@ -19,7 +19,7 @@ Dimension key:  N training cells, M test cells, D embedding dim, C classes, m an
 import argparse
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -47,8 +47,7 @@ VOTE_TOLERANCE = 1e-9  # rounding of weights must not decide between classes
 # Distances closer to each other than this share of the squared lengths involved are equal: the rounding of a matrix
 # product depends on its shape, and must not decide between copies of one cell.
 TIE_TOLERANCE = 1e-11
-NUMBERS_PER_CHUNK = 1 << 22  # training features in float64: 32 MiB
-DISTANCES_PER_CHUNK = 1 << 23  # 64 MiB
+CHUNK = 2048  # training or test cells at a time: 32 MiB of distances
 
 
 @dataclass(frozen=True)
@@ -218,7 +217,7 @@ class Neighbours:
 def nearest_neighbours(
     train_features: ArrayLike, test_features: ArrayLike, k: int, is_cosine: bool = False
 ) -> Neighbours:
-    """Find the nearest training cells on the device of the training features, with some 250 MiB beside the inputs.
+    """Find the nearest training cells on the device of the training features, with some 200 MiB beside the inputs.
 
     Args:
         train_features: [N, D], array or tensor.
@@ -243,32 +242,28 @@ def nearest_neighbours(
     for features in (train, test):
         _check_features(features, is_cosine)
     centre = train.new_zeros(train.shape[1], dtype=torch.float64)  # [D]
-    centre = torch.stack([_coordinates(chunk, centre, is_cosine).sum(dim=0) for chunk in _chunks(train)]).sum(dim=0)
-    centre /= len(train)
+    centre = sum((_coordinates(chunk, centre, is_cosine).sum(dim=0) for chunk in train.split(CHUNK)), centre)
+    centre = centre / len(train)
     parts = []
-    for chunk in test.split(max(1, DISTANCES_PER_CHUNK // len(train))):
-        cells = _coordinates(chunk, centre, is_cosine)  # [m, D]
+    for test_chunk in test.split(CHUNK):
+        cells = _coordinates(test_chunk, centre, is_cosine)  # [m, D]
         squares = cells.square().sum(dim=1, keepdim=True)  # [m, 1]
-        distances = torch.cat(
-            [
-                torch.addmm(part.square().sum(dim=1), cells, part.T, alpha=-2)  # [m, n]
-                for part in (_coordinates(train_chunk, centre, is_cosine) for train_chunk in _chunks(train))
-            ],
-            dim=1,
-        ).add_(squares)  # [m, N]
-        positions = _nearest_columns(distances, squares, k)
-        parts.append((positions.cpu(), distances.gather(1, positions).clamp_min(0).cpu()))
+        distances, positions = cells.new_empty(len(cells), 0), train.new_empty(len(cells), 0, dtype=torch.int64)
+        for start, train_chunk in zip(range(0, len(train), CHUNK), train.split(CHUNK), strict=True):
+            others = _coordinates(train_chunk, centre, is_cosine)  # [n, D]
+            to_others = torch.addmm(others.square().sum(dim=1), cells, others.T, alpha=-2).add_(squares)  # [m, n]
+            here = torch.arange(start, start + len(others), device=train.device).expand(len(cells), -1)
+            distances, positions = torch.cat([distances, to_others], dim=1), torch.cat([positions, here], dim=1)
+            columns = _nearest_columns(distances, squares, min(k, distances.shape[1]))
+            distances, positions = distances.gather(1, columns), positions.gather(1, columns)  # [m, k]
+        parts.append((positions.cpu(), distances.clamp_min(0).cpu()))
     return Neighbours(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))
-
-
-def _chunks(features: Tensor) -> Iterator[Tensor]:
-    yield from features.split(max(1, NUMBERS_PER_CHUNK // features.shape[1]))
 
 
 def _check_features(features: Tensor, is_cosine: bool) -> None:
     if not torch.stack(features.aminmax()).isfinite().all():  # NaN is both ends of a set that has one
         raise ValueError("features: some are infinite or NaN, so their distances mean nothing; check the weights")
-    n_zero = sum(int((chunk == 0).all(dim=1).sum()) for chunk in _chunks(features)) if is_cosine else 0
+    n_zero = sum(int((chunk == 0).all(dim=1).sum()) for chunk in features.split(CHUNK)) if is_cosine else 0
     if n_zero:
         raise ValueError(
             f"features: all numbers of {n_zero} cells are 0, so they have no direction to compare; leave these cells "
@@ -288,7 +283,7 @@ def _nearest_columns(distances: Tensor, squares: Tensor, k: int) -> Tensor:
     """Return the columns of the k smallest distances, int64 [m, k], nearest first and of equal ones the first column.
 
     Args:
-        distances: float64 [m, N], squared.
+        distances: float64 [m, columns], squared.
         squares: float64 [m, 1], squared lengths of the test cells.
         k: number of neighbours.
     """

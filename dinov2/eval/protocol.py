@@ -36,8 +36,6 @@ from dinov2.data.splits import (
     read_split,
     split_cells,
 )
-from dinov2.eval.baselines import BASELINES
-from dinov2.eval.embedding import Embedder
 from dinov2.eval.extract_features import (
     CELLS_HELP,
     add_embedder_arguments,
@@ -47,6 +45,9 @@ from dinov2.eval.extract_features import (
     positive_int,
 )
 from dinov2.eval.features import DEFAULT_KIND, Features, read_features
+from dinov2.eval.features.baselines import BASELINES
+from dinov2.eval.features.extract import Embedder
+from dinov2.eval.features.join import align_classes, check_finite, check_same_network, join
 from dinov2.eval.results import FoldPredictions
 from dinov2.hub.backbones import untrained_backbone
 from dinov2.utils.files import file_sha256
@@ -56,8 +57,7 @@ logger = logging.getLogger("dinov2")
 N_FOLDS = 5
 NETWORKS = ("checkpoint", "encoder")
 SOURCES = ("train", "test", "data", "features", "test_features")
-# attributes that two sets must share, or distances between their features mean nothing
-NETWORK_ATTRIBUTES = ("checkpoint_sha256", "transform")
+
 
 Predictions: TypeAlias = dict[str, FoldPredictions]  # {row of the results: what was predicted}, for instance knn_20
 
@@ -376,77 +376,6 @@ def _make_split(args: argparse.Namespace, cells: Features | LabelledCells, n_fir
     return split
 
 
-def check_finite(features: Features, source: Path) -> None:
-    """Raise ValueError with the name of the file if features are infinite or NaN."""
-    for values in (features.features, *features.others.values()):
-        is_finite = np.isfinite(values).all(axis=1)
-        if not is_finite.all():
-            example = features.paths[int(np.argmin(is_finite))]
-            raise ValueError(
-                f"features: {int((~is_finite).sum())} of {len(features)} in {str(source)!r} are infinite or NaN, for "
-                f"instance those of {example!r}; extract again, with weights that did not diverge"
-            )
-
-
-def check_same_network(train: Features, test: Features) -> None:
-    """Raise ValueError if features are of two networks, kinds, sizes or image transforms."""
-    for name in NETWORK_ATTRIBUTES:
-        if train.attributes.get(name) != test.attributes.get(name):
-            raise ValueError(
-                f"--features and --test-features: {name} differs, {train.attributes.get(name)!r} and "
-                f"{test.attributes.get(name)!r}; extract both with one checkpoint and one image size"
-            )
-    if train.kind != test.kind:
-        raise ValueError(
-            f"--features and --test-features: features are {train.kind!r} in one and {test.kind!r} in the other; "
-            f"choose a kind that both have (--kind), or extract both with the same --kinds"
-        )
-    dims = train.features.shape[1], test.features.shape[1]
-    if dims[0] != dims[1]:
-        raise ValueError(
-            f"--features and --test-features: {dims[0]} and {dims[1]} numbers a cell; extract both with one checkpoint"
-        )
-
-
-def align_classes(features: Features, class_names: list[str]) -> Features:
-    """Return the features with labels that are positions in `class_names`.
-
-    Raises:
-        ValueError: if the class of a cell is not among them.
-    """
-    unknown = sorted({features.class_names[i] for i in features.labels} - set(class_names))
-    if unknown:
-        raise ValueError(
-            f"test features: classes {', '.join(map(repr, unknown))} are not among the training set's "
-            f"{', '.join(map(repr, class_names))}; extract both from sets with the same class names"
-        )
-    new_ids = np.array([class_names.index(name) if name in class_names else -1 for name in features.class_names])
-    return replace(features, labels=new_ids[features.labels], class_names=class_names)
-
-
-def join(train: Features, test: Features) -> Features:
-    """Join two sets of one network and the same classes, the training set first, with the attributes of the first.
-
-    Patients and further kinds of features are kept if both sets have them.
-    """
-    patients = None if train.patients is None or test.patients is None else train.patients + test.patients
-    if patients is None and (train.patients is not None or test.patients is not None):
-        logger.warning("patients are known of one of the two sets only and not used")
-    return replace(
-        train,
-        features=np.concatenate([train.features, test.features]),
-        labels=np.concatenate([train.labels, test.labels]),
-        paths=train.paths + test.paths,
-        patients=patients,
-        unreadable=list(dict.fromkeys(train.unreadable + test.unreadable)),
-        others={
-            kind: np.concatenate([values, test.others[kind]])
-            for kind, values in train.others.items()
-            if kind in test.others
-        },
-    )
-
-
 def baseline_features(
     name: str, images: Sequence[str], embedder: Embedder | None, seed: int, kinds: Sequence[str]
 ) -> dict[str, np.ndarray]:
@@ -473,4 +402,4 @@ def baseline_features(
             f"--baseline untrained: {len(extraction.unreadable)} images can no longer be read, for instance "
             f"{next(iter(extraction.unreadable))}; put them back, or extract again with --overwrite"
         )
-    return {kind: extraction.of_kinds[kind] for kind in kinds}
+    return {kind: extraction.by_kind[kind] for kind in kinds}

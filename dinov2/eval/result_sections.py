@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dinov2.eval.charts import interval_chart, matrix_chart
+from dinov2.eval.compare import cells_digest, comparable_settings, compare_rows, predictions_belong, split_digest
 from dinov2.eval.metric_tables import (
     MISSING,
     NONE,
@@ -20,16 +21,7 @@ from dinov2.eval.metric_tables import (
     shown,
 )
 from dinov2.eval.pages import Markup, Section, escape, table, valued
-from dinov2.eval.result_records import (
-    MODEL,
-    ResultRecord,
-    Row,
-    compare_rows,
-    mapping,
-    number,
-    predictions_belong,
-)
-from dinov2.eval.results import TABLE_METRICS
+from dinov2.eval.results import MODEL, TABLE_METRICS, ResultRecord, Row, mapping, number
 
 COMPARED = "balanced_accuracy"  # the metric of interval charts and of the matrix of data sets
 MOST_PAIRED = 50_000  # predictions of one file, for the paired test, which draws them a thousand times
@@ -215,7 +207,7 @@ def _groups(records: Sequence[ResultRecord], method: str) -> list[_Group]:
             if row.method != method:
                 continue
             belongs = predictions_belong(record, row)
-            cells, split = (row.cells, row.split) if belongs else (None, None)
+            cells, split = (cells_digest(row), split_digest(row)) if belongs else (None, None)
             key = ("known", cells, split or "") if cells is not None else ("unknown", record.name)
             group = found.setdefault(key, _Group(cells, split))
             is_repeated = row.source != MODEL and any(
@@ -280,9 +272,10 @@ def _paired_table(title: str, group: _Group, names: Sequence[str]) -> list[str]:
 def _different_settings(records: Sequence[ResultRecord]) -> list[str]:
     """In words, the settings that decide how cells are judged and that not all records share."""
     texts = []
-    keys = dict.fromkeys(key for record in records for key in record.settings)
+    settings = {record.name: comparable_settings(record) for record in records}
+    keys = dict.fromkeys(key for of_record in settings.values() for key in of_record)
     for key in keys:
-        values = {record.name: str(record.settings[key]) for record in records if key in record.settings}
+        values = {name: str(of_record[key]) for name, of_record in settings.items() if key in of_record}
         if len(set(values.values())) > 1:
             texts.append(f"{key}: " + "; ".join(f"{name} {value}" for name, value in values.items()))
     return texts

@@ -14,7 +14,8 @@ import numpy as np
 from dinov2.data.splits import write_split
 from dinov2.eval import few_shot
 from dinov2.eval.few_shot import FewShotOptions
-from dinov2.eval.figures import draw_confusion, draw_curves
+from dinov2.eval.metrics.figures import draw_confusion, draw_curves
+from dinov2.eval.metrics.tables import class_table, metrics_table, scores_table
 from dinov2.eval.protocol import (
     EvaluationSet,
     Predictions,
@@ -23,16 +24,7 @@ from dinov2.eval.protocol import (
     check_evaluation_arguments,
     load_evaluation_set,
 )
-from dinov2.eval.results import (
-    class_table,
-    metrics_table,
-    provenance,
-    scores_table,
-    settings_of,
-    summarize,
-    write_predictions,
-    write_report,
-)
+from dinov2.eval.results import provenance, settings_of, summarize, write_predictions, write_report
 from dinov2.logging import setup_logging
 from dinov2.utils.files import file_sha256
 

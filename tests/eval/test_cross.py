@@ -13,20 +13,9 @@ import numpy as np
 import pytest
 
 from dinov2.eval import cross
-from dinov2.eval.cross import (
-    ALL_OTHERS,
-    Comparison,
-    Method,
-    batch_effect,
-    batch_folds,
-    drop_copies,
-    gather,
-    judge,
-    left_out,
-    main,
-    pairs,
-)
+from dinov2.eval.cross import CrossOptions, batch_effect, evaluate, evaluate_comparison, main
 from dinov2.eval.features import Features, write_features
+from dinov2.eval.features.data_sets import ALL_OTHERS, prepare
 from dinov2.eval.linear import fit_linear_probe
 
 REPOSITORY = Path(__file__).parents[2]
@@ -34,7 +23,7 @@ NAMES = ["basophil", "blast", "monocyte"]
 DIM = 8
 CLASS_CENTRES = 5 * np.eye(DIM)
 BATCH_AXIS = np.eye(DIM)[-1]
-NEAREST = Method("knn", 1)
+NEAREST = CrossOptions("knn", 1)
 
 
 def cells_of(folder, labels, seed=0, offset=0.0, class_names=NAMES, patients=None, **changes):
@@ -54,22 +43,20 @@ def cells_of(folder, labels, seed=0, offset=0.0, class_names=NAMES, patients=Non
 
 
 def data_of(common=None, **sets):
-    return gather(list(sets), list(sets.values()), common or {})
+    return prepare(list(sets), list(sets.values()), common or {})[0]
 
 
-def entry(data, train, test, method=NEAREST, n_folds=5):
-    comparisons = [*pairs(data, n_folds), *left_out(data)]
-    (wanted,) = [found for found in comparisons if (found.train, found.test) == (train, test)]
-    return judge(data, wanted, method)
+def entry(data, train, test, options=NEAREST):
+    (wanted,) = [one for one in data.comparisons if (one.train, one.test) == (train, test)]
+    return evaluate_comparison(data, wanted, options)
 
 
 # --- which data set is it?
 
 
-def effect_of(data, n_folds=5):
-    folds, reason = batch_folds(data, n_folds)
-    assert reason == ""
-    return batch_effect(data, folds)
+def effect_of(data):
+    assert data.batch.reason == ""
+    return batch_effect(data, CrossOptions())
 
 
 @pytest.mark.parametrize(("offset", "low", "high"), [(8.0, 0.99, 1.0), (0.0, 0.4, 0.6)])
@@ -108,7 +95,7 @@ def test_a_large_set_does_not_hide_the_effect_on_a_small_one():
 
 def test_folds_have_each_set_and_class_in_equal_parts():
     data = data_of(a=cells_of("a", np.repeat([0, 1], [50, 10])), b=cells_of("b", np.repeat([1, 2], [20, 40]), seed=1))
-    for _, test in batch_folds(data)[0]:
+    for _, test in data.batch.folds:
         assert np.bincount(data.sets[test] * 3 + data.labels[test]).tolist() == [10, 2, 0, 0, 4, 8]
 
 
@@ -139,8 +126,8 @@ def test_folds_keep_patients_whole_and_equal_ids_in_two_sets_are_two_patients():
     sets = {name: cells_of(name, labels, patients=[f"p{i // 6}" for i in range(120)]) for name in "ab"}
     data = data_of(**sets)
     assert len(set(data.patients)) == 40
-    folds, _ = batch_folds(data)
-    folds += [fold for comparison in pairs(data) for fold in comparison.folds]
+    pairs = [comparison for comparison in data.comparisons if comparison.train != ALL_OTHERS]
+    folds = [fold for comparison in (data.batch, *pairs) for fold in comparison.folds]
     assert len(folds) == 5 + 2 + 2 * 5
     for train, test in folds:
         assert not {data.patients[i] for i in train} & {data.patients[i] for i in test}
@@ -151,11 +138,12 @@ def test_intervals_are_by_patient_where_patients_are_known():
     features = (0.3 * CLASS_CENTRES[labels] + np.random.default_rng(1).normal(size=(120, DIM))).astype(np.float32)
     a, b = (cells_of(name, labels, patients=patients, features=features) for name in "ab")
     unknown = cells_of("b", labels, features=features)
-    by_patient, by_cell = (entry(data_of(a=a, b=judged), "a", "b", Method("knn", 50)) for judged in (b, unknown))
+    by_patient, by_cell = (entry(data_of(a=a, b=tested), "a", "b", CrossOptions("knn", 50)) for tested in (b, unknown))
     assert by_patient["accuracy"] == by_cell["accuracy"] < 1
     assert by_patient["intervals"] != by_cell["intervals"]
-    folds, _ = batch_folds(data_of(a=a, b=b))
-    known, cells = (batch_effect(data_of(a=a, b=judged), folds)["overall"]["knn_1"] for judged in (b, unknown))
+    batch = data_of(a=a, b=b).batch
+    with_same_folds = (replace(data_of(a=a, b=tested), batch=batch) for tested in (b, unknown))
+    known, cells = (effect_of(data)["overall"]["knn_1"] for data in with_same_folds)
     assert known["balanced_accuracy"] == cells["balanced_accuracy"]
     assert known["interval"] != cells["interval"]
 
@@ -170,7 +158,7 @@ def test_who_saw_more_kinds_of_cells_teaches_better():
     rng = np.random.default_rng(2)
     a.features[far] = rng.normal(size=(100, DIM)) + 10 * np.eye(DIM)[4 + labels[far]]
     data = data_of(a=a, b=b)
-    for method in (Method("knn", 5), Method("linear")):
+    for method in (CrossOptions("knn", 5), CrossOptions("linear")):
         there, back = entry(data, "a", "b", method), entry(data, "b", "a", method)
         assert there["balanced_accuracy"] > 0.95 > 0.85 > back["balanced_accuracy"], method
         low, high = there["intervals"]["balanced_accuracy"]
@@ -207,7 +195,7 @@ def test_a_map_renames_and_drops_labels():
     common = {("b", "BAS"): "basophil", ("b", "blast cell"): "blast", ("b", "LYB"): "blast", ("b", "?"): ""}
     data = data_of(common, a=a, b=b)
     assert data.class_names == NAMES
-    assert data.per_class(data.of_set("b")) == {"basophil": 20, "blast": 17}
+    assert data.per_class(data.positions("b")) == {"basophil": 20, "blast": 17}
     found = entry(data, "a", "b")
     assert found["left_out"] == {}
     assert found["per_class"]["basophil"]["recall"] == 1.0
@@ -221,16 +209,16 @@ def test_an_entry_that_cannot_be_says_why():
     b = cells_of("b", labels, class_names=["basophil", "smudge"], seed=1)
     c = cells_of("c", np.zeros(30, dtype=np.int64))
     data = data_of(a=a, b=b, c=c, d=cells_of("d", np.array([0, 1, 0])))
-    assert entry(data, "a", "b")["reason"].startswith("1 classes to judge (basophil on both sides)")
-    assert entry(data, "c", "a")["reason"].startswith("0 classes to judge")
-    assert entry(data, "c", "c")["reason"].startswith("0 classes to judge")
+    assert entry(data, "a", "b")["reason"].startswith("1 classes to test (basophil on both sides)")
+    assert entry(data, "c", "a")["reason"].startswith("0 classes to test")
+    assert entry(data, "c", "c")["reason"].startswith("0 classes to test")
     assert "fewer than the 5 parts" in entry(data, "d", "d")["reason"]
-    found = entry(data, "d", "a", Method("knn", 4))
+    found = entry(data, "d", "a", CrossOptions("knn", 4))
     assert found["reason"] == "3 training cells, fewer than the k = 4 neighbours asked for"
     for name in ("accuracy", "balanced_accuracy", "weighted_f1", "macro_f1"):
         assert found[name] is None
     assert (found["n_test"], found["intervals"]) == (30, {})
-    assert entry(data, "d", "a", Method("knn", 3))["reason"] is None
+    assert entry(data, "d", "a", CrossOptions("knn", 3))["reason"] is None
 
 
 def test_a_class_with_one_cell_is_not_judged_by_its_own_set():
@@ -260,7 +248,7 @@ def test_the_probe_counts_the_classes_that_it_learns(monkeypatch):
     monkeypatch.setattr(cross, "fit_linear_probe", fit)
     sets = {name: cells_of(name, np.arange(40) % 2 + 1, seed=ord(name)) for name in "ab"}
     third = cells_of("c", np.arange(40) % 8, class_names=[f"class {i}" for i in range(8)])
-    assert entry(data_of(**sets, c=third), "a", "b", Method("linear"))["accuracy"] > 0.9
+    assert entry(data_of(**sets, c=third), "a", "b", CrossOptions("linear"))["accuracy"] > 0.9
     assert seen == [(2, 1, 40)]
 
 
@@ -272,19 +260,26 @@ def test_copies_in_two_sets_teach_nothing_and_are_counted(tmp_path):
         for i, path in enumerate(paths):
             path.write_bytes(b"both" if i == 0 else f"{name}{i:03d}".encode())
         sets[name] = cells_of(name, np.arange(40) % 2, seed=ord(name), paths=[str(path) for path in paths])
-    data = data_of(**sets)
-    wanted = [*pairs(data), *left_out(data), Comparison("", "", batch_folds(data)[0])]
-    kept, counts = drop_copies(wanted, data.paths)
-    assert counts["not_checked"] == 0
-    assert counts["dropped_identical_bytes"] == 2
-    for comparison in kept[:-1]:
-        found = judge(data, comparison, NEAREST)
+    data, counts = prepare(list(sets), list(sets.values()), {})
+    assert counts == {"dropped_identical_bytes": 2, "not_checked": 0}
+    for comparison in data.comparisons:
+        found = evaluate_comparison(data, comparison, NEAREST)
         n_copies = int(comparison.train != comparison.test)
         assert found["dropped_identical_bytes"] == comparison.n_copies == n_copies
         assert found["n_train"] == 40 - n_copies
         assert found["n_test"] == 40
     copies = {0, 40}
-    assert all(len(copies & {*train, *test}) < 2 or copies <= {*train} for train, test in kept[-1].folds)
+    assert all(len(copies & {*train, *test}) < 2 or copies <= {*train} for train, test in data.batch.folds)
+
+
+def test_the_function_needs_no_files():
+    labels = np.arange(60) % 3
+    data = data_of(a=cells_of("a", labels), b=cells_of("b", labels, seed=1))
+    results = evaluate(data, CrossOptions(k=5))
+    assert results["matrix"]["a"]["b"] == entry(data, "a", "b", CrossOptions(k=5))
+    assert results["leave_one_out"]["b"] == entry(data, ALL_OTHERS, "b", CrossOptions(k=5))
+    assert results["batch_effect"] == batch_effect(data, CrossOptions(k=5))
+    assert results["batch_effect_reason"] is None
 
 
 # --- the command
@@ -348,7 +343,11 @@ def test_from_files_to_results(files, tmp_path, capsys):
     effect = rows_of(output / "batch_effect.csv")
     assert {row["cells"] for row in effect} == {"all", "mean over classes", *(f"class {name}" for name in NAMES)}
     table = capsys.readouterr().out
-    for part in ("kNN, k = 5", "all others", "bm -> pbc: 20 cells are not judged, of classes not learned: monocyte"):
+    for part in (
+        "kNN, k = 5",
+        "all others",
+        "bm -> pbc: 20 cells are not tested, their classes are not trained: monocyte",
+    ):
         assert part in table
     assert re.search(r"within a class, mean of 3 +\d", table)
 
@@ -375,7 +374,7 @@ def test_sets_without_common_classes_are_reported_and_no_crash(files, tmp_path, 
     (row,) = [row for row in rows_of(tmp_path / "out" / "matrix.csv") if (row["train"], row["test"]) == ("pbc", "bm")]
     assert row["accuracy"] == ""
     assert row["reason"] == found["reason"]
-    assert "pbc -> bm: 0 classes to judge (none on both sides)" in capsys.readouterr().out
+    assert "pbc -> bm: 0 classes to test (none on both sides)" in capsys.readouterr().out
 
 
 def test_another_kind_of_features(tmp_path):
@@ -431,7 +430,7 @@ def test_files_that_do_not_go_together_are_refused_and_leave_nothing(files, tmp_
     labels = np.arange(30) % 3
     other = cells_of("x", labels, attributes={"checkpoint_sha256": "cd", "transform": "28 px"})
     write_features(tmp_path / "other.h5", other)
-    message = "'pbc' and 'other' do not compare: .*checkpoint_sha256 differs, 'ab' and 'cd'"
+    message = "checkpoint_sha256 of data set 'pbc' is 'ab' and of data set 'other' 'cd'"
     expect_nothing(tmp_path, message, "--features", files[0], tmp_path / "other.h5")
     broken = cells_of("x", labels, features=np.full((30, DIM), np.nan, dtype=np.float32))
     write_features(tmp_path / "broken.h5", broken)

@@ -15,8 +15,8 @@ NAMES = ["control", "NPM1"]
 
 @pytest.fixture(autouse=True)
 def short_trainings(monkeypatch):
-    monkeypatch.setattr(abmil.TrainingSettings, "epochs", 6)
-    monkeypatch.setattr(abmil.TrainingSettings, "learning_rate", 0.05)
+    short = abmil.TrainingSettings(epochs=6, learning_rate=0.05)
+    monkeypatch.setattr(abmil, "DEFAULTS", abmil.AbmilOptions(training=short))
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(autouse=True)
 def short_trainings(monkeypatch):
-    monkeypatch.setattr(abmil.TrainingSettings, "epochs", 2)
+    monkeypatch.setattr(abmil, "DEFAULTS", abmil.AbmilOptions(training=abmil.TrainingSettings(epochs=2)))
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -90,6 +91,29 @@ class PatientBags:
     def dim(self) -> int:
         """D."""
         return int(self.features[0].shape[1])
+
+    def known_labels(self) -> np.ndarray:
+        """Return the labels; raise a ValueError if there are none."""
+        if self.labels is None:
+            raise ValueError("--bags: the bags have no labels; give a CSV with the columns patient,label as --labels")
+        return self.labels
+
+    def per_class(self, positions: np.ndarray) -> dict[str, int]:
+        """Return {class: number} of the labelled bags at these positions."""
+        counts = np.bincount(self.known_labels()[positions], minlength=len(self.class_names))
+        return dict(zip(self.class_names, counts.tolist(), strict=True))
+
+    def counts(self) -> dict[str, Any]:
+        """Return the numbers of patients and cells, and of patients of each class where there are labels."""
+        sizes = [len(cells) for cells in self.features]
+        counts: dict[str, Any] = {
+            "patients": len(self),
+            "cells": sum(sizes),
+            "cells_of_a_patient": {"min": min(sizes), "median": float(np.median(sizes)), "max": max(sizes)},
+        }
+        if self.labels is not None:
+            counts["patients_per_class"] = self.per_class(np.arange(len(self)))
+        return counts
 
     @classmethod
     def from_cells(
