@@ -6,7 +6,7 @@ Cell types are spelt in several ways and are put in lower case here. The archive
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.datasets.image_paths import find_images
+from dinov2.data.datasets import find_images
 from dinov2.data.prepare.base import Cell, DataSet, Notes
 
 SIGNED, UNSIGNED = "signed slides", "unsigned slides"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from dinov2.data.datasets.image_paths import IMAGE_SUFFIXES, find_images, is_image_name
+from dinov2.data.datasets.decode import IMAGE_SUFFIXES, find_images, is_image_name
 
 N_EXAMPLES = 5
 SEARCH_DEPTH = 5  # folders between --source and the layout: an archive is often unpacked into folders of its own name

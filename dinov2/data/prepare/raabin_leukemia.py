@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.datasets.image_paths import find_images
+from dinov2.data.datasets import find_images
 from dinov2.data.prepare.base import Cell, DataSet, Notes
 
 CLASSES = ("ALL", "AML", "APL", "CLL", "CML")

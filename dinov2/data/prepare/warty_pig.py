@@ -7,7 +7,7 @@ depth and case and also as a plural. Images elsewhere are listed without a label
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.datasets.image_paths import find_images
+from dinov2.data.datasets import find_images
 from dinov2.data.prepare.base import Cell, DataSet, Notes
 
 CLASSES = ("basophil", "eosinophil", "lymphocyte", "monocyte", "neutrophil")
