@@ -57,13 +57,13 @@ class Plan(NamedTuple):
     n_images: int
     n_there: int
     todo: np.ndarray  # positions that are missing, or were packed from a source that changed later
-    gone: dict[bytes, str]  # {key: reason} of images without a source file; their records stay
+    missing: dict[bytes, str]  # {key: reason} of images without a source file; their records stay
     bytes_needed: int
     bytes_free: int
 
     def __str__(self) -> str:
         return (
-            f"{self.n_images:,} images, {len(self.todo):,} to pack, {len(self.gone):,} without a file; "
+            f"{self.n_images:,} images, {len(self.todo):,} to pack, {len(self.missing):,} without a file; "
             f"{size_text(self.bytes_needed)} needed, {size_text(self.bytes_free)} free"
         )
 
@@ -158,13 +158,13 @@ class PackedCache:
 
     def plan(self, should_stop: ShouldStop = lambda: False) -> Plan:
         """Compare the sources with the packed records; nothing is written. Incomplete if `should_stop` returns True."""
-        gone: dict[bytes, str] = {}
+        missing: dict[bytes, str] = {}
 
         def read_stamp(i: int) -> tuple[int, int]:
             try:
                 return NO_STAMP if should_stop() else self.source.stamp(i)
             except OSError as error:
-                gone[self._keys[i]] = error.strerror or str(error)
+                missing[self._keys[i]] = error.strerror or str(error)
                 return NO_STAMP
 
         with ThreadPool(16) as pool:  # a network file system answers slowly, but many requests at once
@@ -175,7 +175,7 @@ class PackedCache:
         todo = self._first[is_there & ~is_packed]
         disk = next(parent for parent in (self.folder, *self.folder.parents) if parent.is_dir())
         bytes_needed, bytes_free = len(todo) * (self.record_bytes + ENTRY.itemsize), shutil.disk_usage(disk).free
-        return Plan(len(self._first), int(is_packed.sum()), todo, gone, bytes_needed, bytes_free)
+        return Plan(len(self._first), int(is_packed.sum()), todo, missing, bytes_needed, bytes_free)
 
     def build(self, n_workers: int | None = None, *, should_stop: ShouldStop = lambda: False) -> Summary:
         """Pack missing and changed images, and open the result; a second build waits for the first.
@@ -195,7 +195,7 @@ class PackedCache:
             is_stopped = any(all_gather_objects(should_stop()))  # a signal to one rank stops all
         plan, n_packed, is_complete = outcome
         self._open()
-        self._reasons |= {i: plan.gone[key] for i, key in enumerate(self._keys) if key in plan.gone}
+        self._reasons |= {i: plan.missing[key] for i, key in enumerate(self._keys) if key in plan.missing}
         bad = [i for i in self._first.tolist() if i in self._reasons]
         examples = [(self.source.path(i), self._reasons[i]) for i in bad[:5]]
         summary = Summary(plan.n_images, plan.n_there, n_packed, len(bad), examples, is_complete)

@@ -179,7 +179,7 @@ def test_each_set_has_its_share_and_repeats_no_image_within_a_pass_over_it(balan
         seen = np.bincount(sets[stream[i * MIN_PASS : (i + 1) * MIN_PASS]], minlength=4)
         assert seen.tolist() == quotas.tolist()
     for number in (0, 1, 3):
-        # a set's own stream is spread over the pass: in whole passes over the set, each picture comes equally often
+        # a set's own stream is spread over the pass: in whole passes over the set, each image comes equally often
         counts = np.bincount(stream[: 2 * MIN_PASS], minlength=50)[sets == number]
         assert counts.max() - counts.min() <= 1
     shares = np.bincount(sets[stream[:4000]], minlength=4) / 4000

@@ -120,9 +120,9 @@ def _copies_and_leaks(images: pd.DataFrame, near: pd.DataFrame) -> Iterator[Find
             if x in trained_contents and y in example and x not in example:
                 yield "leak_near", paths[x], example[y], "similar hashes"
     for patient, group in images[images["has_leaking_patient"]].groupby("patient"):
-        there = paths[evaluated & (images["patient"] == patient)]
-        detail = f"patient {patient}: {len(group)} images in training, {len(there)} in evaluation"
-        yield "leak_patient", group["path"].iloc[0], there.iloc[0], detail
+        held_out = paths[evaluated & (images["patient"] == patient)]
+        detail = f"patient {patient}: {len(group)} images in training, {len(held_out)} in evaluation"
+        yield "leak_patient", group["path"].iloc[0], held_out.iloc[0], detail
 
 
 def _label_conflicts(entries: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:

@@ -60,42 +60,6 @@ class PathBlock:
         return self._data.numpy()[start:end].tobytes().decode("utf-8", "surrogateescape")
 
 
-class ShardIndex:
-    """The N images in some tar files (absolute paths), in the order of the files."""
-
-    def __init__(self, shards: list[str]) -> None:
-        """Read the headers. Raises ValueError if a file is compressed, damaged or no tar file."""
-        self.shards = shards
-        self._stamps = [_stamp(os.stat(shard)) for shard in shards]
-        with ThreadPoolExecutor(8) as pool:  # a network disk answers slowly
-            scans = list(pool.map(_scan_shard, shards))
-        self._names = PathBlock(name for scan in scans for name, _, _ in scan)
-        places = [(offset, size) for _, offset, size in chain.from_iterable(scans)]
-        self._places = torch.from_numpy(np.array(places, dtype=np.int64).reshape(-1, 2))  # [N, 2]
-        self.counts = [len(scan) for scan in scans]
-        self._ends = np.cumsum(self.counts).tolist()
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, position: int) -> str:
-        return f"{self.shard(position)}::{self._names[position]}"
-
-    def shard(self, position: int) -> str:
-        """Return the tar file that holds an image."""
-        return self.shards[bisect_right(self._ends, position)]
-
-    def read(self, position: int) -> bytes:
-        """Read the bytes of an image. Raises OSError if the shard is gone, or was changed since the scan."""
-        offset, size = self._places[position].tolist()
-        number = bisect_right(self._ends, position)
-        with open(self.shards[number], "rb", buffering=0) as file:
-            if _stamp(os.fstat(file.fileno())) != self._stamps[number]:
-                raise OSError("the tar file was changed after this run had listed what is in it; start again")
-            file.seek(offset)
-            return file.read(size)
-
-
 class ImageSource:
     """N images by position: their bytes, their paths, and the sets that they belong to.
 
@@ -106,10 +70,8 @@ class ImageSource:
         set_sizes: int64 [S], images in each; a list may be empty.
     """
 
-    def __init__(
-        self, names: PathBlock | ShardIndex, folder: str, set_names: Sequence[str], set_ids: np.ndarray, kind: str
-    ) -> None:
-        """`names` are paths, absolute or relative to `folder`, which is absolute; or an index of shards."""
+    def __init__(self, names: PathBlock, folder: str, set_names: Sequence[str], set_ids: np.ndarray, kind: str) -> None:
+        """`names` are paths, absolute or relative to `folder`, which is absolute."""
         self._names, self._folder, self.kind = names, folder, kind
         # a tensor, whose memory spawned workers share
         self.set_names, self._set_ids = list(set_names), torch.from_numpy(set_ids.astype(np.int32))
@@ -154,14 +116,12 @@ class ImageSource:
         Raises:
             UnreadableImageError: it is missing or cannot be read.
         """
-        path, names = self.path(position), self._names
-        if isinstance(names, ShardIndex):
-            return _read(path, lambda: names.read(position))
+        path = self.path(position)
         return _read(path, Path(path).read_bytes)
 
     def file(self, position: int) -> str:
         """Return the absolute path of the file that holds an image: its own, or a shard."""
-        return self._names.shard(position) if isinstance(self._names, ShardIndex) else self.path(position)
+        return self.path(position)
 
     def stamp(self, position: int) -> tuple[int, int]:
         """Return the size in bytes and the time of the last change in ns of the file that holds an image.
@@ -177,6 +137,43 @@ class ImageSource:
     def set_ids(self) -> np.ndarray:
         """Return the set of every image as a position in `set_names`, int32 [N]."""
         return self._set_ids.numpy()
+
+
+class ShardSource(ImageSource):
+    """The images in tar files, in the order of the files."""
+
+    def __init__(self, shards: Sequence[str]) -> None:
+        """Read the headers. Raises ValueError if a file is compressed, damaged or no tar file."""
+        self._shards = [os.path.abspath(shard) for shard in shards]
+        self._stamps = [_stamp(os.stat(shard)) for shard in self._shards]
+        with ThreadPoolExecutor(8) as pool:  # a network disk answers slowly
+            scans = list(pool.map(_scan_shard, self._shards))
+        counts = [len(scan) for scan in scans]
+        self._ends = np.cumsum(counts).tolist()
+        places = [(offset, size) for _, offset, size in chain.from_iterable(scans)]
+        self._places = torch.from_numpy(np.array(places, dtype=np.int64).reshape(-1, 2))  # [N, 2]
+        stems = [os.path.basename(shard)[: -len(".tar")] for shard in shards]
+        names, ids = _number([re.sub(r"[-_.]?\d+$", "", stem) or stem for stem in stems], counts)
+        members = PathBlock(name for scan in scans for name, _, _ in scan)
+        super().__init__(members, "", names, ids, f"{len(shards)} tar shard{'s' if len(shards) > 1 else ''}")
+
+    def path(self, position: int) -> str:
+        return f"{self.file(position)}::{self._names[position]}"
+
+    def file(self, position: int) -> str:
+        return self._shards[bisect_right(self._ends, position)]
+
+    def read(self, position: int) -> bytes:
+        return _read(self.path(position), lambda: self._read_at(position))
+
+    def _read_at(self, position: int) -> bytes:
+        """Read a member by its offset. Raises OSError if the shard is gone, or was changed since the scan."""
+        offset, size = self._places[position].tolist()
+        with open(self.file(position), "rb", buffering=0) as file:
+            if _stamp(os.fstat(file.fileno())) != self._stamps[bisect_right(self._ends, position)]:
+                raise OSError("the tar file was changed after this run had listed what is in it; start again")
+            file.seek(offset)
+            return file.read(size)
 
 
 def read_image(path: str) -> bytes:
@@ -223,7 +220,7 @@ def _from_folder(root: Path) -> ImageSource:
     if shards:
         if n_loose:
             logger.info("%s holds tar shards: the %d images beside them are not read", root, n_loose)
-        return _from_shards([str(shard) for shard in shards])
+        return ShardSource([str(shard) for shard in shards])
     images = _from_tree(root, entries)
     if len(images) == 0:
         tables = [entry.name for entry in entries if _is_table(entry)]
@@ -242,7 +239,7 @@ def _from_files(root: str) -> ImageSource:
     others = [file for file in files if not file.lower().endswith(".tar")]
     if others:
         raise ValueError(f"train.dataset_path: {others[0]!r} is a file of another kind; it must be {KINDS}")
-    return _from_shards(files)
+    return ShardSource(files)
 
 
 def _from_lists(files: list[Path]) -> ImageSource:
@@ -291,13 +288,6 @@ def _from_tree(root: Path, entries: list[Path]) -> ImageSource:
     by_set = {name: paths for name, paths in ({LOOSE_SET: loose} | by_set).items() if paths}
     names, ids = _number(list(by_set), [len(paths) for paths in by_set.values()])
     return ImageSource(PathBlock(chain.from_iterable(by_set.values())), "", names, ids, f"the images in {str(root)!r}")
-
-
-def _from_shards(shards: list[str]) -> ImageSource:
-    index = ShardIndex([os.path.abspath(shard) for shard in shards])
-    stems = [os.path.basename(shard)[: -len(".tar")] for shard in shards]
-    names, ids = _number([re.sub(r"[-_.]?\d+$", "", stem) or stem for stem in stems], index.counts)
-    return ImageSource(index, "", names, ids, f"{len(shards)} tar shard{'s' if len(shards) > 1 else ''}")
 
 
 def _number(names: Sequence[str], counts: Sequence[int]) -> tuple[list[str], np.ndarray]:

@@ -34,7 +34,7 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
     for image, label in class_folders(top, CLASSES, notes):
         prefix = image.name.split("_")[0].upper()
         if prefix not in STAGES and prefix not in WITHOUT_STAGE:
-            notes.add("file prefixes that are not known", image.relative_to(top))
+            notes.add("file prefixes that are not known", image)
         yield Cell(image, label, STAGES.get(prefix), part=parts.pop(f"{image.parent.name}/{image.name}", None))
     for absent, part in parts.items():
         notes.add(f"images that the {part} list names and that are not there", absent)

@@ -22,7 +22,7 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
         else:
             yield Cell(image, subtype, patient=folders[0])
             continue
-        notes.add(kind, image.relative_to(top))
+        notes.add(kind, image)
         notes.annotations.add(image)
 
 

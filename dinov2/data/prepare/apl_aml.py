@@ -20,7 +20,7 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
             if SIGNED in folders and len(folders) > folders.index(SIGNED) + 1:
                 label = "_".join(folders[folders.index(SIGNED) + 1].split())
             elif UNSIGNED not in folders:
-                notes.add("images outside '<Signed slides>/<cell type>', unlabelled", image.relative_to(top))
+                notes.add("images outside '<Signed slides>/<cell type>', unlabelled", image)
             yield Cell(image, label, patient=patient.name)
 
 

@@ -36,7 +36,7 @@ CLASSES = {
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
     for image, label in class_folders(top, CLASSES, notes):
         if CLASSES.get(image.name.split("_")[0]) != label:
-            notes.add("images whose name says another class than their folder", image.relative_to(top))
+            notes.add("images whose name says another class than their folder", image)
         yield Cell(image, label)
 
 

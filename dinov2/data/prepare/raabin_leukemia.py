@@ -20,7 +20,7 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
         words = {word.upper() for folder in folders for word in re.split("[^A-Za-z]+", folder)}
         named = words & set(CLASSES)
         if len(named) != 1:
-            notes.add("images whose folders name no leukaemia (or several), unlabelled", image.relative_to(top))
+            notes.add("images whose folders name no leukaemia (or several), unlabelled", image)
         yield Cell(image, named.pop() if len(named) == 1 else None)
 
 

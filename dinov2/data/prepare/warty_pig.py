@@ -19,7 +19,7 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
         folders = [folder.lower() for folder in image.relative_to(top).parts[:-1]]
         named = {name for folder in folders for name in CLASSES if name in folder}
         if len(named) != 1:
-            notes.add("images whose folders name no cell type (or several), unlabelled", image.relative_to(top))
+            notes.add("images whose folders name no cell type (or several), unlabelled", image)
         part = next((PARTS[folder] for folder in folders if folder in PARTS), None)
         yield Cell(image, named.pop() if len(named) == 1 else None, part=part)
 
