@@ -1,6 +1,6 @@
 """APL_AML: cells of 106 patients with APL or other AML, Johns Hopkins.
 
-Cell types are spelt in several ways and are put in lower case here. The archive has a few images under two types.
+Cell types have several spellings and are converted to lower case. The archive has a few images under two types.
 """
 
 from collections.abc import Iterator

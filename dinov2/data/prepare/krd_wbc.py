@@ -1,7 +1,7 @@
 """KRD-WBC: smears with masks of white cells.
 
-The class column of the CSV is spelt "Categoriy". What its other columns are called could not be checked, so the first
-value of a row with a number in it is taken for the image. Masks are JPEGs: their edges are grey, a threshold decides.
+The class column of the CSV is spelt "Categoriy". The names of its other columns could not be checked, so the first
+value with a number in a row names the image. Masks are JPEGs with grey edges, so a threshold separates the cells.
 """
 
 import re

@@ -1,6 +1,6 @@
 """LISC: smears of healthy people with masks that an expert drew.
 
-Folder names mix cases (`Baso`, `eosi`). `mixt` has images with cells of several kinds, which nothing tells apart.
+Folder names mix cases (`Baso`, `eosi`). The cells in `mixt` are of several kinds and have no labels.
 """
 
 from collections.abc import Iterator

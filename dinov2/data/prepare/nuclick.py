@@ -1,6 +1,6 @@
 """NuClick: smears with masks of white cells.
 
-The archive is `hemato_data.zip`, linked by the repository; `ihc_nuclick.zip` beside it is of tissue and not for this.
+The archive is `hemato_data.zip`, linked by the repository; `ihc_nuclick.zip` has images of tissue and is not used.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """Raabin Leukemia: blood of patients with leukaemia, from the makers of Raabin-WBC.
 
-THE LAYOUT IS NOT PUBLISHED in a form that could be checked. Images elsewhere than below a folder that names one
-leukaemia are listed without a label. The label is the patient's disease, not the type of a cell.
+THE LAYOUT IS NOT PUBLISHED in a form that could be checked. Assumed: folders whose names contain one leukaemia. Images
+elsewhere are listed without a label. The label is the patient's disease, not the type of a cell.
 """
 
 import re

@@ -1,7 +1,7 @@
 """SSL Seg (segmentation_WBC): single white cells with masks.
 
-`Dataset 1` (Jiangxi Tecom) and `Dataset 2` (CellaVision blog) have a BMP and a PNG mask of one stem each; masks are
-black, grey (cytoplasm) and white (nucleus). The CSVs have ids that are not padded, where files have three digits.
+`Dataset 1` (Jiangxi Tecom) and `Dataset 2` (CellaVision blog) have a BMP and a PNG mask with the same stem for each
+cell. Masks are black, grey (cytoplasm) and white (nucleus). File names have three digits, ids in the CSVs fewer.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """Warty pig: white cells of juvenile Visayan warty pigs.
 
-THE LAYOUT IS NOT PUBLISHED in a form that could be checked. Taken as: folders whose names contain a cell type, in any
-depth and case and also as a plural. Images elsewhere are listed without a label and counted.
+THE LAYOUT IS NOT PUBLISHED in a form that could be checked. Assumed: folders whose names contain a cell type, at any
+depth, in any case, also as a plural. Images elsewhere are listed without a label and counted.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """White-Blood-Cell-dataset: 367 smears with masks of the nuclei.
 
-The lobes of a nucleus may lie apart: lobes near each other are one cell, and the margin is wide enough for the
+The lobes of a nucleus may be separate: lobes close to each other are one cell, and the margin is wide enough for the
 cytoplasm.
 """
 
