@@ -252,12 +252,18 @@ def read_split(file: PathLike, paths: Sequence[str]) -> Split:
         ValueError: if columns are missing, a value is unknown, a path stands twice or lacks a row, or a side is empty.
     """
     file = local_path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"split: no file {str(file)!r}; give a CSV with the columns path,fold or path,part")
+    table = open_table(file, "split")
+    path_column, column = table.first_of(PATH_COLUMNS), table.first_of((FOLD_COLUMN, PART_COLUMN))
+    if path_column is None or column is None or {FOLD_COLUMN, PART_COLUMN} <= set(table.columns):
+        raise ValueError(
+            f"split: {str(file)!r} has the columns {table.columns or 'none'}; expected path,{FOLD_COLUMN} or "
+            f"path,{PART_COLUMN}"
+        )
     positions = _positions(paths, file)
     values: dict[int, str] = {}
-    column, rows = _read_rows(file)
-    for line, path, value in rows:
+    n_rows = 0
+    for line, (path, value) in table.rows(path_column, column):
+        n_rows += bool(path or value)
         where = f"split: {str(file)!r}, line {line}"
         position = positions.get(path, positions.get(os.path.abspath(file.parent / path)))
         if position is None:
@@ -278,8 +284,8 @@ def read_split(file: PathLike, paths: Sequence[str]) -> Split:
             f"split: {str(file)!r} has no row for {len(missing)} of {len(paths)} cells, for instance "
             f"{', '.join(map(repr, missing[:N_EXAMPLES]))}; give each a row (part `unused` leaves a cell out)"
         )
-    if len(rows) > len(values):
-        logger.warning("%s: %d rows are of other cells than the %d given", file, len(rows) - len(values), len(paths))
+    if n_rows > len(values):
+        logger.warning("%s: %d rows are of other cells than the %d given", file, n_rows - len(values), len(paths))
     return _split_of(file, column, np.array([values[i] for i in range(len(paths))], dtype=str))
 
 
@@ -305,17 +311,3 @@ def _split_of(file: Path, column: str, values: np.ndarray) -> Split:
     if not folds or any(not len(side) for fold in folds for side in fold):
         raise ValueError(f"split: {str(file)!r} leaves nothing to train on or nothing to test; each fold needs both")
     return Split(folds, validation)
-
-
-def _read_rows(file: Path) -> tuple[str, list[tuple[int, str, str]]]:
-    """Return the name of the value column, `fold` or `part`, and (line, path, value) of each row."""
-    table = open_table(file, "split")
-    path_column = table.first_of(PATH_COLUMNS)
-    columns = [column for column in (FOLD_COLUMN, PART_COLUMN) if column in table.columns]
-    if path_column is None or len(columns) != 1:
-        raise ValueError(
-            f"split: {str(file)!r} has the columns {table.columns or 'none'}; expected path,{FOLD_COLUMN} or "
-            f"path,{PART_COLUMN}"
-        )
-    rows = table.rows(path_column, columns[0])
-    return columns[0], [(line, path, value) for line, (path, value) in rows if path or value]
