@@ -88,13 +88,12 @@ def _parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:
             f"(write HemaStandardDataset:root=<folder with *.txt lists>)"
         )
     keys = ", ".join(VALUE_READERS)
-    unknown = [key for key in re.findall(r":([A-Za-z_]\w*)(?==)", ":" + rest) if key not in VALUE_READERS]
-    if unknown:
-        raise ValueError(f"train.dataset_path: unknown key {unknown[0]!r} in {dataset_str!r}; {name} knows {keys}")
-    before, *parts = re.split(rf":(?=(?:{'|'.join(VALUE_READERS)})=)", ":" + rest)
+    before, *parts = re.split(r":(?=[A-Za-z_]\w*=)", ":" + rest)
     stated: dict[str, Any] = {}
     for part in parts:
         key, _, value = part.partition("=")
+        if key not in VALUE_READERS:
+            raise ValueError(f"train.dataset_path: unknown key {key!r} in {dataset_str!r}; {name} knows {keys}")
         if key in stated:
             raise ValueError(f"train.dataset_path: {key!r} stands twice in {dataset_str!r}; keep one")
         try:
