@@ -5,8 +5,7 @@ from typing import Any
 
 from dinov2.eval.charts import matrix_chart
 from dinov2.eval.pages import Markup, escape, table, valued
-from dinov2.eval.result_records import Row, mapping, number
-from dinov2.eval.results import SCORES, TABLE_METRICS
+from dinov2.eval.results import SCORES, TABLE_METRICS, Row, mapping, number
 
 NONE, MISSING = "–", "missing"
 AS_THEY_ARE = ("log_loss",)  # no shares, hence not in percent

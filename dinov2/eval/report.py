@@ -19,6 +19,7 @@ from pathlib import Path
 
 import dinov2
 from dinov2.eval.cell_maps import cells_section, choose_pictures
+from dinov2.eval.compare import predictions_belong
 from dinov2.eval.embedding import Embedder
 from dinov2.eval.explorer import ExplorerSettings, explorer_section
 from dinov2.eval.extract_features import positive_int
@@ -26,17 +27,8 @@ from dinov2.eval.features import read_features
 from dinov2.eval.metric_tables import NONE, shown
 from dinov2.eval.pages import Markup, Section, escape, table, valued, write_page
 from dinov2.eval.patients_section import patients_section
-from dinov2.eval.result_records import (
-    MODEL,
-    RESULTS_NAME,
-    ResultRecord,
-    mapping,
-    number,
-    predictions_belong,
-    read_result,
-)
 from dinov2.eval.result_sections import COMPARED, comparison_section, cross_section, origins_section, results_section
-from dinov2.eval.results import TABLE_METRICS
+from dinov2.eval.results import MODEL, RESULTS_NAME, TABLE_METRICS, ResultRecord, mapping, number, read_result
 from dinov2.eval.run_records import RunRecord, read_run
 from dinov2.eval.run_sections import (
     config_section,

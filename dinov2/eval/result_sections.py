@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dinov2.eval.charts import interval_chart, matrix_chart
+from dinov2.eval.compare import cells_digest, compare_rows, predictions_belong, split_digest
 from dinov2.eval.metric_tables import (
     MISSING,
     NONE,
@@ -20,16 +21,7 @@ from dinov2.eval.metric_tables import (
     shown,
 )
 from dinov2.eval.pages import Markup, Section, escape, table, valued
-from dinov2.eval.result_records import (
-    MODEL,
-    ResultRecord,
-    Row,
-    compare_rows,
-    mapping,
-    number,
-    predictions_belong,
-)
-from dinov2.eval.results import TABLE_METRICS
+from dinov2.eval.results import MODEL, TABLE_METRICS, ResultRecord, Row, mapping, number
 
 COMPARED = "balanced_accuracy"  # the metric of interval charts and of the matrix of data sets
 MOST_PAIRED = 50_000  # predictions of one file, for the paired test, which draws them a thousand times
@@ -215,7 +207,7 @@ def _groups(records: Sequence[ResultRecord], method: str) -> list[_Group]:
             if row.method != method:
                 continue
             belongs = predictions_belong(record, row)
-            cells, split = (row.cells, row.split) if belongs else (None, None)
+            cells, split = (cells_digest(row), split_digest(row)) if belongs else (None, None)
             key = ("known", cells, split or "") if cells is not None else ("unknown", record.name)
             group = found.setdefault(key, _Group(cells, split))
             is_repeated = row.source != MODEL and any(

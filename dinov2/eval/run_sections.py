@@ -17,8 +17,7 @@ from dinov2.configs import dinov2_default_config
 from dinov2.eval.charts import line_chart, thinned
 from dinov2.eval.metric_tables import NONE, class_table, confusion_figure, metric_cells, metric_headers, shown
 from dinov2.eval.pages import Markup, Section, escape, image_uri, table, valued
-from dinov2.eval.result_records import mapping, number
-from dinov2.eval.results import AVERAGED_METRICS, TABLE_METRICS
+from dinov2.eval.results import AVERAGED_METRICS, TABLE_METRICS, mapping, number
 from dinov2.eval.run_records import Metrics, RunRecord, View, methods_of
 from dinov2.utils.config import differences
 
