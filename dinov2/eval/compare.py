@@ -20,6 +20,13 @@ from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
 from dinov2.utils.files import atomic_write, file_sha256
 
+# Settings that may differ between comparable results: sources of cells, features and networks, and speed
+_INPUTS = {
+    *("checkpoint", "encoder", "encoder_weights", "data", "train", "test", "features", "test_features", "bags"),
+    *("test_bags", "labels", "batch_size", "device", "protocols", "patient_labels", "split", "fold_files", "baseline"),
+    *("few_shot", "repeats", "top_cells", "kinds", "apply"),
+}
+
 
 def compare_tables(
     a: PredictionTable, b: PredictionTable, n_resamples: int = N_RESAMPLES, seed: int = 0
@@ -70,6 +77,11 @@ def compare_rows(first: Row, second: Row) -> dict[str, Any] | None:
         return compare_tables(first.table, second.table)
     except ValueError:
         return None
+
+
+def comparable_settings(record: ResultRecord) -> dict[str, Any]:
+    """Return the settings that must be equal for results to be comparable."""
+    return {name: value for name, value in mapping(record.report.get("settings")).items() if name not in _INPUTS}
 
 
 def predictions_belong(record: ResultRecord, row: Row) -> bool:

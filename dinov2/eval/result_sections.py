@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dinov2.eval.charts import interval_chart, matrix_chart
-from dinov2.eval.compare import cells_digest, compare_rows, predictions_belong, split_digest
+from dinov2.eval.compare import cells_digest, comparable_settings, compare_rows, predictions_belong, split_digest
 from dinov2.eval.metric_tables import (
     MISSING,
     NONE,
@@ -272,9 +272,10 @@ def _paired_table(title: str, group: _Group, names: Sequence[str]) -> list[str]:
 def _different_settings(records: Sequence[ResultRecord]) -> list[str]:
     """In words, the settings that decide how cells are judged and that not all records share."""
     texts = []
-    keys = dict.fromkeys(key for record in records for key in record.settings)
+    settings = {record.name: comparable_settings(record) for record in records}
+    keys = dict.fromkeys(key for of_record in settings.values() for key in of_record)
     for key in keys:
-        values = {record.name: str(record.settings[key]) for record in records if key in record.settings}
+        values = {name: str(of_record[key]) for name, of_record in settings.items() if key in of_record}
         if len(set(values.values())) > 1:
             texts.append(f"{key}: " + "; ".join(f"{name} {value}" for name, value in values.items()))
     return texts

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import sklearn
 import torch
 
@@ -43,18 +44,7 @@ _KNOWN_FIELDS = {
     *("files", "checkpoint", "features", "settings", "hashes", "versions", "date", "left_out", "training"),
     *("aggregator", "iteration", "datasets", "teacher"),
 }
-_KNOWN_METRICS = {
-    *AVERAGED_METRICS,
-    *("per_class", "confusion", "intervals", "mean_over_folds", "sd_over_folds", "folds"),
-}
-# Settings that may differ between comparable results: sources of cells, features and networks, and speed
-_INPUTS = {
-    *("checkpoint", "encoder", "encoder_weights", "data", "train", "test", "features", "test_features", "bags"),
-    *("test_bags", "labels", "batch_size", "device", "protocols", "patient_labels", "split", "fold_files", "baseline"),
-    *("few_shot", "repeats", "top_cells", "kinds", "apply"),
-}
-
-# --- predictions ----------------------------------------------------------------------------------------------------
+_KNOWN_METRICS = {*AVERAGED_METRICS, "per_class", "confusion", "intervals", "mean_over_folds", "sd_over_folds", "folds"}
 
 
 @dataclass(frozen=True)
@@ -129,12 +119,8 @@ def summarize(
         folds.append({"train": len(train), "test": len(test), **settings, **averages})
     over_folds = {}
     if len(folds) > 1:
-        known = [name for name in AVERAGED_METRICS if all(fold.get(name) is not None for fold in folds)]
-        values = {name: np.array([fold[name] for fold in folds]) for name in known}
-        over_folds = {
-            "mean_over_folds": {name: float(values[name].mean()) for name in known},
-            "sd_over_folds": {name: float(values[name].std(ddof=1)) for name in known},
-        }
+        known = pd.DataFrame(folds, columns=AVERAGED_METRICS).dropna(axis="columns")  # metrics that all folds have
+        over_folds = {"mean_over_folds": known.mean().to_dict(), "sd_over_folds": known.std().to_dict()}
     return {**predicted.metrics(labels, class_names, tested), "intervals": intervals, **over_folds, "folds": folds}
 
 
@@ -241,9 +227,6 @@ def read_predictions(file: Path) -> PredictionTable:
     )
 
 
-# --- results.json ---------------------------------------------------------------------------------------------------
-
-
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """Return the flags that results depend on, paths as text."""
     return {
@@ -254,15 +237,12 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def provenance(attributes: Mapping[str, str], settings: Mapping[str, Any], hashes: Mapping[str, str]) -> dict[str, Any]:
-    """Return the last entries of a report, which say what it was made from.
+    """Return the last entries of a report: `checkpoint`, `features`, `settings`, `hashes`, `versions` and `date`.
 
     Args:
         attributes: of the features file.
         settings: as `settings_of` returns them.
         hashes: {flag: sha256} of the input files.
-
-    Returns:
-        `checkpoint`, `features`, `settings`, `hashes`, `versions` and `date`.
     """
     return {
         "checkpoint": {name: attributes.get(name) for name in ("checkpoint", "checkpoint_sha256", "model")},
@@ -333,10 +313,8 @@ class Row:
     def interval(self, metric: str) -> tuple[float, float] | None:
         """Return the ends of a metric's 95 % interval."""
         ends = mapping(self.metrics.get("intervals")).get(metric)
-        if not isinstance(ends, (list, tuple)) or len(ends) != 2:
-            return None
-        low, high = (number(end) for end in ends)
-        return None if low is None or high is None else (low, high)
+        known = [end for end in map(number, ends) if end is not None] if isinstance(ends, list) else []
+        return (known[0], known[1]) if len(known) == 2 else None
 
     @cached_property
     def table(self) -> PredictionTable | None:
@@ -381,11 +359,6 @@ class ResultRecord:
         known = [str(part) for part in (model, source) if part]
         return ", ".join(known) or (f"checkpoint {str(digest)[:12]}" if digest else "not stated")
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings that must be equal for results to be comparable."""
-        return {name: value for name, value in mapping(self.report.get("settings")).items() if name not in _INPUTS}
-
     def folders(self, protocol: str) -> list[Path]:
         """Return the folders with results of a protocol, of this record or its parts."""
         own = [self.path.parent] if self.protocol.partition(",")[0] == protocol else []
@@ -427,9 +400,8 @@ def _notes_of(report: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
         notes.append(f"version {written_by} wrote it, this report is made by {dinov2.__version__}")
     if unknown := sorted(set(report) - _KNOWN_FIELDS):
         notes.append(f"fields that this version does not know are left out: {', '.join(unknown)}")
-    is_of_training = "datasets" in report
-    missing = [key for key in ("protocol", "results", "class_names") if key not in report and not is_of_training]
-    if missing:
+    needed = () if "datasets" in report else ("protocol", "results", "class_names")  # training writes `datasets` alone
+    if missing := [key for key in needed if key not in report]:
         notes.append(f"missing: {', '.join(missing)}")
     if unknown := sorted({key for row in rows for key in row.metrics} - _KNOWN_METRICS):
         notes.append(f"metrics that this version does not know are left out: {', '.join(unknown)}")

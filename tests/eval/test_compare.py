@@ -6,7 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dinov2.eval.compare import cells_digest, compare_rows, compare_tables, main, predictions_belong, split_digest
+from dinov2.eval.compare import (
+    cells_digest,
+    comparable_settings,
+    compare_rows,
+    compare_tables,
+    main,
+    predictions_belong,
+    split_digest,
+)
 from dinov2.eval.metrics import compare_paired
 from dinov2.eval.results import PredictionTable, ResultRecord, Row
 from dinov2.utils.files import file_sha256
@@ -109,6 +117,12 @@ def test_the_same_cells_in_another_folder_are_the_same(make_row):
     absent = Row("linear", "model", {}, first.predictions.with_name("absent") / "predictions.csv")
     for row in (absent, Row("new", "model", {})):
         assert (cells_digest(row), split_digest(row), compare_rows(first, row)) == (None, None, None)
+
+
+def test_settings_of_place_and_speed_do_not_count(tmp_path):
+    settings = {"features": "f.h5", "batch_size": 3, "temperature": 0.07}
+    record = ResultRecord("one", tmp_path / "results.json", {"settings": settings}, [], [])
+    assert comparable_settings(record) == {"temperature": 0.07}
 
 
 def test_predictions_belong_to_the_result_that_was_written_with_them(make_row, tmp_path):

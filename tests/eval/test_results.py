@@ -196,16 +196,14 @@ def test_a_row_has_its_numbers_and_predictions(predicted, tmp_path):
 
 
 def test_the_result_of_all_protocols_has_those_beside_it(tmp_path):
-    settings = {"features": "f.h5", "temperature": 0.07}
     checkpoint = {"model": "ViT", "checkpoint": "a.pth", "checkpoint_sha256": "ab"}
-    write_report(tmp_path, {"protocol": "all", "results": {}, "settings": settings, "checkpoint": checkpoint})
+    write_report(tmp_path, {"protocol": "all", "results": {}, "checkpoint": checkpoint})
     for protocol in ("abmil", "knn"):
         write_report(tmp_path / protocol, {"protocol": protocol, "results": {}})
     record = read_result(tmp_path / "results.json", "mine")
     assert [part.name for part in record.parts.values()] == ["mine, abmil", "mine, knn"]
     assert record.folders("abmil") == [tmp_path / "abmil"]
     assert record.encoder == "ViT, a.pth"
-    assert record.settings == {"temperature": 0.07}
 
 
 def test_results_of_another_version_are_read_as_far_as_possible(tmp_path):
