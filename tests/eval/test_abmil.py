@@ -82,7 +82,7 @@ def rows_of(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def tested_patients(output: Path) -> list[str]:
+def patients_in_test(output: Path) -> list[str]:
     return sorted({row["patient"] for row in rows_of(output / "folds.csv") if row["part"] == "test"})
 
 
@@ -124,7 +124,7 @@ def test_each_epoch_of_each_network_is_told(trained):
 def test_predictions_are_of_test_patients_and_agree_with_the_metrics(trained):
     _, output, report = trained
     table = read_predictions(output / "predictions.csv")
-    assert table.keys == tested_patients(output)
+    assert table.keys == patients_in_test(output)
     accuracy = np.mean([label == guess for label, guess in zip(table.labels, table.predictions, strict=True)])
     assert report["results"]["classwise"]["together"]["accuracy"] == accuracy
     of_networks = rows_of(output / "predictions_of_networks.csv")
@@ -166,7 +166,7 @@ def test_the_same_inputs_give_the_same_bytes_but_for_the_date(trained, tmp_path)
 def test_a_saved_aggregator_says_the_same_again(trained, tmp_path, caplog):
     bags, output, _ = trained
     new = tmp_path / "new"
-    for patient in tested_patients(output):
+    for patient in patients_in_test(output):
         label = NAMES[int(patient[1:]) % 2]
         (new / label).mkdir(parents=True, exist_ok=True)
         shutil.copy(bags / label / f"{patient}.h5", new / label)

@@ -12,7 +12,8 @@ from dinov2.data.datasets.bags import PatientBags
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.data.sample_cells import sets
 from dinov2.eval.abmil import AbmilOptions, evaluate
-from dinov2.eval.solvers.mil_training import TrainingSettings, describe_networks
+from dinov2.eval.solvers.mil_networks import describe_networks
+from dinov2.eval.solvers.mil_training import TrainingSettings
 
 QUICK = TrainingSettings(epochs=4, learning_rate=0.01)
 PLANTED, NAMES = "promyelocyte", ["PML::RARA", "control"]
