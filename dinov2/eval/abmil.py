@@ -175,16 +175,16 @@ def run(
     bags, labels, names = data.bags, data.labels, data.bags.class_names
     title = f"ABMIL, {options.model}"
     logger.info("%d patients, %d folds x %d runs of %s", len(bags), len(data.folds), options.runs, options.model)
-    found = evaluate(data, options)
-    together = summarize(labels, found.predictions, names, seed=options.seed)
+    result = evaluate(data, options)
+    together = summarize(labels, result.predictions, names, seed=options.seed)
     report = {
         "protocol": "abmil",
-        "results": {options.model: {"together": together, **describe_networks(found.networks, labels, names)}},
+        "results": {options.model: {"together": together, **describe_networks(result.networks, labels, names)}},
         "class_names": names,
         "counts": {
             **bags.counts(),
             "learned_per_class": bags.per_class(data.learned),
-            "tested": len(found.bags.positions),
+            "tested": len(result.bags.positions),
             "folds": [{part: len(getattr(fold, part)) for part in PARTS} for fold in data.folds],
         },
         "training": asdict(options.training),
@@ -192,21 +192,21 @@ def run(
     }
     data.write(output_dir / "folds.csv")
     write_predictions(
-        output_dir / "predictions.csv", bags.patients, labels, found.predictions, names, key_column="patient"
+        output_dir / "predictions.csv", bags.patients, labels, result.predictions, names, key_column="patient"
     )
-    write_networks(output_dir, data, found.networks)
-    write_attention(output_dir, bags, found.bags, names, options.top_cells)
+    write_networks(output_dir, data, result.networks)
+    write_attention(output_dir, bags, result.bags, names, options.top_cells)
     draw_confusion(output_dir / "confusion.png", together["confusion"], names, title)
-    draw_curves(output_dir / "curves.png", labels[found.bags.positions], found.bags.probabilities, names, title)
+    draw_curves(output_dir / "curves.png", labels[result.bags.positions], result.bags.probabilities, names, title)
     histories = {
         f"fold {data.fold_names[network.fold]}, run {network.run}": [
             (epoch.train_loss, epoch.val_loss) for epoch in network.training.history
         ]
-        for network in found.networks
+        for network in result.networks
     }
     draw_losses(output_dir / "losses.png", histories, title)
     architecture = {"model": options.model, "dim": bags.dim, "n_classes": len(names)}
-    members = [network.training.network.state_dict() for network in found.networks]
+    members = [network.training.network.state_dict() for network in result.networks]
     aggregator = TrainedAggregator(
         architecture, names, members, bags.attributes, bags.select(data.learned).bag_hashes()
     )

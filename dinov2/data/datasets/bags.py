@@ -290,10 +290,10 @@ def check_no_bag_twice(bags: PatientBags) -> None:
     names: dict[str, list[str]] = defaultdict(list)
     for patient, digest in zip(bags.patients, bags.bag_hashes(), strict=True):
         names[digest].append(patient)
-    twice = [patients for patients in names.values() if len(patients) > 1]
-    if twice:
+    repeated = [patients for patients in names.values() if len(patients) > 1]
+    if repeated:
         raise ValueError(
-            f"bags: {list_names(twice[0])} have the same cells, so one patient is there under several names; keep one"
+            f"bags: {list_names(repeated[0])} have the same cells, so one patient is there under several names; keep one"
         )
 
 
@@ -325,10 +325,10 @@ def one_label_each(pairs: Iterable[tuple[str, str]], source: str) -> dict[str, s
     Raises:
         ValueError: if a patient has two labels.
     """
-    found: dict[str, set[str]] = defaultdict(set)
+    labels_of: dict[str, set[str]] = defaultdict(set)
     for patient, label in pairs:
-        found[patient].add(label)
-    wrong = {patient: sorted(labels) for patient, labels in found.items() if len(labels) > 1}
+        labels_of[patient].add(label)
+    wrong = {patient: sorted(labels) for patient, labels in labels_of.items() if len(labels) > 1}
     if wrong:
         patient, labels = next(iter(sorted(wrong.items())))
         raise ValueError(
@@ -336,7 +336,7 @@ def one_label_each(pairs: Iterable[tuple[str, str]], source: str) -> dict[str, s
             f"{' and '.join(map(repr, labels))}; a bag has one: correct it, or, if these are classes of cells, give "
             f"the patients' with --labels"
         )
-    return {patient: next(iter(labels)) for patient, labels in found.items()}
+    return {patient: next(iter(labels)) for patient, labels in labels_of.items()}
 
 
 # patient, label or None, file
@@ -405,8 +405,11 @@ def _read_file(path: Path) -> tuple[np.ndarray, list[str], dict[str, str]]:
 
 def _visible(folder: Path, pattern: str) -> list[Path]:
     """Find what matches a pattern in `folder`, sorted; hidden names, also of a folder on the way, are left out."""
-    found = sorted(folder.glob(pattern))
-    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    return [
+        path
+        for path in sorted(folder.glob(pattern))
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
 
 
 def list_names(names: Iterable[str]) -> str:
