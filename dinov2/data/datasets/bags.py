@@ -293,7 +293,7 @@ def check_no_bag_twice(bags: PatientBags) -> None:
     repeated = [patients for patients in names.values() if len(patients) > 1]
     if repeated:
         raise ValueError(
-            f"bags: {list_names(repeated[0])} have the same cells, so one patient is there under several names; keep one"
+            f"bags: {list_names(repeated[0])} have the same cells, so one patient has several names; keep one"
         )
 
 
