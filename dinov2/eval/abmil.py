@@ -41,7 +41,7 @@ from dinov2.data.datasets.bag_folds import (
     draw_folds,
     folds_from_files,
 )
-from dinov2.data.datasets.bags import PatientBags, check_same_network, read_patient_labels
+from dinov2.data.datasets.bags import PatientBags, check_same_attributes, read_patient_labels
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.eval.extract_features import (
     CELLS_HELP,
@@ -238,7 +238,7 @@ def run_trained(
         ValueError: if aggregator and bags are from features of different networks.
     """
     names = aggregator.class_names
-    check_same_network(aggregator.features, bags.attributes, "the aggregator", "these bags")
+    check_same_attributes(aggregator.features, bags.attributes, "the aggregator", "these bags")
     n_seen = sum(digest in set(aggregator.seen) for digest in bags.bag_hashes())
     if n_seen:
         logger.warning(

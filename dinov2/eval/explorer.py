@@ -23,7 +23,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from dinov2.eval.cell_sets import check_finite
 from dinov2.eval.explorer_columns import (
     Column,
     Groups,
@@ -36,6 +35,7 @@ from dinov2.eval.explorer_columns import (
 )
 from dinov2.eval.extract_features import positive_int
 from dinov2.eval.features import Features, read_features
+from dinov2.eval.features.join import check_finite
 from dinov2.eval.pages import Section, escape, write_page
 from dinov2.eval.projection import (
     MIN_CELLS_FOR_UMAP,

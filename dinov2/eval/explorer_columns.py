@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from dinov2.data.datasets.tables import open_table
-from dinov2.eval.cell_sets import check_same_network
 from dinov2.eval.features import Features
+from dinov2.eval.features.join import check_same_network
 from dinov2.eval.results import PROBABILITY_PREFIX
 
 PathLike = str | os.PathLike[str]

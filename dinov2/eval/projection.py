@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import torch
 
-from dinov2.eval.neighbours import Neighbours, nearest_neighbours
+from dinov2.eval.knn import Neighbours, nearest_neighbours
 
 UMAP_NEIGHBOURS = 15  # umap-learn's own, the cell itself among them
 UMAP_MIN_DIST = 0.1

@@ -430,7 +430,7 @@ def test_files_that_do_not_go_together_are_refused_and_leave_nothing(files, tmp_
     labels = np.arange(30) % 3
     other = cells_of("x", labels, attributes={"checkpoint_sha256": "cd", "transform": "28 px"})
     write_features(tmp_path / "other.h5", other)
-    message = "checkpoint_sha256 of data set 'pbc' is 'ab' and of data set 'other' 'cd'"
+    message = "'pbc' and 'other' do not compare: .*checkpoint_sha256 differs, 'ab' and 'cd'"
     expect_nothing(tmp_path, message, "--features", files[0], tmp_path / "other.h5")
     broken = cells_of("x", labels, features=np.full((30, DIM), np.nan, dtype=np.float32))
     write_features(tmp_path / "broken.h5", broken)

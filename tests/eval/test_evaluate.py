@@ -8,6 +8,7 @@ import pytest
 
 from dinov2.eval import abmil, evaluate, knn, linear
 from dinov2.eval.features import Features, write_features
+from dinov2.eval.linear import LinearOptions
 
 NAMES = ["control", "NPM1"]
 
@@ -124,7 +125,8 @@ def test_labels_of_patients_from_a_file(features, tmp_path):
 
 
 def test_two_sets_and_the_choice_among_kinds(features, tmp_path, monkeypatch):
-    monkeypatch.setattr(linear, "SGD_ITERATIONS", 20)
+    short = linear.protocol(LinearOptions("sgd", sgd_iterations=20))
+    monkeypatch.setitem(evaluate.PROTOCOLS, "linear-sgd", short)
     train, test = features("train.h5", others=["mean"]), features("test.h5", seed=1, others=["mean"])
     report = run(
         *(tmp_path / "out", "--features", train, "--test-features", test),

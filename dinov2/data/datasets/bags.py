@@ -225,7 +225,7 @@ class PatientBags:
                 f"bags: {len(both)} patients are in the training and in the test set ({list_names(both)}); remove them "
                 f"from one, or rename them if they are different people"
             )
-        check_same_network(self.attributes, other.attributes, "the training set", "the test set")
+        check_same_attributes(self.attributes, other.attributes, "the training set", "the test set")
         sets = zip(
             self.patients + other.patients, self.features + other.features, self.cells + other.cells, strict=True
         )
@@ -297,7 +297,7 @@ def check_no_bag_twice(bags: PatientBags) -> None:
         )
 
 
-def check_same_network(a: Mapping[str, str], b: Mapping[str, str], name_a: str, name_b: str) -> None:
+def check_same_attributes(a: Mapping[str, str], b: Mapping[str, str], name_a: str, name_b: str) -> None:
     """Check that two sets' attributes name the same network; an attribute that one lacks is only warned of.
 
     Raises:
