@@ -23,7 +23,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from dinov2.data.datasets.bag_folds import (
     draw_folds,
     folds_from_files,
 )
-from dinov2.data.datasets.bags import PatientBags, check_same_network, read_patient_labels
+from dinov2.data.datasets.bags import PatientBags, check_same_attributes, read_patient_labels
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.eval.extract_features import (
     CELLS_HELP,
@@ -54,7 +54,6 @@ from dinov2.eval.features import Features, read_features
 from dinov2.eval.metrics.figures import draw_confusion, draw_curves, draw_losses
 from dinov2.eval.metrics.tables import class_table, metrics_table
 from dinov2.eval.results import (
-    PROBABILITY_PREFIX,
     FoldPredictions,
     provenance,
     settings_of,
@@ -63,16 +62,16 @@ from dinov2.eval.results import (
     write_predictions,
     write_report,
 )
-from dinov2.eval.solvers.mil_training import (
+from dinov2.eval.solvers.mil_networks import (
     BagPredictions,
-    Epoch,
     Network,
     TrainedAggregator,
-    TrainingSettings,
     describe_networks,
-    predict_bags,
-    train_aggregator,
+    prediction_header,
+    write_attention,
+    write_networks,
 )
+from dinov2.eval.solvers.mil_training import TrainingSettings, predict_bags, train_aggregator
 from dinov2.hub.backbones import file_sha256
 from dinov2.logging import setup_logging
 from dinov2.models.abmil import MODELS
@@ -148,7 +147,7 @@ def evaluate(data: FoldedBags, options: AbmilOptions) -> AbmilPredictions:
             text = "fold %d run %d: %d epochs, validation loss %.4f after epoch %d"
             logger.info(text, fold_number, run, len(history), history[best].val_loss, best)
     predictions = BagPredictions.collect(outputs)
-    return AbmilPredictions(_as_fold_predictions(predictions, data.folds, len(bags)), predictions, networks)
+    return AbmilPredictions(predictions.by_fold(data.folds, len(bags)), predictions, networks)
 
 
 def run(
@@ -176,16 +175,16 @@ def run(
     bags, labels, names = data.bags, data.labels, data.bags.class_names
     title = f"ABMIL, {options.model}"
     logger.info("%d patients, %d folds x %d runs of %s", len(bags), len(data.folds), options.runs, options.model)
-    found = evaluate(data, options)
-    together = summarize(labels, found.predictions, names, seed=options.seed)
+    result = evaluate(data, options)
+    together = summarize(labels, result.predictions, names, seed=options.seed)
     report = {
         "protocol": "abmil",
-        "results": {options.model: {"together": together, **describe_networks(found.networks, labels, names)}},
+        "results": {options.model: {"together": together, **describe_networks(result.networks, labels, names)}},
         "class_names": names,
         "counts": {
             **bags.counts(),
             "learned_per_class": bags.per_class(data.learned),
-            "tested": len(found.bags.positions),
+            "tested": len(result.bags.positions),
             "folds": [{part: len(getattr(fold, part)) for part in PARTS} for fold in data.folds],
         },
         "training": asdict(options.training),
@@ -193,21 +192,21 @@ def run(
     }
     data.write(output_dir / "folds.csv")
     write_predictions(
-        output_dir / "predictions.csv", bags.patients, labels, found.predictions, names, key_column="patient"
+        output_dir / "predictions.csv", bags.patients, labels, result.predictions, names, key_column="patient"
     )
-    _write_networks(output_dir, data, found.networks)
-    _write_attention(output_dir, bags, found.bags, names, options.top_cells)
+    write_networks(output_dir, data, result.networks)
+    write_attention(output_dir, bags, result.bags, names, options.top_cells)
     draw_confusion(output_dir / "confusion.png", together["confusion"], names, title)
-    draw_curves(output_dir / "curves.png", labels[found.bags.positions], found.bags.probabilities, names, title)
+    draw_curves(output_dir / "curves.png", labels[result.bags.positions], result.bags.probabilities, names, title)
     histories = {
         f"fold {data.fold_names[network.fold]}, run {network.run}": [
             (epoch.train_loss, epoch.val_loss) for epoch in network.training.history
         ]
-        for network in found.networks
+        for network in result.networks
     }
     draw_losses(output_dir / "losses.png", histories, title)
     architecture = {"model": options.model, "dim": bags.dim, "n_classes": len(names)}
-    members = [network.training.network.state_dict() for network in found.networks]
+    members = [network.training.network.state_dict() for network in result.networks]
     aggregator = TrainedAggregator(
         architecture, names, members, bags.attributes, bags.select(data.learned).bag_hashes()
     )
@@ -239,8 +238,8 @@ def run_trained(
         ValueError: if aggregator and bags are from features of different networks.
     """
     names = aggregator.class_names
-    check_same_network(aggregator.features, bags.attributes, "the aggregator", "these bags")
-    n_seen = len(set(aggregator.seen).intersection(bags.bag_hashes()))
+    check_same_attributes(aggregator.features, bags.attributes, "the aggregator", "these bags")
+    n_seen = sum(digest in set(aggregator.seen) for digest in bags.bag_hashes())
     if n_seen:
         logger.warning(
             "the aggregator was trained with %d of these %d patients: numbers with them say nothing about new ones",
@@ -260,7 +259,7 @@ def run_trained(
     if bags.labels is not None and set(bags.class_names) <= set(names):
         labels = np.array([names.index(name) for name in bags.label_of().values()], dtype=np.int64)
         none = np.empty(0, dtype=np.int64)
-        by_fold = _as_fold_predictions(predictions, [BagFold(none, none, np.arange(len(bags)))], len(bags))
+        by_fold = predictions.by_fold([BagFold(none, none, np.arange(len(bags)))], len(bags))
         together = summarize(labels, by_fold, names, seed=options.seed)
         report["results"] = {aggregator.architecture["model"]: {"together": together}}
         write_predictions(file, bags.patients, labels, by_fold, names, key_column="patient")
@@ -268,79 +267,16 @@ def run_trained(
         logger.warning("no metrics: the patients have no labels, or others than the aggregator's %s", ", ".join(names))
         rows = zip(bags.patients, predictions.classes, predictions.probabilities, strict=True)
         table = [[patient, names[i], *probabilities] for patient, i, probabilities in rows]
-        write_csv(file, _prediction_header(names, "patient"), table)
+        write_csv(file, prediction_header(names, "patient"), table)
     table = [
         [number, patient, names[probabilities.argmax()], *probabilities]
         for patient, networks in zip(bags.patients, predictions.by_network, strict=True)
         for number, probabilities in enumerate(networks)
     ]
-    write_csv(output_dir / "predictions_of_networks.csv", _prediction_header(names, "network", "patient"), table)
-    _write_attention(output_dir, bags, predictions, names, options.top_cells)
+    write_csv(output_dir / "predictions_of_networks.csv", prediction_header(names, "network", "patient"), table)
+    write_attention(output_dir, bags, predictions, names, options.top_cells)
     write_report(output_dir, report)
     return report
-
-
-def _as_fold_predictions(predictions: BagPredictions, folds: Sequence[BagFold], n_patients: int) -> FoldPredictions:
-    """Return the means over networks as rows of results; folds with the same test set count as one."""
-    learned: dict[tuple[int, ...], np.ndarray] = {}
-    for fold in folds:
-        key = tuple(fold.test.tolist())
-        learned[key] = np.unique(np.concatenate([fold.train, fold.val, learned.get(key, fold.train)]))
-    probabilities = np.full((n_patients, predictions.probabilities.shape[1]), np.nan)
-    probabilities[predictions.positions] = predictions.probabilities
-    classes = np.full(n_patients, -1, dtype=np.int64)
-    classes[predictions.positions] = predictions.classes
-    sides = [(train, np.array(test, dtype=np.int64)) for test, train in learned.items()]
-    return FoldPredictions(sides, classes, probabilities, [{} for _ in sides])
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-def _prediction_header(class_names: Sequence[str], *keys: str) -> list[str]:
-    return [*keys, "prediction", *(f"{PROBABILITY_PREFIX}{name}" for name in class_names)]
-
-
-def _write_networks(output_dir: Path, data: FoldedBags, networks: Sequence[Network]) -> None:
-    """Write predictions_of_networks.csv (a row for each network and test patient) and history.csv (for each epoch)."""
-    label_of, names = data.bags.label_of(), data.bags.class_names
-    predictions, epochs = [], []
-    for network in networks:
-        key = (data.fold_names[network.fold], network.run)
-        for i, probabilities in zip(network.test.tolist(), network.probabilities, strict=True):
-            patient = data.bags.patients[i]
-            predictions.append([*key, patient, label_of[patient], names[probabilities.argmax()], *probabilities])
-        epochs += [[*key, i, *map(str, astuple(epoch))] for i, epoch in enumerate(network.training.history)]
-    header = _prediction_header(names, "fold", "run", "patient", "label")
-    write_csv(output_dir / "predictions_of_networks.csv", header, predictions)
-    header = ["fold", "run", "epoch", *(column.name for column in fields(Epoch))]
-    write_csv(output_dir / "history.csv", header, epochs)
-
-
-def _write_attention(
-    output_dir: Path, bags: PatientBags, predictions: BagPredictions, class_names: Sequence[str], n_top: int
-) -> None:
-    """Write attention.csv, a row for each cell of the tested patients, and top_cells.csv, the first few of each.
-
-    The column `attention` is that of the predicted class; where each class has its own, `attention_<class>` follow.
-    """
-    has_columns = len(predictions.attention[0]) > 1
-    rows, top_rows = [], []
-    predicted = zip(predictions.classes, predictions.predicted_attention(), predictions.attention, strict=True)
-    for position, (i, attention, by_class) in zip(predictions.positions.tolist(), predicted, strict=True):
-        patient, sources = bags.patients[position], bags.cells[position]
-        columns = np.stack([attention, *(by_class if has_columns else ())], axis=1)  # [N, 1 or 1 + C]
-        texts = [[f"{value:.6g}" for value in values] for values in columns]
-        rows += [[patient, cell, source, *texts[cell]] for cell, source in enumerate(sources)]
-        top_cells = np.argsort(-attention, kind="stable")[:n_top].tolist()
-        top_rows += [
-            [patient, class_names[i], rank, cell, sources[cell], texts[cell][0]]
-            for rank, cell in enumerate(top_cells, start=1)
-        ]
-    names = [f"attention_{name}" for name in class_names] if has_columns else []
-    write_csv(output_dir / "attention.csv", ["patient", "cell", "source", "attention", *names], rows)
-    header = ["patient", "prediction", "rank", "cell", "source", "attention"]
-    write_csv(output_dir / "top_cells.csv", header, top_rows)
 
 
 def format_report(report: Mapping[str, Any]) -> str:

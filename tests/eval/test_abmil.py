@@ -66,7 +66,7 @@ def features_of(numbers=range(18), cell_labels=None, with_patients=True, **attri
         np.concatenate(arrays),
         np.array([i % 2 for i, _ in rows] if cell_labels is None else [cell_labels[c % 2] for _, c in rows]),
         NAMES,
-        [f"/pictures/p{i:02d}_{cell}.png" for i, cell in rows],
+        [f"/images/p{i:02d}_{cell}.png" for i, cell in rows],
         [f"p{i:02d}" for i, _ in rows] if with_patients else None,
         attributes={**NETWORK, **attributes},
     )
@@ -82,7 +82,7 @@ def rows_of(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def tested_patients(output: Path) -> list[str]:
+def patients_in_test(output: Path) -> list[str]:
     return sorted({row["patient"] for row in rows_of(output / "folds.csv") if row["part"] == "test"})
 
 
@@ -112,7 +112,7 @@ def test_what_a_training_leaves(trained, capsys):
     assert "mean of 4 networks" in table
 
 
-def test_each_epoch_of_each_network_is_told(trained):
+def test_each_epoch_of_each_network_is_in_the_history(trained):
     _, output, report = trained
     epochs = rows_of(output / "history.csv")
     assert len(epochs) == sum(network["epochs"] for network in report["results"]["classwise"]["networks"])
@@ -124,7 +124,7 @@ def test_each_epoch_of_each_network_is_told(trained):
 def test_predictions_are_of_test_patients_and_agree_with_the_metrics(trained):
     _, output, report = trained
     table = read_predictions(output / "predictions.csv")
-    assert table.keys == tested_patients(output)
+    assert table.keys == patients_in_test(output)
     accuracy = np.mean([label == guess for label, guess in zip(table.labels, table.predictions, strict=True)])
     assert report["results"]["classwise"]["together"]["accuracy"] == accuracy
     of_networks = rows_of(output / "predictions_of_networks.csv")
@@ -166,7 +166,7 @@ def test_the_same_inputs_give_the_same_bytes_but_for_the_date(trained, tmp_path)
 def test_a_saved_aggregator_says_the_same_again(trained, tmp_path, caplog):
     bags, output, _ = trained
     new = tmp_path / "new"
-    for patient in tested_patients(output):
+    for patient in patients_in_test(output):
         label = NAMES[int(patient[1:]) % 2]
         (new / label).mkdir(parents=True, exist_ok=True)
         shutil.copy(bags / label / f"{patient}.h5", new / label)
@@ -191,7 +191,7 @@ def test_a_saved_aggregator_says_the_same_again(trained, tmp_path, caplog):
     assert report["counts"]["seen_in_training"] == 0
 
 
-def test_patients_without_labels_are_judged(trained, tmp_path, capsys):
+def test_patients_without_labels_are_predicted(trained, tmp_path, capsys):
     _, output, _ = trained
     bags = write_bags(tmp_path / "bags", range(20, 23), flat=True)
     report = run(tmp_path / "applied", "--bags", bags, "--apply", output / "aggregator.pth")
@@ -205,7 +205,7 @@ def test_patients_without_labels_are_judged(trained, tmp_path, capsys):
     assert report["results"]["classwise"]["together"]["per_class"]["NPM1"]["support"] == 2
 
 
-def test_judging_patients_of_the_training_is_told(trained, tmp_path):
+def test_patients_of_the_training_are_counted(trained, tmp_path):
     bags, output, _ = trained
     report = run(tmp_path, "--bags", bags, "--apply", output / "aggregator.pth")
     assert report["counts"]["seen_in_training"] == 12
@@ -253,15 +253,15 @@ def test_files_that_are_no_aggregators(trained, tmp_path):
 
 
 def test_features_with_patients_are_bags(trained, tmp_path):
-    """The same cells from one file give the same networks; sources are pictures then."""
+    """The same cells from one file give the same networks; sources are image files then."""
     write_features(tmp_path / "features.h5", features_of())
     report = run(tmp_path / "out", "--features", tmp_path / "features.h5", *QUICK)
     assert report["results"] == trained[2]["results"]
     assert set(report["hashes"]) == {"bags", "features"}
-    assert rows_of(tmp_path / "out" / "top_cells.csv")[0]["source"].startswith("/pictures/p")
+    assert rows_of(tmp_path / "out" / "top_cells.csv")[0]["source"].startswith("/images/p")
 
 
-def test_from_pictures_and_a_checkpoint(tmp_path):
+def test_from_images_and_a_checkpoint(tmp_path):
     """The features are kept, and the aggregator knows the network it belongs to."""
     model = build_backbone({"embed_dim": 64, "depth": 1, "num_heads": 1, "patch_size": 14, "img_size": 28})
     state = {f"backbone.{name}": value for name, value in model.state_dict().items()}
@@ -304,7 +304,7 @@ def test_a_test_set_of_its_own(tmp_path):
         run(tmp_path / "out2", "--bags", bags, "--test-bags", bags, *QUICK)
 
 
-def test_cross_validation_judges_all_patients(tmp_path):
+def test_cross_validation_tests_all_patients(tmp_path):
     bags = write_bags(tmp_path / "bags")
     report = run(tmp_path / "out", "--bags", bags, "--protocol", "crossval", *QUICK, "--folds", "3", "--runs", "1")
     assert report["counts"]["tested"] == 18

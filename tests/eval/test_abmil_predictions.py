@@ -12,7 +12,8 @@ from dinov2.data.datasets.bags import PatientBags
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.data.sample_cells import sets
 from dinov2.eval.abmil import AbmilOptions, evaluate
-from dinov2.eval.solvers.mil_training import TrainingSettings, describe_networks
+from dinov2.eval.solvers.mil_networks import describe_networks
+from dinov2.eval.solvers.mil_training import TrainingSettings
 
 QUICK = TrainingSettings(epochs=4, learning_rate=0.01)
 PLANTED, NAMES = "promyelocyte", ["PML::RARA", "control"]
@@ -40,8 +41,8 @@ def drawn(bags, labels, protocol, n_folds):
 def cross_validate(bags, labels, names, folds, runs, model, training, seed=0, device="cpu"):
     """The networks and the predictions for bags in arrays."""
     data = FoldedBags(as_bags(bags, labels, names), folds, [str(i) for i in range(len(folds))])
-    found = evaluate(data, AbmilOptions(model, runs, seed, device, training))
-    return found.networks, found.bags
+    result = evaluate(data, AbmilOptions(model, runs, seed, device, training))
+    return result.networks, result.bags
 
 
 def test_test_patients_change_nothing_that_is_learned():
@@ -54,9 +55,9 @@ def test_test_patients_change_nothing_that_is_learned():
         others[i] = others[i] * 9
     labels_of_others = labels.copy()
     labels_of_others[folds[0].test] = 1 - labels[folds[0].test]
-    again, judged = cross_validate(others, labels_of_others, ["a", "b"], folds, 1, "gated", QUICK)
+    again, others_predicted = cross_validate(others, labels_of_others, ["a", "b"], folds, 1, "gated", QUICK)
     assert predictions.positions.tolist() == sorted(folds[0].test)
-    assert not np.allclose(judged.probabilities, predictions.probabilities)
+    assert not np.allclose(others_predicted.probabilities, predictions.probabilities)
     for first, second in zip(runs, again, strict=True):
         assert first.training.history == second.training.history
         before, after = (network.training.network.state_dict() for network in (first, second))

@@ -1,4 +1,4 @@
-"""Across data sets: who learns from whom, what is left out and said, and a planted batch effect that is found."""
+"""Data sets against each other: which cells train and test, what is left out and reported, a planted batch effect."""
 
 import csv
 import json
@@ -31,7 +31,7 @@ def cells_of(folder, labels, seed=0, offset=0.0, class_names=NAMES, patients=Non
     labels = np.asarray(labels)
     rng = np.random.default_rng(seed)
     features = CLASS_CENTRES[labels] + rng.normal(size=(len(labels), DIM)) + offset * BATCH_AXIS
-    found = {
+    result = {
         "features": features.astype(np.float32),
         "labels": labels,
         "class_names": list(class_names),
@@ -39,7 +39,7 @@ def cells_of(folder, labels, seed=0, offset=0.0, class_names=NAMES, patients=Non
         "patients": patients,
         "attributes": {"checkpoint_sha256": "ab", "model": "ViT", "transform": "28 px"},
     }
-    return Features(**{**found, **changes})
+    return Features(**{**result, **changes})
 
 
 def data_of(common=None, **sets):
@@ -62,35 +62,35 @@ def effect_of(data):
 @pytest.mark.parametrize(("offset", "low", "high"), [(8.0, 0.99, 1.0), (0.0, 0.4, 0.6)])
 def test_a_planted_offset_is_found_and_none_where_there_is_none(offset, low, high):
     labels = np.arange(360) % 3
-    found = effect_of(data_of(a=cells_of("a", labels), b=cells_of("b", labels, seed=1, offset=offset)))
-    assert list(found["per_class"]) == NAMES
-    for row in (found["overall"], *found["per_class"].values()):
+    result = effect_of(data_of(a=cells_of("a", labels), b=cells_of("b", labels, seed=1, offset=offset)))
+    assert list(result["per_class"]) == NAMES
+    for row in (result["overall"], *result["per_class"].values()):
         assert row["data_sets"] == ["a", "b"]
         assert row["chance"] == 0.5
     for method in ("linear", "knn_1", "knn_20"):
-        mean = found["mean_over_classes"][method]
+        mean = result["mean_over_classes"][method]
         assert low <= mean["balanced_accuracy"] <= high, method
         assert (mean["chance"], mean["n_classes"]) == (0.5, 3)
-        assert low <= found["overall"][method]["balanced_accuracy"] <= high, method
-        below, above = found["per_class"]["blast"][method]["interval"]
-        assert below <= found["per_class"]["blast"][method]["balanced_accuracy"] <= above
+        assert low <= result["overall"][method]["balanced_accuracy"] <= high, method
+        below, above = result["per_class"]["blast"][method]["interval"]
+        assert below <= result["per_class"]["blast"][method]["balanced_accuracy"] <= above
 
 
 def test_another_mixture_of_classes_is_no_batch_effect_within_them():
-    """A set of blasts is told from one of basophils by what cells they are: the number over all cells misleads."""
+    """A set of blasts differs from one of basophils in its cells: the number over all cells misleads."""
     a, b = np.repeat([0, 1], [180, 40]), np.repeat([0, 1], [40, 180])
-    found = effect_of(data_of(a=cells_of("a", a), b=cells_of("b", b, seed=1)))
-    assert found["overall"]["linear"]["balanced_accuracy"] > 0.75
-    assert 0.35 < found["mean_over_classes"]["linear"]["balanced_accuracy"] < 0.65
+    result = effect_of(data_of(a=cells_of("a", a), b=cells_of("b", b, seed=1)))
+    assert result["overall"]["linear"]["balanced_accuracy"] > 0.75
+    assert 0.35 < result["mean_over_classes"]["linear"]["balanced_accuracy"] < 0.65
 
 
 def test_a_large_set_does_not_hide_the_effect_on_a_small_one():
     """Two standard deviations apart, the best answer is right in 84 %; most neighbours are of the large set anyway."""
     a = cells_of("a", np.zeros(600, dtype=np.int64))
     b = cells_of("b", np.zeros(60, dtype=np.int64), seed=1, offset=2.0)
-    found = effect_of(data_of(a=a, b=b))["per_class"]["basophil"]
+    result = effect_of(data_of(a=a, b=b))["per_class"]["basophil"]
     for method in ("linear", "knn_20"):
-        assert 0.75 < found[method]["balanced_accuracy"] < 0.92, method
+        assert 0.75 < result[method]["balanced_accuracy"] < 0.92, method
 
 
 def test_folds_have_each_set_and_class_in_equal_parts():
@@ -102,12 +102,12 @@ def test_folds_have_each_set_and_class_in_equal_parts():
 def test_classes_that_too_few_sets_have_enough_of_are_not_compared():
     a = np.repeat([0, 1, 2], [60, 12, 4])
     b = np.repeat([0, 1, 2], [60, 12, 60])
-    found = effect_of(data_of(a=cells_of("a", a), b=cells_of("b", b, seed=1)))
-    assert list(found["per_class"]) == ["basophil", "blast"]
-    blast = found["per_class"]["blast"]
+    result = effect_of(data_of(a=cells_of("a", a), b=cells_of("b", b, seed=1)))
+    assert list(result["per_class"]) == ["basophil", "blast"]
+    blast = result["per_class"]["blast"]
     assert blast["knn_20"] == {"balanced_accuracy": None, "interval": None}  # 20 neighbours of some 10 cells a set
     assert blast["knn_1"]["balanced_accuracy"] is not None
-    assert found["mean_over_classes"]["knn_20"]["n_classes"] == 1
+    assert result["mean_over_classes"]["knn_20"]["n_classes"] == 1
 
 
 def test_a_set_of_one_patient_cannot_be_told_from_others():
@@ -116,8 +116,8 @@ def test_a_set_of_one_patient_cannot_be_told_from_others():
     many = [f"p{i % 10}" for i in range(60)]
     sets = {name: cells_of(name, labels, patients=many, seed=ord(name)) for name in "ab"}
     single = cells_of("c", labels, patients=["p0"] * 60, seed=9, offset=9.0)
-    found = effect_of(data_of(**sets, c=single))
-    assert found["overall"]["data_sets"] == ["a", "b"]
+    result = effect_of(data_of(**sets, c=single))
+    assert result["overall"]["data_sets"] == ["a", "b"]
     assert effect_of(data_of(a=sets["a"], c=single))["overall"] is None
 
 
@@ -151,7 +151,7 @@ def test_intervals_are_by_patient_where_patients_are_known():
 # --- the matrix
 
 
-def test_who_saw_more_kinds_of_cells_teaches_better():
+def test_a_set_with_more_kinds_of_cells_is_better_to_train_on():
     """A has each class in two places, B in one: A knows B's, B does not know A's other one."""
     labels, far = np.arange(200) % 2, np.arange(200) // 2 % 2 == 1
     a, b = cells_of("a", labels), cells_of("b", labels, seed=1)
@@ -166,13 +166,13 @@ def test_who_saw_more_kinds_of_cells_teaches_better():
         assert set(there["intervals"]) == {"accuracy", "balanced_accuracy", "weighted_f1", "macro_f1"}
 
 
-def test_a_set_does_not_judge_itself_by_what_it_learned():
+def test_a_set_is_not_tested_on_its_training_cells():
     labels = np.arange(150) % 3
     noise = np.random.default_rng(3).normal(size=(150, DIM)).astype(np.float32)
     data = data_of(a=cells_of("a", labels, features=noise), b=cells_of("b", labels))
-    found = entry(data, "a", "a")
-    assert 0.2 < found["accuracy"] < 0.5  # each cell is its own nearest neighbour
-    assert (found["n_train"], found["n_test"]) == (150, 150)
+    result = entry(data, "a", "a")
+    assert 0.2 < result["accuracy"] < 0.5  # each cell is its own nearest neighbour
+    assert (result["n_train"], result["n_test"]) == (150, 150)
 
 
 def test_classes_are_matched_by_name_and_others_counted():
@@ -180,12 +180,12 @@ def test_classes_are_matched_by_name_and_others_counted():
     b = cells_of("b", np.repeat([0, 1, 2], [20, 10, 7]), class_names=["monocyte", "smudge", "basophil"], seed=1)
     data = data_of(a=a, b=b)
     assert data.class_names == ["basophil", "blast", "monocyte", "smudge"]
-    found = entry(data, "a", "b")
-    assert found["classes"] == ["basophil", "monocyte"]
-    assert found["left_out"] == {"smudge": 10}
-    assert (found["n_train"], found["n_test"]) == (65, 27)
-    assert {name: row["support"] for name, row in found["per_class"].items()} == {"basophil": 7, "monocyte": 20}
-    assert found["balanced_accuracy"] == 0.0  # b's monocytes lie where a's basophils do
+    result = entry(data, "a", "b")
+    assert result["classes"] == ["basophil", "monocyte"]
+    assert result["left_out"] == {"smudge": 10}
+    assert (result["n_train"], result["n_test"]) == (65, 27)
+    assert {name: row["support"] for name, row in result["per_class"].items()} == {"basophil": 7, "monocyte": 20}
+    assert result["balanced_accuracy"] == 0.0  # b's monocytes lie where a's basophils do
     assert entry(data, "b", "a")["left_out"] == {"blast": 30}
 
 
@@ -196,9 +196,9 @@ def test_a_map_renames_and_drops_labels():
     data = data_of(common, a=a, b=b)
     assert data.class_names == NAMES
     assert data.per_class(data.positions("b")) == {"basophil": 20, "blast": 17}
-    found = entry(data, "a", "b")
-    assert found["left_out"] == {}
-    assert found["per_class"]["basophil"]["recall"] == 1.0
+    result = entry(data, "a", "b")
+    assert result["left_out"] == {}
+    assert result["per_class"]["basophil"]["recall"] == 1.0
     with pytest.raises(ValueError, match="drops all 30 cells of 'a'"):
         data_of({("a", "basophil"): ""}, a=a.select(np.arange(30)), b=b)
 
@@ -213,28 +213,28 @@ def test_an_entry_that_cannot_be_says_why():
     assert entry(data, "c", "a")["reason"].startswith("0 classes to test")
     assert entry(data, "c", "c")["reason"].startswith("0 classes to test")
     assert "fewer than the 5 parts" in entry(data, "d", "d")["reason"]
-    found = entry(data, "d", "a", CrossOptions("knn", 4))
-    assert found["reason"] == "3 training cells, fewer than the k = 4 neighbours asked for"
+    result = entry(data, "d", "a", CrossOptions("knn", 4))
+    assert result["reason"] == "3 training cells, fewer than the k = 4 neighbours asked for"
     for name in ("accuracy", "balanced_accuracy", "weighted_f1", "macro_f1"):
-        assert found[name] is None
-    assert (found["n_test"], found["intervals"]) == (30, {})
+        assert result[name] is None
+    assert (result["n_test"], result["intervals"]) == (30, {})
     assert entry(data, "d", "a", CrossOptions("knn", 3))["reason"] is None
 
 
-def test_a_class_with_one_cell_is_not_judged_by_its_own_set():
+def test_a_class_with_one_cell_is_not_tested_in_its_own_set():
     data = data_of(a=cells_of("a", [2, *[0, 1] * 20]), b=cells_of("b", np.arange(40) % 3))
-    found = entry(data, "a", "a")
-    assert found["left_out"] == {"monocyte": 1}
-    assert found["n_test"] == 40
+    result = entry(data, "a", "a")
+    assert result["left_out"] == {"monocyte": 1}
+    assert result["n_test"] == 40
 
 
 def test_leave_one_out_learns_on_all_others():
     labels = np.arange(60) % 2
     sets = {"a": cells_of("a", labels), "b": cells_of("b", labels + 1, seed=1), "c": cells_of("c", labels * 2, seed=2)}
-    found = entry(data_of(**sets), ALL_OTHERS, "c")
-    assert found["classes"] == ["basophil", "monocyte"]  # one from each of the others
-    assert (found["n_train"], found["n_test"], found["left_out"]) == (120, 60, {})
-    assert found["accuracy"] > 0.95
+    result = entry(data_of(**sets), ALL_OTHERS, "c")
+    assert result["classes"] == ["basophil", "monocyte"]  # one from each of the others
+    assert (result["n_train"], result["n_test"], result["left_out"]) == (120, 60, {})
+    assert result["accuracy"] > 0.95
 
 
 def test_the_probe_counts_the_classes_that_it_learns(monkeypatch):
@@ -252,7 +252,7 @@ def test_the_probe_counts_the_classes_that_it_learns(monkeypatch):
     assert seen == [(2, 1, 40)]
 
 
-def test_copies_in_two_sets_teach_nothing_and_are_counted(tmp_path):
+def test_copies_in_two_sets_are_dropped_from_training_and_counted(tmp_path):
     sets = {}
     for name in "ab":
         (tmp_path / name).mkdir()
@@ -263,11 +263,11 @@ def test_copies_in_two_sets_teach_nothing_and_are_counted(tmp_path):
     data, counts = prepare(list(sets), list(sets.values()), {})
     assert counts == {"dropped_identical_bytes": 2, "not_checked": 0}
     for comparison in data.comparisons:
-        found = evaluate_comparison(data, comparison, NEAREST)
+        result = evaluate_comparison(data, comparison, NEAREST)
         n_copies = int(comparison.train != comparison.test)
-        assert found["dropped_identical_bytes"] == comparison.n_copies == n_copies
-        assert found["n_train"] == 40 - n_copies
-        assert found["n_test"] == 40
+        assert result["dropped_identical_bytes"] == comparison.n_copies == n_copies
+        assert result["n_train"] == 40 - n_copies
+        assert result["n_test"] == 40
     copies = {0, 40}
     assert all(len(copies & {*train, *test}) < 2 or copies <= {*train} for train, test in data.batch.folds)
 
@@ -333,11 +333,11 @@ def test_from_files_to_results(files, tmp_path, capsys):
     rows = rows_of(output / "matrix.csv")
     assert [(row["train"], row["test"]) for row in rows] == [(a, b) for a in names for b in names]
     for row in rows:
-        found = results["matrix"][row["train"]][row["test"]]
-        assert float(row["balanced_accuracy"]) == pytest.approx(found["balanced_accuracy"], abs=1e-7)
-        low, high = found["intervals"]["macro_f1"]
+        result = results["matrix"][row["train"]][row["test"]]
+        assert float(row["balanced_accuracy"]) == pytest.approx(result["balanced_accuracy"], abs=1e-7)
+        low, high = result["intervals"]["macro_f1"]
         assert [float(row[f"macro_f1_{end}"]) for end in ("low", "high")] == pytest.approx([low, high], abs=1e-7)
-        assert int(row["n_left_out"]) == sum(found["left_out"].values())
+        assert int(row["n_left_out"]) == sum(result["left_out"].values())
         assert row["reason"] == ""
     assert [row["test"] for row in rows_of(output / "leave_one_out.csv")] == names
     effect = rows_of(output / "batch_effect.csv")
@@ -368,12 +368,12 @@ def test_the_same_inputs_give_the_same_bytes_but_for_the_date(files, tmp_path, m
 
 def test_sets_without_common_classes_are_reported_and_no_crash(files, tmp_path, capsys):
     report = run(tmp_path / "out", "--features", *files, "--k", 5, "--folds", 2)
-    found = report["results"]["matrix"]["pbc"]["bm"]
-    assert (found["n_test"], found["balanced_accuracy"]) == (0, None)
-    assert found["left_out"] == {"BAS": 20, "BLA": 20, "artefact": 20}
+    result = report["results"]["matrix"]["pbc"]["bm"]
+    assert (result["n_test"], result["balanced_accuracy"]) == (0, None)
+    assert result["left_out"] == {"BAS": 20, "BLA": 20, "artefact": 20}
     (row,) = [row for row in rows_of(tmp_path / "out" / "matrix.csv") if (row["train"], row["test"]) == ("pbc", "bm")]
     assert row["accuracy"] == ""
-    assert row["reason"] == found["reason"]
+    assert row["reason"] == result["reason"]
     assert "pbc -> bm: 0 classes to test (none on both sides)" in capsys.readouterr().out
 
 
@@ -430,7 +430,7 @@ def test_files_that_do_not_go_together_are_refused_and_leave_nothing(files, tmp_
     labels = np.arange(30) % 3
     other = cells_of("x", labels, attributes={"checkpoint_sha256": "cd", "transform": "28 px"})
     write_features(tmp_path / "other.h5", other)
-    message = "checkpoint_sha256 of data set 'pbc' is 'ab' and of data set 'other' 'cd'"
+    message = "'pbc' and 'other' do not compare: .*checkpoint_sha256 differs, 'ab' and 'cd'"
     expect_nothing(tmp_path, message, "--features", files[0], tmp_path / "other.h5")
     broken = cells_of("x", labels, features=np.full((30, DIM), np.nan, dtype=np.float32))
     write_features(tmp_path / "broken.h5", broken)

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from dinov2.data.copies import without_copies
-from dinov2.data.datasets.bags import check_same_network
 from dinov2.data.datasets.tables import open_table
 from dinov2.data.splits import Fold, leave_one_dataset_out, make_folds
-from dinov2.eval.features.join import check_finite
+from dinov2.eval.features.join import check_finite, check_same_network
 from dinov2.eval.features.store import Features, read_features
 from dinov2.utils.paths import local_path
 
@@ -38,19 +37,11 @@ def read_sets(files: Mapping[str, Path], kind: str | None) -> dict[str, Features
         features = features if kind is None else features.of_kind(kind)
         sets[name] = replace(features, others={})
         check_finite(sets[name], file)
-        first_name, first = next(iter(sets.items()))
-        check_same_network(
-            {**first.attributes, "kind": first.kind},
-            {**features.attributes, "kind": features.kind},
-            f"data set {first_name!r}",
-            f"data set {name!r}",
-        )
-        dims = first.features.shape[1], features.features.shape[1]
-        if dims[0] != dims[1]:
-            raise ValueError(
-                f"features: {dims[0]} numbers a cell in data set {first_name!r} and {dims[1]} in {name!r}; extract "
-                f"both with one checkpoint"
-            )
+        first = next(iter(sets))
+        try:
+            check_same_network(sets[first], sets[name])
+        except ValueError as error:
+            raise ValueError(f"data sets {first!r} and {name!r} do not compare: {error}") from error
     return sets
 
 
