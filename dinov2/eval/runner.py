@@ -169,13 +169,14 @@ def _mean_per_class(evaluation: EvaluationSet) -> dict[str, int]:
 def format_report(report: Mapping[str, Any], protocol: Protocol) -> str:
     """Format results.json as tables: all rows, the classes of the model's last row, and few-shot rows."""
     counts = report["counts"]
-    rows = [(source, row, metrics) for source, found in report["results"].items() for row, metrics in found.items()]
-    is_single = len(report["results"]["model"]) == 1
+    results = report["results"]
+    rows = [(source, row, metrics) for source in results for row, metrics in results[source].items()]
+    is_single = len(results["model"]) == 1
 
     def label(source: str, row: str) -> str:
         return source if is_single else f"{source}, {protocol.setting} = {protocol.value(row)}"
 
-    last, metrics_of_last = list(report["results"]["model"].items())[-1]
+    last, metrics_of_last = list(results["model"].items())[-1]
     unit = "cells" if report["patients_kept_apart"] is None else "patients"
     lines = [
         f"{protocol.title}, {counts['tested']} of {counts['cells']} cells tested, "
