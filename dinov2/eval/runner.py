@@ -58,7 +58,7 @@ def run_command(
     setup_logging()
     protocol = protocol_of(args)
     check_evaluation_arguments(parser, args, protocol.kinds)
-    cells = load_evaluation_set(args, with_all_kinds=len(protocol.kinds) > 1)
+    cells = load_evaluation_set(args, protocol.takes_all_kinds)
     report = run(protocol, cells, args.output_dir, args.few_shot, args.repeats, settings_of(args))
     print(format_report(report, protocol))
 
@@ -84,10 +84,9 @@ def run(
     Returns:
         the content of results.json.
     """
-    with_all_kinds = len(protocol.kinds) > 1
     predicted, few_shot_rows = {}, {}
     for source in evaluation.sources:
-        data = evaluation.data(source, with_all_kinds)
+        data = evaluation.data(source, protocol.takes_all_kinds)
         predicted[source] = protocol.evaluate(data, protocol.options)
         if few_shot_numbers:
             few_shot_options = FewShotOptions(protocol, few_shot_numbers, repeats)
@@ -119,7 +118,7 @@ def run(
         },
         "split": evaluation.description,
         "patients_kept_apart": evaluation.patients_kept_apart,
-        "kinds": list(evaluation.data("model", with_all_kinds).features),
+        "kinds": list(evaluation.data("model", protocol.takes_all_kinds).features),
         "files": files,
         **provenance(cells.attributes, {**(settings or {}), **asdict(protocol.options)}, evaluation.hashes),
     }
