@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from dinov2.utils.files import atomic_write
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 PAGE_STYLES = ("report.css",)
 PAGE_SCRIPTS = ("report.js",)
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # as JavaScript's Number() reads them

@@ -1,0 +1,126 @@
+"""Write pages that open in a browser from disk: one HTML file with its styles, scripts, images and numbers inside.
+
+A page is a list of `Section`s under one heading, with a table of contents. jinja2 escapes every value. A page requests
+nothing, because its content policy forbids that, and runs no script without the policy's nonce. A template with a
+script of its own therefore writes `<script nonce="{{ nonce }}">`; data for scripts is
+`<script type="application/json" id="...">{{ value | tojson }}</script>`. A template's styles are a `<style>` element.
+
+What sections can use:
+- CSS variables that follow the colour scheme: `--background`, `--surface`, `--ink`, `--muted`, `--line`, `--accent`,
+  `--good`, `--bad`, `--warning`, `--scale` (the strong end of a colour scale that begins at `--surface`);
+- classes: `grid` (cards beside each other), `card`, `controls` (a row of form fields), `note`, `warning`, `muted`,
+  `number` (a column of numbers), `scroll` (a wide part that scrolls by itself), `pixels` (an image whose pixels stay
+  sharp), `only-with-script` (hidden without JavaScript), `no-print`;
+- events of `document`: `themechange` after the colours changed, `chartsready` after all bokeh figures were drawn
+  (then `Bokeh.documents` has them);
+- the macros of `templates/macros.html`.
+"""
+
+import base64
+import re
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from bokeh.core.types import ID
+from bokeh.embed import json_item
+from bokeh.models import Plot
+from bokeh.resources import Resources
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from dinov2.utils.files import atomic_write
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of a page.
+
+    Attributes:
+        id: of its element: lower-case letters, digits and hyphens; unique in the page.
+        title: its heading (`<h2>`).
+        html: the content, usually from `render`. Its headings begin at `<h3>`, and its ids begin with the section's id.
+    """
+
+    id: str
+    title: str
+    html: Markup
+
+
+@cache
+def _environment() -> Environment:
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.policies["json.dumps_kwargs"] = {}  # no sorting: bokeh defines an object where it stands first
+    environment.globals["nonce"] = secrets.token_urlsafe(16)
+    return environment
+
+
+def render(template: str, **values: Any) -> Markup:
+    """Return the HTML of a file in `templates/`; values that are not `Markup` are escaped."""
+    return Markup(_environment().get_template(template).render(values))
+
+
+def embed(figure: Plot, label: str = "") -> Markup:
+    """Return a bokeh figure as HTML, drawn when the page is opened.
+
+    Args:
+        figure: a bokeh figure or layout.
+        label: text for screen readers, to which the figure then is one image; leave it out where readers work in it.
+    """
+    target = f"chart-{figure.id}"
+    return render("figure.html", target=target, label=label, item=json_item(figure, ID(target)))
+
+
+def image_uri(content: bytes, kind: Literal["png", "jpeg"]) -> str:
+    """Return an encoded image as the `src` of an `<img>`."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def data_value(value: float, text: str) -> Markup:
+    """Return a rounded number that keeps all its digits: `<data value="0.8712345">87.1</data>`."""
+    return Markup('<data value="{}">{}</data>').format(repr(value), text)
+
+
+def table(
+    headers: Sequence[Any], rows: Iterable[Sequence[Any]], caption: str, *, numbers_from: int = 1, folded: str = ""
+) -> Markup:
+    """Return a table with a caption, whose first column names the rows.
+
+    Args:
+        headers: of the columns.
+        rows: text or `Markup` of the cells, as many as there are headers.
+        caption: what the table shows.
+        numbers_from: the column from which cells are aligned right.
+        folded: a line that unfolds the table; without it the table is open.
+    """
+    return render(
+        "table.html", headers=headers, rows=list(rows), caption=caption, numbers_from=numbers_from, folded=folded
+    )
+
+
+def page_html(title: str, sections: Sequence[Section], subtitle: str = "") -> str:
+    """Return the whole page.
+
+    Args:
+        title: its heading, and the title of the window.
+        sections: in the order shown.
+        subtitle: a line below the title.
+    """
+    ids = [section.id for section in sections]
+    assert len(set(ids)) == len(ids) and all(re.fullmatch(r"[a-z][a-z0-9-]*", name) for name in ids), ids
+    has_figures = any('class="chart-data"' in section.html for section in sections)
+    bokeh = Resources(mode="inline", components=["bokeh"], log_level="error").js_raw if has_figures else []
+    return render("page.html", title=title, subtitle=subtitle, sections=sections, bokeh=Markup("\n".join(bokeh)))
+
+
+def write_page(path: Path, title: str, sections: Sequence[Section], subtitle: str = "") -> None:
+    """Write `page_html`, whole or not at all."""
+    text = page_html(title, sections, subtitle)
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8", errors="replace"))  # odd bytes of file names are no UTF-8
