@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 
 from dinov2.eval.extract_features import CELLS_HELP, add_embedder_arguments, embedder_from, positive_int
 from dinov2.eval.maps.cells import TITLES, CellMaps, backbone_of, choose_images, colour_map, make_cell_maps
-from dinov2.eval.pages.cells import cells_section
+from dinov2.eval.pages.cells import maps_section
 from dinov2.eval.pages.page import write_page
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with atomic_write(args.output_dir / f"{name}.png") as file:
             Image.fromarray(image).save(file, "PNG", optimize=True)
     page = args.output_dir / "cells.html"
-    write_page(page, "Cells as a network sees them", [cells_section(maps)], subtitle=embedder.encoder.description)
+    write_page(page, "Cells as a network sees them", [maps_section(maps)], subtitle=embedder.encoder.description)
     print(f"{page}: {len(maps)} cells, {maps.grid[0]} x {maps.grid[1]} patches each")
 
 

@@ -18,13 +18,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import dinov2
-from dinov2.eval.cell_maps import cells_section, choose_pictures
+from dinov2.eval.maps.cells import choose_images
 from dinov2.eval.embedding import Embedder
 from dinov2.eval.explorer import ExplorerSettings, explorer_section
 from dinov2.eval.extract_features import positive_int
 from dinov2.eval.features import read_features
 from dinov2.eval.metric_tables import NONE, shown
 from dinov2.eval.pages import Markup, Section, escape, table, valued, write_page
+from dinov2.eval.pages.cells import cells_section
 from dinov2.eval.patients_section import patients_section
 from dinov2.eval.result_records import (
     MODEL,
@@ -192,13 +193,13 @@ def cells_of(cells: Path, checkpoint: str | None, n: int, sources: Sources, reco
     """What a network sees in some cells.
 
     Args:
-        cells: as `choose_pictures` takes it.
+        cells: as `choose_images` takes it.
         checkpoint: weights; None for those of the first run, or else of the first result.
         n: how many cells.
         sources, records: what the report is about.
 
     Raises:
-        FileNotFoundError, ValueError: if there is no network, or as `choose_pictures` and `cells_section`.
+        FileNotFoundError, ValueError: if there is no network, or as `choose_images` and `cells_section`.
     """
     if checkpoint is None:
         named = [mapping(record.report.get("checkpoint")).get("checkpoint") for record in records]
@@ -206,7 +207,7 @@ def cells_of(cells: Path, checkpoint: str | None, n: int, sources: Sources, reco
         if not known:
             raise ValueError("--cells: no run and no result here names a network; add --checkpoint WEIGHTS")
         checkpoint = known[0]
-    paths, names = choose_pictures(cells, n)
+    paths, names = choose_images(cells, n)
     return cells_section(Embedder(checkpoint), paths, names)
 
 

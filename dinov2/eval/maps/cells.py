@@ -49,29 +49,17 @@ PALETTE = np.array([list(bytes.fromhex(colour[1:])) for colour in Viridis256], d
 
 @dataclass(frozen=True, eq=False)
 class CellMaps:
-    """Maps of N images.
-
-    Attributes:
-        names: N texts to show.
-        images: uint8 [N, S, S, 3], the network's input before normalisation.
-        pca: uint8 [N, h, w, 3].
-        attention: float32 [N, heads, h, w], of the last layer's CLS token.
-        rollout: float32 [N, h, w].
-        similarity: uint8 [N, P, P]; cosine c is stored as round((c + 1) * 127.5).
-        occlusion: float32 [N, h, w], 1 - cosine of the CLS token; None if it was not computed.
-        unreadable: {path: reason} of images that were left out.
-        pca_per_image: True if `pca` was fitted to each image alone, so its colours cannot be compared between images.
-    """
+    """Maps of N images; `colours` gives them as images."""
 
     names: list[str]
-    images: np.ndarray
-    pca: np.ndarray
-    attention: np.ndarray
-    rollout: np.ndarray
-    similarity: np.ndarray
-    occlusion: np.ndarray | None = None
-    unreadable: dict[str, str] = field(default_factory=dict)
-    pca_per_image: bool = False
+    images: np.ndarray  # uint8 [N, S, S, 3], before normalisation
+    pca: np.ndarray  # uint8 [N, h, w, 3]
+    attention: np.ndarray  # float32 [N, heads, h, w], of the last block's CLS token
+    rollout: np.ndarray  # float32 [N, h, w]
+    similarity: np.ndarray  # uint8 [N, P, P]; round((c + 1) * 127.5) of cosine c
+    occlusion: np.ndarray | None = None  # float32 [N, h, w], 1 - cosine of the CLS token
+    unreadable: dict[str, str] = field(default_factory=dict)  # {path: reason} of images that were left out
+    pca_per_image: bool = False  # then `pca` cannot be compared between images
 
     def __len__(self) -> int:
         return len(self.names)
@@ -84,8 +72,7 @@ class CellMaps:
     def colours(self) -> dict[str, np.ndarray]:
         """Return {kind: uint8 [N, h, w, 3]} for each computed kind of `TITLES`."""
         numbers = {"attention": self.attention.mean(axis=1), "rollout": self.rollout, "occlusion": self.occlusion}
-        computed = {kind: colour_map(maps) for kind, maps in numbers.items() if maps is not None}
-        return {"pca": self.pca, **computed}
+        return {"pca": self.pca, **{kind: colour_map(maps) for kind, maps in numbers.items() if maps is not None}}
 
 
 def levels(maps: np.ndarray) -> np.ndarray:
@@ -158,7 +145,7 @@ def make_cell_maps(
     if not kept_names:
         raise ValueError(f"images: none of the {len(paths)} could be read; the log gives reasons")
     arrays = {kind: torch.stack(values).numpy() for kind, values in maps.items()}
-    pca = pca_colours(arrays.pop("tokens"), per_image=per_image, foreground=foreground).colours
+    pca = pca_colours(arrays.pop("tokens"), per_image=per_image, foreground=foreground)
     return CellMaps(names=kept_names, pca=pca, unreadable=unreadable, pca_per_image=per_image, **arrays)
 
 
@@ -196,6 +183,8 @@ def choose_images(data: Path, n: int) -> tuple[list[Path], list[str]]:
     turns = zip_longest(*([name] * len(paths) for name, paths in classes.items()))
     counts = Counter([name for turn in turns for name in turn if name is not None][:n])
     chosen = [
-        paths[int((i + 0.5) * len(paths) / counts[name])] for name, paths in classes.items() for i in range(counts[name])
+        paths[int((i + 0.5) * len(paths) / counts[name])]
+        for name, paths in classes.items()
+        for i in range(counts[name])
     ]
     return chosen, [f"{name}/{path.name}" for name, path in zip(counts.elements(), chosen, strict=True)]

@@ -1,20 +1,18 @@
 """Maps over the patches of an image: PCA colours, attention, rollout, similarity and occlusion.
 
-Images are normalised (`ImageTransform`) and on the model's device. Their sides are multiples of the patch size and may
-differ. The model is in eval mode. The maps are deterministic and start at the upper left patch.
-
-An attention map shows where a token takes its input from. An occlusion map shows what the output depends on. Neither
-shows that the network is right, and the two may disagree.
+Images are normalised (`ImageTransform`) and on the model's device; the model is in eval mode. The sides of an image are
+multiples of the patch size and may differ; other shapes are a ValueError. Maps are deterministic and start at the upper
+left patch. An attention map shows where a token takes its input from, and an occlusion map what the output depends on.
+Neither shows that the network is right, and the two may disagree.
 
 Dimension key:  B images, h x w patches of each, P = h * w, N = 1 + registers + P tokens, D embedding dim
 """
 
-import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial, reduce
+from functools import reduce
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,172 +22,122 @@ from torch import Tensor
 
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
-Score = Callable[[Tensor], Tensor]
+Score = Callable[[Tensor], Tensor]  # images [B, 3, H, W] to numbers [B]
 PERCENTILES = (1.0, 99.0)  # of a component: no colour and full colour
-BACKGROUND = 255  # white
-N_COLOURS = 3
 
 
 def grid_of(model: DinoVisionTransformer, images: Tensor) -> tuple[int, int]:
-    """Return h and w of images [B, 3, H, W].
-
-    Raises:
-        ValueError: for a tensor of another shape, or sides that are not multiples of the patch size.
-    """
-    size = model.patch_size
+    """Return h and w of images [B, 3, H, W]; ValueError for other shapes or sides that patches do not fill."""
     if images.ndim != 4 or images.shape[1] != model.in_chans:
         raise ValueError(
             f"images: expected a tensor [images, {model.in_chans}, height, width], found {list(images.shape)}; "
             f"add the first dimension to a single image with [None]"
         )
-    height, width = images.shape[-2:]
-    if not height or not width or height % size or width % size:
-        raise ValueError(
-            f"images: {height} x {width} px is not a whole number of patches of {size} px; use multiples, "
-            f"for instance {math.ceil(max(height, 1) / size) * size} x {math.ceil(max(width, 1) / size) * size}"
-        )
-    return height // size, width // size
+    return model.patch_embed.grid_of(*images.shape[-2:])
 
 
 @torch.no_grad()
 def patch_tokens(model: DinoVisionTransformer, images: Tensor) -> Tensor:
-    """Return the patch tokens after the last norm, float32 [B, h, w, D], of images [B, 3, H, W].
-
-    Raises:
-        ValueError: see `grid_of`.
-    """
+    """Return the patch tokens after the last norm, float32 [B, h, w, D], of images [B, 3, H, W]."""
     grid = grid_of(model, images)
     return model.forward_features(images)["x_norm_patchtokens"].unflatten(1, grid).float()
 
 
-class PatchColours(NamedTuple):
-    """Colours of patches by PCA.
-
-    Attributes:
-        colours: uint8 [B, h, w, 3]; the first component is red, the second green, the third blue.
-        is_foreground: bool [B, h, w]; True everywhere without `foreground`.
-        variance_shares: float64 [3], share of the variance per component; [B, 3] with `per_image`.
-    """
-
-    colours: np.ndarray
-    is_foreground: np.ndarray
-    variance_shares: np.ndarray
-
-
-def pca_colours(tokens: Tensor | np.ndarray, *, per_image: bool = False, foreground: bool = False) -> PatchColours:
+def pca_colours(tokens: Tensor | np.ndarray, *, per_image: bool = False, foreground: bool = False) -> np.ndarray:
     """Show the first three principal components of patch tokens as red, green and blue (Oquab et al. 2023, 2304.07193).
 
-    Each component goes from no colour at its 1st percentile to full colour at its 99th. Colours of a PCA over all
-    images can be compared: equal colours are parts that the network sees as similar. A PCA of each image alone shows
-    more detail, but its colours cannot be compared between images.
-
-    The sign of the first component is chosen so that it is higher in the middle of the images (the inner half of each
-    side) than around it, because cells lie in the middle. The largest entry of each other direction is positive.
-
-    With `foreground`, a first PCA separates cell and background as in that paper: patches whose first component is
-    above its mean are foreground. A second PCA over them gives the colours, and all other patches are white.
+    A component goes from no colour at its 1st percentile to full colour at its 99th. The sign of the first component is
+    chosen so that it is higher in the middle of the images (the inner half of each side) than around it, because cells
+    lie in the middle. The largest entry of each other direction is positive.
 
     Args:
         tokens: [B, h, w, D], finite.
-        per_image: fit a PCA to each image alone.
-        foreground: leave out the background; ignored where it would leave fewer than three patches.
+        per_image: fit a PCA to each image alone. This shows more detail, but colours of two images cannot be compared.
+            Otherwise equal colours are parts that the network sees as similar.
+        foreground: show patches white whose first component is not above its mean, and fit the colours to the others,
+            as in that paper; ignored where fewer than three patches would stay.
+
+    Returns:
+        uint8 [B, h, w, 3].
 
     Raises:
-        ValueError: for tokens of another shape, fewer than three patches, or D below three.
+        ValueError: for tokens of another shape, or fewer than three patches or numbers per patch.
     """
     array = np.asarray(tokens.detach().cpu() if isinstance(tokens, Tensor) else tokens)
-    if array.ndim != 4 or array.shape[-1] < N_COLOURS or math.prod(array.shape[per_image:3]) < N_COLOURS:
+    rows = array.reshape(-1, array.shape[-1]).astype(np.float64)  # [B * P, D]
+    if array.ndim != 4 or min(rows.shape) < 3:
         raise ValueError(
-            f"tokens: expected [images, rows, columns, numbers] with three or more patches and numbers, "
+            f"tokens: expected [images, rows, columns, numbers] with three or more patches and three or more numbers, "
             f"found {list(array.shape)}"
         )
     if per_image:
-        each = [pca_colours(image[None], foreground=foreground) for image in array]
-        return PatchColours(
-            np.concatenate([one.colours for one in each]),
-            np.concatenate([one.is_foreground for one in each]),
-            np.stack([one.variance_shares for one in each]),
-        )
+        return np.concatenate([pca_colours(image[None], foreground=foreground) for image in array])
     grid = array.shape[:3]
-    rows = array.reshape(-1, array.shape[-1]).astype(np.float64)  # [B * P, D]
     in_middle_row, in_middle_column = (np.abs(np.arange(n) - (n - 1) / 2) < n / 4 for n in grid[1:])
     is_middle = np.broadcast_to(in_middle_row[:, None] & in_middle_column, grid).ravel()  # [B * P]
-    projections, shares = _principal_components(rows, is_middle)
-    is_foreground = projections[:, 0] > 0
-    if foreground and is_foreground.sum() >= N_COLOURS:
-        projections, shares = _principal_components(rows[is_foreground], is_middle[is_foreground])
-    else:
-        is_foreground[:] = True
-    low, high = np.percentile(projections, PERCENTILES, axis=0)
-    colours = np.full((len(rows), N_COLOURS), BACKGROUND, dtype=np.uint8)
-    scaled = np.clip((projections - low) / np.where(high > low, high - low, 1.0), 0, 1)
-    colours[is_foreground] = np.rint(255 * scaled)
-    return PatchColours(colours.reshape(*grid, N_COLOURS), is_foreground.reshape(grid), shares)
+    components = _principal_components(rows, is_middle)
+    is_shown = np.ones(len(rows), dtype=bool)
+    if foreground and (components[:, 0] > 0).sum() >= 3:
+        is_shown = components[:, 0] > 0
+        components = _principal_components(rows[is_shown], is_middle[is_shown])
+    low, high = np.percentile(components, PERCENTILES, axis=0)
+    scaled = np.clip((components - low) / np.where(high > low, high - low, 1.0), 0, 1)
+    colours = np.full((len(rows), 3), 255, dtype=np.uint8)
+    colours[is_shown] = np.rint(255 * scaled)
+    return colours.reshape(*grid, 3)
 
 
-def _principal_components(rows: np.ndarray, is_middle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the projections [n, 3] of rows [n, D] and the shares of the variance [3]; see `pca_colours` for signs."""
-    pca = PCA(N_COLOURS, svd_solver="covariance_eigh")  # exact; scikit-learn makes each largest entry positive
-    with np.errstate(invalid="ignore"):  # rows without variance have shares of 0 / 0
-        projections = pca.fit_transform(rows)
-    middle, around = projections[is_middle, 0], projections[~is_middle, 0]
+def _principal_components(rows: np.ndarray, is_middle: np.ndarray) -> np.ndarray:
+    """Project rows [n, D] on their first three components; the mean of the first is higher where `is_middle`."""
+    with np.errstate(invalid="ignore"):  # scikit-learn divides by a variance of 0 if all rows are equal
+        components = PCA(3, svd_solver="covariance_eigh").fit_transform(rows)  # [n, 3], each largest entry positive
+    middle, around = components[is_middle, 0], components[~is_middle, 0]
     if len(middle) and len(around) and middle.mean() < around.mean():
-        projections[:, 0] *= -1
-    return projections, np.nan_to_num(pca.explained_variance_ratio_)
+        components[:, 0] *= -1
+    return components
 
 
 def _visit_attention(
     model: DinoVisionTransformer, images: Tensor, visit: Callable[[Tensor], None], first_block: int = 0
 ) -> None:
-    """Run the network and call `visit` with the softmax weights [B, heads, N, N] of each layer from `first_block` on.
+    """Run the network and call `visit` with softmax(Q K^T / sqrt(d)) [B, heads, N, N] of blocks from `first_block` on.
 
-    The weights are softmax(Q K^T / sqrt(d)) of the layer's own queries and keys, so no attention kernel changes them.
+    The weights are computed from the layer's own queries and keys, so they do not depend on the attention kernel.
     """
 
-    def hook(n_heads: int, module: Any, inputs: Any, qkv: Tensor) -> None:
-        query, key, _ = qkv.float().unflatten(-1, (3, n_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, N, d] each
+    def hook(module: Any, inputs: Any, qkv: Tensor) -> None:
+        query, key, _ = qkv.float().unflatten(-1, (3, model.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, N, d]
         visit((query @ key.mT / query.shape[-1] ** 0.5).softmax(dim=-1))
 
     attentions: list[Any] = [block.attn for block in model.each_block()]
     with ExitStack() as hooks:
         for attention in attentions[first_block:]:
-            hooks.enter_context(attention.qkv.register_forward_hook(partial(hook, attention.num_heads)))
+            hooks.enter_context(attention.qkv.register_forward_hook(hook))
         model(images)
 
 
 @torch.no_grad()
 def attention_weights(model: DinoVisionTransformer, images: Tensor, block: int = -1) -> Tensor:
-    """Return all attention weights of one layer, float32 [B, heads, N, N]; each row sums to 1.
+    """Return all attention weights of one block, float32 [B, heads, N, N]; each row sums to 1.
 
     Args:
         model: the backbone.
         images: [B, 3, H, W].
-        block: number of the layer, from 0; negative numbers count from the end.
-
-    Raises:
-        ValueError: see `grid_of`; or if the network has no such layer.
+        block: number of the block, from 0; negative numbers count from the end. ValueError if it does not exist.
     """
     grid_of(model, images)
     if not -model.n_blocks <= block < model.n_blocks:
         raise ValueError(f"block: {block} of a network with {model.n_blocks}; use -1 for the last one")
-    layers: list[Tensor] = []
-    _visit_attention(model, images, layers.append, block % model.n_blocks)
-    return layers[0]
+    weights: list[Tensor] = []
+    _visit_attention(model, images, weights.append, block % model.n_blocks)
+    return weights[0]
 
 
 def cls_attention(model: DinoVisionTransformer, images: Tensor, block: int = -1) -> Tensor:
-    """Return the attention of the CLS token to each patch, per head (Caron et al. 2021, arXiv 2104.14294).
+    """Return the attention of the CLS token to each patch, float32 [B, heads, h, w] (Caron et al. 2021, 2104.14294).
 
-    The map of a head sums to less than 1, because attention to the CLS token and the registers is left out.
-
-    Args:
-        model, images, block: see `attention_weights`.
-
-    Returns:
-        float32 [B, heads, h, w].
-
-    Raises:
-        ValueError: see `attention_weights`.
+    The map of a head sums to less than 1, because attention to the CLS token and the registers is left out. For the
+    arguments see `attention_weights`.
     """
     grid = grid_of(model, images)
     return attention_weights(model, images, block)[:, :, 0, 1 + model.num_register_tokens :].unflatten(-1, grid)
@@ -197,9 +145,9 @@ def cls_attention(model: DinoVisionTransformer, images: Tensor, block: int = -1)
 
 @torch.no_grad()
 def attention_rollout(model: DinoVisionTransformer, images: Tensor) -> Tensor:
-    """Return the share of the CLS token's input per patch, through all layers (Abnar & Zuidema 2020, 2005.00928).
+    """Return the share of the CLS token's input per patch, through all blocks (Abnar & Zuidema 2020, 2005.00928).
 
-    W_l are the weights of layer l, averaged over its heads. The identity I is the residual connection:
+    W_l are the weights of block l, averaged over its heads. The identity I is the residual connection:
 
         A_l = (W_l + I) / 2,   rollout = A_L A_(L-1) ... A_1;   its row of the CLS token, columns of the patches
 
@@ -211,15 +159,12 @@ def attention_rollout(model: DinoVisionTransformer, images: Tensor) -> Tensor:
 
     Returns:
         float32 [B, h, w], without the columns of the CLS token and the registers.
-
-    Raises:
-        ValueError: see `grid_of`.
     """
     grid = grid_of(model, images)
-    layers: list[Tensor] = []
-    _visit_attention(model, images, lambda weights: layers.append(weights.mean(dim=1)))
-    identity = torch.eye(layers[0].shape[-1], device=layers[0].device)
-    rollout = reduce(lambda earlier, layer: (layer + identity) / 2 @ earlier, layers, identity)  # [B, N, N]
+    blocks: list[Tensor] = []
+    _visit_attention(model, images, lambda weights: blocks.append(weights.mean(dim=1)))
+    identity = torch.eye(blocks[0].shape[-1], device=blocks[0].device)
+    rollout = reduce(lambda earlier, block: (block + identity) / 2 @ earlier, blocks, identity)  # [B, N, N]
     return rollout[:, 0, 1 + model.num_register_tokens :].unflatten(-1, grid)
 
 
@@ -231,18 +176,13 @@ def border_share(maps: Tensor | np.ndarray) -> np.ndarray:
 
 
 def similarity_maps(tokens: Tensor) -> Tensor:
-    """Return the cosine of each pair of patches of an image.
+    """Return the cosine of each pair of patches, float32 [B, P, P], of tokens [B, h, w, D].
 
-    Args:
-        tokens: [B, h, w, D].
-
-    Returns:
-        float32 [B, P, P], symmetric: row p, unflattened to [h, w], is the map of patch p. A token of zeros has cosine
-        0 to all others.
+    Row p, unflattened to [h, w], is the map of patch p. A token of zeros has cosine 0 to all others.
     """
     directions = F.normalize(tokens.flatten(1, 2).float(), dim=-1)  # [B, P, D]
     cosines = (directions @ directions.mT).clamp(-1, 1)
-    return (cosines + cosines.mT) / 2  # rounding may differ between the two halves
+    return (cosines + cosines.mT) / 2  # symmetric: rounding may differ between the two halves
 
 
 @torch.no_grad()
@@ -261,13 +201,13 @@ def occlusion_map(
     score(image) - score(covered image) over all squares that cover it. It is negative where the score rises.
 
     Args:
-        score: maps images [B, 3, H, W] to numbers [B], for instance `likeness_to` or `probability_of`.
+        score: `likeness_to`, `probability_of` or any other `Score`.
         image: [3, H, W].
         patch_size: in pixels.
         window: side of the square in patches; 0 for about a seventh of the shorter side.
         stride: patches between two squares; 0 for half the window.
-        fill: [3], normalised colour of the square. None for the mean of the image's outermost pixels: a grey square
-            on a bright slide would look like an object.
+        fill: [3], normalised colour of the square; None for the mean of the image's outermost pixels, because a grey
+            square on a bright slide would look like an object.
         batch_size: covered images in one call of `score`.
 
     Returns:
@@ -287,7 +227,7 @@ def occlusion_map(
     if not 1 <= stride <= window <= min(grid):
         raise ValueError(
             f"window {window}, stride {stride}: choose 1 <= stride <= window <= {min(grid)}, the patches of the "
-            f"shorter side; patches between squares of a larger stride would never be covered"
+            f"shorter side; a larger stride would leave patches that are never covered"
         )
     if fill is None:
         is_border = torch.ones(height, width, dtype=torch.bool, device=image.device)
@@ -299,25 +239,21 @@ def occlusion_map(
         square[top : top + window, left : left + window] = 1
     scores = []
     for batch in squares.split(batch_size):
-        is_covered = F.interpolate(batch[:, None], scale_factor=patch_size) > 0  # [b, 1, H, W], nearest patch
-        covered = torch.where(is_covered.to(image.device), fill[:, None, None], image)  # [b, 3, H, W]
-        scores.append(score(covered).cpu())
+        is_covered = F.interpolate(batch[:, None], scale_factor=patch_size).to(image.device) > 0  # [b, 1, H, W]
+        scores.append(score(torch.where(is_covered, fill[:, None, None], image)).cpu())
     falls = score(image[None]).cpu() - torch.cat(scores)
     return torch.einsum("s,shw->hw", falls.float(), squares) / squares.sum(dim=0)
 
 
 @torch.no_grad()
 def likeness_to(model: DinoVisionTransformer, image: Tensor) -> Score:
-    """Return a score for `occlusion_map`: the cosine of CLS tokens to that of this image [3, H, W].
-
-    The occlusion map is then 1 - cosine of the covered image.
-    """
+    """Return the score of an `occlusion_map` of 1 - cosine: cosine of CLS tokens to that of an image [3, H, W]."""
     direction = F.normalize(model(image[None]).float(), dim=-1)[0]  # [D]
     return lambda images: F.normalize(model(images).float(), dim=-1) @ direction
 
 
 def probability_of(model: DinoVisionTransformer, weight: Tensor, bias: Tensor, class_number: int) -> Score:
-    """Return a score for `occlusion_map`: the probability of a class by a linear classifier of CLS tokens.
+    """Return the score of a class: its probability by a linear classifier of CLS tokens.
 
     Args:
         model: the backbone.

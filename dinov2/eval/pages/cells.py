@@ -5,52 +5,50 @@ Dimension key:  h x w patches, P = h * w
 
 import base64
 import io
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from bokeh.palettes import Viridis256
 from PIL import Image
 
-from dinov2.eval.maps.cells import TITLES, CellMaps, colour_map
+from dinov2.eval.embedding import Embedder
+from dinov2.eval.maps.cells import TITLES, CellMaps, backbone_of, colour_map, make_cell_maps
 from dinov2.eval.maps.patch_maps import border_share
 from dinov2.eval.pages.page import Section, image_uri, render
 
 IMAGE_PX = 280
 
 
-def cells_section(maps: CellMaps) -> Section:
+def cells_section(embedder: Embedder, paths: Sequence[Path], names: Sequence[str] | None = None) -> Section:
+    """Return the `maps_section` of image files by a network; for the arguments and errors see `make_cell_maps`."""
+    network = backbone_of(embedder)
+    return maps_section(make_cell_maps(network, paths, embedder.image_size, names=names, device=embedder.device))
+
+
+def maps_section(maps: CellMaps) -> Section:
     """Return maps as a section: one card per cell, with a choice of heads and a patch to click.
 
     Without JavaScript it shows everything except single heads and similarities.
     """
-    heads = [np.concatenate([cell.mean(axis=0, keepdims=True), cell]) for cell in maps.attention]  # [1 + heads, h, w]
-    pairs = np.triu_indices(maps.similarity.shape[-1])
-    colours = maps.colours()
-    cards = [
-        {
-            "name": name,
-            "images": [
-                ("image", "image", _jpeg_uri(maps.images[i])),
-                *((kind, TITLES[kind], _png_uri(values[i])) for kind, values in colours.items()),
-            ],
-        }
-        for i, name in enumerate(maps.names)
-    ]
-    cells = [
-        {
-            "name": name,
-            "attention": [_png_uri(head) for head in colour_map(heads[i])],  # the mean first
-            "similarity": base64.b64encode(maps.similarity[i][pairs].tobytes()).decode("ascii"),
-        }
-        for i, name in enumerate(maps.names)
-    ]
     rows, columns = maps.grid
+    pairs = np.triu_indices(rows * columns)
+    colours = maps.colours()
+    cards, cells = [], []
+    for i, name in enumerate(maps.names):
+        images = [(kind, TITLES[kind], _png_uri(values[i])) for kind, values in colours.items()]
+        cards.append({"name": name, "images": [("image", "image", _jpeg_uri(maps.images[i])), *images]})
+        attention = np.stack([maps.attention[i].mean(axis=0), *maps.attention[i]])  # [1 + heads, h, w]
+        similarity = base64.b64encode(maps.similarity[i][pairs].tobytes()).decode("ascii")
+        attention_uris = [_png_uri(image) for image in colour_map(attention)]
+        cells.append({"name": name, "attention": attention_uris, "similarity": similarity})
     html = render(
         "cells.html",
         maps=maps,
         n_heads=maps.attention.shape[1],
         cards=cards,
         border=f"{border_share(maps.attention.mean(axis=1)).mean():.0%}",
-        even=f"{float(border_share(np.ones(maps.grid))):.0%}",
+        even=f"{border_share(np.ones(maps.grid)):.0%}",
         data={"rows": rows, "columns": columns, "palette": Viridis256, "cells": cells},
     )
     return Section("cells", "Cells", html)
