@@ -33,30 +33,28 @@ TILE_PX, TITLE_PX, HEADER_PX, GAP_PX = 140, 150, 34, 4
 LETTERS = 22  # of a line of text, about the width of a tile
 
 
-def sheet(rows: Mapping[str, np.ndarray], column_names: Sequence[str] = (), tile: int = TILE_PX) -> np.ndarray:
+def sheet(rows: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
     """Return one image of titled rows, with the images of a cell below each other.
 
     Args:
         rows: {title: uint8 [N, any, any, 3]}; patches are enlarged without smoothing.
-        column_names: N names, or none.
-        tile: side of an image on the sheet, in pixels.
+        names: of the N cells, in two lines divided by the first slash.
 
     Returns:
         uint8 [height, width, 3].
     """
-    n = len(next(iter(rows.values())))
-    header = HEADER_PX if column_names else 0
-    step = tile + GAP_PX
-    canvas = Image.new("RGB", (TITLE_PX + n * step, header + len(rows) * step), "white")
-    for column, name in enumerate(column_names):
-        canvas.paste(_text("\n".join(map(_shortened, name.split("/", 1))), tile, header), (TITLE_PX + column * step, 0))
+    step = TILE_PX + GAP_PX
+    canvas = Image.new("RGB", (TITLE_PX + len(names) * step, HEADER_PX + len(rows) * step), "white")
+    for column, name in enumerate(names):
+        lines = "\n".join(map(_shortened, name.split("/", 1)))
+        canvas.paste(_text(lines, TILE_PX, HEADER_PX), (TITLE_PX + column * step, 0))
     for row, (title, images) in enumerate(rows.items()):
-        top = header + row * step
-        canvas.paste(_text(textwrap.fill(title, LETTERS), TITLE_PX - 4, tile // 2), (4, top + tile // 3))
+        top = HEADER_PX + row * step
+        canvas.paste(_text(textwrap.fill(title, LETTERS), TITLE_PX - 4, TILE_PX // 2), (4, top + TILE_PX // 3))
         for column, image in enumerate(images):
-            resampling = Image.Resampling.NEAREST if len(image) < tile else Image.Resampling.LANCZOS
-            resized = Image.fromarray(image).resize((tile, tile), resampling)
-            canvas.paste(resized, (TITLE_PX + column * step, top))
+            resampling = Image.Resampling.NEAREST if len(image) < TILE_PX else Image.Resampling.LANCZOS
+            tile = Image.fromarray(image).resize((TILE_PX, TILE_PX), resampling)
+            canvas.paste(tile, (TITLE_PX + column * step, top))
     return np.asarray(canvas)
 
 
@@ -73,22 +71,16 @@ def _shortened(name: str) -> str:
     return name if len(name) <= LETTERS else f"{name[:half]}...{name[-half:]}"
 
 
-def sheets(maps: CellMaps, patch: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
-    """Return the images that the command writes: {file name without ending: uint8 [height, width, 3]}.
-
-    Args:
-        maps: of N images.
-        patch: row and column that `similarity` compares with; None for the middle.
-    """
-    rows, columns = maps.grid
-    row, column = patch or (rows // 2, columns // 2)
-    to_patch = maps.similarity[:, row * columns + column].reshape(len(maps), rows, columns)
-    similarity = {f"similarity to row {row + 1}, column {column + 1}": colour_map(to_patch.astype(np.float64))}
+def sheets(maps: CellMaps) -> dict[str, np.ndarray]:
+    """Return the images that the command writes: {file name without ending: uint8 [height, width, 3]}."""
+    row, column = (n // 2 for n in maps.grid)
+    to_middle = maps.similarity[:, row * maps.grid[1] + column].reshape(-1, *maps.grid)
+    similarity = {f"similarity to row {row + 1}, column {column + 1}": colour_map(to_middle.astype(np.float64))}
     heads = {f"head {i + 1}": colour_map(maps.attention[:, i]) for i in range(maps.attention.shape[1])}
     kinds = {kind: {TITLES[kind]: colours} for kind, colours in maps.colours().items()}
-    every_kind = {title: colours for kind in kinds.values() for title, colours in kind.items()}
-    kinds["attention"] |= heads
+    every_kind = {TITLES[kind]: colours for kind, colours in maps.colours().items()}
     content = {"similarity": similarity, **kinds, "cells": every_kind | similarity}
+    content["attention"] |= heads
     return {name: sheet({"image": maps.images, **rows}, maps.names) for name, rows in content.items()}
 
 

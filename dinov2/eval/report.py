@@ -18,11 +18,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import dinov2
-from dinov2.eval.maps.cells import choose_images
 from dinov2.eval.embedding import Embedder
 from dinov2.eval.explorer import ExplorerSettings, explorer_section
 from dinov2.eval.extract_features import positive_int
 from dinov2.eval.features import read_features
+from dinov2.eval.maps.cells import choose_images
 from dinov2.eval.metric_tables import NONE, shown
 from dinov2.eval.pages import Markup, Section, escape, table, valued, write_page
 from dinov2.eval.pages.cells import cells_section
