@@ -11,21 +11,18 @@ made from, not that it was right.
 Letters: N cells of a patient, C classes
 """
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
-from dinov2.data.datasets.decode import UnreadableImageError, decode_image, resize_image
 from dinov2.data.datasets.tables import open_table
-from dinov2.eval.pages.page import Section, data_value, image_uri, render
+from dinov2.eval.pages.page import Section, data_value, render
+from dinov2.eval.pages.thumbnails import make_thumbnails
 from dinov2.eval.results import PROBABILITY_PREFIX
 
 MOST_PATIENTS = 500
@@ -215,6 +212,12 @@ def patients_section(folder: Path, n_cells: int = DEFAULT_N_CELLS) -> Section:
     shown = sorted(patients, key=lambda patient: (not patient.is_wrong, patient.probabilities.max()))[:MOST_PATIENTS]
     n_columns = shown[0].attention.shape[1]
     n_groups = 2 + (n_columns if n_columns > 1 else 0)
+    n_cells = max(1, min(n_cells, MOST_THUMBNAILS // (len(shown) * n_groups)))
+    groups = {patient.id: patient.cell_groups(n_cells) for patient in shown}
+    sources = list(
+        {cell.source: None for of_patient in groups.values() for cells in of_patient.values() for cell in cells}
+    )
+    thumbnails = make_thumbnails(sources, THUMBNAIL_PX)
     html = render(
         "patients.html",
         patients=shown,
@@ -222,20 +225,10 @@ def patients_section(folder: Path, n_cells: int = DEFAULT_N_CELLS) -> Section:
         n_patients=len(patients),
         n_labelled=sum(patient.label is not None for patient in patients),
         n_wrong=sum(patient.is_wrong for patient in patients),
-        n_cells=max(1, min(n_cells, MOST_THUMBNAILS // (len(shown) * n_groups))),
+        groups=groups,
         percent=lambda value: data_value(float(value), f"{100 * value:.1f} %"),
-        thumbnail=cache(_thumbnail),
+        thumbnails=dict(zip(sources, thumbnails.uris, strict=True)),
+        missing={sources[position]: reason for position, reason in thumbnails.missing.items()},
         size=THUMBNAIL_PX,
     )
     return Section("patients", "Patients", html)
-
-
-def _thumbnail(source: str) -> tuple[str, str]:
-    """Return a small image as the `src` of an `<img>`, or "" and why there is none."""
-    try:
-        image = resize_image(decode_image(source), THUMBNAIL_PX).permute(1, 2, 0).numpy()
-    except UnreadableImageError as error:
-        return "", error.reason
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "JPEG", quality=78)
-    return image_uri(stream.getvalue(), "jpeg"), ""

@@ -71,7 +71,7 @@ def results_section(records: Sequence[ResultRecord]) -> Section | None:
     if not records:
         return None
     html = macros()
-    parts = [html.data("results", [_content(record) for record in records])]
+    parts = [html.data("results", {"results": [_content(record) for record in records]})]
     for record in records:
         parts += _introduction(record)
         for name, reason in mapping(record.report.get("left_out")).items():
@@ -125,7 +125,7 @@ def cross_section(records: Sequence[ResultRecord]) -> Section | None:
     records = [record for record in records if record.protocol == "cross"]
     if not records:
         return None
-    parts = [macros().data("cross", [_content(record) for record in records])]
+    parts = [macros().data("cross", {"results": [_content(record) for record in records]})]
     for record in records:
         parts += _introduction(record)
         results = mapping(record.report.get("results"))
