@@ -7,6 +7,7 @@ import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from bokeh.palettes import Viridis256
@@ -36,11 +37,11 @@ def maps_section(maps: CellMaps) -> Section:
     colours = maps.colours()
     cards, cells = [], []
     for i, name in enumerate(maps.names):
-        images = [(kind, TITLES[kind], _png_uri(values[i])) for kind, values in colours.items()]
-        cards.append({"name": name, "images": [("image", "image", _jpeg_uri(maps.images[i])), *images]})
+        images = [(kind, TITLES[kind], _uri(values[i], "png")) for kind, values in colours.items()]
+        cards.append({"name": name, "images": [("image", "image", _uri(maps.images[i], "jpeg", quality=88)), *images]})
         attention = np.stack([maps.attention[i].mean(axis=0), *maps.attention[i]])  # [1 + heads, h, w]
         similarity = base64.b64encode(maps.similarity[i][pairs].tobytes()).decode("ascii")
-        attention_uris = [_png_uri(image) for image in colour_map(attention)]
+        attention_uris = [_uri(image, "png") for image in colour_map(attention)]
         cells.append({"name": name, "attention": attention_uris, "similarity": similarity})
     html = render(
         "cells.html",
@@ -54,16 +55,9 @@ def maps_section(maps: CellMaps) -> Section:
     return Section("cells", "Cells", html)
 
 
-def _png_uri(image: np.ndarray) -> str:
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "PNG", optimize=True)
-    return image_uri(stream.getvalue(), "png")
-
-
-def _jpeg_uri(array: np.ndarray) -> str:
+def _uri(array: np.ndarray, kind: Literal["png", "jpeg"], **options: Any) -> str:
     stream = io.BytesIO()
     image = Image.fromarray(array)
-    if max(image.size) > IMAGE_PX:
-        image = image.resize((IMAGE_PX, IMAGE_PX), Image.Resampling.LANCZOS)
-    image.save(stream, "JPEG", quality=88)
-    return image_uri(stream.getvalue(), "jpeg")
+    image.thumbnail((IMAGE_PX, IMAGE_PX), Image.Resampling.LANCZOS)  # never enlarges
+    image.save(stream, kind, **options)
+    return image_uri(stream.getvalue(), kind)

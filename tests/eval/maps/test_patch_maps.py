@@ -36,8 +36,8 @@ def make_images(formulas, n=2, height=56, width=56):
 
 
 def weights_by_numpy(model, tokens):
-    """[layers, B, heads, N, N]: every layer by its own linear maps, a head at a time."""
-    found = []
+    """Compute [blocks, B, heads, N, N] from each block's own linear layers, one head at a time."""
+    result = []
     for block in model.each_block():
         with torch.no_grad():
             normed = block.norm1(tokens)
@@ -45,14 +45,14 @@ def weights_by_numpy(model, tokens):
             qkv = normed.double().numpy() @ weight.T + bias  # [B, N, 3 D]
             tokens = block(tokens)
         size = DIM // HEADS
-        of_heads = []
+        heads = []
         for head in range(HEADS):
             query = qkv[..., head * size : (head + 1) * size]
             key = qkv[..., DIM + head * size : DIM + (head + 1) * size]
             scores = np.exp(query @ key.transpose(0, 2, 1) / np.sqrt(size))
-            of_heads.append(scores / scores.sum(axis=-1, keepdims=True))
-        found.append(np.stack(of_heads, axis=1))
-    return np.stack(found)
+            heads.append(scores / scores.sum(axis=-1, keepdims=True))
+        result.append(np.stack(heads, axis=1))
+    return np.stack(result)
 
 
 @pytest.mark.parametrize("block_chunks", [0, 1])
@@ -62,9 +62,9 @@ def test_attention_is_the_softmax_of_the_layers_own_queries_and_keys(formulas, n
     with torch.no_grad():
         expected = weights_by_numpy(model, model.prepare_tokens_with_masks(batch))
     for block in (0, 1, -1):
-        found = attention_weights(model, batch, block)
-        torch.testing.assert_close(found.sum(dim=-1), torch.ones(2, HEADS, found.shape[-1]))
-        np.testing.assert_allclose(found.numpy(), expected[block], atol=1e-5)
+        result = attention_weights(model, batch, block)
+        torch.testing.assert_close(result.sum(dim=-1), torch.ones(2, HEADS, result.shape[-1]))
+        np.testing.assert_allclose(result.numpy(), expected[block], atol=1e-5)
     maps = cls_attention(model, batch)
     assert maps.shape == (2, HEADS, 3, 4)
     np.testing.assert_allclose(maps.flatten(2).numpy(), expected[-1][:, :, 0, 1 + n_registers :], atol=1e-5)
@@ -72,23 +72,23 @@ def test_attention_is_the_softmax_of_the_layers_own_queries_and_keys(formulas, n
 
 
 def test_the_attention_of_the_fused_kernel_gives_the_same_output(formulas):
-    """What the maps say is what the layer did: its output is these weights times its values."""
+    """The output of the layer is these weights times its values."""
     model, batch = tiny_vit(formulas), make_images(formulas)
     *_, last = model.each_block()
-    seen = {}
+    outputs = {}
     hooks = [
-        last.attn.qkv.register_forward_hook(lambda module, inputs, output: seen.update(qkv=output)),
-        last.attn.proj.register_forward_hook(lambda module, inputs, output: seen.update(joined=inputs[0])),
+        last.attn.qkv.register_forward_hook(lambda module, inputs, output: outputs.update(qkv=output)),
+        last.attn.proj.register_forward_hook(lambda module, inputs, output: outputs.update(joined=inputs[0])),
     ]
     weights = attention_weights(model, batch)
     for hook in hooks:
         hook.remove()
-    values = seen["qkv"].unflatten(-1, (3, HEADS, -1))[:, :, 2]  # [B, N, heads, d]
-    torch.testing.assert_close(torch.einsum("bhqk,bkhd->bqhd", weights, values).flatten(2), seen["joined"])
+    values = outputs["qkv"].unflatten(-1, (3, HEADS, -1))[:, :, 2]  # [B, N, heads, d]
+    torch.testing.assert_close(torch.einsum("bhqk,bkhd->bqhd", weights, values).flatten(2), outputs["joined"])
 
 
 def test_attention_does_not_depend_on_the_backend(formulas):
-    """The other kernel is xFormers', for which a plain attention stands here: its binaries need a GPU."""
+    """Plain attention replaces the xFormers kernel, because its binaries need a GPU."""
     model, batch = tiny_vit(formulas), make_images(formulas)
     before = cls_attention(model, batch), attention_rollout(model, batch)
     calls = []
@@ -142,9 +142,9 @@ def test_rollout_is_the_product_of_the_papers_matrices(formulas, n_registers):
         mixed = layer.mean(axis=1) + np.eye(weights.shape[-1])
         rollout = (mixed / mixed.sum(axis=-1, keepdims=True)) @ rollout
     np.testing.assert_allclose(rollout.sum(axis=-1), 1)
-    found = attention_rollout(model, batch)
-    assert found.shape == (2, 4, 5)
-    np.testing.assert_allclose(found.flatten(1).numpy(), rollout[:, 0, 1 + n_registers :], atol=1e-6)
+    result = attention_rollout(model, batch)
+    assert result.shape == (2, 4, 5)
+    np.testing.assert_allclose(result.flatten(1).numpy(), rollout[:, 0, 1 + n_registers :], atol=1e-6)
 
 
 def test_no_hook_stays(formulas):
@@ -243,12 +243,12 @@ def test_images_without_any_structure_have_colours_too():
 
 def test_similarity_is_symmetric_and_one_with_itself():
     tokens = torch.randn(2, 3, 5, 16, generator=torch.Generator().manual_seed(0))
-    found = similarity_maps(tokens)
-    assert found.shape == (2, 15, 15)
-    torch.testing.assert_close(found, found.mT, atol=0, rtol=0)
-    torch.testing.assert_close(found.diagonal(dim1=1, dim2=2), torch.ones(2, 15))
+    result = similarity_maps(tokens)
+    assert result.shape == (2, 15, 15)
+    torch.testing.assert_close(result, result.mT, atol=0, rtol=0)
+    torch.testing.assert_close(result.diagonal(dim1=1, dim2=2), torch.ones(2, 15))
     a, b = tokens[1, 0, 2], tokens[1, 2, 1]
-    torch.testing.assert_close(found[1, 2, 11], (a @ b) / (a.norm() * b.norm()))
+    torch.testing.assert_close(result[1, 2, 11], (a @ b) / (a.norm() * b.norm()))
 
 
 @pytest.mark.parametrize(("window", "stride"), [(0, 0), (1, 1), (2, 1), (3, 3)])
@@ -259,14 +259,14 @@ def test_occlusion_finds_the_patch_that_a_score_depends_on(window, stride):
     def score(batch):
         return batch[:, 0, 2 * 8 : 3 * 8, 5 * 8 : 6 * 8].mean(dim=(1, 2))
 
-    found = occlusion_map(score, image, 8, window, stride, batch_size=5)
-    assert found.shape == (7, 9)
-    assert found[2, 5] == found.max() == 1
-    far = found.clone()
+    result = occlusion_map(score, image, 8, window, stride, batch_size=5)
+    assert result.shape == (7, 9)
+    assert result[2, 5] == result.max() == 1
+    far = result.clone()
     far[0:5, 3:8] = 0
     assert not far.any()
     if window == 1:
-        assert found.sum() == 1
+        assert result.sum() == 1
 
 
 def test_the_square_has_the_colour_of_the_border_or_a_given_one():
@@ -276,8 +276,8 @@ def test_the_square_has_the_colour_of_the_border_or_a_given_one():
         return batch.sum(dim=(1, 2, 3))
 
     assert not occlusion_map(score, image, 1).any()
-    found = occlusion_map(score, image, 1, fill=torch.tensor([0.0, 0.0, 0.0]))
-    torch.testing.assert_close(found, torch.full((4, 4), 3.0))
+    result = occlusion_map(score, image, 1, fill=torch.tensor([0.0, 0.0, 0.0]))
+    torch.testing.assert_close(result, torch.full((4, 4), 3.0))
 
 
 def test_scores_of_a_network(formulas):
@@ -286,10 +286,10 @@ def test_scores_of_a_network(formulas):
     values = likeness(batch).tolist()
     assert values[0] == pytest.approx(1)
     assert values[1] < 1
-    found = occlusion_map(likeness, batch[0], PATCH)
-    assert found.shape == (4, 4)
-    assert (found >= -1e-6).all()
-    assert found.max() > 0
+    result = occlusion_map(likeness, batch[0], PATCH)
+    assert result.shape == (4, 4)
+    assert (result >= -1e-6).all()
+    assert result.max() > 0
     weight, bias = formulas.sym("w", (5, DIM), 1.0), torch.zeros(5)
     with torch.no_grad():
         expected = (model(batch) @ weight.T).softmax(dim=-1)[:, 2]
