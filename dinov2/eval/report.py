@@ -20,10 +20,10 @@ from pathlib import Path
 from markupsafe import Markup
 
 import dinov2
-from dinov2.eval.embedding import Embedder
 from dinov2.eval.explorer import ExplorerSettings, explorer_section
 from dinov2.eval.extract_features import positive_int
 from dinov2.eval.features import read_features
+from dinov2.eval.features.extract import Embedder
 from dinov2.eval.maps.cells import choose_images
 from dinov2.eval.pages.cells import cells_section
 from dinov2.eval.pages.page import Section, data_value, macros, table, write_page
