@@ -21,6 +21,7 @@ from markupsafe import Markup
 
 import dinov2
 from dinov2.eval.cell_maps import cells_section, choose_pictures
+from dinov2.eval.compare import predictions_belong
 from dinov2.eval.embedding import Embedder
 from dinov2.eval.explorer import ExplorerSettings, explorer_section
 from dinov2.eval.extract_features import positive_int
@@ -48,15 +49,7 @@ from dinov2.eval.pages.runs import (
     teachers_section,
     views_section,
 )
-from dinov2.eval.result_records import (
-    MODEL,
-    RESULTS_NAME,
-    ResultRecord,
-    mapping,
-    number,
-    predictions_belong,
-    read_result,
-)
+from dinov2.eval.results import MODEL, RESULTS_NAME, ResultRecord, mapping, number, read_result
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
 from dinov2.utils.run_status import CONFIG_NAME, METRICS_NAME, is_run

@@ -10,10 +10,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from dinov2.eval.compare import cells_digest, comparable_settings, compare_rows, predictions_belong, split_digest
+from dinov2.eval.metrics import SCORES, TABLE_METRICS
 from dinov2.eval.pages.charts import interval_chart
 from dinov2.eval.pages.page import Section, data_value, macros, table
-from dinov2.eval.result_records import MODEL, ResultRecord, Row, compare_rows, mapping, number, predictions_belong
-from dinov2.eval.results import SCORES, TABLE_METRICS
+from dinov2.eval.results import MODEL, ResultRecord, Row, mapping, number
 
 COMPARED = "balanced_accuracy"  # the metric of interval charts, paired tests and the matrix of data sets
 MOST_PAIRED = 50_000  # predictions of one file in a paired test, which resamples them a thousand times
@@ -217,7 +218,8 @@ def _groups(records: Sequence[ResultRecord], method: str) -> list[_Group]:
     groups: dict[tuple[str | None, ...], _Group] = {}
     for record in records:
         for row in (row for row in record.rows if row.method == method):
-            cells, split = (row.cells, row.split) if predictions_belong(record, row) else (None, None)
+            belongs = predictions_belong(record, row)
+            cells, split = (cells_digest(row), split_digest(row)) if belongs else (None, None)
             key = (record.name,) if cells is None else (cells, split)
             group = groups.setdefault(key, _Group(cells, split))
             is_repeated = row.source != MODEL and any(

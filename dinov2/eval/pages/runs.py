@@ -21,7 +21,7 @@ from dinov2.data.datasets.tables import open_table
 from dinov2.eval.pages.charts import line_chart
 from dinov2.eval.pages.page import Section, data_value, image_uri, macros, table
 from dinov2.eval.pages.results import METRIC_HEADERS, METRIC_TITLES, NONE, class_table, metric_cells, percent
-from dinov2.eval.result_records import RESULTS_NAME, mapping, number
+from dinov2.eval.results import RESULTS_NAME, mapping, number
 from dinov2.utils.config import differences
 from dinov2.utils.run_status import CONFIG_NAME, METRICS_NAME, RunStatus, read_status
 
