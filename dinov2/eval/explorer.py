@@ -66,14 +66,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--columns", type=Path, help="a CSV of more to colour by: image paths first, other columns beside them"
     )
     parser.add_argument("--kind", help="kind of features (default: the file's first one)")
-    parser.add_argument(
-        "--metric", choices=get_args(Metric), default=defaults.metric, help="distance of neighbours and UMAP"
-    )
+    parser.add_argument("--metric", choices=get_args(Metric), default=defaults.metric, help="of neighbours and UMAP")
     parser.add_argument(
         "--max-cells",
         type=positive_int,
         default=defaults.max_cells,
-        help="of more cells, this many are sampled by class",
+        help="the most cells to show, sampled by class",
     )
     parser.add_argument("--thumbnail-size", type=int, default=defaults.thumbnail_size, help="side in pixels")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""The table of what is known of each cell beside its features: the explorer colours, filters and exports by its columns.
+"""The table of what is known of each cell beside its features, by which the explorer colours, filters and exports.
 
 Text columns hold "" and number columns NaN where a value is not known.
 
@@ -70,7 +70,7 @@ def read_cell_predictions(path: PathLike) -> pd.DataFrame:
         )
     probabilities = [name for name in table if name.startswith(PROBABILITY_PREFIX)]
     try:
-        return table.astype({name: float for name in probabilities})
+        return table.astype(dict.fromkeys(probabilities, float))
     except ValueError as error:
         raise ValueError(f"predictions: {str(file)!r} has a probability that is no number ({error})") from error
 

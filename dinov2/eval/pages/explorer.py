@@ -59,7 +59,8 @@ COLUMN_TITLES = {
 # for both colour schemes and for the colour-blind; colours repeat with the next marker
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#6a5acd")
 MARKERS = {"circle": "●", "square": "■", "triangle": "▲", "diamond": "◆", "plus": "✚"}
-OTHER = ("#808080", "circle", MARKERS["circle"])  # cells of unknown value, and groups beyond the number of looks
+GREY = "#7d7d7d"  # readable on white and on black
+OTHER = (GREY, "circle", MARKERS["circle"])  # cells of unknown value, and groups beyond the number of looks
 TOOLTIP = '<div style="display:flex;gap:8px;max-width:360px;overflow-wrap:anywhere"><img src="@thumbnail" width="96" '
 TOOLTIP += 'height="96" alt=""><div style="white-space:pre-line">@facts</div></div>'
 
@@ -226,8 +227,8 @@ def _figure(x: Sequence[float | None], y: Sequence[float | None]) -> figure:
         name="explorer",
         tools=[PanTool(name="pan"), WheelZoomTool(name="wheel"), LassoSelectTool(name="lasso", continuous=False)],
         toolbar_location="above",
-        x_range=Range1d(0, 1),
-        y_range=Range1d(0, 1),
+        x_range=Range1d(start=0, end=1),
+        y_range=Range1d(start=0, end=1),
         height=620,
         sizing_mode="stretch_width",
         background_fill_alpha=0,
@@ -236,12 +237,14 @@ def _figure(x: Sequence[float | None], y: Sequence[float | None]) -> figure:
     plot.toolbar.logo = None
     plot.toolbar.active_scroll = None  # a page that scrolls must not get stuck on the plot
     plot.grid.visible = False
+    plot.outline_line_color = GREY
     for axis in plot.axis:
-        axis.axis_label_text_color = axis.major_label_text_color = "#7d7d7d"  # readable on white and on black
+        axis.axis_label_text_color = axis.major_label_text_color = GREY
+        axis.axis_line_color = axis.major_tick_line_color = axis.minor_tick_line_color = GREY
         axis.axis_label_text_font_style = "normal"
     links = ColumnDataSource({name: [] for name in ("x0", "y0", "x1", "y1")}, name="links")
     images = ColumnDataSource({name: [] for name in ("x", "y", "url")}, name="images")
-    plot.segment("x0", "y0", "x1", "y1", source=links, line_color="#7d7d7d")
+    plot.segment("x0", "y0", "x1", "y1", source=links, line_color=GREY)
     cells = plot.scatter(
         "x",
         "y",
@@ -252,7 +255,7 @@ def _figure(x: Sequence[float | None], y: Sequence[float | None]) -> figure:
         size=6 if n > 5000 else 8 if n > 800 else 11,
         fill_color="colour",
         line_color="#80808080",
-        nonselection_fill_color="#808080",
+        nonselection_fill_color=GREY,
         nonselection_fill_alpha=0.2,
         nonselection_line_alpha=0,
     )

@@ -132,15 +132,15 @@ document.addEventListener("chartsready", () => {
     part("cell").replaceChildren(imageOf(i, 96), make("p", { className: "explorer-facts" }, factsOf(i)),
       make("p", { className: "muted" }, summary), imageList("Nearest neighbours", buttons));
   };
-  const nearestShown = (x, y, accepts = () => true) => {
+  const nearestShown = (x, y, accepts) => {
     const squared = (i) => (projection.x[i] - x) ** 2 + (projection.y[i] - y) ** 2;
     const accepted = filter.indices.filter((i) => accepts(projection.x[i] - x, projection.y[i] - y));
     return accepted.reduce((best, i) => (best < 0 || squared(i) < squared(best) ? i : best), -1);
   };
   const step = (across, up) => {
     const isAhead = (dx, dy) => dx * across + dy * up > 0 && Math.abs(dx * up) + Math.abs(dy * across) <= Math.abs(dx * across + dy * up);
-    const next = current < 0 ? nearestShown(...view())
-      : nearestShown(projection.x[current], projection.y[current], isAhead);
+    const [x, y] = current < 0 ? view() : [projection.x[current], projection.y[current]];
+    const next = nearestShown(x, y, current < 0 ? () => true : isAhead);
     if (next >= 0) goTo(next);
   };
   const stepNeighbour = (by) => {
@@ -208,10 +208,10 @@ document.addEventListener("chartsready", () => {
   plot.onblur = () => { wheel.active = false; };
   plot.onclick = () => plot.focus({ preventScroll: true });
   const onTap = ({ x, y }) => {
-    const i = nearestShown(x, y);
+    const i = nearestShown(x, y, () => true);
     goTo(i >= 0 && Math.hypot(projection.x[i] - x, projection.y[i] - y) <= 12 * view()[2] ? i : -1);
   };
-  figure.js_event_callbacks = { tap: [onTap] };
+  figure.js_event_callbacks = { tap: [onTap], doubletap: [onTap] };
   selected.change.connect(showSelection);
   figure.x_range.change.connect(showImages);
   figure.properties.inner_width.change.connect(fit);
