@@ -29,10 +29,18 @@ from bokeh.core.types import ID
 from bokeh.embed import json_item
 from bokeh.models import Plot
 from bokeh.resources import Resources
+from bokeh.themes import Theme
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dinov2.utils.files import atomic_write
+
+GREY = "#7b7b7b"  # contrast 4.2 on both backgrounds, as a chart's colours don't change with the scheme
+_CLEAR = {"background_fill_color": None, "border_fill_color": None, "outline_line_color": None}
+_AXIS = {f"{part}_line_color": GREY for part in ("axis", "major_tick", "minor_tick")}
+_TEXT = {f"{part}_text_color": GREY for part in ("axis_label", "major_label")}
+_GRID = {"grid_line_color": GREY, "grid_line_alpha": 0.3}
+THEME = Theme(json={"attrs": {"Plot": _CLEAR, "Axis": _AXIS | _TEXT, "Grid": _GRID}})
 
 
 @dataclass(frozen=True)
@@ -66,15 +74,21 @@ def render(template: str, **values: Any) -> Markup:
     return Markup(_environment().get_template(template).render(values))
 
 
+@cache
+def macros() -> Any:
+    """Return the macros of `templates/macros.html`, for example `macros().heading(3, title)`."""
+    return _environment().get_template("macros.html").module
+
+
 def embed(figure: Plot, label: str = "") -> Markup:
-    """Return a bokeh figure as HTML, drawn when the page is opened.
+    """Return a bokeh figure as HTML in the colours of pages, drawn when the page is opened.
 
     Args:
         figure: a bokeh figure or layout.
         label: text for screen readers, to which the figure then is one image; leave it out where readers work in it.
     """
     target = f"chart-{figure.id}"
-    return render("figure.html", target=target, label=label, item=json_item(figure, ID(target)))
+    return macros().figure(target, label, json_item(figure, ID(target), THEME))
 
 
 def image_uri(content: bytes, kind: Literal["png", "jpeg"]) -> str:
@@ -99,9 +113,7 @@ def table(
         numbers_from: the column from which cells are aligned right.
         folded: a line that unfolds the table; without it the table is open.
     """
-    return render(
-        "table.html", headers=headers, rows=list(rows), caption=caption, numbers_from=numbers_from, folded=folded
-    )
+    return macros().table(headers, rows, caption, numbers_from, folded)
 
 
 def page_html(title: str, sections: Sequence[Section], subtitle: str = "") -> str:
