@@ -9,7 +9,6 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -150,8 +149,9 @@ def join_sets(sets: Mapping[str, Features]) -> tuple[Features, list[str] | None]
         return first, None
     for other in others:
         check_same_network(first, other)
-    class_names = list(dict.fromkeys(chain.from_iterable(cells.class_names for cells in sets.values())))
-    n_sets = Counter(chain.from_iterable({*(cells.patients or [])} for cells in sets.values()))
+    class_names = list(dict.fromkeys(name for cells in sets.values() for name in cells.class_names))
+    labels = [class_names.index(cells.class_names[i]) for cells in sets.values() for i in cells.labels]
+    n_sets = Counter(patient for cells in sets.values() for patient in set(cells.patients or []))
     patients = [
         f"{patient} ({name})" if patient and n_sets[patient] > 1 else patient
         for name, cells in sets.items()
@@ -160,13 +160,10 @@ def join_sets(sets: Mapping[str, Features]) -> tuple[Features, list[str] | None]
     joined = replace(
         first,
         features=np.concatenate([cells.features for cells in sets.values()]),
-        labels=np.concatenate(
-            [np.array([class_names.index(name) for name in c.class_names])[c.labels] for c in sets.values()]
-        ),
+        labels=np.array(labels, dtype=np.int64),
         class_names=class_names,
         paths=[path for cells in sets.values() for path in cells.paths],
         patients=patients if any(patients) else None,
-        unreadable=[path for cells in sets.values() for path in cells.unreadable],
         others={},
     )
     return joined, [name for name, cells in sets.items() for _ in range(len(cells))]

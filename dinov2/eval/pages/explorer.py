@@ -31,7 +31,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dinov2.eval.features import Features
 from dinov2.eval.pages.cell_table import cell_table, read_cell_predictions
-from dinov2.eval.pages.page import Section, embed, render
+from dinov2.eval.pages.page import GREY, Section, embed, render
 from dinov2.eval.pages.projection import (
     MIN_CELLS_FOR_UMAP,
     UMAP_MISSING,
@@ -56,11 +56,19 @@ COLUMN_TITLES = {
     "probability": "Probability of the predicted class",
     "label_probability": "Probability of the label",
 }
-# for both colour schemes and for the colour-blind; colours repeat with the next marker
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#6a5acd")
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#882255",
+    "#6a5acd",
+)
 MARKERS = {"circle": "●", "square": "■", "triangle": "▲", "diamond": "◆", "plus": "✚"}
-GREY = "#7d7d7d"  # readable on white and on black
-OTHER = (GREY, "circle", MARKERS["circle"])  # cells of unknown value, and groups beyond the number of looks
+LOOKS = [{"colour": colour, "marker": marker, "sign": MARKERS[marker]} for marker in MARKERS for colour in COLOURS]
+OTHER = LOOKS[0] | {"colour": GREY}  # of cells without a value, and of groups beyond the number of looks
 TOOLTIP = '<div style="display:flex;gap:8px;max-width:360px;overflow-wrap:anywhere"><img src="@thumbnail" width="96" '
 TOOLTIP += 'height="96" alt=""><div style="white-space:pre-line">@facts</div></div>'
 
@@ -94,8 +102,6 @@ def explorer_section(
     data_sets: Sequence[str] | None = None,
     columns: pd.DataFrame | None = None,
     settings: ExplorerSettings | None = None,
-    id: str = "explorer",
-    title: str = "Embedding explorer",
 ) -> Section:
     """Build the explorer as a section of a page.
 
@@ -105,7 +111,6 @@ def explorer_section(
         data_sets: N names, if the cells are from several sets.
         columns: further columns, N rows.
         settings: defaults if None.
-        id, title: of the section.
 
     Raises:
         ValueError: for features that are infinite or NaN, or predictions that fit no cell; with the cosine metric also
@@ -113,7 +118,10 @@ def explorer_section(
         ModuleNotFoundError: if `with_umap` is set and umap-learn is missing.
     """
     settings = settings or ExplorerSettings()
-    _check_features(features, settings.metric)
+    if not np.isfinite(features.features).all():
+        raise ValueError("features: some are infinite or NaN; extract again, with weights that did not diverge")
+    if settings.metric == "cosine" and not features.features.any(axis=1).all():
+        raise ValueError("features: some cells have only zeros and no direction; use the metric euclidean")
     if predictions is not None and not isinstance(predictions, pd.DataFrame):
         predictions = read_cell_predictions(predictions)
     table = cell_table(features, data_sets, predictions, columns)
@@ -137,7 +145,7 @@ def explorer_section(
     }
     plot = embed(_figure(projections[0]["x"], projections[0]["y"]))
     note = _note(features, cells, thumbnails, settings, missing_umap)
-    return Section(id, title, render("explorer.html", id=id, note=note, plot=plot, data=data))
+    return Section("explorer", "Embedding explorer", render("explorer.html", note=note, plot=plot, data=data))
 
 
 def sample_by_class(labels: np.ndarray, max_cells: int, seed: int = 0) -> np.ndarray:
@@ -159,67 +167,56 @@ def sample_by_class(labels: np.ndarray, max_cells: int, seed: int = 0) -> np.nda
     return order[np.argsort(depth.to_numpy(), kind="stable")[:max_cells]]
 
 
-def _check_features(features: Features, metric: Metric) -> None:
-    if not np.isfinite(features.features).all():
-        raise ValueError("features: some are infinite or NaN; extract again, with weights that did not diverge")
-    if metric == "cosine" and not features.features.any(axis=1).all():
-        raise ValueError("features: all numbers of some cells are 0, so they have no direction; use --metric euclidean")
-
-
 def _projections(features: np.ndarray, settings: ExplorerSettings) -> tuple[list[dict[str, Any]], str]:
-    """Compute the projections for the page, and why UMAP is not among them."""
+    """Compute the projections for the page, and the reason if UMAP is not among them."""
     logger.info("explorer: PCA")
     points, shares = pca_projection(features)
     axes = [f"Component {i + 1} ({share:.1%} of the variance)" for i, share in enumerate(shares)]
-    projections = [{"title": "PCA", "axes": axes, "x": _rounded(points[:, 0]), "y": _rounded(points[:, 1])}]
+    pca = {"title": "PCA", "axes": axes, "x": _rounded(points[:, 0]), "y": _rounded(points[:, 1])}
     if settings.with_umap is False:
-        return projections, ""
+        return [pca], ""
     if len(features) < MIN_CELLS_FOR_UMAP:
-        return projections, f"UMAP needs at least {MIN_CELLS_FOR_UMAP} cells."
+        return [pca], f"UMAP needs at least {MIN_CELLS_FOR_UMAP} cells."
     if settings.with_umap is None and not has_umap():
         logger.warning("explorer: %s", UMAP_MISSING)
-        return projections, "No UMAP, because umap-learn was not installed where this page was made."
+        return [pca], "No UMAP, because umap-learn was not installed where this page was made."
     logger.info("explorer: UMAP, which may take minutes")
     points = umap_projection(features, settings.metric, settings.seed)
     umap = {"title": "UMAP", "axes": ["UMAP 1", "UMAP 2"], "x": _rounded(points[:, 0]), "y": _rounded(points[:, 1])}
-    return [umap, *projections], ""
+    return [umap, pca], ""
 
 
-def _rounded(values: np.ndarray, digits: int = 6) -> list[float | None]:
-    """Convert numbers for JSON: with a few significant digits, None for NaN."""
-    return [None if math.isnan(value) else float(f"{value:.{digits}g}") for value in values.tolist()]
+def _rounded(values: np.ndarray, digits: int = 6) -> list[float]:
+    """Round to significant digits, which keeps the page small."""
+    return [float(f"{value:.{digits}g}") for value in values.tolist()]
 
 
 def _column(name: str, values: "pd.Series[Any]", class_names: Sequence[str]) -> dict[str, Any]:
     """Convert a column for the page: groups with their looks, the group of each cell, and the texts of numbers."""
     probability_of = name.removeprefix(PROBABILITY_PREFIX)
     title = COLUMN_TITLES.get(name, name if probability_of == name else f"Probability of {probability_of}")
-    looks = [(colour, marker, sign) for marker, sign in MARKERS.items() for colour in COLOURS]
     column: dict[str, Any] = {"id": name, "title": title}
     if pd.api.types.is_float_dtype(values):
         column["values"] = ["" if math.isnan(value) else f"{value:.3g}" for value in values]
         edges = MaxNLocator(10).tick_values(values.min(), values.max())
-        bins = [f"{low:.4g} to {high:.4g}" for low, high in zip(edges, edges[1:], strict=False)]
-        looks = [(colour, "circle", MARKERS["circle"]) for colour in viridis(len(bins))]
-        values, names = pd.cut(values, edges, labels=bins, include_lowest=True).astype(object).fillna(""), bins
-    elif name in ("label", "prediction"):  # a class looks the same in both
-        names = list(dict.fromkeys([*class_names, *sorted(values.unique())]))
+        names = [f"{low:.4g} to {high:.4g}" for low, high in zip(edges, edges[1:], strict=False)]
+        looks = [OTHER | {"colour": colour} for colour in viridis(len(names))]
+        values = pd.cut(values, edges, labels=names, include_lowest=True).astype(object).fillna("")
+        counts = values.value_counts()
     else:
-        by_size = values.value_counts().index
-        names = list(by_size if len(by_size) > len(looks) else values.unique())
-    counts = values.value_counts()
-    named = dict(zip((name for name in names if name), looks, strict=False))
-    groups = {name: named.get(name, OTHER) for name in sorted(counts.index, key=[*filter(None, names), ""].index)}
-    codes = {name: code for code, name in enumerate(groups)}
-    column["codes"] = [codes[value] for value in values]
-    column["groups"] = [
-        {"name": name, "colour": look[0], "marker": look[1], "sign": look[2], "count": int(counts[name])}
-        for name, look in groups.items()
-    ]
+        counts, looks = values.value_counts(), LOOKS
+        first = class_names if name in ("label", "prediction") else ()  # a class looks the same in both
+        names = list(dict.fromkeys([*first, *sorted(counts.index)]))
+        if len(names) > len(looks):
+            names = list(counts.index)  # the largest groups get a look
+    look_of = dict(zip(filter(None, names), looks, strict=False))
+    shown = [*(name for name in names if name and name in counts), *([""] if "" in counts else [])]
+    column["groups"] = [{"name": name, "count": int(counts[name]), **look_of.get(name, OTHER)} for name in shown]
+    column["codes"] = pd.Index(shown).get_indexer(values).tolist()
     return column
 
 
-def _figure(x: Sequence[float | None], y: Sequence[float | None]) -> figure:
+def _figure(x: Sequence[float], y: Sequence[float]) -> figure:
     """Build the scatter plot; `explorer.js` finds its parts by their names."""
     n = len(x)
     points = ColumnDataSource({"x": x, "y": y, "colour": ["gray"] * n, "marker": ["circle"] * n})
@@ -231,17 +228,10 @@ def _figure(x: Sequence[float | None], y: Sequence[float | None]) -> figure:
         y_range=Range1d(start=0, end=1),
         height=620,
         sizing_mode="stretch_width",
-        background_fill_alpha=0,
-        border_fill_alpha=0,
     )
     plot.toolbar.logo = None
     plot.toolbar.active_scroll = None  # a page that scrolls must not get stuck on the plot
     plot.grid.visible = False
-    plot.outline_line_color = GREY
-    for axis in plot.axis:
-        axis.axis_label_text_color = axis.major_label_text_color = GREY
-        axis.axis_line_color = axis.major_tick_line_color = axis.minor_tick_line_color = GREY
-        axis.axis_label_text_font_style = "normal"
     links = ColumnDataSource({name: [] for name in ("x0", "y0", "x1", "y1")}, name="links")
     images = ColumnDataSource({name: [] for name in ("x", "y", "url")}, name="images")
     plot.segment("x0", "y0", "x1", "y1", source=links, line_color=GREY)
