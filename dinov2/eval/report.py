@@ -23,9 +23,9 @@ import dinov2
 from dinov2.eval.cell_maps import cells_section, choose_pictures
 from dinov2.eval.compare import predictions_belong
 from dinov2.eval.embedding import Embedder
-from dinov2.eval.explorer import ExplorerSettings, explorer_section
 from dinov2.eval.extract_features import positive_int
 from dinov2.eval.features import read_features
+from dinov2.eval.pages.explorer import ExplorerSettings, explorer_section
 from dinov2.eval.pages.page import Section, data_value, macros, table, write_page
 from dinov2.eval.pages.patients import patients_section
 from dinov2.eval.pages.results import (
