@@ -58,7 +58,7 @@ def has_umap() -> bool:
 
 
 def umap_projection(features: np.ndarray, metric: str = "euclidean", seed: int = 0) -> np.ndarray:
-    """Compute UMAP (McInnes et al. 2018, arXiv 1802.03426) with the defaults of umap-learn and a start from PCA.
+    """Compute UMAP (McInnes et al. 2018, arXiv 1802.03426) with the defaults of umap-learn.
 
     The same features and seed give the same points on the same machine.
 
@@ -81,7 +81,7 @@ def umap_projection(features: np.ndarray, metric: str = "euclidean", seed: int =
         import umap
     except ImportError as error:
         raise ModuleNotFoundError(UMAP_MISSING, name="umap") from error
-    reducer = umap.UMAP(n_neighbors=min(15, n - 1), metric=metric, init="pca", random_state=seed, n_jobs=1)
+    reducer = umap.UMAP(n_neighbors=min(15, n - 1), metric=metric, random_state=seed, n_jobs=1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"(umap|sklearn)\b.*")  # a disconnected graph
         return np.asarray(reducer.fit_transform(features), dtype=np.float32)
