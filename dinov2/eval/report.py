@@ -21,13 +21,14 @@ from typing import Any
 from markupsafe import Markup
 
 import dinov2
-from dinov2.eval.cell_maps import cells_section, choose_pictures
 from dinov2.eval.compare import predictions_belong
 from dinov2.eval.embedding import Embedder
 from dinov2.eval.extract_features import positive_int
 from dinov2.eval.features import read_features
+from dinov2.eval.maps.cells import choose_images
 from dinov2.eval.pages import results as result_pages
 from dinov2.eval.pages import runs as run_pages
+from dinov2.eval.pages.cells import cells_section
 from dinov2.eval.pages.explorer import ExplorerSettings, explorer_section
 from dinov2.eval.pages.page import Section, data_value, macros, table, write_page
 from dinov2.eval.pages.patients import patients_section
@@ -181,7 +182,7 @@ def cells_of(
         if not known:
             raise ValueError("--cells: no run and no result here names a network; add --checkpoint WEIGHTS")
         checkpoint = known[0]
-    paths, names = choose_pictures(cells, n)
+    paths, names = choose_images(cells, n)
     return cells_section(Embedder(checkpoint), paths, names)
 
 
