@@ -11,7 +11,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 RANGES = {"torch": "torch>=2.10,<2.16", "torchvision": "torchvision>=0.25"}
-OPTIONAL = {"matplotlib", "tensorboard", "xformers"}
+OPTIONAL = {"tensorboard", "xformers"}
 
 
 def read_version() -> str:
@@ -47,14 +47,14 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.10",
     packages=find_packages(include=["dinov2", "dinov2.*"]),
-    package_data={"dinov2": ["py.typed", "configs/**/*.yaml", "eval/pages/templates/*", "eval/assets/*.css", "eval/assets/*.js", "hub/*.jinja"]},
+    package_data={"dinov2": ["py.typed", "configs/**/*.yaml", "eval/pages/templates/*", "hub/*.jinja"]},
     include_package_data=False,
     install_requires=[RANGES.get(name, line) for name, line in requirements.items() if name not in OPTIONAL],
     extras_require={
         "xformers": ["xformers>=0.0.35"],
         "lora": [development["peft"]],
         "parquet": [development["pyarrow"]],
-        "plots": [requirements["matplotlib"]],
+        "plots": [],  # matplotlib is required now; the name stays for commands that ask for it
         "tensorboard": [requirements["tensorboard"]],
         "timm": [development["timm"]],
         "torchmil": ["torchmil>=1.0.2,<2"],

@@ -121,8 +121,8 @@ def test_values_are_escaped_and_markup_stays():
 
 
 def test_a_table_names_rows_columns_and_itself():
-    cells = [["row <1>", data_value(0.25, "25.0"), "-"], ["row 2", "x", "y"]]
-    page = Page(table(["what", "a", "b"], cells, EVIL))
+    rows = [{"what": "row <1>", "a": data_value(0.25, "25.0")}, {"what": "row 2", "a": "x", "b": "y"}]
+    page = Page(table(rows, EVIL))
     assert [attrs["scope"] for attrs in page.of("th")] == ["col"] * 3 + ["row"] * 2
     assert [attrs.get("class") for attrs in page.of("td")] == ["number"] * 4
     assert page.of("data") == [{"value": "0.25"}]
@@ -130,7 +130,8 @@ def test_a_table_names_rows_columns_and_itself():
     (region,) = page.of("div")
     assert region["aria-label"] == EVIL
     assert region["tabindex"] == "0"
-    folded = Page(table(["what", "a"], [], "caption", folded=EVIL))
+    assert table([], "nothing") == ""
+    folded = Page(table(rows, "caption", folded=EVIL))
     assert [text for tag, text in folded.texts if tag == "summary"] == [EVIL]
 
 

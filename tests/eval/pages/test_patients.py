@@ -246,16 +246,18 @@ def test_the_page_stays_small_with_many_patients(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("predictions.csv", "path,prediction\na,b\n", "has no column patient; it is of another command"),
-        ("predictions.csv", "patient,prediction,p_APL\n", "names no patient"),
-        ("predictions.csv", "patient,prediction\na,APL\n", "no columns p_<class>"),
-        ("predictions.csv", "patient,prediction,p_APL\na,APL,high\n", "no number in the column p_APL .*'high'"),
-        ("predictions.csv", "patient,prediction,p_APL\na,AML,1\n", "predictions that are no class"),
-        ("predictions.csv", "patient,prediction,p_APL\na,APL,1\na,APL,1\n", "2 rows for 1 patients"),
+        ("predictions.csv", "path,prediction,p_APL\na,APL,1\n", "needs the column patient"),
+        ("predictions.csv", "patient,prediction,p_APL\n", "has no rows"),
+        ("predictions.csv", "patient,prediction\na,APL\n", "a probability of each predicted class"),
+        ("predictions.csv", "patient,prediction,p_APL\na,APL,high\n", "a probability that is no number .*'high'"),
+        ("predictions.csv", "patient,prediction,p_APL\na,AML,1\n", "a probability of each predicted class"),
+        ("predictions.csv", "patient,prediction,p_APL\na,APL,1\na,APL,1\n", "one patient stands in several"),
+        ("predictions_of_networks.csv", "patient,p_APL,p_control\na,1,0\na,x,0\n", "no number in the column p_APL"),
+        ("predictions_of_networks.csv", "patient,p_APL\na,1\n", "has no column p_control"),
         ("attention.csv", "patient,source,attention\nz,x,1\n", "attention.csv and predictions.csv .* different runs"),
         ("results.json", '{"protocol": "knn"}', "is of protocol 'knn'; give the folder of an ABMIL result"),
-        ("results.json", "[]", "is no results.json"),
-        ("results.json", "{", "is no results.json"),
+        ("results.json", "[]", "no JSON object"),
+        ("results.json", "{", "not readable as JSON"),
     ],
 )
 def test_files_that_are_wrong(tmp_path, file, content, message):
@@ -266,7 +268,5 @@ def test_files_that_are_wrong(tmp_path, file, content, message):
 
 
 def test_a_folder_without_a_result(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"no predictions.csv in .*; give the --output-dir of dinov2/eval/abmil"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no file .*predictions.csv"):
         patients_section(tmp_path)
