@@ -30,9 +30,9 @@ from PIL import Image, ImageDraw, ImageFont
 from dinov2.data.datasets import LabelledCells, find_images
 from dinov2.data.datasets.decode import UnreadableImageError, decode_image
 from dinov2.data.transforms import normalize_images
-from dinov2.eval.embedding import Embedder
-from dinov2.eval.encoders import check_divisible
 from dinov2.eval.extract_features import CELLS_HELP, add_embedder_arguments, embedder_from, positive_int
+from dinov2.eval.features.encoders import check_divisible
+from dinov2.eval.features.extract import Embedder
 from dinov2.eval.pages import Markup, Section, escape, image_uri, write_page
 from dinov2.eval.patch_maps import (
     attention_rollout,

@@ -16,10 +16,10 @@ import numpy as np
 
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.data.splits import Fold
-from dinov2.eval.baselines import BASELINES
-from dinov2.eval.embedding import Embedder
 from dinov2.eval.extract_features import CELLS_HELP
 from dinov2.eval.features import Features, read_features
+from dinov2.eval.features.baselines import BASELINES
+from dinov2.eval.features.extract import Embedder
 from dinov2.hub.backbones import file_sha256, untrained_backbone
 
 logger = logging.getLogger("dinov2")

@@ -20,10 +20,10 @@ from pathlib import Path
 import dinov2
 from dinov2.eval.cell_maps import cells_section, choose_pictures
 from dinov2.eval.compare import predictions_belong
-from dinov2.eval.embedding import Embedder
 from dinov2.eval.explorer import ExplorerSettings, explorer_section
 from dinov2.eval.extract_features import positive_int
 from dinov2.eval.features import read_features
+from dinov2.eval.features.extract import Embedder
 from dinov2.eval.metric_tables import NONE, shown
 from dinov2.eval.pages import Markup, Section, escape, table, valued, write_page
 from dinov2.eval.patients_section import patients_section

@@ -12,10 +12,10 @@ from PIL import Image
 
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.data.sample_cells import CELL_CLASSES, write_sample_cells
-from dinov2.eval.baselines import colour_histogram
 from dinov2.eval.explorer import ExplorerSettings, explorer_section
 from dinov2.eval.explorer_columns import Predictions
 from dinov2.eval.features import Features
+from dinov2.eval.features.baselines import colour_histogram
 from dinov2.eval.pages import write_page
 
 HTML_NAME = '<img src=x onerror="window.wasRun=1">, "blood" & </script><script>window.wasRun=1</script>'

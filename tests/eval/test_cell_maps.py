@@ -22,7 +22,7 @@ from dinov2.eval.cell_maps import (
     palette,
     sheet,
 )
-from dinov2.eval.embedding import Embedder
+from dinov2.eval.features.extract import Embedder
 from dinov2.eval.pages import page_html
 from dinov2.eval.patch_maps import similarity_maps
 from dinov2.hub.transform import ImageTransform

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from dinov2.data.datasets.decode import UnreadableImageError
-from dinov2.eval.baselines import colour_histogram, raw_pixels
+from dinov2.eval.features.baselines import colour_histogram, raw_pixels
 
 
 def picture(height, width, centre, border):

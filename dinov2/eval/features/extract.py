@@ -30,9 +30,9 @@ from torch.utils.data import DataLoader, Dataset
 from dinov2.data.datasets.decode import UnreadableImageError, decode_image
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, is_main_process, on_main_process
-from dinov2.eval.encoders import DinoEncoder, Encoder, Kind, Preparation, build_encoder
-from dinov2.eval.feature_parts import PART_SIZE, PATCH_PART_SIZE, Extraction, FeatureParts
-from dinov2.eval.features import DEFAULT_KIND, PATCHES, Features, read_features, stored_kinds, write_features
+from dinov2.eval.features.encoders import DinoEncoder, Encoder, Kind, Preparation, build_encoder
+from dinov2.eval.features.parts import PART_SIZE, PATCH_PART_SIZE, Extraction, FeatureParts
+from dinov2.eval.features.store import DEFAULT_KIND, PATCHES, Features, read_features, stored_kinds, write_features
 from dinov2.hub.backbones import PathLike, checkpoint_file, file_sha256, load_backbone, trained_image_size
 from dinov2.hub.transform import ImageTransform
 from dinov2.models.vision_transformer import DinoVisionTransformer

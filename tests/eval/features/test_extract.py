@@ -16,13 +16,14 @@ from PIL import Image
 
 from dinov2.data.datasets import LabelledCells, load_image, resize_image
 from dinov2.data.transforms import normalize_images
-from dinov2.eval import embedding, extract_features
-from dinov2.eval.embedding import Embedder, embed_images, extract
-from dinov2.eval.encoders import DinoEncoder
+from dinov2.eval import extract_features
+from dinov2.eval.features import extract as embedding
 from dinov2.eval.features import stored_kinds
+from dinov2.eval.features.encoders import DinoEncoder
+from dinov2.eval.features.extract import Embedder, embed_images, extract
 from dinov2.models import architecture, build_backbone
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 KINDS = ["cls", "mean", "cls+mean", "last1", "last2", "last2+mean", "patches"]
 
 
@@ -444,7 +445,8 @@ def test_a_damaged_part_is_named(checkpoint, cells, tmp_path, parts_of_two, monk
 WORKER = """
 import json, sys
 from dinov2 import distributed
-from dinov2.eval import embedding, encoders, extract_features
+from dinov2.eval import extract_features
+from dinov2.eval.features import encoders, extract as embedding
 from dinov2.utils.command import exit_code
 
 embedding.PART_SIZE = 2

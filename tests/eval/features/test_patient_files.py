@@ -9,11 +9,11 @@ from PIL import Image
 
 from dinov2.data.datasets import LabelledCells
 from dinov2.data.datasets.bags import PatientBags
-from dinov2.eval import embedding
-from dinov2.eval.embedding import Embedder
 from dinov2.eval.extract_features import main
+from dinov2.eval.features import extract as embedding
 from dinov2.eval.features import read_features
-from dinov2.eval.patient_files import extract_patient_files
+from dinov2.eval.features.extract import Embedder
+from dinov2.eval.features.patient_files import extract_patient_files
 from dinov2.models import build_backbone
 
 CLASSES = {"p1": "APL", "p2": "control", "p.3": "APL"}

@@ -15,9 +15,9 @@ import numpy as np
 from dinov2.data.datasets.bags import SUFFIX, one_label_each
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.distributed import on_main_process
-from dinov2.eval.embedding import Embedder, cells_of
-from dinov2.eval.feature_parts import FeatureParts
-from dinov2.eval.features import PATCHES, write_features
+from dinov2.eval.features.extract import Embedder, cells_of
+from dinov2.eval.features.parts import FeatureParts
+from dinov2.eval.features.store import PATCHES, write_features
 
 logger = logging.getLogger("dinov2")
 

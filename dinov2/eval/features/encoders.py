@@ -36,8 +36,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinov2.data.transforms import normalize_images
-from dinov2.eval.baselines import BINS, CENTRE_SHARE, PIXELS_SIDE, Description, histogram_of, pixels_of
-from dinov2.eval.features import PATCHES
+from dinov2.eval.features.baselines import BINS, CENTRE_SHARE, PIXELS_SIDE, Description, histogram_of, pixels_of
+from dinov2.eval.features.store import PATCHES
 from dinov2.hub.backbones import (
     check_names_and_shapes,
     describe_backbone,

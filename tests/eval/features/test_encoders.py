@@ -12,9 +12,9 @@ from PIL import Image
 from torch import nn
 
 from dinov2.data.datasets import LabelledCells
-from dinov2.eval.baselines import colour_histogram, raw_pixels
-from dinov2.eval.embedding import Embedder, embed_images
-from dinov2.eval.encoders import DinoEncoder, Kind, build_encoder, state_sha256
+from dinov2.eval.features.baselines import colour_histogram, raw_pixels
+from dinov2.eval.features.encoders import DinoEncoder, Kind, build_encoder, state_sha256
+from dinov2.eval.features.extract import Embedder, embed_images
 from dinov2.models import build_backbone
 
 
