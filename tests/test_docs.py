@@ -181,7 +181,7 @@ def test_lower_precision_and_many_pictures(after):
     assert 0 < deviation.max() < 0.03  # the page says up to about 1 %
     found = after("extract(")
     assert found["kept_paths"] == found["paths"]
-    assert found["features"].shape == found["found"].of_kinds["mean"].shape == (N_PICTURES, 384)
+    assert found["features"].shape == found["found"].by_kind["mean"].shape == (N_PICTURES, 384)
     np.testing.assert_allclose(found["features"][:4], page["features"].numpy(), atol=0.2)
 
 

@@ -285,7 +285,7 @@ def baseline_features(
             f"--baseline untrained: {len(extraction.unreadable)} pictures can no longer be read, for instance "
             f"{next(iter(extraction.unreadable))}; put them back, or extract again with --overwrite"
         )
-    return {kind: extraction.of_kinds[kind] for kind in kinds}
+    return {kind: extraction.by_kind[kind] for kind in kinds}
 
 
 def input_hashes(args: argparse.Namespace) -> dict[str, str]:

@@ -22,8 +22,9 @@ from dinov2 import distributed
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.distributed import Launch
 from dinov2.eval.features import DEFAULT_KIND
-from dinov2.eval.features.encoders import KINDS_HELP, UNTRAINED, Kind, encoder_name
+from dinov2.eval.features.encoders import KINDS_HELP, Kind
 from dinov2.eval.features.extract import Embedder, Fp32Matmul, Precision
+from dinov2.eval.features.named_encoders import UNTRAINED, encoder_name
 from dinov2.eval.features.patient_files import extract_patient_files
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code

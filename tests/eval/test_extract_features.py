@@ -84,7 +84,7 @@ def one_picture_less(work):
     ("change", "flags", "message"),
     [
         (other_weights, [], "checkpoint_sha256 is"),
-        (one_picture_less, [], "the pictures or their order differ: 6 there and 5 here"),
+        (one_picture_less, [], "the images or their order differ: 6 there and 5 here"),
         (None, ["--image-size", "42"], "transform is .*28 px.* there and .*42 px.* here"),
         (None, ["--precision", "bf16"], "precision is 'fp32' there and 'bf16' here"),
     ],

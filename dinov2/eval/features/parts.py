@@ -1,10 +1,10 @@
-"""Finished parts of an extraction, so that one that was killed goes on where it was.
+"""Finished parts of an extraction on disk: a killed extraction continues from them.
 
-A part is the features of some consecutive pictures in a file of its own, which is there whole or not at all. Its
-name is a hash of what decides its content (network, transform, precision, kinds; path, size and time of each picture),
-so parts of anything else are never taken for it. How many processes make the parts does not matter.
+A part is the features of consecutive images, in a file that is complete or absent. Its name is a hash of everything
+that its content depends on (network, transform, precision, kinds; path, size and time of each image), so a part of
+another extraction is never used. The number of processes does not matter.
 
-Letters: n pictures of a part, D embedding dim
+Dimension key:  n images of a part, D embedding dim
 """
 
 import hashlib
@@ -12,102 +12,78 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import h5py
-import numpy as np
 
 from dinov2.distributed import on_main_process
+from dinov2.eval.features.loop import Extraction
 from dinov2.utils.files import atomic_write
 
-PART_SIZE = 2048
-PATCH_PART_SIZE = 256  # with patch grids, which are some thousand times as large
-SUFFIX = ".h5"
 
-
-@dataclass(frozen=True)
-class Extraction:
-    """Features of those of some pictures that could be read.
-
-    Attributes:
-        kept: int64 [n_kept], which of the pictures these are, ascending.
-        unreadable: {path: reason} of all others.
-        of_kinds: {kind: float32 [n_kept, D], or float16 [n_kept, h, w, D] for patch grids}; empty where n_kept is 0.
-    """
-
-    kept: np.ndarray
-    unreadable: dict[str, str]
-    of_kinds: dict[str, np.ndarray] = field(default_factory=dict)
-
-    @property
-    def features(self) -> np.ndarray:
-        """Those of the kind that was asked for first."""
-        return next(iter(self.of_kinds.values()))
-
-
-class FeatureParts:
-    """The parts of one extraction. All processes make this object, and at the same time.
+class Parts:
+    """The parts of one extraction. With several processes, all of them create this object together.
 
     Args:
-        folder: where the parts are; all processes must see the same one.
-        identity: what decides the features of a picture.
-        paths: all pictures.
-        size: pictures of a part.
+        folder: of the part files; all processes see the same one.
+        identity: what the features of an image depend on.
+        paths: all images.
+        ranges: positions of the images of each part.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, str], paths: Sequence[Path], size: int = PART_SIZE) -> None:
-        self.folder = folder
-        self.ranges = [range(start, min(start + size, len(paths))) for start in range(0, len(paths), size)]
-        self.names: list[str] = on_main_process(
-            lambda: [_name(identity, [paths[i] for i in part]) for part in self.ranges]
+    def __init__(
+        self, folder: Path, identity: Mapping[str, str], paths: Sequence[Path], ranges: Sequence[range]
+    ) -> None:
+        self.folder, self.ranges = folder, ranges
+        self.files: list[Path] = on_main_process(
+            lambda: [folder / _file_name(identity, [paths[i] for i in part]) for part in ranges]
         )
 
     def missing(self) -> list[int]:
-        """Numbers of the parts that are not there yet."""
-        # from a listing: asking for each file makes network file systems remember that it was not there
-        there = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
-        return [number for number, name in enumerate(self.names) if name not in there]
+        """Return the numbers of the parts without a file."""
+        # A listing: network file systems cache that a file they were asked for is absent
+        existing = set(self.folder.iterdir()) if self.folder.is_dir() else set()
+        return [number for number, file in enumerate(self.files) if file not in existing]
 
     def write(self, number: int, part: Extraction) -> None:
-        """Keep a part; its `kept` counts from the start of the part."""
-        with atomic_write(self.folder / self.names[number], "w+b") as stream, h5py.File(stream, "w") as file:
+        """Write a part, whose `kept` counts from the start of the part."""
+        with atomic_write(self.files[number], "w+b") as stream, h5py.File(stream, "w") as file:
             file["kept"] = part.kept
             file.attrs["unreadable"] = json.dumps(part.unreadable)
-            for kind, values in part.of_kinds.items():
+            for kind, values in part.by_kind.items():
                 file[f"kinds/{kind}"] = values
 
     def read(self, number: int, kinds: Sequence[str]) -> Extraction:
-        """A part with these kinds only.
+        """Read these kinds of a part.
 
         Raises:
-            ValueError: if it is not there, or damaged.
+            ValueError: if the file is missing or damaged.
         """
-        path = self.folder / self.names[number]
+        path = self.files[number]
         try:
             with h5py.File(path, "r") as file:
                 kept = file["kept"][:]
-                of_kinds = {kind: file[f"kinds/{kind}"][:] for kind in kinds} if len(kept) else {}
-                return Extraction(kept, json.loads(file.attrs["unreadable"]), of_kinds)
+                by_kind = {kind: file[f"kinds/{kind}"][:] for kind in kinds} if len(kept) else {}
+                return Extraction(kept, json.loads(file.attrs["unreadable"]), by_kind)
         except (OSError, RuntimeError, KeyError) as error:
             raise ValueError(
-                f"features: part {number} of {len(self.names)}, {str(path)!r}, is not there or is damaged ({error}); "
-                f"all processes must write to one file system: see to that, remove the folder and start again"
+                f"features: part {number} of {len(self.files)}, {str(path)!r}, is missing or damaged ({error}); all "
+                f"processes must write to the same file system: check that, remove the folder and start again"
             ) from error
 
     def remove(self) -> None:
-        """Remove all parts, of this extraction and of others that wrote to the same folder."""
+        """Remove the folder with all parts, also those of other extractions."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _name(identity: Mapping[str, str], paths: Sequence[Path]) -> str:
-    pictures = [[os.path.abspath(path), *_stamp(path)] for path in paths]
-    content = json.dumps([sorted(identity.items()), pictures])
-    return hashlib.sha256(content.encode()).hexdigest() + SUFFIX
+def _file_name(identity: Mapping[str, str], paths: Sequence[Path]) -> str:
+    images = [[os.path.abspath(path), *_size_and_time(path)] for path in paths]
+    content = json.dumps([sorted(identity.items()), images])
+    return hashlib.sha256(content.encode()).hexdigest() + ".h5"
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    """Size and time of change: a picture that was repaired is read again. Zeros for one that is not there."""
+def _size_and_time(path: Path) -> tuple[int, int]:
+    """Return size and modification time, so that a repaired image is read again; zeros for a missing file."""
     try:
         status = os.stat(path)
     except OSError:

@@ -13,8 +13,9 @@ from torch import nn
 
 from dinov2.data.datasets import LabelledCells
 from dinov2.eval.features.baselines import colour_histogram, raw_pixels
-from dinov2.eval.features.encoders import DinoEncoder, Kind, build_encoder, state_sha256
+from dinov2.eval.features.encoders import DinoEncoder, Kind, state_sha256
 from dinov2.eval.features.extract import Embedder, embed_images
+from dinov2.eval.features.named_encoders import build_encoder
 from dinov2.models import build_backbone
 
 
@@ -303,7 +304,7 @@ def test_what_is_compiled_of_a_timm_network_is_what_it_calls(name, image, timm):
     encoder = build_encoder(f"timm:{name}", 32, "untrained")
     images = encoder.preparation(np.asarray(image))[None]
     called = []
-    for part in encoder._parts_to_compile():
+    for part in encoder.modules_to_compile():
         part.register_forward_hook(lambda module, *_: called.append(module))
     with torch.no_grad():
         encoder.embed(images, ["cls"])

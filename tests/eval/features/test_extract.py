@@ -17,10 +17,9 @@ from PIL import Image
 from dinov2.data.datasets import LabelledCells, load_image, resize_image
 from dinov2.data.transforms import normalize_images
 from dinov2.eval import extract_features
-from dinov2.eval.features import extract as embedding
-from dinov2.eval.features import stored_kinds
+from dinov2.eval.features import loop, stored_kinds
 from dinov2.eval.features.encoders import DinoEncoder
-from dinov2.eval.features.extract import Embedder, embed_images, extract
+from dinov2.eval.features.extract import Embedder, ExtractOptions, embed_images, extract
 from dinov2.models import architecture, build_backbone
 
 REPOSITORY = Path(__file__).parents[3]
@@ -72,7 +71,7 @@ def test_unreadable_pictures_are_left_out_and_reported(backbone, pictures, caplo
     assert found.kept.tolist() == [1, 2, 3, 5, 6]
     assert list(found.unreadable) == [str(pictures[0]), str(pictures[4])]
     np.testing.assert_array_equal(found.features, rest.features)
-    assert "2 of 7 pictures are unreadable" in caplog.text
+    assert "2 of 7 images are unreadable" in caplog.text
     assert str(pictures[4]) in caplog.text
 
 
@@ -113,16 +112,16 @@ def test_decoding_ahead_changes_nothing(backbone, pictures, monkeypatch):
     ranges = [range(3), range(3, 7)]
 
     def parts():
-        settings = embedding._LoopSettings(["cls", "mean"], "fp32", "cpu", 2, 0, "fast", False, progress=False)
-        return list(embedding._embed_ranges(DinoEncoder(backbone, 28), pictures, ranges, settings))
+        options = ExtractOptions(kinds=["cls", "mean"], batch_size=2, progress=False)
+        return list(loop.extract_ranges(DinoEncoder(backbone, 28), pictures, ranges, options))
 
     ahead = parts()
-    monkeypatch.setattr(embedding, "_ahead", lambda items, _: iter(items))
+    monkeypatch.setattr(loop, "prefetch", lambda items, _: (item for item in items))
     for one, other in zip(ahead, parts(), strict=True):
         assert one.unreadable == other.unreadable
         np.testing.assert_array_equal(one.kept, other.kept)
-        for kind, values in other.of_kinds.items():
-            np.testing.assert_array_equal(one.of_kinds[kind], values)
+        for kind, values in other.by_kind.items():
+            np.testing.assert_array_equal(one.by_kind[kind], values)
     assert [list(part.unreadable) for part in ahead] == [[str(pictures[2])], []]
 
 
@@ -134,7 +133,7 @@ def test_the_next_batches_are_made_while_one_is_used():
             event.set()
             yield number
 
-    ahead = embedding._ahead(numbers(), 2)
+    ahead = loop.prefetch(numbers(), 2)
     assert next(ahead) == 0
     assert made[2].wait(10)  # without being asked for
     assert not made[3].wait(0.05)
@@ -149,11 +148,11 @@ def test_the_thread_ends_with_the_loop_and_passes_errors_on():
         yield 0
         raise OSError("the disk is gone")
 
-    ahead = embedding._ahead(broken(), 2)
+    ahead = loop.prefetch(broken(), 2)
     assert next(ahead) == 0
     with pytest.raises(OSError, match="the disk is gone"):
         next(ahead)
-    stopped = embedding._ahead(iter(range(100)), 2)
+    stopped = loop.prefetch(iter(range(100)), 2)
     assert next(stopped) == 0
     stopped.close()
     assert threads() == []
@@ -182,12 +181,12 @@ def test_bf16_is_compared_with_fp32(backbone, pictures, log, monkeypatch):
     assert "bf16" not in log.text
     fast = extract(backbone, pictures, precision="bf16", **settings)
     for kind in ("cls", "mean"):
-        one, other = (torch.from_numpy(found.of_kinds[kind]) for found in (exact, fast))
+        one, other = (torch.from_numpy(found.by_kind[kind]) for found in (exact, fast))
         assert torch.cosine_similarity(one, other).min() > 0.999
         assert not torch.equal(one, other)
     assert "precision bf16: least cosine to fp32 features" in log.text
     assert not [record for record in log.records if record.levelno >= logging.WARNING]
-    monkeypatch.setattr(embedding, "BF16_COSINE", 0.9999999)
+    monkeypatch.setattr(loop, "BF16_COSINE", 0.9999999)
     extract(backbone, pictures, precision="bf16", **settings)
     assert "use --precision fp32" in log.text
 
@@ -221,9 +220,9 @@ def test_a_cpu_does_not_compile(backbone, pictures, log, monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_gpu_gives_the_same_features(precision, backbone, pictures):
     settings = {"image_size": 28, "batch_size": 1, "progress": False, "kinds": ["cls", "mean", "patches"]}
-    expected = extract(backbone, pictures, **settings).of_kinds
+    expected = extract(backbone, pictures, **settings).by_kind
     for compiled in (False, True):
-        found = extract(backbone, pictures, device="cuda", precision=precision, compiled=compiled, **settings).of_kinds
+        found = extract(backbone, pictures, device="cuda", precision=precision, compiled=compiled, **settings).by_kind
         for kind, values in expected.items():
             np.testing.assert_allclose(found[kind], values, rtol=0, atol=1e-3 if precision == "fp32" else 0.1)
 
@@ -243,12 +242,12 @@ def cells(pictures):
 @pytest.fixture
 def parts_of_two(monkeypatch):
     """Parts are small enough for seven pictures to make four."""
-    monkeypatch.setattr(embedding, "PART_SIZE", 2)
-    monkeypatch.setattr(embedding, "PATCH_PART_SIZE", 2)
+    monkeypatch.setattr(loop, "PART_SIZE", 2)
+    monkeypatch.setattr(loop, "PATCH_PART_SIZE", 2)
 
 
 def test_kinds_are_the_backbones_tokens(backbone, pictures):
-    found = extract(backbone, pictures, image_size=28, batch_size=3, progress=False, kinds=KINDS).of_kinds
+    found = extract(backbone, pictures, image_size=28, batch_size=3, progress=False, kinds=KINDS).by_kind
     images = torch.stack([resize_image(load_image(path), 28, fit="crop") for path in pictures])
     tokens = backbone.forward_features(normalize_images(images))
     cls_token, patches = tokens["x_norm_clstoken"].detach(), tokens["x_norm_patchtokens"].detach()
@@ -295,8 +294,8 @@ def test_any_size_that_the_patches_fill(backbone, checkpoint, pictures):
         (["last3"], "--kinds last3: ViT with dim 64.* with n up to 2"),
         (["last0"], "'last0' is unknown; there are cls, mean"),
         (["CLS"], "'CLS' is unknown"),
-        (["cls", "cls"], "--kinds: one is named twice"),
-        (["patches"], "--kinds: the first one is what protocols take, a vector"),
+        (["cls", "cls"], "--kinds: one is repeated"),
+        (["patches"], "--kinds: protocols take the first one, which must be a vector"),
     ],
 )
 def test_kinds_that_there_are_not(kinds, message, checkpoint, cells, tmp_path):
@@ -322,10 +321,10 @@ def test_the_file_has_all_kinds_in_parts_too(checkpoint, cells, tmp_path, parts_
     found = embedder.features_of(cells, tmp_path / "features.h5")
     whole = extract(embedder.encoder, cells.paths, batch_size=1, kinds=embedder.kinds, progress=False)
     assert found.kinds == ["mean", "last2"]
-    np.testing.assert_allclose(found.features, whole.of_kinds["mean"], atol=1e-5)
-    np.testing.assert_allclose(found.others["last2"], whole.of_kinds["last2"], atol=1e-5)
+    np.testing.assert_allclose(found.features, whole.by_kind["mean"], atol=1e-5)
+    np.testing.assert_allclose(found.others["last2"], whole.by_kind["last2"], atol=1e-5)
     with h5py.File(tmp_path / "features.h5") as file:
-        np.testing.assert_allclose(file["patch_grid"][:], whole.of_kinds["patches"], atol=1e-2)
+        np.testing.assert_allclose(file["patch_grid"][:], whole.by_kind["patches"], atol=1e-2)
     assert found.labels.tolist() == [0, 1, 0, 1, 0]
     assert found.patients == ["p0", "p0", "p1", "p1", "p2"]
     assert found.unreadable == [str(path) for path in cells.paths[2:4]]
@@ -341,7 +340,7 @@ def test_a_file_with_more_kinds_will_do_and_one_with_fewer_will_not(checkpoint, 
     assert found.kinds == ["mean", "cls"]
     np.testing.assert_array_equal(found.features, several.others["mean"])
     assert file.stat().st_mtime_ns == time
-    with pytest.raises(ValueError, match=r"there are none of the kind last2\); pass --overwrite"):
+    with pytest.raises(ValueError, match=r"it has no features of kind last2\); pass --overwrite"):
         Embedder(checkpoint, image_size=28, kinds=["cls", "last2"]).features_of(cells, file)
     Embedder(checkpoint, image_size=28, kinds=["cls", "last2"]).features_of(cells, file, overwrite=True)
     assert stored_kinds(file) == ["cls", "last2"]
@@ -437,7 +436,7 @@ def test_a_damaged_part_is_named(checkpoint, cells, tmp_path, parts_of_two, monk
         embedder.features_of(cells, tmp_path / "features.h5")
     part = next((tmp_path / ".features.h5.parts").iterdir())
     part.write_bytes(b"")
-    with pytest.raises(ValueError, match="is not there or is damaged .* remove the folder and start again"):
+    with pytest.raises(ValueError, match="is missing or damaged .* remove the folder and start again"):
         Embedder(checkpoint, image_size=28).features_of(cells, tmp_path / "features.h5")
     assert not (tmp_path / "features.h5").exists()
 
@@ -446,10 +445,10 @@ WORKER = """
 import json, sys
 from dinov2 import distributed
 from dinov2.eval import extract_features
-from dinov2.eval.features import encoders, extract as embedding
+from dinov2.eval.features import encoders, loop
 from dinov2.utils.command import exit_code
 
-embedding.PART_SIZE = 2
+loop.PART_SIZE = 2
 enable, disable, embed = distributed.enable, distributed.disable, encoders.DinoEncoder.embed
 distributed.disable = lambda: None  # one group serves both commands
 

@@ -10,8 +10,7 @@ from PIL import Image
 from dinov2.data.datasets import LabelledCells
 from dinov2.data.datasets.bags import PatientBags
 from dinov2.eval.extract_features import main
-from dinov2.eval.features import extract as embedding
-from dinov2.eval.features import read_features
+from dinov2.eval.features import loop, read_features
 from dinov2.eval.features.extract import Embedder
 from dinov2.eval.features.patient_files import extract_patient_files
 from dinov2.models import build_backbone
@@ -92,7 +91,7 @@ def one_cell_less():
     ("change", "flags", "message"),
     [
         (other_weights, [], r"p1\.h5' holds other features than asked for \(checkpoint_sha256 is"),
-        (one_cell_less, [], r"p1\.h5' holds other features .*the pictures or their order differ: 3 there and 2 here"),
+        (one_cell_less, [], r"p1\.h5' holds other features .*the images or their order differ: 3 there and 2 here"),
         (None, ["--precision", "bf16"], "precision is 'fp32' there and 'bf16' here"),
     ],
 )
@@ -129,9 +128,9 @@ def test_unreadable_pictures_are_left_out_and_told_in_their_patients_file(work):
 
 
 def test_a_patient_without_a_readable_picture_stops_it_and_keeps_the_work(work, monkeypatch):
-    monkeypatch.setattr(embedding, "PART_SIZE", 3)
+    monkeypatch.setattr(loop, "PART_SIZE", 3)
     (work / "3.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"1 patients have no readable picture \('p\.3'\), so bags without cells"):
+    with pytest.raises(ValueError, match=r"1 patients have no readable image \('p\.3'\), so bags without cells"):
         extract()
     assert all(name.startswith(".patients.parts/") for name in written(work / "bags"))
     shutil.copy("0.png", "3.png")
@@ -154,8 +153,8 @@ def test_a_patient_without_a_readable_picture_stops_it_and_keeps_the_work(work, 
     [
         ([("0.png", "APL"), ("1.png", "control")], "the cells name no patients; give --data as a CSV with the columns"),
         ([("0.png", "APL", "p1"), ("1.png", "control", "p1")], "1 patients have two labels, for instance 'p1'"),
-        ([("0.png", "APL", "a/b")], "'a/b' cannot be names of files"),
-        ([("0.png", "..", "p1")], r"'\.\.' cannot be names of files"),
+        ([("0.png", "APL", "a/b")], "'a/b' cannot be file names"),
+        ([("0.png", "..", "p1")], r"'\.\.' cannot be file names"),
     ],
 )
 def test_cells_that_cannot_be_patients_files(rows, message, work):
