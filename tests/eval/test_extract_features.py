@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
-    """A working folder with weights.pth, and cells/ with two classes of three pictures."""
+    """A working folder with weights.pth, and cells/ with two classes of three images."""
     monkeypatch.chdir(tmp_path)
     save_weights(0)
     rng = np.random.default_rng(0)
@@ -76,7 +76,7 @@ def other_weights(work):
     save_weights(1)
 
 
-def one_picture_less(work):
+def one_image_less(work):
     (work / "cells" / "blast" / "0.png").unlink()
 
 
@@ -84,7 +84,7 @@ def one_picture_less(work):
     ("change", "flags", "message"),
     [
         (other_weights, [], "checkpoint_sha256 is"),
-        (one_picture_less, [], "the images or their order differ: 6 there and 5 here"),
+        (one_image_less, [], "the images or their order differ: 6 there and 5 here"),
         (None, ["--image-size", "42"], "transform is .*28 px.* there and .*42 px.* here"),
         (None, ["--precision", "bf16"], "precision is 'fp32' there and 'bf16' here"),
     ],

@@ -119,7 +119,7 @@ class Encoder(ABC):
         """Compute these kinds of features of a batch, in one forward.
 
         Args:
-            images: stacked outputs of `preparation` on the network's device: uint8 [B, 3, S, S] for networks.
+            images: stacked outputs of `preparation`, on the network's device.
             kinds: that passed `check`.
 
         Returns:

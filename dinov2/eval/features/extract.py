@@ -56,7 +56,7 @@ def embed_images(
 
     Args:
         model: in eval mode.
-        images: uint8 [B, 3, S, S] (outputs of the encoder's preparation), on the model's device.
+        images: stacked outputs of the encoder's preparation, on the model's device: uint8 [B, 3, S, S] for backbones.
         precision, kind, fp32_matmul: as in `ExtractOptions`.
 
     Returns:

@@ -59,12 +59,10 @@ class TimmEncoder(Encoder):
         if self.has_patch_tokens:
             check_divisible(size, network.patch_embed.patch_size[0])
         config["input_size"] = (3, size, size)
-        transform = timm.data.create_transform(**config, is_training=False, use_prefetcher=True)
-        self.preparation = partial(_prepare_timm, transform=transform)
+        self.preparation = partial(_prepare, transform=timm.data.create_transform(**config, is_training=False))
         scaled = math.floor(size / config["crop_pct"])
         geometry = f"timm's {config['crop_mode']} fit: to {scaled} px ({config['interpolation']}), crop {size} px"
         self.transform = _describe_transform(geometry, config["mean"], config["std"])
-        self._normalize = partial(_normalize, mean=config["mean"], std=config["std"])
         if size != own_size:
             _check_size(self)
 
@@ -74,15 +72,14 @@ class TimmEncoder(Encoder):
 
     def embed(self, images: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
         network: Any = self.network
-        inputs = self._normalize(images)
         parsed = [Kind.parse(kind) for kind in kinds]
         n = max(kind.n_last for kind in parsed)
         cls_tokens: list[Tensor] = []
         if n == 0:
-            tokens = network.forward_features(inputs)
+            tokens = network.forward_features(images)
         else:
             tokens, layers = network.forward_intermediates(
-                inputs, indices=n, return_prefix_tokens=True, norm=True, output_fmt="NLC"
+                images, indices=n, return_prefix_tokens=True, norm=True, output_fmt="NLC"
             )
             cls_tokens = [prefix[:, 0] for _, prefix in layers]  # n times [B, D]
         pooled = network.forward_head(tokens, pre_logits=True)  # [B, D]
@@ -117,16 +114,14 @@ class TorchvisionEncoder(Encoder):
         own_size = preset.crop_size[0]
         self.image_size = size = image_size or own_size
         scaled = round(preset.resize_size[0] * size / own_size)
-        resize = {"size": [scaled], "interpolation": preset.interpolation, "antialias": preset.antialias}
-        self.preparation = partial(_prepare_torchvision, resize=resize, crop=size)
+        self.preparation = partial(_prepare, transform=released.transforms(crop_size=size, resize_size=scaled))
         geometry = f"shorter side to {scaled} px ({preset.interpolation.value}), centre crop {size} px"
         self.transform = _describe_transform(geometry, preset.mean, preset.std)
-        self._normalize = partial(_normalize, mean=preset.mean, std=preset.std)
         if size != own_size:
             _check_size(self)
 
     def embed(self, images: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
-        features = self.network(self._normalize(images)).float()  # [B, D]
+        features = self.network(images).float()  # [B, D]
         return dict.fromkeys(kinds, features)
 
 
@@ -190,26 +185,12 @@ def build_encoder(name: str, image_size: int = 0, weights: str = "") -> Encoder:
     return BaselineEncoder(name)
 
 
-def _prepare_timm(image: np.ndarray, transform: Callable[[Image.Image], Any]) -> Tensor:
-    prepared = transform(Image.fromarray(image))
-    return torch.as_tensor(prepared).contiguous()  # uint8 [3, S, S]; a NumPy array in older releases
-
-
-def _prepare_torchvision(image: np.ndarray, resize: Mapping[str, Any], crop: int) -> Tensor:
-    from torchvision.transforms import functional  # type: ignore[import-untyped]
-
-    resized = functional.resize(Image.fromarray(image), **resize)
-    return functional.pil_to_tensor(functional.center_crop(resized, [crop]))  # uint8 [3, S, S]
+def _prepare(image: np.ndarray, transform: Callable[[Image.Image], Tensor]) -> Tensor:
+    return transform(Image.fromarray(image))  # [3, S, S]
 
 
 def _prepare_baseline(image: np.ndarray, compute: Callable[[np.ndarray], np.ndarray]) -> Tensor:
     return torch.from_numpy(compute(image))  # [D]
-
-
-def _normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Compute (x / 255 - mean) / std of uint8 [B, 3, S, S]."""
-    means, deviations = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (mean, std))
-    return (images / 255).sub_(means).div_(deviations)
 
 
 def _describe_transform(geometry: str, mean: Sequence[float], std: Sequence[float]) -> str:
@@ -233,7 +214,7 @@ def _check_size(encoder: Encoder) -> None:
     side = encoder.image_size
     try:
         with torch.no_grad():
-            encoder.embed(torch.zeros(1, 3, side, side, dtype=torch.uint8), ["cls"])
+            encoder.embed(encoder.preparation(np.zeros((side, side, 3), np.uint8))[None], ["cls"])
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(
             f"--image-size {side}: {encoder.description} cannot take it ({error}); leave it out for its own"

@@ -21,7 +21,7 @@ ROWS = ["p1", "p2", "p1", "p.3", "p2", "p1"]
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
-    """A working folder with weights.pth, and six pictures of three patients in cells.csv."""
+    """A working folder with weights.pth, and six images of three patients in cells.csv."""
     monkeypatch.chdir(tmp_path)
     save_weights(0)
     rng = np.random.default_rng(0)
@@ -118,8 +118,8 @@ def test_files_of_nobody_in_the_table_stop_it(foreign, work):
             extract(*flags)
 
 
-def test_unreadable_pictures_are_left_out_and_told_in_their_patients_file(work):
-    (work / "2.png").write_bytes(b"no picture")
+def test_unreadable_images_are_left_out_and_told_in_their_patients_file(work):
+    (work / "2.png").write_bytes(b"no image")
     extract()
     assert read_features("bags/APL/p1.h5").unreadable == [str(work / "2.png")]
     assert read_features("bags/control/p2.h5").unreadable == []
@@ -127,9 +127,9 @@ def test_unreadable_pictures_are_left_out_and_told_in_their_patients_file(work):
     extract()  # they are what was asked for
 
 
-def test_a_patient_without_a_readable_picture_stops_it_and_keeps_the_work(work, monkeypatch):
+def test_a_patient_without_a_readable_image_stops_it_and_keeps_the_work(work, monkeypatch):
     monkeypatch.setattr(loop, "PART_SIZE", 3)
-    (work / "3.png").write_bytes(b"no picture")
+    (work / "3.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"1 patients have no readable image \('p\.3'\), so bags without cells"):
         extract()
     assert all(name.startswith(".patients.parts/") for name in written(work / "bags"))
@@ -144,7 +144,7 @@ def test_a_patient_without_a_readable_picture_stops_it_and_keeps_the_work(work, 
 
     monkeypatch.setattr(embedder.encoder, "embed", counting)
     assert extract_patient_files(embedder, cells, work / "bags") == 3
-    assert seen == [3]  # the part with the picture that was repaired
+    assert seen == [3]  # the part with the image that was repaired
     assert written(work / "bags") == ["APL/p.3.h5", "APL/p1.h5", "control/p2.h5"]
 
 
