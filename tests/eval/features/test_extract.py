@@ -43,12 +43,12 @@ def test_a_cpu_takes_large_batches_in_pieces(precision, backbone, monkeypatch):
 
 def test_kinds_are_the_backbones_tokens(backbone, images):
     found = extract(backbone, images, image_size=28, batch_size=3, progress=False, kinds=KINDS).by_kind
-    images = torch.stack([resize_image(load_image(path), 28, fit="crop") for path in images])
-    tokens = backbone.forward_features(normalize_images(images))
+    batch = torch.stack([resize_image(load_image(path), 28, fit="crop") for path in images])
+    tokens = backbone.forward_features(normalize_images(batch))
     cls_token, patches = tokens["x_norm_clstoken"].detach(), tokens["x_norm_patchtokens"].detach()
     mean = patches.mean(dim=1)
     # the first block's CLS token, after the norm of the whole network
-    first = backbone.norm(backbone.blocks[0](backbone.prepare_tokens_with_masks(normalize_images(images))))[:, 0]
+    first = backbone.norm(backbone.blocks[0](backbone.prepare_tokens_with_masks(normalize_images(batch))))[:, 0]
     expected = {
         "cls": cls_token,
         "mean": mean,
@@ -64,7 +64,7 @@ def test_kinds_are_the_backbones_tokens(backbone, images):
     assert found["patches"].shape == (7, 2, 2, 64)
     grid = torch.from_numpy(found["patches"]).float()
     torch.testing.assert_close(grid[:, 1, 0], patches[:, 2], rtol=1e-2, atol=1e-3)  # row by row
-    torch.testing.assert_close(embed_images(backbone, images, kind="last2"), expected["last2"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(embed_images(backbone, batch, kind="last2"), expected["last2"], rtol=0, atol=1e-5)
 
 
 def test_one_forward_gives_all_kinds(backbone, images):

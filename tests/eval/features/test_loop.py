@@ -31,6 +31,14 @@ def test_workers_change_nothing(backbone, images):
     np.testing.assert_array_equal(alone.features, shared.features)
 
 
+def test_a_bar_shows_the_progress(backbone, images, capsys):
+    extract(backbone, images, image_size=28, progress=False)
+    assert capsys.readouterr().err == ""
+    images[2].write_bytes(b"no image")
+    extract(backbone, images, image_size=28)
+    assert "7/7" in capsys.readouterr().err
+
+
 def test_unreadable_images_are_left_out_and_reported(backbone, images, caplog):
     for path in (images[0], images[4]):
         path.write_bytes(b"no image")
