@@ -27,8 +27,8 @@ from dinov2.eval.features.loop import (
     Fp32Matmul,
     Precision,
     concatenate,
+    embed_in_pieces,
     extract_ranges,
-    forward,
     part_ranges,
 )
 from dinov2.eval.features.named_encoders import build_encoder
@@ -69,7 +69,7 @@ def embed_images(
     encoder = _as_encoder(model, images.shape[-1])
     encoder.check(options.kinds)
     with options.arithmetic(images.device):
-        outputs = forward(encoder, images, options.kinds)
+        outputs = embed_in_pieces(encoder, images, options.kinds)
     return torch.cat([output[kind] for output in outputs])
 
 

@@ -161,7 +161,7 @@ def extract_ranges(
                         if is_first:
                             _start_network(encoder, images, options)
                             is_first = False
-                        outputs += forward(encoder, images, options.kinds)
+                        outputs += embed_in_pieces(encoder, images, options.kinds)
                     kept += readable
                     unreadable |= failures
                     bar.update(len(batch))
@@ -197,8 +197,8 @@ def _compare_with_fp32(encoder: Encoder, images: Tensor, kinds: Sequence[str]) -
         logger.info("precision bf16: least cosine to fp32 features of the first images %.5f", least)
 
 
-def forward(encoder: Encoder, images: Tensor, kinds: Sequence[str]) -> list[dict[str, Tensor]]:
-    """Embed a batch; a CPU does so in pieces."""
+def embed_in_pieces(encoder: Encoder, images: Tensor, kinds: Sequence[str]) -> list[dict[str, Tensor]]:
+    """Return the features of the pieces of a batch: several on a CPU, else one."""
     is_cpu = images.device.type == "cpu"
     pieces = images.split(IMAGES_PER_THREAD * torch.get_num_threads()) if is_cpu else [images]
     return [encoder.embed(piece, kinds) for piece in pieces]

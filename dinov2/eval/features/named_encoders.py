@@ -73,7 +73,7 @@ class TimmEncoder(Encoder):
     def embed(self, images: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
         network: Any = self.network
         parsed = [Kind.parse(kind) for kind in kinds]
-        n = max(kind.n_last for kind in parsed)
+        n = max((kind.n_last for kind in parsed), default=0)
         cls_tokens: list[Tensor] = []
         if n == 0:
             tokens = network.forward_features(images)
