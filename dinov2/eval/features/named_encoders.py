@@ -26,7 +26,6 @@ from dinov2.eval.features.baselines import BINS, CENTRE_SHARE, PIXELS_SIDE, hist
 from dinov2.eval.features.encoders import Encoder, Kind, assemble, check_divisible
 from dinov2.hub.backbones import check_names_and_shapes, read_weights_file
 
-TIMM, TORCHVISION = "timm:", "torchvision:"
 UNTRAINED = "untrained"  # in place of a weights file
 UNTRAINED_SEED = 0
 
@@ -47,7 +46,7 @@ class TimmEncoder(Encoder):
 
     def __init__(self, name: str, image_size: int = 0, weights: str = "") -> None:
         timm = _import_timm()
-        self.description = TIMM + name
+        self.description = f"timm:{name}"
         self.network = network = _timm_network(timm, name, image_size, weights)
         self.has_patch_tokens = _is_plain_vit(network)
         has_cls_token = self.has_patch_tokens and getattr(network, "cls_token", None) is not None
@@ -103,7 +102,7 @@ class TorchvisionEncoder(Encoder):
     def __init__(self, name: str, image_size: int = 0, weights: str = "") -> None:
         from torchvision import models  # type: ignore[import-untyped]
 
-        self.description = TORCHVISION + name
+        self.description = f"torchvision:{name}"
         known = models.list_models(module=models)
         if name not in known:
             raise ValueError(_unknown(self.description, name, known))
@@ -153,13 +152,16 @@ _BASELINES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str, int]] = {
 }
 
 
+_LIBRARIES: dict[str, Callable[[str, int, str], Encoder]] = {"timm": TimmEncoder, "torchvision": TorchvisionEncoder}
+
+
 def encoder_name(text: str) -> str:
     """Return `text` if it has the form of an encoder's name; ValueError otherwise."""
-    if text in _BASELINES or any(text.startswith(prefix) and text != prefix for prefix in (TIMM, TORCHVISION)):
+    library, _, model = text.partition(":")
+    if text in _BASELINES or (library in _LIBRARIES and model):
         return text
-    raise ValueError(
-        f"encoder: {text!r} is unknown; there are timm:<model>, torchvision:<model>, {', '.join(sorted(_BASELINES))}"
-    )
+    known = [*(f"{library}:<model>" for library in _LIBRARIES), *_BASELINES]
+    raise ValueError(f"encoder: {text!r} is unknown; there are {', '.join(known)}")
 
 
 def build_encoder(name: str, image_size: int = 0, weights: str = "") -> Encoder:
@@ -176,10 +178,9 @@ def build_encoder(name: str, image_size: int = 0, weights: str = "") -> Encoder:
     encoder_name(name)
     if weights not in ("", UNTRAINED) and not Path(weights).is_file():
         raise FileNotFoundError(f"--encoder-weights: no file {weights!r}; give one, or the word {UNTRAINED}")
-    if name.startswith(TIMM):
-        return TimmEncoder(name.removeprefix(TIMM), image_size, weights)
-    if name.startswith(TORCHVISION):
-        return TorchvisionEncoder(name.removeprefix(TORCHVISION), image_size, weights)
+    library, _, model = name.partition(":")
+    if model:
+        return _LIBRARIES[library](model, image_size, weights)
     if image_size or weights:
         raise ValueError(f"--encoder {name}: it has no weights and one image size; drop --encoder-weights/--image-size")
     return BaselineEncoder(name)
@@ -235,7 +236,7 @@ def _import_timm() -> Any:
 def _timm_network(timm: Any, name: str, image_size: int, weights: str) -> Any:
     plain_name = name.partition(".")[0]
     if ":" not in name and not timm.is_model(plain_name):
-        raise ValueError(_unknown(TIMM + name, plain_name, timm.list_models()))
+        raise ValueError(_unknown(f"timm:{name}", plain_name, timm.list_models()))
     settings: dict[str, Any] = {"num_classes": 0}
     if image_size and ":" not in name and getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
         settings["img_size"] = image_size
@@ -244,10 +245,10 @@ def _timm_network(timm: Any, name: str, image_size: int, weights: str) -> Any:
         try:
             network = timm.create_model(name, pretrained=not weights, **settings)
         except (AssertionError, RuntimeError, ValueError) as error:
-            raise ValueError(f"--encoder {TIMM}{name}: timm does not build it: {error}") from error
+            raise ValueError(f"--encoder timm:{name}: timm does not build it: {error}") from error
         except OSError as error:  # of the hub's client and of the network
             raise ConnectionError(
-                f"--encoder {TIMM}{name}: its pretrained weights are not here and cannot be downloaded "
+                f"--encoder timm:{name}: its pretrained weights are not here and cannot be downloaded "
                 f"({_first_line(error)}); on a machine with access fetch {_timm_source(timm, name)}"
             ) from error
     if weights not in ("", UNTRAINED):
@@ -284,7 +285,7 @@ def _torchvision_network(models: Any, name: str, released: Any, weights: str) ->
         network = models.get_model(name, weights=None)
     linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
-        raise ValueError(f"--encoder {TORCHVISION}{name}: it has no linear classifier whose input could be `cls`")
+        raise ValueError(f"--encoder torchvision:{name}: it has no linear classifier whose input could be `cls`")
     if hasattr(network, "transform_input"):  # converts ImageNet's mean and std to those that released weights expect
         network.transform_input = True
     network.set_submodule(linear[-1], nn.Identity())
@@ -303,7 +304,7 @@ def _download_torchvision(name: str, released: Any) -> Mapping[str, Any]:
     except OSError as error:  # urllib's
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise ConnectionError(
-            f"--encoder {TORCHVISION}{name}: its pretrained weights are not in {str(folder)!r} and cannot be "
+            f"--encoder torchvision:{name}: its pretrained weights are not in {str(folder)!r} and cannot be "
             f"downloaded ({_first_line(error)}); fetch {released.url} on a machine with access and pass it as "
             f"--encoder-weights"
         ) from error

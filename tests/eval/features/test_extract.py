@@ -93,7 +93,7 @@ def test_any_size_that_the_patches_fill(backbone, checkpoint, images):
         (["patches"], "--kinds: protocols take the first one, which must be a vector"),
     ],
 )
-def test_kinds_that_there_are_not(kinds, message, checkpoint, cells, tmp_path):
+def test_unknown_kinds_are_refused(kinds, message, checkpoint, cells, tmp_path):
     with pytest.raises(ValueError, match=message):
         Embedder(checkpoint, image_size=28, kinds=kinds).features_of(cells, tmp_path / "out" / "features.h5")
     assert not (tmp_path / "out").exists()
@@ -109,7 +109,7 @@ def test_an_embedder_has_one_network(checkpoint):
         _ = Embedder(encoder_name="pixels").file
 
 
-def test_the_file_has_all_kinds_in_parts_too(checkpoint, cells, tmp_path, parts_of_two):
+def test_parts_make_a_file_with_all_kinds(checkpoint, cells, tmp_path, parts_of_two):
     cells.paths[2].write_bytes(b"no image")
     cells.paths[3].write_bytes(b"")  # a part without any readable image
     embedder = Embedder(checkpoint, image_size=28, kinds=["mean", "last2", "patches"], batch_size=8)
@@ -127,7 +127,7 @@ def test_the_file_has_all_kinds_in_parts_too(checkpoint, cells, tmp_path, parts_
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".png") == ["features.h5", "weights.pth"]
 
 
-def test_a_file_with_more_kinds_will_do_and_one_with_fewer_will_not(checkpoint, cells, tmp_path):
+def test_a_file_with_more_kinds_is_kept_and_one_with_fewer_is_refused(checkpoint, cells, tmp_path):
     file = tmp_path / "features.h5"
     several = Embedder(checkpoint, image_size=28, kinds=["cls", "mean", "patches"]).features_of(cells, file)
     time = file.stat().st_mtime_ns

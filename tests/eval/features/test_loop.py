@@ -65,7 +65,7 @@ def test_nothing_readable_and_broken_weights_are_errors(backbone, images, tmp_pa
         extract(backbone, images, image_size=28)
 
 
-def test_decoding_ahead_changes_nothing(backbone, images, monkeypatch):
+def test_prefetching_changes_nothing(backbone, images, monkeypatch):
     images[2].write_bytes(b"no image")
     ranges = [range(3), range(3, 7)]
 
@@ -133,7 +133,7 @@ def test_bf16_is_compared_with_fp32(backbone, images, log, monkeypatch):
 
 
 @pytest.mark.parametrize(("fp32_matmul", "during"), [("fast", {"medium", "highest"}), ("exact", {"highest"})])
-def test_how_products_are_computed_is_set_for_the_network_alone(fp32_matmul, during, backbone, images):
+def test_float32_products_are_set_for_the_network_only(fp32_matmul, during, backbone, images):
     seen = set()
     backbone.norm.register_forward_hook(lambda *_: seen.add(torch.get_float32_matmul_precision()))
     before = torch.get_float32_matmul_precision()

@@ -136,7 +136,7 @@ def test_a_torchvision_network_gives_what_its_classifier_takes(name, layer, size
         encoder.check(["patches"])
 
 
-def test_released_files_of_older_times(models, image, tmp_path):
+def test_old_releases_of_torchvision_load(models, image, tmp_path):
     """As torchvision's ResNets and DenseNets are on its server."""
     network = seeded(lambda: models.densenet121())
     old_name = re.compile(r"(denselayer\d+\.(?:norm|conv))(\d\.)")
@@ -209,7 +209,7 @@ def test_an_unreachable_hub_names_the_way_out(name, timm, monkeypatch):
         assert "timm:local-dir:<folder>" in str(caught.value)
 
 
-def test_torchvisions_unreachable_server_too(models, monkeypatch, tmp_path):
+def test_an_unreachable_torchvision_server_is_named(models, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse(OSError("no route to host")))
     with pytest.raises(ConnectionError, match=r"fetch https://.*resnet18-\w+\.pth .*--encoder-weights"):
@@ -236,12 +236,12 @@ def test_torchvisions_unreachable_server_too(models, monkeypatch, tmp_path):
         ("histogram", {"weights": "untrained"}, "it has no weights and one image size"),
     ],
 )
-def test_what_there_is_not(name, settings, message, timm, models):
+def test_unknown_encoders_and_sizes_are_refused(name, settings, message, timm, models):
     with pytest.raises(ValueError, match=message):
         build_encoder(name, **settings)
 
 
-def test_files_that_are_not_these_weights(timm, models, tmp_path):
+def test_weights_of_another_network_are_refused(timm, models, tmp_path):
     with pytest.raises(FileNotFoundError, match="--encoder-weights: no file 'absent.pth'"):
         build_encoder("timm:test_vit", weights="absent.pth")
     other = tmp_path / "other.pth"
@@ -261,7 +261,7 @@ def test_without_timm(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
-def test_what_is_compiled_of_a_timm_network_is_what_it_calls(name, image, timm):
+def test_the_modules_to_compile_of_a_timm_network_are_called(name, image, timm):
     encoder = build_encoder(f"timm:{name}", 32, "untrained")
     images = encoder.preparation(np.asarray(image))[None]
     called = []

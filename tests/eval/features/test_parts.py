@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).parents[3]
 
 
 class Killed(BaseException):
-    """Not an error that anybody handles."""
+    """An error that no code handles."""
 
 
 def kill_in_batch(embedder, n, monkeypatch):

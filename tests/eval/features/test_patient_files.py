@@ -68,7 +68,7 @@ def test_bags_from_the_folder_equal_bags_from_one_file(work, capsys):
     assert found.attributes["kind"] == "cls"
 
 
-def test_files_that_are_there_are_kept_and_missing_ones_made(work):
+def test_existing_files_are_kept_and_missing_ones_made(work):
     extract("--kinds", "mean", "cls")
     times = {name: (work / "bags" / name).stat().st_mtime_ns for name in written(work / "bags")}
     extract("--kinds", "mean")
@@ -109,7 +109,7 @@ def test_older_files_are_not_mixed_in(change, flags, message, work):
 
 
 @pytest.mark.parametrize("foreign", ["features.h5", "APL/p9.h5", "old/p1.h5", "APL/p9/cell.h5"])
-def test_files_of_nobody_in_the_table_stop_it(foreign, work):
+def test_files_of_other_patients_are_refused(foreign, work):
     extract()
     (work / "bags" / foreign).parent.mkdir(exist_ok=True)
     shutil.copy("bags/APL/p1.h5", f"bags/{foreign}")
@@ -118,7 +118,7 @@ def test_files_of_nobody_in_the_table_stop_it(foreign, work):
             extract(*flags)
 
 
-def test_unreadable_images_are_left_out_and_told_in_their_patients_file(work):
+def test_unreadable_images_are_listed_in_the_file_of_their_patient(work):
     (work / "2.png").write_bytes(b"no image")
     extract()
     assert read_features("bags/APL/p1.h5").unreadable == [str(work / "2.png")]
@@ -127,7 +127,7 @@ def test_unreadable_images_are_left_out_and_told_in_their_patients_file(work):
     extract()  # they are what was asked for
 
 
-def test_a_patient_without_a_readable_image_stops_it_and_keeps_the_work(work, monkeypatch):
+def test_a_patient_without_a_readable_image_is_refused_and_parts_are_kept(work, monkeypatch):
     monkeypatch.setattr(loop, "PART_SIZE", 3)
     (work / "3.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"1 patients have no readable image \('p\.3'\), so bags without cells"):
@@ -157,7 +157,7 @@ def test_a_patient_without_a_readable_image_stops_it_and_keeps_the_work(work, mo
         ([("0.png", "..", "p1")], r"'\.\.' cannot be file names"),
     ],
 )
-def test_cells_that_cannot_be_patients_files(rows, message, work):
+def test_cells_without_valid_patients_are_refused(rows, message, work):
     header = ("Image Path", "Label", "patient")[: len(rows[0])]
     (work / "cells.csv").write_text("\n".join(",".join(row) for row in [header, *rows]) + "\n")
     with pytest.raises(ValueError, match=message):
@@ -165,6 +165,6 @@ def test_cells_that_cannot_be_patients_files(rows, message, work):
     assert not (work / "bags").exists()
 
 
-def test_patch_grids_have_no_place_there(work):
+def test_patient_files_have_no_patch_grids(work):
     with pytest.raises(ValueError, match="--layout genbloom: it has no place for patch grids"):
         extract("--kinds", "cls", "patches")
