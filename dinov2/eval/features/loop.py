@@ -139,10 +139,10 @@ def extract_ranges(
     encoder.network.to(device).eval()
     batches = [[numbers[start : start + size] for start in range(0, len(numbers), size)] for numbers in ranges]
     loader: DataLoader[Any] = DataLoader(
-        _ImageFiles(paths, encoder.preparation),
-        batch_sampler=[list(batch) for in_range in batches for batch in in_range],
+        _Batches(paths, encoder.preparation),
+        sampler=[batch for in_range in batches for batch in in_range],
+        batch_size=None,  # the sampler's items are whole batches
         num_workers=options.num_workers,
-        collate_fn=_collate,
         pin_memory=device.type == "cuda",
     )
     is_first = True
@@ -220,26 +220,25 @@ class _Batch(NamedTuple):
     failures: dict[str, str]  # {path: reason} of unreadable images
 
 
-class _ImageFiles(Dataset[tuple[int, Tensor | None, str, str]]):
-    """(position, network input or None, path, why the image is unreadable or "")."""
+class _Batches(Dataset[_Batch]):
+    """Batches of decoded images by their positions."""
 
     def __init__(self, paths: Sequence[Path], preparation: Preparation) -> None:
         self.paths = paths
         self.preparation = preparation
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | None, str, str]:
-        path = os.fspath(self.paths[index])
-        try:
-            return index, self.preparation(decode_image(path)), path, ""
-        except UnreadableImageError as error:
-            return index, None, path, error.reason
-
-
-def _collate(items: list[tuple[int, Tensor | None, str, str]]) -> _Batch:
-    images = [image for _, image, _, _ in items if image is not None]
-    readable = [index for index, image, _, _ in items if image is not None]
-    failures = {path: reason for _, image, path, reason in items if image is None}
-    return _Batch(torch.stack(images) if images else torch.empty(0), readable, failures)
+    def __getitem__(self, batch: range) -> _Batch:
+        images: list[Tensor] = []
+        readable: list[int] = []
+        failures: dict[str, str] = {}
+        for i in batch:
+            path = os.fspath(self.paths[i])
+            try:
+                images.append(self.preparation(decode_image(path)))
+                readable.append(i)
+            except UnreadableImageError as error:
+                failures[path] = error.reason
+        return _Batch(torch.stack(images) if images else torch.empty(0), readable, failures)
 
 
 def prefetch(items: Iterable[T], n: int) -> Generator[T, None, None]:

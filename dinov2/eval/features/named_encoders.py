@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dinov2.eval.features.baselines import BINS, CENTRE_SHARE, PIXELS_SIDE, histogram_of_image, pixels_of_image
+from dinov2.eval.features.baselines import BASELINES, Baseline
 from dinov2.eval.features.encoders import Encoder, Kind, assemble, check_divisible
 from dinov2.hub.backbones import check_names_and_shapes, read_weights_file
 
@@ -128,9 +128,10 @@ class BaselineEncoder(Encoder):
     """A baseline without a network (`baselines`); its only kind is `cls`."""
 
     def __init__(self, name: str) -> None:
-        compute, self.transform, self.image_size = _BASELINES[name]
+        baseline = BASELINES[name]
         self.network = nn.Identity()
-        self.preparation = partial(_prepare_baseline, compute=compute)
+        self.preparation = partial(_prepare_baseline, baseline=baseline)
+        self.transform, self.image_size = baseline.transform, baseline.image_size
         self.description = name
         self.origin = "no weights"
 
@@ -142,25 +143,15 @@ class BaselineEncoder(Encoder):
         return dict.fromkeys(kinds, images.float())
 
 
-_BASELINES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str, int]] = {
-    "histogram": (
-        histogram_of_image,
-        f"RGB, centre {CENTRE_SHARE:g} of each side, {BINS} x {BINS} x {BINS} HSV bins, square root of their shares",
-        0,
-    ),
-    "pixels": (pixels_of_image, f"RGB, shorter side to {PIXELS_SIDE} px (Lanczos), centre crop, 0 to 1", PIXELS_SIDE),
-}
-
-
 _LIBRARIES: dict[str, Callable[[str, int, str], Encoder]] = {"timm": TimmEncoder, "torchvision": TorchvisionEncoder}
 
 
 def encoder_name(text: str) -> str:
     """Return `text` if it has the form of an encoder's name; ValueError otherwise."""
     library, _, model = text.partition(":")
-    if text in _BASELINES or (library in _LIBRARIES and model):
+    if text in BASELINES or (library in _LIBRARIES and model):
         return text
-    known = [*(f"{library}:<model>" for library in _LIBRARIES), *_BASELINES]
+    known = [*(f"{library}:<model>" for library in _LIBRARIES), *BASELINES]
     raise ValueError(f"encoder: {text!r} is unknown; there are {', '.join(known)}")
 
 
@@ -190,8 +181,8 @@ def _prepare(image: np.ndarray, transform: Callable[[Image.Image], Tensor]) -> T
     return transform(Image.fromarray(image))  # [3, S, S]
 
 
-def _prepare_baseline(image: np.ndarray, compute: Callable[[np.ndarray], np.ndarray]) -> Tensor:
-    return torch.from_numpy(compute(image))  # [D]
+def _prepare_baseline(image: np.ndarray, baseline: Baseline) -> Tensor:
+    return torch.from_numpy(baseline.compute(image))  # [D]
 
 
 def _describe_transform(geometry: str, mean: Sequence[float], std: Sequence[float]) -> str:
