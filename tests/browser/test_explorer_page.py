@@ -272,6 +272,12 @@ def test_names_with_html_are_text(explorer, cells):
     explorer.go_to(7)
     assert explorer.js("return window.wasRun") is None
     assert HTML_NAME in explorer.part("legend").text
+    explorer.click(explorer.legend()[0].find_element("css selector", "button"))  # only this class
+    explorer.browser.mouse(explorer.place(int(np.flatnonzero(cells.labels == 0)[0])))
+    explorer.wait("deep(document, '.bk-tooltip-content img').length === 1")
+    assert HTML_NAME in explorer.js("return deep(document, '.bk-tooltip-content')[0].textContent")
+    assert explorer.js("return window.wasRun") is None
+    explorer.click(explorer.browser.button("All"))
     assert "Zelle <b>é</b>.png" in explorer.part("cell").text.replace("\n", "")
     explorer.press(" ")
     explorer.go_to(5)

@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
+from sklearn.preprocessing import normalize
 
 MIN_CELLS_FOR_UMAP = 8
 UMAP_MISSING = "UMAP needs the package umap-learn, which is not installed; `pip install umap-learn`, or give --no-umap"
@@ -47,9 +48,12 @@ def nearest_cells(features: np.ndarray, k: int, metric: str = "euclidean") -> tu
     """
     if k == 0:
         return np.empty((len(features), 0), np.int64), np.empty((len(features), 0))
-    search = NearestNeighbors(n_neighbors=k, algorithm="brute", metric=metric).fit(features.astype(np.float64))
+    features = features.astype(np.float64)
+    search = NearestNeighbors(n_neighbors=k, algorithm="brute")
+    search.fit(normalize(features) if metric == "cosine" else features)
     distances, positions = search.kneighbors()  # of the fitted cells, each without itself
-    return positions, distances
+    # of features with length 1, the squared distance is 2 - 2 cosine
+    return positions, distances**2 / 2 if metric == "cosine" else distances
 
 
 def has_umap() -> bool:
