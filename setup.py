@@ -11,7 +11,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 RANGES = {"torch": "torch>=2.10,<2.16", "torchvision": "torchvision>=0.25"}
-OPTIONAL = {"matplotlib", "tensorboard", "xformers"}
+OPTIONAL = {"tensorboard", "xformers"}
 
 
 def read_version() -> str:
@@ -54,7 +54,7 @@ setup(
         "xformers": ["xformers>=0.0.35"],
         "lora": [development["peft"]],
         "parquet": [development["pyarrow"]],
-        "plots": [requirements["matplotlib"]],
+        "plots": [],  # matplotlib is required now; the name stays for commands that ask for it
         "tensorboard": [requirements["tensorboard"]],
         "timm": [development["timm"]],
         "torchmil": ["torchmil>=1.0.2,<2"],

@@ -20,8 +20,9 @@ from typing import Any
 from PIL import Image
 
 from dinov2.eval import report
-from dinov2.eval.cell_maps import choose_pictures, make_cell_maps, sheets
+from dinov2.eval.cell_maps import sheets
 from dinov2.eval.features import read_features
+from dinov2.eval.maps.cells import choose_images, make_cell_maps
 from dinov2.eval.pages.explorer import explorer_section
 from dinov2.eval.pages.page import write_page
 from dinov2.hub.backbones import load_backbone
@@ -95,7 +96,7 @@ def picture_of_explorer(browser: Any, page: Path) -> bytes:
 
 def picture_of_cells(quickstart: Path) -> bytes:
     """A cell of each class, through the trained network."""
-    paths, names = choose_pictures(quickstart / "cells" / "probe" / "test", 10)
+    paths, names = choose_images(quickstart / "cells" / "probe" / "test", 10)
     names = [name.partition("/")[0].replace("_", " ") for name in names]
     sheet = sheets(make_cell_maps(load_backbone(quickstart / "run", MAPS_SIZE), paths, MAPS_SIZE, names=names))["cells"]
     content = io.BytesIO()

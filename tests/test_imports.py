@@ -33,7 +33,7 @@ FREE = {"dinov2.utils.files"}
 BARE_MACHINE = """
 import importlib, sys
 
-OPTIONAL = {"xformers", "tensorboard", "torchmil", "matplotlib", "wandb", "timm", "transformers", "onnxruntime", "peft"}
+OPTIONAL = {"xformers", "tensorboard", "torchmil", "wandb", "timm", "transformers", "onnxruntime", "peft"}
 OPTIONAL |= {"pyarrow", "umap", "triton"}
 
 class Missing:

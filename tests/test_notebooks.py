@@ -36,7 +36,7 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def cells(tmp_path):
-    """Eleven pictures of two classes."""
+    """Eleven images of two classes."""
     rng = np.random.default_rng(0)
     for n in range(11):
         file = tmp_path / "cells" / ("blast", "platelet")[n % 2] / f"{n:02d}.png"
@@ -159,7 +159,7 @@ def test_train_on_your_cells_draws_trains_and_finds_neighbours(place, tmp_path, 
     settings = ["student.depth=1", "train.tensorboard=false"]
     output = tmp_path / "output"
     names, n_figures = run_here(
-        TRAIN_ON_YOUR_CELLS, STEPS=4, PICTURES_A_STEP=4, OUTPUT=str(output), MORE_SETTINGS=settings
+        TRAIN_ON_YOUR_CELLS, STEPS=4, IMAGES_PER_STEP=4, OUTPUT=str(output), MORE_SETTINGS=settings
     )
     assert names["code"] == 0
     assert n_figures == 3
@@ -174,7 +174,7 @@ def test_train_on_your_cells_draws_trains_and_finds_neighbours(place, tmp_path, 
 def test_train_on_your_cells_takes_a_folder_without_labels(place, cells, run_here):
     settings = ["student.depth=1", "train.tensorboard=false"]
     names, n_figures = run_here(
-        TRAIN_ON_YOUR_CELLS, CELLS=str(cells), STEPS=1, PICTURES_A_STEP=2, MORE_SETTINGS=settings
+        TRAIN_ON_YOUR_CELLS, CELLS=str(cells), STEPS=1, IMAGES_PER_STEP=2, MORE_SETTINGS=settings
     )
     assert names["code"] == 0
     assert n_figures == 3

@@ -22,7 +22,6 @@ SCRIPTS = [ROOT / ".ci" / "run", *sorted((ROOT / "scripts").glob("*.sh"))]
 DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 EXTRAS = {
     "triton",
-    "matplotlib",
     "onnxruntime",
     "peft",
     "pyarrow",

@@ -53,7 +53,8 @@ from dinov2.eval.extract_features import (
     positive_int,
 )
 from dinov2.eval.features import read_features
-from dinov2.eval.figures import draw_confusion, draw_curves, draw_losses
+from dinov2.eval.metrics.figures import draw_confusion, draw_curves, draw_losses
+from dinov2.eval.metrics.tables import class_table, metrics_table
 from dinov2.eval.mil_training import (
     Epoch,
     Fold,
@@ -70,8 +71,6 @@ from dinov2.eval.mil_training import (
 from dinov2.eval.results import (
     PROBABILITY_PREFIX,
     FoldPredictions,
-    class_table,
-    metrics_table,
     provenance,
     settings_of,
     summarize,

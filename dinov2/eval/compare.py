@@ -1,38 +1,50 @@
-"""Do two methods differ on the same cells? Paired tests between the predictions that two evaluations left behind."""
+"""Compare two methods on the same cells: paired tests between the predictions of two evaluations."""
 
 import argparse
+import hashlib
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dinov2.data.datasets.tables import open_table
 from dinov2.eval.extract_features import positive_int
-from dinov2.eval.results import PredictionTable, read_predictions
-from dinov2.eval.uncertainty import N_RESAMPLES, compare_paired
-from dinov2.hub.backbones import file_sha256
+from dinov2.eval.metrics import N_RESAMPLES, compare_paired
+from dinov2.eval.metrics.tables import percent, text_table
+from dinov2.eval.results import PredictionTable, ResultRecord, Row, mapping, read_predictions
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
-from dinov2.utils.files import atomic_write
+from dinov2.utils.files import atomic_write, file_sha256
+
+# Settings that may differ between comparable results: sources of cells, features and networks, and speed
+_INPUTS = {
+    *("checkpoint", "encoder", "encoder_weights", "data", "train", "test", "features", "test_features", "bags"),
+    *("test_bags", "labels", "batch_size", "device", "protocols", "patient_labels", "split", "fold_files", "baseline"),
+    *("few_shot", "repeats", "top_cells", "kinds", "apply"),
+}
 
 
 def compare_tables(
     a: PredictionTable, b: PredictionTable, n_resamples: int = N_RESAMPLES, seed: int = 0
 ) -> dict[str, Any]:
-    """`compare_paired` on the cells of two tables, matched by key.
+    """Run `compare_paired` on the cells of two tables, matched by key.
 
     Args:
         a, b: predictions for the same cells, in any order.
         n_resamples, seed: as for `compare_paired`.
 
     Returns:
-        what `compare_paired` gives, and `n` cells and `n_patients` (None where neither table names them).
+        The result of `compare_paired`, and `n` cells and `n_patients` (None if neither table has patients).
 
     Raises:
-        ValueError: if the tables are of other cells, or disagree on a cell's label or patient.
+        ValueError: the tables have no labels, are of other cells, or disagree on a cell's label or patient.
     """
+    if a.labels is None or b.labels is None:
+        raise ValueError("predictions: a table without labels cannot be compared; evaluate on labelled cells")
     rows = {key: i for i, key in enumerate(b.keys)}
     only_a, only_b = sorted(set(a.keys) - set(rows)), sorted(set(rows) - set(a.keys))
     if only_a or only_b:
@@ -40,42 +52,91 @@ def compare_tables(
             f"predictions: {len(only_a)} cells are in the first table only and {len(only_b)} in the second only, for "
             f"instance {(only_a + only_b)[0]!r}; evaluate both on the same cells"
         )
-    b = b.select([rows[key] for key in a.keys])
-    for what, of_a, of_b in (("label", a.labels, b.labels), ("patient", a.patients, b.patients)):
-        if of_a is not None and of_b is not None and of_a != of_b:
-            i = next(i for i, pair in enumerate(zip(of_a, of_b, strict=True)) if pair[0] != pair[1])
-            raise ValueError(
-                f"predictions: the {what} of {a.keys[i]!r} is {of_a[i]!r} in the first table and {of_b[i]!r} in the "
-                f"second; evaluate both on the same set"
-            )
-    patients = b.patients if a.patients is None else a.patients
-    names = sorted({*a.labels, *a.predictions, *b.predictions})
-    ids = {name: i for i, name in enumerate(names)}
-    labels, of_first, of_second = (
-        np.array([ids[name] for name in column]) for column in (a.labels, a.predictions, b.predictions)
-    )
-    found = compare_paired(labels, of_first, of_second, len(names), patients, n_resamples, seed)
-    return {"n": len(labels), "n_patients": None if patients is None else len(set(patients)), **found}
+    order = [rows[key] for key in a.keys]
+    labels, predictions = ([column[i] for i in order] for column in (b.labels, b.predictions))
+    patients = None if b.patients is None else [b.patients[i] for i in order]
+    for what, column_a, column_b in (("label", a.labels, labels), ("patient", a.patients, patients)):
+        for key, value_a, value_b in zip(a.keys, column_a or (), column_b or (), strict=False):
+            if value_a != value_b:
+                raise ValueError(
+                    f"predictions: the {what} of {key!r} is {value_a!r} in the first table and {value_b!r} in the "
+                    f"second; evaluate both on the same set"
+                )
+    patients = patients or a.patients
+    names, classes = np.unique([labels, a.predictions, predictions], return_inverse=True)
+    of_labels, of_a, of_b = classes.reshape(3, -1)
+    compared = compare_paired(of_labels, of_a, of_b, len(names), patients, n_resamples, seed)
+    return {"n": len(labels), "n_patients": None if patients is None else len(set(patients)), **compared}
+
+
+def compare_rows(first: Row, second: Row) -> dict[str, Any] | None:
+    """Run `compare_tables` on the predictions of two results; None if they have none, or for other cells."""
+    if first.table is None or second.table is None:
+        return None
+    try:
+        return compare_tables(first.table, second.table)
+    except ValueError:
+        return None
+
+
+def comparable_settings(record: ResultRecord) -> dict[str, Any]:
+    """Return the settings that must be equal for results to be comparable."""
+    return {name: value for name, value in mapping(record.report.get("settings")).items() if name not in _INPUTS}
+
+
+def predictions_belong(record: ResultRecord, row: Row) -> bool:
+    """Return True if a row's predictions exist and are those that its results.json was written with."""
+    if row.predictions is None or not row.predictions.is_file():
+        return False
+    owner = record.parts.get(row.predictions.parent.name, record)
+    digest = mapping(owner.report.get("files")).get(row.predictions.name)
+    return digest is None or digest == file_sha256(row.predictions)
+
+
+def cells_digest(row: Row) -> str | None:
+    """Return a digest of the tested cells and their labels; None if they are not known."""
+    if row.table is None or row.table.labels is None:
+        return None
+    return _digest(zip(row.table.keys, row.table.labels, strict=True))
+
+
+def split_digest(row: Row) -> str | None:
+    """Return a digest of the split; None if it is not known."""
+    if row.predictions is None:
+        return None
+    for name in ("split.csv", "folds.csv"):
+        try:
+            return _digest(values for _, values in open_table(row.predictions.with_name(name), "split").rows())
+        except (FileNotFoundError, ValueError):
+            continue
+    return None
+
+
+def _digest(lines: Iterable[Sequence[str]]) -> str:
+    """Return a digest of rows in any order; paths in the first column are relative to the folder they share."""
+    rows = [tuple(line) for line in lines]
+    if len(rows) > 1 and all(os.path.isabs(key) for key, *_ in rows):
+        common = os.path.commonpath([key for key, *_ in rows])
+        rows = [(os.path.relpath(key, common), *values) for key, *values in rows]
+    return hashlib.sha256(repr(sorted(rows)).encode()).hexdigest()
 
 
 def format_comparison(report: dict[str, Any]) -> str:
-    """A comparison as a table."""
+    """Return a comparison as a table."""
     test = report["mcnemar"]
     unit = "cells" if report["n_patients"] is None else f"{report['n_patients']} patients"
-    lines = [
-        f"{report['n']} cells; the first alone is right on {test['only_a_right']}, the second alone on "
-        f"{test['only_b_right']}: McNemar's exact p = {test['p_value']:.3g} (cells taken for independent)",
-        "",
-        f"{'in percent':18}{'first':>8}{'second':>8}{'difference, 95 % interval over ' + unit:>48}{'p':>9}",
-    ]
+    rows = [["in percent", "first", "second", f"difference, 95 % interval over {unit}", "p"]]
     for name, row in report["differences"].items():
-        values = "".join(f"{'-' if row[side] is None else f'{100 * row[side]:.1f}':>8}" for side in ("a", "b"))
         difference = "-" if row["difference"] is None else f"{100 * row['difference']:+.1f}"
         if row["interval"] is not None:
             difference += " ({:+.1f} to {:+.1f})".format(*(100 * end for end in row["interval"]))
         p_value = "-" if row["p_value"] is None else f"{row['p_value']:.3g}"
-        lines.append(f"{name:18}{values}{difference:>48}{p_value:>9}")
-    return "\n".join(lines)
+        rows.append([name, percent(row["a"]), percent(row["b"]), difference, p_value])
+    title = (
+        f"{report['n']} cells; only the first is right on {test['only_a_right']}, only the second on "
+        f"{test['only_b_right']}: McNemar's exact p = {test['p_value']:.3g} (assumes independent cells)"
+    )
+    return "\n".join([title, "", *text_table(rows)])
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -84,8 +145,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "each metric, by patient where the predictions name patients.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    help_text = "a predictions.csv, or the folder with one"
-    parser.add_argument("first", type=Path, help=help_text)
+    parser.add_argument("first", type=Path, help="a predictions.csv, or the folder with one")
     parser.add_argument("second", type=Path, help="likewise; differences are second - first")
     parser.add_argument("--resamples", type=positive_int, default=N_RESAMPLES, help="of the bootstrap")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")

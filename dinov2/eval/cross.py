@@ -42,10 +42,10 @@ from dinov2.data.splits import Fold, few_shot_draws, leave_one_dataset_out, make
 from dinov2.eval.cell_sets import check_finite, check_same_network, without_copies
 from dinov2.eval.extract_features import device_of, positive_int
 from dinov2.eval.features import Features, read_features
-from dinov2.eval.figures import draw_matrix
 from dinov2.eval.knn import knn_predict
 from dinov2.eval.linear import fit_linear_probe
-from dinov2.eval.metrics import classification_metrics
+from dinov2.eval.metrics import bootstrap_intervals, classification_metrics
+from dinov2.eval.metrics.figures import draw_matrix
 from dinov2.eval.results import (
     TABLE_METRICS,
     FoldPredictions,
@@ -54,7 +54,6 @@ from dinov2.eval.results import (
     summarize,
     write_report,
 )
-from dinov2.eval.uncertainty import bootstrap_intervals
 from dinov2.hub.backbones import file_sha256
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code

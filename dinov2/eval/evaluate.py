@@ -20,7 +20,8 @@ from dinov2.eval.cell_sets import input_hashes
 from dinov2.eval.features import DEFAULT_KIND, Features
 from dinov2.eval.judged_set import JudgedSet, add_judging_arguments, complete_arguments, load_judged_set
 from dinov2.eval.linear import SGD_KINDS
-from dinov2.eval.results import metrics_table, provenance, settings_of, write_report
+from dinov2.eval.metrics.tables import metrics_table
+from dinov2.eval.results import provenance, settings_of, write_report
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
 

@@ -14,14 +14,12 @@ import numpy as np
 from dinov2.data.splits import Fold, write_split
 from dinov2.eval.cell_sets import input_hashes
 from dinov2.eval.few_shot import Predict, evaluate_few_shot, size_of_draw
-from dinov2.eval.figures import draw_confusion, draw_curves
 from dinov2.eval.judged_set import JudgedSet
+from dinov2.eval.metrics.figures import draw_confusion, draw_curves
+from dinov2.eval.metrics.tables import class_table, metrics_table, scores_table
 from dinov2.eval.results import (
     FoldPredictions,
-    class_table,
-    metrics_table,
     provenance,
-    scores_table,
     settings_of,
     summarize,
     write_predictions,

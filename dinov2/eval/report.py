@@ -16,47 +16,25 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
 import dinov2
-from dinov2.eval.cell_maps import cells_section, choose_pictures
+from dinov2.eval.compare import predictions_belong
 from dinov2.eval.embedding import Embedder
 from dinov2.eval.extract_features import positive_int
 from dinov2.eval.features import read_features
+from dinov2.eval.maps.cells import choose_images
+from dinov2.eval.pages import results as result_pages
+from dinov2.eval.pages import runs as run_pages
+from dinov2.eval.pages.cells import cells_section
 from dinov2.eval.pages.explorer import ExplorerSettings, explorer_section
 from dinov2.eval.pages.page import Section, data_value, macros, table, write_page
 from dinov2.eval.pages.patients import patients_section
-from dinov2.eval.pages.results import (
-    COMPARED,
-    METRIC_TITLES,
-    NONE,
-    comparison_section,
-    count,
-    cross_section,
-    origins_section,
-    percent,
-    results_section,
-)
-from dinov2.eval.pages.runs import (
-    RunRecord,
-    config_section,
-    curves_section,
-    health_section,
-    read_run,
-    run_state,
-    teachers_section,
-    views_section,
-)
-from dinov2.eval.result_records import (
-    MODEL,
-    RESULTS_NAME,
-    ResultRecord,
-    mapping,
-    number,
-    predictions_belong,
-    read_result,
-)
+from dinov2.eval.pages.results import COMPARED, METRIC_HEADERS, NONE, count, percent
+from dinov2.eval.pages.runs import RunRecord, read_run
+from dinov2.eval.results import MODEL, RESULTS_NAME, ResultRecord, mapping, number, read_result
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
 from dinov2.utils.run_status import CONFIG_NAME, METRICS_NAME, is_run
@@ -120,35 +98,37 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 def summary_section(runs: Sequence[RunRecord], records: Sequence[ResultRecord]) -> Section:
     """Return what the report is about, and the most important number of each run and result."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for run in runs:
         loss, speed = run.newest("total_loss"), run.newest("images_per_second")
-        score = run.best.get("score")
         rows.append(
-            [
-                run.name,
-                run_state(run),
-                NONE if loss is None else data_value(loss, f"{loss:.4f}"),
-                NONE if speed is None else data_value(speed, f"{speed:,.1f}"),
-                percent(score),
-                NONE if number(score) is None else run.best.get("metric", NONE),
-            ]
+            {
+                "run": run.name,
+                "state": run_pages.run_state(run),
+                "newest loss": NONE if loss is None else data_value(loss, f"{loss:.4f}"),
+                "images per second": NONE if speed is None else data_value(speed, f"{speed:,.1f}"),
+                "best teacher, %": percent(run.best.get("score")),
+                "metric": run.best.get("metric", NONE),
+            }
         )
-    headers = ["run", "state", "newest loss", "images per second", "best teacher, %", "metric"]
-    parts = [table(headers, rows, "Training runs", numbers_from=2)] if rows else []
+    parts = [table(rows, "Training runs", numbers_from=2)]
     rows = []
     for record in records:
         scores = {row.method: number(row.metrics.get(COMPARED)) for row in record.rows if row.source == MODEL}
         method, best = max(scores.items(), key=lambda item: item[1] or -1.0, default=("", None))
         tested = record.rows[-1].n_tested if record.rows else None
-        highest = NONE if best is None else Markup("{} ({})").format(percent(best), method)
-        rows.append([record.name, record.protocol, record.encoder, NONE if tested is None else count(tested), highest])
-    headers = ["result", "protocol", "features of", "tested", f"highest {METRIC_TITLES[COMPARED]}, %"]
-    parts += [table(headers, rows, "Results", numbers_from=3)] if rows else []
-    paths = Markup().join(
-        Markup("<li><code>{}</code></li>").format(path) for path in [r.path for r in runs] + [r.path for r in records]
-    )
-    parts.append(macros().folded("Where this is from", Markup("<ul>{}</ul>").format(paths)))
+        rows.append(
+            {
+                "result": record.name,
+                "protocol": record.protocol,
+                "features of": record.encoder,
+                "tested": NONE if tested is None else count(tested),
+                f"highest {METRIC_HEADERS[COMPARED]}": NONE if best is None else percent(best) + f" ({method})",
+            }
+        )
+    parts.append(table(rows, "Results", numbers_from=3))
+    paths = [str(run.path) for run in runs] + [str(record.path) for record in records]
+    parts.append(macros().folded("Where this is from", macros().listing("Folders and files:", paths)))
     return Section("summary", "At a glance", Markup().join(parts))
 
 
@@ -202,7 +182,7 @@ def cells_of(
         if not known:
             raise ValueError("--cells: no run and no result here names a network; add --checkpoint WEIGHTS")
         checkpoint = known[0]
-    paths, names = choose_pictures(cells, n)
+    paths, names = choose_images(cells, n)
     return cells_section(Embedder(checkpoint), paths, names)
 
 
@@ -258,18 +238,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         explorer = explorer_of(records, args.max_cells)
     sections = [
         summary_section(runs, records),
-        comparison_section(records),
-        results_section(records),
-        cross_section(records),
-        curves_section(runs) if runs else None,
-        teachers_section(runs),
-        views_section(runs),
-        health_section(runs) if runs else None,
+        result_pages.comparison_section(records),
+        result_pages.results_section(records),
+        result_pages.cross_section(records),
+        run_pages.curves_section(runs) if runs else None,
+        run_pages.teachers_section(runs),
+        run_pages.views_section(runs),
+        run_pages.health_section(runs) if runs else None,
         patients_of(records),
         explorer,
         None if args.cells is None else cells_of(args.cells, args.checkpoint, args.n_cells, run_folders, records),
-        config_section(runs),
-        origins_section(records, {run.name: run.status.starts for run in runs}),
+        run_pages.config_section(runs),
+        result_pages.origins_section(records, {run.name: run.status.starts for run in runs}),
     ]
     title = "Report: " + ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     made = f"Made {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC by dinov2 {dinov2.__version__}"

@@ -1,63 +1,61 @@
-"""What an evaluation leaves behind: results.json, predictions as CSV, tables for the terminal.
+"""Results of evaluations: results.json and predictions.csv are written and read here.
 
-The same inputs give the same bytes of results.json but for its last entry, the date: settings that only say where
-results go or how fast they come are left out, and so are times.
+Equal inputs give equal bytes of results.json except for its last entry, the date: run times, and settings that only
+say where results go or how fast they come, are left out. A results.json of another version is read as far as possible:
+what is unknown is named in a note, and what is missing stays missing.
 
-Letters: N samples (cells, or patients), C classes
+Letters: N samples (cells or patients), C classes
 """
 
 import argparse
 import csv
 import json
-import logging
+import math
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import sklearn
 import torch
 
 import dinov2
 from dinov2.data.datasets.tables import open_table
 from dinov2.data.splits import Fold
-from dinov2.eval.metrics import classification_metrics
-from dinov2.eval.uncertainty import bootstrap_intervals
+from dinov2.eval.metrics import bootstrap_intervals, classification_metrics
+from dinov2.eval.metrics.tables import SCORES, TABLE_METRICS
 from dinov2.utils.files import atomic_write
 from dinov2.utils.paths import local_path
 
-logger = logging.getLogger("dinov2")
-
-NOT_INPUTS = ("output_dir", "overwrite", "num_workers")
-TABLE_METRICS = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced acc.",
-    "weighted_f1": "weighted F1",
-    "macro_f1": "macro F1",
-}
-SCORES = {
-    "kappa": "Cohen's kappa",
-    "auroc": "AUROC",
-    "log_loss": "log loss",
-    "calibration_error": "calibration error",
-}
+RESULTS_NAME = "results.json"
+MODEL = "model"  # the source of features that a results.json is about; other sources are baselines
 AVERAGED_METRICS = (*TABLE_METRICS, *SCORES)
 PROBABILITY_PREFIX = "p_"
 LABEL_COLUMNS = ("label", "prediction", "fold")
+NOT_INPUTS = ("output_dir", "overwrite", "num_workers")
+
+_KNOWN_FIELDS = {
+    *("protocol", "results", "few_shot", "class_names", "counts", "split", "patients_kept_apart", "kinds", "kind"),
+    *("files", "checkpoint", "features", "settings", "hashes", "versions", "date", "left_out", "training"),
+    *("aggregator", "iteration", "datasets", "teacher"),
+}
+_KNOWN_METRICS = {*AVERAGED_METRICS, "per_class", "confusion", "intervals", "mean_over_folds", "sd_over_folds", "folds"}
 
 
 @dataclass(frozen=True)
 class FoldPredictions:
-    """What a protocol predicted, every tested sample once.
+    """Predictions of a protocol, one for each tested sample.
 
     Attributes:
-        folds: training and test positions each.
+        folds: training and test positions of each fold.
         predictions: int64 [N], -1 for samples that no fold tests.
-        probabilities: float64 [N, C], NaN likewise; None where the method has none.
-        settings: of each fold, what was chosen and how it went, ready for JSON.
+        probabilities: float64 [N, C], NaN for samples that no fold tests; None if the method has none.
+        settings: the chosen settings and the outcome of each fold's training, ready for JSON.
     """
 
     folds: list[Fold]
@@ -72,11 +70,16 @@ class FoldPredictions:
 
     @property
     def fold_of(self) -> np.ndarray:
-        """Which fold tests each sample: int64 [N], -1 for none."""
+        """Number of the fold that tests each sample, int64 [N]; -1 for none."""
         numbers = np.full(len(self.predictions), -1, dtype=np.int64)
         for number, (_, test) in enumerate(self.folds):
             numbers[test] = number
         return numbers
+
+    def metrics(self, labels: np.ndarray, class_names: Sequence[str], positions: np.ndarray) -> dict[str, Any]:
+        """Compute `classification_metrics` of the samples at some positions."""
+        probabilities = None if self.probabilities is None else self.probabilities[positions]
+        return classification_metrics(labels[positions], self.predictions[positions], class_names, probabilities)
 
 
 def summarize(
@@ -86,58 +89,146 @@ def summarize(
     patients: Sequence[str] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Metrics of all tested samples together, with 95 % intervals, and of each fold.
+    """Compute metrics of all tested samples, with 95 % intervals, and of each fold.
 
     Args:
         labels: int64 [N].
-        predicted: of the same samples.
+        predicted: predictions for the same samples.
         class_names: C names.
-        patients: N patient ids, by which the intervals then go.
+        patients: N patient ids, to draw patients for the intervals instead of samples.
         seed: of the intervals.
 
     Returns:
-        `classification_metrics` of all folds' predictions together, `intervals` (`bootstrap_intervals`) and `folds`,
-        one entry each: sizes, settings, and metrics. With several folds also `mean_over_folds` and `sd_over_folds`
-        (with n - 1) of each metric that all of them have.
+        `classification_metrics` of the predictions of all folds, `intervals` (`bootstrap_intervals`) and `folds`: the
+        sizes, settings and metrics of each. With several folds also `mean_over_folds` and `sd_over_folds` (with n - 1)
+        of each metric that all of them have.
     """
     tested = predicted.tested
-    probabilities = predicted.probabilities
-    of_tested = None if probabilities is None else probabilities[tested]
-    together = classification_metrics(labels[tested], predicted.predictions[tested], class_names, of_tested)
     intervals = bootstrap_intervals(
         labels[tested],
         predicted.predictions[tested],
         len(class_names),
-        of_tested,
+        None if predicted.probabilities is None else predicted.probabilities[tested],
         None if patients is None else [patients[i] for i in tested],
         seed=seed,
     )
     folds = []
     for (train, test), settings in zip(predicted.folds, predicted.settings, strict=True):
-        metrics = classification_metrics(
-            labels[test],
-            predicted.predictions[test],
-            class_names,
-            None if probabilities is None else probabilities[test],
-        )
-        of_fold = {name: metrics[name] for name in AVERAGED_METRICS if name in metrics}
-        folds.append({"train": len(train), "test": len(test), **settings, **of_fold})
+        metrics = predicted.metrics(labels, class_names, test)
+        averages = {name: metrics[name] for name in AVERAGED_METRICS if name in metrics}
+        folds.append({"train": len(train), "test": len(test), **settings, **averages})
     over_folds = {}
     if len(folds) > 1:
-        known = {
-            name: np.array([fold[name] for fold in folds])
-            for name in AVERAGED_METRICS
-            if all(fold.get(name) is not None for fold in folds)
-        }
-        over_folds = {
-            "mean_over_folds": {name: float(values.mean()) for name, values in known.items()},
-            "sd_over_folds": {name: float(values.std(ddof=1)) for name, values in known.items()},
-        }
-    return {**together, "intervals": intervals, **over_folds, "folds": folds}
+        known = pd.DataFrame(folds, columns=AVERAGED_METRICS).dropna(axis="columns")  # metrics that all folds have
+        over_folds = {"mean_over_folds": known.mean().to_dict(), "sd_over_folds": known.std().to_dict()}
+    return {**predicted.metrics(labels, class_names, tested), "intervals": intervals, **over_folds, "folds": folds}
+
+
+@dataclass(frozen=True)
+class PredictionTable:
+    """The rows of a predictions.csv.
+
+    Attributes:
+        keys: an image's path, or a patient, for each of N rows.
+        labels: names of classes; None if the file has none.
+        predictions: names of classes.
+        patients: N patient ids, or None.
+        key_column: `path` or `patient`.
+        class_names: C names, of the probabilities.
+        probabilities: float64 [N, C]; None if the file has none.
+    """
+
+    keys: list[str]
+    labels: list[str] | None
+    predictions: list[str]
+    patients: list[str] | None
+    key_column: str = "path"
+    class_names: Sequence[str] = ()
+    probabilities: np.ndarray | None = None
+
+
+def write_csv(file: Path, header: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write a CSV; floats get eight significant digits."""
+    with atomic_write(file, "w") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows([f"{value:.8g}" if isinstance(value, float) else value for value in row] for row in rows)
+
+
+def write_predictions(
+    file: Path,
+    keys: Sequence[str],
+    labels: np.ndarray | None,
+    predicted: FoldPredictions,
+    class_names: Sequence[str],
+    patients: Sequence[str] | None = None,
+    key_column: str = "path",
+) -> None:
+    """Write a CSV with a row for each tested sample: key, patient and label (if known), prediction, fold, p_<class>.
+
+    Args:
+        file: the CSV.
+        keys: N image paths or patients.
+        labels: int64 [N], positions in `class_names`; None if unknown.
+        predicted: predictions for the same samples.
+        class_names: C names.
+        patients: N patient ids, or None.
+        key_column: name of the column of the keys.
+    """
+    tested, fold_of = predicted.tested.tolist(), predicted.fold_of
+    columns: dict[str, list[Any]] = {key_column: [str(keys[i]) for i in tested]}
+    if patients is not None:
+        columns["patient"] = [patients[i] for i in tested]
+    if labels is not None:
+        columns["label"] = [class_names[labels[i]] for i in tested]
+    columns["prediction"] = [class_names[predicted.predictions[i]] for i in tested]
+    columns["fold"] = fold_of[tested].tolist()
+    if predicted.probabilities is not None:
+        for name, of_class in zip(class_names, predicted.probabilities[tested].T.tolist(), strict=True):
+            columns[f"{PROBABILITY_PREFIX}{name}"] = of_class
+    write_csv(file, list(columns), zip(*columns.values(), strict=True))
+
+
+def read_predictions(file: Path) -> PredictionTable:
+    """Read what `write_predictions` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it lacks columns or rows, has a key twice, or has a probability that is no number.
+    """
+    file = local_path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"predictions: no file {str(file)!r}; linear.py and abmil.py write predictions.csv")
+    table = open_table(file, "predictions")
+    header = table.columns
+    if "prediction" not in header or header[0] in LABEL_COLUMNS:
+        raise ValueError(
+            f"predictions: {str(file)!r} has the columns {header or 'none'}; expected path or patient first, then "
+            f"{', '.join(LABEL_COLUMNS)}"
+        )
+    rows = [values for _, values in table.rows()]
+    columns = {name: list(values) for name, values in zip(header, zip(*rows, strict=True), strict=False)}
+    keys = columns.get(header[0], [])
+    if not keys or len(set(keys)) < len(keys):
+        raise ValueError(f"predictions: {str(file)!r} has no rows, or one {header[0]} stands in several; give one each")
+    of_classes = [name for name in header if name.startswith(PROBABILITY_PREFIX)]
+    try:
+        probabilities = np.array([[float(text or "nan") for text in columns[name]] for name in of_classes]).T
+    except ValueError as error:
+        raise ValueError(f"predictions: {str(file)!r} has a probability that is no number ({error})") from error
+    return PredictionTable(
+        keys,
+        columns.get("label"),
+        columns["prediction"],
+        columns.get("patient"),
+        header[0],
+        [name.removeprefix(PROBABILITY_PREFIX) for name in of_classes],
+        probabilities if of_classes else None,
+    )
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that results depend on, paths as text."""
+    """Return the flags that results depend on, paths as text."""
     return {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(args).items()
@@ -146,15 +237,12 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def provenance(attributes: Mapping[str, str], settings: Mapping[str, Any], hashes: Mapping[str, str]) -> dict[str, Any]:
-    """The end of a report: what made it.
+    """Return the last entries of a report: `checkpoint`, `features`, `settings`, `hashes`, `versions` and `date`.
 
     Args:
         attributes: of the features file.
-        settings: `settings_of`.
+        settings: as `settings_of` returns them.
         hashes: {flag: sha256} of the input files.
-
-    Returns:
-        `checkpoint`, `features`, `settings`, `hashes`, `versions` and `date`.
     """
     return {
         "checkpoint": {name: attributes.get(name) for name in ("checkpoint", "checkpoint_sha256", "model")},
@@ -173,154 +261,187 @@ def provenance(attributes: Mapping[str, str], settings: Mapping[str, Any], hashe
 
 
 def write_report(output_dir: Path, report: Mapping[str, Any]) -> None:
-    """<output_dir>/results.json: keys in the order given; numbers that JSON does not know are an error."""
+    """Write <output_dir>/results.json, keys in the order given; NaN and infinity are errors, as JSON lacks them."""
     text = json.dumps(report, indent=2, allow_nan=False)
-    with atomic_write(output_dir / "results.json", "w") as file:
+    with atomic_write(output_dir / RESULTS_NAME, "w") as file:
         file.write(text)
 
 
-@dataclass(frozen=True)
-class PredictionTable:
-    """What `read_predictions` found: N rows of a predictions file.
-
-    Attributes:
-        keys: what each row is about: a picture's path, or a patient.
-        labels, predictions: names of classes.
-        patients: N patient ids, or None.
-    """
-
-    keys: list[str]
-    labels: list[str]
-    predictions: list[str]
-    patients: list[str] | None
-
-    def select(self, rows: Sequence[int]) -> "PredictionTable":
-        """Some rows, in the order given."""
-        columns = (self.keys, self.labels, self.predictions)
-        keys, labels, predictions = ([column[i] for i in rows] for column in columns)
-        patients = None if self.patients is None else [self.patients[i] for i in rows]
-        return PredictionTable(keys, labels, predictions, patients)
-
-
-def write_predictions(
-    file: Path,
-    keys: Sequence[str],
-    labels: np.ndarray,
-    predicted: FoldPredictions,
-    class_names: Sequence[str],
-    patients: Sequence[str] | None = None,
-    key_column: str = "path",
-) -> None:
-    """A CSV with a row for each tested sample: key, patient (where known), label, prediction, fold and p_<class>.
-
-    Args:
-        file: the CSV.
-        keys: N, what each sample is.
-        labels: int64 [N], positions in `class_names`.
-        predicted: of the same samples.
-        class_names: C names.
-        patients: N patient ids, or None.
-        key_column: its name.
-    """
-    fold_of = predicted.fold_of
-    probabilities = predicted.probabilities
-    header = [key_column, *([] if patients is None else ["patient"]), *LABEL_COLUMNS]
-    if probabilities is not None:
-        header += [f"{PROBABILITY_PREFIX}{name}" for name in class_names]
-    with atomic_write(file, "w") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(header)
-        for i in predicted.tested.tolist():
-            names = class_names[int(labels[i])], class_names[int(predicted.predictions[i])]
-            row = [str(keys[i]), *([] if patients is None else [patients[i]]), *names, int(fold_of[i])]
-            writer.writerow(row if probabilities is None else row + [f"{p:.8g}" for p in probabilities[i]])
-
-
-def read_predictions(file: Path) -> PredictionTable:
-    """Read what `write_predictions` wrote.
+def read_report(file: Path) -> dict[str, Any]:
+    """Read the content of a results.json.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it lacks columns or rows, or a key stands twice.
+        ValueError: it holds no JSON object.
     """
-    file = local_path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"predictions: no file {str(file)!r}; linear.py and abmil.py write predictions.csv")
-    table = open_table(file, "predictions")
-    header = table.columns
-    missing = [name for name in LABEL_COLUMNS[:2] if name not in header]
-    if missing or header[0] in LABEL_COLUMNS:
-        raise ValueError(
-            f"predictions: {str(file)!r} has the columns {header or 'none'}; expected path or patient first, then "
-            f"{', '.join(LABEL_COLUMNS)}"
-        )
-    rows = [row for _, row in table.records()]
-    keys = [row[header[0]] for row in rows]
-    if not rows or len(set(keys)) < len(keys):
-        raise ValueError(f"predictions: {str(file)!r} has no rows, or one {header[0]} stands in several; give one each")
-    patients = [row["patient"] for row in rows] if "patient" in header else None
-    return PredictionTable(keys, [row["label"] for row in rows], [row["prediction"] for row in rows], patients)
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is not readable as JSON ({error}); run its evaluation again") from error
+    if not isinstance(report, dict):
+        raise ValueError(f"{str(file)!r} holds a {type(report).__name__}, no JSON object; give a results.json")
+    return report
 
 
-def metrics_table(rows: Sequence[tuple[str, str, Mapping[str, Any]]], setting: str) -> list[str]:
-    """Lines of a table in percent, with 95 % intervals where the metrics have them.
+@dataclass(frozen=True)
+class Row:
+    """Metrics of one method on one source of features.
 
-    Args:
-        rows: source of features, value of the setting, and metrics of each row.
-        setting: its title.
+    Attributes:
+        method: its name in evaluate.py: `knn_20`, `knn-dino_20`, `linear-sweep`, `abmil classwise`.
+        source: of the features: `model`, or a baseline's name.
+        metrics: as results.json has them.
+        predictions: CSV of this row's predictions; None if the protocol writes none.
     """
-    over_folds = {
-        i: f"mean of {len(row[2]['folds'])} folds" for i, row in enumerate(rows) if "mean_over_folds" in row[2]
-    }
-    second = max(4, len(setting), *(len(value) for _, value, _ in rows))
-    first = max([len(name) for name, _, _ in rows] + [len(title) - second - 1 for title in over_folds.values()])
-    with_intervals = any("intervals" in metrics for _, _, metrics in rows)
-    column = 22 if with_intervals else 15
-    lines = [f"{'':{first}} {setting:>{second}}" + "".join(f"{t:>{column}}" for t in TABLE_METRICS.values())]
-    for i, (name, value, metrics) in enumerate(rows):
-        line = f"{name:{first}} {value:>{second}}"
-        for metric in TABLE_METRICS:
-            text = f"{100 * metrics[metric]:.1f}"
-            if with_intervals and (interval := metrics.get("intervals", {}).get(metric)):
-                text += " ({:.1f}-{:.1f})".format(*(100 * end for end in interval))
-            line += f"{text:>{column}}"
-        lines.append(line)
-        if i in over_folds:
-            means, spreads = metrics["mean_over_folds"], metrics["sd_over_folds"]
-            values = [f"{100 * means[metric]:.1f} +- {100 * spreads[metric]:.1f}" for metric in TABLE_METRICS]
-            lines.append(f"{over_folds[i]:>{first + 1 + second}}" + "".join(f"{text:>{column}}" for text in values))
-    return lines
+
+    method: str
+    source: str
+    metrics: Mapping[str, Any]
+    predictions: Path | None = None
+
+    @property
+    def classes(self) -> dict[str, Mapping[str, Any]]:
+        """{class: its metrics}."""
+        per_class = mapping(self.metrics.get("per_class"))
+        return {name: metrics for name, metrics in per_class.items() if isinstance(metrics, Mapping)}
+
+    @property
+    def n_tested(self) -> int | None:
+        """Number of tested cells (or patients)."""
+        supports = [support for row in self.classes.values() if (support := number(row.get("support"))) is not None]
+        return round(sum(supports)) if supports and len(supports) == len(self.classes) else None
+
+    def interval(self, metric: str) -> tuple[float, float] | None:
+        """Return the ends of a metric's 95 % interval."""
+        ends = mapping(self.metrics.get("intervals")).get(metric)
+        known = [end for end in map(number, ends) if end is not None] if isinstance(ends, list) else []
+        return (known[0], known[1]) if len(known) == 2 else None
+
+    @cached_property
+    def table(self) -> PredictionTable | None:
+        """The predictions, if their file exists and is readable."""
+        try:
+            return None if self.predictions is None else read_predictions(self.predictions)
+        except (FileNotFoundError, ValueError):
+            return None
 
 
-def scores_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """Lines of a table of kappa and of the metrics of probabilities, as they are.
+@dataclass(frozen=True)
+class ResultRecord:
+    """One results.json.
 
-    Args:
-        rows: source of features, and metrics of each row.
+    Attributes:
+        name: of the result.
+        path: the file.
+        report: its content.
+        rows: everything that has metrics.
+        notes: unknown and missing parts, in words.
+        parts: {folder: results of a single protocol} if this is the result of all protocols.
     """
-    names = [name for name in SCORES if any(name in metrics for _, metrics in rows)]
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{'':{width}}" + "".join(f"{SCORES[name]:>19}" for name in names)]
-    for source, metrics in rows:
-        values = [metrics.get(name) for name in names]
-        lines.append(f"{source:{width}}" + "".join(f"{'-' if v is None else f'{v:.3f}':>19}" for v in values))
-    return lines
+
+    name: str
+    path: Path
+    report: Mapping[str, Any]
+    rows: list[Row]
+    notes: list[str]
+    parts: dict[str, "ResultRecord"] = field(default_factory=dict)
+
+    @property
+    def protocol(self) -> str:
+        return str(self.report.get("protocol", "unknown"))
+
+    @property
+    def encoder(self) -> str:
+        """Model and file that made the features."""
+        settings, checkpoint = mapping(self.report.get("settings")), mapping(self.report.get("checkpoint"))
+        model = checkpoint.get("model") or settings.get("encoder")
+        source = checkpoint.get("checkpoint") or settings.get("checkpoint")
+        digest = checkpoint.get("checkpoint_sha256")
+        known = [str(part) for part in (model, source) if part]
+        return ", ".join(known) or (f"checkpoint {str(digest)[:12]}" if digest else "not stated")
+
+    def folders(self, protocol: str) -> list[Path]:
+        """Return the folders with results of a protocol, of this record or its parts."""
+        own = [self.path.parent] if self.protocol.partition(",")[0] == protocol else []
+        return own + [folder for part in self.parts.values() for folder in part.folders(protocol)]
 
 
-def class_table(title: str, metrics: Mapping[str, Any], n_train: Mapping[str, int]) -> list[str]:
-    """Lines of a table of the classes, in percent.
+def mapping(value: Any) -> Mapping[str, Any]:
+    """Return the value if it is a mapping, otherwise an empty one."""
+    return value if isinstance(value, Mapping) else {}
 
-    Args:
-        title: over the names of the classes.
-        metrics: with `per_class`.
-        n_train: {class: number of training cells}.
+
+def number(value: Any) -> float | None:
+    """Return the value if it is a finite number."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else None
+
+
+def read_result(file: Path, name: str) -> ResultRecord:
+    """Read a results.json; for the result of all protocols, read also those in the folders beside it.
+
+    Raises:
+        ValueError: it holds no JSON object.
     """
-    width = max(map(len, [title, *metrics["per_class"]]))
-    lines = [f"{title:{width}}   train    test  recall  precision      F1"]
-    for name, row in metrics["per_class"].items():
-        recall = "-" if row["recall"] is None else f"{100 * row['recall']:.1f}"
-        lines.append(
-            f"{name:{width}} {n_train[name]:7} {row['support']:7} {recall:>7} {100 * row['precision']:10.1f} "
-            f"{100 * row['f1']:7.1f}"
-        )
-    return lines
+    report = read_report(file)
+    parts = {}
+    if report.get("protocol") == "all":
+        for below in sorted(file.parent.glob(f"*/{RESULTS_NAME}")):
+            parts[below.parent.name] = read_result(below, f"{name}, {below.parent.name}")
+    rows = list(_rows_of(report, file.parent))
+    return ResultRecord(name, file, report, rows, _notes_of(report, rows), parts)
+
+
+def _notes_of(report: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
+    notes = []
+    written_by = mapping(report.get("versions")).get("dinov2")
+    if written_by is None:
+        notes.append("it does not say which version wrote it")
+    elif written_by != dinov2.__version__:
+        notes.append(f"version {written_by} wrote it, this report is made by {dinov2.__version__}")
+    if unknown := sorted(set(report) - _KNOWN_FIELDS):
+        notes.append(f"fields that this version does not know are left out: {', '.join(unknown)}")
+    needed = () if "datasets" in report else ("protocol", "results", "class_names")  # training writes `datasets` alone
+    if missing := [key for key in needed if key not in report]:
+        notes.append(f"missing: {', '.join(missing)}")
+    if unknown := sorted({key for row in rows for key in row.metrics} - _KNOWN_METRICS):
+        notes.append(f"metrics that this version does not know are left out: {', '.join(unknown)}")
+    return notes
+
+
+def _rows_of(report: Mapping[str, Any], folder: Path) -> Iterator[Row]:
+    """Yield everything with metrics but the matrix of data sets, which is no list of methods."""
+    protocol = str(report.get("protocol"))
+    variant = mapping(report.get("settings")).get("protocol", "dinobloom")
+    name = protocol if variant == "dinobloom" else f"{protocol}-{variant}"
+    results = mapping(report.get("results")) or mapping(report.get("datasets"))
+    for path, metrics in _metrics_below(results):
+        match [protocol, *path]:
+            case ["all", method, source]:
+                part, _, k = method.partition("_")
+                shown = "abmil classwise" if method == "abmil" else method
+                yield Row(shown, source, metrics, _predictions_file(folder / part, source, f"knn_{k}" if k else ""))
+            case ["knn", source, row]:
+                yield Row(f"{name}_{row.rpartition('_')[2]}", source, metrics, _predictions_file(folder, source, row))
+            case ["linear", source, _]:
+                yield Row(name, source, metrics, _predictions_file(folder, source))
+            case ["abmil" | "abmil, applied", model, "together"]:
+                method = f"abmil {model}" + ("" if protocol == "abmil" else " applied")
+                yield Row(method, MODEL, metrics, _predictions_file(folder, MODEL))
+            case ["abmil" | "abmil, applied" | "cross", *_]:
+                continue
+            case _:
+                yield Row(" ".join(path), MODEL, metrics)
+
+
+def _metrics_below(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """Yield (keys, metrics) of each mapping that has a metric, from the outside inwards."""
+    if any(metric in mapping(value) for metric in AVERAGED_METRICS):
+        yield path, value
+        return
+    for key, inner in mapping(value).items():
+        yield from _metrics_below(inner, (*path, key))
+
+
+def _predictions_file(folder: Path, source: str, row: str = "") -> Path:
+    words = ["predictions", *([] if source == MODEL else [source]), *([row] if row else [])]
+    return folder / f"{'_'.join(words)}.csv"

@@ -35,6 +35,7 @@ from dinov2.eval.embedding import extract
 from dinov2.eval.knn import evaluate_knn
 from dinov2.eval.linear import fit_linear_probe
 from dinov2.eval.metrics import classification_metrics
+from dinov2.eval.results import RESULTS_NAME, read_report, write_report
 from dinov2.logging import MetricLogger
 from dinov2.models import architecture
 from dinov2.train.monitor import feature_statistics
@@ -47,7 +48,6 @@ from dinov2.utils.matmul import fast_matmul_within
 logger = logging.getLogger("dinov2")
 
 CHECKPOINT_NAME = "teacher_checkpoint.pth"
-RESULTS_NAME = "results.json"
 TRACKED_METRICS = ("accuracy", "balanced_accuracy", "weighted_f1")  # of each method, in the trackers
 PROTOTYPE_USE = ("prototype_use", "patch_prototype_use")  # of the newest step, as training_metrics.json has them
 # What may go wrong in an evaluation without ending the training
@@ -183,8 +183,7 @@ class TeacherEvaluation:
                 **{name: newest[name] for name in PROTOTYPE_USE if math.isfinite(newest.get(name, math.nan))},
             },
         }
-        with atomic_write(_folder(run_folder, done) / RESULTS_NAME, "w") as file:
-            json.dump(results, file, indent=1)
+        write_report(_folder(run_folder, done), results)
         _log_results(results, _write_best(run_folder / "eval", done, score(results)[0]))
         if metrics is not None:
             metrics.log_evaluation(done, _tracked_values(results))
@@ -276,7 +275,7 @@ def _write_best(folder: Path, done: int, metric: str) -> dict[str, Any] | None:
     for iteration, teacher in _teachers(folder, done).items():
         file = teacher.with_name(RESULTS_NAME)
         if file.is_file():
-            its_metric, its_score = score(json.loads(file.read_text(encoding="utf-8")))
+            its_metric, its_score = score(read_report(file))
             if its_metric == metric:
                 candidates.append((its_score, -iteration))
     if not candidates:

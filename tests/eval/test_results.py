@@ -1,4 +1,4 @@
-"""Reports with the same bytes each time, predictions that come back, tables that show what is in them."""
+"""Predictions and results come back as they were written; results of other versions as far as possible."""
 
 import argparse
 import json
@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dinov2 import __version__
 from dinov2.eval.metrics import classification_metrics
 from dinov2.eval.results import (
     FoldPredictions,
-    class_table,
-    metrics_table,
     provenance,
     read_predictions,
-    scores_table,
+    read_report,
+    read_result,
     settings_of,
     summarize,
     write_predictions,
@@ -33,8 +33,8 @@ def predicted():
     probabilities = np.full((12, 3), 0.1)
     probabilities[np.arange(11), predictions[:11]] = 0.8
     probabilities[11] = np.nan
-    everyone = np.arange(12)
-    folds = [(everyone[7:], everyone[:7]), (np.array([*range(7), 11]), everyone[7:11])]
+    everything = np.arange(12)
+    folds = [(everything[7:], everything[:7]), (np.array([*range(7), 11]), everything[7:11])]
     settings = [{"lambda": 0.5}, {"lambda": 2.0}]
     return labels, FoldPredictions(folds, predictions, probabilities, settings)
 
@@ -88,7 +88,9 @@ def test_predictions_come_back(predicted, tmp_path):
     assert table.labels == [NAMES[i] for i in labels[:11]]
     assert table.predictions == [NAMES[i] for i in found.predictions[:11]]
     assert table.patients == patients[:11]
-    assert table.select([3, 0]).keys == [paths[3], paths[0]]
+    assert table.key_column == "path"
+    assert table.class_names == NAMES
+    np.testing.assert_allclose(table.probabilities, found.probabilities[:11])
     header, first = (tmp_path / "predictions.csv").read_text(encoding="utf-8").splitlines()[:2]
     assert header == 'path,patient,label,prediction,fold,p_basophil,p_blast,"p_große, seltene"'
     assert first == '"/cells/ä 0, left.png",p0,basophil,basophil,0,0.8,0.1,0.1'
@@ -96,6 +98,13 @@ def test_predictions_come_back(predicted, tmp_path):
     without = FoldPredictions(found.folds, found.predictions, None, found.settings)
     write_predictions(tmp_path / "bags.csv", patients[:4] + paths[4:], labels, without, NAMES, key_column="patient")
     assert (tmp_path / "bags.csv").read_text(encoding="utf-8").startswith("patient,label,prediction,fold\np0,basophil,")
+    bags = read_predictions(tmp_path / "bags.csv")
+    assert (bags.key_column, bags.patients, bags.probabilities) == ("patient", bags.keys, None)
+
+    write_predictions(tmp_path / "unlabelled.csv", paths, None, found, NAMES)
+    unlabelled = read_predictions(tmp_path / "unlabelled.csv")
+    assert unlabelled.labels is None
+    assert unlabelled.predictions == table.predictions
 
 
 @pytest.mark.parametrize(
@@ -105,6 +114,7 @@ def test_predictions_come_back(predicted, tmp_path):
         ("label,prediction\nx,x\n", "expected path or patient first"),
         ("path,label,prediction\n", "has no rows"),
         ("path,label,prediction\na,x,x\na,x,y\n", "one path stands in several"),
+        ("path,label,prediction,p_x\na,x,x,much\n", "has a probability that is no number"),
     ],
 )
 def test_files_that_are_no_predictions(text, message, tmp_path):
@@ -135,20 +145,88 @@ def test_a_report_with_nan_is_not_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tables_show_values_intervals_and_spread(predicted):
+def test_rows_of_each_protocol_know_their_predictions(predicted, tmp_path):
     labels, found = predicted
     summary = summarize(labels, found, NAMES)
-    title, row, over_folds = metrics_table([("model", "sweep", summary)], "protocol")
-    assert len(title) == len(row) == len(over_folds)
-    low, high = (100 * end for end in summary["intervals"]["accuracy"])
-    assert f"81.8 ({low:.1f}-{high:.1f})" in row
-    assert "mean of 2 folds" in over_folds
-    assert f"{100 * summary['mean_over_folds']['accuracy']:.1f} +- " in over_folds
-    plain = classification_metrics(labels, labels, NAMES)
-    assert metrics_table([("model", "20", plain)], "k")[1] == "model   20" + 4 * "          100.0"
-    head, line = scores_table([("model", summary)])
-    assert "AUROC" in head
-    assert f"{summary['log_loss']:.3f}" in line
-    assert "AUROC" not in scores_table([("model", plain)])[0]
-    of_class = class_table("model", summary, dict.fromkeys(NAMES, 8))[1]
-    assert re.fullmatch(r"basophil +8 +4 +100\.0 +80\.0 +88\.9", of_class)
+    versions = {"dinov2": __version__}
+    layouts = {
+        "knn": ({"model": {"knn_5": summary}, "pixels": {"knn_5": summary}}, {"protocol": "dino"}),
+        "linear": ({"model": {"linear_sweep": summary}}, {"protocol": "sweep"}),
+        "abmil": ({"gated": {"together": summary, "mean": {"accuracy": 0.5}}}, {"protocol": "crossval"}),
+        "all": ({"knn-dino_5": {"model": summary}, "linear": {"pixels": summary}, "abmil": {"model": summary}}, {}),
+        "cross": ({"matrix": {"a": {"b": {"accuracy": 0.5}}}}, {}),
+    }
+    rows = {}
+    for protocol, (results, settings) in layouts.items():
+        folder = tmp_path / protocol
+        content = {"protocol": protocol, "results": results, "class_names": NAMES, "settings": settings}
+        write_report(folder, {**content, "versions": versions})
+        record = read_result(folder / "results.json", protocol)
+        assert record.notes == []
+        rows[protocol] = [(r.method, r.source, str(r.predictions.relative_to(folder))) for r in record.rows]
+    assert rows == {
+        "knn": [
+            ("knn-dino_5", "model", "predictions_knn_5.csv"),
+            ("knn-dino_5", "pixels", "predictions_pixels_knn_5.csv"),
+        ],
+        "linear": [("linear-sweep", "model", "predictions.csv")],
+        "abmil": [("abmil gated", "model", "predictions.csv")],
+        "all": [
+            ("knn-dino_5", "model", "knn-dino/predictions_knn_5.csv"),
+            ("linear", "pixels", "linear/predictions_pixels.csv"),
+            ("abmil classwise", "model", "abmil/predictions.csv"),
+        ],
+        "cross": [],
+    }
+
+
+def test_a_row_has_its_numbers_and_predictions(predicted, tmp_path):
+    labels, found = predicted
+    results = {"model": {"linear_dinobloom": summarize(labels, found, NAMES)}}
+    write_report(tmp_path, {"protocol": "linear", "results": results})
+    (row,) = read_result(tmp_path / "results.json", "mine").rows
+    assert row.n_tested == 11
+    assert list(row.classes) == NAMES
+    assert row.interval("accuracy") == tuple(row.metrics["intervals"]["accuracy"])
+    assert row.interval("calibration_error") is None
+    assert row.table is None
+    write_predictions(tmp_path / "predictions.csv", [f"{i}" for i in range(12)], labels, found, NAMES)
+    (row,) = read_result(tmp_path / "results.json", "mine").rows
+    assert row.table.labels == [NAMES[i] for i in labels[:11]]
+
+
+def test_the_result_of_all_protocols_has_those_beside_it(tmp_path):
+    checkpoint = {"model": "ViT", "checkpoint": "a.pth", "checkpoint_sha256": "ab"}
+    write_report(tmp_path, {"protocol": "all", "results": {}, "checkpoint": checkpoint})
+    for protocol in ("abmil", "knn"):
+        write_report(tmp_path / protocol, {"protocol": protocol, "results": {}})
+    record = read_result(tmp_path / "results.json", "mine")
+    assert [part.name for part in record.parts.values()] == ["mine, abmil", "mine, knn"]
+    assert record.folders("abmil") == [tmp_path / "abmil"]
+    assert record.encoder == "ViT, a.pth"
+
+
+def test_results_of_another_version_are_read_as_far_as_possible(tmp_path):
+    metrics = {"accuracy": 0.5, "new_score": 0.7, "intervals": {"accuracy": [0.4]}, "per_class": {"a": {"recall": 1}}}
+    (tmp_path / "results.json").write_text(json.dumps({"protocol": "new", "results": {"x": {"y": metrics}}, "more": 1}))
+    record = read_result(tmp_path / "results.json", "mine")
+    (row,) = record.rows
+    assert (row.method, row.predictions, row.n_tested, row.interval("accuracy")) == ("x y", None, None, None)
+    assert record.notes == [
+        "it does not say which version wrote it",
+        "fields that this version does not know are left out: more",
+        "missing: class_names",
+        "metrics that this version does not know are left out: new_score",
+    ]
+    of_training = {"iteration": 4, "datasets": {"set": {"n_test": 10, "knn": {"knn_1": {"accuracy": 0.5}}}}}
+    (tmp_path / "results.json").write_text(json.dumps({**of_training, "versions": {"dinov2": "99"}}))
+    record = read_result(tmp_path / "results.json", "mine")
+    assert [row.method for row in record.rows] == ["set knn knn_1"]
+    assert record.notes == [f"version 99 wrote it, this report is made by {__version__}"]
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "not readable as JSON"), ("[]", "holds a list, no JSON object")])
+def test_files_that_are_no_results(text, message, tmp_path):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_report(tmp_path / "results.json")

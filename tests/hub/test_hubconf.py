@@ -77,8 +77,8 @@ def test_each_name_has_the_size_of_its_release():
     assert sizes["dinobloom_s"] == 22_056_576 - (1370 - 257) * 384
 
 
-def test_the_readmes_table_has_each_networks_size():
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+def test_the_table_of_networks_has_the_size_of_each():
+    text = (REPOSITORY / "docs" / "weights.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (`dino.*?) \| ViT-\w/14 \| ([\d,]+) \| ([\d,]+) million \|", text, re.MULTILINE)
     told = {name: (dim, size) for names, dim, size in rows for name in re.findall(r"`(\w+)`", names)}
     assert set(told) == set(NAMES)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from bokeh.models import HoverTool
+from bokeh.models import ColumnDataSource, HoverTool
 from bokeh.plotting import figure
 from markupsafe import Markup
 
@@ -23,6 +23,7 @@ DASHES = ("solid", "dashed", "dotted")
 MOST_MARKERS = 40  # points of a line that are few enough to be marked
 MOST_DESCRIBED = 8  # lines in the text for screen readers
 TOO_LARGE = 1e150  # an axis cannot hold such values
+NOTHING = Markup('<p class="muted">No number to draw.</p>')
 
 Series = Mapping[str, tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]]
 
@@ -57,22 +58,25 @@ def line_chart(series: Series, title: str, x_label: str, y_label: str, log_y: bo
         log_y: whether the vertical axis is logarithmic.
     """
     plot = _plot(x_label, y_label, height=240, y_axis_type="log" if log_y else "linear")
+    has_number = False
     words, legend = [title], []
     for number, (name, (xs, ys)) in enumerate(series.items()):
-        x, y = np.asarray(xs, dtype=np.float64), np.asarray(ys, dtype=np.float64)
-        kept = thinned(x, y)
-        x, y = x[kept], y[kept]
+        x, y = np.asarray(xs), np.asarray(ys, dtype=np.float64)
         y = np.where((np.abs(y) < TOO_LARGE) & ((y > 0) | (not log_y)), y, np.nan)
+        kept = thinned(x, y)
+        source = ColumnDataSource({"x": x[kept].tolist(), "y": y[kept].tolist()})
         colour, dash = COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)]
-        source = {"x": x.tolist(), "y": y.tolist(), "name": [name] * len(x)}
-        plot.line("x", "y", source=source, color=colour, line_dash=dash, line_width=1.5)
+        plot.line("x", "y", source=source, name=name, color=colour, line_dash=dash, line_width=1.5)
         finite = y[np.isfinite(y)]
-        # an invisible marker on every point is what the pointer finds
-        plot.scatter("x", "y", source=source, color=colour, size=5, alpha=1 if len(finite) <= MOST_MARKERS else 0)
+        if len(finite) <= MOST_MARKERS:
+            plot.scatter("x", "y", source=source, name=name, color=colour, size=5)
+        has_number |= len(finite) > 0
         legend.append((name, colour, dash))
         if number < MOST_DESCRIBED:
             words.append(f"{name}: {_summary(finite)}")
-    tooltips = [("", "@name"), (x_label, "@x"), (y_label or "value", "@y{%.5g}")]
+    if not has_number:
+        return macros().chart(NOTHING, title)
+    tooltips = [("", "$name"), (x_label, "@x"), (y_label or "value", "@y{%.5g}")]
     plot.add_tools(HoverTool(tooltips=tooltips, formatters={"@y": "printf"}))
     return macros().chart(embed(plot, ". ".join(words)), title, legend if len(legend) > 1 else ())
 
@@ -88,6 +92,8 @@ def interval_chart(
         x_label: what the values are.
     """
     numbers = np.array([row[1:] for row in rows], dtype=np.float64).reshape(-1, 3)  # [rows, 3], NaN for None
+    if not np.isfinite(numbers).any():
+        return macros().chart(NOTHING, title)
     plot = _plot(x_label, "", height=60 + 34 * len(rows), y_range=(len(rows) - 0.4, -0.8))
     colours = [COLOURS[number % len(COLOURS)] for number in range(len(rows))]
     value, low, high = (column.tolist() for column in numbers.T)
@@ -95,8 +101,9 @@ def interval_chart(
     source |= {"value": value, "low": low, "high": high}
     plot.segment("low", "y", "high", "y", source=source, color="colour", line_width=3)
     plot.scatter("value", "y", source=source, color="colour", size=9)
-    left = float(np.nanmin(numbers)) if np.isfinite(numbers).any() else 0.0
-    plot.text(left, "y", "name", source=source, y_offset=-6, text_color=GREY, text_font_size="12px")
+    plot.text(
+        float(np.nanmin(numbers)), "y", "name", source=source, y_offset=-6, text_color=GREY, text_font_size="12px"
+    )
     plot.yaxis.visible = False
     plot.ygrid.visible = False
     plot.add_tools(HoverTool(tooltips=[("", "@name"), (x_label, "@value{0.0} (@low{0.0} to @high{0.0})")]))

@@ -19,7 +19,7 @@ What sections can use:
 import base64
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -101,19 +101,18 @@ def data_value(value: float, text: str) -> Markup:
     return Markup('<data value="{}">{}</data>').format(repr(value), text)
 
 
-def table(
-    headers: Sequence[Any], rows: Iterable[Sequence[Any]], caption: str, *, numbers_from: int = 1, folded: str = ""
-) -> Markup:
-    """Return a table with a caption, whose first column names the rows.
+def table(rows: Sequence[Mapping[str, Any]], caption: str, *, numbers_from: int = 1, folded: str = "") -> Markup:
+    """Return a table with a column for each key, whose first column names the rows; nothing without rows.
 
     Args:
-        headers: of the columns.
-        rows: text or `Markup` of the cells, as many as there are headers.
+        rows: {header: text or `Markup`}.
         caption: what the table shows.
         numbers_from: the column from which cells are aligned right.
         folded: a line that unfolds the table; without it the table is open.
     """
-    return macros().table(headers, rows, caption, numbers_from, folded)
+    headers = list(dict.fromkeys(header for row in rows for header in row))
+    cells = [[row.get(header, "") for header in headers] for row in rows]
+    return macros().table(headers, cells, caption, numbers_from, folded) if rows else Markup()
 
 
 def page_html(title: str, sections: Sequence[Section], subtitle: str = "") -> str:

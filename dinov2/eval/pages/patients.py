@@ -11,27 +11,24 @@ made from, not that it was right.
 Letters: N cells of a patient, C classes
 """
 
-import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
-from dinov2.data.datasets.decode import UnreadableImageError, decode_image, resize_image
 from dinov2.data.datasets.tables import open_table
-from dinov2.eval.pages.page import Section, data_value, image_uri, render
-from dinov2.eval.results import PROBABILITY_PREFIX
+from dinov2.eval.pages.page import Section, data_value, render
+from dinov2.eval.pages.thumbnails import make_thumbnails
+from dinov2.eval.results import PROBABILITY_PREFIX, RESULTS_NAME, read_predictions, read_report
 
 MOST_PATIENTS = 500
 MOST_THUMBNAILS = 6000  # of all patients together: some 10 MB of the page
 THUMBNAIL_PX = 56
 DEFAULT_N_CELLS = 6
+NO_CELLS = pd.DataFrame({"source": [], "attention": []}, dtype=object)
 
 
 class Cell(NamedTuple):
@@ -120,63 +117,55 @@ def read_patients(folder: Path) -> list[Patient]:
         FileNotFoundError: if there are no predictions of patients.
         ValueError: if files lack columns, hold no numbers, or are from different runs.
     """
-    _check_protocol(folder / "results.json")
-    file = folder / "predictions.csv"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"patients: no predictions.csv in {str(folder)!r}; give the --output-dir of dinov2/eval/abmil.py"
-        )
-    predictions = _read(file, ["patient", "prediction"], PROBABILITY_PREFIX)
-    columns = [name for name in predictions if name.startswith(PROBABILITY_PREFIX)]
-    class_names = [name.removeprefix(PROBABILITY_PREFIX) for name in columns]
-    if not class_names or predictions.empty:
-        what = f"has no columns {PROBABILITY_PREFIX}<class>" if not class_names else "names no patient"
-        raise ValueError(f"patients: {str(file)!r} {what}; run abmil.py again")
-    ids = set(predictions["patient"])
-    unknown = set(predictions["prediction"]) - set(class_names)
-    if len(ids) < len(predictions) or unknown:
+    file, report = folder / "predictions.csv", folder / RESULTS_NAME
+    if report.is_file() and not str(protocol := read_report(report).get("protocol")).startswith("abmil"):
+        raise ValueError(f"patients: {str(report)!r} is of protocol {protocol!r}; give the folder of an ABMIL result")
+    predicted = read_predictions(file)
+    names, probabilities = list(predicted.class_names), predicted.probabilities
+    is_known = predicted.key_column == "patient" and set(predicted.predictions) <= set(names)
+    if not is_known or probabilities is None or not np.isfinite(probabilities).all():
         raise ValueError(
-            f"patients: {str(file)!r} has {len(predictions)} rows for {len(ids)} patients, and {len(unknown)} "
-            f"predictions that are no class of its columns; it was edited: run abmil.py again"
+            f"patients: {str(file)!r} needs the column patient, and a probability of each predicted class for each "
+            f"patient; run dinov2/eval/abmil.py again"
         )
-    networks = _of_patients(folder / "predictions_of_networks.csv", ["patient", *columns], PROBABILITY_PREFIX, ids)
-    attention = _of_patients(folder / "attention.csv", ["patient", "source", "attention"], "attention", ids)
-    of_classes = [f"attention_{name}" for name in class_names]
+    networks = _read(
+        folder / "predictions_of_networks.csv", [PROBABILITY_PREFIX + name for name in names], predicted.keys
+    )
+    attention = _read(folder / "attention.csv", ["attention"], predicted.keys)
+    of_classes = [f"attention_{name}" for name in names]
     patients = []
-    for row in predictions.to_dict("records"):
-        of_networks = networks[row["patient"]][columns].to_numpy() if networks else np.empty((0, len(columns)))
-        cells = attention.get(row["patient"], pd.DataFrame({"source": [], "attention": []}, dtype=object))
-        own = cells[of_classes if set(of_classes) <= set(cells) else ["attention"]].to_numpy(dtype=np.float64)
-        probabilities = np.array([row[column] for column in columns])
-        sources = cells["source"].tolist()
-        label, prediction = row.get("label"), row["prediction"]
+    for i, (patient, prediction) in enumerate(zip(predicted.keys, predicted.predictions, strict=True)):
+        of_networks = (
+            networks[patient].filter(regex=f"^{PROBABILITY_PREFIX}").to_numpy()
+            if networks
+            else np.empty((0, len(names)))
+        )
+        cells = attention.get(patient, NO_CELLS)
+        columns = of_classes if set(of_classes) <= set(cells) else ["attention"]
         patients.append(
-            Patient(row["patient"], label, prediction, probabilities, of_networks, sources, own, class_names)
+            Patient(
+                id=patient,
+                label=None if predicted.labels is None else predicted.labels[i],
+                prediction=prediction,
+                probabilities=probabilities[i],
+                of_networks=of_networks,
+                sources=cells["source"].tolist(),
+                attention=cells[columns].to_numpy(dtype=np.float64),
+                class_names=names,
+            )
         )
     return patients
 
 
-def _check_protocol(file: Path) -> None:
+def _read(file: Path, required: Sequence[str], patients: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """Read the rows of each patient; columns of probabilities and attention are numbers. Empty without the file."""
     if not file.is_file():
-        return
-    try:
-        protocol = str(json.loads(file.read_text(encoding="utf-8")).get("protocol", ""))
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"patients: {str(file)!r} is no results.json ({error}); run abmil.py again") from error
-    if not protocol.startswith("abmil"):
-        raise ValueError(f"patients: {str(file)!r} is of protocol {protocol!r}; give the folder of an ABMIL result")
-
-
-def _read(file: Path, required: Sequence[str], numbers: str) -> pd.DataFrame:
-    """Read a CSV file whose columns that begin with `numbers` are numbers."""
+        return {}
     table = open_table(file, "patients")
-    if missing := [name for name in required if name not in table.columns]:
-        raise ValueError(
-            f"patients: {str(file)!r} has no column {', '.join(missing)}; it is of another command or version: run "
-            f"dinov2/eval/abmil.py again"
-        )
+    if missing := {"patient", *required} - set(table.columns):
+        raise ValueError(f"patients: {str(file)!r} has no column {', '.join(sorted(missing))}; run abmil.py again")
     frame = pd.DataFrame([row for _, row in table.records()], columns=table.columns, dtype=object)
-    for column in (name for name in frame if name.startswith(numbers)):
+    for column in (name for name in frame if name.startswith((PROBABILITY_PREFIX, "attention"))):
         try:
             frame[column] = frame[column].astype(np.float64)
         except (TypeError, ValueError) as error:
@@ -184,13 +173,8 @@ def _read(file: Path, required: Sequence[str], numbers: str) -> pd.DataFrame:
                 f"patients: {str(file)!r} has no number in the column {column} ({error}); the file is cut or was "
                 f"edited: run abmil.py again"
             ) from error
-    return frame
-
-
-def _of_patients(file: Path, required: Sequence[str], numbers: str, ids: set[str]) -> dict[str, pd.DataFrame]:
-    """Read the rows of each patient; empty without the file."""
-    groups = dict(iter(_read(file, required, numbers).groupby("patient", sort=False))) if file.is_file() else {}
-    if groups and set(groups) != ids:
+    groups = dict(iter(frame.groupby("patient", sort=False)))
+    if set(groups) != set(patients):
         raise ValueError(
             f"patients: {file.name} and predictions.csv in {str(file.parent)!r} name different patients, so they are "
             f"from different runs; run abmil.py again into an empty folder"
@@ -215,6 +199,12 @@ def patients_section(folder: Path, n_cells: int = DEFAULT_N_CELLS) -> Section:
     shown = sorted(patients, key=lambda patient: (not patient.is_wrong, patient.probabilities.max()))[:MOST_PATIENTS]
     n_columns = shown[0].attention.shape[1]
     n_groups = 2 + (n_columns if n_columns > 1 else 0)
+    n_cells = max(1, min(n_cells, MOST_THUMBNAILS // (len(shown) * n_groups)))
+    groups = {patient.id: patient.cell_groups(n_cells) for patient in shown}
+    sources = list(
+        {cell.source: None for of_patient in groups.values() for cells in of_patient.values() for cell in cells}
+    )
+    thumbnails = make_thumbnails(sources, THUMBNAIL_PX)
     html = render(
         "patients.html",
         patients=shown,
@@ -222,20 +212,10 @@ def patients_section(folder: Path, n_cells: int = DEFAULT_N_CELLS) -> Section:
         n_patients=len(patients),
         n_labelled=sum(patient.label is not None for patient in patients),
         n_wrong=sum(patient.is_wrong for patient in patients),
-        n_cells=max(1, min(n_cells, MOST_THUMBNAILS // (len(shown) * n_groups))),
+        groups=groups,
         percent=lambda value: data_value(float(value), f"{100 * value:.1f} %"),
-        thumbnail=cache(_thumbnail),
+        thumbnails=dict(zip(sources, thumbnails.uris, strict=True)),
+        missing={sources[position]: reason for position, reason in thumbnails.missing.items()},
         size=THUMBNAIL_PX,
     )
     return Section("patients", "Patients", html)
-
-
-def _thumbnail(source: str) -> tuple[str, str]:
-    """Return a small image as the `src` of an `<img>`, or "" and why there is none."""
-    try:
-        image = resize_image(decode_image(source), THUMBNAIL_PX).permute(1, 2, 0).numpy()
-    except UnreadableImageError as error:
-        return "", error.reason
-    stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "JPEG", quality=78)
-    return image_uri(stream.getvalue(), "jpeg"), ""

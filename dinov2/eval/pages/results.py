@@ -4,29 +4,30 @@ A comparison puts side by side only what was evaluated on the same cells, by the
 differs stands in a table of its own, and a warning says so.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
+from dinov2.eval.compare import cells_digest, comparable_settings, compare_rows, predictions_belong, split_digest
+from dinov2.eval.metrics.tables import SCORES, TABLE_METRICS
 from dinov2.eval.pages.charts import interval_chart
 from dinov2.eval.pages.page import Section, data_value, macros, table
-from dinov2.eval.result_records import MODEL, ResultRecord, Row, compare_rows, mapping, number, predictions_belong
-from dinov2.eval.results import SCORES, TABLE_METRICS
+from dinov2.eval.results import MODEL, ResultRecord, Row, mapping, number
 
 COMPARED = "balanced_accuracy"  # the metric of interval charts, paired tests and the matrix of data sets
 MOST_PAIRED = 50_000  # predictions of one file in a paired test, which resamples them a thousand times
 NONE, MISSING = "–", "missing"
-NOT_IN_PERCENT = ("log_loss",)
 METRIC_TITLES = TABLE_METRICS | SCORES
-METRIC_HEADERS = [title + ("" if name in NOT_IN_PERCENT else ", %") for name, title in METRIC_TITLES.items()]
-_CLASS_COLUMNS = {"recall": "recall", "precision": "precision", "f1": "F1", "auroc": "AUROC"}
+METRIC_HEADERS = {name: title + ("" if name == "log_loss" else ", %") for name, title in METRIC_TITLES.items()}
+CLASS_TITLES = {"recall": "recall, %", "precision": "precision, %", "f1": "F1, %", "auroc": "AUROC, %"}
 
 
-def percent(value: Any) -> str:
-    """Return a number in percent with one decimal, or `NONE`."""
-    return NONE if number(value) is None else data_value(value, f"{100 * value:.1f}")
+def percent(value: Any, in_percent: bool = True) -> str:
+    """Return a number in percent with one decimal, or as it is with three; `NONE` for none."""
+    if number(value) is None:
+        return NONE
+    return data_value(value, f"{100 * value:.1f}" if in_percent else f"{value:.3f}")
 
 
 def count(value: Any) -> str:
@@ -34,13 +35,20 @@ def count(value: Any) -> str:
     return MISSING if number(value) is None else data_value(value, f"{value:,.0f}")
 
 
-def metric_cells(metrics: Mapping[str, Any]) -> list[str]:
-    """Return all metrics with their intervals; `MISSING` for a metric that every result has."""
-    return [_metric_cell(metrics, name) for name in METRIC_TITLES]
+def metric_columns(metrics: Mapping[str, Any], names: Iterable[str] = METRIC_TITLES) -> dict[str, str]:
+    """Return {header: metric with its interval}; `MISSING` for a metric that every result has."""
+    columns = {}
+    for name in names:
+        ends = Row("", "", metrics).interval(name)
+        if name not in metrics:
+            columns[METRIC_HEADERS[name]] = MISSING if name in TABLE_METRICS else NONE
+        else:
+            columns[METRIC_HEADERS[name]] = _with_interval(metrics[name], ends, in_percent=name != "log_loss")
+    return columns
 
 
-def class_table(metrics: Mapping[str, Any], name: str, n_train: Mapping[str, Any] | None = None) -> Markup:
-    """Return the numbers of each class and the confusion matrix.
+def class_tables(metrics: Mapping[str, Any], name: str, n_train: Mapping[str, Any] | None = None) -> Markup:
+    """Return the numbers of each class and the confusion matrix, its fields as strong as their share of the label.
 
     Args:
         metrics: with `per_class` and `confusion`.
@@ -48,21 +56,20 @@ def class_table(metrics: Mapping[str, Any], name: str, n_train: Mapping[str, Any
         n_train: {class: training cells}; a column if it is given.
     """
     per_class = {class_name: mapping(row) for class_name, row in mapping(metrics.get("per_class")).items()}
-    if not per_class:
-        return macros().text(f"Classes, {name}: the numbers of the classes are missing.", "note")
-    columns = [key for key in _CLASS_COLUMNS if key != "auroc" or any(key in row for row in per_class.values())]
-    rows = [
-        [
-            class_name,
-            *([count(n_train[class_name]) if class_name in n_train else NONE] if n_train else []),
-            count(row.get("support")),
-            *(percent(row[key]) if key in row else MISSING for key in columns),
-        ]
-        for class_name, row in per_class.items()
-    ]
-    headers = ["class", *(["training cells"] if n_train else []), "support"]
-    headers += [f"{_CLASS_COLUMNS[key]}, %" for key in columns]
-    return table(headers, rows, f"Classes, {name}") + _confusion(metrics.get("confusion"), list(per_class), name)
+    rows = []
+    for class_name, row in per_class.items():
+        trained = {"training cells": count(n_train[class_name]) if class_name in n_train else NONE} if n_train else {}
+        shown = {key: title for key, title in CLASS_TITLES.items() if key in row or key != "auroc"}
+        scores = {title: percent(row[key]) if key in row else MISSING for key, title in shown.items()}
+        rows.append({"class": class_name, **trained, "support": count(row.get("support")), **scores})
+    parts = table(rows, f"Classes, {name}")
+    confusion = metrics.get("confusion")
+    if not rows or not isinstance(confusion, list) or [len(row) for row in confusion] != [len(rows)] * len(rows):
+        return parts + macros().text(f"{name}: numbers of classes are missing, or do not fit each other.", "note")
+    shares = [[n / max(sum(row), 1) for n in row] for row in confusion]
+    cells = [[count(n) for n in row] for row in confusion]
+    caption = f"Confusion, {name} (rows: labels; columns: predictions)"
+    return parts + macros().matrix(list(per_class), list(per_class), cells, shares, caption)
 
 
 def results_section(records: Sequence[ResultRecord]) -> Section | None:
@@ -71,7 +78,7 @@ def results_section(records: Sequence[ResultRecord]) -> Section | None:
     if not records:
         return None
     html = macros()
-    parts = [html.data("results", [_content(record) for record in records])]
+    parts = [html.data("results", {"results": [_content(record) for record in records]})]
     for record in records:
         parts += _introduction(record)
         for name, reason in mapping(record.report.get("left_out")).items():
@@ -79,9 +86,9 @@ def results_section(records: Sequence[ResultRecord]) -> Section | None:
         if not record.rows:
             parts.append(html.text("It has no metrics (patients without labels are only predicted)."))
             continue
+        rows = [{"method": row.method, "features": row.source, **metric_columns(row.metrics)} for row in record.rows]
         caption = f"{record.name}: all protocols, with 95 % intervals where results.json has them"
-        rows = [[row.method, row.source, *metric_cells(row.metrics)] for row in record.rows]
-        parts.append(table(["method", "features", *METRIC_HEADERS], rows, caption, numbers_from=2))
+        parts.append(table(rows, caption, numbers_from=2))
         parts.append(_intervals(record.name, [(_row_name(row), row) for row in record.rows]))
         parts += [_folds_table(record), _few_shot_table(record), html.heading(4, "Classes")]
         main = [row for row in record.rows if row.source == MODEL] or record.rows
@@ -89,7 +96,7 @@ def results_section(records: Sequence[ResultRecord]) -> Section | None:
             owner = record if row.predictions is None else record.parts.get(row.predictions.parent.name, record)
             counts = mapping(owner.report.get("counts"))
             n_train = mapping(counts.get("train_per_class") or counts.get("learned_per_class"))
-            classes = class_table(row.metrics, f"{record.name}: {_row_name(row)}", n_train)
+            classes = class_tables(row.metrics, f"{record.name}: {_row_name(row)}", n_train)
             parts.append(html.folded(_row_name(row), classes, row is main[-1]))
     return Section("results", "Results", Markup().join(parts))
 
@@ -103,18 +110,16 @@ def comparison_section(records: Sequence[ResultRecord]) -> Section | None:
     alone = []
     for method in dict.fromkeys(row.method for record in records for row in record.rows):
         groups = _groups(records, method)
-        if sum(len(group.names) for group in groups) < 2:
+        if len({record.name for members in groups.values() for record, _ in members}) < 2:
             alone.append(method)
             continue
         parts.append(macros().heading(3, method))
-        if len(groups) > 1:
-            text = (
-                "Not all of these compare. They were evaluated on other cells or by another split, so they stand in "
-                f"{len(groups)} tables:"
-            )
-            parts.append(macros().listing(text, [group.description for group in groups], "warning"))
-        for place, group in enumerate(groups, start=1):
-            parts += _side_by_side(method + (f" ({place} of {len(groups)})" if len(groups) > 1 else ""), group)
+        text = "Not all of these compare. They were evaluated on other cells or by another split, so they stand apart:"
+        different = [_describe(*group) for group in groups.items()] if len(groups) > 1 else []
+        parts.append(macros().listing(text, different, "warning"))
+        for place, ((cells, _), members) in enumerate(groups.items(), start=1):
+            title = method + (f" ({place} of {len(groups)})" if len(groups) > 1 else "")
+            parts += _side_by_side(title, members, is_paired=cells is not None)
     if alone:
         parts.append(macros().text(f"Only one of the results has {', '.join(alone)}.", "muted"))
     return Section("comparison", "Comparison", Markup().join(parts))
@@ -125,7 +130,7 @@ def cross_section(records: Sequence[ResultRecord]) -> Section | None:
     records = [record for record in records if record.protocol == "cross"]
     if not records:
         return None
-    parts = [macros().data("cross", [_content(record) for record in records])]
+    parts = [macros().data("cross", {"results": [_content(record) for record in records]})]
     for record in records:
         parts += _introduction(record)
         results = mapping(record.report.get("results"))
@@ -139,15 +144,17 @@ def cross_section(records: Sequence[ResultRecord]) -> Section | None:
             cells = [[percent(share) for share in row] for row in shares]
             parts.append(macros().matrix(list(pairs), columns, cells, shares, title))
         rows = [
-            [f"{train} → {test}", count(entry.get("n_train")), count(entry.get("n_test"))]
-            + [_metric_cell(entry, metric) for metric in TABLE_METRICS]
-            + [entry.get("reason") or ""]
+            {
+                "trained on → tested on": f"{train} → {test}",
+                "training cells": count(entry.get("n_train")),
+                "tested cells": count(entry.get("n_test")),
+                **metric_columns(entry, TABLE_METRICS),
+                "why there is no number": entry.get("reason") or "",
+            }
             for train, row in pairs.items()
             for test, entry in ((test, mapping(entry)) for test, entry in row.items())
         ]
-        headers = ["trained on → tested on", "training cells", "tested cells"]
-        headers += [*(f"{title}, %" for title in TABLE_METRICS.values()), "why there is no number"]
-        parts.append(table(headers, rows, f"{record.name}: every pair of data sets"))
+        parts.append(table(rows, f"{record.name}: every pair of data sets"))
         parts.append(_batch_effect(record.name, results))
     return Section("cross", "Data sets against each other", Markup().join(parts))
 
@@ -160,117 +167,104 @@ def origins_section(records: Sequence[ResultRecord], starts: Mapping[str, Sequen
         starts: {run: its starts}, as status.json has them.
     """
     keys = ("seed", "dinov2", "commit", "torch")
-    rows = [
-        [name, str(part), *(str(start.get(key) or "not stated") for key in keys)]
+    rows: list[dict[str, Any]] = [
+        {"run": name, "start or resume": part, **{key: str(start.get(key) or "not stated") for key in keys}}
         for name, of_run in starts.items()
         for part, start in enumerate(of_run, start=1)
     ]
-    headers = ["run", "start or resume", *keys]
-    parts = [table(headers, rows, "Training runs: what each part ran with", numbers_from=6)] if rows else []
-    rows = []
-    for record in records:
-        report, checkpoint = record.report, mapping(record.report.get("checkpoint"))
-        versions = ", ".join(f"{name} {version}" for name, version in mapping(report.get("versions")).items())
-        seed = mapping(report.get("settings")).get("seed", MISSING)
-        digest = checkpoint.get("checkpoint_sha256") or NONE
-        rows.append([record.name, report.get("date", MISSING), seed, versions or MISSING, digest])
-    if rows:
-        headers = ["result", "date", "seed", "versions", "sha256 of the weights"]
-        parts.append(table(headers, rows, "Results: date, seed, versions, weights", numbers_from=5))
+    parts = [table(rows, "Training runs: what each part ran with", numbers_from=6)]
+    rows = [
+        {
+            "result": record.name,
+            "date": record.report.get("date", MISSING),
+            "seed": mapping(record.report.get("settings")).get("seed", MISSING),
+            "versions": ", ".join(map(" ".join, mapping(record.report.get("versions")).items())) or MISSING,
+            "sha256 of the weights": mapping(record.report.get("checkpoint")).get("checkpoint_sha256") or NONE,
+        }
+        for record in records
+    ]
+    parts.append(table(rows, "Results: date, seed, versions, weights", numbers_from=5))
     for record in records:
         rows = [
-            [kind, key, str(value)]
+            {"part": kind, "name": key, "value": str(value)}
             for kind in ("hashes", "files", "features", "settings")
             for key, value in mapping(record.report.get(kind)).items()
         ]
-        if rows:
-            caption = f"{record.name}: hashes of inputs and files, features, settings"
-            parts.append(table(["part", "name", "value"], rows, caption, numbers_from=3, folded=caption))
+        caption = f"{record.name}: hashes of inputs and files, features, settings"
+        parts.append(table(rows, caption, numbers_from=3, folded=caption))
     nothing = macros().text("No version, seed or hash is recorded.")
     return Section("origins", "Versions, seeds and hashes", Markup().join(parts) or nothing)
 
 
-@dataclass
-class _Group:
-    """Rows that were evaluated on the same cells and by the same split; digests of both, or None if unknown."""
-
-    cells: str | None
-    split: str | None
-    members: list[tuple[ResultRecord, Row]] = field(default_factory=list)
-
-    @property
-    def names(self) -> list[str]:
-        return list(dict.fromkeys(record.name for record, _ in self.members))
-
-    @property
-    def description(self) -> str:
-        row = self.members[0][1]
-        n_tested = "an unknown number" if row.n_tested is None else f"{row.n_tested:,}"
-        cells = "which ones is not known without its predictions and split"
-        if self.cells is not None:
-            cells = f"cells {self.cells[:8]}, split {'not known' if self.split is None else self.split[:8]}"
-        return f"{', '.join(self.names)}: {n_tested} tested, {len(row.classes)} classes; {cells}"
+Members = list[tuple[ResultRecord, Row]]
+Evaluated = tuple[str | None, ...]  # digests of tested cells and split; (None, name of the result) if not known
 
 
-def _groups(records: Sequence[ResultRecord], method: str) -> list[_Group]:
+def _groups(records: Sequence[ResultRecord], method: str) -> dict[Evaluated, Members]:
     """Group a method's rows by what they were evaluated on; a baseline that several results repeat stands once."""
-    groups: dict[tuple[str | None, ...], _Group] = {}
+    groups: dict[Evaluated, Members] = {}
     for record in records:
         for row in (row for row in record.rows if row.method == method):
-            cells, split = (row.cells, row.split) if predictions_belong(record, row) else (None, None)
-            key = (record.name,) if cells is None else (cells, split)
-            group = groups.setdefault(key, _Group(cells, split))
-            is_repeated = row.source != MODEL and any(
-                other.source == row.source and _numbers(other) == _numbers(row) for _, other in group.members
-            )
-            if not is_repeated:
-                group.members.append((record, row))
-    return list(groups.values())
+            cells = cells_digest(row) if predictions_belong(record, row) else None
+            members = groups.setdefault((None, record.name) if cells is None else (cells, split_digest(row)), [])
+            if row.source == MODEL or (row.source, row.metrics) not in [(r.source, r.metrics) for _, r in members]:
+                members.append((record, row))
+    return groups
 
 
-def _side_by_side(title: str, group: _Group) -> list[Markup]:
+def _describe(evaluated: Evaluated, members: Members) -> str:
+    row, (cells, split) = members[0][1], evaluated
+    names = ", ".join(dict.fromkeys(record.name for record, _ in members))
+    n_tested = "an unknown number" if row.n_tested is None else f"{row.n_tested:,}"
+    which = "which ones is not known without its predictions and split"
+    if cells is not None:
+        which = f"cells {cells[:8]}, split {'not known' if split is None else split[:8]}"
+    return f"{names}: {n_tested} tested, {len(row.classes)} classes; {which}"
+
+
+def _side_by_side(title: str, members: Members, is_paired: bool) -> list[Markup]:
     """Return a group's settings that differ, its table, its chart and its paired tests."""
-    parts = []
-    models = [record for record, row in group.members if row.source == MODEL]
+    settings = {record.name: comparable_settings(record) for record, row in members if row.source == MODEL}
     different = []
-    for key in dict.fromkeys(key for record in models for key in record.settings):
-        values = {record.name: str(record.settings[key]) for record in models if key in record.settings}
+    for key in dict.fromkeys(key for of_record in settings.values() for key in of_record):
+        values = {name: str(of_record[key]) for name, of_record in settings.items() if key in of_record}
         if len(set(values.values())) > 1:
             different.append(f"{key}: " + "; ".join(f"{name} {value}" for name, value in values.items()))
-    if different:
-        parts.append(macros().listing("Settings differ between these results:", different, "warning"))
-    named = [
-        (record.name if row.source == MODEL else f"{record.name}, {row.source}", row) for record, row in group.members
-    ]
-    rows = [
-        [name, record.encoder if row.source == MODEL else row.source, *metric_cells(row.metrics)]
-        for (name, row), (record, _) in zip(named, group.members, strict=True)
-    ]
+    rows, named = [], []
+    for record, row in members:
+        is_model = row.source == MODEL
+        name = record.name if is_model else f"{record.name}, {row.source}"
+        features = record.encoder if is_model else row.source
+        rows.append({"result": name, "features of": features, **metric_columns(row.metrics)})
+        named.append((name, row))
     n_tested = named[0][1].n_tested
     caption = f"{title}: side by side, with 95 % intervals" + ("" if n_tested is None else f", {n_tested:,} tested")
-    parts.append(table(["result", "features of", *METRIC_HEADERS], rows, caption, numbers_from=2))
-    return [*parts, _intervals(title, named), _paired_table(title, group, named)]
+    return [
+        macros().listing("Settings differ between these results:", different, "warning"),
+        table(rows, caption, numbers_from=2),
+        _intervals(title, named),
+        _paired_table(title, named) if is_paired else Markup(),
+    ]
 
 
-def _paired_table(title: str, group: _Group, named: Sequence[tuple[str, Row]]) -> Markup:
-    """Return tests of each row against the first, where predictions of the same cells are there."""
+def _paired_table(title: str, named: Sequence[tuple[str, Row]]) -> Markup:
+    """Return tests of each row against the first on the same cells."""
     (first_name, first), *others = named
     rows = []
-    if group.cells is not None and (first.n_tested or 0) <= MOST_PAIRED:
-        for name, row in others:
-            if compared := compare_rows(first, row):
-                difference, p_mcnemar = compared["differences"][COMPARED], compared["mcnemar"]["p_value"]
-                p_value = difference["p_value"]
-                points = _with_interval(percent(difference["difference"]), difference["interval"])
-                p_bootstrap = NONE if p_value is None else data_value(p_value, f"{p_value:.3g}")
-                rows.append([name, points, p_bootstrap, data_value(p_mcnemar, f"{p_mcnemar:.3g}")])
-    caption = f"{title}: difference to {first_name} on the same cells (paired bootstrap, 95 % interval)"
-    headers = ["result", f"{METRIC_TITLES[COMPARED]}, points", "p", "McNemar's p (cells taken for independent)"]
-    return table(headers, rows, caption) if rows else Markup()
-
-
-def _numbers(row: Row) -> dict[str, Any]:
-    return {name: value for name, value in row.metrics.items() if number(value) is not None}
+    for name, row in others if (first.n_tested or 0) <= MOST_PAIRED else []:
+        if compared := compare_rows(first, row):
+            difference, p_mcnemar = compared["differences"][COMPARED], compared["mcnemar"]["p_value"]
+            p_value, points = difference["p_value"], _with_interval(difference["difference"], difference["interval"])
+            p_bootstrap = NONE if p_value is None else data_value(p_value, f"{p_value:.3g}")
+            rows.append(
+                {
+                    "result": name,
+                    f"{METRIC_TITLES[COMPARED]}, points": points,
+                    "p": p_bootstrap,
+                    "McNemar's p (cells taken for independent)": data_value(p_mcnemar, f"{p_mcnemar:.3g}"),
+                }
+            )
+    return table(rows, f"{title}: difference to {first_name} on the same cells (paired bootstrap, 95 % interval)")
 
 
 def _introduction(record: ResultRecord) -> list[Markup]:
@@ -288,34 +282,17 @@ def _introduction(record: ResultRecord) -> list[Markup]:
     return parts + [macros().text(f"{note}.", "note") for note in record.notes]
 
 
-def _metric_cell(metrics: Mapping[str, Any], name: str) -> str:
-    if name not in metrics:
-        return MISSING if name in TABLE_METRICS else NONE
-    value, ends = metrics[name], Row("", "", metrics).interval(name)
-    if name in NOT_IN_PERCENT and number(value) is not None:
-        low_high = ends and Markup(" ({} to {})").format(*(data_value(end, f"{end:.3f}") for end in ends))
-        return data_value(value, f"{value:.3f}") + (low_high or "")
-    return _with_interval(percent(value), ends)
-
-
-def _with_interval(text: str, ends: Sequence[float] | None) -> str:
-    """Return a number in percent with its interval behind it."""
-    return text if ends is None or text == NONE else Markup("{} ({} to {})").format(text, *map(percent, ends))
+def _with_interval(value: Any, ends: Sequence[float] | None, in_percent: bool = True) -> str:
+    """Return a number with its interval behind it."""
+    text = percent(value, in_percent)
+    if ends is None or text == NONE:
+        return text
+    return Markup("{} ({} to {})").format(text, *(percent(end, in_percent) for end in ends))
 
 
 def _with_spread(mean: Any, spread: Any) -> str:
     """Return a mean and a standard deviation in percent."""
     return percent(mean) if number(spread) is None else Markup("{} ± {}").format(percent(mean), percent(spread))
-
-
-def _confusion(confusion: Any, class_names: Sequence[str], name: str) -> Markup:
-    """Return counts [C, C], each field as strong as its share of the label."""
-    is_matrix = isinstance(confusion, list) and len(confusion) == len(class_names)
-    if not is_matrix or any(not isinstance(row, list) or len(row) != len(class_names) for row in confusion):
-        return macros().text(f"Confusion, {name}: the matrix is missing, or does not fit the classes.", "note")
-    shares = [[(number(n) or 0) / max(sum(number(n) or 0 for n in row), 1) for n in row] for row in confusion]
-    caption = f"Confusion, {name} (rows: labels; columns: predictions)"
-    return macros().matrix(class_names, class_names, [[count(n) for n in row] for row in confusion], shares, caption)
 
 
 def _intervals(title: str, named: Sequence[tuple[str, Row]]) -> Markup:
@@ -336,14 +313,14 @@ def _folds_table(record: ResultRecord) -> Markup:
     """Return mean and spread over folds of the rows that have them."""
     rows = []
     for row in record.rows:
-        means, spreads = mapping(row.metrics.get("mean_over_folds")), mapping(row.metrics.get("sd_over_folds"))
-        if means:
-            folds = row.metrics.get("folds")
-            cells = [_with_spread(means.get(metric), spreads.get(metric)) for metric in TABLE_METRICS]
-            rows.append([_row_name(row), str(len(folds)) if isinstance(folds, list) else NONE, *cells])
-    headers = ["method, features", "folds", *(f"{title}, %" for title in TABLE_METRICS.values())]
-    caption = f"{record.name}: mean ± standard deviation over folds"
-    return table(headers, rows, caption, folded="Mean and spread over folds") if rows else Markup()
+        folds, spreads = row.metrics.get("folds"), mapping(row.metrics.get("sd_over_folds"))
+        if means := mapping(row.metrics.get("mean_over_folds")):
+            n_folds = str(len(folds)) if isinstance(folds, list) else NONE
+            cells = {
+                f"{TABLE_METRICS[key]}, %": _with_spread(means.get(key), spreads.get(key)) for key in TABLE_METRICS
+            }
+            rows.append({"method, features": _row_name(row), "folds": n_folds, **cells})
+    return table(rows, f"{record.name}: mean ± standard deviation over folds", folded="Mean and spread over folds")
 
 
 def _few_shot_table(record: ResultRecord) -> Markup:
@@ -353,12 +330,16 @@ def _few_shot_table(record: ResultRecord) -> Markup:
         for source, methods in mapping(owner.report.get("few_shot")).items():
             for method, numbers in mapping(methods).items():
                 for n_cells, entry in mapping(numbers).items():
-                    accuracy, n_draws = mapping(mapping(entry).get(COMPARED)), mapping(entry).get("n_draws")
-                    mean = _with_spread(accuracy.get("mean"), accuracy.get("sd"))
-                    rows.append([f"{prefix}{method}, {source}", str(n_cells), mean, count(n_draws)])
-    headers = ["method, features", "cells a class", f"{METRIC_TITLES[COMPARED]}, %", "draws"]
-    caption = f"{record.name}: trained on a few cells a class (mean ± standard deviation)"
-    return table(headers, rows, caption) if rows else Markup()
+                    accuracy = mapping(mapping(entry).get(COMPARED))
+                    rows.append(
+                        {
+                            "method, features": f"{prefix}{method}, {source}",
+                            "cells a class": str(n_cells),
+                            f"{METRIC_TITLES[COMPARED]}, %": _with_spread(accuracy.get("mean"), accuracy.get("sd")),
+                            "draws": count(mapping(entry).get("n_draws")),
+                        }
+                    )
+    return table(rows, f"{record.name}: trained on a few cells a class (mean ± standard deviation)")
 
 
 def _batch_effect(name: str, results: Mapping[str, Any]) -> Markup:
@@ -369,15 +350,15 @@ def _batch_effect(name: str, results: Mapping[str, Any]) -> Markup:
     means = mapping(effect.get("mean_over_classes"))
     methods = list(means) or ["linear"]
     chance = mapping(means.get(methods[0])).get("chance")
-    rows = [
-        ["mean over classes", *(percent(mapping(means.get(key)).get(COMPARED)) for key in methods), percent(chance)]
-    ]
-    for cells, entry in {"all cells": effect.get("overall"), **mapping(effect.get("per_class"))}.items():
-        entries = [mapping(mapping(entry).get(method)) for method in methods]
-        values = [_with_interval(percent(each.get(COMPARED)), each.get("interval")) for each in entries]
-        rows.append([cells, *values, percent(mapping(entry).get("chance"))])
-    caption = f"{name}: how well features tell the data sets apart (balanced accuracy; look within classes)"
-    return table(["cells", *(f"{method}, %" for method in methods), "chance, %"], rows, caption)
+    entries = {"mean over classes": {**means, "chance": chance}, "all cells": effect.get("overall")}
+    rows = []
+    for cells, entry in {**entries, **mapping(effect.get("per_class"))}.items():
+        row = {"cells": cells}
+        for method in methods:
+            of_method = mapping(mapping(entry).get(method))
+            row[f"{method}, %"] = _with_interval(of_method.get(COMPARED), of_method.get("interval"))
+        rows.append(row | {"chance, %": percent(mapping(entry).get("chance"))})
+    return table(rows, f"{name}: how well features tell the data sets apart (balanced accuracy; look within classes)")
 
 
 def _content(record: ResultRecord) -> dict[str, Any]:

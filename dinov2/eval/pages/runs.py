@@ -20,8 +20,8 @@ from dinov2.configs import dinov2_default_config
 from dinov2.data.datasets.tables import open_table
 from dinov2.eval.pages.charts import line_chart
 from dinov2.eval.pages.page import Section, data_value, image_uri, macros, table
-from dinov2.eval.pages.results import METRIC_HEADERS, METRIC_TITLES, NONE, class_table, metric_cells, percent
-from dinov2.eval.result_records import RESULTS_NAME, mapping, number
+from dinov2.eval.pages.results import METRIC_TITLES, class_tables, count, metric_columns, percent
+from dinov2.eval.results import RESULTS_NAME, mapping, number
 from dinov2.utils.config import differences
 from dinov2.utils.run_status import CONFIG_NAME, METRICS_NAME, RunStatus, read_status
 
@@ -40,6 +40,10 @@ CURVES = {  # heading: columns of training_metrics.json; the first match counts
 }
 TITLES = {
     "total_loss": "All losses together",
+    "dino_global_crops_loss": "DINO, global crops",
+    "dino_local_crops_loss": "DINO, local crops",
+    "ibot_loss": "iBOT, masked patches",
+    "koleo_loss": "KoLeo",
     "lr": "Learning rate",
     "last_layer_lr": "Learning rate of the last layers",
     "wd": "Weight decay",
@@ -200,20 +204,22 @@ def teachers_section(runs: Sequence[RunRecord]) -> Section | None:
         return None
     rows, classes = [], []
     for run in runs:
-        newest, best = max(run.evaluations), number(run.best.get("iteration"))
-        for iteration in sorted({newest, *([round(best)] if best in run.evaluations else [])}):
-            marks = " and ".join(["newest"] * (iteration == newest) + ["best"] * (iteration == best))
+        marks = {number(run.best.get("iteration")): "best"}
+        marks[max(run.evaluations)] = "newest and best" if max(run.evaluations) in marks else "newest"
+        for iteration in sorted(run.evaluations.keys() & marks.keys()):
             for dataset, method, metrics in _methods(run.evaluations[iteration]):
-                rows.append([run.name, f"{iteration:,} ({marks})", dataset, method, *metric_cells(metrics)])
-                if iteration == newest:
+                which = f"{iteration:,} ({marks[iteration]})"
+                row = {"run": run.name, "iteration": which, "data set": dataset, "method": method}
+                rows.append(row | metric_columns(metrics))
+                if iteration == max(run.evaluations):
                     name = f"{run.name}, {dataset}: {method}, iteration {iteration}"
-                    classes.append(macros().folded(name, class_table(metrics, name)))
+                    classes.append(macros().folded(name, class_tables(metrics, name)))
     caption = "Newest and best teachers (without intervals: those are for evaluations after the training)"
-    headers = ["run", "iteration", "data set", "method", *METRIC_HEADERS]
+    warning = "Data sets of one name differ between the runs, and their numbers do not compare:"
     parts = [
         macros().listing("The best teacher of each run:", [_best_teacher(run) for run in runs]),
-        _different_datasets(runs),
-        table(headers, rows, caption, numbers_from=4),
+        macros().listing(warning, _different_datasets(runs), "warning"),
+        table(rows, caption, numbers_from=4),
         macros().heading(3, "Over iterations"),
         macros().cards(_teacher_charts(runs)),
         macros().heading(3, "Classes, newest teachers"),
@@ -224,11 +230,7 @@ def teachers_section(runs: Sequence[RunRecord]) -> Section | None:
 
 def views_section(runs: Sequence[RunRecord]) -> Section | None:
     """Return crops and masks as the network got them, the first and the newest of each run; None without any."""
-    words = (
-        "Images of a batch as student and teacher got them: cropped, augmented and normalised (undone here to show "
-        "them), and the patches that were masked for the student."
-    )
-    parts = [macros().text(words)]
+    parts = [macros().text("Images of a training batch: normalisation is undone, and masked patches are marked.")]
     for run in (run for run in runs if run.views):
         parts.append(macros().heading(3, run.name))
         for kind, files in run.views.items():
@@ -240,48 +242,35 @@ def views_section(runs: Sequence[RunRecord]) -> Section | None:
 
 def health_section(runs: Sequence[RunRecord]) -> Section:
     """Return how far each run is, and its faults."""
-    rows = [
-        [
-            run.name,
-            run_state(run),
-            *(
-                "not recorded" if (value := run.newest(column)) is None else data_value(value, f"{value:.0f}")
-                for column in ("skipped_steps", "longest_skipped_in_row")
-            ),
-            str(run.status.rollbacks),
-            str(run.status.resumed),
-            "none recorded" if run.bad_images is None else str(len(run.bad_images)),
-            str(sum(run.status.warnings.values())),
-        ]
-        for run in runs
-    ]
-    headers = [
-        "run",
-        "state",
-        "skipped steps",
-        "most in a row",
-        "rollbacks",
-        "resumed",
-        "unreadable images",
-        "warnings",
-    ]
-    parts = [table(headers, rows, "State and faults", numbers_from=2)]
+    parts, rows = [], []
     for run in runs:
-        if run.notes:
-            parts.append(macros().listing(f"{run.name}: not all could be read.", run.notes))
-        if warnings := list(run.status.warnings.items()):
-            caption = f"{run.name}: warnings of the log"
-            if len(warnings) > MOST_WARNINGS:
-                caption += f", the last {MOST_WARNINGS} of {len(warnings)} different ones"
-            folded = caption if len(warnings) > 5 else ""
-            parts.append(table(["warning", "times"], warnings[-MOST_WARNINGS:], caption, folded=folded))
-        if run.bad_images:
-            caption = f"{run.name}: unreadable images"
-            if len(run.bad_images) > MOST_BAD_IMAGES:
-                caption += f", the first {MOST_BAD_IMAGES} of {len(run.bad_images)} (all are in bad_images.csv)"
-            images = run.bad_images[:MOST_BAD_IMAGES]
-            parts.append(table(["image", "reason"], images, caption, numbers_from=2, folded=caption))
-    return Section("health", "Health of the runs", Markup().join(parts))
+        skipped, in_row = run.newest("skipped_steps"), run.newest("longest_skipped_in_row")
+        bad_images, warnings = run.bad_images, list(run.status.warnings.items())
+        rows.append(
+            {
+                "run": run.name,
+                "state": run_state(run),
+                "skipped steps": "not recorded" if skipped is None else count(skipped),
+                "most in a row": "not recorded" if in_row is None else count(in_row),
+                "rollbacks": run.status.rollbacks,
+                "resumed": run.status.resumed,
+                "unreadable images": "none recorded" if bad_images is None else len(bad_images),
+                "warnings": sum(run.status.warnings.values()),
+            }
+        )
+        parts.append(macros().listing(f"{run.name}: not all could be read.", run.notes))
+        caption = f"{run.name}: warnings of the log"
+        if len(warnings) > MOST_WARNINGS:
+            caption += f", the last {MOST_WARNINGS} of {len(warnings)} different ones"
+        lines = [{"warning": text, "times": times} for text, times in warnings[-MOST_WARNINGS:]]
+        parts.append(table(lines, caption, folded=caption if len(lines) > 5 else ""))
+        caption = f"{run.name}: unreadable images"
+        if bad_images and len(bad_images) > MOST_BAD_IMAGES:
+            caption += f", the first {MOST_BAD_IMAGES} of {len(bad_images)} (all are in bad_images.csv)"
+        images = [{"image": path, "reason": reason} for path, reason in (bad_images or [])[:MOST_BAD_IMAGES]]
+        parts.append(table(images, caption, numbers_from=2, folded=caption))
+    state = table(rows, "State and faults", numbers_from=2)
+    return Section("health", "Health of the runs", Markup().join([state, *parts]))
 
 
 def config_section(runs: Sequence[RunRecord]) -> Section | None:
@@ -302,7 +291,7 @@ def config_section(runs: Sequence[RunRecord]) -> Section | None:
         for key, default in sorted(defaults.items())
     ]
     caption = "Settings that differ from the default (null: nothing, or a key that one side does not have)"
-    parts.append(table(["key", "default", *changed], rows, caption, numbers_from=len(changed) + 2))
+    parts.append(macros().table(["key", "default", *changed], rows, caption, len(changed) + 2))
     for name, config in configs.items():
         yaml = Markup("<pre>{}</pre>").format(OmegaConf.to_yaml(config))
         parts.append(macros().folded(f"All settings of {name} (config.yaml)", yaml))
@@ -345,7 +334,7 @@ def _line_card(columns: Mapping[str, pd.Series], title: str, x_label: str, log_y
     caption = title
     if len(index) > MOST_ROWS:
         caption += " (some iterations, the lowest and the highest; training_metrics.json has all)"
-    return chart + table(["iteration", *columns], rows, caption, folded="Numbers")
+    return chart + macros().table(["iteration", *columns], rows, caption, folded="Numbers")
 
 
 def _number_cell(value: float | None) -> str:
@@ -376,25 +365,23 @@ def _best_teacher(run: RunRecord) -> Markup:
     )
 
 
-def _different_datasets(runs: Sequence[RunRecord]) -> Markup:
-    """Return a warning if data sets of one name are not the same in all runs."""
+def _different_datasets(runs: Sequence[RunRecord]) -> list[str]:
+    """Return the data sets of one name that are not the same in all runs, in words."""
     described: dict[str, dict[str, str]] = {}
     for run in runs:
         settings = run.setting("evaluation.datasets")
         entries = {entry.get("name"): entry for entry in settings or [] if isinstance(settings, ListConfig)}
         for name, content in mapping(run.evaluations[max(run.evaluations)].get("datasets")).items():
-            entry = entries.get(name, {})
-            paths = ", ".join(f"{key} {entry[key]}" for key in ("data", "train", "test") if entry.get(key))
-            counts = [mapping(content).get(key, NONE) for key in ("n_train", "n_test")]
-            text = f"{counts[0]} training cells, {counts[1]} tested" + (f" ({paths})" if paths else "")
-            described.setdefault(name, {})[run.name] = text
-    items = [
+            paths = [
+                f"{key} {value}" for key, value in entries.get(name, {}).items() if key in ("data", "train", "test")
+            ]
+            counts = [f"{key} {value}" for key, value in mapping(content).items() if key in ("n_train", "n_test")]
+            described.setdefault(name, {})[run.name] = ", ".join(counts + paths)
+    return [
         f"{name}: " + "; ".join(f"{run}: {text}" for run, text in texts.items())
         for name, texts in described.items()
         if len(set(texts.values())) > 1
     ]
-    words = "Data sets of one name differ between the runs, and their numbers do not compare:"
-    return macros().listing(words, items, "warning") if items else Markup()
 
 
 def _teacher_charts(runs: Sequence[RunRecord]) -> list[Markup]:

@@ -30,6 +30,7 @@
   });
   window.addEventListener("afterprint", () => folded.forEach((part) => { part.open = false; }));
 
+  root.dataset.charts = "pending";
   const charts = [...document.querySelectorAll(".chart-data")];
   Promise.all(charts.map((chart) => Bokeh.embed.embed_item(JSON.parse(chart.textContent)))).then(() => {
     root.dataset.charts = "ready";

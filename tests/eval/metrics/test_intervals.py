@@ -4,10 +4,9 @@ from math import comb
 
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score
 
-from dinov2.eval.metrics import classification_metrics
-from dinov2.eval.uncertainty import bootstrap_intervals, compare_paired, mcnemar_exact, metrics_of_confusions
+from dinov2.eval.metrics.classification import classification_metrics
+from dinov2.eval.metrics.intervals import WeightedMetrics, bootstrap_intervals, compare_paired
 
 COUNTED = ("accuracy", "balanced_accuracy", "weighted_f1", "macro_f1", "kappa")
 NAMES = list("abcd")
@@ -36,15 +35,26 @@ def resample(labels, predictions, probabilities, groups, n_resamples, seed):
     return {name: np.quantile([m[name] for m in found], [0.025, 0.975]) for name in (*COUNTED, "auroc", "log_loss")}
 
 
-def test_metrics_of_many_confusions_are_those_of_each():
-    cases = [answers(seed=seed) for seed in range(5)]
-    cases += [answers(n=8, seed=9), (np.array([2, 2]), np.array([2, 1])), (np.array([1]), np.array([1]))]
-    each = [classification_metrics(*case, NAMES) for case in cases]
-    found = metrics_of_confusions(np.array([metrics["confusion"] for metrics in each]))
-    assert tuple(found) == COUNTED
-    for name, values in found.items():
-        expected = [np.nan if metrics[name] is None else metrics[name] for metrics in each]
-        np.testing.assert_allclose(values, expected, rtol=1e-12)
+def test_weights_count_a_sample_as_often_as_they_say():
+    """The metrics of weights are those of the samples written out that often; some classes lose all their samples."""
+    labels, predictions = answers(n=12)
+    probabilities = probabilities_of(labels)
+    metrics_of = WeightedMetrics(labels, predictions, 4, probabilities)
+    for seed in range(20):
+        weights = np.bincount(np.random.default_rng(seed).integers(12, size=12), minlength=12)
+        rows = np.repeat(np.arange(12), weights)
+        expected = classification_metrics(labels[rows], predictions[rows], NAMES, probabilities[rows])
+        ours = metrics_of(weights)
+        assert set(ours) == {*COUNTED, "auroc", "log_loss"}
+        for name, value in ours.items():
+            assert value == pytest.approx(np.nan if expected[name] is None else expected[name], nan_ok=True), name
+
+
+def test_metrics_that_need_two_classes_are_nan_for_one():
+    labels = np.array([1, 1, 0])
+    weights = np.array([2, 1, 0])
+    metrics = WeightedMetrics(labels, labels, 2, probabilities_of(labels, 2))(weights)
+    assert np.isnan([metrics["kappa"], metrics["auroc"]]).all()
 
 
 def test_intervals_by_patient_are_those_of_plain_resampling():
@@ -92,17 +102,6 @@ def test_cells_of_a_patient_alike_make_intervals_wider():
     assert bootstrap_intervals(labels, predictions, 2, patients=single)["accuracy"] == by_cell
 
 
-def test_auroc_of_a_draw_is_scikit_learns():
-    """With one draw both ends of the interval are its AUROC; scikit-learn's takes the draw as weights."""
-    labels = np.tile([0, 1, 2], 40)
-    probabilities = probabilities_of(labels, 3)
-    (low, high) = bootstrap_intervals(labels, labels, 3, probabilities, n_resamples=1, seed=5)["auroc"]
-    rng = np.random.default_rng([5, 1])
-    weights = np.bincount(rng.integers(120, size=120), minlength=120)
-    of_classes = [roc_auc_score(labels == c, probabilities[:, c], sample_weight=weights) for c in range(3)]
-    assert low == high == pytest.approx(np.mean(of_classes))
-
-
 def test_one_patient_gives_no_interval():
     labels, predictions = answers(n=20)
     assert bootstrap_intervals(labels, predictions, 4, patients=["p"] * 20) == {}
@@ -114,7 +113,7 @@ def test_one_patient_gives_no_interval():
 
 
 def test_a_large_set_is_quick():
-    """Counts are resampled, not rows: 50,000 samples a thousand times would otherwise take a minute."""
+    """Weights are drawn and counted; computing the metrics of 50,000 rows a thousand times would take a minute."""
     labels, predictions = answers(n=50_000, n_classes=4)
     low, high = bootstrap_intervals(labels, predictions, 4)["accuracy"]
     half_width = 1.96 * np.sqrt(0.775 * 0.225 / 50_000)
@@ -123,14 +122,13 @@ def test_a_large_set_is_quick():
 
 @pytest.mark.parametrize(("a", "b"), [(0, 0), (5, 0), (0, 6), (3, 9), (12, 12), (40, 71)])
 def test_mcnemar_is_a_fair_coins_tail(a, b):
+    labels = np.zeros(a + b + 3, dtype=np.int64)
+    of_a, of_b = labels.copy(), labels.copy()
+    of_b[:a], of_a[a : a + b] = 1, 1
     n, k = a + b, min(a, b)
     expected = min(1, 2 * sum(comb(n, i) for i in range(k + 1)) / 2**n)
-    assert mcnemar_exact(a, b) == pytest.approx(expected)
-
-
-def test_mcnemar_of_counts_beyond_floats():
-    assert mcnemar_exact(20_000, 20_300) == pytest.approx(0.1365, abs=1e-3)  # normal approximation: 0.136
-    assert 0 <= mcnemar_exact(100, 30_000) < 1e-300
+    mcnemar = compare_paired(labels, of_a, of_b, 2, n_resamples=2)["mcnemar"]
+    assert mcnemar == {"only_a_right": a, "only_b_right": b, "p_value": pytest.approx(expected)}
 
 
 def test_paired_tests_see_a_difference_that_intervals_hide():

@@ -1,11 +1,10 @@
-"""Maps of patches: attention is the network's own, rollout and PCA are what independent code makes of the same."""
+"""Maps of patches agree with independent implementations of attention, rollout and PCA."""
 
 import numpy as np
 import pytest
 import torch
-from sklearn.decomposition import PCA
 
-from dinov2.eval.patch_maps import (
+from dinov2.eval.maps.patch_maps import (
     attention_rollout,
     attention_weights,
     border_share,
@@ -14,7 +13,6 @@ from dinov2.eval.patch_maps import (
     occlusion_map,
     patch_tokens,
     pca_colours,
-    pca_components,
     probability_of,
     similarity_maps,
 )
@@ -33,13 +31,13 @@ def tiny_vit(formulas, n_registers=0, block_chunks=0):
     return formulas.fill_(model, "maps").eval()
 
 
-def pictures(formulas, n=2, height=56, width=56):
-    return formulas.sym("pictures", (n, 3, height, width), 1.5)
+def make_images(formulas, n=2, height=56, width=56):
+    return formulas.sym("images", (n, 3, height, width), 1.5)
 
 
 def weights_by_numpy(model, tokens):
-    """[layers, B, heads, N, N]: every layer by its own linear maps, a head at a time."""
-    found = []
+    """Compute [blocks, B, heads, N, N] from each block's own linear layers, one head at a time."""
+    result = []
     for block in model.each_block():
         with torch.no_grad():
             normed = block.norm1(tokens)
@@ -47,26 +45,26 @@ def weights_by_numpy(model, tokens):
             qkv = normed.double().numpy() @ weight.T + bias  # [B, N, 3 D]
             tokens = block(tokens)
         size = DIM // HEADS
-        of_heads = []
+        heads = []
         for head in range(HEADS):
             query = qkv[..., head * size : (head + 1) * size]
             key = qkv[..., DIM + head * size : DIM + (head + 1) * size]
             scores = np.exp(query @ key.transpose(0, 2, 1) / np.sqrt(size))
-            of_heads.append(scores / scores.sum(axis=-1, keepdims=True))
-        found.append(np.stack(of_heads, axis=1))
-    return np.stack(found)
+            heads.append(scores / scores.sum(axis=-1, keepdims=True))
+        result.append(np.stack(heads, axis=1))
+    return np.stack(result)
 
 
 @pytest.mark.parametrize("block_chunks", [0, 1])
 @pytest.mark.parametrize("n_registers", [0, 4])
 def test_attention_is_the_softmax_of_the_layers_own_queries_and_keys(formulas, n_registers, block_chunks):
-    model, batch = tiny_vit(formulas, n_registers, block_chunks), pictures(formulas, height=42)
+    model, batch = tiny_vit(formulas, n_registers, block_chunks), make_images(formulas, height=42)
     with torch.no_grad():
         expected = weights_by_numpy(model, model.prepare_tokens_with_masks(batch))
     for block in (0, 1, -1):
-        found = attention_weights(model, batch, block)
-        torch.testing.assert_close(found.sum(dim=-1), torch.ones(2, HEADS, found.shape[-1]))
-        np.testing.assert_allclose(found.numpy(), expected[block], atol=1e-5)
+        result = attention_weights(model, batch, block)
+        torch.testing.assert_close(result.sum(dim=-1), torch.ones(2, HEADS, result.shape[-1]))
+        np.testing.assert_allclose(result.numpy(), expected[block], atol=1e-5)
     maps = cls_attention(model, batch)
     assert maps.shape == (2, HEADS, 3, 4)
     np.testing.assert_allclose(maps.flatten(2).numpy(), expected[-1][:, :, 0, 1 + n_registers :], atol=1e-5)
@@ -74,24 +72,24 @@ def test_attention_is_the_softmax_of_the_layers_own_queries_and_keys(formulas, n
 
 
 def test_the_attention_of_the_fused_kernel_gives_the_same_output(formulas):
-    """What the maps say is what the layer did: its output is these weights times its values."""
-    model, batch = tiny_vit(formulas), pictures(formulas)
+    """The output of the layer is these weights times its values."""
+    model, batch = tiny_vit(formulas), make_images(formulas)
     *_, last = model.each_block()
-    seen = {}
+    outputs = {}
     hooks = [
-        last.attn.qkv.register_forward_hook(lambda module, inputs, output: seen.update(qkv=output)),
-        last.attn.proj.register_forward_hook(lambda module, inputs, output: seen.update(joined=inputs[0])),
+        last.attn.qkv.register_forward_hook(lambda module, inputs, output: outputs.update(qkv=output)),
+        last.attn.proj.register_forward_hook(lambda module, inputs, output: outputs.update(joined=inputs[0])),
     ]
     weights = attention_weights(model, batch)
     for hook in hooks:
         hook.remove()
-    values = seen["qkv"].unflatten(-1, (3, HEADS, -1))[:, :, 2]  # [B, N, heads, d]
-    torch.testing.assert_close(torch.einsum("bhqk,bkhd->bqhd", weights, values).flatten(2), seen["joined"])
+    values = outputs["qkv"].unflatten(-1, (3, HEADS, -1))[:, :, 2]  # [B, N, heads, d]
+    torch.testing.assert_close(torch.einsum("bhqk,bkhd->bqhd", weights, values).flatten(2), outputs["joined"])
 
 
 def test_attention_does_not_depend_on_the_backend(formulas):
-    """The other kernel is xFormers', for which a plain attention stands here: its binaries need a GPU."""
-    model, batch = tiny_vit(formulas), pictures(formulas)
+    """Plain attention replaces the xFormers kernel, because its binaries need a GPU."""
+    model, batch = tiny_vit(formulas), make_images(formulas)
     before = cls_attention(model, batch), attention_rollout(model, batch)
     calls = []
 
@@ -113,7 +111,7 @@ def test_attention_does_not_depend_on_the_backend(formulas):
 def test_attention_is_that_of_transformers(formulas, n_registers):
     transformers = pytest.importorskip("transformers")
 
-    model, batch = tiny_vit(formulas, n_registers), pictures(formulas)
+    model, batch = tiny_vit(formulas, n_registers), make_images(formulas)
     settings = {
         "hidden_size": DIM,
         "num_hidden_layers": DEPTH,
@@ -136,7 +134,7 @@ def test_attention_is_that_of_transformers(formulas, n_registers):
 
 @pytest.mark.parametrize("n_registers", [0, 4])
 def test_rollout_is_the_product_of_the_papers_matrices(formulas, n_registers):
-    model, batch = tiny_vit(formulas, n_registers), pictures(formulas, width=70)
+    model, batch = tiny_vit(formulas, n_registers), make_images(formulas, width=70)
     with torch.no_grad():
         weights = weights_by_numpy(model, model.prepare_tokens_with_masks(batch))
     rollout = np.eye(weights.shape[-1])[None].repeat(2, axis=0)
@@ -144,55 +142,45 @@ def test_rollout_is_the_product_of_the_papers_matrices(formulas, n_registers):
         mixed = layer.mean(axis=1) + np.eye(weights.shape[-1])
         rollout = (mixed / mixed.sum(axis=-1, keepdims=True)) @ rollout
     np.testing.assert_allclose(rollout.sum(axis=-1), 1)
-    found = attention_rollout(model, batch)
-    assert found.shape == (2, 4, 5)
-    np.testing.assert_allclose(found.flatten(1).numpy(), rollout[:, 0, 1 + n_registers :], atol=1e-6)
+    result = attention_rollout(model, batch)
+    assert result.shape == (2, 4, 5)
+    np.testing.assert_allclose(result.flatten(1).numpy(), rollout[:, 0, 1 + n_registers :], atol=1e-6)
 
 
 def test_no_hook_stays(formulas):
     model = tiny_vit(formulas)
-    attention_rollout(model, pictures(formulas))
+    attention_rollout(model, make_images(formulas))
     with pytest.raises(RuntimeError):
-        cls_attention(model, pictures(formulas).to("meta"))
+        cls_attention(model, make_images(formulas).to("meta"))
     assert not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((1, 3, 56, 50), r"56 x 50 px are no whole number of patches of 14 px; take multiples, for instance 56 x 56"),
+        ((1, 3, 56, 50), r"56 x 50 px .*can't be cut into patches of 14 x 14 px; resize or crop it"),
         ((1, 3, 0, 56), "0 x 56 px"),
-        ((3, 56, 56), r"not \[3, 56, 56\]; a single picture becomes one with \[None\]"),
-        ((1, 1, 56, 56), r"\[pictures, 3, height, width\]"),
+        ((3, 56, 56), r"found \[3, 56, 56\]; add the first dimension to a single image with \[None\]"),
+        ((1, 1, 56, 56), r"\[images, 3, height, width\]"),
     ],
 )
-def test_pictures_that_patches_do_not_fill(formulas, shape, message):
+def test_images_that_patches_do_not_fill_are_refused(formulas, shape, message):
     model = tiny_vit(formulas)
     for function in (patch_tokens, cls_attention, attention_rollout):
         with pytest.raises(ValueError, match=message):
             function(model, torch.zeros(shape))
 
 
-def test_a_layer_that_is_not_there(formulas):
+def test_a_block_that_does_not_exist_is_refused(formulas):
     with pytest.raises(ValueError, match="block: 3 of a network with 3"):
-        attention_weights(tiny_vit(formulas), pictures(formulas), 3)
+        attention_weights(tiny_vit(formulas), make_images(formulas), 3)
 
 
 # --- PCA
 
 
-def test_components_are_those_of_scikit_learn_up_to_sign():
-    rows = np.random.default_rng(0).normal(size=(200, 7)) * [5, 4, 3, 1, 1, 1, 1] + 20
-    reference = PCA(n_components=3).fit(rows)
-    projections, directions, shares = pca_components(rows, 3)
-    np.testing.assert_allclose(shares, reference.explained_variance_ratio_)
-    np.testing.assert_allclose(np.abs(directions), np.abs(reference.components_), atol=1e-8)
-    np.testing.assert_allclose(projections, (rows - rows.mean(axis=0)) @ directions.T)
-    assert (directions[np.arange(3), np.abs(directions).argmax(axis=1)] > 0).all()
-
-
-def made_tokens(n=3, side=8, dim=10):
-    """Tokens of pictures with a disc in the middle, which differs from the rest in all numbers."""
+def make_tokens(n=3, side=8, dim=10):
+    """Return tokens of images with a disc in the middle that differs in all numbers, and the disc."""
     rng = np.random.default_rng(1)
     y, x = np.mgrid[:side, :side] - (side - 1) / 2
     is_cell = np.broadcast_to(np.hypot(y, x) < side / 4, (n, side, side))
@@ -202,43 +190,52 @@ def made_tokens(n=3, side=8, dim=10):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_middle_is_red_and_the_background_white_whatever_the_tokens_sign(sign):
-    tokens, is_cell = made_tokens()
-    found = pca_colours(sign * tokens)
-    assert found.colours.dtype == np.uint8
-    assert found.colours.shape == (3, 8, 8, 3)
-    assert found.colours[is_cell][:, 0].min() > found.colours[~is_cell][:, 0].max()
-    assert found.is_foreground.all()
+    tokens, is_cell = make_tokens()
+    colours = pca_colours(sign * tokens)
+    assert colours.dtype == np.uint8
+    assert colours.shape == (3, 8, 8, 3)
+    assert colours[is_cell][:, 0].min() > colours[~is_cell][:, 0].max()
     separated = pca_colours(torch.from_numpy(sign * tokens), foreground=True)
-    np.testing.assert_array_equal(separated.is_foreground, is_cell)
-    assert (separated.colours[~is_cell] == 255).all()
-    np.testing.assert_array_equal(pca_colours(tokens).colours, pca_colours(tokens.copy()).colours)
+    np.testing.assert_array_equal((separated == 255).all(axis=-1), ~is_cell)
+    np.testing.assert_array_equal(pca_colours(tokens), pca_colours(tokens.copy()))
 
 
-def test_colours_over_all_pictures_are_scikit_learns():
-    tokens, _ = made_tokens()
-    projections = PCA(n_components=3).fit_transform(tokens.reshape(-1, 10))
-    low, high = np.percentile(projections, [1, 99], axis=0)
-    expected = 255 * np.clip((projections - low) / (high - low), 0, 1)
-    found = pca_colours(tokens).colours.reshape(-1, 3)
-    for channel in range(3):  # up to the sign
-        one, other = expected[:, channel], 255 - expected[:, channel]
-        differences = [np.abs(found[:, channel] - values).max() for values in (one, other)]
-        assert min(differences) <= 0.51
+@pytest.mark.parametrize("foreground", [False, True])
+def test_colours_are_the_components_with_fixed_signs(foreground):
+    tokens, is_cell = make_tokens()
+    is_shown = is_cell if foreground else np.ones_like(is_cell)
+    y, x = np.mgrid[:8, :8]
+    is_middle = np.broadcast_to((abs(y - 3.5) < 2) & (abs(x - 3.5) < 2), is_cell.shape)
+    rows = tokens[is_shown].astype(np.float64)
+    centred = rows - rows.mean(axis=0)
+    directions = np.linalg.svd(centred, full_matrices=False)[2][:3]
+    directions *= np.sign(directions[range(3), np.abs(directions).argmax(axis=1)])[:, None]
+    components = centred @ directions.T
+    middle, around = components[is_middle[is_shown], 0], components[~is_middle[is_shown], 0]
+    if len(around) and middle.mean() < around.mean():
+        components[:, 0] *= -1
+    low, high = np.percentile(components, [1, 99], axis=0)
+    expected = 255 * np.clip((components - low) / (high - low), 0, 1)
+    np.testing.assert_allclose(pca_colours(tokens, foreground=foreground)[is_shown], expected, atol=0.51)
 
 
-def test_each_picture_alone():
-    tokens, _ = made_tokens()
-    found = pca_colours(tokens, per_picture=True)
-    np.testing.assert_array_equal(found.colours[1], pca_colours(tokens[1:2]).colours[0])
-    assert found.shares.shape == (3, 3)
+@pytest.mark.parametrize("foreground", [False, True])
+def test_each_image_alone(foreground):
+    tokens, _ = make_tokens()
+    colours = pca_colours(tokens, per_image=True, foreground=foreground)
+    np.testing.assert_array_equal(colours[1], pca_colours(tokens[1:2], foreground=foreground)[0])
+    assert (colours != pca_colours(tokens, foreground=foreground)).any()
 
 
-def test_pictures_without_any_structure_have_colours_too():
-    found = pca_colours(np.ones((1, 2, 2, 5), np.float32), foreground=True)
-    assert found.colours.shape == (1, 2, 2, 3)
-    assert np.isfinite(found.shares).all()
-    with pytest.raises(ValueError, match="3 or more numbers"):
-        pca_colours(np.ones((1, 2, 2, 2)))
+@pytest.mark.filterwarnings("error")
+def test_images_without_any_structure_have_colours_too():
+    colours = pca_colours(np.ones((1, 2, 2, 5), np.float32), foreground=True)
+    assert colours.shape == (1, 2, 2, 3)
+    for shape in ((1, 2, 2, 2), (1, 1, 2, 5), (4, 4, 5)):
+        with pytest.raises(ValueError, match="three or more patches and three or more numbers"):
+            pca_colours(np.ones(shape))
+    with pytest.raises(ValueError, match="three or more patches"):
+        pca_colours(np.ones((3, 1, 2, 5)), per_image=True)
 
 
 # --- similarity and occlusion
@@ -246,55 +243,53 @@ def test_pictures_without_any_structure_have_colours_too():
 
 def test_similarity_is_symmetric_and_one_with_itself():
     tokens = torch.randn(2, 3, 5, 16, generator=torch.Generator().manual_seed(0))
-    found = similarity_maps(tokens)
-    assert found.shape == (2, 15, 15)
-    torch.testing.assert_close(found, found.mT, atol=0, rtol=0)
-    torch.testing.assert_close(found.diagonal(dim1=1, dim2=2), torch.ones(2, 15))
+    result = similarity_maps(tokens)
+    assert result.shape == (2, 15, 15)
+    torch.testing.assert_close(result, result.mT, atol=0, rtol=0)
+    torch.testing.assert_close(result.diagonal(dim1=1, dim2=2), torch.ones(2, 15))
     a, b = tokens[1, 0, 2], tokens[1, 2, 1]
-    torch.testing.assert_close(found[1, 2, 11], (a @ b) / (a.norm() * b.norm()))
+    torch.testing.assert_close(result[1, 2, 11], (a @ b) / (a.norm() * b.norm()))
 
 
 @pytest.mark.parametrize(("window", "stride"), [(0, 0), (1, 1), (2, 1), (3, 3)])
 def test_occlusion_finds_the_patch_that_a_score_depends_on(window, stride):
-    picture = torch.zeros(3, 8 * 7, 8 * 9)
-    picture[:, 2 * 8 : 3 * 8, 5 * 8 : 6 * 8] = 1
+    image = torch.zeros(3, 8 * 7, 8 * 9)
+    image[:, 2 * 8 : 3 * 8, 5 * 8 : 6 * 8] = 1
 
     def score(batch):
         return batch[:, 0, 2 * 8 : 3 * 8, 5 * 8 : 6 * 8].mean(dim=(1, 2))
 
-    found = occlusion_map(score, picture, 8, window, stride, batch_size=5)
-    assert found.shape == (7, 9)
-    assert found[2, 5] == found.max() == 1
-    far = found.clone()
+    result = occlusion_map(score, image, 8, window, stride, batch_size=5)
+    assert result.shape == (7, 9)
+    assert result[2, 5] == result.max() == 1
+    far = result.clone()
     far[0:5, 3:8] = 0
     assert not far.any()
     if window == 1:
-        assert found.sum() == 1
+        assert result.sum() == 1
 
 
-def test_what_covers_is_the_border_of_the_picture_or_what_is_given():
-    picture = torch.arange(3.0)[:, None, None].expand(3, 4, 4)
-    seen = []
+def test_the_square_has_the_colour_of_the_border_or_a_given_one():
+    image = torch.arange(3.0)[:, None, None].expand(3, 4, 4)
 
     def score(batch):
-        seen.append(batch)
         return batch.sum(dim=(1, 2, 3))
 
-    assert not occlusion_map(score, picture, 1).any()
-    found = occlusion_map(score, picture, 1, fill=torch.tensor([0.0, 0.0, 0.0]))
-    torch.testing.assert_close(found, torch.full((4, 4), 3.0))
+    assert not occlusion_map(score, image, 1).any()
+    result = occlusion_map(score, image, 1, fill=torch.tensor([0.0, 0.0, 0.0]))
+    torch.testing.assert_close(result, torch.full((4, 4), 3.0))
 
 
 def test_scores_of_a_network(formulas):
-    model, batch = tiny_vit(formulas), pictures(formulas)
+    model, batch = tiny_vit(formulas), make_images(formulas)
     likeness = likeness_to(model, batch[0])
     values = likeness(batch).tolist()
     assert values[0] == pytest.approx(1)
     assert values[1] < 1
-    found = occlusion_map(likeness, batch[0], PATCH)
-    assert found.shape == (4, 4)
-    assert (found >= -1e-6).all()
-    assert found.max() > 0
+    result = occlusion_map(likeness, batch[0], PATCH)
+    assert result.shape == (4, 4)
+    assert (result >= -1e-6).all()
+    assert result.max() > 0
     weight, bias = formulas.sym("w", (5, DIM), 1.0), torch.zeros(5)
     with torch.no_grad():
         expected = (model(batch) @ weight.T).softmax(dim=-1)[:, 2]
@@ -304,13 +299,13 @@ def test_scores_of_a_network(formulas):
 @pytest.mark.parametrize(
     ("shape", "window", "stride", "message"),
     [
-        ((3, 20, 16), 1, 1, r"multiples of 8 px is needed, not \[3, 20, 16\]"),
-        ((1, 3, 16, 16), 1, 1, r"not \[1, 3, 16, 16\]"),
+        ((3, 20, 16), 1, 1, r"multiples of 8 px, found \[3, 20, 16\]"),
+        ((1, 3, 16, 16), 1, 1, r"found \[1, 3, 16, 16\]"),
         ((3, 16, 24), 3, 1, "window 3, stride 1: choose 1 <= stride <= window <= 2"),
         ((3, 16, 24), 1, 2, "never covered"),
     ],
 )
-def test_windows_that_make_no_sense(shape, window, stride, message):
+def test_images_and_windows_that_do_not_fit_are_refused(shape, window, stride, message):
     with pytest.raises(ValueError, match=message):
         occlusion_map(lambda batch: batch.sum(dim=(1, 2, 3)), torch.zeros(shape), 8, window, stride)
 

@@ -1,4 +1,4 @@
-"""Our metrics are scikit-learn's, also where classes have no support, and without its warnings."""
+"""Our metrics are scikit-learn's, also where classes have no support, and come without its warnings."""
 
 import json
 import warnings
@@ -8,12 +8,12 @@ import pytest
 from sklearn import metrics as reference
 from sklearn.calibration import calibration_curve
 
-from dinov2.eval.metrics import classification_metrics, expected_calibration_error
+from dinov2.eval.metrics.classification import classification_metrics, expected_calibration_error
 
 NAMES = ["basophil", "blast", "eosinophil", "lymphocyte", "monocyte"]
 
 
-def random_answers(labels_up_to: int, predictions_up_to: int):
+def random_predictions(labels_up_to: int, predictions_up_to: int):
     rng = np.random.default_rng(labels_up_to * 10 + predictions_up_to)
     return rng.integers(0, labels_up_to, 200), rng.integers(0, predictions_up_to, 200)
 
@@ -29,7 +29,7 @@ def random_probabilities(labels: np.ndarray, n_classes: int = 5, seed: int = 0):
 
 @pytest.mark.parametrize("up_to", [(5, 5), (3, 5), (5, 3), (1, 2)], ids=str)
 def test_agrees_with_scikit_learn(up_to):
-    labels, predictions = random_answers(*up_to)
+    labels, predictions = random_predictions(*up_to)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours = classification_metrics(labels, predictions, NAMES)
@@ -107,7 +107,7 @@ def test_rows_of_the_confusion_are_labels():
 
 
 def test_results_go_into_json():
-    ours = classification_metrics(*random_answers(3, 5), NAMES)
+    ours = classification_metrics(*random_predictions(3, 5), NAMES)
     assert json.loads(json.dumps(ours)) == ours
     labels = np.array([0, 1, 2])
     with_probabilities = classification_metrics(labels, labels, NAMES, random_probabilities(labels))

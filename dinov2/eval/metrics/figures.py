@@ -1,0 +1,138 @@
+"""PNG figures of results: confusion and other matrices, ROC and reliability curves, losses over epochs.
+
+Letters: N samples, C classes
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # not pyplot, which keeps every figure in memory until it is closed
+from sklearn.metrics import roc_curve
+
+from dinov2.eval.metrics.classification import auroc_per_class, reliability
+from dinov2.utils.files import atomic_write
+
+
+def draw_confusion(file: Path, confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str) -> None:
+    """Draw the counts of a confusion matrix, coloured by their share of the label's row.
+
+    Args:
+        file: the PNG.
+        confusion: [C, C] counts; rows are labels, columns predictions.
+        class_names: C names.
+        title: of the figure.
+    """
+    counts = np.asarray(confusion)
+    draw_matrix(
+        file,
+        counts / np.maximum(counts.sum(axis=1, keepdims=True), 1),
+        [[str(count) if count else "" for count in row] for row in counts.tolist()],
+        class_names,
+        class_names,
+        xlabel="prediction",
+        ylabel="label",
+        title=title,
+        scale="share of the label's cells",
+    )
+
+
+def draw_matrix(
+    file: Path,
+    values: np.ndarray,
+    texts: Sequence[Sequence[str]],
+    row_names: Sequence[str],
+    column_names: Sequence[str],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    scale: str,
+) -> None:
+    """Draw a matrix, coloured by value.
+
+    Args:
+        file: the PNG.
+        values: [rows, columns], 0-1; NaN stays white.
+        texts: the text in each field.
+        row_names, column_names: labels of the rows and columns.
+        xlabel, ylabel, title, scale: titles of the columns, the rows, the figure and the colours.
+    """
+    figure = Figure(figsize=(3.5 + 0.45 * len(column_names), 2.5 + 0.45 * len(row_names)), layout="constrained")
+    axes = figure.add_subplot()
+    figure.colorbar(axes.imshow(values, cmap="Blues", vmin=0, vmax=1), label=scale)
+    for (row, column), value in np.ndenumerate(values):
+        colour = "white" if value > 0.5 else "black"
+        axes.text(column, row, texts[row][column], ha="center", va="center", color=colour, fontsize=8)
+    axes.set_xticks(range(len(column_names)), labels=column_names, rotation=45, ha="right")
+    axes.set_yticks(range(len(row_names)), labels=row_names)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    _save(figure, file)
+
+
+def draw_curves(
+    file: Path, labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str], title: str
+) -> None:
+    """Draw the ROC curve of each class against the rest, and accuracy over confidence.
+
+    Args:
+        file: the PNG.
+        labels: int64 [N], 0 to C - 1.
+        probabilities: float64 [N, C].
+        class_names: C names.
+        title: of the figure.
+    """
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_roc(left, labels, probabilities, class_names, f"{title}: ROC, one against the rest")
+    confidences, accuracies, counts = reliability(labels, probabilities.argmax(axis=1), probabilities)
+    right.plot(confidences, accuracies, linewidth=1)
+    right.scatter(confidences, accuracies, s=10 + 200 * counts / counts.sum())
+    right.set(xlabel="confidence", ylabel="accuracy", title="reliability (area: number of samples)")
+    for axes in (left, right):
+        axes.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1)
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+    _save(figure, file)
+
+
+def _draw_roc(
+    axes: Axes, labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str], title: str
+) -> None:
+    areas = auroc_per_class(labels, probabilities)
+    for i, (name, area) in enumerate(zip(class_names, areas, strict=True)):
+        if area is not None:
+            false_rate, true_rate, _ = roc_curve(labels == i, probabilities[:, i])
+            axes.plot(false_rate, true_rate, label=f"{name} ({area:.3f})", linewidth=1)
+    axes.set(xlabel="false positive rate", ylabel="true positive rate", title=title)
+    if any(area is not None for area in areas):
+        axes.legend(title="class (AUROC)", fontsize=7, title_fontsize=7, loc="lower right")
+
+
+def draw_losses(file: Path, histories: Mapping[str, Sequence[tuple[float, float]]], title: str) -> None:
+    """Draw training (dashed) and validation losses over epochs.
+
+    Args:
+        file: the PNG.
+        histories: {name: (training loss, validation loss) of each epoch}; names that are equal up to a comma share a
+            colour.
+        title: of the figure.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    colours: dict[str, str] = {}
+    for name, history in histories.items():
+        group = name.split(",")[0]
+        label = None if group in colours else group
+        colour = colours.setdefault(group, f"C{len(colours) % 10}")
+        train_losses, val_losses = np.array(history).T
+        axes.plot(val_losses, color=colour, linewidth=1, label=label)
+        axes.plot(train_losses, color=colour, linewidth=0.6, linestyle="--")
+    axes.legend(fontsize=7)
+    axes.set(xlabel="epoch", ylabel="loss (validation; dashed: training)", title=title)
+    _save(figure, file)
+
+
+def _save(figure: Figure, file: Path) -> None:
+    with atomic_write(file) as stream:
+        figure.savefig(stream, format="png", dpi=150)
