@@ -107,7 +107,7 @@ def explorer_section(
         "paths": cells.paths,
         "thumbnails": thumbnails.uris,
         "missing": thumbnails.missing,
-        "columns": [_column(str(name), values, features.class_names) for name, values in table.items()],
+        "columns": [page_column(str(name), values, features.class_names) for name, values in table.items()],
         "projections": [
             {"title": plane.title, "axes": plane.axes} | dict(zip("xy", map(_rounded, plane.points.T), strict=True))
             for plane in planes
@@ -147,15 +147,15 @@ def _rounded(values: np.ndarray, digits: int = 6) -> list[float]:
     return [float(f"{value:.{digits}g}") for value in values.tolist()]
 
 
-def _column(name: str, values: "pd.Series[Any]", class_names: Sequence[str]) -> dict[str, Any]:
+def page_column(name: str, values: "pd.Series[Any]", class_names: Sequence[str]) -> dict[str, Any]:
     """Convert a column for the page: groups with their looks, the group of each cell, and the texts of numbers."""
     probability_of = name.removeprefix(PROBABILITY_PREFIX)
     title = COLUMN_TITLES.get(name, name if probability_of == name else f"Probability of {probability_of}")
     column: dict[str, Any] = {"id": name, "title": title}
     if pd.api.types.is_float_dtype(values):
-        column["values"] = ["" if math.isnan(value) else f"{value:.3g}" for value in values]
+        column["values"] = ["" if math.isnan(value) else f"{value:g}" for value in _rounded(values.to_numpy(), 3)]
         edges = MaxNLocator(10).tick_values(values.min(), values.max())
-        names = [f"{low:.4g} to {high:.4g}" for low, high in zip(edges, edges[1:], strict=False)]
+        names = [f"{low:.12g} to {high:.12g}" for low, high in zip(edges, edges[1:], strict=False)]
         looks = [OTHER | {"colour": colour} for colour in viridis(len(names))]
         values = pd.cut(values, edges, labels=names, include_lowest=True).astype(object).fillna("")
         counts = values.value_counts()

@@ -4,12 +4,13 @@ import json
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from dinov2.eval.features import Features
-from dinov2.eval.pages import explorer, projection
-from dinov2.eval.pages.explorer import ExplorerSettings, explorer_section, sample_by_class
+from dinov2.eval.pages import projection
+from dinov2.eval.pages.explorer import ExplorerSettings, explorer_section, page_column, sample_by_class
 from dinov2.eval.pages.page import page_html
 from dinov2.eval.results import FoldPredictions, write_predictions
 
@@ -113,19 +114,22 @@ def test_predictions_are_matched_by_path(tmp_path):
 
 
 def test_numbers_become_ranges_with_a_scale_of_colours():
-    values = explorer.pd.Series([0.0, 0.05, 0.95, 1.0, np.nan])
-    found = explorer._column("probability", values, NAMES)
+    values = pd.Series([0.0, 0.05, 0.95, 1.0, np.nan])
+    found = page_column("probability", values, NAMES)
     assert [group["name"] for group in found["groups"]] == ["0 to 0.1", "0.9 to 1", ""]
     assert [group["count"] for group in found["groups"]] == [2, 2, 1]
     assert found["codes"] == [0, 0, 1, 1, 2]
     assert found["values"] == ["0", "0.05", "0.95", "1", ""]
     assert len({group["colour"] for group in found["groups"]}) == 3
+    found = page_column("year", pd.Series([2020.01, 2020.25, 2020.98]), NAMES)
+    assert [group["name"] for group in found["groups"]] == ["2020 to 2020.1", "2020.2 to 2020.3", "2020.9 to 2021"]
+    assert found["values"] == ["2020", "2020", "2020"]
 
 
 def test_of_many_names_the_largest_groups_have_a_look_of_their_own():
     names = [f"name {i}" for i in range(50)]
-    values = explorer.pd.Series([*names, *names[-20:]])
-    groups = {group["name"]: group for group in explorer._column("site", values, NAMES)["groups"]}
+    values = pd.Series([*names, *names[-20:]])
+    groups = {group["name"]: group for group in page_column("site", values, NAMES)["groups"]}
     looks = {(groups[name]["colour"], groups[name]["marker"]) for name in names[-20:]}
     assert len(looks) == 20
     assert len({(group["colour"], group["marker"]) for group in groups.values()}) == 36  # and one for the others
