@@ -89,7 +89,7 @@ document.addEventListener("chartsready", () => {
     if (!part("near").checked && !images.data.x.length) return;
     const near = part("near").checked ? filter.indices.filter(isInView) : [], drawn = near.length <= 250 ? near : [];
     const [x, y, url] = [projection.x, projection.y, data.thumbnails].map((values) => drawn.map((i) => values[i]));
-    images.data = { x, y, url };
+    images.data = { x, y, url, colour: drawn.map((i) => column.groups[column.codes[i]].colour) };
   };
   const showProjection = () => {
     [figure.below[0].axis_label, figure.left[0].axis_label] = projection.axes;
@@ -211,7 +211,7 @@ document.addEventListener("chartsready", () => {
   figure.js_event_callbacks = { tap: [tap], doubletap: [tap] };
   selected.change.connect(showSelection);
   [figure.x_range, figure.y_range].forEach((range) => range.change.connect(showImages));
-  figure.properties.inner_width.change.connect(fit);
+  figure.properties.inner_width.change.connect(() => setView(...view()));
   showLegend();
   showSelection();
   showProjection();
