@@ -101,7 +101,7 @@ class Explorer:
         return self.js("return figure.x_range.end - figure.x_range.start")
 
     def colour_by(self, column: str) -> None:
-        number = [found["id"] for found in self.data["columns"]].index(column)
+        number = [one["id"] for one in self.data["columns"]].index(column)
         script = "part('colour').value = arguments[0]; part('colour').dispatchEvent(new Event('change'))"
         self.js(script, number)
 

@@ -166,9 +166,9 @@ def page_column(name: str, values: "pd.Series[Any]", class_names: Sequence[str])
         if len(names) > len(looks):
             names = list(counts.index)  # the largest groups get a look
     look_of = dict(zip(filter(None, names), looks, strict=False))
-    shown = [*(name for name in names if name and name in counts), *([""] if "" in counts else [])]
-    column["groups"] = [{"name": name, "count": int(counts[name]), **look_of.get(name, OTHER)} for name in shown]
-    column["codes"] = pd.Index(shown).get_indexer(values).tolist()
+    present = [*(name for name in names if name and name in counts), *([""] if "" in counts else [])]
+    column["groups"] = [{"name": name, "count": int(counts[name]), **look_of.get(name, OTHER)} for name in present]
+    column["codes"] = pd.Index(present).get_indexer(values).tolist()
     return column
 
 
