@@ -47,7 +47,14 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.10",
     packages=find_packages(include=["dinov2", "dinov2.*"]),
-    package_data={"dinov2": ["py.typed", "configs/**/*.yaml", "eval/pages/templates/*", "hub/*.jinja"]},
+    package_data={
+        "dinov2": [
+            "py.typed",
+            "configs/**/*.yaml",
+            "eval/pages/templates/*",
+            "hub/*.jinja",
+        ]
+    },
     include_package_data=False,
     install_requires=[RANGES.get(name, line) for name, line in requirements.items() if name not in OPTIONAL],
     extras_require={

@@ -380,7 +380,7 @@ def make_formats(folder: Path, source: Path | None) -> None:
 
 
 def chosen_images(folder: Path, source: Path | None) -> Iterable[Path]:
-    from dinov2.data.datasets.image_paths import find_images
+    from dinov2.data.datasets import find_images
     from dinov2.data.sample_cells import write_sample_cells
 
     if source is None:

@@ -234,7 +234,7 @@ def draw_pictures(folder: Path) -> Path:
 
 
 def pictures(folder: Path) -> list[Path]:
-    from dinov2.data.datasets.image_paths import find_images
+    from dinov2.data.datasets import find_images
 
     return find_images(folder)[:N_PICTURES]
 

@@ -10,8 +10,7 @@ import logging
 import sys
 from pathlib import Path
 
-from dinov2.data.check import check_lists, describe
-from dinov2.data.check.check import NEAR_CHOICES
+from dinov2.data.check import NEAR_CHOICES, check_lists, describe
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
 

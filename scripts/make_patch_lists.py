@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dinov2.data.datasets.image_paths import find_images
+from dinov2.data.datasets import find_images
 from dinov2.utils.files import atomic_write
 
 

@@ -1,11 +1,13 @@
-"""Multi-crop augmentation: two global and L local random crops of one image.
+"""Multi-crop augmentation: make two global and L local random crops of one image.
 
-The recipes `default` (DINOv2, Oquab et al. 2023, arXiv 2304.07193, with flips and turns that suit cells) and `hema`
-(DinoBloom, Koch et al. 2024, arXiv 2404.05022) differ in their settings: the block `augmentation` of the config.
+The recipes `default` (DINOv2, Oquab et al. 2023, arXiv 2304.07193, with more flips and turns) and `hema` (DinoBloom,
+Koch et al. 2024, arXiv 2404.05022) differ in their settings: the block `augmentation` of the config.
 
 Dimension key:  L local crops, S crop side, s local crop side, H height and W width of the image
 
-A crop is made in two steps: `draw_crop` draws all that is random, `make_crop` applies it.
+A crop is made in two steps: `draw_crop` draws all random values, `make_crop` applies the operations. These work with
+OpenCV on one uint8 image at a time, [H, W, 3], red first; they round to whole levels, as Pillow does, and do not change
+their argument.
 """
 
 import math
@@ -14,33 +16,32 @@ from dataclasses import dataclass, fields
 from random import Random
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from dinov2.configs import dinov2_default_config
-from dinov2.data import image_ops
 from dinov2.data.transforms import normalize_images
 
 N_GLOBAL_CROPS = 2
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a crop, drawn log-uniformly
 N_BOX_TRIES = 10
-HIGHEST = {"hue": 0.5, "solarize_threshold": 255}  # of the settings with a limit other than a probability's
+HIGHEST = {"hue": 0.5, "solarize_threshold": 255}  # limits of settings that are no probabilities
 
-JITTER = {
-    "brightness": image_ops.adjust_brightness,
-    "contrast": image_ops.adjust_contrast,
-    "saturation": image_ops.adjust_saturation,
-    "hue": image_ops.adjust_hue,
-}
+Pixels = NDArray[Any]  # uint8 [H, W, 3]; OpenCV's signatures are no more precise
+# ITU-R 601 luma, the weights of Pillow's mode "L" and of torchvision
+GRAY_WEIGHTS = np.array([0.299, 0.587, 0.114])
+IDENTITY = np.eye(3)
 
 
 @dataclass(frozen=True)
 class AugmentationSettings:
-    """How often each operation is applied, and how strongly.
+    """Probabilities and strengths of the operations.
 
-    Three values stand for (first global crop, second global crop, local crops).
+    Three values are for (first global crop, second global crop, local crops).
 
     Raises:
         ValueError: if a value is out of range.
@@ -50,15 +51,15 @@ class AugmentationSettings:
     vflip_probability: float  # upside-down mirror
     quarter_turn_probability: float  # rotation by exactly 90 degrees counter-clockwise
     rotation_probability: float  # rotation by a uniform angle, corners filled with a uniform gray level
-    jitter_probability: float  # of the four that follow, which come together and in random order
+    jitter_probability: float  # of the next four operations, which are applied together in random order
     brightness: float  # x for a uniform factor from 1 - x (0 at least) to 1 + x
     contrast: float  # the same
     saturation: float  # the same
     hue: float  # x for a uniform shift by up to x turns of the colour circle either way; 0.5 at most
-    grayscale_probability: float  # loss of colour
+    grayscale_probability: float  # conversion to gray
     blur_probability: tuple[float, float, float]  # Gaussian blur
     blur_sigma: tuple[float, float]  # lowest and highest standard deviation in pixels
-    blur_kernel_size: int  # taps of the blur on each axis, odd; wider tails are cut off
+    blur_kernel_size: int  # taps of the blur on each axis, odd
     solarize_probability: tuple[float, float, float]  # inversion of the bright values
     solarize_threshold: float  # level, of 0 to 255, from which on a value is inverted
 
@@ -82,7 +83,7 @@ class AugmentationSettings:
 
 
 class CropParameters(NamedTuple):
-    """What happens to one crop, in the order of the operations."""
+    """The random values of one crop, in the order of the operations."""
 
     box: tuple[int, int, int, int]  # top, left, height, width in pixels
     angle: float  # degrees counter-clockwise; 0: no rotation
@@ -99,7 +100,7 @@ class CropParameters(NamedTuple):
 def draw_box(rng: Random, height: int, width: int, scale: Sequence[float]) -> tuple[int, int, int, int]:
     """Draw a crop box with the distribution of torchvision's RandomResizedCrop.
 
-    Area and log aspect ratio are uniform. The first of ten tries that fits in the image counts; if none does, the
+    Area and log aspect ratio are uniform. The first of ten tries that fits into the image is taken; if none fits, the
     largest central box with an allowed ratio. `scale` is the lowest and highest share of the image's area.
 
     Returns:
@@ -119,7 +120,7 @@ def draw_box(rng: Random, height: int, width: int, scale: Sequence[float]) -> tu
 def draw_crop(
     rng: Random, height: int, width: int, scale: Sequence[float], settings: AugmentationSettings, kind: int
 ) -> CropParameters:
-    """Draw what happens to one crop of an image [H, W]; `kind` 0, 1: first, second global crop, 2: local crop."""
+    """Draw the values of one crop of an image [H, W]; `kind` 0, 1: first, second global crop, 2: local crop."""
     s = settings
     jitter: list[tuple[str, float]] = []
     box = draw_box(rng, height, width, scale)
@@ -143,27 +144,128 @@ def draw_crop(
     )
 
 
-def make_crop(image: np.ndarray, crop: CropParameters, size: int, settings: AugmentationSettings) -> np.ndarray:
-    """Make the crop of `image`, uint8 [H, W, 3], that `crop` describes: uint8 [S, S, 3]."""
-    made = image_ops.crop_resize(image, crop.box, size)
+def crop_resize(image: Pixels, box: Sequence[int], size: int) -> Pixels:
+    """Cut out a box and resize it to [S, S, 3] with Pillow's antialiased bicubic filter.
+
+    OpenCV's bicubic filter differs (a = -0.75, no antialiasing). PyTorch's is within 2 levels of Pillow's.
+
+    Args:
+        image: [H, W, 3] of any strides; channels-last memory is the fast one.
+        box: top, left, height, width in pixels, inside the image.
+        size: S.
+    """
+    top, left, height, width = box
+    cut = np.ascontiguousarray(image[top : top + height, left : left + width])
+    resized = torch.nn.functional.interpolate(
+        torch.from_numpy(cut)[None].permute(0, 3, 1, 2), (size, size), mode="bicubic", antialias=True
+    )
+    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+
+
+def rotate(image: Pixels, degrees: float, fill: int) -> Pixels:
+    """Rotate a square image counter-clockwise about its centre, by nearest pixel; the corners get the level `fill`."""
+    size = len(image)
+    centre = (size - 1) / 2
+    matrix = cv2.getRotationMatrix2D((centre, centre), degrees, 1)
+    return cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_NEAREST, borderValue=(fill, fill, fill))
+
+
+def flip(image: Pixels, hflip: bool, vflip: bool) -> Pixels:
+    """Mirror left-right, upside-down, both or neither."""
+    if hflip:
+        return cv2.flip(image, -1 if vflip else 1)
+    return cv2.flip(image, 0) if vflip else image
+
+
+def quarter_turn(image: Pixels) -> Pixels:
+    """Rotate by 90 degrees counter-clockwise."""
+    return cv2.rotate(image, cv2.ROTATE_90_COUNTERCLOCKWISE)
+
+
+def adjust_brightness(image: Pixels, factor: float) -> Pixels:
+    """Multiply by `factor` >= 0 and clamp."""
+    return cv2.convertScaleAbs(image, alpha=factor)
+
+
+def adjust_contrast(image: Pixels, factor: float) -> Pixels:
+    """Move away from (factor > 1) or towards the image's mean luma and clamp; `factor` >= 0."""
+    luma = np.dot(cv2.mean(image)[:3], GRAY_WEIGHTS)
+    return cv2.addWeighted(image, factor, image, 0, (1 - factor) * luma)
+
+
+def adjust_saturation(image: Pixels, factor: float) -> Pixels:
+    """Move away from (factor > 1) or towards each pixel's luma and clamp; `factor` >= 0."""
+    return cv2.transform(image, factor * IDENTITY + (1 - factor) * GRAY_WEIGHTS)
+
+
+def adjust_hue(image: Pixels, shift: float) -> Pixels:
+    """Add `shift`, in turns of the colour circle, to the hue of HSV; value and saturation stay.
+
+    In float32: Pillow's 256 steps of hue are up to 10 levels off for pure colours.
+    """
+    hsv: Any = cv2.cvtColor(image.astype(np.float32), cv2.COLOR_RGB2HSV)  # hue in degrees
+    # OpenCV wraps a hue above 360 but not a negative one
+    hsv[..., 0] += 360 * (shift % 1)
+    return cv2.convertScaleAbs(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
+
+
+def to_grayscale(image: Pixels) -> Pixels:
+    """Replace all three channels by the luma."""
+    return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+
+
+def gaussian_blur(image: Pixels, sigma: float, kernel_size: int) -> Pixels:
+    """Blur with a normalised Gaussian of `kernel_size` taps; the image is mirrored beyond its border pixels."""
+    # a tap further away than 4.5 sigma weighs less than 5e-5 of the middle one
+    radius = min(kernel_size // 2, int(4.5 * sigma))
+    if radius == 0:
+        return image
+    weights = cv2.getGaussianKernel(2 * radius + 1, sigma, cv2.CV_32F)
+    return cv2.sepFilter2D(image, -1, weights, weights, borderType=cv2.BORDER_REFLECT_101)
+
+
+def to_planes(image: Pixels) -> Pixels:
+    """Reorder [H, W, 3] to a contiguous [3, H, W]."""
+    planes = np.empty((3, *image.shape[:2]), dtype=np.uint8)
+    cv2.split(image, list(planes))
+    return planes
+
+
+def solarize(image: Pixels, threshold: float) -> Pixels:
+    """Invert every level >= `threshold`."""
+    levels = np.arange(256, dtype=np.uint8)
+    return cv2.LUT(image, np.where(levels >= threshold, 255 - levels, levels))
+
+
+JITTER = {
+    "brightness": adjust_brightness,
+    "contrast": adjust_contrast,
+    "saturation": adjust_saturation,
+    "hue": adjust_hue,
+}
+
+
+def make_crop(image: Pixels, crop: CropParameters, size: int, settings: AugmentationSettings) -> Pixels:
+    """Apply the values of `crop` to an image [H, W, 3]; return the crop, uint8 [S, S, 3]."""
+    made = crop_resize(image, crop.box, size)
     if crop.angle:
-        made = image_ops.rotate(made, crop.angle, crop.fill)
-    made = image_ops.flip(made, crop.hflip, crop.vflip)
+        made = rotate(made, crop.angle, crop.fill)
+    made = flip(made, crop.hflip, crop.vflip)
     if crop.quarter_turn:
-        made = image_ops.quarter_turn(made)
+        made = quarter_turn(made)
     for name, strength in crop.jitter:
         made = JITTER[name](made, strength)
     if crop.grayscale:
-        made = image_ops.to_grayscale(made)
+        made = to_grayscale(made)
     if crop.sigma:
-        made = image_ops.gaussian_blur(made, crop.sigma, settings.blur_kernel_size)
+        made = gaussian_blur(made, crop.sigma, settings.blur_kernel_size)
     if crop.solarized:
-        made = image_ops.solarize(made, settings.solarize_threshold)
+        made = solarize(made, settings.solarize_threshold)
     return made
 
 
 class DataAugmentationDINO:
-    """The recipe `default`: DINOv2's, with the flips and quarter turns that suit cells."""
+    """The recipe `default`: DINOv2's, with more flips and with quarter turns, which suit cells."""
 
     recipe = "default"
 
@@ -216,7 +318,7 @@ class DataAugmentationDINO:
 
         Args:
             image: uint8 [3, H, W] or a Pillow image.
-            rng: source of randomness; None takes torch's default generator.
+            rng: source of randomness; None: seeded by torch's default generator.
 
         Returns:
             `global_crops`: two [3, S, S] of `dtype`; `global_crops_teacher`: the same two; `local_crops`: L of
@@ -232,7 +334,7 @@ class DataAugmentationDINO:
         for kind, size, scale in self.views:
             crop = draw_crop(rng, height, width, scale, self.settings, kind)
             made = make_crop(pixels, crop, size, self.settings)
-            levels = torch.from_numpy(image_ops.to_planes(made))  # [3, S, S]
+            levels = torch.from_numpy(to_planes(made))  # [3, S, S]
             crops.append(levels if self.dtype == torch.uint8 else normalize_images(levels).to(self.dtype))
         return {
             "global_crops": crops[:N_GLOBAL_CROPS],

@@ -1,4 +1,4 @@
-"""The record of images that could not be read: `bad_images.csv` in the run's folder, and the limit on them."""
+"""Record the images that cannot be read in `bad_images.csv` in the run's folder, and limit their number."""
 
 import csv
 import logging
@@ -17,7 +17,7 @@ logger = logging.getLogger("dinov2")
 class BadImages:
     """Record each unreadable image once, over all processes and resumes, and stop a run with too many of them.
 
-    Images that were mended in between are dropped when a run resumes.
+    A resumed run drops the images that can be read again.
     """
 
     def __init__(self, path: Path, n_listed: int, max_fraction: float) -> None:
@@ -26,9 +26,8 @@ class BadImages:
         self._new: dict[str, str] = {}
         self._is_written = True
         if path.is_file():
-            rows = open_table(path, "bad images").rows("path", "reason")
-            found = {bad: reason for _, (bad, reason) in rows}
-            self.reasons = {bad: reason for bad, reason in found.items() if not _is_readable(bad)}
+            recorded = dict(values for _, values in open_table(path, "bad images").rows("path", "reason"))
+            self.reasons = {image: reason for image, reason in recorded.items() if not _is_readable(image)}
 
     def record(self, failures: Iterable[tuple[str, str]]) -> None:
         """Add (path, reason) pairs of this process."""
@@ -38,16 +37,16 @@ class BadImages:
                 self._new[path] = reason
 
     def settle(self) -> None:
-        """Gather the records of all processes and write them; every process has to call this.
+        """Gather the records of all processes and write them; every process must call this.
 
         Raises:
-            RuntimeError: on every process, if more than `max_fraction` of the listed images are known to be unreadable.
+            RuntimeError: on every process, if more than `max_fraction` of the listed images cannot be read.
         """
-        found = {path: reason for new in all_gather_objects(self._new) for path, reason in new.items()}
+        gathered = {path: reason for new in all_gather_objects(self._new) for path, reason in new.items()}
         self._new = {}
-        if not found.keys() - self.reasons.keys() and self._is_written:
+        if gathered.keys() <= self.reasons.keys() and self._is_written:
             return
-        self.reasons = {**found, **self.reasons}
+        self.reasons = {**gathered, **self.reasons}
         if is_main_process():
             self._write()
         if len(self.reasons) > self.max_fraction * self.n_listed:
@@ -63,7 +62,7 @@ class BadImages:
                 writer = csv.writer(file)
                 writer.writerow(["path", "reason"])
                 writer.writerows(self.reasons.items())
-        except OSError as error:  # a full disk must not end a run, least of all on one process of many
+        except OSError as error:  # a full disk must not end a run
             if self._is_written:
                 logger.warning("cannot write %s (%s); it is tried again later", self.path, error.strerror)
             self._is_written = False
@@ -72,6 +71,7 @@ class BadImages:
 
 
 def _is_readable(path: str) -> bool:
+    """Return True if the image can be decoded now."""
     try:
         decode_image(read_image(path), name=path)
     except UnreadableImageError:

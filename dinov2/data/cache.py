@@ -1,12 +1,12 @@
-"""The packed cache: images decoded and resized once, kept as uint8 squares in a memory-mapped file.
+"""Pack images, decoded and resized once, as uint8 squares into a memory-mapped file: the packed cache.
 
 <folder>/224-crop-v2/   one for each side in pixels and fit; v2 is the version of layout and pixels
     pixels.bin          uint8 [R, S, S, 3], a record per image; that of an unreadable image holds the reason as text
     entries.bin         ENTRY [R], each appended after its record is on the disk
-    lock                held by the build that runs
+    lock                held during a build
 
-Records without an entry are written again by the next build. An image whose source changed gets another record, and
-the last record of a path counts: what a running training reads never changes.
+The next build writes records without an entry again. An image whose source changed gets a new record, and the last
+record of a path is the valid one, so a running training always reads the same pixels.
 
 Letters: N images of the dataset, R records, S side in pixels.
 """
@@ -37,12 +37,12 @@ from dinov2.utils.parallel import available_cores, parallel_map
 logger = logging.getLogger("dinov2")
 
 VERSION = 2  # raise it when the layout changes, or when decode_image or resize_image give other pixels
-IMAGES_PER_ROUND = 2048  # between two writes of entries: what a killed build loses at most
-WAIT_SECONDS = 5.0  # for another build's lock, between two looks at its work
-IMAGES_AT_A_TIME = 32  # that a worker packs
-FEW_IMAGES = 256  # for each worker process; decoding fewer takes less time than starting it
+IMAGES_PER_ROUND = 2048  # between two writes of entries: the most that a killed build loses
+WAIT_SECONDS = 5.0  # between two attempts to take another build's lock
+IMAGES_PER_JOB = 32  # of a worker process
+MIN_IMAGES_PER_WORKER = 256  # decoding fewer takes less time than starting a process
 FREE, PACKED, UNREADABLE = range(3)  # status of a record
-NO_STAMP = (-1, -1)  # of a source without a file, or of an image to be tried again by the next build
+NO_STAMP = (-1, -1)  # of a source without a file, or of an image that the next build tries again
 # 64 bytes, so that no entry crosses a disk sector; size and time are the source's, crc32 is of key and record
 ENTRY = np.dtype(
     [("key", "S16"), ("size", "<i8"), ("mtime_ns", "<i8"), ("crc32", "<u4"), ("status", "<u4"), ("unused", "V24")]
@@ -52,24 +52,24 @@ show_progress = partial(tqdm, unit="image", mininterval=2)  # seconds; in a log 
 
 
 class Plan(NamedTuple):
-    """The work of a build, by position in the dataset, each path once."""
+    """The work of a build; positions in the dataset, each path once."""
 
     n_images: int
     n_there: int
-    todo: np.ndarray  # missing, or packed from a source that has changed since
-    gone: dict[bytes, str]  # keys of those without a source file, and why; their records stay
+    todo: np.ndarray  # positions that are missing, or were packed from a source that changed later
+    missing: dict[bytes, str]  # {key: reason} of images without a source file; their records stay
     bytes_needed: int
     bytes_free: int
 
     def __str__(self) -> str:
         return (
-            f"{self.n_images:,} images, {len(self.todo):,} to pack, {len(self.gone):,} without a file; "
+            f"{self.n_images:,} images, {len(self.todo):,} to pack, {len(self.missing):,} without a file; "
             f"{size_text(self.bytes_needed)} needed, {size_text(self.bytes_free)} free"
         )
 
 
 class Summary(NamedTuple):
-    """The result of a build, with (path, reason) of some unreadable images; incomplete if it was told to stop."""
+    """The result of a build, with (path, reason) of a few unreadable images; incomplete if it was stopped."""
 
     n_images: int
     n_there: int
@@ -90,7 +90,10 @@ class PackedCache:
     """The squares of a dataset's images. A pickled copy, as a worker gets, can `fetch` but not build."""
 
     def __init__(self, folder: str | os.PathLike[str], source: ImageSource, image_size: int, fit: str = "crop") -> None:
-        """Open what is there; nothing is written. `folder` may hold other datasets, sizes and fits too."""
+        """Open the cache, which may not exist yet; nothing is written.
+
+        `folder` may hold the images of other datasets, sizes and fits too.
+        """
         if image_size < 1:
             raise ValueError(f"image_size: {image_size} pixels; give 1 or more")
         self.source, self.image_size, self.fit = source, image_size, fit
@@ -100,7 +103,7 @@ class PackedCache:
         self._lock = filelock.FileLock(self.folder / "lock", mode=0o666)
         paths = (source.path(i).encode(errors="surrogateescape") for i in range(len(source)))
         self._keys = np.array([hashlib.blake2b(path, digest_size=16).digest() for path in paths], "S16")
-        self._first = np.sort(np.unique(self._keys, return_index=True)[1])  # where each path stands first
+        self._first = np.sort(np.unique(self._keys, return_index=True)[1])  # the first position of each path
         old = self.folder.with_name(f"{image_size}-{fit}-v1")
         if old.is_dir() and not self.folder.is_dir():
             logger.warning(
@@ -154,17 +157,17 @@ class PackedCache:
         return np.asarray(self._pixels[self._rows[i]])
 
     def plan(self, should_stop: ShouldStop = lambda: False) -> Plan:
-        """Compare the sources with what is packed; nothing is written. Of no use if told to stop on the way."""
-        gone: dict[bytes, str] = {}
+        """Compare the sources with the packed records; nothing is written. Incomplete if `should_stop` returns True."""
+        missing: dict[bytes, str] = {}
 
         def read_stamp(i: int) -> tuple[int, int]:
             try:
                 return NO_STAMP if should_stop() else self.source.stamp(i)
             except OSError as error:
-                gone[self._keys[i]] = error.strerror or str(error)
+                missing[self._keys[i]] = error.strerror or str(error)
                 return NO_STAMP
 
-        with ThreadPool(16) as pool:  # a network file system answers many at once, each after a while
+        with ThreadPool(16) as pool:  # a network file system answers slowly, but many requests at once
             stamps = np.array(pool.map(read_stamp, self._first.tolist(), 1024), dtype=np.int64).reshape(-1, 2)
         entries = np.append(self._entries, np.zeros(1, ENTRY))[self._rows[self._first]]  # row -1 is the empty one
         is_there, is_packed = stamps[:, 0] >= 0, entries["status"] != FREE
@@ -172,16 +175,16 @@ class PackedCache:
         todo = self._first[is_there & ~is_packed]
         disk = next(parent for parent in (self.folder, *self.folder.parents) if parent.is_dir())
         bytes_needed, bytes_free = len(todo) * (self.record_bytes + ENTRY.itemsize), shutil.disk_usage(disk).free
-        return Plan(len(self._first), int(is_packed.sum()), todo, gone, bytes_needed, bytes_free)
+        return Plan(len(self._first), int(is_packed.sum()), todo, missing, bytes_needed, bytes_free)
 
     def build(self, n_workers: int | None = None, *, should_stop: ShouldStop = lambda: False) -> Summary:
-        """Pack what is missing or stale, and open the result; a second build waits for the first.
+        """Pack missing and changed images, and open the result; a second build waits for the first.
 
-        In a process group all ranks call this at once, and rank 0 packs for all.
+        In a process group all ranks call this together, and rank 0 packs for all.
 
         Args:
-            n_workers: processes that decode; 0 or 1 decodes in this one; None takes one a core.
-            should_stop: asked from time to time, on all ranks; what is packed by then stays.
+            n_workers: processes that decode; 0 or 1 decodes in this one; None: one for each core.
+            should_stop: called regularly on all ranks; a stopped build keeps the packed images.
 
         Raises:
             ValueError: the disk has too little space, or images are missing and the folder cannot be written.
@@ -189,10 +192,10 @@ class PackedCache:
         is_stopped = False
         rounds = self._build(n_workers, lambda: is_stopped or should_stop())
         while (outcome := on_main_process(partial(next, rounds))) is None:
-            is_stopped = any(all_gather_objects(should_stop()))  # by a signal to any rank
+            is_stopped = any(all_gather_objects(should_stop()))  # a signal to one rank stops all
         plan, n_packed, is_complete = outcome
         self._open()
-        self._reasons |= {i: plan.gone[key] for i, key in enumerate(self._keys) if key in plan.gone}
+        self._reasons |= {i: plan.missing[key] for i, key in enumerate(self._keys) if key in plan.missing}
         bad = [i for i in self._first.tolist() if i in self._reasons]
         examples = [(self.source.path(i), self._reasons[i]) for i in bad[:5]]
         summary = Summary(plan.n_images, plan.n_there, n_packed, len(bad), examples, is_complete)
@@ -200,7 +203,7 @@ class PackedCache:
         return summary
 
     def _build(self, n_workers: int | None, should_stop: ShouldStop) -> Iterator[Any]:
-        """Build on rank 0: yield None after each round, and last the plan, the images packed, and if all are done."""
+        """Build on rank 0; yield None after each round, and last (plan, number of packed images, is complete)."""
         self._open()
         plan, n_packed = self.plan(should_stop), 0
         logger.info("packed cache %s: %s", self.folder, plan)
@@ -224,7 +227,7 @@ class PackedCache:
                 logger.info("packed cache: another process builds in %s; waiting for it", self.folder)
                 yield None
             except ValueError:
-                if not should_stop():  # else a signal to all processes ended workers that were just starting
+                if not should_stop():  # a signal to all processes may end workers that are just starting
                     raise
             except OSError as error:
                 raise ValueError(
@@ -234,31 +237,31 @@ class PackedCache:
         yield plan, n_packed, not should_stop()
 
     def _pack(self, todo: np.ndarray, n_workers: int | None, should_stop: ShouldStop) -> Iterator[int]:
-        """Pack images in rounds; yield how many of each could be decoded, once its entries are on the disk."""
-        n_workers = min(available_cores(), 1 + len(todo) // FEW_IMAGES) if n_workers is None else n_workers
+        """Pack images in rounds; after each, with its entries on the disk, yield the number of decoded images."""
+        n_workers = min(available_cores(), 1 + len(todo) // MIN_IMAGES_PER_WORKER) if n_workers is None else n_workers
         row = len(self._entries)
         jobs = list(zip(todo.tolist(), range(row, row + len(todo)), self._keys[todo].tolist(), strict=True))
         with open(self.entries_file, "ab") as entries_file, open(self.pixels_file, "ab") as pixels_file:
-            entries_file.truncate(row * ENTRY.itemsize)  # first: what lost its record may not come back with another
+            entries_file.truncate(row * ENTRY.itemsize)  # first, so that no old entry gets a new record
             pixels_file.truncate((row + len(todo)) * self.record_bytes)
-        with closing(parallel_map(self._pack_image, jobs, n_workers, IMAGES_AT_A_TIME)) as packed:
+        with closing(parallel_map(self._pack_image, jobs, n_workers, IMAGES_PER_JOB)) as packed:
             rest = takewhile(lambda _: not should_stop(), show_progress(packed, "packing", len(jobs)))
             while batch := list(islice(rest, IMAGES_PER_ROUND)):
                 with open(self.pixels_file, "rb+") as file:
-                    os.fsync(file.fileno())  # before any entry says that they are there
+                    os.fsync(file.fileno())  # before their entries are written
                 entries = np.array(batch, ENTRY)
                 _write(self.entries_file, row * ENTRY.itemsize, entries.tobytes())
                 row += len(entries)
                 yield int((entries["status"] == PACKED).sum())
 
     def _pack_image(self, job: tuple[int, int, bytes]) -> tuple[bytes | int, ...]:
-        """Write the record of an image, given its position, row and key, and return its entry."""
+        """Write the record of an image and return its entry; `job` is (position, row, key)."""
         position, row, key = job
         path, stamp, status = self.source.path(position), NO_STAMP, PACKED
         try:
-            stamp_before = self.source.stamp(position)  # the next build sees what changes from here on
+            stamp_before = self.source.stamp(position)  # before reading, so that the next build notices a change
             data = self.source.read(position)
-            stamp = stamp_before  # without it, as after an error of the disk, the next build tries again
+            stamp = stamp_before  # after a read error it stays NO_STAMP, and the next build tries again
             square = resize_image(decode_image(data, path), self.image_size, self.fit)  # [3, S, S]
             record = square.permute(1, 2, 0).numpy().tobytes()
         except (OSError, UnreadableImageError) as error:
@@ -268,7 +271,7 @@ class PackedCache:
         return key, *stamp, _checksum(key, record), status, b""
 
     def verify(self, should_stop: ShouldStop = lambda: False) -> tuple[int, list[str]]:
-        """Check all records, also those of other datasets; return how many, and the paths (or numbers) of damaged ones.
+        """Check all records, also those of other datasets; return their number, and the names of the damaged ones.
 
         The entries of damaged records are cleared, so that the next build packs these images again.
         """
@@ -290,10 +293,10 @@ class PackedCache:
 
 
 def _checksum(key: bytes, record: bytes) -> int:
-    return zlib.crc32(record, zlib.crc32(key.ljust(16, b"\0")))  # numpy takes zeros off the end of a key
+    return zlib.crc32(record, zlib.crc32(key.ljust(16, b"\0")))  # numpy strips zeros from the end of a key
 
 
 def _write(file: Path, start: int, data: bytes) -> None:
-    with open(file, "rb+") as opened:  # not through a memory map: on a full disk that ends the process
+    with open(file, "rb+") as opened:  # not through a memory map, which ends the process on a full disk
         opened.seek(start)
         opened.write(data)

@@ -1,4 +1,4 @@
-"""Crops and iBOT masks to the batch dict that training reads; its keys are upstream's.
+"""Collate crops and iBOT masks to the batch dict that training reads; its keys are upstream's.
 
 Dimension key:  B images, G global crops, L local crops, S and s their sides in pixels, P patches per global crop,
                 M masked patches in the batch
@@ -17,11 +17,11 @@ from dinov2.utils.seeds import derive_seed
 
 
 class MicroBatch(NamedTuple):
-    """Which images of a global batch are collated together."""
+    """The images of a global batch that are collated together."""
 
-    images: Sequence[int]  # B numbers within the global batch
+    images: Sequence[int]  # B positions in the global batch
     global_batch_size: int
-    mask_seed: int  # decides all masks of the global batch
+    mask_seed: int  # of all masks of the global batch
 
 
 def draw_masks(
@@ -32,11 +32,11 @@ def draw_masks(
     seed: int,
     crops: Sequence[int] | None = None,
 ) -> tuple[Tensor, int]:
-    """Draw the masks of some global crops of a batch.
+    """Draw the masks of all global crops of a batch, or of those in `crops`.
 
-    int(n_crops * mask_probability) crops of the batch get a mask. The range of ratios is cut into as many equal strata,
-    and a permutation gives each of these crops its own, so every batch covers the whole range. A mask has a seed of its
-    own: it does not depend on which other masks are drawn.
+    int(n_crops * mask_probability) crops of the batch get a mask. The range of ratios is divided into as many equal
+    strata, and a permutation gives each of these crops one of them, so every batch covers the whole range. Each mask
+    has its own seed: it does not depend on which other masks are drawn.
 
     Args:
         n_crops: global crops in the batch.
@@ -44,17 +44,17 @@ def draw_masks(
         mask_probability: share of the crops that get a mask.
         mask_generator: draws one mask; knows P.
         seed: of the batch.
-        crops: numbers of the crops to draw for; None: all.
+        crops: positions in the batch of the crops to draw for; None: all.
 
     Returns:
         masks: bool [len(crops), P].
-        upperbound: a number of masked patches that no draw for so many crops exceeds.
+        upperbound: the largest possible number of masked patches in so many crops.
     """
     crops = range(n_crops) if crops is None else crops
     height, width = mask_generator.get_shape()
     n_tokens = height * width
     n_masked_crops = int(n_crops * mask_probability)
-    # float32 as in upstream: 0.25 * 256 must be 64 and not a hair less, or upperbound would differ
+    # float32 as in upstream, where 0.25 * 256 is exactly 64; otherwise upperbound would differ
     edges = torch.linspace(*mask_ratio_tuple, n_masked_crops + 1)
     upperbound = int((n_tokens * edges[1:]).long()[-len(crops) :].sum())
     strata = np.random.default_rng(derive_seed(seed, "strata")).permutation(n_crops)
@@ -77,14 +77,14 @@ def assemble_batch(
         crops: `global_crops`, a list of G tensors [B, 3, S, S], and `local_crops`, a list of L tensors [B, 3, s, s].
         masks: bool [G * B, P], in the order of the collated crops.
         upperbound: see `draw_masks`.
-        dtype: what the crops are cast to.
+        dtype: of the collated crops.
 
     Returns:
         collated_global_crops: dtype [G * B, 3, S, S], all first crops before all second.
         collated_local_crops: dtype [L * B, 3, s, s]; left out when L is 0.
         collated_masks: bool [G * B, P].
-        mask_indices_list: int64 [M], where the flattened masks are True.
-        masks_weight: float32 [M], 1 / (masked patches of the crop that the patch belongs to).
+        mask_indices_list: int64 [M], positions of the masked patches in the flattened masks.
+        masks_weight: float32 [M], 1 / (number of masked patches in the patch's crop).
         upperbound: int.
         n_masked_patches: int64 [1], M.
     """
@@ -119,10 +119,10 @@ def collate_data_and_cast(
         samples_list: B of (crops, ...), where crops is an augmentation's dict for one image: lists of G tensors
             [3, S, S] and L tensors [3, s, s].
         mask_ratio_tuple, mask_probability: see `draw_masks`.
-        dtype: what the crops are cast to.
-        n_tokens: P; that of `mask_generator` if None, and equal to it otherwise.
-        mask_generator: required; its default exists because it follows `n_tokens` in upstream's signature.
-        micro_batch: what decides the masks; None: the images are a global batch, whose seed Python's `random` draws.
+        dtype: of the collated crops.
+        n_tokens: P; None: taken from `mask_generator`.
+        mask_generator: required; it has a default because it follows `n_tokens` in upstream's signature.
+        micro_batch: selects the masks; None: the images are a global batch, with a seed drawn by Python's `random`.
     """
     if mask_generator is None:
         raise ValueError("mask_generator: None; pass MaskingGenerator((h, w)), h and w in patches of a global crop")

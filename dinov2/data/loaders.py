@@ -1,4 +1,4 @@
-"""From a dataset string to batches: `make_dataset` and `make_data_loader`."""
+"""Make the dataset that a dataset string names, and the loader of its batches."""
 
 import logging
 import re
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
-from dinov2.data.balance import Balance, BalancedSampler
 from dinov2.data.datasets.hema_data import HemaStandardDataset
-from dinov2.data.samplers import EpochSampler, InfiniteSampler, PositionSampler, SamplerType
+from dinov2.data.samplers import Balance, BalancedSampler, EpochSampler, InfiniteSampler, PositionSampler, SamplerType
 from dinov2.distributed import get_rank, get_world_size
 from dinov2.utils.seeds import derive_seed
 from dinov2.utils.stop_signals import ignore_stop_signals
@@ -22,10 +21,9 @@ logger = logging.getLogger("dinov2")
 
 DATASETS = {"HemaStandardDataset": HemaStandardDataset}
 INFINITE = (SamplerType.INFINITE, SamplerType.SHARDED_INFINITE, SamplerType.SHARDED_INFINITE_NEW)
-Augmentation = Callable[[Tensor, Random], Any]  # uint8 [3, S, S] and a source of randomness to crops
+Augmentation = Callable[[Tensor, Random], Any]  # (uint8 [3, S, S], source of randomness) -> crops
 
-
-# key of a dataset string -> how its value is read; a reader raises ValueError or KeyError on other text
+# key of a dataset string -> function that reads its value, and raises ValueError or KeyError for other text
 VALUE_READERS: dict[str, Callable[[str], Any]] = {
     "root": str,
     "shuffle": lambda value: {"1": True, "true": True, "0": False, "false": False}[value.lower()],
@@ -40,13 +38,13 @@ VALUE_READERS: dict[str, Callable[[str], Any]] = {
 class AugmentedSample(NamedTuple):
     """The crops of one image."""
 
-    crops: Any  # what the augmentation returns
+    crops: Any  # result of the augmentation
     position: int  # of the image in the global stream
-    failures: tuple[tuple[str, str], ...]  # (path, reason) of images that could not be read on the way
+    failures: tuple[tuple[str, str], ...]  # (path, reason) of images that could not be read
 
 
 class AugmentedDataset(Dataset):
-    """A dataset's images with the augmentation that belongs to their position in the global stream."""
+    """The images of a dataset, augmented with a seed for each position in the global stream."""
 
     def __init__(self, dataset: HemaStandardDataset, augmentation: Augmentation, seed: int) -> None:
         self.dataset, self.augmentation, self.seed = dataset, augmentation, seed
@@ -64,15 +62,15 @@ def make_dataset(
     target_transform: Callable[..., Any] | None = None,
     **settings: Any,
 ) -> HemaStandardDataset:
-    """Build the dataset that a string such as `HemaStandardDataset:root=/data/lists:shuffle=1` describes.
+    """Make the dataset that a string such as `HemaStandardDataset:root=/data/lists:shuffle=1` names.
 
-    Keys: root (required), shuffle (1 or 0), image_size, fit, seed, column, cache. A colon belongs to a value unless one
-    of these keys and `=` follow it, so `root=C:\\cells` and `root=/data/12:30` are read as meant. `settings` are values
-    for keys that the string does not state; the transforms are `HemaStandardDataset`'s.
+    Keys: root (required), shuffle (1 or 0), image_size, fit, seed, column, cache. A colon is part of a value unless one
+    of these keys and `=` follow it, as in `root=C:\\cells` and `root=/data/12:30`. `settings` are values for keys that
+    the string lacks; for the transforms see `HemaStandardDataset`.
 
     Raises:
         ValueError: unknown name or key, a key twice or without a value, or a value of the wrong kind.
-        FileNotFoundError: nothing at `root` that names images.
+        FileNotFoundError: nothing at `root` names images.
     """
     name, stated = _parse_dataset_str(dataset_str)
     dataset = DATASETS[name](transform=transform, target_transform=target_transform, **{**settings, **stated})
@@ -82,6 +80,7 @@ def make_dataset(
 
 
 def _parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:
+    """Return the name of the dataset and the value of each key in the string."""
     name, _, rest = dataset_str.partition(":")
     if name not in DATASETS:
         raise ValueError(
@@ -89,13 +88,12 @@ def _parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:
             f"(write HemaStandardDataset:root=<folder with *.txt lists>)"
         )
     keys = ", ".join(VALUE_READERS)
-    unknown = [key for key in re.findall(r":([A-Za-z_]\w*)(?==)", ":" + rest) if key not in VALUE_READERS]
-    if unknown:
-        raise ValueError(f"train.dataset_path: unknown key {unknown[0]!r} in {dataset_str!r}; {name} knows {keys}")
-    before, *parts = re.split(rf":(?=(?:{'|'.join(VALUE_READERS)})=)", ":" + rest)
+    before, *parts = re.split(r":(?=[A-Za-z_]\w*=)", ":" + rest)
     stated: dict[str, Any] = {}
     for part in parts:
         key, _, value = part.partition("=")
+        if key not in VALUE_READERS:
+            raise ValueError(f"train.dataset_path: unknown key {key!r} in {dataset_str!r}; {name} knows {keys}")
         if key in stated:
             raise ValueError(f"train.dataset_path: {key!r} stands twice in {dataset_str!r}; keep one")
         try:
@@ -128,26 +126,26 @@ def make_data_loader(
     balance: Balance | None = None,
     augmentation: Augmentation | None = None,
 ) -> DataLoader:
-    """Load batches of a dataset for this process; the names and defaults are upstream's.
+    """Make the loader of this process's batches; the names and defaults are upstream's.
 
-    Batches do not depend on `num_workers`. Torch's global generators are left untouched.
+    Batches do not depend on `num_workers`. Torch's global generators do not change.
 
     Args:
         dataset, batch_size, num_workers, drop_last, persistent_workers, collate_fn: as for torch's
             `DataLoader`; `batch_size` counts the images of this process.
-        shuffle: whether the sampler shuffles; without a sampler the dataset's own order is kept whatever this says.
+        shuffle: whether the sampler shuffles; without a sampler the order is the dataset's.
         seed: of the order, and of random numbers that a transform draws in the workers.
         sampler_type: INFINITE (the SHARDED ones are the same), EPOCH, DISTRIBUTED (torch's) or None.
         sampler_size: length of an epoch over all processes, for EPOCH only; -1 takes the dataset's.
         sampler_advance: samples of the global stream already used, for the infinite samplers only.
-        pin_memory: put batches where a GPU copies them from without the host waiting; None: if there is a GPU.
-        balance: how often each set of the dataset is seen, for the infinite samplers only; None: equal for all images.
+        pin_memory: use memory that a GPU copies from asynchronously; None: if there is a GPU.
+        balance: how often each set of the dataset is sampled, for the infinite samplers only; None: all images alike.
         augmentation: applied to each image, seeded by (seed, position in the global stream), for the infinite samplers
             only; the samples are then `AugmentedSample`s.
 
     Raises:
-        ValueError: a size, an advance, a balance or an augmentation for a sampler that has none; a balance that does
-            not fit the sets.
+        ValueError: the sampler does not support the size, advance, balance or augmentation, or the balance does not fit
+            the sets.
     """
     sampler = _make_sampler(dataset, sampler_type, shuffle, seed, sampler_size, sampler_advance, balance)
     if augmentation is not None:
@@ -155,8 +153,8 @@ def make_data_loader(
             raise ValueError(f"augmentation: only infinite samplers have positions to seed it, found {sampler_type}")
         dataset, sampler = AugmentedDataset(dataset, augmentation, seed), PositionSampler(sampler)
     if num_workers > 0:
-        cv2.setNumThreads(1)  # before the fork, which its threads do not survive; a worker needs no more
-    # a resumed loader's workers draw numbers of their own, not those of the start again
+        cv2.setNumThreads(1)  # before the fork, which OpenCV's threads do not survive
+    # a resumed run must not repeat the random numbers of its first workers
     generator = torch.Generator().manual_seed(derive_seed(seed, "workers", sampler_advance, get_rank()))
     return DataLoader(
         dataset,

@@ -1,4 +1,4 @@
-"""Block-wise random masks of patches for iBOT (BEiT, Bao et al. 2021, arXiv 2106.08254, "Blockwise Masking").
+"""Draw block-wise random masks of patches for iBOT (BEiT, Bao et al. 2021, arXiv 2106.08254, "Blockwise Masking").
 
 Letters: h, w patches along the height and the width of a crop.
 """
@@ -13,11 +13,12 @@ N_NUMBERS_PER_TRY = 4  # area, aspect, row, column
 
 
 class MaskingGenerator:
-    """Covers a crop with rectangles until as many patches as asked for are masked, or no rectangle fits any more.
+    """Mask rectangles of a crop until the wanted number of patches is masked, or no further rectangle fits.
 
-    A rectangle's area is uniform between `min_num_patches` and what is still missing (at most `max_num_patches`), the
-    logarithm of its aspect uniform between those of `min_aspect` and `max_aspect`. It is taken if it adds at least one
-    patch and no more than are missing. So the target is never passed, and sometimes missed by a few patches.
+    A rectangle's area is uniform between `min_num_patches` and the number of missing patches (at most
+    `max_num_patches`); the logarithm of its aspect is uniform between those of `min_aspect` and `max_aspect`. A
+    rectangle is taken if it adds at least one patch and at most the missing ones. So a mask never has too many patches,
+    and sometimes a few too few.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class MaskingGenerator:
         self.log_aspect_ratio = (math.log(min_aspect), math.log(max_aspect or 1 / min_aspect))
 
     def get_shape(self) -> tuple[int, int]:
-        """(h, w)."""
+        """Return (h, w)."""
         return self.height, self.width
 
     def __call__(self, num_masking_patches: int = 0, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -55,7 +56,7 @@ class MaskingGenerator:
 
         Args:
             num_masking_patches: how many patches to mask.
-            rng: where the randomness comes from; if None, Python's `random`, which upstream's users seed.
+            rng: source of randomness; None: seeded by Python's `random`, which upstream's users seed.
 
         Returns:
             bool [h, w], True where masked.
@@ -74,7 +75,7 @@ class MaskingGenerator:
         return mask
 
     def _draw_block(self, mask: np.ndarray, most: float, rng: np.random.Generator) -> tuple[slice, slice] | None:
-        """Draw rows and columns that add 1 to `most` patches to `mask`; None if no try gave such."""
+        """Draw rows and columns that add 1 to `most` patches to `mask`; None if no try succeeds."""
         log_low, log_high = self.log_aspect_ratio
         numbers = rng.random((N_TRIES_PER_BLOCK, N_NUMBERS_PER_TRY)).tolist()
         for u_area, u_aspect, u_row, u_column in numbers:

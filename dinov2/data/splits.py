@@ -1,10 +1,10 @@
-"""Folds and splits: stratified, by whole patients, by whole data sets; and the files that keep them.
+"""Draw folds and splits: stratified, by whole patients, by whole data sets; write and read them as files.
 
 A fold is (training positions, test positions), both ascending. A patient may be in only one of train, validation and
 test.
 
-Letters: N cells (or bags: whatever has one label each). Labels are int64 [N], positions in the class names; patients
-are N ids, None to split by cell.
+Letters: N cells (or bags), with a label each. Labels are int64 [N], positions in the class names; patients are N ids,
+None to split by cell.
 """
 
 import csv
@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from dinov2.data.datasets.tables import open_table
+from dinov2.data.datasets.tables import PATH_COLUMNS, open_table
 from dinov2.utils.files import PathLike, atomic_write
 from dinov2.utils.paths import local_path
 
@@ -28,7 +28,6 @@ logger = logging.getLogger("dinov2")
 
 Fold: TypeAlias = tuple[np.ndarray, np.ndarray]
 
-PATH_COLUMNS = ("path", "Image Path")
 FOLD_COLUMN, PART_COLUMN = "fold", "part"
 ALWAYS_TRAINING = "train"  # in the column `fold`: never tested
 PARTS = ("train", "val", "test", "unused")
@@ -38,11 +37,11 @@ N_EXAMPLES = 3
 def make_folds(
     labels: np.ndarray, patients: Sequence[str] | None = None, n_folds: int = 5, seed: int = 0
 ) -> list[Fold]:
-    """Draw stratified folds of int64 [N] labels; each cell is tested in one, but for classes with a single cell.
+    """Draw stratified folds; each cell is in the test side of one fold, except for classes with a single cell.
 
-    Without patients (or with one cell each) a class with a single cell is in the training side of every fold: tested,
-    it would be a class without a training cell. With patients, a patient's cells are tested together. `describe_folds`
-    reports classes that some fold does not test or does not train on.
+    Without patients (or with one cell each) a class with a single cell is in the training side of every fold, since its
+    test could only fail. With patients, all cells of a patient are tested in one fold. `describe_folds` reports the
+    classes that some fold does not test or does not train on.
 
     Raises:
         ValueError: if there are fewer than two folds, or too few cells or patients for them.
@@ -56,8 +55,8 @@ def make_folds(
     candidates, groups = np.arange(len(labels)), patients
     if patients is None or len(set(patients)) == len(labels):
         candidates, groups = np.flatnonzero(np.bincount(labels)[labels] > 1), None
-    tested = [candidates[test] for test in _stratified_parts(labels[candidates], groups, n_folds, seed)]
-    return [(np.setdiff1d(np.arange(len(labels)), test), np.sort(test)) for test in tested]
+    test_sides = [candidates[test] for test in _stratified_parts(labels[candidates], groups, n_folds, seed)]
+    return [(np.setdiff1d(np.arange(len(labels)), test), np.sort(test)) for test in test_sides]
 
 
 def split_cells(
@@ -65,7 +64,8 @@ def split_cells(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw one stratified split: positions of the training and of the test cells, both ascending.
 
-    The test set is the part of the most even size of round(1 / test_fraction). A patient's cells all go to one side.
+    The cells are divided into round(1 / test_fraction) parts; the part closest to the wanted size is the test set. All
+    cells of a patient are on one side.
 
     Raises:
         ValueError: if the fraction is not in (0, 0.5], or there are too few patients or cells for it.
@@ -81,15 +81,16 @@ def split_cells(
 
 
 def _stratified_parts(labels: np.ndarray, patients: Sequence[str] | None, n_parts: int, seed: int) -> list[np.ndarray]:
-    """Divide N cells into parts of about the same mixture of labels; a patient's cells stay together."""
+    """Divide N cells into parts with similar shares of each label; a patient's cells stay together."""
     folds = StratifiedKFold if patients is None else StratifiedGroupKFold
     with warnings.catch_warnings():
-        # describe_folds and the support column of the results show classes that are smaller than the number of parts
+        # describe_folds and the support column of the results show classes with fewer cells than parts
         warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
         return [test for _, test in folds(n_parts, shuffle=True, random_state=seed).split(labels, labels, patients)]
 
 
 def _check_enough(labels: np.ndarray, patients: Sequence[str] | None, n_parts: int, setting: str, advice: str) -> None:
+    """Raise a ValueError if there are fewer patients, or fewer cells in the largest class, than parts."""
     available = {"cells in its largest class": int(np.bincount(labels).max(initial=0))}
     if patients is not None:
         available["patients"] = len(set(patients))
@@ -101,7 +102,9 @@ def _check_enough(labels: np.ndarray, patients: Sequence[str] | None, n_parts: i
 
 
 def leave_one_dataset_out(datasets: Sequence[str]) -> dict[str, Fold]:
-    """Return {data set: its cells as test side, those of all others as training side} for each cell's data set.
+    """Return a fold for each data set, {name: fold}: its cells are the test side, all others the training side.
+
+    `datasets` are the names of the N cells' data sets.
 
     Raises:
         ValueError: if all cells are of one data set.
@@ -119,11 +122,11 @@ def leave_one_dataset_out(datasets: Sequence[str]) -> dict[str, Fold]:
 def few_shot_draws(labels: np.ndarray, n_per_class: int, n_repeats: int, seed: int = 0) -> list[np.ndarray]:
     """Draw positions of `n_per_class` cells a class, ascending, without replacement, `n_repeats` times.
 
-    A class with fewer cells gives all it has. A draw depends on (seed, number of the draw, class) alone, so that the
-    draw for 5 a class holds that for 1 a class, and more repeats leave the first ones as they are.
+    All cells of a smaller class are drawn. A draw depends on (seed, number of the draw, class) alone: the draw for 5 a
+    class contains the draw for 1 a class, and more repeats do not change the first ones.
 
     Raises:
-        ValueError: if `n_per_class` is more than even the largest class has, or a number is below 1.
+        ValueError: if `n_per_class` is more than the size of the largest class, or a number is below 1.
     """
     labels = np.asarray(labels)
     largest = np.bincount(labels).max(initial=0)
@@ -144,7 +147,7 @@ def few_shot_draws(labels: np.ndarray, n_per_class: int, n_repeats: int, seed: i
 
 
 def check_no_patient_on_two_sides(patients: Sequence[str], *sides: np.ndarray) -> None:
-    """Raise a ValueError if a patient has cells in more than one of train, validation and test (positions)."""
+    """Raise a ValueError if a patient has cells in more than one of the sides (positions in `patients`)."""
     counts = Counter(patient for side in sides for patient in {patients[int(i)] for i in side})
     shared = sorted(patient for patient, n_sides in counts.items() if n_sides > 1)
     if shared:
@@ -155,12 +158,12 @@ def check_no_patient_on_two_sides(patients: Sequence[str], *sides: np.ndarray) -
 
 
 def describe_folds(labels: np.ndarray, folds: Sequence[Fold], class_names: Sequence[str]) -> dict[str, Any]:
-    """Describe the sizes of folds and what they lack, in plain Python, ready for JSON.
+    """Return the sizes of folds and the classes that they lack, ready for JSON.
 
     Returns:
-        `train_sizes`, `test_sizes` (one number a fold), `never_tested` ({class: its cells, all of them in training
-        only}), `not_tested_in` ({class: numbers of the folds without a test cell of it}) and `not_learned_in` ({class:
-        numbers of the folds that test it and have no training cell of it}). Folds count from 0.
+        `train_sizes`, `test_sizes` (one number a fold), `never_tested` ({class: number of its cells, all in training}),
+        `not_tested_in` ({class: folds without a test cell of it}) and `not_learned_in` ({class: folds that test it and
+        have no training cell of it}). Folds count from 0.
     """
     labels, n_classes = np.asarray(labels), len(class_names)
     in_train, in_test = (
@@ -182,7 +185,7 @@ def describe_folds(labels: np.ndarray, folds: Sequence[Fold], class_names: Seque
 
 
 def log_fold_problems(description: Mapping[str, Any]) -> None:
-    """Log what `describe_folds` found missing."""
+    """Log a warning for each problem in the result of `describe_folds`."""
     never_tested = [f"{name} (cells: {count})" for name, count in description["never_tested"].items()]
     if never_tested:
         logger.warning("classes too small to test, used in training only: %s", "; ".join(never_tested))
@@ -190,16 +193,16 @@ def log_fold_problems(description: Mapping[str, Any]) -> None:
         ("not_tested_in", "folds without a test cell of a class"),
         ("not_learned_in", "classes tested without a training cell, so every prediction of them is wrong"),
     ):
-        found = [f"{name} (folds {', '.join(map(str, folds))})" for name, folds in description[key].items()]
-        if found:
-            logger.warning("%s: %s", problem, "; ".join(found))
+        classes = [f"{name} (folds {', '.join(map(str, folds))})" for name, folds in description[key].items()]
+        if classes:
+            logger.warning("%s: %s", problem, "; ".join(classes))
 
 
 @dataclass(frozen=True)
 class Split:
-    """A split as a file keeps it; positions each."""
+    """The content of a split file; all sides are positions."""
 
-    folds: list[Fold]  # one if the file names parts
+    folds: list[Fold]  # one fold if the file has a column `part`
     validation: np.ndarray | None = None  # the part `val`; None if the file has none
 
 
@@ -207,11 +210,11 @@ def write_split(file: PathLike, paths: Sequence[str], split: Split) -> None:
     """Write a CSV that `read_split` reads.
 
     One fold is written as `path,part` (train, val, test or unused); several as `path,fold`, where `fold` is the number
-    of the fold that tests the cell, or `train` for a cell that none does. `paths` are N images (or patients).
+    of the fold that tests the cell, or `train` for a cell that no fold tests. `paths` are N images (or patients).
 
     Raises:
-        ValueError: if a path stands twice, or the folds are not such that each trains on all it does not test and no
-            cell is tested twice.
+        ValueError: if a path stands twice, a cell is tested twice, or one of several folds does not train on all cells
+            that it does not test.
     """
     _positions(paths, file)
     values = np.full(len(paths), "", dtype="<U20")
@@ -234,27 +237,33 @@ def write_split(file: PathLike, paths: Sequence[str], split: Split) -> None:
     values[values == ""] = rest
     with atomic_write(file, "w") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow((PATH_COLUMNS[0], column))
+        writer.writerow(("path", column))
         writer.writerows(zip(map(str, paths), values.tolist(), strict=True))
 
 
 def read_split(file: PathLike, paths: Sequence[str]) -> Split:
-    """Read a CSV with the columns `path,fold` or `path,part`, as `write_split` describes them.
+    """Read a CSV with the columns `path,fold` or `path,part`, as `write_split` writes it.
 
-    `Image Path` is another name for the column `path`. Relative paths count from the file's folder. Each of `paths`, N
-    images (or patients), needs a row; rows of others are ignored.
+    The column `path` may be called `Image Path`. Relative paths count from the file's folder. Each of `paths`, N images
+    (or patients), needs a row; rows of other images are ignored.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if columns are missing, a value is unknown, a path stands twice or lacks a row, or a side is empty.
     """
     file = local_path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"split: no file {str(file)!r}; give a CSV with the columns path,fold or path,part")
+    table = open_table(file, "split")
+    path_column, column = table.first_of(PATH_COLUMNS), table.first_of((FOLD_COLUMN, PART_COLUMN))
+    if path_column is None or column is None or {FOLD_COLUMN, PART_COLUMN} <= set(table.columns):
+        raise ValueError(
+            f"split: {str(file)!r} has the columns {table.columns or 'none'}; expected path,{FOLD_COLUMN} or "
+            f"path,{PART_COLUMN}"
+        )
     positions = _positions(paths, file)
     values: dict[int, str] = {}
-    column, rows = _read_rows(file)
-    for line, path, value in rows:
+    n_rows = 0
+    for line, (path, value) in table.rows(path_column, column):
+        n_rows += bool(path or value)
         where = f"split: {str(file)!r}, line {line}"
         position = positions.get(path, positions.get(os.path.abspath(file.parent / path)))
         if position is None:
@@ -275,12 +284,13 @@ def read_split(file: PathLike, paths: Sequence[str]) -> Split:
             f"split: {str(file)!r} has no row for {len(missing)} of {len(paths)} cells, for instance "
             f"{', '.join(map(repr, missing[:N_EXAMPLES]))}; give each a row (part `unused` leaves a cell out)"
         )
-    if len(rows) > len(values):
-        logger.warning("%s: %d rows are of other cells than the %d given", file, len(rows) - len(values), len(paths))
+    if n_rows > len(values):
+        logger.warning("%s: %d rows are of other cells than the %d given", file, n_rows - len(values), len(paths))
     return _split_of(file, column, np.array([values[i] for i in range(len(paths))], dtype=str))
 
 
 def _positions(paths: Sequence[str], file: PathLike) -> dict[str, int]:
+    """Return {path: position}; raise a ValueError if a path stands twice."""
     positions = {str(path): i for i, path in enumerate(paths)}
     if len(positions) < len(paths):
         twice = next(path for path, n in Counter(map(str, paths)).items() if n > 1)
@@ -301,17 +311,3 @@ def _split_of(file: Path, column: str, values: np.ndarray) -> Split:
     if not folds or any(not len(side) for fold in folds for side in fold):
         raise ValueError(f"split: {str(file)!r} leaves nothing to train on or nothing to test; each fold needs both")
     return Split(folds, validation)
-
-
-def _read_rows(file: Path) -> tuple[str, list[tuple[int, str, str]]]:
-    """Which of our two columns the file has, and (line, path, value) of its rows."""
-    table = open_table(file, "split")
-    path_column = next((column for column in PATH_COLUMNS if column in table.columns), None)
-    columns = [column for column in (FOLD_COLUMN, PART_COLUMN) if column in table.columns]
-    if path_column is None or len(columns) != 1:
-        raise ValueError(
-            f"split: {str(file)!r} has the columns {table.columns or 'none'}; expected path,{FOLD_COLUMN} or "
-            f"path,{PART_COLUMN}"
-        )
-    rows = table.rows(path_column, columns[0])
-    return columns[0], [(line, path, value) for line, (path, value) in rows if path or value]

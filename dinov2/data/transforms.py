@@ -1,17 +1,17 @@
-"""Normalisation of images for the backbone."""
+"""Normalise images for the backbone."""
 
 from functools import cache
 
 import torch
 from torch import Tensor
 
-# Of red, green and blue in [0, 1]; every released DINOv2 and DinoBloom backbone was trained with these.
+# for red, green and blue in [0, 1]; all released DINOv2 and DinoBloom backbones were trained with these
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def normalize_images(images: Tensor) -> Tensor:
-    """Turn stored images into the backbone's input: (x / 255 - mean) / std for each colour channel.
+    """Normalise decoded images to the backbone's input: (x / 255 - mean) / std for each colour channel.
 
     Args:
         images: uint8 [B, 3, H, W] or [3, H, W], on any device.
@@ -25,7 +25,7 @@ def normalize_images(images: Tensor) -> Tensor:
     if images.dtype != torch.uint8 or images.ndim not in (3, 4) or images.shape[-3] != 3:
         raise ValueError(
             f"images: expected uint8 [B, 3, H, W] or [3, H, W], found {images.dtype} {list(images.shape)}; "
-            f"pass the images as they are decoded, before any scaling"
+            f"pass the decoded images, before any scaling"
         )
     mean, per_std = _levels(images.device)
     return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).mul_(per_std)

@@ -25,10 +25,10 @@ from dinov2.data import (
     make_dataset,
 )
 from dinov2.data.bad_images import BadImages
-from dinov2.data.balance import Balance
 from dinov2.data.collate import MicroBatch
 from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.data.loaders import AugmentedSample
+from dinov2.data.samplers import Balance
 from dinov2.data.transforms import normalize_images
 from dinov2.distributed import get_rank
 from dinov2.utils.seeds import derive_seed

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from dinov2.data.balance import Balance
 from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.data.loaders import make_data_loader, make_dataset
-from dinov2.data.samplers import SamplerType
+from dinov2.data.samplers import Balance, SamplerType
 
 
 @pytest.fixture

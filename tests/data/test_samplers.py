@@ -1,5 +1,6 @@
-"""The order of pictures depends on the seed and the position in the global stream, and on nothing else."""
+"""The order of images depends on the seed and the position in the global stream alone, with and without a balance."""
 
+import math
 import pickle
 import time
 from itertools import islice
@@ -8,12 +9,18 @@ import numpy as np
 import pytest
 
 from dinov2.data.samplers import (
+    MIN_PASS,
+    Balance,
+    BalancedSampler,
     EpochSampler,
     InfiniteSampler,
     PositionSampler,
     SamplerType,
     shuffled_indices,
 )
+
+NAMES = ["bmc", "apl", "none", "one"]
+SIZES = np.array([90_000, 10_000, 0, 1])
 
 
 def take(sampler, n):
@@ -71,7 +78,7 @@ def test_without_shuffling_positions_count_round():
     assert take(InfiniteSampler(sample_count=3, start=1, step=2), 4) == [1, 0, 2, 1]
 
 
-def test_a_million_pictures_start_at_once():
+def test_a_million_images_start_at_once():
     start = time.perf_counter()
     sampler = InfiniteSampler(sample_count=1_000_000, shuffle=True, advance=10**12 + 999_990)
     indices = take(sampler, 20)
@@ -128,3 +135,98 @@ def test_sampler_types_are_upstreams():
         "SHARDED_INFINITE": 3,
         "SHARDED_INFINITE_NEW": 4,
     }
+
+
+def balanced(sizes=(40, 9, 0, 1), **balance):
+    """The sampler over interleaved sets of these sizes, and the set of each index."""
+    names = [f"s{i}" for i in range(len(sizes))]
+    sets = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    quotas = Balance(**balance).quotas(names, np.array(sizes))
+    return lambda **settings: BalancedSampler(sets=sets, quotas=quotas, **settings), sets, quotas
+
+
+@pytest.mark.parametrize(
+    ("balance", "expected"),
+    [
+        (Balance(), (90_000, 10_000, 0, 1)),
+        (Balance({"apl": 9}), (50_000, 50_000, 0, 1)),
+        (Balance({"bmc": 0, "one": 0}), (0, 100_001, 0, 0)),
+        (Balance(temperature=math.inf), (33_334, 33_334, 0, 33_333)),
+        (Balance({"apl": 2}, math.inf), (25_000, 50_001, 0, 25_000)),
+        (Balance(temperature=2), (74_813, 24_938, 0, 249)),  # 300 : 100 : 1
+        (Balance({"one": 1e-12}), (90_000, 10_000, 0, 1)),  # what has a weight is seen
+        (Balance(temperature=1e-3), (99_999, 1, 0, 1)),
+    ],
+)
+def test_a_balance_gives_the_sets_their_shares(balance, expected):
+    quotas = balance.quotas(NAMES, SIZES)
+    assert quotas.sum() == SIZES.sum()
+    assert np.abs(quotas - expected).max() <= 1
+    assert (quotas > 0).tolist() == [number > 0 for number in expected]
+
+
+def test_a_small_dataset_has_passes_long_enough_for_exact_shares():
+    quotas = Balance({"a": 1, "b": 2}).quotas(["a", "b", "c"], np.array([1, 1, 1]))
+    assert quotas.sum() == MIN_PASS
+    assert np.abs(quotas / MIN_PASS - [0.25, 0.5, 0.25]).max() < 1 / MIN_PASS
+
+
+@pytest.mark.parametrize("balance", [{"temperature": math.inf}, {"weights": {"s1": 3, "s3": 0.1}}])
+def test_each_set_has_its_share_and_repeats_no_image_within_a_pass_over_it(balance):
+    sampler, sets, quotas = balanced(**balance)
+    stream = np.array(take(sampler(), 2 * MIN_PASS + 1000))
+    for i in range(2):
+        seen = np.bincount(sets[stream[i * MIN_PASS : (i + 1) * MIN_PASS]], minlength=4)
+        assert seen.tolist() == quotas.tolist()
+    for number in (0, 1, 3):
+        # a set's own stream is spread over the pass: in whole passes over the set, each image comes equally often
+        counts = np.bincount(stream[: 2 * MIN_PASS], minlength=50)[sets == number]
+        assert counts.max() - counts.min() <= 1
+    shares = np.bincount(sets[stream[:4000]], minlength=4) / 4000
+    assert np.abs(shares - quotas / MIN_PASS).max() < 0.05  # not one set after the other
+
+
+def test_a_balanced_stream_is_a_function_of_seed_and_position():
+    sampler, _, _ = balanced(temperature=math.inf)
+    stream = take(sampler(seed=5), MIN_PASS + 300)
+    assert stream[:500] == take(pickle.loads(pickle.dumps(sampler(seed=5))), 500)
+    assert stream[:500] != take(sampler(seed=6), 500)
+    assert stream[:500] != stream[-500:]
+    assert all(type(index) is int for index in stream[:10])
+    for advance in (1, 1000, MIN_PASS - 5, MIN_PASS, MIN_PASS + 7):
+        assert take(sampler(seed=5, advance=advance), 200) == stream[advance : advance + 200]
+    for world_size in (2, 3, 8):
+        ranks = [take(sampler(seed=5, start=rank, step=world_size, advance=24), 24) for rank in range(world_size)]
+        assert np.array(ranks).T.flatten().tolist() == stream[24 : 24 + 24 * world_size]
+    far = 10**12 + MIN_PASS - 3
+    assert take(sampler(advance=far), 6)[3:] == take(sampler(advance=far + 3), 3)
+
+
+def test_passes_over_a_large_set_go_on_where_the_pass_before_ended():
+    sizes = (100_000, 5_000)
+    sampler, sets, quotas = balanced(sizes, weights={"s1": 5})
+    stream = np.array(take(sampler(), 3 * int(quotas.sum())))
+    own = stream[sets[stream] == 0]
+    first = np.bincount(own[: 2 * quotas[0]], minlength=len(sets))[sets == 0]
+    assert quotas[0] == 84_000
+    assert first.max() == 2
+    assert (first == 0).sum() == 0  # 168,000 positions: all once, 68,000 twice
+    assert (first == 2).sum() == 68_000
+
+
+def test_a_wrong_balance_is_refused():
+    for weight in (-1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="train.balance.weights: bmc has"):
+            Balance({"bmc": weight})
+    for temperature in (0, -1, math.nan):
+        with pytest.raises(ValueError, match="train.balance.temperature: .* is not above 0"):
+            Balance(temperature=temperature)
+    with pytest.raises(ValueError, match="no set is called 'acevedo'; the sets here are bmc, apl, none, one"):
+        Balance({"bmc": 1, "acevedo": 2}).quotas(NAMES, SIZES)
+    with pytest.raises(ValueError, match="s19 and 5 more"):
+        Balance({"x": 1}).quotas([f"s{i}" for i in range(25)], np.ones(25))
+    with pytest.raises(ValueError, match="every set that has images has weight 0"):
+        Balance({"bmc": 0, "apl": 0, "one": 0}).quotas(NAMES, SIZES)
+    assert Balance().is_natural
+    assert not Balance({"bmc": 1}).is_natural
+    assert not Balance(temperature=2).is_natural

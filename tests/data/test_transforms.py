@@ -15,7 +15,7 @@ def test_normalisation_equals_torchvision(shape):
     assert torch.equal(images, before)
 
 
-def test_scaled_pictures_are_refused():
+def test_scaled_images_are_refused():
     """Floats that were divided by 255 already would come out almost black."""
     with pytest.raises(ValueError, match=r"expected uint8 .* found torch.float32"):
         normalize_images(torch.rand(2, 3, 8, 8))

@@ -1,4 +1,4 @@
-"""What is wrong with a set of image lists, and what the cleaned lists leave out."""
+"""Diagnose the faults of image lists, and decide what the cleaned lists leave out."""
 
 from collections.abc import Iterator
 
@@ -11,8 +11,7 @@ from dinov2.data.check.scan import READABLE, UNREADABLE
 HIDDEN = "hidden"
 Finding = tuple[str, str, str, str]  # kind, path, other path, detail
 
-
-# kind: title, whether it is a fault, what to do; a fault makes the command end with 1
+# kind: title, whether it is a fault, what to do; a fault makes the command end with exit code 1
 KINDS = {
     "missing": ("missing files", True, "correct the paths; relative ones count from the list's own folder"),
     "unreadable": ("damaged images", True, "get them again from their origin, or use the cleaned lists"),
@@ -32,11 +31,11 @@ KINDS = {
 
 
 def describe_images(entries: pd.DataFrame, paths: list[str], scanned: pd.DataFrame) -> pd.DataFrame:
-    """Add to the facts of each image what the entries say of it.
+    """Add to the facts of each image what the entries say about it.
 
-    The new columns: path, printable; content (the first readable image with the same bytes); trained, evaluated (a
+    The new columns: path (printable); content (the first readable image with the same bytes); trained, evaluated (a
     source of this role names it); patient, dataset ("" for none); has_leaking_patient (trained on, and the patient is
-    in an evaluation split too). An image that only folders name, as a hidden file, has the status `HIDDEN`.
+    in an evaluation split too). An image that is hidden, and that only folders name, has the status `HIDDEN`.
     """
     printable = [path.encode("utf-8", "backslashreplace").decode() for path in paths]
     images = scanned.assign(path=printable)
@@ -51,7 +50,7 @@ def describe_images(entries: pd.DataFrame, paths: list[str], scanned: pd.DataFra
     for column in ("patient", "dataset"):
         given = entries[entries[column] != ""].drop_duplicates("image").set_index("image")[column]
         images[column] = given.reindex(images.index).fillna("")
-    # a patient's id counts within its data set; where one side names no data set, the id alone decides
+    # equal patient ids are the same patient within one data set, or where one side names no data set
     datasets = images[images["evaluated"] & (images["patient"] != "")].groupby("patient")["dataset"].agg(set)
     images["has_leaking_patient"] = [
         row.trained
@@ -65,16 +64,16 @@ def describe_images(entries: pd.DataFrame, paths: list[str], scanned: pd.DataFra
 def diagnose(
     sources: list[Source], entries: pd.DataFrame, images: pd.DataFrame, near: pd.DataFrame, drop_near: bool
 ) -> tuple[pd.DataFrame, pd.Series]:
-    """Collect all problems found, and decide what the cleaned lists leave out.
+    """Collect all problems in the lists, and decide what the cleaned lists leave out.
 
-    `near` are pairs of near-duplicates of different bytes: a, b (positions); `drop_near` leaves them out.
+    `near` has the columns a and b: positions of near-duplicates with different bytes; `drop_near` leaves these out.
 
     Returns:
-        the findings (kind, path, other path, detail), in the order of `KINDS`; and for each entry why a cleaned list
-        leaves it out, "" to keep it.
+        The findings (kind, path, other path, detail), in the order of `KINDS`; and for each entry the reason to leave
+        it out of a cleaned list, "" to keep it.
     """
     entries = entries.assign(content=images["content"].loc[entries["image"]].to_numpy())
-    # all training sources are one list, and so are all evaluation sources; each label table stands alone
+    # an image may be named once by all training sources, once by all evaluation sources, and once by each label table
     scope = entries["role"].where(entries["role"] != LABELS, entries["source"])
     entries["is_repeated"] = entries[["image"]].assign(scope=scope).duplicated()
     contents = entries["content"].drop_duplicates()
@@ -121,16 +120,16 @@ def _copies_and_leaks(images: pd.DataFrame, near: pd.DataFrame) -> Iterator[Find
             if x in trained_contents and y in example and x not in example:
                 yield "leak_near", paths[x], example[y], "similar hashes"
     for patient, group in images[images["has_leaking_patient"]].groupby("patient"):
-        there = paths[evaluated & (images["patient"] == patient)]
-        detail = f"patient {patient}: {len(group)} images in training, {len(there)} in evaluation"
-        yield "leak_patient", group["path"].iloc[0], there.iloc[0], detail
+        held_out = paths[evaluated & (images["patient"] == patient)]
+        detail = f"patient {patient}: {len(group)} images in training, {len(held_out)} in evaluation"
+        yield "leak_patient", group["path"].iloc[0], held_out.iloc[0], detail
 
 
 def _label_conflicts(entries: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
     """Find pairs of contents (a, b) that two comparable sources label differently, with the columns of both entries.
 
-    Sources are comparable if the classes of one are all among the other's: a test split may lack some, while eight
-    coarse and ten fine classes of the same cells do not contradict each other.
+    Sources are comparable if one has all classes of the other: a test split may lack some. Eight coarse and ten fine
+    classes of the same cells do not contradict each other.
     """
     labelled = entries[entries["label"] != ""].drop_duplicates(["content", "source", "label"])
     classes = labelled.groupby("source")["label"].agg(set)
@@ -150,10 +149,10 @@ def _drops(
     of_entry = images.loc[image].set_index(entries.index)
     evaluated = images.loc[images["evaluated"], "content"]
     is_same = conflicts["a"] == conflicts["b"]
-    # of a near pair the later one goes, or the one that is not evaluated; both if their labels differ
+    # drop the later one of a near pair, or the one that is not evaluated; both if their labels differ
     later = near["b"].where(near["a"].isin(evaluated) | ~near["b"].isin(evaluated), near["a"])
     near_drops = pd.concat([later, conflicts.loc[~is_same, "a"], conflicts.loc[~is_same, "b"]])
-    # of byte-identical images, an evaluated one stays before a labelled one, and that before the first
+    # of byte-identical images keep an evaluated one, else a labelled one, else the first
     is_labelled = images.index.isin(image[entries["label"] != ""])
     rank = np.select([images["evaluated"], images["trained"] & is_labelled, images["trained"]], [0, 1, 2], 3)
     best = images.assign(rank=rank).sort_values("rank", kind="stable").drop_duplicates("content")

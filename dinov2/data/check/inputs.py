@@ -1,4 +1,4 @@
-"""The lists, tables and folders to check, read into one table with a row for each time that an image is named."""
+"""Read the lists, tables and folders to check into one table, with a row for each time that an image is named."""
 
 import os
 from collections.abc import Sequence
@@ -7,29 +7,34 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from dinov2.data.datasets.image_paths import IMAGE_SUFFIXES, read_list
-from dinov2.data.datasets.sources import PATH_COLUMNS
-from dinov2.data.datasets.tables import LABEL_COLUMN, PATH_COLUMN, PATIENT_COLUMN, TABLE_SUFFIXES, open_table
+from dinov2.data.datasets.decode import IMAGE_SUFFIXES
+from dinov2.data.datasets.tables import (
+    LABEL_COLUMN,
+    PATH_COLUMN,
+    PATH_COLUMNS,
+    PATIENT_COLUMN,
+    SET_COLUMN,
+    TABLE_SUFFIXES,
+    open_table,
+    read_list,
+)
 from dinov2.data.splits import PART_COLUMN
 from dinov2.utils.files import PathLike
 from dinov2.utils.paths import local_path
 
 TRAINING, LABELS, EVALUATION = "training", "labels", "evaluation"
 SETTINGS = {TRAINING: "check lists", LABELS: "--labels", EVALUATION: "--eval-splits"}
-VALUE_COLUMNS = (LABEL_COLUMN, PATIENT_COLUMN, "dataset")
+VALUE_COLUMNS = (LABEL_COLUMN, PATIENT_COLUMN, SET_COLUMN)
 
 
 class Source(NamedTuple):
-    """A list, table or folder; `kind` says which, `role` what it is used for.
-
-    `rows` are its rows and columns by line number, with absolute paths; `gaps` say which rows lack a value.
-    """
+    """A list, table or folder that names images."""
 
     file: Path
-    kind: str
-    role: str
-    rows: pd.DataFrame
-    gaps: Sequence[str] = ()
+    kind: str  # "list", "table" or "folder"
+    role: str  # TRAINING, LABELS or EVALUATION
+    rows: pd.DataFrame  # its rows and columns by line number, with absolute paths
+    gaps: Sequence[str] = ()  # the rows that lack a value, in words
 
 
 def read_inputs(
@@ -39,12 +44,12 @@ def read_inputs(
 
     A source is a .txt list, a table with the columns `Image Path[,Label][,patient][,dataset]`, a folder with .txt lists
     (each becomes a source), or a folder of images, searched with all folders in it. In a folder of images given for
-    labels or evaluation, the first folder below it is the label.
+    labels or evaluation, the folders at the first level are the labels.
 
     Returns:
-        the sources; the entries, a row for each naming of an image: source (its position), role, line, place, image
-        (position in the paths), label, patient, dataset ("" for none) and is_hidden (a folder has it, its name begins
-        with a dot); and the absolute path of each image.
+        The sources; the entries, one for each time that a source names an image, with the columns source (its
+        position), role, line, place, image (position in the paths), label, patient, dataset ("" for none) and is_hidden
+        (a folder contains the image and its name begins with a dot); and the absolute path of each image.
 
     Raises:
         FileNotFoundError: a source does not exist, or a folder has no list and no image.
@@ -80,7 +85,7 @@ def _read_source(file: Path, role: str) -> Source:
     if not set(PATH_COLUMNS) & set(columns) or (role == LABELS and LABEL_COLUMN not in columns):
         raise ValueError(
             f"{setting}: {str(file)!r} has the columns {table.columns}; expected "
-            f"{PATH_COLUMN},{LABEL_COLUMN}[,{PATIENT_COLUMN}][,dataset]"
+            f"{PATH_COLUMN},{LABEL_COLUMN}[,{PATIENT_COLUMN}][,{SET_COLUMN}]"
         )
     rows = pd.DataFrame.from_dict(dict(table.rows()), orient="index", columns=table.columns)
     is_empty = rows[columns] == ""
@@ -96,15 +101,15 @@ def _read_source(file: Path, role: str) -> Source:
 
 def _read_folder(folder: Path, setting: str, has_labels: bool) -> pd.DataFrame:
     folder = folder.absolute()
-    found = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
-    files = sorted(file for file in found if file.suffix.lower() in IMAGE_SUFFIXES)
+    entries = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    files = sorted(file for file in entries if file.suffix.lower() in IMAGE_SUFFIXES)  # with the hidden ones
     if not files:
         raise FileNotFoundError(
             f"{setting}: no .txt list and no image ({', '.join(IMAGE_SUFFIXES)}) in {str(folder)!r}; give the "
             f"folder that has them"
         )
     paths = list(map(os.path.abspath, files))
-    rows = pd.DataFrame({PATH_COLUMN: paths}, dtype=object)  # else no name may have bytes that are not UTF-8
+    rows = pd.DataFrame({PATH_COLUMN: paths}, dtype=object)  # pandas' text columns refuse names that are not UTF-8
     if has_labels:
         below = (file.relative_to(folder).parts for file in files)
         rows[LABEL_COLUMN] = [parts[0] if len(parts) > 1 else "" for parts in below]
@@ -116,7 +121,7 @@ def _entries(source: Source) -> pd.DataFrame:
     if source.role == EVALUATION and PART_COLUMN in rows:
         rows = rows[rows[PART_COLUMN].isin(("val", "test"))]
     path_column = next(name for name in PATH_COLUMNS if name in rows)
-    columns = {"path": path_column, "label": LABEL_COLUMN, "patient": PATIENT_COLUMN, "dataset": "dataset"}
+    columns = {"path": path_column, "label": LABEL_COLUMN, "patient": PATIENT_COLUMN, "dataset": SET_COLUMN}
     entries = pd.DataFrame({name: rows.get(column, "") for name, column in columns.items()}, rows.index)
     entries = entries.assign(line=rows.index, role=source.role, place=source.file.name, is_hidden=False)
     if source.kind == "table":

@@ -1,14 +1,15 @@
-"""Image files to RGB, and RGB to the square that a network sees.
+"""Find image files, decode them to RGB, and resize them to the square that a network takes.
 
-Every part of the project reads images through `decode_image`, so training and evaluation agree on what a grey,
-transparent or 16-bit file looks like. The resize gives the pixels of Pillow's Lanczos, bit for bit, in less than half
-of its time: two passes of sparse sums.
+Every part of the project decodes images with `decode_image`, so training and evaluation treat grey, transparent and
+16-bit files alike. The resize gives the pixels of Pillow's Lanczos filter, bit for bit, in less than half of its time:
+two passes of sparse sums.
 
 Dimension key:  H height, W width, S side of the square, T filter taps, [n] pixels of an axis after the resize
 """
 
 import io
 import os
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -19,18 +20,19 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 FITS = ("crop", "pad", "squash")
 LANCZOS_A = 3  # lobes on each side of the centre
 WEIGHT_STEPS = 2**22  # per unit, in Pillow
-SUM_ERROR = 2.0**-15  # levels for each tap: more than what a float32 sum, below 512 all along, loses at a step
-ROWS_AT_ONCE = 512  # bounds the float32 copy of a large image
+SUM_ERROR = 2.0**-15  # grey levels for each tap: more than the rounding error of adding to a float32 sum below 512
+ROWS_PER_PASS = 512  # bounds the float32 copy of a large image
 
 
 class UnreadableImageError(ValueError):
-    """An image file that cannot be decoded, and what is wrong with it in a few words."""
+    """An image file cannot be decoded; `reason` says why in a few words."""
 
     def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)  # both in `args`: pickling between processes calls the class with them
+        super().__init__(path, reason)  # both, since unpickling calls the class with them
         self.path = path
         self.reason = reason
 
@@ -38,8 +40,25 @@ class UnreadableImageError(ValueError):
         return f"cannot read the image {self.path!r}: {self.reason}"
 
 
+def is_image_name(name: str) -> bool:
+    """Return True if a file of this name counts as an image: a known suffix, in any case, and not hidden."""
+    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def walk_images(folder: str | os.PathLike[str]) -> Iterator[str]:
+    """Yield the paths of all images in a folder and its subfolders, sorted in each; hidden names are left out."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (os.path.join(parent, name) for name in sorted(files) if is_image_name(name))
+
+
+def find_images(folder: str | os.PathLike[str]) -> list[Path]:
+    """Return the paths of all images in a folder and its subfolders, sorted."""
+    return sorted(map(Path, walk_images(folder)))
+
+
 class Span(NamedTuple):
-    """What a resized axis shows of the original one, in pixels."""
+    """The part of an axis that is kept by a resize, in pixels of the original."""
 
     start: float
     end: float
@@ -48,12 +67,12 @@ class Span(NamedTuple):
 def decode_image(source: str | os.PathLike[str] | bytes, name: str = "") -> np.ndarray:
     """Decode an image.
 
-    Transparent pixels are laid over white, the colour of an empty slide; 16-bit grey is scaled to 8 bits; of a file
-    with several frames the first is taken. Orientation tags are not applied: the pixels come as they are stored.
+    Transparent pixels are blended with white, the colour of an empty slide; 16-bit grey is scaled to 8 bits; the first
+    of several frames is taken. Orientation tags are not applied.
 
     Args:
         source: a file, or the bytes of one.
-        name: what an error calls the image; the file's path unless given.
+        name: the image's name in an error; the file's path by default.
 
     Returns:
         uint8 [H, W, 3], red, green, blue; it may be read-only.
@@ -82,7 +101,7 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Bring an image to mode RGB; the same object if it is that already.
+    """Convert an image to mode RGB; return the same object if it has this mode already.
 
     Raises:
         ValueError: the pixels have no defined brightness.
@@ -110,14 +129,14 @@ def _wide_grey_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize_image(image: Image.Image | np.ndarray, size: int, fit: str = "crop") -> Tensor:
-    """Bring an image to `size` x `size` pixels with Lanczos filtering.
+    """Resize an image to `size` x `size` pixels with a Lanczos filter.
 
     Args:
         image: of any size and mode; or uint8 [H, W, 3], red, green, blue.
         size: S, in pixels.
         fit: "crop" scales the shorter side to S and keeps the centre (torchvision's Resize and CenterCrop in one step);
-            "pad" scales the longer side to S and repeats the border pixels; "squash" scales both sides to S and loses
-            the aspect, as upstream does.
+            "pad" scales the longer side to S and repeats the border pixels; "squash" scales both sides to S and
+            changes the aspect ratio, as upstream does.
 
     Returns:
         uint8 [3, S, S], which lies in memory as [S, S, 3].
@@ -144,15 +163,15 @@ def resize_image(image: Image.Image | np.ndarray, size: int, fit: str = "crop") 
 
 
 def check_fit(fit: str) -> None:
-    """Raise ValueError unless `resize_image` knows this way to make an image square."""
+    """Raise ValueError unless `fit` is one of `FITS`."""
     if fit not in FITS:
         raise ValueError(f"fit: {fit!r} is not a way to resize; it is one of {', '.join(FITS)}")
 
 
 def _spans_of_crop(height: int, width: int, size: int) -> tuple[Span, Span]:
-    """Find the rows and columns of the original that the crop shows, so that no large image is made in between.
+    """Return the rows and columns of the original that the crop keeps, so that no large image is made in between.
 
-    The grid is torchvision's: longer side floored, offset rounded.
+    As in torchvision, the longer side is rounded down and the offset is rounded to the nearest pixel.
     """
     shorter = min(height, width)
     spans = []
@@ -164,22 +183,22 @@ def _spans_of_crop(height: int, width: int, size: int) -> tuple[Span, Span]:
 
 
 class Taps(NamedTuple):
-    """The filter of an axis."""
+    """The filter of an axis: each new pixel is a weighted sum of T old ones."""
 
-    first: int  # of the pixels that it reads
+    first: int  # first pixel that the filter reads
     end: int  # one past the last
-    lines: Tensor  # int64 [n, T] pixels that each new one is a weighted sum of, counted from `first`
+    lines: Tensor  # int64 [n, T] the old pixels of each new one, counted from `first`
     weights: Tensor  # float32 [n, T], rows summing to 1
 
 
 def resize_lanczos(pixels: np.ndarray, height: int, width: int, rows: Span, columns: Span) -> np.ndarray:
-    """Cut rows and columns, whose borders may lie between pixels, out of uint8 [H, W, 3], and resize them.
+    """Cut rows and columns out of uint8 [H, W, 3], with borders that may lie between pixels, and resize the part.
 
-    As in Pillow the filter (Duchon 1979) is widened by the scale where the image shrinks, reaches over pixels outside
-    the box, is cut off at the image's borders and normalised; its weights are whole multiples of 2^-22; values are
-    rounded and clamped to 0-255 after each pass, which at edges decides about many levels. The few float32 sums that
-    are too near to a half to be rounded safely are computed again with integers. The horizontal pass is always the
-    first, as in Pillow up to 12; Pillow 13 turns the order for images that are much taller than wide.
+    As in Pillow, the filter (Duchon 1979) is widened by the scale where the image shrinks, reads pixels outside the
+    box, is cut off at the image's borders and normalised; its weights are multiples of 2^-22; values are rounded and
+    clamped to 0-255 after each pass. The few float32 sums too close to a half to be rounded safely are computed again
+    with integers. The horizontal pass is the first, as in Pillow up to 12 (Pillow 13 changes the order for images that
+    are much taller than wide).
 
     Returns:
         uint8 [height, width, 3], contiguous, never sharing memory with `pixels`.
@@ -187,22 +206,22 @@ def resize_lanczos(pixels: np.ndarray, height: int, width: int, rows: Span, colu
     vertical, horizontal = _taps(len(pixels), height, *rows), _taps(pixels.shape[1], width, *columns)
     pixels = pixels[vertical.first : vertical.end, horizontal.first : horizontal.end]
     narrowed = np.empty((len(pixels), width, 3), dtype=np.uint8)
-    for top in range(0, len(pixels), ROWS_AT_ONCE):
-        part = pixels[top : top + ROWS_AT_ONCE]
+    for top in range(0, len(pixels), ROWS_PER_PASS):
+        part = pixels[top : top + ROWS_PER_PASS]
         filtered = _filter_lines(cv2.transpose(part), horizontal)  # [width, rows of the part, 3]
-        cv2.transpose(filtered, dst=narrowed[top : top + ROWS_AT_ONCE])
+        cv2.transpose(filtered, dst=narrowed[top : top + ROWS_PER_PASS])
     return _filter_lines(narrowed, vertical)
 
 
 def _filter_lines(pixels: np.ndarray, taps: Taps) -> np.ndarray:
     """Replace the lines of [lines, length, 3] by weighted sums of them: [n, length, 3]."""
     lines = torch.from_numpy(pixels).flatten(1).float()  # [lines, length * 3]
-    # A product with a sparse matrix, for which the embedding bag is torch's fastest kernel.
+    # a product with a sparse matrix: the embedding bag is torch's fastest kernel for it
     bags = torch.nn.functional.embedding_bag(taps.lines, lines, per_sample_weights=taps.weights, mode="sum")
-    # OpenCV rounds and saturates in one go, but takes absolute values, so no negative ones may be left.
+    # convertScaleAbs rounds and saturates in one call, but takes absolute values: negative ones become 0 before it.
     sums: np.ndarray = bags.relu_().numpy()  # [n, length * 3]
     error = SUM_ERROR * taps.lines.shape[1]
-    rounded, lower = cv2.convertScaleAbs(sums, beta=error), cv2.convertScaleAbs(sums, beta=-error)
+    rounded, lower = (cv2.convertScaleAbs(sums, beta=shift) for shift in (error, -error))
     doubtful = np.flatnonzero(rounded != lower)
     if len(doubtful):
         row, column = np.divmod(doubtful, rounded.shape[1])
@@ -214,6 +233,7 @@ def _filter_lines(pixels: np.ndarray, taps: Taps) -> np.ndarray:
 
 @lru_cache(maxsize=128)  # images of a dataset share few sizes
 def _taps(n_in: int, n_out: int, start: float, end: float) -> Taps:
+    """Compute the filter that resizes the pixels from `start` to `end` of an axis of `n_in` to `n_out` pixels."""
     single = np.float32(start), np.float32(end)  # Pillow's boxes have single precision, and so has their size
     start, scale = float(single[0]), float(single[1] - single[0]) / n_out
     widening = max(scale, 1.0)

@@ -1,4 +1,4 @@
-"""Unlabelled single-cell images for pre-training, decoded to squares.
+"""Read unlabelled single-cell images for pre-training, as squares.
 
 Letters: N images, S side of an image in pixels.
 """
@@ -23,16 +23,16 @@ N_PROBED_PATHS = 16
 
 
 class Sample(NamedTuple):
-    """An image, and what went wrong on the way to it.
+    """An image, and the images that could not be read before it.
 
     Attributes:
-        image: uint8 [3, S, S], which lies in memory as [S, S, 3].
-        index: the index that was asked for, also when another image stands in.
-        failures: (path, reason) of images that could not be read, the asked one first; empty as a rule.
+        image: uint8 [3, S, S], in memory [S, S, 3].
+        index: the requested index, also if another image replaces it.
+        failures: (path, reason) of images that could not be read, the requested one first; usually empty.
     """
 
     image: Tensor
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    index: int  # type: ignore[assignment]  # hides tuple.index, which is not used
     failures: tuple[tuple[str, str], ...]
 
 
@@ -40,12 +40,12 @@ class HemaStandardDataset(Dataset):
     """Unlabelled images: `HemaStandardDataset:root=<folder with *.txt lists>:shuffle=1`.
 
     `root` may also be one list, a .csv or .parquet file with a column of paths, a folder of images, or .tar shards: see
-    `ImageSource.from_root`. An image that cannot be read is replaced by another one, the same whenever this index is
-    asked for; what failed travels with the sample, for the training loop to record.
+    `ImageSource.from_root`. An image that cannot be read is replaced by another one, always the same for an index; the
+    sample names the failed images, for the training loop to record.
 
     Attributes:
-        source: where the N images are, in the order before any shuffling.
-        cache: the packed store that they are read from, or None.
+        source: the N images, in the order before any shuffling.
+        cache: the packed cache that they are read from, or None.
     """
 
     def __init__(
@@ -61,24 +61,24 @@ class HemaStandardDataset(Dataset):
         column: str | None = None,
         cache: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Read the lists; no image is opened, but some files are looked for, which must not all be missing.
+        """Read the lists; no image is opened, but at least one of some probed files must exist.
 
         Args:
-            root: what names the images.
-            shuffle: permute the order by `seed`, so that neighbours in a list are not neighbours here.
+            root: names the images.
+            shuffle: permute the order by `seed`.
             image_size: S in pixels.
             fit: how an image becomes square, see `resize_image`.
             transform: called with the decoded image (PIL, RGB, full size); items are then the pair
-                (transform(image), target) and do not tell of replacements.
-            target_transform: called with None, since nothing is labelled; without it the target is ().
-            seed: decides the order under `shuffle` and which images replace unreadable ones; not negative.
-            column: of a table, the column with the paths; None: "Image Path", or else "path".
-            cache: folder of a packed store of the squares, which has to be built before items are read
+                (transform(image), target), without the failed images.
+            target_transform: called with None, since the images have no labels; without it the target is ().
+            seed: of the order and of the replacements of unreadable images; not negative.
+            column: the column of a table with the paths; None: "Image Path", or else "path".
+            cache: folder of a packed cache of the squares, which must be built before items are read
                 (`dataset.cache.build`).
 
         Raises:
-            FileNotFoundError: nothing known is at `root`, or none of its images exists.
-            ValueError: what is there names no image or cannot be read, or an argument is not allowed.
+            FileNotFoundError: nothing known is at `root`, or none of the probed images exists.
+            ValueError: `root` names no image or cannot be read, or an argument is not allowed.
         """
         check_fit(fit)
         if seed < 0:
@@ -94,16 +94,16 @@ class HemaStandardDataset(Dataset):
         self.source = ImageSource.from_root(root, column)
         n = len(self.source)
         order = np.random.default_rng(seed).permutation(n) if shuffle else np.arange(n)
-        # a tensor, as what `source` holds: spawned workers share its memory
+        # a tensor, whose memory spawned workers share
         self._order = torch.from_numpy(order.astype(np.int32))
-        self._check_that_some_exist()
+        self._check_images_exist()
         self.cache = None if cache is None else PackedCache(cache, self.source, image_size, fit)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def path(self, index: int) -> str:
-        """Return the absolute path of the image at `index`; `<shard>.tar::<member>` of one in a shard."""
+        """Return the absolute path of the image at `index`; `<shard>.tar::<member>` for one in a shard."""
         return self.source.path(self._position(index))
 
     def sets(self) -> np.ndarray:
@@ -141,6 +141,7 @@ class HemaStandardDataset(Dataset):
     def _first_readable(
         self, index: int, read: Callable[[int], np.ndarray]
     ) -> tuple[np.ndarray, tuple[tuple[str, str], ...]]:
+        """Read the image at `index` or its first readable replacement; return it and (path, reason) of all failures."""
         failures: list[tuple[str, str]] = []
         for candidate in self._candidates(index):
             try:
@@ -154,13 +155,14 @@ class HemaStandardDataset(Dataset):
         )
 
     def _candidates(self, index: int) -> Iterator[int]:
+        """Yield the index, then those of its replacements: distinct, and the same in a resumed run."""
         yield index
-        # distinct, so that a small set is searched to its end; keyed by the index, so that a resumed run draws the same
         n = len(self)
         draws = np.random.default_rng((self.seed, index)).choice(n, size=min(n, MAX_REPLACEMENTS + 1), replace=False)
         yield from [int(draw) for draw in draws if draw != index][:MAX_REPLACEMENTS]
 
-    def _check_that_some_exist(self) -> None:
+    def _check_images_exist(self) -> None:
+        """Raise FileNotFoundError if none of a few images exists, as after a move of the data."""
         probes = np.linspace(0, len(self) - 1, num=min(len(self), N_PROBED_PATHS)).astype(int).tolist()
         if any(os.path.exists(self.source.file(position)) for position in probes):
             return

@@ -1,4 +1,4 @@
-"""Labelled cells for evaluation: a folder per class, or a CSV with the columns `Image Path,Label[,patient]`.
+"""Read labelled cells for evaluation: a folder per class, or a table with the columns `Image Path,Label[,patient]`.
 
 Letters: N cells, C classes.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dinov2.data.datasets.image_paths import IMAGE_SUFFIXES, find_images, is_image_name
+from dinov2.data.datasets.decode import IMAGE_SUFFIXES, find_images, is_image_name
 from dinov2.data.datasets.tables import (
     LABEL_COLUMN,
     PATH_COLUMN,
@@ -31,12 +31,12 @@ LAYOUTS = (
 
 @dataclass(frozen=True, eq=False)
 class LabelledCells:
-    """Where N cells lie on disk, and what they are.
+    """The image files of N cells, and their labels.
 
     Attributes:
         paths: N image files.
         labels: int64 [N], positions in `class_names`.
-        class_names: C names; some may have no cell here when the order was given by another set.
+        class_names: C names; with the names of another set, a class may have no cell.
         patients: N patient ids, or None if the source names none.
     """
 
@@ -50,17 +50,17 @@ class LabelledCells:
 
     @classmethod
     def from_path(cls, path: str | os.PathLike[str], class_names: Sequence[str] | None = None) -> "LabelledCells":
-        """Read a folder or a table; hidden files and those of other suffixes are ignored, and so are further columns.
+        """Read a folder or a table; hidden files, files with other suffixes and further columns are ignored.
 
         Args:
-            path: a folder with a folder per class, in which images may lie deeper; or a table, from whose folder
-                relative paths count.
-            class_names: the classes in the order of their ids. A test set takes its training set's; without it, the
-                names found here in sorted order.
+            path: a folder with a folder per class, which may have subfolders; or a table. Relative paths in a table
+                count from its folder.
+            class_names: the classes in the order of their ids, such as those of the training set; None: all labels
+                that `path` has, sorted.
 
         Raises:
-            FileNotFoundError: nothing is at `path`, or the CSV names images that do not exist.
-            ValueError: no labelled cell was found, the CSV is malformed, or a label is not in `class_names`.
+            FileNotFoundError: nothing is at `path`, or the table names images that do not exist.
+            ValueError: there is no labelled cell, the table is malformed, or a label is not in `class_names`.
         """
         path = local_path(path)
         patients = None
@@ -87,7 +87,7 @@ class LabelledCells:
 
 
 def _read_folder(folder: Path) -> tuple[list[Path], list[str]]:
-    """Find images with their labels, the names of the folders at the first level."""
+    """Return the images in a folder, and their labels: the names of the folders at the first level."""
     entries = [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")]
     by_class = {entry.name: find_images(entry) for entry in entries if entry.is_dir()}
     if not any(by_class.values()):

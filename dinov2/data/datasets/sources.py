@@ -1,4 +1,7 @@
-"""Where the images of a dataset are, whatever names them: lists, a table, a folder, or tar shards.
+"""Find the images of a dataset, whatever names them: lists, a table, a folder, or tar shards.
+
+Shards are uncompressed tar files, such as WebDataset's: one scan makes an index, then images are read by offset.
+(`wids` also reads by index, but needs a JSON file with the lengths of the shards, and returns samples, not files.)
 
 Letters: N images, in S sets.
 """
@@ -9,7 +12,9 @@ import os
 import re
 import tarfile
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
@@ -17,17 +22,13 @@ import numpy as np
 import torch
 from braceexpand import braceexpand
 
-from dinov2.data.datasets.decode import UnreadableImageError
-from dinov2.data.datasets.image_paths import IMAGE_SUFFIXES, PathBlock, is_image_name, read_list, walk_images
-from dinov2.data.datasets.tables import PATH_COLUMN, TABLE_SUFFIXES, open_table
-from dinov2.data.datasets.tar_shards import ShardIndex, read_member
+from dinov2.data.datasets.decode import IMAGE_SUFFIXES, UnreadableImageError, is_image_name, walk_images
+from dinov2.data.datasets.tables import PATH_COLUMNS, SET_COLUMN, TABLE_SUFFIXES, open_table, read_list
 from dinov2.utils.paths import local_path
 
 logger = logging.getLogger("dinov2")
 
-PATH_COLUMNS = (PATH_COLUMN, "path")
-SET_COLUMN = "dataset"
-LOOSE_SET = "."  # images in the folder itself, beside the folders that are sets
+LOOSE_SET = "."  # the set of images that lie in the root folder itself
 MEMBER_MARK = ".tar::"  # between a shard and its member in the path of an image
 KINDS = (
     "a folder with *.txt lists or one list (one image path per line; scripts/make_patch_lists.py writes one), a .csv "
@@ -36,23 +37,43 @@ KINDS = (
 )
 
 
+class PathBlock:
+    """N texts in one block of bytes: a million Python strings would take 100 MB in every worker.
+
+    The arrays are tensors, so that torch passes them to a spawned worker as shared memory.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        data, ends = bytearray(), array("q", [0])
+        for text in texts:
+            data += text.encode("utf-8", "surrogateescape")
+            ends.append(len(data))
+        self._data = torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
+        self._ends = torch.from_numpy(np.frombuffer(ends, dtype=np.int64).copy())  # [N + 1]
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, position: int) -> str:
+        # sharing a tensor moves its memory, so an older NumPy view would be stale: make one each time
+        start, end = self._ends.numpy()[position : position + 2]
+        return self._data.numpy()[start:end].tobytes().decode("utf-8", "surrogateescape")
+
+
 class ImageSource:
-    """N images by number: their bytes, their paths, and the sets that they belong to.
+    """N images by position: their bytes, their paths, and the sets that they belong to.
 
     Attributes:
-        kind: what was read, for people, as in "3 .txt lists".
+        kind: what was read, in words, as in "3 .txt lists".
         set_names: S names: of lists without the suffix, of a table's column `dataset`, of the folders at the first
             level, or of shards without the suffix and the number at the end.
         set_sizes: int64 [S], images in each; a list may be empty.
-
-    Large arrays are tensors, whose memory spawned workers share.
     """
 
-    def __init__(
-        self, names: PathBlock | ShardIndex, folder: str, set_names: Sequence[str], set_ids: np.ndarray, kind: str
-    ) -> None:
-        """`names` are paths, absolute or relative to `folder`, which is absolute; or what is in shards."""
+    def __init__(self, names: PathBlock, folder: str, set_names: Sequence[str], set_ids: np.ndarray, kind: str) -> None:
+        """`names` are paths, absolute or relative to `folder`, which is absolute."""
         self._names, self._folder, self.kind = names, folder, kind
+        # a tensor, whose memory spawned workers share
         self.set_names, self._set_ids = list(set_names), torch.from_numpy(set_ids.astype(np.int32))
         self.set_sizes = np.bincount(set_ids, minlength=len(set_names))
 
@@ -61,12 +82,12 @@ class ImageSource:
         """Read lists, tables and shard headers; no image is opened.
 
         Args:
-            root: one of `KINDS`. Of a folder that holds several kinds, lists win, then shards, then images.
-            column: of a table, the column with the paths; None: "Image Path", or else "path".
+            root: one of `KINDS`. If a folder holds several kinds, lists come first, then shards, then images.
+            column: the column of a table with the paths; None: "Image Path", or else "path".
 
         Raises:
-            FileNotFoundError: nothing is at `root`, or nothing that is known.
-            ValueError: what is there cannot be read (parquet needs pyarrow), names no image, or has no such column.
+            FileNotFoundError: nothing is at `root`, or nothing of a known kind.
+            ValueError: a file cannot be read (parquet needs pyarrow), names no image, or lacks the column.
         """
         root = str(local_path(root))
         if _is_table(root):
@@ -86,8 +107,8 @@ class ImageSource:
         return len(self._names)
 
     def path(self, position: int) -> str:
-        """Return the absolute path of an image; `<shard>.tar::<member>` of one in a shard."""
-        return os.path.join(self._folder, self._names[position])  # which leaves an absolute path as it is
+        """Return the absolute path of an image; `<shard>.tar::<member>` for one in a shard."""
+        return os.path.join(self._folder, self._names[position])  # join keeps an absolute path as it is
 
     def read(self, position: int) -> bytes:
         """Read the bytes of an image.
@@ -95,51 +116,96 @@ class ImageSource:
         Raises:
             UnreadableImageError: it is missing or cannot be read.
         """
-        path, names = self.path(position), self._names
-        if isinstance(names, ShardIndex):
-            return _read(path, lambda: names.read(position))
+        path = self.path(position)
         return _read(path, Path(path).read_bytes)
 
     def file(self, position: int) -> str:
-        """Return the absolute path of the file that holds an image, its own or a shard."""
-        return self._names.shard(position) if isinstance(self._names, ShardIndex) else self.path(position)
+        """Return the absolute path of the file that holds an image: its own, or a shard."""
+        return self.path(position)
 
     def stamp(self, position: int) -> tuple[int, int]:
-        """Return size in bytes and time of the last change in ns, of the file that holds the image.
+        """Return the size in bytes and the time of the last change in ns of the file that holds an image.
 
         Raises:
             OSError: there is no such file.
         """
         try:
-            status = os.stat(self.file(position))
+            return _stamp(os.stat(self.file(position)))
         except ValueError as error:  # a null character in the path
             raise FileNotFoundError(f"{self.path(position)!r}: {error}") from error
-        return status.st_size, status.st_mtime_ns
 
     def set_ids(self) -> np.ndarray:
         """Return the set of every image as a position in `set_names`, int32 [N]."""
         return self._set_ids.numpy()
 
 
+class ShardSource(ImageSource):
+    """The images in tar files, in the order of the files."""
+
+    def __init__(self, shards: Sequence[str]) -> None:
+        """Read the headers. Raises ValueError if a file is compressed, damaged or no tar file."""
+        self._shards = [os.path.abspath(shard) for shard in shards]
+        self._stamps = [_stamp(os.stat(shard)) for shard in self._shards]
+        with ThreadPoolExecutor(8) as pool:  # a network disk answers slowly
+            scans = list(pool.map(_scan_shard, self._shards))
+        counts = [len(scan) for scan in scans]
+        self._ends = np.cumsum(counts).tolist()
+        places = [(offset, size) for _, offset, size in chain.from_iterable(scans)]
+        self._places = torch.from_numpy(np.array(places, dtype=np.int64).reshape(-1, 2))  # [N, 2]
+        stems = [os.path.basename(shard)[: -len(".tar")] for shard in shards]
+        names, ids = _number([re.sub(r"[-_.]?\d+$", "", stem) or stem for stem in stems], counts)
+        members = PathBlock(name for scan in scans for name, _, _ in scan)
+        super().__init__(members, "", names, ids, f"{len(shards)} tar shard{'s' if len(shards) > 1 else ''}")
+
+    def path(self, position: int) -> str:
+        return f"{self.file(position)}::{self._names[position]}"
+
+    def file(self, position: int) -> str:
+        return self._shards[bisect_right(self._ends, position)]
+
+    def read(self, position: int) -> bytes:
+        return _read(self.path(position), lambda: self._read_at(position))
+
+    def _read_at(self, position: int) -> bytes:
+        """Read a member by its offset. Raises OSError if the shard is gone, or was changed since the scan."""
+        offset, size = self._places[position].tolist()
+        with open(self.file(position), "rb", buffering=0) as file:
+            if _stamp(os.fstat(file.fileno())) != self._stamps[bisect_right(self._ends, position)]:
+                raise OSError("the tar file was changed after this run had listed what is in it; start again")
+            file.seek(offset)
+            return file.read(size)
+
+
 def read_image(path: str) -> bytes:
-    """Read the bytes of the image that an `ImageSource.path` names.
+    """Read the bytes of an image, given a path as `ImageSource.path` returns it.
 
     Raises:
         UnreadableImageError: it is missing or cannot be read.
     """
     shard, mark, member = path.partition(MEMBER_MARK)
     if mark and not os.path.exists(path):
-        return _read(path, lambda: read_member(f"{shard}.tar", member))
+        return _read(path, lambda: _read_member(f"{shard}.tar", member))
     return _read(path, Path(path).read_bytes)
 
 
+def _read_member(shard: str, name: str) -> bytes:
+    with tarfile.open(shard, "r:") as tar:
+        member = tar.extractfile(name)
+        return member.read() if member else b""
+
+
 def _read(path: str, read: Callable[[], bytes]) -> bytes:
+    """Return `read()`; its errors become an UnreadableImageError."""
     try:
         return read()
     except OSError as error:
         raise UnreadableImageError(path, error.strerror or str(error)) from error
     except (KeyError, ValueError, tarfile.TarError) as error:  # no such member; a null character in the path
         raise UnreadableImageError(path, str(error.args[0])) from error
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
 
 
 def _from_folder(root: Path) -> ImageSource:
@@ -150,11 +216,11 @@ def _from_folder(root: Path) -> ImageSource:
         if shards:
             logger.info("%s holds lists: its %d tar files are not read", root, len(shards))
         return _from_lists(lists)
-    loose = sum(is_image_name(entry.name) for entry in entries)
+    n_loose = sum(is_image_name(entry.name) for entry in entries)
     if shards:
-        if loose:
-            logger.info("%s holds tar shards: the %d images beside them are not read", root, loose)
-        return _from_shards([str(shard) for shard in shards])
+        if n_loose:
+            logger.info("%s holds tar shards: the %d images beside them are not read", root, n_loose)
+        return ShardSource([str(shard) for shard in shards])
     images = _from_tree(root, entries)
     if len(images) == 0:
         tables = [entry.name for entry in entries if _is_table(entry)]
@@ -173,7 +239,7 @@ def _from_files(root: str) -> ImageSource:
     others = [file for file in files if not file.lower().endswith(".tar")]
     if others:
         raise ValueError(f"train.dataset_path: {others[0]!r} is a file of another kind; it must be {KINDS}")
-    return _from_shards(files)
+    return ShardSource(files)
 
 
 def _from_lists(files: list[Path]) -> ImageSource:
@@ -189,66 +255,81 @@ def _is_table(root: str | os.PathLike[str]) -> bool:
 
 def _from_table(file: Path, column: str | None) -> ImageSource:
     table = open_table(file, "train.dataset_path")
-    wanted = (column,) if column else PATH_COLUMNS
-    column = next((name for name in wanted if name in table.columns), None)
-    if column is None:
+    names = (column,) if column else PATH_COLUMNS
+    path_column = table.first_of(names)
+    if path_column is None:
         raise ValueError(
-            f"train.dataset_path: {str(file)!r} has no column {' or '.join(map(repr, wanted))} for the image paths; it "
+            f"train.dataset_path: {str(file)!r} has no column {' or '.join(map(repr, names))} for the image paths; it "
             f"has {', '.join(map(repr, table.columns)) or 'no columns'}; name the right one with :column=<name>"
         )
     number_of: dict[str, int] = {}
     ids = array("i")
 
-    def read_paths(columns: list[str]) -> Iterator[str]:
+    def read_paths() -> Iterator[str]:
+        columns = [path_column, SET_COLUMN] if SET_COLUMN in table.columns else [path_column]
         for line, (path, *set_name) in table.rows(*columns):
             if not path:
                 raise ValueError(
-                    f"train.dataset_path: {str(file)!r}, line {line}: no image path in column {column!r}; fill it in "
-                    f"or drop the row"
+                    f"train.dataset_path: {str(file)!r}, line {line}: no image path in column {path_column!r}; fill it "
+                    f"in or drop the row"
                 )
             ids.append(number_of.setdefault("".join(set_name) or file.stem, len(number_of)))
             yield path
 
-    block = PathBlock(read_paths([column, SET_COLUMN] if SET_COLUMN in table.columns else [column]))
-    kind = f"the column {column!r} of {file.name}"
+    block = PathBlock(read_paths())
+    kind = f"the column {path_column!r} of {file.name}"
     return ImageSource(block, os.path.abspath(file.parent), list(number_of), np.array(ids, dtype=np.int32), kind)
 
 
 def _from_tree(root: Path, entries: list[Path]) -> ImageSource:
-    """Take images in `root` and the folders inside it; links to folders are followed at the first level only."""
+    """Take the images in `root` and its subfolders; links to folders are followed at the first level only."""
     loose = [os.path.abspath(entry) for entry in entries if is_image_name(entry.name) and not entry.is_dir()]
-    found = {entry.name: list(walk_images(os.path.abspath(entry))) for entry in entries if entry.is_dir()}
-    found = {name: paths for name, paths in ({LOOSE_SET: loose} | found).items() if paths}
-    names, ids = _number(list(found), [len(paths) for paths in found.values()])
-    return ImageSource(PathBlock(chain.from_iterable(found.values())), "", names, ids, f"the images in {str(root)!r}")
-
-
-def _from_shards(shards: list[str]) -> ImageSource:
-    index = ShardIndex([os.path.abspath(shard) for shard in shards])
-    stems = [os.path.basename(shard)[: -len(".tar")] for shard in shards]
-    names, ids = _number([re.sub(r"[-_.]?\d+$", "", stem) or stem for stem in stems], index.counts)
-    return ImageSource(index, "", names, ids, f"{len(shards)} tar shard{'s' if len(shards) > 1 else ''}")
+    by_set = {entry.name: list(walk_images(os.path.abspath(entry))) for entry in entries if entry.is_dir()}
+    by_set = {name: paths for name, paths in ({LOOSE_SET: loose} | by_set).items() if paths}
+    names, ids = _number(list(by_set), [len(paths) for paths in by_set.values()])
+    return ImageSource(PathBlock(chain.from_iterable(by_set.values())), "", names, ids, f"the images in {str(root)!r}")
 
 
 def _number(names: Sequence[str], counts: Sequence[int]) -> tuple[list[str], np.ndarray]:
-    """Return the names, each once, and the position in these of each image, given how many each name has."""
-    once = list(dict.fromkeys(names))
-    return once, np.repeat(np.array([once.index(name) for name in names], dtype=np.int32), counts)
+    """Return the distinct names, and the position in them of each image, given how many images each name has."""
+    distinct = list(dict.fromkeys(names))
+    return distinct, np.repeat(np.array([distinct.index(name) for name in names], dtype=np.int32), counts)
 
 
 def _expanded(pattern: str) -> list[str]:
-    """Find the files that a pattern means: in the order of its braces, sorted for wildcards."""
+    """Return the files that match a pattern: in the order of its braces, sorted for wildcards."""
     try:
         texts = list(braceexpand(pattern, escape=False))
     except ValueError as error:
         raise FileNotFoundError(
             f"train.dataset_path: root={pattern!r} does not exist, and lacks a brace as a pattern; it must be {KINDS}"
         ) from error
-    found: list[str] = []
+    matches: list[str] = []
     for text in texts:
         files = sorted(glob.glob(text))
         if not files:
             meaning = "" if text == pattern else f" means {text!r}, too, which"
             raise FileNotFoundError(f"train.dataset_path: root={pattern!r}{meaning} does not exist; it must be {KINDS}")
-        found += files
-    return found
+        matches += files
+    return matches
+
+
+def _scan_shard(shard: str) -> list[tuple[str, int, int]]:
+    """Return the name, offset and size of each image in a tar file."""
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            members = [(m.name, m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse()]
+            end = tar.offset
+    except tarfile.TarError as error:
+        raise ValueError(
+            f"train.dataset_path: {shard!r} is not a tar file, or is compressed, damaged or truncated ({error}); "
+            f"unpack it to a plain .tar, or copy or make it again"
+        ) from error
+    with open(shard, "rb") as file:
+        file.seek(end)
+        block = file.read(tarfile.BLOCKSIZE)
+    if block.strip(b"\0"):  # where tarfile stops without an error
+        raise ValueError(f"train.dataset_path: {shard!r} is damaged at byte {end}; copy or make it again")
+    if not block:
+        logger.warning("%s ends at byte %d without a tar file's closing blocks; was it cut there?", shard, end)
+    return [member for member in members if is_image_name(os.path.basename(member[0]))]

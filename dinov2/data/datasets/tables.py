@@ -1,21 +1,22 @@
-"""The one reader of tables: CSV with any usual delimiter and a byte-order mark or none, and parquet.
+"""Read tables (CSV and parquet) and .txt lists; no other module of the package reads such files.
 
-Values are text without spaces around it, and stay as they are written: "007" is not 7.
+A CSV may have any usual delimiter, and a byte-order mark or none. Values are text without surrounding spaces, and are
+not converted: "007" is not 7.
 """
 
 import csv
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PATH_COLUMN, LABEL_COLUMN, PATIENT_COLUMN = "Image Path", "Label", "patient"
-
+PATH_COLUMN, LABEL_COLUMN, PATIENT_COLUMN, SET_COLUMN = "Image Path", "Label", "patient", "dataset"
+PATH_COLUMNS = (PATH_COLUMN, "path")  # the first of these that a table has names its images
 TABLE_SUFFIXES = (".csv", ".parquet")
 DELIMITERS = ",;\t|"
-ROWS_AT_A_TIME = 65536
+ROWS_PER_BATCH = 65536  # of parquet
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,20 @@ class Table:
 
     Attributes:
         file: parquet if it has this suffix, else CSV.
-        setting: what errors begin with: the key, flag or kind of file that named it.
-        columns: names in the first line, without spaces around them.
+        setting: the first words of errors: the key, flag or kind of file that named it.
+        columns: names in the first line, without surrounding spaces.
     """
 
     file: Path
     setting: str
     columns: list[str]
 
+    def first_of(self, names: Iterable[str]) -> str | None:
+        """Return the first of these names that is a column, or None."""
+        return next((name for name in names if name in self.columns), None)
+
     def rows(self, *columns: str) -> Iterator[tuple[int, list[str]]]:
-        """Yield (line, values) of each row, of all columns or of these; lines without any value are left out.
+        """Yield (line, values) of each row, for the given columns or all; lines without any value are left out.
 
         Raises:
             ValueError: the file is not what its suffix says, or one of the columns stands twice or is not text.
@@ -81,48 +86,66 @@ def read_table(
     optional: Sequence[str] = (),
     other_names: Mapping[str, Sequence[str]] | None = None,
 ) -> list[dict[str, str]]:
-    """Read rows with a value in each of some columns.
+    """Read the rows of a table, each of which must have a value in all required columns.
 
     Args:
         file: the table.
-        setting: what errors begin with.
-        required: columns that must be there.
-        optional: columns that may be missing as a whole; if they are there, each row needs a value.
-        other_names: {column: names that files have for it, too}.
+        setting: the first words of errors.
+        required: columns that the table must have.
+        optional: columns that the table may lack; if it has them, each row needs a value.
+        other_names: {column: further names that it may have in the file}.
 
     Returns:
-        {column: value} of each row, under the names asked for; other columns are left out.
+        {column: value} of each row, for the required and optional columns; other columns are left out.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, lacks a column or a value, or has no row.
     """
     table = open_table(file, setting)
-    found = {}
+    name_of = {}
     for column in (*required, *optional):
-        names = [name for name in (column, *(other_names or {}).get(column, ())) if name in table.columns]
-        if names:
-            found[column] = names[0]
-    missing = [column for column in required if column not in found]
+        name = table.first_of((column, *(other_names or {}).get(column, ())))
+        if name is not None:
+            name_of[column] = name
+    missing = [column for column in required if column not in name_of]
     if missing:
         raise ValueError(
             f"{setting}: {str(file)!r} lacks the column(s) {', '.join(map(repr, missing))}; its first line has "
             f"{table.columns or 'nothing'}, expected {','.join(required)}{''.join(f'[,{name}]' for name in optional)}"
         )
     rows = []
-    for line, values in table.rows(*found.values()):
-        gaps = [column for column, value in zip(found, values, strict=True) if not value]
-        if len(gaps) == len(found):
+    for line, values in table.rows(*name_of.values()):
+        row = dict(zip(name_of, values, strict=True))
+        gaps = [column for column, value in row.items() if not value]
+        if len(gaps) == len(row):
             continue
         if gaps:
             raise ValueError(
                 f"{setting}: {str(file)!r}, line {line}: no value for {', '.join(map(repr, gaps))}; fill it in or "
                 f"drop the row"
             )
-        rows.append(dict(zip(found, values, strict=True)))
+        rows.append(row)
     if not rows:
         raise ValueError(f"{setting}: {str(file)!r} has no rows under its first line; add some")
     return rows
+
+
+def read_list(file: Path, setting: str = "train.dataset_path") -> list[str]:
+    """Read the lines of a text file without surrounding spaces; blank lines and those that begin with `#` are left out.
+
+    Raises:
+        ValueError: the file is not UTF-8.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # -sig: Windows editors write a byte-order mark
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{setting}: {str(file)!r}, line {line}, is not UTF-8 text ({error.reason}); save it as UTF-8"
+        ) from error
+    lines = (line.strip() for line in text.split("\n"))
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def is_folder(path: Path, setting: str, expected: str) -> bool:
@@ -158,7 +181,7 @@ def _csv_rows(file: Path, setting: str) -> Iterator[tuple[int, list[str]]]:
             reader = csv.reader(stream, delimiter=max(DELIMITERS, key=header.count), skipinitialspace=True)
             for row in reader:
                 line = reader.line_num
-                if any(map(str.strip, row)):  # else an empty line, or the delimiters that spreadsheets leave at the end
+                if any(map(str.strip, row)):  # spreadsheets leave lines of delimiters at the end
                     yield line, row
     except UnicodeDecodeError as error:
         raise ValueError(
@@ -187,13 +210,13 @@ def _opened_parquet(file: Path, setting: str) -> Iterator[Any]:
 
 
 def _parquet_rows(file: Path, setting: str, names: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    """Yield (row, values); numbers are written out."""
+    """Yield (row, values); numbers become text."""
     with _opened_parquet(file, setting) as opened:
         import pyarrow
         from pyarrow import compute
 
         row = 0
-        for batch in opened.iter_batches(ROWS_AT_A_TIME, columns=list(names)):
+        for batch in opened.iter_batches(ROWS_PER_BATCH, columns=list(names)):
             texts = []
             for name in names:
                 try:

@@ -1,6 +1,6 @@
-"""Public data sets of blood cells: from the unpacked archive to training lists and labels.
+"""Prepare public data sets of blood cells: from the unpacked archive to training lists and labels.
 
-A data set is a module of this package that has a `DATASET`; docs/datasets.md shows how to add one.
+Each module of this package with a `DATASET` declares a data set; docs/datasets.md shows how to add one.
 """
 
 import difflib
@@ -11,8 +11,8 @@ from dinov2.data.prepare.base import DataSet
 
 
 def all_datasets() -> dict[str, DataSet]:
-    """{name: data set} of every module of this package that declares one, by name."""
-    modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+    """Return {name: data set} of all modules of this package that declare one, sorted by name."""
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
     datasets = [module.DATASET for module in modules if hasattr(module, "DATASET")]
     by_name = {dataset.name: dataset for dataset in sorted(datasets, key=lambda dataset: dataset.name)}
     assert len(by_name) == len(datasets), "two modules declare data sets of the same name"
@@ -20,10 +20,10 @@ def all_datasets() -> dict[str, DataSet]:
 
 
 def get_dataset(name: str) -> DataSet:
-    """The data set of that name.
+    """Return the data set of that name.
 
     Raises:
-        ValueError: if there is none; the message names the nearest.
+        ValueError: if there is none; the message suggests the most similar name.
     """
     datasets = all_datasets()
     if name not in datasets:
@@ -34,7 +34,7 @@ def get_dataset(name: str) -> DataSet:
 
 
 def overview_table() -> str:
-    """All data sets as a Markdown table."""
+    """Return a Markdown table of all data sets."""
     lines = ["| name | data set | modality | images | cells cut out | licence |", "|---|---|---|---|---|---|"]
     for dataset in all_datasets().values():
         counts = [f"{name} {count:,}" for name, count in dataset.expected.items()] or ["not stated"]

@@ -1,8 +1,8 @@
 """PBC / Acevedo: normal peripheral blood cells, Barcelona.
 
-The prefix of a file's name tells the stage of neutrophils and immature granulocytes. DinoBloom's ten classes come from
-these prefixes; platelets and cells of an unspecified stage are in none of them. The set has no official split: WBCAtt's
-lists (`pbc_attr_v1_{train,val,test}.csv`, Tsutsui et al., NeurIPS 2023) are taken for one where they lie beside it.
+The prefix of a file's name gives the stage of neutrophils and immature granulocytes. DinoBloom's ten classes come from
+these prefixes; platelets and cells of an unspecified stage belong to none. The set has no official split: the lists of
+WBCAtt (`pbc_attr_v1_{train,val,test}.csv`, Tsutsui et al., NeurIPS 2023) are used if they are beside it.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
     for image, label in class_folders(top, CLASSES, notes):
         prefix = image.name.split("_")[0].upper()
         if prefix not in STAGES and prefix not in WITHOUT_STAGE:
-            notes.add("file prefixes that are not known", image.relative_to(top))
+            notes.add("file prefixes that are not known", image)
         yield Cell(image, label, STAGES.get(prefix), part=parts.pop(f"{image.parent.name}/{image.name}", None))
     for absent, part in parts.items():
         notes.add(f"images that the {part} list names and that are not there", absent)

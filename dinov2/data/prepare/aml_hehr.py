@@ -1,6 +1,6 @@
 """AML Hehr: blood cells of 129 patients with four genetic AML subtypes and 60 controls (TCIA, doi 10.7937/6PPE-4020).
 
-The label of a cell is its patient's subtype: bags for ABMIL, not cell types.
+The label of a cell is its patient's subtype: the set is for bags (ABMIL), not for cell types.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
         else:
             yield Cell(image, subtype, patient=folders[0])
             continue
-        notes.add(kind, image.relative_to(top))
+        notes.add(kind, image)
         notes.annotations.add(image)
 
 

@@ -1,12 +1,12 @@
 """APL_AML: cells of 106 patients with APL or other AML, Johns Hopkins.
 
-Cell types are spelt in several ways and are put in lower case here. The archive has a few images under two types.
+Cell types have several spellings and are converted to lower case. The archive has a few images under two types.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.datasets.image_paths import find_images
+from dinov2.data.datasets import find_images
 from dinov2.data.prepare.base import Cell, DataSet, Notes
 
 SIGNED, UNSIGNED = "signed slides", "unsigned slides"
@@ -20,7 +20,7 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
             if SIGNED in folders and len(folders) > folders.index(SIGNED) + 1:
                 label = "_".join(folders[folders.index(SIGNED) + 1].split())
             elif UNSIGNED not in folders:
-                notes.add("images outside '<Signed slides>/<cell type>', unlabelled", image.relative_to(top))
+                notes.add("images outside '<Signed slides>/<cell type>', unlabelled", image)
             yield Cell(image, label, patient=patient.name)
 
 

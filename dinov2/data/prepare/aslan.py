@@ -1,6 +1,6 @@
 """Aslan: blood smears with boxes of red and white cells.
 
-Coordinates are fractions of the image's sides. `labels/*.txt` repeats them in pixels, with stray notebook checkpoints.
+Coordinates are fractions of the image's sides. `labels/*.txt` has them in pixels, with notebook checkpoints beside.
 """
 
 from collections import defaultdict

@@ -1,4 +1,7 @@
-"""What a public data set is declared to be, and how its folder is searched for cells."""
+"""Declare a public data set, and find the cells in its folder: in class folders, in tables, and in masks.
+
+Letters: H height, W width of an image.
+"""
 
 import fnmatch
 import os
@@ -8,16 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
+import numpy as np
 from PIL import Image
 
-from dinov2.data.datasets.image_paths import IMAGE_SUFFIXES, find_images, is_image_name
+from dinov2.data.datasets.decode import IMAGE_SUFFIXES, UnreadableImageError, find_images, is_image_name, load_image
 
 N_EXAMPLES = 5
 SEARCH_DEPTH = 5  # folders between --source and the layout: an archive is often unpacked into folders of its own name
+MIN_SIDE_PX = 4  # smaller specks come from hand-drawn and lossy masks
 
 
 class Box(NamedTuple):
-    """A cell's place in an image: pixels, the left and upper edge inside, the right and lower one outside."""
+    """A cell's place in an image, in pixels; the left and upper edges are inside, the right and lower ones outside."""
 
     left: float
     top: float
@@ -26,10 +32,11 @@ class Box(NamedTuple):
 
     @property
     def has_area(self) -> bool:
+        """Return True if the box contains any pixel."""
         return self.right > self.left and self.bottom > self.top
 
     def clipped(self, width: int, height: int) -> "Box":
-        """Return its part inside an image of that size, which may be of no area."""
+        """Return the part inside an image of that size, which may be empty."""
         return Box(max(self.left, 0), max(self.top, 0), min(self.right, width), min(self.bottom, height))
 
 
@@ -39,29 +46,32 @@ class Cell:
 
     image: Path
     label: str | None = None  # the distributor's class
-    group: str | None = None  # DinoBloom's class, where it differs; None for a cell that belongs to none of those
+    group: str | None = None  # DinoBloom's class, where it differs; None for a cell without one
     patient: str | None = None
     part: str | None = None  # of the official split, for instance "train"
-    box: Box | None = None  # where the cell is; None if the image is the cell
+    box: Box | None = None  # place of the cell; None if the image is the cell
 
 
 class Notes:
-    """Collects what is odd, by kind; `annotations` are known images that show no cell, such as masks."""
+    """The oddities of a data set by kind; `annotations` are images that show no cell, such as masks."""
 
-    def __init__(self) -> None:
+    def __init__(self, top: Path) -> None:
+        self.top = top
         self.examples: dict[str, list[str]] = defaultdict(list)
         self.annotations: set[Path] = set()
 
-    def add(self, kind: str, example: str | os.PathLike[str]) -> None:
-        """Add one more of a kind."""
-        self.examples[kind].append(os.fspath(example))
+    def add(self, kind: str, example: str | Path, detail: object = "") -> None:
+        """Add an example of a kind; a path in the top folder is shortened."""
+        if isinstance(example, Path) and example.is_relative_to(self.top):
+            example = example.relative_to(self.top)
+        self.examples[kind].append(f"{example}: {detail}" if detail else str(example))
 
     def report(self) -> dict[str, dict[str, object]]:
-        """Return {kind: {"count": n, "examples": the first}}, by name."""
-        return {k: {"count": len(found), "examples": found[:N_EXAMPLES]} for k, found in sorted(self.examples.items())}
+        """Return {kind: {"count": n, "examples": the first}}, sorted by kind."""
+        return {k: {"count": len(texts), "examples": texts[:N_EXAMPLES]} for k, texts in sorted(self.examples.items())}
 
     def __str__(self) -> str:
-        return "; ".join(f"{len(found)} {kind}" for kind, found in sorted(self.examples.items())) or "nothing odd"
+        return "; ".join(f"{len(texts)} {kind}" for kind, texts in sorted(self.examples.items())) or "nothing odd"
 
 
 Finder = Callable[[Path, Notes], Iterator[Cell]]
@@ -69,24 +79,24 @@ Finder = Callable[[Path, Notes], Iterator[Cell]]
 
 @dataclass(frozen=True)
 class DataSet:
-    """What is known of a data set before its files are read."""
+    """The properties of a data set that are known before its files are read."""
 
-    name: str  # on the command line and of the files written
-    title: str  # as DinoBloom's overview calls it
-    origin: str  # where the archive can be downloaded
+    name: str  # on the command line and in names of files
+    title: str  # in DinoBloom's overview
+    origin: str  # URL of the archive
     paper: str
-    layout: str  # what lies in the unpacked archive, for messages
-    entries: tuple[str, ...]  # patterns of names (any case), of which the layout's top folder has some
-    find: Finder = field(repr=False)  # yields the cells below that folder and notes oddities
+    layout: str  # of the unpacked archive, for messages
+    entries: tuple[str, ...]  # patterns of names (any case) in the layout's top folder
+    find: Finder = field(repr=False)  # yields the cells in that folder and notes oddities
     modality: str = "peripheral blood"
     licence: str = "not stated"
-    n_entries: int = 2  # how many different entries make a folder the top folder
+    n_entries: int = 2  # number of `entries` that a top folder must have
     classes: Mapping[str, str] = field(default_factory=dict)  # {the distributor's code: class name}
     expected: Mapping[str, int] = field(default_factory=dict)  # published counts of "pictures", "patients", a class ...
     cuts: bool = False  # whether cells are cut out of larger images
-    margin: float = 0.1  # around a cut cell, as a fraction of its longer side, unless the user gives another
-    keep: tuple[str, ...] = ()  # classes that are cut out unless the user chooses others; empty for all
-    remarks: str = ""  # what users of the set have to know
+    margin: float = 0.1  # default margin around a cut cell, as a fraction of its longer side
+    keep: tuple[str, ...] = ()  # classes that are cut out by default; empty for all
+    remarks: str = ""  # for users of the set
 
     def top_folder(self, source: str | os.PathLike[str]) -> Path:
         """Return the folder at or below `source` that has the layout.
@@ -107,30 +117,30 @@ class DataSet:
                 if n_matching >= min(self.n_entries, len(self.entries)):
                     return folder
             level = [inner for folder in level for inner in folders_in(folder)]
-        found = ", ".join(sorted(os.listdir(source))[:N_EXAMPLES]) or "nothing"
+        content = ", ".join(sorted(os.listdir(source))[:N_EXAMPLES]) or "nothing"
         raise FileNotFoundError(
             f"--source: {str(source)!r} and the folders inside do not look like {self.title}: expected {self.layout}; "
-            f"found {found}. Unpack archives first. {where_to_get}"
+            f"found {content}. Unpack archives first. {where_to_get}"
         )
 
 
 def find_cells(dataset: DataSet, top: Path) -> tuple[list[Cell], Notes]:
-    """Find the cells of a data set, in the order of their images, and what is odd about its files.
+    """Find the cells of a data set, in the order of their images, and the oddities of its files.
 
     Raises:
-        ValueError: if not a single cell was found.
+        ValueError: if there is no cell.
     """
-    notes = Notes()
+    notes = Notes(top)
     cells = sorted(dataset.find(top, notes), key=lambda cell: cell.image)  # stable: boxes keep their order
     known = {cell.image for cell in cells} | notes.annotations
     for image in find_images(top):
         if image not in known:
-            notes.add("images that the layout does not explain, left out", image.relative_to(top))
+            notes.add("images that the layout does not explain, left out", image)
     for parent, folders, files in os.walk(top):
         for name in sorted(name for name in folders if name[0] == "." and name != ".git"):
-            notes.add("hidden folders, left out", Path(parent, name).relative_to(top))
+            notes.add("hidden folders, left out", Path(parent, name))
         for name in sorted(name for name in files if name[0] == "." and name.lower().endswith(IMAGE_SUFFIXES)):
-            notes.add("hidden files that are named like images, left out", Path(parent, name).relative_to(top))
+            notes.add("hidden files that are named like images, left out", Path(parent, name))
         folders[:] = sorted(name for name in folders if name[0] != ".")
     if not cells:
         raise ValueError(
@@ -152,25 +162,101 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def image_size(image: Path, notes: Notes) -> tuple[int, int] | None:
-    """Read an image's width and height; an unreadable one is noted and has none."""
+    """Read an image's width and height; note an unreadable image and return None."""
     try:
         with Image.open(image) as header:
             return header.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        notes.add("unreadable images and masks", f"{image}: {error}")
+        notes.add("unreadable images and masks", image, error)
         return None
 
 
 def child(folder: Path, name: str) -> Path:
-    """Return the entry of that name in any case; where there is none, the path it would have."""
+    """Return the entry with that name in any case; if there is none, the path that it would have."""
     return next((path for path in folder.iterdir() if path.name.lower() == name.lower()), folder / name)
 
 
 def class_folders(top: Path, classes: Mapping[str, str], notes: Notes) -> Iterator[tuple[Path, str]]:
-    """Yield the images below folders that are named like a class (its code or name, in any case), and the class."""
+    """Yield (image, class) for all images in folders that are named like a class (code or name, in any case)."""
     names = {key.lower(): name for code, name in classes.items() for key in (code, name)}
     for folder in folders_in(top):
         if folder.name.lower() in names:
             yield from ((image, names[folder.name.lower()]) for image in find_images(folder))
         elif find_images(folder):
-            notes.add("folders with images that are no known class", folder.relative_to(top))
+            notes.add("folders with images that are no known class", folder)
+
+
+def with_masks(images: Path, masks: Path, mask_name: Callable[[str], str], notes: Notes) -> Iterator[tuple[Path, Path]]:
+    """Yield each image of a folder with its mask; `mask_name` makes the mask's name from the image's stem."""
+    unused = set(images_in(masks))
+    notes.annotations |= unused
+    for image in images_in(images):
+        mask = masks / mask_name(image.stem)
+        unused.discard(mask)
+        yield image, mask
+    for mask in sorted(unused):
+        notes.add("masks of images that are not there", mask)
+
+
+def boxes_of_mask(
+    image: Path, mask: Path, notes: Notes, gap: int = 0, threshold: int = 127, single: bool = False
+) -> Iterator[Box]:
+    """Yield the boxes around a mask's cells; note the oddities of mask and image.
+
+    Args:
+        image: the image that the mask belongs to; only its size is read.
+        mask: bright where a cell is. A missing, unreadable or empty one, or one of another size, has no boxes.
+        notes: gets the oddities, and image and mask as annotations.
+        gap: largest number of background pixels between two parts of a cell, such as the lobes of a nucleus.
+        threshold: grey value above which a pixel belongs to a cell.
+        single: the whole mask is one cell, with any number of parts.
+    """
+    notes.annotations.add(image)
+    if not mask.is_file():
+        notes.add("masks that are missing", mask)
+        return
+    notes.annotations.add(mask)
+    size = image_size(image, notes)
+    try:
+        grey = np.asarray(load_image(mask)).max(axis=2)
+    except UnreadableImageError as error:
+        notes.add("unreadable images and masks", mask, error)
+        return
+    if size is None:
+        return
+    is_cell = grey > (0 if grey.max() == 1 else threshold)  # some masks are zeros and ones
+    if not is_cell.any():
+        notes.add("masks without a cell", mask)
+        return
+    if is_cell.shape[::-1] != size:
+        notes.add("masks of another size than their image", mask, f"{is_cell.shape[::-1]}, image {size}")
+        return
+    n_cells = 0
+    for box in components(is_cell, max(size) if single else gap):
+        width, height = box.right - box.left, box.bottom - box.top
+        if min(width, height) < MIN_SIDE_PX:
+            notes.add(f"specks in masks, smaller than {MIN_SIDE_PX} px", mask)
+            continue
+        if (width, height) == size:
+            notes.add("masks whose cell fills the whole image; is the mask what it should be?", mask)
+        n_cells += 1
+        yield box
+    if n_cells > 1:
+        notes.add("images with several cells", image)
+
+
+def components(is_cell: np.ndarray, gap: int = 0) -> list[Box]:
+    """Return the boxes around the connected parts of a mask, bool [H, W], from top to bottom; diagonals connect.
+
+    Parts with at most `gap` pixels (rounded up to an even number) of background between them are one part.
+    """
+    reach = (gap + 1) // 2
+    grown = cv2.dilate(np.pad(is_cell.astype(np.uint8), reach), np.ones((2 * reach + 1, 2 * reach + 1), np.uint8))
+    _, part_of, stats, _ = cv2.connectedComponentsWithStats(grown, connectivity=8)
+    parts, first_pixel = np.unique(part_of, return_index=True)
+    ordered = [part for part in parts[np.argsort(first_pixel)] if part > 0]  # 0 is the background
+    # growing moved every edge outwards by `reach`, and padding moved the image's corner as well
+    return [
+        Box(left, top, left + width - 2 * reach, top + height - 2 * reach)
+        for left, top, width, height, _ in stats[ordered].tolist()
+    ]

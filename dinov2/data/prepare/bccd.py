@@ -1,6 +1,6 @@
 """BCCD: blood smears with boxes of red cells, white cells and platelets.
 
-Annotations are Pascal VOC. `ImageSets/Main/*.txt` has an id a line; trainval is train and val together.
+Annotations are in the Pascal VOC format. `ImageSets/Main/*.txt` has an id a line; trainval is train and val together.
 """
 
 import xml.etree.ElementTree as ElementTree

@@ -1,6 +1,6 @@
 """BMC: bone marrow cells of 945 patients, Munich Leukemia Laboratory (TCIA, doi 10.7937/TCIA.AXH3-T579).
 
-A folder a class, cut into folders of a thousand. The paper counts 171,374 images, TCIA's page one more.
+Each class is a folder, with subfolders of a thousand images. The paper counts 171,374 images, TCIA's page one more.
 """
 
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ CLASSES = {
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
     for image, label in class_folders(top, CLASSES, notes):
         if CLASSES.get(image.name.split("_")[0]) != label:
-            notes.add("images whose name says another class than their folder", image.relative_to(top))
+            notes.add("images whose name says another class than their folder", image)
         yield Cell(image, label)
 
 

@@ -1,7 +1,7 @@
 """KRD-WBC: smears with masks of white cells.
 
-The class column of the CSV is spelt "Categoriy". What its other columns are called could not be checked, so the first
-value of a row with a number in it is taken for the image. Masks are JPEGs: their edges are grey, a threshold decides.
+The class column of the CSV is spelt "Categoriy". The names of its other columns could not be checked, so the first
+value with a number in a row names the image. Masks are JPEGs with grey edges, so a threshold separates the cells.
 """
 
 import re
@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dinov2.data.datasets.tables import open_table
-from dinov2.data.prepare.base import Cell, DataSet, Notes, child
-from dinov2.data.prepare.masks import boxes_of_mask, with_masks
+from dinov2.data.prepare.base import Cell, DataSet, Notes, boxes_of_mask, child, with_masks
 
 LABEL_COLUMN = re.compile("categor|class|label", re.IGNORECASE)
 
@@ -18,7 +17,7 @@ LABEL_COLUMN = re.compile("categor|class|label", re.IGNORECASE)
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
     labels = _labels(child(top, "class labels.csv"), notes)
     folder = child(top, "Dataset")
-    pairs = with_masks(folder / "image", folder / "mask", lambda stem: f"mask{_number(stem)}.jpg", top, notes)
+    pairs = with_masks(folder / "image", folder / "mask", lambda stem: f"mask{_number(stem)}.jpg", notes)
     for image, mask in pairs:
         label = labels.pop(_number(image.stem), None)
         if label is None:
@@ -45,8 +44,8 @@ def _labels(file: Path, notes: Notes) -> dict[int | None, str]:
 
 
 def _number(text: str) -> int | None:
-    found = re.search(r"\d+", text)
-    return int(found.group()) if found else None
+    match = re.search(r"\d+", text)
+    return int(match.group()) if match else None
 
 
 DATASET = DataSet(

@@ -1,13 +1,12 @@
 """LISC: smears of healthy people with masks that an expert drew.
 
-Folder names mix cases (`Baso`, `eosi`). `mixt` has images with cells of several kinds, which nothing tells apart.
+Folder names mix cases (`Baso`, `eosi`). The cells in `mixt` are of several kinds and have no labels.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.prepare.base import Cell, DataSet, Notes, child
-from dinov2.data.prepare.masks import boxes_of_mask, with_masks
+from dinov2.data.prepare.base import Cell, DataSet, Notes, boxes_of_mask, child, with_masks
 
 CLASSES = {"Baso": "basophil", "eosi": "eosinophil", "lymp": "lymphocyte", "mono": "monocyte", "neut": "neutrophil"}
 MIXED = "mixt"
@@ -18,7 +17,7 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
     for code, label in {**CLASSES, MIXED: None}.items():
         folder = child(smears, code)
         masks = child(truth, folder.name) / "areaforexpert1"
-        for image, mask in with_masks(folder, masks, lambda stem: f"{stem}_expert.bmp", top, notes):
+        for image, mask in with_masks(folder, masks, lambda stem: f"{stem}_expert.bmp", notes):
             yield from (Cell(image, label, box=box) for box in boxes_of_mask(image, mask, notes, threshold=0))
 
 

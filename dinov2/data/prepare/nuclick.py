@@ -1,13 +1,12 @@
 """NuClick: smears with masks of white cells.
 
-The archive is `hemato_data.zip`, linked by the repository; `ihc_nuclick.zip` beside it is of tissue and not for this.
+The archive is `hemato_data.zip`, linked by the repository; `ihc_nuclick.zip` has images of tissue and is not used.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.prepare.base import Cell, DataSet, Notes, child
-from dinov2.data.prepare.masks import boxes_of_mask, with_masks
+from dinov2.data.prepare.base import Cell, DataSet, Notes, boxes_of_mask, child, with_masks
 
 PARTS = {"Train": "train", "Validation": "val"}
 
@@ -15,7 +14,7 @@ PARTS = {"Train": "train", "Validation": "val"}
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
     for name, part in PARTS.items():
         folder = child(top, name)
-        pairs = with_masks(folder / "images", folder / "masks", lambda stem: f"{stem}_mask.png", top, notes)
+        pairs = with_masks(folder / "images", folder / "masks", lambda stem: f"{stem}_mask.png", notes)
         for image, mask in pairs:
             yield from (Cell(image, part=part, box=box) for box in boxes_of_mask(image, mask, notes, threshold=0))
 

@@ -1,14 +1,14 @@
 """Raabin Leukemia: blood of patients with leukaemia, from the makers of Raabin-WBC.
 
-THE LAYOUT IS NOT PUBLISHED in a form that could be checked. Images elsewhere than below a folder that names one
-leukaemia are listed without a label. The label is the patient's disease, not the type of a cell.
+THE LAYOUT IS NOT PUBLISHED in a form that could be checked. Assumed: folders whose names contain one leukaemia. Images
+elsewhere are listed without a label. The label is the patient's disease, not the type of a cell.
 """
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.datasets.image_paths import find_images
+from dinov2.data.datasets import find_images
 from dinov2.data.prepare.base import Cell, DataSet, Notes
 
 CLASSES = ("ALL", "AML", "APL", "CLL", "CML")
@@ -20,7 +20,7 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
         words = {word.upper() for folder in folders for word in re.split("[^A-Za-z]+", folder)}
         named = words & set(CLASSES)
         if len(named) != 1:
-            notes.add("images whose folders name no leukaemia (or several), unlabelled", image.relative_to(top))
+            notes.add("images whose folders name no leukaemia (or several), unlabelled", image)
         yield Cell(image, named.pop() if len(named) == 1 else None)
 
 

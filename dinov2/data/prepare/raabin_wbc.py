@@ -1,6 +1,6 @@
 """Raabin-WBC: double-labelled white cells, already cropped.
 
-An unpacker may put a folder of the same name inside: `Train/Train/<class>`. TestB is of another microscope and camera.
+Unpacking may make a folder of the same name inside: `Train/Train/<class>`. TestB is from another microscope and camera.
 """
 
 import re

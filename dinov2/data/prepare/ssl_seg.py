@@ -1,15 +1,14 @@
 """SSL Seg (segmentation_WBC): single white cells with masks.
 
-`Dataset 1` (Jiangxi Tecom) and `Dataset 2` (CellaVision blog) have a BMP and a PNG mask of one stem each; masks are
-black, grey (cytoplasm) and white (nucleus). The CSVs have ids that are not padded, where files have three digits.
+`Dataset 1` (Jiangxi Tecom) and `Dataset 2` (CellaVision blog) have a BMP and a PNG mask with the same stem for each
+cell. Masks are black, grey (cytoplasm) and white (nucleus). File names have three digits, ids in the CSVs fewer.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from dinov2.data.datasets.tables import open_table
-from dinov2.data.prepare.base import Cell, DataSet, Notes, images_in
-from dinov2.data.prepare.masks import boxes_of_mask
+from dinov2.data.prepare.base import Cell, DataSet, Notes, boxes_of_mask, images_in
 
 CLASSES = {"1": "neutrophil", "2": "lymphocyte", "3": "monocyte", "4": "eosinophil", "5": "basophil"}
 CYTOPLASM_OR_NUCLEUS = 64  # of a mask's greys 0, 128 and 255
@@ -24,7 +23,7 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
         for image in (path for path in images_in(folder) if path.suffix.lower() != ".png"):
             label = labels.pop(int(image.stem), None) if image.stem.isdigit() else None
             if label is None:
-                notes.add("images without a class in the CSV", image.relative_to(top))
+                notes.add("images without a class in the CSV", image)
             mask = image.with_suffix(".png")
             boxes = boxes_of_mask(image, mask, notes, threshold=CYTOPLASM_OR_NUCLEUS, single=True)
             yield Cell(image, label, box=next(boxes, None))

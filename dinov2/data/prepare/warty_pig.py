@@ -1,13 +1,13 @@
 """Warty pig: white cells of juvenile Visayan warty pigs.
 
-THE LAYOUT IS NOT PUBLISHED in a form that could be checked. Taken as: folders whose names contain a cell type, in any
-depth and case and also as a plural. Images elsewhere are listed without a label and counted.
+THE LAYOUT IS NOT PUBLISHED in a form that could be checked. Assumed: folders whose names contain a cell type, at any
+depth, in any case, also as a plural. Images elsewhere are listed without a label and counted.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.datasets.image_paths import find_images
+from dinov2.data.datasets import find_images
 from dinov2.data.prepare.base import Cell, DataSet, Notes
 
 CLASSES = ("basophil", "eosinophil", "lymphocyte", "monocyte", "neutrophil")
@@ -19,7 +19,7 @@ def find(top: Path, notes: Notes) -> Iterator[Cell]:
         folders = [folder.lower() for folder in image.relative_to(top).parts[:-1]]
         named = {name for folder in folders for name in CLASSES if name in folder}
         if len(named) != 1:
-            notes.add("images whose folders name no cell type (or several), unlabelled", image.relative_to(top))
+            notes.add("images whose folders name no cell type (or several), unlabelled", image)
         part = next((PARTS[folder] for folder in folders if folder in PARTS), None)
         yield Cell(image, named.pop() if len(named) == 1 else None, part=part)
 

@@ -1,21 +1,20 @@
 """White-Blood-Cell-dataset: 367 smears with masks of the nuclei.
 
-The lobes of a nucleus may lie apart: lobes near each other are one cell, and the margin is wide enough for the
+The lobes of a nucleus may be separate: lobes close to each other are one cell, and the margin is wide enough for the
 cytoplasm.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from dinov2.data.prepare.base import Cell, DataSet, Notes
-from dinov2.data.prepare.masks import boxes_of_mask, with_masks
+from dinov2.data.prepare.base import Cell, DataSet, Notes, boxes_of_mask, with_masks
 
 IMAGES, MASKS = "BloodImageSetS6NucSeg", "BloodImageSetS6NucSeg_masks"
 GAP_OF_LOBES_PX = 24
 
 
 def find(top: Path, notes: Notes) -> Iterator[Cell]:
-    for image, mask in with_masks(top / IMAGES, top / MASKS, lambda stem: f"{stem}.png", top, notes):
+    for image, mask in with_masks(top / IMAGES, top / MASKS, lambda stem: f"{stem}.png", notes):
         yield from (Cell(image, box=box) for box in boxes_of_mask(image, mask, notes, gap=GAP_OF_LOBES_PX))
 
 

@@ -1,12 +1,12 @@
 """Prepare a data set: read every image, cut cells out, write lists, labels, splits and a summary.
 
-In the output folder, <name> being the data set's:
+The output folder gets, for a data set called <name>:
 
 - `<name>.txt`: the training list; `labels.csv` and `labels_dinobloom.csv`: images with a label;
-- `splits/<part>.csv`, as `labels.csv`, where there is an official split; `split.csv` for `--split` of the evaluations,
-  if its parts are train, test and perhaps val;
-- `cells/`: cells that were cut out, as PNG; `cells/settings.json` how;
-- `summary.json`: counts, what was expected, and every oddity.
+- `splits/<part>.csv`: as `labels.csv`, for each part of an official split; `split.csv`: for `--split` of the
+  evaluations, if the parts are train, test and perhaps val;
+- `cells/`: the cells cut out, as PNG, and in `settings.json` the settings;
+- `summary.json`: counts, expected counts, and every oddity.
 """
 
 import json
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from dinov2.data.check.scan import READABLE, ImageFacts, read_facts
 from dinov2.data.datasets.decode import UnreadableImageError, load_image
-from dinov2.data.datasets.tables import LABEL_COLUMN, PATH_COLUMN, PATIENT_COLUMN
+from dinov2.data.datasets.tables import LABEL_COLUMN, PATH_COLUMN, PATIENT_COLUMN, SET_COLUMN
 from dinov2.data.prepare.base import Box, Cell, DataSet, Notes, find_cells, image_size
 from dinov2.data.splits import PART_COLUMN, PARTS
 from dinov2.utils.files import atomic_write
@@ -38,10 +38,10 @@ logger = logging.getLogger("dinov2")
 
 @dataclass(frozen=True)
 class Options:
-    """How cells are cut out, and what is left out; the help of scripts/prepare_dataset.py explains each."""
+    """How cells are cut out, and which are left out; the help of scripts/prepare_dataset.py explains each option."""
 
     margin: float | None = None  # None: the data set's own
-    size: int | None = None  # side in pixels to which cuts are scaled; None leaves them as they are
+    size: int | None = None  # side in pixels of a scaled cell; None: do not scale
     keep: tuple[str, ...] = ()  # empty: the data set's own choice; ("all",): every class
     whole: bool = False
     check: bool = True
@@ -63,11 +63,11 @@ class Options:
 def prepare(
     dataset: DataSet, source: str | os.PathLike[str], output: str | os.PathLike[str], options: Options | None = None
 ) -> dict[str, Any]:
-    """Write all files for a data set and return its summary. Running it again goes on where a killed run stopped.
+    """Write all files of a data set and return its summary; after a kill, a second call continues.
 
     Raises:
         FileNotFoundError: if `source` does not have the layout.
-        ValueError: if no cell is found, `keep` has a class that is not there, or `output` has cells cut in another way.
+        ValueError: if there is no cell, `keep` has an unknown class, or `output` has cells cut with other settings.
     """
     options = options or Options()
     output = Path(output).absolute()
@@ -78,43 +78,41 @@ def prepare(
     n_found = len(cells)
     facts: dict[Path, ImageFacts] = {}
     if options.check:
-        facts = _read_images(sorted({cell.image for cell in cells}), top, notes, options.n_workers)
+        facts = _read_images(sorted({cell.image for cell in cells}), notes, options.n_workers)
         cells = [cell for cell in cells if cell.image in facts]
-        cells = _handle_duplicates(cells, facts, top, notes, options.drop_duplicates)
+        cells = _without_duplicates(cells, facts, notes, options.drop_duplicates)
     if not dataset.cuts and (options.margin is not None or options.size or options.keep):
         logger.warning("%s is of single cells: --margin, --size and --keep change nothing", dataset.title)
     if options.whole or not dataset.cuts:
         listed = [(str(cell.image), cell) for cell in _whole_images(cells, notes)]
     else:
-        chosen = _chosen(list(_with_sound_boxes(cells, top, notes)), options.keep or dataset.keep, dataset)
-        listed = list(_cut_out(chosen, dataset, top, output, options, notes))
+        kept = _of_classes(list(_with_valid_boxes(cells, notes)), options.keep or dataset.keep, dataset)
+        listed = list(_cut_out(kept, dataset, output, options, notes))
     if not listed:
         raise ValueError(f"{dataset.title}: no image is left of {n_found}; {notes}")
     rows = [(path, cell.label, cell.group, cell.patient, cell.part) for path, cell in listed]
     table = pd.DataFrame(rows, columns=["path", "label", "group", "patient", "part"], dtype=object)
     _write_lists(dataset, table, output)
-    summary = _summary(dataset, top, table, n_found, cells, facts.values(), notes, options)
+    summary = _summary(dataset, table, n_found, cells, facts.values(), notes, options)
     with atomic_write(output / "summary.json", "w") as file:
         json.dump(summary, file, indent=2, ensure_ascii=False)
         file.write("\n")
     return summary
 
 
-def _read_images(images: Sequence[Path], top: Path, notes: Notes, n_workers: int) -> dict[Path, ImageFacts]:
-    """Decode all images; those that cannot be decoded are noted and left out."""
-    with ThreadPoolExecutor(n_workers) as pool:  # decoding and hashing let other threads run
+def _read_images(images: Sequence[Path], notes: Notes, n_workers: int) -> dict[Path, ImageFacts]:
+    """Read the facts of all images; note and leave out the unreadable ones."""
+    with ThreadPoolExecutor(n_workers) as pool:  # decoding and hashing release the GIL
         results = pool.map(read_facts, [(str(image), True) for image in images])
         facts = dict(zip(images, tqdm(results, "reading", len(images), unit=" images"), strict=True))
-    for image, found in facts.items():
-        if found.status != READABLE:
-            notes.add("unreadable images and masks", f"{image.relative_to(top)}: {found.reason or found.status}")
-    return {image: found for image, found in facts.items() if found.status == READABLE}
+    for image, fact in facts.items():
+        if fact.status != READABLE:
+            notes.add("unreadable images and masks", image, fact.reason or fact.status)
+    return {image: fact for image, fact in facts.items() if fact.status == READABLE}
 
 
-def _handle_duplicates(
-    cells: list[Cell], facts: dict[Path, ImageFacts], top: Path, notes: Notes, drop: bool
-) -> list[Cell]:
-    """Note groups of byte-identical images; with `drop` keep their first, without a label if theirs differ."""
+def _without_duplicates(cells: list[Cell], facts: dict[Path, ImageFacts], notes: Notes, drop: bool) -> list[Cell]:
+    """Note groups of byte-identical images; with `drop` keep the first of each, without a label if theirs differ."""
     by_digest: dict[str, list[Path]] = defaultdict(list)
     for image in facts:
         by_digest[facts[image].digest].append(image)
@@ -125,7 +123,7 @@ def _handle_duplicates(
     for group in by_digest.values():
         if len(group) == 1:
             continue
-        names = " = ".join(str(image.relative_to(top)) for image in group)
+        names = " = ".join(str(image.relative_to(notes.top)) for image in group)
         notes.add("groups of byte-identical images", names)
         dropped |= set(group[1:])
         if any(labels[image] != labels[group[0]] for image in group):
@@ -147,8 +145,8 @@ def _whole_images(cells: list[Cell], notes: Notes) -> Iterator[Cell]:
         yield first
 
 
-def _with_sound_boxes(cells: list[Cell], top: Path, notes: Notes) -> Iterator[tuple[int, Cell]]:
-    """Yield cells whose box can be cut out, and each one's number among the boxes of its image."""
+def _with_valid_boxes(cells: list[Cell], notes: Notes) -> Iterator[tuple[int, Cell]]:
+    """Yield the cells whose box can be cut out, each with its number among the boxes of its image."""
     for image, group in groupby(cells, key=lambda cell: cell.image):
         size = image_size(image, notes)
         if size is None:
@@ -158,50 +156,51 @@ def _with_sound_boxes(cells: list[Cell], top: Path, notes: Notes) -> Iterator[tu
             if cell.box is None:
                 yield number, cell
                 continue
-            where = f"{image.relative_to(top)}: {cell.label or 'cell'} {tuple(cell.box)}"
+            box_text = f"{cell.label or 'cell'} {tuple(cell.box)}"
             inside = cell.box.clipped(*size)
             if not cell.box.has_area:
-                notes.add("boxes of no area, left out", where)
+                notes.add("boxes of no area, left out", image, box_text)
             elif not inside.has_area:
-                notes.add("boxes outside their image, left out", where)
+                notes.add("boxes outside their image, left out", image, box_text)
             elif (cell.box, cell.label) in seen:
-                notes.add("boxes that stand twice, left out", where)
+                notes.add("boxes that stand twice, left out", image, box_text)
             else:
                 if inside != cell.box:
-                    notes.add("boxes that reach beyond their image, cut off", where)
+                    notes.add("boxes that reach beyond their image, cut off", image, box_text)
                 yield number, replace(cell, box=inside)
             seen.add((cell.box, cell.label))
 
 
-def _chosen(cells: list[tuple[int, Cell]], keep: tuple[str, ...], dataset: DataSet) -> list[tuple[int, Cell]]:
+def _of_classes(cells: list[tuple[int, Cell]], keep: tuple[str, ...], dataset: DataSet) -> list[tuple[int, Cell]]:
+    """Keep the cells of some classes; raise a ValueError for an unknown class."""
     if keep in ((), ("all",)):
         return cells
-    there = {cell.label for _, cell in cells if cell.label is not None}
-    unknown = sorted(set(keep) - there - set(dataset.classes.values()))
+    labels = {cell.label for _, cell in cells if cell.label is not None}
+    unknown = sorted(set(keep) - labels - set(dataset.classes.values()))
     if unknown:
-        raise ValueError(f"--keep: no class {', '.join(map(repr, unknown))}; there are {', '.join(sorted(there))}")
+        raise ValueError(f"--keep: no class {', '.join(map(repr, unknown))}; there are {', '.join(sorted(labels))}")
     return [(number, cell) for number, cell in cells if cell.label in keep]
 
 
 def _cut_out(
-    cells: list[tuple[int, Cell]], dataset: DataSet, top: Path, output: Path, options: Options, notes: Notes
+    cells: list[tuple[int, Cell]], dataset: DataSet, output: Path, options: Options, notes: Notes
 ) -> Iterator[tuple[str, Cell]]:
-    """Write each cell's PNG unless it is there already; cells without a box are listed as whole images."""
+    """Write a PNG of each cell, unless it exists, and yield (path, cell); a cell without a box is the whole image."""
     folder, margin = output / "cells", dataset.margin if options.margin is None else options.margin
-    _check_settings(folder, {"source": str(top), "margin": margin, "size": options.size}, options.overwrite)
+    _check_settings(folder, {"source": str(notes.top), "margin": margin, "size": options.size}, options.overwrite)
     load = lru_cache(maxsize=1)(load_image)  # the cells of one image follow each other
     for number, cell in tqdm(cells, "cutting out", unit=" cells"):
         if cell.box is None:
             yield str(cell.image), cell
             continue
-        relative = cell.image.relative_to(top)
-        # the suffix stays in the name: 001.bmp and 001.jpg are two images
+        relative = cell.image.relative_to(notes.top)
+        # keep the suffix in the name: 001.bmp and 001.jpg are two images
         file = folder / relative.parent / f"{relative.name}_{number:03d}.png"
         if not file.is_file():
             try:
                 image = load(cell.image)
             except UnreadableImageError as error:
-                notes.add("unreadable images and masks", f"{relative}: {error.reason}")
+                notes.add("unreadable images and masks", cell.image, error.reason)
                 continue
             with atomic_write(file) as stream:
                 cut(image, cell.box, margin, options.size).save(stream, format="PNG")
@@ -209,10 +208,10 @@ def _cut_out(
 
 
 def _check_settings(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Refuse to mix cells that are cut in different ways; with `overwrite`, remove the old ones."""
+    """Write the settings; refuse a folder with cells of other settings, or with `overwrite` remove those cells."""
     file = folder / "settings.json"
     if overwrite and file.is_file():
-        for cell in list(folder.rglob("*.png")):  # the settings stay: killed here, the same command goes on
+        for cell in list(folder.rglob("*.png")):  # keep the old settings, so that the command can continue after a kill
             cell.unlink()
     elif file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
@@ -229,9 +228,9 @@ def _check_settings(folder: Path, settings: dict[str, Any], overwrite: bool) -> 
 
 
 def cut(image: Image.Image, box: Box, margin: float = 0.1, size: int | None = None) -> Image.Image:
-    """Cut out the square around a box, moved to lie inside the image; cut off where the image is too small for it.
+    """Cut out the square around a box, shifted to be inside the image, and smaller if the image is too small.
 
-    With a size, a cut that is not square is scaled to fit, its border pixels repeated.
+    With a `size`, the cut is padded to a square by repeating its border pixels, and scaled to `size`.
     """
     longer = max(box.right - box.left, box.bottom - box.top)
     side = max(1, round(longer * (1 + 2 * margin)))
@@ -252,12 +251,13 @@ def cut(image: Image.Image, box: Box, margin: float = 0.1, size: int | None = No
 
 
 def _write_lists(dataset: DataSet, table: pd.DataFrame, output: Path) -> None:
+    """Write the training list, the labels and the splits."""
     with atomic_write(output / f"{dataset.name}.txt", "w") as file:
         file.writelines(f"{path}\n" for path in table["path"])
     _write_labels(output / "labels.csv", table, "label", dataset)
     _write_labels(output / "labels_dinobloom.csv", table, "group", dataset)
     for part, cells in table.groupby("part"):
-        # relative paths count from the file's own folder
+        # relative paths count from the folder of the file
         paths = [path if os.path.isabs(path) else f"../{path}" for path in cells["path"]]
         _write_labels(output / "splits" / f"{part}.csv", cells.assign(path=paths), "label", dataset)
     labelled = table.loc[table["label"].notna(), ["path", "part"]].fillna("unused")
@@ -268,8 +268,8 @@ def _write_lists(dataset: DataSet, table: pd.DataFrame, output: Path) -> None:
 def _write_labels(file: Path, table: pd.DataFrame, column: str, dataset: DataSet) -> None:
     """Write a row for each image with a label."""
     rows = table[table[column].notna()].assign(dataset=dataset.name)
-    # readers of labels.csv take an empty field for a mistake, so the column is there for all or for none
-    columns = {"path": PATH_COLUMN, column: LABEL_COLUMN, "patient": PATIENT_COLUMN, "dataset": "dataset"}
+    # readers of labels.csv refuse empty fields: write patients only if all images have one
+    columns = {"path": PATH_COLUMN, column: LABEL_COLUMN, "patient": PATIENT_COLUMN, "dataset": SET_COLUMN}
     if rows["patient"].isna().any():
         del columns["patient"]
     _write_csv(file, rows[list(columns)].rename(columns=columns))
@@ -286,7 +286,6 @@ def _write_csv(file: Path, table: pd.DataFrame) -> None:
 
 def _summary(
     dataset: DataSet,
-    top: Path,
     table: pd.DataFrame,
     n_found: int,
     cells: Sequence[Cell],
@@ -308,22 +307,23 @@ def _summary(
     single = [name for name, count in counts["classes"].items() if count == 1]
     if single:
         notes.add("classes with a single image", ", ".join(single))
-    here = {**counts["annotated_classes"], **counts["splits"], **counts}
+    own_counts = {**counts["annotated_classes"], **counts["splits"], **counts}
     about = ("title", "origin", "paper", "licence", "modality", "remarks")
     return {
         "dataset": dataset.name,
         **{key: getattr(dataset, key) for key in about},
-        "source": str(top),
+        "source": str(notes.top),
         "options": {key: value for key, value in asdict(options).items() if key not in ("n_workers", "overwrite")},
         "counts": counts,
-        "expected": {name: {"published": n, "here": here.get(name) or 0} for name, n in dataset.expected.items()},
-        "sizes": _counted(f"{found.width}x{found.height}" for found in facts),
-        "modes": _counted(found.mode for found in facts),
+        "expected": {name: {"published": n, "here": own_counts.get(name) or 0} for name, n in dataset.expected.items()},
+        "sizes": _counted(f"{fact.width}x{fact.height}" for fact in facts),
+        "modes": _counted(fact.mode for fact in facts),
         "oddities": notes.report(),
     }
 
 
 def _counted(values: Iterable[str | None]) -> dict[str, int]:
+    """Return {value: count} without None, sorted by value."""
     return dict(sorted(Counter(value for value in values if value is not None).items()))
 
 

@@ -1,4 +1,4 @@
-"""Drawn blood cells, for demonstrations and tests: no patient's image, no download, and every label is known."""
+"""Draw blood cells for demonstrations and tests: without images of patients or downloads, and with known labels."""
 
 from dinov2.data.sample_cells.drawing import DEFAULT_SIZE_PX, draw_cell
 from dinov2.data.sample_cells.forms import CELL_CLASSES, Slide

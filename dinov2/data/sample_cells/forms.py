@@ -1,51 +1,133 @@
-"""What the classes of cells look like, and what the images of one slide share.
+"""Describe the classes of cells and the slides.
 
-What tells the classes apart is what tells real ones apart: the form of the nucleus, its chromatin, how much of the cell
-it fills, and the granules. Stain, light, magnification, sharpness and crowding belong to the slide and vary more
-between slides than the classes differ in colour, so a colour histogram cannot solve the task. Lengths are in
-micrometres.
+The classes differ as real ones do: in the form of the nucleus, its chromatin, its share of the cell, and the granules.
+Stain, light, magnification, sharpness and crowding belong to the slide. They vary more between slides than the classes
+differ in colour, so a colour histogram cannot solve the task.
+
+Letters: S image side in pixels. Lengths are in micrometres; distances are signed, negative inside a shape.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import TypeAlias
 
 import numpy as np
-
-from dinov2.data.sample_cells.geometry import NucleusShape, curved_nucleus, lobed_nucleus, round_nucleus
 
 # absorbance (natural logarithm) of red, green and blue at unit amount of azure, eosin and haemoglobin, chosen so that
 # nuclei, granules and erythrocytes come out as in May-Gruenwald-Giemsa smears
 DYES = np.array([[0.84, 0.64, 0.14], [0.05, 0.84, 0.36], [0.10, 0.22, 0.42]])
 
 Amounts: TypeAlias = tuple[float, float, float]  # of azure, eosin and haemoglobin
+# (x [S, S], y [S, S], radius of the cell, nucleus_size, rng) -> signed distance [S, S] to the nucleus
+NucleusShape: TypeAlias = Callable[[np.ndarray, np.ndarray, float, float, np.random.Generator], np.ndarray]
+
+
+def turned(x: np.ndarray, y: np.ndarray, angle: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rotate the coordinates by an angle in radians."""
+    cosine, sine = np.cos(angle), np.sin(angle)
+    return cosine * x + sine * y, cosine * y - sine * x
+
+
+def ellipse(x: np.ndarray, y: np.ndarray, a: float, b: float) -> np.ndarray:
+    """Return about the signed distance to an ellipse; it is exact at the edge and for a = b."""
+    return (np.hypot(x / a, y / b) - 1) * np.sqrt(a * b)
+
+
+def segment(x: np.ndarray, y: np.ndarray, end_x: np.ndarray, end_y: np.ndarray) -> np.ndarray:
+    """Return the distance to the straight line between two points."""
+    dx, dy = end_x[1] - end_x[0], end_y[1] - end_y[0]
+    along = np.clip(((x - end_x[0]) * dx + (y - end_y[0]) * dy) / (dx * dx + dy * dy), 0, 1)
+    return np.hypot(x - end_x[0] - along * dx, y - end_y[0] - along * dy)
+
+
+def smooth_min(a: np.ndarray, b: np.ndarray, width: float) -> np.ndarray:
+    """Return the minimum of two distances, with a corner that is rounded over `width`."""
+    overlap = np.maximum(width - np.abs(a - b), 0)
+    return np.minimum(a, b) - overlap * overlap / (4 * width)
+
+
+def round_nucleus(x: np.ndarray, y: np.ndarray, cell: float, size: float, rng: np.random.Generator) -> np.ndarray:
+    """Return an ellipse with `size` times the cell's radius, off the centre, in a quarter of the cells with a dent."""
+    radius = size * cell
+    axis = rng.uniform(1.0, 1.14)
+    off = min(rng.uniform(0.1, 0.9) * (cell - radius), 0.3 * cell)
+    distance = ellipse(x - off, y, radius * axis, radius / axis)
+    if rng.random() < 0.25:
+        depth = rng.uniform(0.1, 0.28) * radius
+        turn = rng.uniform(-2, 2)
+        reach = radius * 1.5 - depth
+        dent = np.hypot(x - off - reach * np.cos(turn), y - reach * np.sin(turn)) - 0.5 * radius
+        distance = -smooth_min(-distance, dent, 0.5)
+    return distance
+
+
+def lobed_nucleus(
+    n_lobes: Sequence[int], x: np.ndarray, y: np.ndarray, cell: float, size: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Return round lobes along an arc, joined by thin threads; `size` is the radius of three lobes."""
+    n = int(rng.choice(n_lobes))
+    radius = size * cell * (3 / n) ** 0.45
+    arc = max(0.5 * cell, 1.05 * radius) * rng.uniform(0.85, 1.05)
+    step = min(2 * np.arcsin(min(1.0, radius * rng.uniform(1.0, 1.2) / arc)), 5.2 / n)
+    angles = step * (np.arange(n) - (n - 1) / 2) + rng.normal(0, 0.12, n)
+    reach = arc * rng.uniform(0.8, 1.1, n)
+    lobe_x, lobe_y = reach * np.cos(angles), reach * np.sin(angles)
+    lobe_x -= lobe_x.mean() * rng.uniform(0.5, 1.0)
+    lobes = []
+    for i in range(n):
+        long, turn = rng.uniform(1.0, 1.35) ** 0.5, rng.uniform(0, np.pi)
+        mean_radius = radius * rng.uniform(0.85, 1.12)
+        along, across = turned(x - lobe_x[i], y - lobe_y[i], turn)
+        lobes.append(ellipse(along, across, mean_radius * long, mean_radius / long))
+    distance = reduce(lambda a, b: smooth_min(a, b, 0.12), lobes)
+    for i in range(n - 1):
+        thread = segment(x, y, lobe_x[i : i + 2], lobe_y[i : i + 2]) - rng.uniform(0.2, 0.45)
+        distance = smooth_min(distance, thread, 0.3)
+    return distance
+
+
+def curved_nucleus(
+    aperture: tuple[float, float], x: np.ndarray, y: np.ndarray, cell: float, size: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Return an arc of half thickness `size`: a horseshoe for a wide `aperture` (half of its angle), else a kidney."""
+    half_angle = rng.uniform(*aperture)
+    half = size * cell
+    arc = max((cell - half) * rng.uniform(0.6, 0.78), half * 0.55)
+    x = x + arc * np.sin(half_angle) / half_angle * 0.8  # the arc's centre of mass near the cell's centre
+    side = np.abs(y)
+    end_x, end_y = arc * np.cos(half_angle), arc * np.sin(half_angle)
+    beside_arc = end_x * side < end_y * x  # the angle from the x axis is below half_angle
+    distance = np.where(beside_arc, np.abs(np.hypot(x, y) - arc), np.hypot(x - end_x, side - end_y))
+    uneven = 1 + rng.uniform(-0.12, 0.12) * y / arc + rng.uniform(-0.1, 0.14) * (x / arc)
+    return distance - half * uneven
 
 
 @dataclass(frozen=True)
 class Granules:
-    """Round grains in the cytoplasm; `per_um2` is their number per square micrometre of cytoplasm."""
+    """Round grains in the cytoplasm."""
 
     dyes: Amounts
     radius: tuple[float, float]
-    per_um2: tuple[float, float]
+    per_um2: tuple[float, float]  # number per square micrometre of cytoplasm
     over_nucleus: float = 0.0  # share of the density that also lies over the nucleus
 
 
 @dataclass(frozen=True)
 class CellForm:
-    """How the cells of one class differ from the others; pairs are the ends of a range."""
+    """The properties of one class of cells; pairs are the ends of a range."""
 
     radius: tuple[float, float]  # of the whole cell
     cytoplasm: Amounts
-    nucleus: NucleusShape | None = None  # draws the nucleus, see `round_nucleus`; platelets have none
-    nucleus_size: tuple[float, float] = (0.0, 0.0)  # relative to the cell's radius; `nucleus` says of what
-    clumps: tuple[float, float] = (1.0, 0.0)  # diameter of the chromatin's clumps, and how much they stand out
+    nucleus: NucleusShape | None = None  # platelets have none
+    nucleus_size: tuple[float, float] = (0.0, 0.0)  # relative to the cell's radius, see the nucleus's function
+    clumps: tuple[float, float] = (1.0, 0.0)  # diameter and contrast of the chromatin's clumps
     nucleus_dyes: Amounts = (1.5, 1.05, 0.0)  # where the chromatin has its mean density
     nucleoli: int = 0  # at most
     rim: float = 0.0  # how much bluer the cytoplasm is at the cell's edge than inside
     pale_zone: float = 0.0  # strength of the pale region beside the nucleus
-    ragged: float = 0.15  # how far the outline strays from an ellipse
-    nucleus_ragged: float = 0.14  # how far the nucleus's outline strays from its plain form, in micrometres
+    ragged: float = 0.15  # distance of the outline from an ellipse
+    nucleus_ragged: float = 0.14  # distance of the nucleus's outline from its plain form
     vacuoles: int = 0  # at most
     granules: tuple[Granules, ...] = ()
 
@@ -88,7 +170,7 @@ CELL_CLASSES = tuple(FORMS)
 
 @dataclass(frozen=True, eq=False)
 class Slide:
-    """What all images of one glass slide share, drawn anew for each slide."""
+    """The properties that all images of one glass slide share."""
 
     field: float  # width of an image
     dyes: np.ndarray  # [3 dyes, 3 colours] absorbance at unit amount
@@ -103,11 +185,11 @@ class Slide:
     sharpening: float  # strength of the camera's edge enhancement
     noise: float  # standard deviation of the camera's noise, 0-1
     contrast: float  # exponent of the camera's tone curve
-    spread: float  # size of the cells relative to the usual, as flattened by the smear
+    spread: float  # size of the cells relative to the usual one; a smear flattens them
 
     @classmethod
     def sample(cls, rng: np.random.Generator) -> "Slide":
-        """Draw a slide: who stained it for how long, at what pH, and which microscope looked at it."""
+        """Draw a slide: its stain, with strength and pH, and its microscope and camera."""
         ph = rng.normal(0, 0.22)  # acid buffers favour eosin, alkaline ones azure
         strength = np.exp(rng.normal(0, 0.2))
         amounts = strength * np.exp([-ph, ph, rng.normal(0, 0.3)])  # [3]

@@ -1,4 +1,4 @@
-"""Whole sets of drawn cells on disk: images to train on, labelled cells, and patients; and an overview of the classes.
+"""Write sets of drawn cells: images to train on, labelled cells, and patients; and draw an overview of the classes.
 
 Each image has its own random generator, so the images do not depend on the order or the process that draws them.
 """
@@ -25,13 +25,13 @@ logger = logging.getLogger("dinov2")
 
 SET_VERSION = 1  # raise it whenever the same settings would give other files
 SUMMARY, UNFINISHED = "summary.json", ".unfinished.json"
-# slides of each split; how many images there are doesn't change them, and no slide is in two splits
+# number of slides of each split, for any number of images; no slide is in two splits
 N_SLIDES = {"train": 16, "probe_train": 10, "probe_test": 8}
-# position = first number of a generator's key after the seed, so appending is safe and reordering is not
+# the position is the first number of a generator's key after the seed: append only, do not reorder
 STREAMS = ("train", "probe_train", "probe_test", "patients", "mixtures", "contact_sheet")
-MIXTURE_CONCENTRATION = 25.0  # patients of a subtype scatter around its mixture as if it were known from 25 cells
+MIXTURE_CONCENTRATION = 25.0  # of the Dirichlet distribution of a patient's mixture
 
-# The mean mixture of a patient's cells. Every subtype has every class, and what marks it is a minority of the bag.
+# the mean mixture of a patient's cells: every subtype has every class, and the cells that mark it are a minority
 USUAL = {
     **{"neutrophil_segmented": 0.26, "neutrophil_band": 0.12, "eosinophil": 0.05, "basophil": 0.03},
     **{"lymphocyte": 0.18, "monocyte": 0.08, "erythroblast": 0.12, "myeloblast": 0.04},
@@ -51,11 +51,11 @@ SUBTYPES: dict[str, dict[str, float]] = {
 
 
 class PlannedCell(NamedTuple):
-    """A cell to draw: its file (relative to the set's folder), class, place in a random stream, patient and label."""
+    """A cell to draw."""
 
-    path: str
+    path: str  # relative to the set's folder
     cell_class: str
-    stream: str
+    stream: str  # one of STREAMS
     slide: int
     number: int  # on its slide
     patient: str
@@ -74,21 +74,21 @@ def write_sample_cells(
     cells_per_patient: tuple[int, int] = (24, 40),
     n_workers: int = 1,
 ) -> dict[str, Any]:
-    """Draw a set of images into a folder, unless that very set is there already; return its summary.
+    """Draw a set of images into a folder, unless it is there already; return its summary.
 
-    Equal arguments give equal bytes, whatever `n_workers` is. Written are
+    Equal arguments give equal bytes, for any `n_workers`. The files are:
 
     - `train/<slide>/*.png` and `lists/<slide>.txt`, unlabelled, for `HemaStandardDataset:root=<output>/lists`;
-    - `probe/{train,test}/<class>/*.png` and `probe/{train,test}.csv`, labelled with the cell's class. A slide stands
-      for a patient there, and train and test share none;
-    - `patients/<patient>/*.png` and `patients.csv`, labelled with the patient's subtype (`SUBTYPES`); the class of each
-      of these cells, which no clinic would know, is in `patients_cell_classes.csv`, to compare attention with;
-    - `summary.json`, last: without it the set is unfinished, and the next call draws it again.
+    - `probe/{train,test}/<class>/*.png` and `probe/{train,test}.csv`, labelled with the cell's class; each slide is a
+      patient, and train and test share none;
+    - `patients/<patient>/*.png` and `patients.csv`, labelled with the patient's subtype (`SUBTYPES`); the classes of
+      these cells are in `patients_cell_classes.csv`, to compare attention with;
+    - `summary.json`, written last: the next call draws a set without it again.
 
-    Classes, and subtypes, are balanced up to one. Paths count from the CSV's (or list's) own folder.
+    The numbers of classes, and of subtypes, differ by one at most. Paths count from the folder of the CSV or list.
 
     Raises:
-        FileExistsError: `output` holds something else, or a set of other settings.
+        FileExistsError: `output` holds something else, or a set with other settings.
         ValueError: for a negative count or an empty range.
     """
     output = Path(output)
@@ -133,7 +133,7 @@ def _plan_slides(settings: dict[str, Any]) -> Iterator[PlannedCell]:
     """Yield the training and probe images in the order of the tables."""
     for stream, n_slides in N_SLIDES.items():
         for slide in range(n_slides):
-            # a class after the other, and the next slide after a round of them: no slide lacks a class
+            # the classes follow each other, and the next slide begins after the last class: no slide lacks a class
             numbers = (n for n in range(settings[f"n_{stream}"]) if n // len(CELL_CLASSES) % n_slides == slide)
             for i, number in enumerate(numbers):
                 name = CELL_CLASSES[number % len(CELL_CLASSES)]
@@ -143,7 +143,7 @@ def _plan_slides(settings: dict[str, Any]) -> Iterator[PlannedCell]:
 
 
 def _plan_patients(settings: dict[str, Any]) -> Iterator[PlannedCell]:
-    """Yield the patients' cells; each patient's mixture scatters around that of the subtype."""
+    """Yield the patients' cells; each patient's mixture varies around that of the subtype."""
     fewest, most = settings["cells_per_patient"]
     for index in range(settings["n_patients"]):
         subtype = list(SUBTYPES)[index % len(SUBTYPES)]
@@ -172,19 +172,19 @@ def _summary(settings: dict[str, Any], plan: pd.DataFrame) -> dict[str, Any]:
 
 
 def _is_finished(output: Path, plan: pd.DataFrame, summary: dict[str, Any]) -> bool:
-    """Return True if `output` holds this whole set, False if it is empty or holds a part of it."""
+    """Return True if `output` holds the whole set, False if it is empty or holds a part of the set."""
     if not output.exists() or (output.is_dir() and all(entry.name.startswith(".") for entry in output.iterdir())):
         return False
     wanted = {"version": SET_VERSION, **summary["settings"]}
     for name in (UNFINISHED, SUMMARY):
         try:
-            found = json.loads((output / name).read_text(encoding="utf-8"))
-            found = {"version": found["version"], **found["settings"]}
+            stored = json.loads((output / name).read_text(encoding="utf-8"))
+            stored = {"version": stored["version"], **stored["settings"]}
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # not there, or not of ours
-        if found == wanted:
+            continue  # missing, or another program's file
+        if stored == wanted:
             return name == SUMMARY and all((output / path).is_file() for path in plan["path"])
-        differences = [f"{k} {found.get(k)} where {v} is asked for" for k, v in wanted.items() if found.get(k) != v]
+        differences = [f"{k} {stored.get(k)} where {v} is asked for" for k, v in wanted.items() if stored.get(k) != v]
         raise FileExistsError(
             f"output: {str(output)!r} holds another set of sample cells, {', '.join(differences)}; give another "
             f"folder, or delete this one to have it drawn anew"
@@ -196,10 +196,10 @@ def _is_finished(output: Path, plan: pd.DataFrame, summary: dict[str, Any]) -> b
 
 
 def draw_file(job: tuple[Path, PlannedCell, int, int]) -> None:
-    """Draw and write one cell."""
+    """Draw and write one cell, given (output folder, cell, size, seed)."""
     output, cell, size, seed = job
     image = _draw(cell.cell_class, seed, cell.stream, cell.slide, cell.number, size)
-    # neither atomic nor synced, which costs more than drawing: until the summary is there, all are drawn again
+    # neither atomic nor synced, which takes longer than drawing: without a summary the whole set is drawn again
     Image.fromarray(image).save(output / cell.path, compress_level=2)
 
 
@@ -217,14 +217,14 @@ def _write_tables(output: Path, plan: pd.DataFrame) -> None:
         cells = plan.loc[plan["stream"] == stream, ["path", label, "patient"]]
         if len(cells):
             cells.columns = [PATH_COLUMN, LABEL_COLUMN, PATIENT_COLUMN]
-            # the probe's tables lie in the folder probe/, and paths count from there
+            # the probe's tables are in the folder probe/, and paths count from there
             cells[PATH_COLUMN] = cells[PATH_COLUMN].str.removeprefix("probe/")
             with atomic_write(output / name, "w") as file:
                 cells.to_csv(file, index=False, lineterminator="\n")
 
 
 def contact_sheet(n_slides: int = 5, seed: int = 0, size: int = 96) -> np.ndarray:
-    """Draw all classes side by side, with their names above and a slide in each row: uint8 [height, width, 3]."""
+    """Draw a column for each class, with its name above, and a row for each slide: uint8 [height, width, 3]."""
     header = 30
     sheet = Image.new("RGB", (len(CELL_CLASSES) * size, header + n_slides * size), "white")
     pen = ImageDraw.Draw(sheet)
@@ -242,6 +242,6 @@ def _rng(seed: int, stream: str, *key: int) -> np.random.Generator:
 
 
 def _draw(cell_class: str, seed: int, stream: str, slide: int, number: int, size: int) -> np.ndarray:
-    # NumPy pads a key with zeros, so image 0's would be the slide's own: counted from 1
+    # count from 1: NumPy pads a key with zeros, so image 0 would have the slide's key
     image_rng = _rng(seed, stream, slide, number + 1)
     return draw_cell(cell_class, Slide.sample(_rng(seed, stream, slide)), image_rng, size)

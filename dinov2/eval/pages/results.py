@@ -64,8 +64,10 @@ def class_tables(metrics: Mapping[str, Any], name: str, n_train: Mapping[str, An
         rows.append({"class": class_name, **trained, "support": count(row.get("support")), **scores})
     parts = table(rows, f"Classes, {name}")
     confusion = metrics.get("confusion")
-    is_matrix = isinstance(confusion, list) and len(confusion) == len(rows) > 0
-    if not is_matrix or any([number(n) is None for n in row] != [False] * len(rows) for row in confusion):
+    confusion = confusion if isinstance(confusion, list) else []
+    if not len(confusion) == len(rows) > 0 or any(
+        [number(n) is None for n in row] != [False] * len(rows) for row in confusion
+    ):
         return parts + macros().text(f"{name}: numbers of classes are missing, or do not fit each other.", "note")
     shares = [[n / max(sum(row), 1) for n in row] for row in confusion]
     cells = [[count(n) for n in row] for row in confusion]

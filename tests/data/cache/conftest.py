@@ -44,7 +44,7 @@ def die(*_, **__):
 
 def build(order):
     logging.basicConfig(filename=f"{order['log']}.{os.getpid()}.log", level=logging.INFO)
-    cache.IMAGES_AT_A_TIME, cache.IMAGES_PER_ROUND, cache.WAIT_SECONDS = 1, order["round"], 0.1
+    cache.IMAGES_PER_JOB, cache.IMAGES_PER_ROUND, cache.WAIT_SECONDS = 1, order["round"], 0.1
     packed = cache.PackedCache(order["folder"], Images(order["paths"], order["log"], order["seconds"]), order["size"])
     pack, sync = packed._pack, os.fsync
     if order["die_in"] == "fsync":
@@ -124,7 +124,7 @@ def wait_until(condition, seconds: float = 30) -> None:
 
 @pytest.fixture(autouse=True)
 def _small_rounds(monkeypatch):
-    monkeypatch.setattr("dinov2.data.cache.IMAGES_AT_A_TIME", 1)
+    monkeypatch.setattr("dinov2.data.cache.IMAGES_PER_JOB", 1)
     monkeypatch.setattr("dinov2.data.cache.IMAGES_PER_ROUND", ROUND)
     monkeypatch.setattr("dinov2.data.cache.WAIT_SECONDS", 0.1)
 

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from dinov2.data.check import check_lists, scan
-from dinov2.data.check.near_duplicates import TURNS, perceptual_hash, similar_hashes, turned_hashes
+from dinov2.data.check.scan import TURNS, perceptual_hash, similar_hashes, turned_hashes
 from dinov2.data.sample_cells import CELL_CLASSES, Slide, draw_cell
 
 ROOT = Path(__file__).parents[3]
@@ -240,8 +240,8 @@ def test_a_killed_check_goes_on(tmp_path, monkeypatch):
 
 def test_two_processes_give_the_facts_of_one(cells, tmp_path):
     paths = sorted(map(str, cells.glob("*.png"))) * 25
-    one = scan.scan(paths, tmp_path / "a", n_workers=1)
-    two = scan.scan(paths, tmp_path / "b", n_workers=2)
+    one = scan.scan_images(paths, tmp_path / "a", n_workers=1)
+    two = scan.scan_images(paths, tmp_path / "b", n_workers=2)
     assert len(one) == 300
     pd.testing.assert_frame_equal(one, two)
 

@@ -59,7 +59,7 @@ def test_real_cells_are_the_same_as_pillows(shared_data):
 def test_images_larger_than_a_block_of_rows_are_the_same(monkeypatch):
     image = noise(150, 90)
     whole = resize_lanczos(image, 28, 28, Span(0, 150), Span(0, 90))
-    monkeypatch.setattr(decode, "ROWS_AT_ONCE", 64)
+    monkeypatch.setattr(decode, "ROWS_PER_PASS", 64)
     np.testing.assert_array_equal(resize_lanczos(image, 28, 28, Span(0, 150), Span(0, 90)), whole)
 
 

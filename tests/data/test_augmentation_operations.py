@@ -7,7 +7,7 @@ import torchvision.transforms.v2.functional as F
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
-from dinov2.data import image_ops
+from dinov2.data import augmentations
 
 ROUNDING = 0.51  # levels
 
@@ -42,13 +42,13 @@ def levels_by_torchvision(operation, image, *arguments):
 def test_jitter_equals_torchvision_to_rounding(name, strengths, tolerance):
     for image in random_images():
         for strength in strengths:
-            ours = getattr(image_ops, name)(image, strength)
+            ours = getattr(augmentations, name)(image, strength)
             exact = levels_by_torchvision(getattr(F, name), image, strength)
             assert ours.dtype == np.uint8
             assert np.abs(ours - exact).max() <= tolerance, strength
 
 
-@pytest.mark.parametrize("operation", [image_ops.adjust_saturation, image_ops.adjust_hue])
+@pytest.mark.parametrize("operation", [augmentations.adjust_saturation, augmentations.adjust_hue])
 def test_gray_stays_gray(operation):
     levels = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(16, 16, 3)
     for strength in (0.2, 0.7, 1.3):
@@ -57,7 +57,7 @@ def test_gray_stays_gray(operation):
 
 def test_grayscale_equals_torchvision_and_pil():
     for image in random_images():
-        ours = image_ops.to_grayscale(image)
+        ours = augmentations.to_grayscale(image)
         assert np.abs(ours - levels_by_torchvision(F.rgb_to_grayscale, image, 3)).max() <= 0.54
         of_pil = np.asarray(Image.fromarray(image).convert("L").convert("RGB"), dtype=int)
         assert np.abs(ours - of_pil).max() <= 1
@@ -67,7 +67,7 @@ def test_grayscale_equals_torchvision_and_pil():
 def test_solarize_equals_torchvision(threshold):
     for image in random_images():
         reference = F.solarize(torch.from_numpy(image).permute(2, 0, 1), threshold).permute(1, 2, 0)
-        np.testing.assert_array_equal(image_ops.solarize(image, threshold), reference)
+        np.testing.assert_array_equal(augmentations.solarize(image, threshold), reference)
 
 
 @pytest.mark.parametrize(("size", "kernel_size"), [(33, 9), (33, 13), (33, 1), (5, 9)])
@@ -76,7 +76,7 @@ def test_blur_equals_torchvision_to_rounding(size, kernel_size, sigma):
     for image in random_images(size, size):
         planes = torch.from_numpy(image).permute(2, 0, 1).float()
         reference = F.gaussian_blur(planes, [kernel_size] * 2, [sigma] * 2).permute(1, 2, 0).numpy()
-        ours = image_ops.gaussian_blur(image, sigma, kernel_size)
+        ours = augmentations.gaussian_blur(image, sigma, kernel_size)
         assert np.abs(ours - reference).max() < 0.55  # with the taps that are left out
 
 
@@ -85,7 +85,7 @@ def test_rotation_equals_torchvision_and_pil(size):
     """But for near-ties, where fixed-point or float coordinates may pick the neighbour."""
     image = random_images(size, size)[1]
     for angle, fill in ((0.0, 0), (10.0, 51), (45.5, 102), (133.0, 153), (271.3, 204), (359.0, 255)):
-        ours = image_ops.rotate(image, angle, fill)
+        ours = augmentations.rotate(image, angle, fill)
         planes = torch.from_numpy(image).permute(2, 0, 1)
         reference = F.rotate(planes, angle, InterpolationMode.NEAREST, fill=[fill] * 3).permute(1, 2, 0).numpy()
         of_pil = Image.fromarray(image).rotate(angle, Image.Resampling.NEAREST, fillcolor=(fill,) * 3)
@@ -98,9 +98,9 @@ def test_flips_and_quarter_turn():
     for hflip in (False, True):
         for vflip in (False, True):
             expected = image[:: -1 if vflip else 1, :: -1 if hflip else 1]
-            np.testing.assert_array_equal(image_ops.flip(image, hflip, vflip), expected)
-    np.testing.assert_array_equal(image_ops.quarter_turn(image), np.rot90(image))
-    planes = image_ops.to_planes(image)
+            np.testing.assert_array_equal(augmentations.flip(image, hflip, vflip), expected)
+    np.testing.assert_array_equal(augmentations.quarter_turn(image), np.rot90(image))
+    planes = augmentations.to_planes(image)
     assert planes.flags.c_contiguous
     np.testing.assert_array_equal(planes, image.transpose(2, 0, 1))
 
@@ -119,31 +119,31 @@ def test_flips_and_quarter_turn():
 def test_crop_resize_equals_pil(height, width, box, size):
     top, left, box_height, box_width = box
     for image in random_images(height, width):
-        ours = image_ops.crop_resize(image, box, size)
+        ours = augmentations.crop_resize(image, box, size)
         assert ours.flags.c_contiguous
         cut = Image.fromarray(image).crop((left, top, left + box_width, top + box_height))
         difference = np.abs(ours - np.asarray(cut.resize((size, size), Image.Resampling.BICUBIC), dtype=int))
         assert difference.max() <= 2
         assert difference.mean() < 0.05
         planar = np.ascontiguousarray(image.transpose(2, 0, 1)).transpose(1, 2, 0)
-        np.testing.assert_array_equal(image_ops.crop_resize(planar, box, size), ours)
+        np.testing.assert_array_equal(augmentations.crop_resize(planar, box, size), ours)
 
 
 def test_arguments_stay_as_they_are():
     image = random_images()[0]
     before = image.copy()
     for operation, *arguments in (
-        (image_ops.crop_resize, (0, 0, 33, 33), 33),
-        (image_ops.rotate, 20.0, 5),
-        (image_ops.flip, True, False),
-        (image_ops.quarter_turn,),
-        (image_ops.adjust_brightness, 1.2),
-        (image_ops.adjust_contrast, 1.2),
-        (image_ops.adjust_saturation, 1.2),
-        (image_ops.adjust_hue, 0.2),
-        (image_ops.to_grayscale,),
-        (image_ops.gaussian_blur, 1.0, 9),
-        (image_ops.solarize, 128),
+        (augmentations.crop_resize, (0, 0, 33, 33), 33),
+        (augmentations.rotate, 20.0, 5),
+        (augmentations.flip, True, False),
+        (augmentations.quarter_turn,),
+        (augmentations.adjust_brightness, 1.2),
+        (augmentations.adjust_contrast, 1.2),
+        (augmentations.adjust_saturation, 1.2),
+        (augmentations.adjust_hue, 0.2),
+        (augmentations.to_grayscale,),
+        (augmentations.gaussian_blur, 1.0, 9),
+        (augmentations.solarize, 128),
     ):
         operation(image, *arguments)
         np.testing.assert_array_equal(image, before)
