@@ -154,7 +154,7 @@ def linear_plain_to_the_end(args: argparse.Namespace) -> Callable[[], np.ndarray
 
 
 def extract_ours(args: argparse.Namespace) -> Callable[[], np.ndarray]:
-    from dinov2.eval.embedding import extract
+    from dinov2.eval.features.extract import extract
     from dinov2.utils.parallel import available_cores
 
     model, paths = network(args.arch), pictures(args.pictures)

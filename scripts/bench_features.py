@@ -42,9 +42,9 @@ from torch import Tensor
 from dinov2 import distributed
 from dinov2.data.datasets import LabelledCells, find_images
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_images
-from dinov2.eval import embedding
-from dinov2.eval.embedding import Embedder, embed_images
-from dinov2.eval.encoders import DinoEncoder
+from dinov2.eval.features import loop
+from dinov2.eval.features.encoders import DinoEncoder
+from dinov2.eval.features.extract import Embedder, embed_images
 from dinov2.hub.backbones import load_backbone
 from dinov2.models import architecture, vision_transformer
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -329,7 +329,7 @@ def _first_cells(folder: Path, n: int) -> LabelledCells:
 
 
 def _ours_from_files(settings: Mapping[str, Any], cells: LabelledCells, device: torch.device) -> Callable[[], object]:
-    embedding.PART_SIZE = -(-len(cells) // N_PARTS)
+    loop.PART_SIZE = -(-len(cells) // N_PARTS)
     embedder = Embedder(
         settings["weights"],
         image_size=settings["image_size"],

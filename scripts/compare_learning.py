@@ -35,7 +35,7 @@ from step_setup import SMALL_RECIPE, OurStep, UpstreamsStep, recipe
 
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.data.sample_cells import write_sample_cells
-from dinov2.eval.embedding import extract
+from dinov2.eval.features.extract import extract
 from dinov2.eval.knn import evaluate_knn
 from dinov2.train.batches import TrainBatches, build_dataset
 from dinov2.train.schedules import Schedules

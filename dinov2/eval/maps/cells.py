@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from bokeh.palettes import Viridis256
-from tqdm import tqdm
 
 from dinov2.data.datasets import LabelledCells, find_images
 from dinov2.data.datasets.decode import UnreadableImageError, decode_image
 from dinov2.data.transforms import normalize_images
-from dinov2.eval.embedding import Embedder
-from dinov2.eval.encoders import check_divisible
 from dinov2.eval.extract_features import CELLS_HELP
+from dinov2.eval.features.encoders import check_divisible
+from dinov2.eval.features.extract import Embedder
 from dinov2.eval.maps.patch_maps import (
     attention_rollout,
     cls_attention,
@@ -33,6 +32,7 @@ from dinov2.eval.maps.patch_maps import (
 )
 from dinov2.hub.transform import ImageTransform
 from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.utils.progress import progress_bar
 
 logger = logging.getLogger("dinov2")
 
@@ -125,7 +125,7 @@ def make_cell_maps(
     kept_names: list[str] = []
     maps: dict[str, list[Any]] = defaultdict(list)
     unreadable: dict[str, str] = {}
-    for path, name in zip(tqdm(paths, "cell maps", unit=" images"), names, strict=True):
+    for path, name in zip(progress_bar(paths, "cell maps"), names, strict=True):
         try:
             image = transform.resize(decode_image(path))  # uint8 [3, S, S]
         except UnreadableImageError as error:

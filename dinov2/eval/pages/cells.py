@@ -13,7 +13,7 @@ import numpy as np
 from bokeh.palettes import Viridis256
 from PIL import Image
 
-from dinov2.eval.embedding import Embedder
+from dinov2.eval.features.extract import Embedder
 from dinov2.eval.maps.cells import TITLES, CellMaps, backbone_of, colour_map, make_cell_maps
 from dinov2.eval.maps.patch_maps import border_share
 from dinov2.eval.pages.page import Section, image_uri, render

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov2.eval.embedding import Embedder
+from dinov2.eval.features.extract import Embedder
 from dinov2.eval.maps.cells import PALETTE, CellMaps, colour_map, make_cell_maps
 from dinov2.eval.pages.cells import cells_section, maps_section
 from dinov2.eval.pages.page import page_html

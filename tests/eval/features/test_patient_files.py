@@ -9,11 +9,10 @@ from PIL import Image
 
 from dinov2.data.datasets import LabelledCells
 from dinov2.data.datasets.bags import PatientBags
-from dinov2.eval import embedding
-from dinov2.eval.embedding import Embedder
 from dinov2.eval.extract_features import main
-from dinov2.eval.features import read_features
-from dinov2.eval.patient_files import extract_patient_files
+from dinov2.eval.features import loop, read_features
+from dinov2.eval.features.extract import Embedder
+from dinov2.eval.features.patient_files import extract_patient_files
 from dinov2.models import build_backbone
 
 CLASSES = {"p1": "APL", "p2": "control", "p.3": "APL"}
@@ -22,7 +21,7 @@ ROWS = ["p1", "p2", "p1", "p.3", "p2", "p1"]
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
-    """A working folder with weights.pth, and six pictures of three patients in cells.csv."""
+    """A working folder with weights.pth, and six images of three patients in cells.csv."""
     monkeypatch.chdir(tmp_path)
     save_weights(0)
     rng = np.random.default_rng(0)
@@ -69,7 +68,7 @@ def test_bags_from_the_folder_equal_bags_from_one_file(work, capsys):
     assert found.attributes["kind"] == "cls"
 
 
-def test_files_that_are_there_are_kept_and_missing_ones_made(work):
+def test_existing_files_are_kept_and_missing_ones_made(work):
     extract("--kinds", "mean", "cls")
     times = {name: (work / "bags" / name).stat().st_mtime_ns for name in written(work / "bags")}
     extract("--kinds", "mean")
@@ -92,7 +91,7 @@ def one_cell_less():
     ("change", "flags", "message"),
     [
         (other_weights, [], r"p1\.h5' holds other features than asked for \(checkpoint_sha256 is"),
-        (one_cell_less, [], r"p1\.h5' holds other features .*the pictures or their order differ: 3 there and 2 here"),
+        (one_cell_less, [], r"p1\.h5' holds other features .*the images or their order differ: 3 there and 2 here"),
         (None, ["--precision", "bf16"], "precision is 'fp32' there and 'bf16' here"),
     ],
 )
@@ -110,7 +109,7 @@ def test_older_files_are_not_mixed_in(change, flags, message, work):
 
 
 @pytest.mark.parametrize("foreign", ["features.h5", "APL/p9.h5", "old/p1.h5", "APL/p9/cell.h5"])
-def test_files_of_nobody_in_the_table_stop_it(foreign, work):
+def test_files_of_other_patients_are_refused(foreign, work):
     extract()
     (work / "bags" / foreign).parent.mkdir(exist_ok=True)
     shutil.copy("bags/APL/p1.h5", f"bags/{foreign}")
@@ -119,8 +118,8 @@ def test_files_of_nobody_in_the_table_stop_it(foreign, work):
             extract(*flags)
 
 
-def test_unreadable_pictures_are_left_out_and_told_in_their_patients_file(work):
-    (work / "2.png").write_bytes(b"no picture")
+def test_unreadable_images_are_listed_in_the_file_of_their_patient(work):
+    (work / "2.png").write_bytes(b"no image")
     extract()
     assert read_features("bags/APL/p1.h5").unreadable == [str(work / "2.png")]
     assert read_features("bags/control/p2.h5").unreadable == []
@@ -128,10 +127,10 @@ def test_unreadable_pictures_are_left_out_and_told_in_their_patients_file(work):
     extract()  # they are what was asked for
 
 
-def test_a_patient_without_a_readable_picture_stops_it_and_keeps_the_work(work, monkeypatch):
-    monkeypatch.setattr(embedding, "PART_SIZE", 3)
-    (work / "3.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"1 patients have no readable picture \('p\.3'\), so bags without cells"):
+def test_a_patient_without_a_readable_image_is_refused_and_parts_are_kept(work, monkeypatch):
+    monkeypatch.setattr(loop, "PART_SIZE", 3)
+    (work / "3.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"1 patients have no readable image \('p\.3'\), so bags without cells"):
         extract()
     assert all(name.startswith(".patients.parts/") for name in written(work / "bags"))
     shutil.copy("0.png", "3.png")
@@ -145,7 +144,7 @@ def test_a_patient_without_a_readable_picture_stops_it_and_keeps_the_work(work, 
 
     monkeypatch.setattr(embedder.encoder, "embed", counting)
     assert extract_patient_files(embedder, cells, work / "bags") == 3
-    assert seen == [3]  # the part with the picture that was repaired
+    assert seen == [3]  # the part with the image that was repaired
     assert written(work / "bags") == ["APL/p.3.h5", "APL/p1.h5", "control/p2.h5"]
 
 
@@ -154,11 +153,11 @@ def test_a_patient_without_a_readable_picture_stops_it_and_keeps_the_work(work, 
     [
         ([("0.png", "APL"), ("1.png", "control")], "the cells name no patients; give --data as a CSV with the columns"),
         ([("0.png", "APL", "p1"), ("1.png", "control", "p1")], "1 patients have two labels, for instance 'p1'"),
-        ([("0.png", "APL", "a/b")], "'a/b' cannot be names of files"),
-        ([("0.png", "..", "p1")], r"'\.\.' cannot be names of files"),
+        ([("0.png", "APL", "a/b")], "'a/b' cannot be file names"),
+        ([("0.png", "..", "p1")], r"'\.\.' cannot be file names"),
     ],
 )
-def test_cells_that_cannot_be_patients_files(rows, message, work):
+def test_cells_without_valid_patients_are_refused(rows, message, work):
     header = ("Image Path", "Label", "patient")[: len(rows[0])]
     (work / "cells.csv").write_text("\n".join(",".join(row) for row in [header, *rows]) + "\n")
     with pytest.raises(ValueError, match=message):
@@ -166,6 +165,6 @@ def test_cells_that_cannot_be_patients_files(rows, message, work):
     assert not (work / "bags").exists()
 
 
-def test_patch_grids_have_no_place_there(work):
+def test_patient_files_have_no_patch_grids(work):
     with pytest.raises(ValueError, match="--layout genbloom: it has no place for patch grids"):
         extract("--kinds", "cls", "patches")

@@ -1,14 +1,14 @@
-"""The baselines see what they say they see: colours of the centre, and small pictures."""
+"""The baselines see what they say they see: colours of the centre, and small images."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from dinov2.data.datasets.decode import UnreadableImageError
-from dinov2.eval.baselines import colour_histogram, raw_pixels
+from dinov2.eval.features.baselines import colour_histogram, raw_pixels
 
 
-def picture(height, width, centre, border):
+def image(height, width, centre, border):
     array = np.empty((height, width, 3), dtype=np.uint8)
     array[:] = border
     array[height // 5 : -(height // 5), width // 5 : -(width // 5)] = centre
@@ -17,7 +17,7 @@ def picture(height, width, centre, border):
 
 def test_the_histogram_sees_the_centre_only():
     red, blue = (200, 20, 20), (20, 20, 200)
-    on_blue, on_red, blue_cell = (picture(100, 60, *colours) for colours in ((red, blue), (red, red), (blue, red)))
+    on_blue, on_red, blue_cell = (image(100, 60, *colours) for colours in ((red, blue), (red, red), (blue, red)))
     features = colour_histogram([on_blue, on_red, blue_cell])
     assert features.shape == (3, 512)
     assert features.dtype == np.float32
@@ -35,7 +35,7 @@ def test_the_histogram_does_not_depend_on_size_or_place():
 
 
 def test_pixels_and_files(tmp_path):
-    array = picture(64, 64, (0, 0, 0), (255, 255, 255))
+    array = image(64, 64, (0, 0, 0), (255, 255, 255))
     Image.fromarray(array).save(tmp_path / "cell.png")
     from_array, from_file = raw_pixels([array, tmp_path / "cell.png"])
     assert from_array.shape == (32 * 32 * 3,)
@@ -46,6 +46,6 @@ def test_pixels_and_files(tmp_path):
 
 
 def test_unreadable_files_are_named(tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(UnreadableImageError, match="broken.png"):
         colour_histogram([tmp_path / "broken.png"])

@@ -1,6 +1,5 @@
-"""Other encoders: their features are the libraries' own, seen through the libraries' own transforms."""
+"""Encoders by name: their features are those of the libraries, after the transforms of the libraries."""
 
-import hashlib
 import pickle
 import re
 import sys
@@ -12,10 +11,10 @@ from PIL import Image
 from torch import nn
 
 from dinov2.data.datasets import LabelledCells
-from dinov2.eval.baselines import colour_histogram, raw_pixels
-from dinov2.eval.embedding import Embedder, embed_images
-from dinov2.eval.encoders import DinoEncoder, Kind, build_encoder, state_sha256
-from dinov2.models import build_backbone
+from dinov2.eval.features.baselines import colour_histogram, raw_pixels
+from dinov2.eval.features.encoders import state_sha256
+from dinov2.eval.features.extract import Embedder
+from dinov2.eval.features.named_encoders import build_encoder
 
 
 @pytest.fixture
@@ -137,7 +136,7 @@ def test_a_torchvision_network_gives_what_its_classifier_takes(name, layer, size
         encoder.check(["patches"])
 
 
-def test_released_files_of_older_times(models, image, tmp_path):
+def test_old_releases_of_torchvision_load(models, image, tmp_path):
     """As torchvision's ResNets and DenseNets are on its server."""
     network = seeded(lambda: models.densenet121())
     old_name = re.compile(r"(denselayer\d+\.(?:norm|conv))(\d\.)")
@@ -175,15 +174,6 @@ def test_untrained_weights_are_seeded_and_leave_the_random_state_alone(timm):
     assert state_sha256(second.network) != first.sha256
 
 
-def test_the_hash_knows_names_types_and_shapes():
-    networks = [nn.Linear(2, 3), nn.Linear(3, 2), nn.Linear(2, 3, dtype=torch.float64), nn.Sequential(nn.Linear(2, 3))]
-    for network in networks:
-        nn.init.zeros_(network.get_parameter("0.weight" if isinstance(network, nn.Sequential) else "weight"))
-        nn.init.zeros_(network.get_parameter("0.bias" if isinstance(network, nn.Sequential) else "bias"))
-    assert len({state_sha256(network) for network in networks}) == 4
-    assert len(state_sha256(networks[0])) == len(hashlib.sha256().hexdigest())
-
-
 def test_features_of_a_named_encoder_say_where_they_are_from(files, tmp_path, timm):
     cells = LabelledCells(files, np.array([0, 1, 0]), ["a", "b"])
     embedder = Embedder(encoder_name="timm:test_vit", encoder_weights="untrained", image_size=64, kinds=["mean"])
@@ -219,7 +209,7 @@ def test_an_unreachable_hub_names_the_way_out(name, timm, monkeypatch):
         assert "timm:local-dir:<folder>" in str(caught.value)
 
 
-def test_torchvisions_unreachable_server_too(models, monkeypatch, tmp_path):
+def test_an_unreachable_torchvision_server_is_named(models, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse(OSError("no route to host")))
     with pytest.raises(ConnectionError, match=r"fetch https://.*resnet18-\w+\.pth .*--encoder-weights"):
@@ -246,12 +236,12 @@ def test_torchvisions_unreachable_server_too(models, monkeypatch, tmp_path):
         ("histogram", {"weights": "untrained"}, "it has no weights and one image size"),
     ],
 )
-def test_what_there_is_not(name, settings, message, timm, models):
+def test_unknown_encoders_and_sizes_are_refused(name, settings, message, timm, models):
     with pytest.raises(ValueError, match=message):
         build_encoder(name, **settings)
 
 
-def test_files_that_are_not_these_weights(timm, models, tmp_path):
+def test_weights_of_another_network_are_refused(timm, models, tmp_path):
     with pytest.raises(FileNotFoundError, match="--encoder-weights: no file 'absent.pth'"):
         build_encoder("timm:test_vit", weights="absent.pth")
     other = tmp_path / "other.pth"
@@ -270,40 +260,12 @@ def test_without_timm(monkeypatch):
         build_encoder("timm:test_vit")
 
 
-@pytest.mark.parametrize("name", ["", "last", "last0", "last01", "mean+cls", "patches+mean", "last2+"])
-def test_names_of_kinds(name):
-    with pytest.raises(ValueError, match="is unknown; there are cls, mean, cls"):
-        Kind.parse(name)
-
-
-def test_a_backbone_in_memory_has_the_hash_of_its_tensors():
-    settings = {"embed_dim": 64, "depth": 1, "num_heads": 1, "patch_size": 14, "img_size": 28, "block_chunks": 0}
-    encoder = DinoEncoder(build_backbone(settings), 28)
-    assert encoder.sha256 == state_sha256(encoder.network)
-    images = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
-    torch.testing.assert_close(embed_images(encoder, images), embed_images(encoder.network, images), rtol=0, atol=0)
-
-
-def test_compiled_blocks_give_the_same_features(image):
-    settings = {"embed_dim": 64, "depth": 3, "num_heads": 1, "patch_size": 14, "img_size": 28, "block_chunks": 2}
-    encoder = DinoEncoder(build_backbone(settings).eval(), 28)
-    images = encoder.preparation(np.asarray(image))[None]
-    kinds = ["cls", "last2", "patches"]
-    with torch.no_grad():
-        expected = [encoder.embed(images, ["cls"]), encoder.embed(images, kinds)]
-        encoder.compile(backend="eager")
-        found = [encoder.embed(images, ["cls"]), encoder.embed(images, kinds)]
-    assert all(block._compiled_call_impl is not None for block in encoder.network.each_block())
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)  # float16 among them
-
-
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
-def test_what_is_compiled_of_a_timm_network_is_what_it_calls(name, image, timm):
+def test_the_modules_to_compile_of_a_timm_network_are_called(name, image, timm):
     encoder = build_encoder(f"timm:{name}", 32, "untrained")
     images = encoder.preparation(np.asarray(image))[None]
     called = []
-    for part in encoder._parts_to_compile():
+    for part in encoder.modules_to_compile():
         part.register_forward_hook(lambda module, *_: called.append(module))
     with torch.no_grad():
         encoder.embed(images, ["cls"])

@@ -1,9 +1,9 @@
-"""Features of labelled cells in one file: what `extract_features` writes and every protocol reads.
+"""The features file (.h5): features of labelled cells, written by `extract_features` and read by every protocol.
 
-A file has one kind of features that protocols take unless told otherwise, and may have more of the same cells. Kinds
-are named in `embedding`.
+A file has one main kind of features, which protocols take by default, and perhaps further kinds of the same cells
+(`encoders` names the kinds).
 
-Dimension key:  N pictures, D embedding dim, h x w patches of one picture
+Dimension key:  N images, D embedding dim, h x w patches of one image
 """
 
 import os
@@ -19,26 +19,27 @@ from dinov2.utils.paths import local_path
 
 PathLike = str | os.PathLike[str]
 
-DEFAULT_KIND = "cls"  # what files without the attribute `kind` hold
+DEFAULT_KIND = "cls"  # of files without the attribute `kind`
 PATCHES = "patches"
-OTHER_PREFIX = "features_"
 PATCH_GRID = "patch_grid"
+OTHER_PREFIX = "features_"
+TEXTS = ("class_names", "paths", "patients", "unreadable")
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features of labelled cells, as they stand in a features file.
+    """Features of labelled cells: the content of a features file.
 
     Attributes:
         features: float32 [N, D].
         labels: int64 [N], positions in `class_names`.
-        class_names: of all classes, also of those without a cell here.
-        paths: N picture files, absolute.
-        patients: N patient ids, or None where the source names none.
-        unreadable: pictures of the source that have no features here.
-        attributes: where the features are from: `model`, `checkpoint`, `checkpoint_sha256`, `transform`, `precision`,
+        class_names: of all classes, also those without a cell here.
+        paths: N image files, absolute.
+        patients: N patient ids, or None if the source names none.
+        unreadable: images of the source without features.
+        attributes: the origin of the features: `model`, `checkpoint`, `checkpoint_sha256`, `transform`, `precision`,
             `image_size`, `date`.
-        kind: what of the network `features` are.
+        kind: of `features`.
         others: {kind: float32 [N, D of that kind]} of the same cells.
     """
 
@@ -57,14 +58,14 @@ class Features:
 
     @property
     def kinds(self) -> list[str]:
-        """Those of `of_kind`, that of `features` first."""
+        """Return all kinds, that of `features` first."""
         return [self.kind, *self.others]
 
     def of_kind(self, kind: str) -> "Features":
-        """The same cells with `features` of this kind; the kind that was there is among the others.
+        """Return the same cells with `features` of this kind, and the former kind among the others.
 
         Raises:
-            ValueError: if there are none.
+            ValueError: if the kind is missing.
         """
         if kind == self.kind:
             return self
@@ -73,11 +74,11 @@ class Features:
                 f"features: there are none of kind {kind!r}, only {', '.join(self.kinds)}; extract again with "
                 f"--kinds {' '.join([*self.kinds, kind])}"
             )
-        all_kinds = {self.kind: self.features, **self.others}
-        return replace(self, features=all_kinds.pop(kind), kind=kind, others=all_kinds)
+        by_kind = {self.kind: self.features, **self.others}
+        return replace(self, features=by_kind.pop(kind), kind=kind, others=by_kind)
 
     def select(self, rows: np.ndarray) -> "Features":
-        """The features of some cells: integer positions or a mask [N]."""
+        """Return the cells at integer positions, or where a mask [N] is True."""
         positions = np.arange(len(self))[rows].tolist()
         return replace(
             self,
@@ -90,27 +91,25 @@ class Features:
 
 
 def write_features(path: PathLike, features: Features, patch_grids: Iterable[np.ndarray] = ()) -> None:
-    """Write an .h5 file; `path` appears when it is complete.
+    """Write a features file, which appears at `path` when it is complete.
 
-    It has the datasets `features`, `features_<kind>` for each other kind, `labels`, `class_names`, `paths`, `patients`
-    (if there are any), `unreadable` and perhaps `patch_grid`, and the attributes with `kind` among them.
+    Its datasets are `features`, `features_<kind>` for each other kind, `labels`, `class_names`, `paths`, `patients` (if
+    there are any), `unreadable` and perhaps `patch_grid`; its attributes are those of `features`, and `kind`.
 
     Args:
         path: of the file; its folder is made if missing.
         features: N cells.
-        patch_grids: float16 [n, h, w, D] each, of the N cells in their order, n at a time: the whole may be larger than
-            memory.
+        patch_grids: float16 [n, h, w, D] of consecutive cells; together they have N, and may be larger than memory.
     """
-    text = h5py.string_dtype()
     with atomic_write(path, "w+b") as stream, h5py.File(stream, "w") as file:
         file["features"] = features.features.astype(np.float32, copy=False)
         for kind, values in features.others.items():
             file[OTHER_PREFIX + kind] = values.astype(np.float32, copy=False)
         file["labels"] = features.labels.astype(np.int64)
-        for name in ("class_names", "paths", "patients", "unreadable"):
+        for name in TEXTS:
             values = getattr(features, name)
             if values is not None:
-                file.create_dataset(name, data=np.array(values, dtype=object), dtype=text)
+                file.create_dataset(name, data=np.array(values, dtype=object), dtype=h5py.string_dtype())
         done = 0
         for grids in patch_grids:
             if PATCH_GRID not in file:
@@ -122,13 +121,13 @@ def write_features(path: PathLike, features: Features, patch_grids: Iterable[np.
 
 
 def read_features(path: PathLike) -> Features:
-    """Read what `write_features` wrote, without the patch grids.
+    """Read a features file, without patch grids.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not such a file, is damaged, or its parts do not fit together.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is no features file, damaged, or inconsistent.
     """
-    path = _existing(path)
+    path = _existing_file(path)
     try:
         with h5py.File(path, "r") as file:
             missing = [name for name in ("features", "labels", "class_names", "paths") if name not in file]
@@ -137,55 +136,49 @@ def read_features(path: PathLike) -> Features:
                     f"features: {str(path)!r} has no dataset {', '.join(missing)}; "
                     f"dinov2/eval/extract_features.py writes a file that has"
                 )
-            texts = {
-                name: file[name].asstr()[:].tolist()
-                for name in ("class_names", "paths", "patients", "unreadable")
-                if name in file
-            }
             attributes = {name: str(value) for name, value in file.attrs.items()}
-            kind = attributes.pop("kind", DEFAULT_KIND)
-            found = Features(
-                features=file["features"][:].astype(np.float32, copy=False),
+            features = Features(
+                features=_read_vectors(file, "features"),
                 labels=file["labels"][:].astype(np.int64),
-                class_names=texts["class_names"],
-                paths=texts["paths"],
-                patients=texts.get("patients"),
-                unreadable=texts.get("unreadable", []),
+                kind=attributes.pop("kind", DEFAULT_KIND),
+                others={kind: _read_vectors(file, OTHER_PREFIX + kind) for kind in _other_kinds(file)},
                 attributes=attributes,
-                kind=kind,
-                others={
-                    other: file[OTHER_PREFIX + other][:].astype(np.float32, copy=False) for other in _other_kinds(file)
-                },
+                **{name: file[name].asstr()[:].tolist() for name in TEXTS if name in file},
             )
-    except (OSError, RuntimeError) as error:  # h5py's, for files of another kind and for broken parts
+    except (OSError, RuntimeError) as error:  # h5py's, for other and for damaged files
         raise _damaged(path, error) from error
-    lengths = {name: len(getattr(found, name)) for name in ("features", "labels", "paths")}
-    lengths |= {OTHER_PREFIX + other: len(values) for other, values in found.others.items()}
-    if found.patients is not None:
-        lengths["patients"] = len(found.patients)
+    _check_consistent(features, path)
+    return features
+
+
+def _read_vectors(file: h5py.File, name: str) -> np.ndarray:
+    return file[name][:].astype(np.float32, copy=False)
+
+
+def _check_consistent(features: Features, path: Path) -> None:
+    lengths = {name: len(getattr(features, name)) for name in ("features", "labels", "paths")}
+    lengths |= {OTHER_PREFIX + kind: len(values) for kind, values in features.others.items()}
+    if features.patients is not None:
+        lengths["patients"] = len(features.patients)
     if len(set(lengths.values())) > 1:
         raise ValueError(f"features: {str(path)!r} has parts of different lengths {lengths}; extract again")
-    n_classes = len(found.class_names)
-    shapes = [list(values.shape) for values in (found.features, *found.others.values())]
-    if (
-        any(len(shape) != 2 for shape in shapes)
-        or not len(found)
-        or not 0 <= found.labels.min() <= found.labels.max() < n_classes
-    ):
+    n_classes = len(features.class_names)
+    shapes = [list(values.shape) for values in (features.features, *features.others.values())]
+    are_vectors = len(features) > 0 and all(len(shape) == 2 for shape in shapes)
+    if not are_vectors or not 0 <= features.labels.min() <= features.labels.max() < n_classes:
         raise ValueError(
             f"features: {str(path)!r} has features of shape {', '.join(map(str, shapes))} and labels that should be "
             f"positions among {n_classes} class names; extract again"
         )
-    return found
 
 
 def stored_kinds(path: PathLike) -> list[str]:
-    """The kinds of features in a file, that of `features` first; with "patches" where it has patch grids.
+    """Return the kinds of features in a file, that of `features` first, "patches" last if it has patch grids.
 
     Raises:
         FileNotFoundError, ValueError: as `read_features`.
     """
-    path = _existing(path)
+    path = _existing_file(path)
     try:
         with h5py.File(path, "r") as file:
             kind = str(file.attrs.get("kind", DEFAULT_KIND))
@@ -198,7 +191,7 @@ def _other_kinds(file: h5py.File) -> list[str]:
     return [name.removeprefix(OTHER_PREFIX) for name in file if name.startswith(OTHER_PREFIX)]
 
 
-def _existing(path: PathLike) -> Path:
+def _existing_file(path: PathLike) -> Path:
     """Return the file on this machine; `path` may be a URL."""
     file = local_path(path)
     if not file.is_file():
