@@ -1,4 +1,4 @@
-"""Data sets side by side: the table of common class names. tests/eval/test_cross.py tests what is made of the features."""
+"""Data sets side by side: the table of common class names; tests of what is made of the features are in test_cross.py."""
 
 import pytest
 
