@@ -1,4 +1,4 @@
-"""Data sets side by side: the table of common class names; tests of what is made of the features are in test_cross.py."""
+"""Data sets side by side: the table of common class names; test_cross.py has the tests of joined features."""
 
 import pytest
 
