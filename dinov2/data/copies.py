@@ -1,4 +1,4 @@
-"""Training images whose bytes are also those of a test image: found and left out.
+"""Drop training images that are byte for byte copies of test images.
 
 Letters: N images
 """
@@ -24,7 +24,7 @@ def without_copies(paths: Sequence[str], folds: Sequence[Fold]) -> tuple[list[Fo
         folds: training and test positions each.
 
     Returns:
-        the folds, and two counts: `dropped_identical_bytes` (images that some fold cannot train on) and `not_checked`
+        the folds, and two counts: `dropped_identical_bytes` (images dropped from at least one fold) and `not_checked`
         (images that are not on this disk).
 
     Raises:

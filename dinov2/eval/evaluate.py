@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     setup_logging()
     names = list(dict.fromkeys(args.protocols or DEFAULT_PROTOCOLS))
-    evaluation = load_evaluation_set(args, any(len(PROTOCOLS[name].kinds) > 1 for name in names if name != ABMIL))
+    evaluation = load_evaluation_set(args, any(PROTOCOLS[name].takes_all_kinds for name in names if name != ABMIL))
     left_out = {}
     reason = "" if args.patient_labels is not None else why_not_patients(evaluation.cells)
     if ABMIL in names and reason:

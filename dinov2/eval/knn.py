@@ -217,7 +217,7 @@ class Neighbours:
 def nearest_neighbours(
     train_features: ArrayLike, test_features: ArrayLike, k: int, is_cosine: bool = False
 ) -> Neighbours:
-    """Find the nearest training cells on the device of the training features, with some 200 MiB beside the inputs.
+    """Find the nearest training cells on the device of the training features, with about 200 MiB beside the inputs.
 
     Args:
         train_features: [N, D], array or tensor.

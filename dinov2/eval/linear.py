@@ -84,7 +84,7 @@ def evaluate(data: EvaluationData, options: LinearOptions) -> Predictions:
     Raises:
         ValueError: for cells that no probe can be fitted to (`check_cells`).
     """
-    fit = {"dinobloom": _fit_dinobloom, "sweep": _fit_sweep, "sgd": _fit_sgd}[options.protocol]
+    fit = _fit_sgd if options.protocol == "sgd" else _fit_logistic
     predictions = np.full(len(data.labels), -1, dtype=np.int64)
     probabilities = np.full((len(data.labels), len(data.class_names)), np.nan)
     settings = []
@@ -119,56 +119,45 @@ def choose_lambda(
     labels: np.ndarray,
     n_classes: int,
     folds: Sequence[Fold],
-    lams: Sequence[float] = LAMBDAS,
     device: str | torch.device = "cpu",
     backend: Backend = "torch",
 ) -> tuple[float, dict[float, float]]:
-    """Return the penalty with the lowest log loss on validation folds, and the loss of each.
+    """Return the penalty of `LAMBDAS` with the lowest log loss on validation folds, and the loss of each.
 
     Args:
         features: [N, D].
         labels: int64 [N].
         n_classes: C.
         folds: training and validation positions each; other cells are not used.
-        lams: from the strongest on; of equal losses the first counts.
         device, backend: as in `fit_logistic`.
 
     Raises:
         ValueError: as `fit_logistic`.
     """
-    losses = np.zeros(len(lams))
+    losses = np.zeros(len(LAMBDAS))
     for train, validation in folds:
-        for i, probe in enumerate(fit_logistic(features[train], labels[train], n_classes, lams, device, backend)):
+        for i, probe in enumerate(fit_logistic(features[train], labels[train], n_classes, LAMBDAS, device, backend)):
             losses[i] += log_losses(labels[validation], probe.predict_proba(features[validation])).sum()
     losses /= sum(len(validation) for _, validation in folds)
     best = int(losses.argmin())
-    if best in (0, len(lams) - 1) and len(lams) > 1:
-        logger.warning("lambda %.3g is the best and at the end of those tried; others may do better", lams[best])
-    return lams[best], dict(zip(lams, losses.tolist(), strict=True))
+    if best in (0, len(LAMBDAS) - 1):
+        logger.warning("lambda %.3g is the best and at the end of those tried; others may do better", LAMBDAS[best])
+    return LAMBDAS[best], dict(zip(LAMBDAS, losses.tolist(), strict=True))
 
 
 Fit = tuple[str, LinearProbe, dict[str, Any]]  # kind of features, probe of them, chosen settings
 
 
-def _fit_dinobloom(data: EvaluationData, train: np.ndarray, options: LinearOptions) -> Fit:
-    return _fit_logistic(data, train, options, None)
-
-
-def _fit_sweep(data: EvaluationData, train: np.ndarray, options: LinearOptions) -> Fit:
-    n_classes, folds = len(data.class_names), _validation_folds(data, train, options)
-    lam, losses = choose_lambda(
-        data.main_features, data.labels, n_classes, folds, device=data.device, backend=options.backend
-    )
-    kind, probe, chosen = _fit_logistic(data, train, options, lam)
-    return kind, probe, {**chosen, "validation_log_loss": {f"{lam:.4g}": loss for lam, loss in losses.items()}}
-
-
-def _fit_logistic(data: EvaluationData, train: np.ndarray, options: LinearOptions, lam: float | None) -> Fit:
+def _fit_logistic(data: EvaluationData, train: np.ndarray, options: LinearOptions) -> Fit:
     kind, features = next(iter(data.features.items()))
-    n_classes = len(data.class_names)
-    lam = dinobloom_lambda(features.shape[1], n_classes) if lam is None else lam
+    n_classes, chosen = len(data.class_names), {}
+    lam = dinobloom_lambda(features.shape[1], n_classes)
+    if options.protocol == "sweep":
+        folds = _validation_folds(data, train, options)
+        lam, losses = choose_lambda(features, data.labels, n_classes, folds, data.device, options.backend)
+        chosen = {"validation_log_loss": {f"{tried:.4g}": loss for tried, loss in losses.items()}}
     probe = fit_linear_probe(features[train], data.labels[train], n_classes, lam, data.device, options.backend)
-    return kind, probe, {"lambda": lam, "iterations": probe.n_iterations, "converged": probe.has_converged}
+    return kind, probe, {"lambda": lam, "iterations": probe.n_iterations, "converged": probe.has_converged, **chosen}
 
 
 def _fit_sgd(data: EvaluationData, train: np.ndarray, options: LinearOptions) -> Fit:

@@ -58,7 +58,6 @@ N_FOLDS = 5
 NETWORKS = ("checkpoint", "encoder")
 SOURCES = ("train", "test", "data", "features", "test_features")
 
-
 Predictions: TypeAlias = dict[str, FoldPredictions]  # {row of the results: what was predicted}, for instance knn_20
 
 
@@ -103,7 +102,7 @@ class Protocol:
         evaluate: the function `evaluate(data, options)`.
         options: its options, a dataclass.
         few_shot_options: return the options for so many training cells, or None if they are too few; None: `options`.
-        kinds: of features that a network extracts for it by default. With several it receives all kinds, else one.
+        kinds: of features that a network extracts for it by default.
         has_many_rows: True if each row has its own file, predictions_<row>.csv; else there is one predictions.csv.
     """
 
@@ -115,6 +114,11 @@ class Protocol:
     few_shot_options: Callable[[int], Any] | None = None
     kinds: tuple[str, ...] = (DEFAULT_KIND,)
     has_many_rows: bool = False
+
+    @property
+    def takes_all_kinds(self) -> bool:
+        """True if the protocol chooses among several kinds of features; else it gets one."""
+        return len(self.kinds) > 1
 
     def value(self, row: str) -> str:
         """Return the value of the setting in the name of a row."""

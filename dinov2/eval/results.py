@@ -418,8 +418,8 @@ def _rows_of(report: Mapping[str, Any], folder: Path) -> Iterator[Row]:
         match [protocol, *path]:
             case ["all", method, source]:
                 part, _, k = method.partition("_")
-                shown = "abmil classwise" if method == "abmil" else method
-                yield Row(shown, source, metrics, _predictions_file(folder / part, source, f"knn_{k}" if k else ""))
+                title = "abmil classwise" if method == "abmil" else method
+                yield Row(title, source, metrics, _predictions_file(folder / part, source, f"knn_{k}" if k else ""))
             case ["knn", source, row]:
                 yield Row(f"{name}_{row.rpartition('_')[2]}", source, metrics, _predictions_file(folder, source, row))
             case ["linear", source, _]:

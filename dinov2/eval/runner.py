@@ -58,7 +58,7 @@ def run_command(
     setup_logging()
     protocol = protocol_of(args)
     check_evaluation_arguments(parser, args, protocol.kinds)
-    cells = load_evaluation_set(args, with_all_kinds=len(protocol.kinds) > 1)
+    cells = load_evaluation_set(args, protocol.takes_all_kinds)
     report = run(protocol, cells, args.output_dir, args.few_shot, args.repeats, settings_of(args))
     print(format_report(report, protocol))
 
@@ -84,10 +84,9 @@ def run(
     Returns:
         the content of results.json.
     """
-    with_all_kinds = len(protocol.kinds) > 1
     predicted, few_shot_rows = {}, {}
     for source in evaluation.sources:
-        data = evaluation.data(source, with_all_kinds)
+        data = evaluation.data(source, protocol.takes_all_kinds)
         predicted[source] = protocol.evaluate(data, protocol.options)
         if few_shot_numbers:
             few_shot_options = FewShotOptions(protocol, few_shot_numbers, repeats)
@@ -119,7 +118,7 @@ def run(
         },
         "split": evaluation.description,
         "patients_kept_apart": evaluation.patients_kept_apart,
-        "kinds": list(evaluation.data("model", with_all_kinds).features),
+        "kinds": list(evaluation.data("model", protocol.takes_all_kinds).features),
         "files": files,
         **provenance(cells.attributes, {**(settings or {}), **asdict(protocol.options)}, evaluation.hashes),
     }
@@ -169,13 +168,14 @@ def _mean_per_class(evaluation: EvaluationSet) -> dict[str, int]:
 def format_report(report: Mapping[str, Any], protocol: Protocol) -> str:
     """Format results.json as tables: all rows, the classes of the model's last row, and few-shot rows."""
     counts = report["counts"]
-    rows = [(source, row, metrics) for source, found in report["results"].items() for row, metrics in found.items()]
-    is_single = len(report["results"]["model"]) == 1
+    results = report["results"]
+    rows = [(source, row, metrics) for source in results for row, metrics in results[source].items()]
+    is_single = len(results["model"]) == 1
 
     def label(source: str, row: str) -> str:
         return source if is_single else f"{source}, {protocol.setting} = {protocol.value(row)}"
 
-    last, metrics_of_last = list(report["results"]["model"].items())[-1]
+    last, metrics_of_last = list(results["model"].items())[-1]
     unit = "cells" if report["patients_kept_apart"] is None else "patients"
     lines = [
         f"{protocol.title}, {counts['tested']} of {counts['cells']} cells tested, "

@@ -38,13 +38,13 @@ def rows_of(table, rows):
 def test_cells_are_matched_by_key():
     a, b = table(1, 0.6), table(2, 0.8)
     shuffled = rows_of(b, np.random.default_rng(3).permutation(120).tolist())
-    found = compare_tables(a, shuffled)
-    assert found == compare_tables(a, b)
+    comparison = compare_tables(a, shuffled)
+    assert comparison == compare_tables(a, b)
     order = np.argsort(NAMES)  # classes count in the order of their names
     ids = {name: i for i, name in enumerate(NAMES[order])}
     columns = [np.array([ids[name] for name in column]) for column in (a.labels, a.predictions, b.predictions)]
-    assert found == {"n": 120, "n_patients": None, **compare_paired(*columns, 3)}
-    assert found["differences"]["accuracy"]["difference"] > 0
+    assert comparison == {"n": 120, "n_patients": None, **compare_paired(*columns, 3)}
+    assert comparison["differences"]["accuracy"]["difference"] > 0
 
 
 def test_patients_of_either_table_are_used():
@@ -70,18 +70,18 @@ def test_tables_of_other_cells_or_labels_are_refused():
 def test_folders_in_numbers_out(tmp_path, capsys):
     for name, seed, share in (("a", 1, 0.6), ("b", 2, 0.8)):
         (tmp_path / name).mkdir()
-        found = table(seed, share)
-        rows = zip(found.keys, found.labels, found.predictions, strict=True)
+        comparison = table(seed, share)
+        rows = zip(comparison.keys, comparison.labels, comparison.predictions, strict=True)
         lines = ["path,label,prediction,fold", *(f"{key},{label},{guess},0" for key, label, guess in rows)]
         (tmp_path / name / "predictions.csv").write_text("\n".join(lines) + "\n")
     main([str(tmp_path / "a"), str(tmp_path / "b" / "predictions.csv"), "--output", str(tmp_path / "new" / "c.json")])
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     report = json.loads((tmp_path / "new" / "c.json").read_text())
     assert report["n"] == 120
     assert [len(file["sha256"]) for file in report["files"]] == [64, 64]
-    assert "McNemar's exact p = " in shown
+    assert "McNemar's exact p = " in output
     difference = 100 * report["differences"]["accuracy"]["difference"]
-    assert f"{difference:+.1f} (" in shown
+    assert f"{difference:+.1f} (" in output
 
 
 def test_tables_without_labels_are_refused():

@@ -1,4 +1,4 @@
-"""All protocols in one command: the same numbers as by their own commands, patients where they can be judged."""
+"""All protocols in one command: the same numbers as by their own commands, patients where they have one label each."""
 
 import csv
 import json
@@ -99,7 +99,7 @@ def test_the_same_inputs_give_the_same_bytes_but_for_the_date(features, tmp_path
         ({"label_of_cell": np.arange(120) % 2}, "have several labels; give the patients' own with --patient-labels"),
     ],
 )
-def test_patients_that_cannot_be_judged_are_left_out_with_the_reason(features, tmp_path, capsys, cells, reason):
+def test_patients_without_one_label_are_left_out_with_the_reason(features, tmp_path, capsys, cells, reason):
     file = features(**cells)
     report = run(tmp_path / "out", "--features", file)
     assert list(report["left_out"]) == ["abmil"]

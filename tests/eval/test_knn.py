@@ -220,7 +220,7 @@ def test_from_features_to_results(tmp_path, features_file, rows_of, run_knn):
 @pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["dinobloom", "dino"])
 def test_a_large_set_fits_in_four_gib(tmp_path, protocol):
-    """The whole command, with 200,000 training cells of 1536 numbers; 300 are judged."""
+    """The whole command, with 200,000 training cells of 1536 numbers; 300 are tested."""
     rng = np.random.default_rng(0)
     n_train, n_test = 200_000, 300
     paths = [f"/cells/{i}.png" for i in range(n_train + n_test)]

@@ -243,7 +243,7 @@ def test_from_features_to_results(tmp_path, capsys):
     assert written <= {path.name for path in (tmp_path / "out").iterdir()} <= written | {"confusion.png", "curves.png"}
     found = report["results"]["model"]["linear_dinobloom"]
     rows = rows_of(tmp_path / "out" / "predictions.csv")
-    # pictures of one name in two folders keep their own rows, and no fold overwrites another's
+    # images of one name in two folders keep their own rows, and no fold overwrites another's
     assert Counter(row["path"] for row in rows).most_common(1)[0][1] == 1
     assert len(rows) == 120
     assert Counter(row["fold"] for row in rows) == dict.fromkeys("01234", 24)
@@ -297,7 +297,7 @@ def test_patients_stay_whole_and_the_split_can_be_used_again(tmp_path, capsys):
     assert (tmp_path / "b" / "split.csv").read_bytes() == (tmp_path / "a" / "split.csv").read_bytes()
 
 
-def test_a_class_with_one_picture_is_reported(tmp_path, capsys):
+def test_a_class_with_one_image_is_reported(tmp_path, capsys):
     labels = np.array([3, *([0, 1, 2] * 40)])[:120]
     file = features_file(tmp_path / "f.h5", labels=labels)
     table, report = run(capsys, tmp_path / "out", "--features", file)
@@ -327,14 +327,14 @@ def test_sgd_chooses_among_the_kinds_of_a_file_and_the_others_take_one(tmp_path,
 
 def test_two_sets_and_a_baseline(tmp_path, capsys):
     rng = np.random.default_rng(0)
-    paths = [tmp_path / "pictures" / f"{i:03d}.png" for i in range(60)]
+    paths = [tmp_path / "images" / f"{i:03d}.png" for i in range(60)]
     paths[0].parent.mkdir()
     labels = np.arange(60) % 4
     for path, label in zip(paths, labels, strict=True):
         noisy = np.array([60, 120, 180]) * (label + 1) / 4 + rng.integers(-15, 15, (24, 24, 3))
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path)
     paths[59].write_bytes(paths[0].read_bytes())
-    features = rng.normal(size=(60, 8)).astype(np.float32)  # that know nothing
+    features = rng.normal(size=(60, 8)).astype(np.float32)  # without information
     for name, part in (("train", slice(0, 40)), ("test", slice(40, 60))):
         names = [str(path) for path in paths[part]]
         features_file(tmp_path / f"{name}.h5", features=features[part], labels=labels[part], paths=names)

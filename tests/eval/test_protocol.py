@@ -52,7 +52,7 @@ def test_the_kind_of_features_can_be_chosen(tmp_path, features_file, run_knn):
         run_knn("--features", file, "--kind", "last4")
 
 
-def test_a_network_is_asked_for_the_kind_to_judge(checkpoint, tmp_path, draw_cells, run_knn):
+def test_a_network_is_asked_for_the_kind_to_evaluate(checkpoint, tmp_path, draw_cells, run_knn):
     data = draw_cells(tmp_path / "cells", n=6, seed=0)
     flags = ("--checkpoint", checkpoint, "--data", data, "--image-size", 28, "--k", 1, "--folds", 2)
     _, alone = run_knn(*flags, "--kind", "mean", "--baseline", "untrained")

@@ -40,15 +40,15 @@ def predicted():
 
 
 def test_a_summary_has_all_folds_together_and_each(predicted):
-    labels, found = predicted
-    assert found.tested.tolist() == list(range(11))
-    assert found.fold_of.tolist() == [0] * 7 + [1] * 4 + [-1]
-    summary = summarize(labels, found, NAMES)
-    together = classification_metrics(labels[:11], found.predictions[:11], NAMES, found.probabilities[:11])
+    labels, by_folds = predicted
+    assert by_folds.tested.tolist() == list(range(11))
+    assert by_folds.fold_of.tolist() == [0] * 7 + [1] * 4 + [-1]
+    summary = summarize(labels, by_folds, NAMES)
+    together = classification_metrics(labels[:11], by_folds.predictions[:11], NAMES, by_folds.probabilities[:11])
     assert {name: summary[name] for name in together} == together
     first, second = summary["folds"]
     assert (first["train"], first["test"], first["lambda"]) == (5, 7, 0.5)
-    of_second = classification_metrics(labels[7:11], found.predictions[7:11], NAMES, found.probabilities[7:11])
+    of_second = classification_metrics(labels[7:11], by_folds.predictions[7:11], NAMES, by_folds.probabilities[7:11])
     assert second["log_loss"] == of_second["log_loss"]
     assert "confusion" not in second
     values = first["accuracy"], second["accuracy"]
@@ -60,17 +60,17 @@ def test_a_summary_has_all_folds_together_and_each(predicted):
 
 
 def test_predictions_of_odd_class_names_come_back(predicted, tmp_path):
-    labels, found = predicted
+    labels, by_folds = predicted
     names = ["two\nlines", "a\u2028b", '"<b>", &']
-    write_predictions(tmp_path / "predictions.csv", [f"{i}.png" for i in range(12)], labels, found, names)
+    write_predictions(tmp_path / "predictions.csv", [f"{i}.png" for i in range(12)], labels, by_folds, names)
     table = read_predictions(tmp_path / "predictions.csv")
     assert table.labels == [names[i] for i in labels[:11]]
-    assert table.predictions == [names[i] for i in found.predictions[:11]]
+    assert table.predictions == [names[i] for i in by_folds.predictions[:11]]
 
 
 def test_one_fold_has_no_spread_and_patients_decide_the_intervals(predicted):
-    labels, found = predicted
-    one = FoldPredictions(found.folds[:1], np.where(found.fold_of == 0, found.predictions, -1), None, [{}])
+    labels, by_folds = predicted
+    one = FoldPredictions(by_folds.folds[:1], np.where(by_folds.fold_of == 0, by_folds.predictions, -1), None, [{}])
     summary = summarize(labels, one, NAMES)
     assert "mean_over_folds" not in summary
     assert "auroc" not in summary
@@ -80,28 +80,28 @@ def test_one_fold_has_no_spread_and_patients_decide_the_intervals(predicted):
 
 
 def test_predictions_come_back(predicted, tmp_path):
-    labels, found = predicted
+    labels, by_folds = predicted
     paths, patients = [f"/cells/ä {i}, left.png" for i in range(12)], [f"p{i % 4}" for i in range(12)]
-    write_predictions(tmp_path / "predictions.csv", paths, labels, found, NAMES, patients)
+    write_predictions(tmp_path / "predictions.csv", paths, labels, by_folds, NAMES, patients)
     table = read_predictions(tmp_path / "predictions.csv")
     assert table.keys == paths[:11]
     assert table.labels == [NAMES[i] for i in labels[:11]]
-    assert table.predictions == [NAMES[i] for i in found.predictions[:11]]
+    assert table.predictions == [NAMES[i] for i in by_folds.predictions[:11]]
     assert table.patients == patients[:11]
     assert table.key_column == "path"
     assert table.class_names == NAMES
-    np.testing.assert_allclose(table.probabilities, found.probabilities[:11])
+    np.testing.assert_allclose(table.probabilities, by_folds.probabilities[:11])
     header, first = (tmp_path / "predictions.csv").read_text(encoding="utf-8").splitlines()[:2]
     assert header == 'path,patient,label,prediction,fold,p_basophil,p_blast,"p_große, seltene"'
     assert first == '"/cells/ä 0, left.png",p0,basophil,basophil,0,0.8,0.1,0.1'
 
-    without = FoldPredictions(found.folds, found.predictions, None, found.settings)
+    without = FoldPredictions(by_folds.folds, by_folds.predictions, None, by_folds.settings)
     write_predictions(tmp_path / "bags.csv", patients[:4] + paths[4:], labels, without, NAMES, key_column="patient")
     assert (tmp_path / "bags.csv").read_text(encoding="utf-8").startswith("patient,label,prediction,fold\np0,basophil,")
     bags = read_predictions(tmp_path / "bags.csv")
     assert (bags.key_column, bags.patients, bags.probabilities) == ("patient", bags.keys, None)
 
-    write_predictions(tmp_path / "unlabelled.csv", paths, None, found, NAMES)
+    write_predictions(tmp_path / "unlabelled.csv", paths, None, by_folds, NAMES)
     unlabelled = read_predictions(tmp_path / "unlabelled.csv")
     assert unlabelled.labels is None
     assert unlabelled.predictions == table.predictions
@@ -146,8 +146,8 @@ def test_a_report_with_nan_is_not_written(tmp_path):
 
 
 def test_rows_of_each_protocol_know_their_predictions(predicted, tmp_path):
-    labels, found = predicted
-    summary = summarize(labels, found, NAMES)
+    labels, by_folds = predicted
+    summary = summarize(labels, by_folds, NAMES)
     versions = {"dinov2": __version__}
     layouts = {
         "knn": ({"model": {"knn_5": summary}, "pixels": {"knn_5": summary}}, {"protocol": "dino"}),
@@ -181,8 +181,8 @@ def test_rows_of_each_protocol_know_their_predictions(predicted, tmp_path):
 
 
 def test_a_row_has_its_numbers_and_predictions(predicted, tmp_path):
-    labels, found = predicted
-    results = {"model": {"linear_dinobloom": summarize(labels, found, NAMES)}}
+    labels, by_folds = predicted
+    results = {"model": {"linear_dinobloom": summarize(labels, by_folds, NAMES)}}
     write_report(tmp_path, {"protocol": "linear", "results": results})
     (row,) = read_result(tmp_path / "results.json", "mine").rows
     assert row.n_tested == 11
@@ -190,7 +190,7 @@ def test_a_row_has_its_numbers_and_predictions(predicted, tmp_path):
     assert row.interval("accuracy") == tuple(row.metrics["intervals"]["accuracy"])
     assert row.interval("calibration_error") is None
     assert row.table is None
-    write_predictions(tmp_path / "predictions.csv", [f"{i}" for i in range(12)], labels, found, NAMES)
+    write_predictions(tmp_path / "predictions.csv", [f"{i}" for i in range(12)], labels, by_folds, NAMES)
     (row,) = read_result(tmp_path / "results.json", "mine").rows
     assert row.table.labels == [NAMES[i] for i in labels[:11]]
 

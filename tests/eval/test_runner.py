@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).parents[2]
 CLASSES = ["basophil", "eosinophil", "lymphocyte"]
 
 
-def test_one_set_from_pictures_to_results(checkpoint, tmp_path, draw_cells, run_knn):
+def test_one_set_from_images_to_results(checkpoint, tmp_path, draw_cells, run_knn):
     data = draw_cells(tmp_path / "cells", n=12, seed=0)
     blind = torch.load(checkpoint, weights_only=True)
     blind["teacher"]["backbone.patch_embed.proj.weight"].zero_()
@@ -78,7 +78,7 @@ def test_the_same_inputs_give_the_same_bytes_but_for_the_date(tmp_path, protocol
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
 
-def test_knn_and_the_linear_probe_judge_the_same_split(tmp_path, features_file, rows_of):
+def test_knn_and_the_linear_probe_use_the_same_split(tmp_path, features_file, rows_of):
     file = features_file(tmp_path / "f.h5", patients=[f"p{i % 20}" for i in range(80)])
     for flags in ((), ("--seed", "3"), ("--folds", "4"), ("--test-fraction", "0.25")):
         splits = []

@@ -32,7 +32,7 @@ Backend = Literal["torch", "sklearn"]
 CHUNK = 8192  # samples that are converted to float64 at a time
 CURVATURE = 0.02  # c: smaller than at the start (1 / C), since most samples are fitted well at the optimum
 MAX_ITER = {"torch": 3000, "sklearn": 1000}
-# L-BFGS stops when the mean loss changes by less. Probabilities of held-out samples are then within some 1e-4 of the
+# L-BFGS stops when the mean loss changes by less. Probabilities of held-out samples are then within about 1e-4 of the
 # optimum's, for penalties like dinobloom's.
 LOSS_TOLERANCE = 1e-13
 

@@ -12,7 +12,7 @@ COUNTED = ("accuracy", "balanced_accuracy", "weighted_f1", "macro_f1", "kappa")
 NAMES = list("abcd")
 
 
-def answers(n=300, share_right=0.7, n_classes=4, seed=0):
+def random_predictions(n=300, share_right=0.7, n_classes=4, seed=0):
     rng = np.random.default_rng(seed)
     labels = np.minimum(rng.integers(0, n_classes, n), rng.integers(0, n_classes, n))
     return labels, np.where(rng.random(n) < share_right, labels, rng.integers(0, n_classes, n))
@@ -28,16 +28,16 @@ def resample(labels, predictions, probabilities, groups, n_resamples, seed):
     """The bootstrap as one would write it down: rows drawn, metrics computed anew."""
     rng = np.random.default_rng(seed)
     members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
-    found = []
+    draws = []
     for _ in range(n_resamples):
         rows = np.concatenate([members[g] for g in rng.integers(len(members), size=len(members))])
-        found.append(classification_metrics(labels[rows], predictions[rows], NAMES, probabilities[rows]))
-    return {name: np.quantile([m[name] for m in found], [0.025, 0.975]) for name in (*COUNTED, "auroc", "log_loss")}
+        draws.append(classification_metrics(labels[rows], predictions[rows], NAMES, probabilities[rows]))
+    return {name: np.quantile([m[name] for m in draws], [0.025, 0.975]) for name in (*COUNTED, "auroc", "log_loss")}
 
 
 def test_weights_count_a_sample_as_often_as_they_say():
     """The metrics of weights are those of the samples written out that often; some classes lose all their samples."""
-    labels, predictions = answers(n=12)
+    labels, predictions = random_predictions(n=12)
     probabilities = probabilities_of(labels)
     metrics_of = WeightedMetrics(labels, predictions, 4, probabilities)
     for seed in range(20):
@@ -58,7 +58,7 @@ def test_metrics_that_need_two_classes_are_nan_for_one():
 
 
 def test_intervals_by_patient_are_those_of_plain_resampling():
-    labels, predictions = answers(n=200)
+    labels, predictions = random_predictions(n=200)
     probabilities = probabilities_of(labels)
     groups = np.arange(200) // 8
     patients = [f"p{g}" for g in groups]
@@ -70,20 +70,20 @@ def test_intervals_by_patient_are_those_of_plain_resampling():
 
 
 def test_intervals_follow_the_seed_and_hold_the_value():
-    labels, predictions = answers()
+    labels, predictions = random_predictions()
     probabilities = probabilities_of(labels)
-    found = bootstrap_intervals(labels, predictions, 4, probabilities)
-    assert found == bootstrap_intervals(labels, predictions, 4, probabilities)
-    assert found != bootstrap_intervals(labels, predictions, 4, probabilities, seed=1)
+    intervals = bootstrap_intervals(labels, predictions, 4, probabilities)
+    assert intervals == bootstrap_intervals(labels, predictions, 4, probabilities)
+    assert intervals != bootstrap_intervals(labels, predictions, 4, probabilities, seed=1)
     metrics = classification_metrics(labels, predictions, NAMES, probabilities)
-    for name, (low, high) in found.items():
+    for name, (low, high) in intervals.items():
         assert low < metrics[name] < high
 
 
 def test_accuracy_is_covered_as_often_as_promised():
     covered = 0
     for seed in range(200):
-        labels, predictions = answers(n=150, share_right=0.7, n_classes=2, seed=seed)
+        labels, predictions = random_predictions(n=150, share_right=0.7, n_classes=2, seed=seed)
         low, high = bootstrap_intervals(labels, predictions, 2, n_resamples=500)["accuracy"]
         covered += low <= 0.85 <= high
     assert 0.90 <= covered / 200 <= 0.99
@@ -103,18 +103,18 @@ def test_cells_of_a_patient_alike_make_intervals_wider():
 
 
 def test_one_patient_gives_no_interval():
-    labels, predictions = answers(n=20)
+    labels, predictions = random_predictions(n=20)
     assert bootstrap_intervals(labels, predictions, 4, patients=["p"] * 20) == {}
-    found = compare_paired(labels, predictions, labels, 4, patients=["p"] * 20)
-    assert found["differences"]["accuracy"]["interval"] is None
-    assert found["differences"]["accuracy"]["p_value"] is None
+    result = compare_paired(labels, predictions, labels, 4, patients=["p"] * 20)
+    assert result["differences"]["accuracy"]["interval"] is None
+    assert result["differences"]["accuracy"]["p_value"] is None
     with pytest.raises(ValueError, match="19 patients for 20 samples"):
         bootstrap_intervals(labels, predictions, 4, patients=["p"] * 19)
 
 
 def test_a_large_set_is_quick():
     """Weights are drawn and counted; computing the metrics of 50,000 rows a thousand times would take a minute."""
-    labels, predictions = answers(n=50_000, n_classes=4)
+    labels, predictions = random_predictions(n=50_000, n_classes=4)
     low, high = bootstrap_intervals(labels, predictions, 4)["accuracy"]
     half_width = 1.96 * np.sqrt(0.775 * 0.225 / 50_000)
     assert (high - low) / 2 == pytest.approx(half_width, rel=0.1)
@@ -132,15 +132,15 @@ def test_mcnemar_is_a_fair_coins_tail(a, b):
 
 
 def test_paired_tests_see_a_difference_that_intervals_hide():
-    labels, worse = answers(n=400, share_right=0.7)
+    labels, worse = random_predictions(n=400, share_right=0.7)
     better = worse.copy()
     mended = np.flatnonzero(worse != labels)[:12]
     better[mended] = labels[mended]
     of_worse, of_better = (bootstrap_intervals(labels, p, 4)["accuracy"] for p in (worse, better))
     assert of_worse[1] > of_better[0]  # they overlap
-    found = compare_paired(labels, worse, better, 4)
-    assert found["mcnemar"] == {"only_a_right": 0, "only_b_right": 12, "p_value": pytest.approx(2 / 2**12)}
-    accuracy = found["differences"]["accuracy"]
+    result = compare_paired(labels, worse, better, 4)
+    assert result["mcnemar"] == {"only_a_right": 0, "only_b_right": 12, "p_value": pytest.approx(2 / 2**12)}
+    accuracy = result["differences"]["accuracy"]
     assert accuracy["difference"] == pytest.approx(12 / 400)
     assert accuracy["a"] == pytest.approx((worse == labels).mean())
     assert accuracy["interval"][0] > 0
@@ -150,11 +150,11 @@ def test_paired_tests_see_a_difference_that_intervals_hide():
 
 
 def test_equal_methods_do_not_differ():
-    labels, predictions = answers()
-    found = compare_paired(labels, predictions, predictions, 4)
-    assert found["mcnemar"]["p_value"] == 1
-    assert found["differences"]["macro_f1"]["interval"] == [0, 0]
-    assert found["differences"]["macro_f1"]["p_value"] == 1
+    labels, predictions = random_predictions()
+    result = compare_paired(labels, predictions, predictions, 4)
+    assert result["mcnemar"]["p_value"] == 1
+    assert result["differences"]["macro_f1"]["interval"] == [0, 0]
+    assert result["differences"]["macro_f1"]["p_value"] == 1
 
 
 def test_a_gain_on_one_patient_alone_is_none_by_patient():
