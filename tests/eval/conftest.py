@@ -83,8 +83,8 @@ class Page(HTMLParser):
             self.headings.append((self._into, data))
 
     def table(self, start):
-        (found,) = [rows for caption, rows in self.tables.items() if caption.startswith(start)]
-        return {row[0].text: dict(zip([cell.text for cell in found[0]], row, strict=True)) for row in found[1:]}
+        (rows,) = [content for caption, content in self.tables.items() if caption.startswith(start)]
+        return {row[0].text: dict(zip([cell.text for cell in rows[0]], row, strict=True)) for row in rows[1:]}
 
 
 @pytest.fixture(scope="module")

@@ -440,22 +440,6 @@ def test_files_that_do_not_go_together_are_refused_and_leave_nothing(files, tmp_
     expect_nothing(tmp_path, "train and test share", "--features", files[0], tmp_path / "again.h5")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("label,common\nx,y\n", r"has the columns \['label', 'common'\]; expected dataset,label,common"),
-        ("dataset,label,common\nmll,blast,x\n", "line 2: no data set is called 'mll'; there are pbc, ssl, bm"),
-        ("dataset,label,common\npbc,Blast,x\n", "line 2: pbc has no label 'Blast'; it has basophil, blast, monocyte"),
-        ("dataset,label,common\npbc,blast,x\npbc,blast,y\n", "line 3: 'blast' of pbc has a row already"),
-    ],
-)
-def test_maps_that_are_wrong(text, message, files, tmp_path):
-    (tmp_path / "map.csv").write_text(text)
-    expect_nothing(tmp_path, message, "--features", *files, "--classes-map", tmp_path / "map.csv")
-    with pytest.raises(FileNotFoundError, match="--classes-map: no file"):
-        run(tmp_path / "out", "--features", *files, "--classes-map", tmp_path / "absent.csv")
-
-
 def test_runs_as_a_script_from_any_folder(files, tmp_path):
     script = [sys.executable, str(REPOSITORY / "dinov2" / "eval" / "cross.py"), "--features", "pbc.h5", "ssl.h5"]
     options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(REPOSITORY)}, "text": True}
