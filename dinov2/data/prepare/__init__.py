@@ -1,6 +1,6 @@
 """Prepare public data sets of blood cells: from the unpacked archive to training lists and labels.
 
-Each module of this package with a `DATASET` declares a data set; docs/datasets.md shows how to add one.
+Each `DataSet` in a module of this package is known by its name; docs/datasets.md shows how to add one.
 """
 
 import difflib
@@ -11,20 +11,16 @@ from dinov2.data.prepare.base import DataSet
 
 
 def all_datasets() -> dict[str, DataSet]:
-    """Return {name: data set} of all modules of this package that declare one, sorted by name."""
+    """Return {name: data set} of all that the modules of this package declare, sorted by name."""
     modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
-    datasets = [module.DATASET for module in modules if hasattr(module, "DATASET")]
+    datasets = [value for module in modules for value in vars(module).values() if isinstance(value, DataSet)]
     by_name = {dataset.name: dataset for dataset in sorted(datasets, key=lambda dataset: dataset.name)}
-    assert len(by_name) == len(datasets), "two modules declare data sets of the same name"
+    assert len(by_name) == len(datasets), "two data sets have the same name"
     return by_name
 
 
 def get_dataset(name: str) -> DataSet:
-    """Return the data set of that name.
-
-    Raises:
-        ValueError: if there is none; the message suggests the most similar name.
-    """
+    """Return the data set of that name; a ValueError for an unknown one suggests the most similar name."""
     datasets = all_datasets()
     if name not in datasets:
         near = difflib.get_close_matches(name, datasets, n=1, cutoff=0.5)
