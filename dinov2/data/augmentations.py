@@ -41,10 +41,7 @@ IDENTITY = np.eye(3)
 class AugmentationSettings:
     """Probabilities and strengths of the operations.
 
-    Three values are for (first global crop, second global crop, local crops).
-
-    Raises:
-        ValueError: if a value is out of range.
+    Three values are for (first global crop, second global crop, local crops). ValueError: a value is out of range.
     """
 
     hflip_probability: float  # left-right mirror
@@ -75,9 +72,7 @@ class AugmentationSettings:
             if not all(0 <= v <= highest and v < math.inf for v in (value if isinstance(value, tuple) else (value,))):
                 raise ValueError(f"{field.name}: must lie between 0 and {highest}, found {value}")
         if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
-            raise ValueError(
-                f"blur_sigma: expected (lowest, highest) with 0 < lowest <= highest, found {self.blur_sigma}"
-            )
+            raise ValueError(f"blur_sigma: expected 0 < lowest <= highest, found {self.blur_sigma}")
         if self.blur_kernel_size % 2 != 1:
             raise ValueError(f"blur_kernel_size: must be odd and at least 1, found {self.blur_kernel_size}")
 
@@ -98,13 +93,10 @@ class CropParameters(NamedTuple):
 
 
 def draw_box(rng: Random, height: int, width: int, scale: Sequence[float]) -> tuple[int, int, int, int]:
-    """Draw a crop box with the distribution of torchvision's RandomResizedCrop.
+    """Draw a crop box (top, left, height, width) with the distribution of torchvision's RandomResizedCrop.
 
-    Area and log aspect ratio are uniform. The first of ten tries that fits into the image is taken; if none fits, the
-    largest central box with an allowed ratio. `scale` is the lowest and highest share of the image's area.
-
-    Returns:
-        top, left, height, width in pixels.
+    Area (lowest and highest share of the image's in `scale`) and log aspect ratio are uniform. The first of ten tries
+    that fits into the image is taken; if none fits, the largest central box with an allowed ratio.
     """
     log_low, log_high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
     for _ in range(N_BOX_TRIES):
@@ -145,14 +137,10 @@ def draw_crop(
 
 
 def crop_resize(image: Pixels, box: Sequence[int], size: int) -> Pixels:
-    """Cut out a box and resize it to [S, S, 3] with Pillow's antialiased bicubic filter.
+    """Cut a box (top, left, height, width) out of [H, W, 3] and resize it to [S, S, 3], bicubic with antialiasing.
 
-    OpenCV's bicubic filter differs (a = -0.75, no antialiasing). PyTorch's is within 2 levels of Pillow's.
-
-    Args:
-        image: [H, W, 3] of any strides; channels-last memory is the fast one.
-        box: top, left, height, width in pixels, inside the image.
-        size: S.
+    OpenCV's bicubic filter differs (a = -0.75, no antialiasing). PyTorch's is within 2 levels of Pillow's. Any strides
+    do; channels-last memory is the fast one.
     """
     top, left, height, width = box
     cut = np.ascontiguousarray(image[top : top + height, left : left + width])
@@ -288,9 +276,6 @@ class DataAugmentationDINO:
             global_crops_size, local_crops_size: S and s, in pixels.
             dtype: of the crops: a float type for normalised ones, uint8 for levels of 0 to 255.
             **settings: fields of `AugmentationSettings` that replace the recipe's own value.
-
-        Raises:
-            ValueError: if a value is out of range or a setting is unknown.
         """
         known = [field.name for field in fields(AugmentationSettings)]
         unknown = sorted(settings.keys() - known)
@@ -314,18 +299,11 @@ class DataAugmentationDINO:
         self.views += [(N_GLOBAL_CROPS, int(local_crops_size), local_scale)] * int(local_crops_number)
 
     def __call__(self, image: Image.Image | Tensor, rng: Random | None = None) -> dict[str, Any]:
-        """Make the crops of one image.
+        """Make the crops of one image, uint8 [3, H, W] or a Pillow image.
 
-        Args:
-            image: uint8 [3, H, W] or a Pillow image.
-            rng: source of randomness; None: seeded by torch's default generator.
-
-        Returns:
-            `global_crops`: two [3, S, S] of `dtype`; `global_crops_teacher`: the same two; `local_crops`: L of
-            [3, s, s]; `offsets`: (), a key that upstream's users expect.
-
-        Raises:
-            ValueError: if the image has another type or shape.
+        Without `rng`, torch's default generator seeds one. The result has `global_crops`, two [3, S, S] of `dtype`;
+        `global_crops_teacher`, the same two; `local_crops`, L of [3, s, s]; and `offsets`, (), which upstream's users
+        expect.
         """
         pixels = _pixels(image)
         height, width = pixels.shape[:2]

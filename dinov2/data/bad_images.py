@@ -37,11 +37,7 @@ class BadImages:
                 self._new[path] = reason
 
     def settle(self) -> None:
-        """Gather the records of all processes and write them; every process must call this.
-
-        Raises:
-            RuntimeError: on every process, if more than `max_fraction` of the listed images cannot be read.
-        """
+        """Gather and write the records; every process must call this, and raises if there are too many."""
         gathered = {path: reason for new in all_gather_objects(self._new) for path, reason in new.items()}
         self._new = {}
         if gathered.keys() <= self.reasons.keys() and self._is_written:
@@ -51,17 +47,14 @@ class BadImages:
             self._write()
         if len(self.reasons) > self.max_fraction * self.n_listed:
             raise RuntimeError(
-                f"train.max_bad_fraction: {len(self.reasons)} of {self.n_listed} listed images cannot be read, "
-                f"more than the {self.max_fraction:.2%} allowed; see {self.path} for each path and reason, then mend "
-                "the lists or raise the limit"
+                f"train.max_bad_fraction: {len(self.reasons)} of {self.n_listed} listed images cannot be read, more "
+                f"than the {self.max_fraction:.2%} allowed; see {self.path}, then mend the lists or raise the limit"
             )
 
     def _write(self) -> None:
         try:
             with atomic_write(self.path, "w") as file:
-                writer = csv.writer(file)
-                writer.writerow(["path", "reason"])
-                writer.writerows(self.reasons.items())
+                csv.writer(file).writerows([("path", "reason"), *self.reasons.items()])
         except OSError as error:  # a full disk must not end a run
             if self._is_written:
                 logger.warning("cannot write %s (%s); it is tried again later", self.path, error.strerror)
@@ -71,7 +64,6 @@ class BadImages:
 
 
 def _is_readable(path: str) -> bool:
-    """Return True if the image can be decoded now."""
     try:
         decode_image(read_image(path), name=path)
     except UnreadableImageError:

@@ -89,10 +89,7 @@ class PackedCache:
     """The squares of a dataset's images. A pickled copy, as a worker gets, can `fetch` but not build."""
 
     def __init__(self, folder: str | os.PathLike[str], source: ImageSource, image_size: int, fit: str = "crop") -> None:
-        """Open the cache, which may not exist yet; nothing is written.
-
-        `folder` may hold the images of other datasets, sizes and fits too.
-        """
+        """Open the cache, which may not exist yet; `folder` may hold other datasets, sizes and fits too."""
         if image_size < 1:
             raise ValueError(f"image_size: {image_size} pixels; give 1 or more")
         self.source, self.image_size, self.fit = source, image_size, fit
@@ -135,12 +132,7 @@ class PackedCache:
         return self.__dict__ | dict.fromkeys(("_pixels", "_keys", "_first", "_entries", "_lock"))
 
     def fetch(self, i: int) -> np.ndarray:
-        """Return image i, uint8 [S, S, 3], as a read-only view of the file.
-
-        Raises:
-            UnreadableImageError: the image could not be read when it was packed; the same error as without a cache.
-            KeyError: it is not packed.
-        """
+        """Return image i, uint8 [S, S, 3], as a read-only view of the file; fail for an unreadable one."""
         if i in self._reasons:
             raise UnreadableImageError(self.source.path(i), self._reasons[i])
         if self._rows[i] < 0:
@@ -179,14 +171,9 @@ class PackedCache:
     def build(self, n_workers: int | None = None, *, should_stop: ShouldStop = lambda: False) -> Summary:
         """Pack missing and changed images, and open the result; a second build waits for the first.
 
-        In a process group all ranks call this together, and rank 0 packs for all.
-
-        Args:
-            n_workers: processes that decode; 0 or 1 decodes in this one; None: one for each core.
-            should_stop: called regularly on all ranks; a stopped build keeps the packed images.
-
-        Raises:
-            ValueError: the disk has too little space, or images are missing and the folder cannot be written.
+        In a process group all ranks call this together, and rank 0 packs for all, with `n_workers` processes (0 or 1:
+        this one; None: one for each core). `should_stop` is called regularly on all ranks; a stopped build keeps the
+        packed images.
         """
         is_stopped = False
         rounds = self._build(n_workers, lambda: is_stopped or should_stop())
@@ -270,7 +257,7 @@ class PackedCache:
         return key, *stamp, _checksum(key, record), status, b""
 
     def verify(self, should_stop: ShouldStop = lambda: False) -> tuple[int, list[str]]:
-        """Check all records, also those of other datasets; return their number, and the names of the damaged ones.
+        """Check all records, also of other datasets; return their number, and the names of the damaged ones.
 
         The entries of damaged records are cleared, so that the next build packs these images again.
         """

@@ -47,8 +47,7 @@ def draw_masks(
         crops: positions in the batch of the crops to draw for; None: all.
 
     Returns:
-        masks: bool [len(crops), P].
-        upperbound: the largest possible number of masked patches in so many crops.
+        masks, bool [len(crops), P], and the largest possible number of masked patches in so many crops.
     """
     crops = range(n_crops) if crops is None else crops
     height, width = mask_generator.get_shape()
@@ -71,33 +70,21 @@ def draw_masks(
 def assemble_batch(
     crops: Mapping[str, Any], masks: Tensor, upperbound: int, dtype: torch.dtype
 ) -> dict[str, Tensor | int]:
-    """Build the batch dict from batched crops and their masks.
+    """Build the batch dict from batched crops and their masks, bool [G * B, P], in the order of the collated crops.
 
-    Args:
-        crops: `global_crops`, a list of G tensors [B, 3, S, S], and `local_crops`, a list of L tensors [B, 3, s, s].
-        masks: bool [G * B, P], in the order of the collated crops.
-        upperbound: see `draw_masks`.
-        dtype: of the collated crops.
-
-    Returns:
-        collated_global_crops: dtype [G * B, 3, S, S], all first crops before all second.
-        collated_local_crops: dtype [L * B, 3, s, s]; left out when L is 0.
-        collated_masks: bool [G * B, P].
-        mask_indices_list: int64 [M], positions of the masked patches in the flattened masks.
-        masks_weight: float32 [M], 1 / (number of masked patches in the patch's crop).
-        upperbound: int.
-        n_masked_patches: int64 [1], M.
+    `crops` has `global_crops`, a list of G tensors [B, 3, S, S], and `local_crops`, a list of L tensors [B, 3, s, s].
+    `upperbound` is that of `draw_masks`. Without local crops the batch has no `collated_local_crops`.
     """
     global_crops = torch.cat(list(crops["global_crops"])).to(dtype)  # [G * B, 3, S, S]
     counts = masks.sum(dim=1)  # [G * B]
     indices = masks.flatten().nonzero().flatten()  # [M]
     batch: dict[str, Tensor | int] = {
-        "collated_global_crops": global_crops,
+        "collated_global_crops": global_crops,  # all first crops before all second
         "collated_masks": masks,
-        "mask_indices_list": indices,
-        "masks_weight": (1 / counts.clamp(min=1)).repeat_interleave(counts),  # [M]
+        "mask_indices_list": indices,  # positions of the masked patches in the flattened masks
+        "masks_weight": (1 / counts.clamp(min=1)).repeat_interleave(counts),  # [M] 1 / masked patches in the crop
         "upperbound": upperbound,
-        "n_masked_patches": torch.tensor([len(indices)]),
+        "n_masked_patches": torch.tensor([len(indices)]),  # [1]
     }
     if crops["local_crops"]:
         batch["collated_local_crops"] = torch.cat(list(crops["local_crops"])).to(dtype)  # [L * B, 3, s, s]

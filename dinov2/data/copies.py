@@ -1,7 +1,4 @@
-"""Drop training images that are byte for byte copies of test images.
-
-Letters: N images
-"""
+"""Drop training images that are byte for byte copies of test images."""
 
 import logging
 import os
@@ -19,16 +16,8 @@ logger = logging.getLogger("dinov2")
 def without_copies(paths: Sequence[str], folds: Sequence[Fold]) -> tuple[list[Fold], dict[str, int]]:
     """Drop the training images of each fold that have the bytes of one of its test images.
 
-    Args:
-        paths: N image files.
-        folds: training and test positions each.
-
-    Returns:
-        the folds, and two counts: `dropped_identical_bytes` (images dropped from at least one fold) and `not_checked`
-        (images that are not on this disk).
-
-    Raises:
-        ValueError: if an image file is on both sides of a fold, or none is left to train on.
+    Return the folds, and two counts: `dropped_identical_bytes` (images dropped from at least one fold) and
+    `not_checked` (images that are not on this disk). `folds` are positions in `paths`, N image files.
     """
     files = [os.path.realpath(path) for path in paths]
     for train, test in folds:

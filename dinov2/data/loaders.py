@@ -67,10 +67,6 @@ def make_dataset(
     Keys: root (required), shuffle (1 or 0), image_size, fit, seed, column, cache. A colon is part of a value unless one
     of these keys and `=` follow it, as in `root=C:\\cells` and `root=/data/12:30`. `settings` are values for keys that
     the string lacks; for the transforms see `HemaStandardDataset`.
-
-    Raises:
-        ValueError: unknown name or key, a key twice or without a value, or a value of the wrong kind.
-        FileNotFoundError: nothing at `root` names images.
     """
     name, stated = _parse_dataset_str(dataset_str)
     dataset = DATASETS[name](transform=transform, target_transform=target_transform, **{**settings, **stated})
@@ -128,24 +124,20 @@ def make_data_loader(
 ) -> DataLoader:
     """Make the loader of this process's batches; the names and defaults are upstream's.
 
-    Batches do not depend on `num_workers`. Torch's global generators do not change.
+    Batches do not depend on `num_workers`. Torch's global generators do not change. Only the infinite samplers have an
+    advance, a balance and an augmentation.
 
     Args:
-        dataset, batch_size, num_workers, drop_last, persistent_workers, collate_fn: as for torch's
-            `DataLoader`; `batch_size` counts the images of this process.
+        batch_size: images of this process.
         shuffle: whether the sampler shuffles; without a sampler the order is the dataset's.
         seed: of the order, and of random numbers that a transform draws in the workers.
         sampler_type: INFINITE (the SHARDED ones are the same), EPOCH, DISTRIBUTED (torch's) or None.
         sampler_size: length of an epoch over all processes, for EPOCH only; -1 takes the dataset's.
-        sampler_advance: samples of the global stream already used, for the infinite samplers only.
+        sampler_advance: samples of the global stream already used.
         pin_memory: use memory that a GPU copies from asynchronously; None: if there is a GPU.
-        balance: how often each set of the dataset is sampled, for the infinite samplers only; None: all images alike.
-        augmentation: applied to each image, seeded by (seed, position in the global stream), for the infinite samplers
-            only; the samples are then `AugmentedSample`s.
-
-    Raises:
-        ValueError: the sampler does not support the size, advance, balance or augmentation, or the balance does not fit
-            the sets.
+        balance: how often each set of the dataset is sampled; None: all images alike.
+        augmentation: applied to each image, seeded by (seed, position in the global stream); the samples are then
+            `AugmentedSample`s.
     """
     sampler = _make_sampler(dataset, sampler_type, shuffle, seed, sampler_size, sampler_advance, balance)
     if augmentation is not None:

@@ -34,10 +34,8 @@ class MaskingGenerator:
         Args:
             input_size: (h, w) in patches, or one number for a square.
             num_masking_patches: the default of `max_num_patches`, as in upstream; no limit if both are None.
-            min_num_patches: smallest area drawn for a block.
-            max_num_patches: largest area drawn for a block, and most patches that one block may add.
-            min_aspect: smallest height / width of a block.
-            max_aspect: largest height / width; 1 / min_aspect by default.
+            min_num_patches, max_num_patches: smallest and largest area of a block.
+            min_aspect, max_aspect: smallest and largest height / width; `max_aspect` is 1 / min_aspect by default.
         """
         self.height, self.width = (input_size, input_size) if isinstance(input_size, int) else input_size
         self.num_patches = self.height * self.width
@@ -52,15 +50,7 @@ class MaskingGenerator:
         return self.height, self.width
 
     def __call__(self, num_masking_patches: int = 0, rng: np.random.Generator | None = None) -> np.ndarray:
-        """Draw one mask.
-
-        Args:
-            num_masking_patches: how many patches to mask.
-            rng: source of randomness; None: seeded by Python's `random`, which upstream's users seed.
-
-        Returns:
-            bool [h, w], True where masked.
-        """
+        """Draw one mask, bool [h, w]; without `rng`, Python's `random` seeds it, which upstream's users seed."""
         if rng is None:
             rng = np.random.default_rng(random.getrandbits(64))
         mask = np.zeros((self.height, self.width), dtype=bool)

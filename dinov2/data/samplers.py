@@ -63,8 +63,7 @@ class InfiniteSampler(Sampler[int]):
             seed: any integer.
             start: this process's first position after `advance`; its rank by default.
             step: distance between two of this process's positions; the world size by default.
-            advance: positions of the GLOBAL stream that earlier training used, on all processes together. (Upstream
-                counts those of one process.)
+            advance: positions of the GLOBAL stream, of all processes, used before. (Upstream counts those of one.)
         """
         self._pass_length, self._shuffle, self._seed = sample_count, shuffle, seed
         self.first_position = advance + (get_rank() if start is None else start)
@@ -84,9 +83,8 @@ class InfiniteSampler(Sampler[int]):
 
     def _pass_order(self, pass_number: int) -> np.ndarray:
         """Return the indices of one pass, in order."""
-        if self._shuffle:
-            return shuffled_indices(self._pass_length, self._seed, pass_number)
-        return np.arange(self._pass_length)
+        n = self._pass_length
+        return shuffled_indices(n, self._seed, pass_number) if self._shuffle else np.arange(n)
 
 
 class PositionSampler(Sampler[tuple[int, int]]):
@@ -122,30 +120,17 @@ class EpochSampler(Sampler[int]):
 
 @dataclass(frozen=True)
 class Balance:
-    """How often each set of a dataset is sampled: in proportion to weight_i * n_i^(1 / T), for n_i images in set i.
+    """How often each set of a dataset is sampled: in proportion to weight_i * n_i^(1 / T), for n_i images in set i."""
 
-    Attributes:
-        weights: {set name: weight}; 1 for sets that are not named.
-        temperature: T; 1 gives each set its natural share, infinity gives all sets the same.
-
-    Raises:
-        ValueError: a weight is negative or not finite, or the temperature is not above 0.
-    """
-
-    weights: Mapping[str, float] = field(default_factory=dict)
-    temperature: float = 1.0
+    weights: Mapping[str, float] = field(default_factory=dict)  # {set name: weight}; 1 for sets that are not named
+    temperature: float = 1.0  # T; 1 gives each set its natural share, infinity gives all sets the same
 
     def __post_init__(self) -> None:
         for name, weight in self.weights.items():
             if not 0 <= weight < math.inf:
-                raise ValueError(
-                    f"train.balance.weights: {name} has {weight}; a weight is 0 (never seen) or a larger number"
-                )
+                raise ValueError(f"train.balance.weights: {name} has {weight}; give 0 (never seen) or more")
         if not self.temperature > 0:
-            raise ValueError(
-                f"train.balance.temperature: {self.temperature} is not above 0; 1 is the natural share of each set, "
-                f"infinity (.inf) the same for all"
-            )
+            raise ValueError(f"train.balance.temperature: {self.temperature}; give a number above 0, or .inf")
 
     @property
     def is_natural(self) -> bool:
@@ -155,14 +140,7 @@ class Balance:
     def quotas(self, names: Sequence[str], sizes: np.ndarray) -> np.ndarray:
         """Compute the number of positions of each set in a pass: int64 [S], with the sum max(N, `MIN_PASS`).
 
-        A set whose share is not 0 has at least one position.
-
-        Args:
-            names: S different names.
-            sizes: [S], images in each set.
-
-        Raises:
-            ValueError: a weight names no set, or no set with images has one above 0.
+        A set whose share is not 0 has at least one position. `sizes` are the numbers of images, [S].
         """
         unknown = [name for name in self.weights if name not in names]
         if unknown:
@@ -197,24 +175,9 @@ class BalancedSampler(InfiniteSampler):
     `InfiniteSampler`, the stream is a pure function of (seed, position).
     """
 
-    def __init__(
-        self,
-        *,
-        sets: np.ndarray,
-        quotas: np.ndarray,
-        seed: int = 0,
-        start: int | None = None,
-        step: int | None = None,
-        advance: int = 0,
-    ) -> None:
-        """
-        Args:
-            sets: [N], the set of each index of the dataset.
-            quotas: [S], positions of each set in a pass; 0 for sets without images.
-            seed, start, step, advance: as for `InfiniteSampler`.
-        """
-        length = int(np.sum(quotas))
-        super().__init__(sample_count=length, shuffle=True, seed=seed, start=start, step=step, advance=advance)
+    def __init__(self, *, sets: np.ndarray, quotas: np.ndarray, **settings: Any) -> None:
+        """Take the set of each index [N], each set's positions in a pass [S], and settings of `InfiniteSampler`."""
+        super().__init__(sample_count=int(np.sum(quotas)), shuffle=True, **settings)
         by_set = np.argsort(sets, kind="stable").astype(np.int32)
         ends = np.cumsum(np.bincount(sets, minlength=len(quotas)))
         self._members = np.split(by_set, ends[:-1])  # the indices of each set

@@ -7,7 +7,6 @@ Letters: N cells (or bags), with a label each. Labels are int64 [N], positions i
 None to split by cell.
 """
 
-import csv
 import logging
 import os
 import warnings
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from dinov2.data.datasets.tables import PATH_COLUMNS, open_table
@@ -40,11 +40,7 @@ def make_folds(
     """Draw stratified folds; each cell is in the test side of one fold, except for classes with a single cell.
 
     Without patients (or with one cell each) a class with a single cell is in the training side of every fold, since its
-    test could only fail. With patients, all cells of a patient are tested in one fold. `describe_folds` reports the
-    classes that some fold does not test or does not train on.
-
-    Raises:
-        ValueError: if there are fewer than two folds, or too few cells or patients for them.
+    test could only fail. With patients, all cells of a patient are tested in one fold.
     """
     labels = np.asarray(labels)
     if n_folds < 2:
@@ -62,13 +58,9 @@ def make_folds(
 def split_cells(
     labels: np.ndarray, patients: Sequence[str] | None, test_fraction: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one stratified split: positions of the training and of the test cells, both ascending.
+    """Draw one stratified split; all cells of a patient are on one side.
 
-    The cells are divided into round(1 / test_fraction) parts; the part closest to the wanted size is the test set. All
-    cells of a patient are on one side.
-
-    Raises:
-        ValueError: if the fraction is not in (0, 0.5], or there are too few patients or cells for it.
+    The cells are divided into round(1 / test_fraction) parts; the part closest to the wanted size is the test set.
     """
     if not 0 < test_fraction <= 0.5:
         raise ValueError(f"--test-fraction {test_fraction}: choose a share above 0 and up to 0.5")
@@ -102,13 +94,7 @@ def _check_enough(labels: np.ndarray, patients: Sequence[str] | None, n_parts: i
 
 
 def leave_one_dataset_out(datasets: Sequence[str]) -> dict[str, Fold]:
-    """Return a fold for each data set, {name: fold}: its cells are the test side, all others the training side.
-
-    `datasets` are the names of the N cells' data sets.
-
-    Raises:
-        ValueError: if all cells are of one data set.
-    """
+    """Return a fold for each data set, {name: fold}: its cells are the test side, all others the training side."""
     of_cell = np.asarray(datasets, dtype=str)
     names = np.unique(of_cell).tolist()
     if len(names) < 2:
@@ -124,9 +110,6 @@ def few_shot_draws(labels: np.ndarray, n_per_class: int, n_repeats: int, seed: i
 
     All cells of a smaller class are drawn. A draw depends on (seed, number of the draw, class) alone: the draw for 5 a
     class contains the draw for 1 a class, and more repeats do not change the first ones.
-
-    Raises:
-        ValueError: if `n_per_class` is more than the size of the largest class, or a number is below 1.
     """
     labels = np.asarray(labels)
     largest = np.bincount(labels).max(initial=0)
@@ -148,7 +131,7 @@ def few_shot_draws(labels: np.ndarray, n_per_class: int, n_repeats: int, seed: i
 
 def check_no_patient_on_two_sides(patients: Sequence[str], *sides: np.ndarray) -> None:
     """Raise a ValueError if a patient has cells in more than one of the sides (positions in `patients`)."""
-    counts = Counter(patient for side in sides for patient in {patients[int(i)] for i in side})
+    counts = Counter(patient for side in sides for patient in {patients[i] for i in side})
     shared = sorted(patient for patient, n_sides in counts.items() if n_sides > 1)
     if shared:
         raise ValueError(
@@ -158,12 +141,11 @@ def check_no_patient_on_two_sides(patients: Sequence[str], *sides: np.ndarray) -
 
 
 def describe_folds(labels: np.ndarray, folds: Sequence[Fold], class_names: Sequence[str]) -> dict[str, Any]:
-    """Return the sizes of folds and the classes that they lack, ready for JSON.
+    """Return the sizes of folds and the classes that they lack, ready for JSON; folds count from 0.
 
-    Returns:
-        `train_sizes`, `test_sizes` (one number a fold), `never_tested` ({class: number of its cells, all in training}),
-        `not_tested_in` ({class: folds without a test cell of it}) and `not_learned_in` ({class: folds that test it and
-        have no training cell of it}). Folds count from 0.
+    The keys: `train_sizes`, `test_sizes` (one number a fold), `never_tested` ({class: number of its cells, all in
+    training}), `not_tested_in` ({class: folds without a test cell of it}) and `not_learned_in` ({class: folds that test
+    it and have no training cell of it}).
     """
     labels, n_classes = np.asarray(labels), len(class_names)
     in_train, in_test = (
@@ -210,11 +192,8 @@ def write_split(file: PathLike, paths: Sequence[str], split: Split) -> None:
     """Write a CSV that `read_split` reads.
 
     One fold is written as `path,part` (train, val, test or unused); several as `path,fold`, where `fold` is the number
-    of the fold that tests the cell, or `train` for a cell that no fold tests. `paths` are N images (or patients).
-
-    Raises:
-        ValueError: if a path stands twice, a cell is tested twice, or one of several folds does not train on all cells
-            that it does not test.
+    of the fold that tests the cell, or `train` for a cell that no fold tests. Each of several folds must train on all
+    cells that it does not test. `paths` are N images (or patients).
     """
     _positions(paths, file)
     values = np.full(len(paths), "", dtype="<U20")
@@ -236,9 +215,8 @@ def write_split(file: PathLike, paths: Sequence[str], split: Split) -> None:
             values[test] = str(number)
     values[values == ""] = rest
     with atomic_write(file, "w") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(("path", column))
-        writer.writerows(zip(map(str, paths), values.tolist(), strict=True))
+        table = pd.DataFrame({"path": list(map(str, paths)), column: values}, dtype=object)
+        table.to_csv(stream, index=False, lineterminator="\n")
 
 
 def read_split(file: PathLike, paths: Sequence[str]) -> Split:
@@ -246,10 +224,6 @@ def read_split(file: PathLike, paths: Sequence[str]) -> Split:
 
     The column `path` may be called `Image Path`. Relative paths count from the file's folder. Each of `paths`, N images
     (or patients), needs a row; rows of other images are ignored.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if columns are missing, a value is unknown, a path stands twice or lacks a row, or a side is empty.
     """
     file = local_path(file)
     table = open_table(file, "split")
@@ -273,10 +247,7 @@ def read_split(file: PathLike, paths: Sequence[str]) -> Split:
         if column == PART_COLUMN and value not in PARTS:
             raise ValueError(f"{where}: part {value!r} is unknown; write {', '.join(PARTS[:-1])} or {PARTS[-1]}")
         if column == FOLD_COLUMN and value != ALWAYS_TRAINING and not value.isdecimal():
-            raise ValueError(
-                f"{where}: fold {value!r} is no number; write the number of the fold that tests the cell, or "
-                f"{ALWAYS_TRAINING}"
-            )
+            raise ValueError(f"{where}: fold {value!r} is no number; write the fold that tests the cell, or train")
         values[position] = value
     missing = [str(path) for i, path in enumerate(paths) if i not in values]
     if missing:

@@ -13,14 +13,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def normalize_images(images: Tensor) -> Tensor:
     """Normalise decoded images to the backbone's input: (x / 255 - mean) / std for each colour channel.
 
-    Args:
-        images: uint8 [B, 3, H, W] or [3, H, W], on any device.
-
-    Returns:
-        float32 of the same shape on the same device, contiguous.
-
-    Raises:
-        ValueError: if `images` has another type or does not have three channels.
+    From uint8 [B, 3, H, W] or [3, H, W] to contiguous float32 of the same shape, on the same device.
     """
     if images.dtype != torch.uint8 or images.ndim not in (3, 4) or images.shape[-3] != 3:
         raise ValueError(

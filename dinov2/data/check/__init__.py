@@ -32,7 +32,7 @@ def check_lists(
     drop_near_duplicates: bool = False,
     n_workers: int | None = None,
 ) -> dict[str, Any]:
-    """Check lists, and write report.json, report.md, findings.csv and `cleaned/` into `output`.
+    """Check lists, write report.json, report.md, findings.csv and `cleaned/` into `output`, and return the summary.
 
     The facts of each image are kept in `scan/` there, so that a stopped check continues.
 
@@ -45,12 +45,6 @@ def check_lists(
         near_duplicates: one of `NEAR_CHOICES`; "turned" also finds mirrored and turned images.
         drop_near_duplicates: leave near-duplicates out of the cleaned lists.
         n_workers: processes; None for all cores.
-
-    Returns:
-        The summary, as it is in report.json; `faults` is the number of faults.
-
-    Raises:
-        FileNotFoundError, ValueError, PermissionError: an option, a source or the output folder cannot be used.
     """
     n_workers = available_cores() if n_workers is None else n_workers
     if n_workers < 1:

@@ -67,10 +67,8 @@ def diagnose(
     """Collect all problems in the lists, and decide what the cleaned lists leave out.
 
     `near` has the columns a and b: positions of near-duplicates with different bytes; `drop_near` leaves these out.
-
-    Returns:
-        The findings (kind, path, other path, detail), in the order of `KINDS`; and for each entry the reason to leave
-        it out of a cleaned list, "" to keep it.
+    Return the findings (kind, path, other path, detail) in the order of `KINDS`, and for each entry the reason to leave
+    it out of a cleaned list, "" to keep it.
     """
     entries = entries.assign(content=images["content"].loc[entries["image"]].to_numpy())
     # an image may be named once by all training sources, once by all evaluation sources, and once by each label table
@@ -128,8 +126,7 @@ def _copies_and_leaks(images: pd.DataFrame, near: pd.DataFrame) -> Iterator[Find
 def _label_conflicts(entries: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
     """Find pairs of contents (a, b) that two comparable sources label differently, with the columns of both entries.
 
-    Sources are comparable if one has all classes of the other: a test split may lack some. Eight coarse and ten fine
-    classes of the same cells do not contradict each other.
+    Sources are comparable if one has all classes of the other: coarse and fine classes do not contradict each other.
     """
     labelled = entries[entries["label"] != ""].drop_duplicates(["content", "source", "label"])
     classes = labelled.groupby("source")["label"].agg(set)

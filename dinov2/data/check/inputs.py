@@ -50,10 +50,6 @@ def read_inputs(
         The sources; the entries, one for each time that a source names an image, with the columns source (its
         position), role, line, place, image (position in the paths), label, patient, dataset ("" for none) and is_hidden
         (a folder contains the image and its name begins with a dot); and the absolute path of each image.
-
-    Raises:
-        FileNotFoundError: a source does not exist, or a folder has no list and no image.
-        ValueError: a source is of another kind, is not UTF-8, lacks a column, or no image is named.
     """
     sources = []
     for role, paths in ((TRAINING, training), (LABELS, labels), (EVALUATION, evaluation)):

@@ -141,10 +141,8 @@ def similar_hashes(hashes: np.ndarray, with_turns: bool = False) -> np.ndarray:
 
     Two hashes are compared if one of their sixteen 16-bit words is equal (multi-index hashing, Norouzi et al. 2012).
     That finds every pair with at most 15 different bits, except where many hashes share a word: each of those is
-    compared with its next `MAX_NEIGHBOURS`. Equal hashes are paired with the first of them only.
-
-    Returns:
-        int64 [number of pairs, 2], the smaller position first, sorted.
+    compared with its next `MAX_NEIGHBOURS`. Equal hashes are paired with the first of them only. The pairs, int64
+    [number of pairs, 2], are sorted, the smaller position first.
     """
     different, first, inverse = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
     pairs = [np.stack([first[inverse.ravel()], np.arange(len(hashes))], axis=1)]

@@ -65,7 +65,7 @@ class Span(NamedTuple):
 
 
 def decode_image(source: str | os.PathLike[str] | bytes, name: str = "") -> np.ndarray:
-    """Decode an image.
+    """Decode an image to uint8 [H, W, 3], red, green, blue, which may be read-only.
 
     Transparent pixels are blended with white, the colour of an empty slide; 16-bit grey is scaled to 8 bits; the first
     of several frames is taken. Orientation tags are not applied.
@@ -73,9 +73,6 @@ def decode_image(source: str | os.PathLike[str] | bytes, name: str = "") -> np.n
     Args:
         source: a file, or the bytes of one.
         name: the image's name in an error; the file's path by default.
-
-    Returns:
-        uint8 [H, W, 3], red, green, blue; it may be read-only.
 
     Raises:
         UnreadableImageError: the file is missing, empty, truncated, damaged, not an image, suspiciously large
@@ -101,15 +98,15 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to mode RGB; return the same object if it has this mode already.
-
-    Raises:
-        ValueError: the pixels have no defined brightness.
-    """
+    """Convert an image to mode RGB; return the same object if it has this mode already."""
     if image.mode == "F":
         raise ValueError("its pixels are floats, which have no fixed range; save it with 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return _wide_grey_to_rgb(image)
+        # depending on its version, Pillow opens 16-bit PNGs in mode I (32 bits) or I;16
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError(f"its grey values go from {grey.min()} to {grey.max()}; save it with 8 or 16 bits")
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         if rgba.getchannel("A").getextrema()[0] == 255:
@@ -118,31 +115,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _wide_grey_to_rgb(image: Image.Image) -> Image.Image:
-    # depending on its version, Pillow opens 16-bit PNGs in mode I (32 bits) or I;16
-    grey = np.asarray(image).astype(np.int64)
-    if grey.min() < 0 or grey.max() > 65535:
-        raise ValueError(
-            f"its grey values go from {grey.min()} to {grey.max()}, beyond 16 bits; save it with 8 or 16 bits"
-        )
-    return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
-
-
 def resize_image(image: Image.Image | np.ndarray, size: int, fit: str = "crop") -> Tensor:
-    """Resize an image to `size` x `size` pixels with a Lanczos filter.
+    """Resize an image (Pillow's, or uint8 [H, W, 3]) to uint8 [3, S, S], in memory [S, S, 3], with a Lanczos filter.
 
-    Args:
-        image: of any size and mode; or uint8 [H, W, 3], red, green, blue.
-        size: S, in pixels.
-        fit: "crop" scales the shorter side to S and keeps the centre (torchvision's Resize and CenterCrop in one step);
-            "pad" scales the longer side to S and repeats the border pixels; "squash" scales both sides to S and
-            changes the aspect ratio, as upstream does.
-
-    Returns:
-        uint8 [3, S, S], which lies in memory as [S, S, 3].
-
-    Raises:
-        ValueError: an unknown `fit`, an array of another type or shape, or pixels with no defined brightness.
+    The `fit` "crop" scales the shorter side to S and keeps the centre (torchvision's Resize and CenterCrop in one
+    step); "pad" scales the longer side to S and repeats the border pixels; "squash" scales both sides to S and changes
+    the aspect ratio, as upstream does.
     """
     check_fit(fit)
     pixels = image if isinstance(image, np.ndarray) else np.asarray(to_rgb(image))
@@ -192,16 +170,13 @@ class Taps(NamedTuple):
 
 
 def resize_lanczos(pixels: np.ndarray, height: int, width: int, rows: Span, columns: Span) -> np.ndarray:
-    """Cut rows and columns out of uint8 [H, W, 3], with borders that may lie between pixels, and resize the part.
+    """Cut rows and columns out of uint8 [H, W, 3], at borders between any pixels, and resize to [height, width, 3].
 
     As in Pillow, the filter (Duchon 1979) is widened by the scale where the image shrinks, reads pixels outside the
     box, is cut off at the image's borders and normalised; its weights are multiples of 2^-22; values are rounded and
     clamped to 0-255 after each pass. The few float32 sums too close to a half to be rounded safely are computed again
     with integers. The horizontal pass is the first, as in Pillow up to 12 (Pillow 13 changes the order for images that
-    are much taller than wide).
-
-    Returns:
-        uint8 [height, width, 3], contiguous, never sharing memory with `pixels`.
+    are much taller than wide). The result is contiguous and never shares memory with `pixels`.
     """
     vertical, horizontal = _taps(len(pixels), height, *rows), _taps(pixels.shape[1], width, *columns)
     pixels = pixels[vertical.first : vertical.end, horizontal.first : horizontal.end]

@@ -23,17 +23,12 @@ N_PROBED_PATHS = 16
 
 
 class Sample(NamedTuple):
-    """An image, and the images that could not be read before it.
+    """An image, and the images that could not be read before it."""
 
-    Attributes:
-        image: uint8 [3, S, S], in memory [S, S, 3].
-        index: the requested index, also if another image replaces it.
-        failures: (path, reason) of images that could not be read, the requested one first; usually empty.
-    """
-
-    image: Tensor
+    image: Tensor  # uint8 [3, S, S], in memory [S, S, 3]
+    # the requested index, also if another image replaces it
     index: int  # type: ignore[assignment]  # hides tuple.index, which is not used
-    failures: tuple[tuple[str, str], ...]
+    failures: tuple[tuple[str, str], ...]  # (path, reason), the requested image first; usually empty
 
 
 class HemaStandardDataset(Dataset):
@@ -41,11 +36,7 @@ class HemaStandardDataset(Dataset):
 
     `root` may also be one list, a .csv or .parquet file with a column of paths, a folder of images, or .tar shards: see
     `ImageSource.from_root`. An image that cannot be read is replaced by another one, always the same for an index; the
-    sample names the failed images, for the training loop to record.
-
-    Attributes:
-        source: the N images, in the order before any shuffling.
-        cache: the packed cache that they are read from, or None.
+    sample names the failed images, for the training loop to record. `source` has the N images before any shuffling.
     """
 
     def __init__(
@@ -64,7 +55,7 @@ class HemaStandardDataset(Dataset):
         """Read the lists; no image is opened, but at least one of some probed files must exist.
 
         Args:
-            root: names the images.
+            root, column: see `ImageSource.from_root`.
             shuffle: permute the order by `seed`.
             image_size: S in pixels.
             fit: how an image becomes square, see `resize_image`.
@@ -72,13 +63,7 @@ class HemaStandardDataset(Dataset):
                 (transform(image), target), without the failed images.
             target_transform: called with None, since the images have no labels; without it the target is ().
             seed: of the order and of the replacements of unreadable images; not negative.
-            column: the column of a table with the paths; None: "Image Path", or else "path".
-            cache: folder of a packed cache of the squares, which must be built before items are read
-                (`dataset.cache.build`).
-
-        Raises:
-            FileNotFoundError: nothing known is at `root`, or none of the probed images exists.
-            ValueError: `root` names no image or cannot be read, or an argument is not allowed.
+            cache: folder of a packed cache of the squares, which `dataset.cache.build` fills before items are read.
         """
         check_fit(fit)
         if seed < 0:
@@ -111,11 +96,7 @@ class HemaStandardDataset(Dataset):
         return self.source.set_ids()[self._order.numpy()]
 
     def __getitem__(self, index: int) -> Any:
-        """Return a `Sample`, or with a `transform` the pair (transform(image), target).
-
-        Raises:
-            RuntimeError: neither this image nor any of its replacements can be read.
-        """
+        """Return a `Sample`, or with a `transform` the pair (transform(image), target)."""
         if self.transform is None:
             square, failures = self._first_readable(index, self._read_square)
             return Sample(torch.from_numpy(np.require(square, requirements="W")).permute(2, 0, 1), index, failures)
@@ -129,7 +110,6 @@ class HemaStandardDataset(Dataset):
         return int(self._order[index])
 
     def _read_whole(self, position: int) -> np.ndarray:
-        """Decode an image to uint8 [H, W, 3]."""
         return decode_image(self.source.read(position), name=self.source.path(position))
 
     def _read_square(self, position: int) -> np.ndarray:

@@ -31,19 +31,12 @@ LAYOUTS = (
 
 @dataclass(frozen=True, eq=False)
 class LabelledCells:
-    """The image files of N cells, and their labels.
-
-    Attributes:
-        paths: N image files.
-        labels: int64 [N], positions in `class_names`.
-        class_names: C names; with the names of another set, a class may have no cell.
-        patients: N patient ids, or None if the source names none.
-    """
+    """The image files of N cells, and their labels."""
 
     paths: list[Path]
-    labels: np.ndarray
-    class_names: list[str]
-    patients: list[str] | None = None
+    labels: np.ndarray  # int64 [N], positions in `class_names`
+    class_names: list[str]  # with the names of another set, a class may have no cell
+    patients: list[str] | None = None  # N ids; None if the source names none
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -53,14 +46,9 @@ class LabelledCells:
         """Read a folder or a table; hidden files, files with other suffixes and further columns are ignored.
 
         Args:
-            path: a folder with a folder per class, which may have subfolders; or a table. Relative paths in a table
-                count from its folder.
-            class_names: the classes in the order of their ids, such as those of the training set; None: all labels
-                that `path` has, sorted.
-
-        Raises:
-            FileNotFoundError: nothing is at `path`, or the table names images that do not exist.
-            ValueError: there is no labelled cell, the table is malformed, or a label is not in `class_names`.
+            path: a folder with a folder per class, which may have subfolders; or a table, whose relative paths count
+                from its folder.
+            class_names: the only allowed classes, in the order of their ids; None: all labels that `path` has, sorted.
         """
         path = local_path(path)
         patients = None

@@ -63,15 +63,12 @@ class PathBlock:
 class ImageSource:
     """N images by position: their bytes, their paths, and the sets that they belong to.
 
-    Attributes:
-        kind: what was read, in words, as in "3 .txt lists".
-        set_names: S names: of lists without the suffix, of a table's column `dataset`, of the folders at the first
-            level, or of shards without the suffix and the number at the end.
-        set_sizes: int64 [S], images in each; a list may be empty.
+    `set_names` are S names: of lists without the suffix, of a table's column `dataset`, of the folders at the first
+    level, or of shards without the suffix and the number at the end. `set_sizes` is int64 [S]; a list may be empty.
     """
 
     def __init__(self, names: PathBlock, folder: str, set_names: Sequence[str], set_ids: np.ndarray, kind: str) -> None:
-        """`names` are paths, absolute or relative to `folder`, which is absolute."""
+        """`names` are paths, absolute or relative to the absolute `folder`; `kind` says what was read, in words."""
         self._names, self._folder, self.kind = names, folder, kind
         # a tensor, whose memory spawned workers share
         self.set_names, self._set_ids = list(set_names), torch.from_numpy(set_ids.astype(np.int32))
@@ -79,15 +76,10 @@ class ImageSource:
 
     @classmethod
     def from_root(cls, root: str | os.PathLike[str], column: str | None = None) -> "ImageSource":
-        """Read lists, tables and shard headers; no image is opened.
+        """Read lists, tables and shard headers at `root`, one of `KINDS`; no image is opened.
 
-        Args:
-            root: one of `KINDS`. If a folder holds several kinds, lists come first, then shards, then images.
-            column: the column of a table with the paths; None: "Image Path", or else "path".
-
-        Raises:
-            FileNotFoundError: nothing is at `root`, or nothing of a known kind.
-            ValueError: a file cannot be read (parquet needs pyarrow), names no image, or lacks the column.
+        If a folder holds several kinds, lists come first, then shards, then images. `column` is a table's column with
+        the paths; by default "Image Path", or else "path".
         """
         root = str(local_path(root))
         if _is_table(root):
@@ -111,11 +103,7 @@ class ImageSource:
         return os.path.join(self._folder, self._names[position])  # join keeps an absolute path as it is
 
     def read(self, position: int) -> bytes:
-        """Read the bytes of an image.
-
-        Raises:
-            UnreadableImageError: it is missing or cannot be read.
-        """
+        """Read the bytes of an image; raise an UnreadableImageError if that fails."""
         path = self.path(position)
         return _read(path, Path(path).read_bytes)
 
@@ -124,11 +112,7 @@ class ImageSource:
         return self.path(position)
 
     def stamp(self, position: int) -> tuple[int, int]:
-        """Return the size in bytes and the time of the last change in ns of the file that holds an image.
-
-        Raises:
-            OSError: there is no such file.
-        """
+        """Return the size in bytes and the time of the last change in ns of the file that holds an image."""
         try:
             return _stamp(os.stat(self.file(position)))
         except ValueError as error:  # a null character in the path
@@ -143,7 +127,6 @@ class ShardSource(ImageSource):
     """The images in tar files, in the order of the files."""
 
     def __init__(self, shards: Sequence[str]) -> None:
-        """Read the headers. Raises ValueError if a file is compressed, damaged or no tar file."""
         self._shards = [os.path.abspath(shard) for shard in shards]
         self._stamps = [_stamp(os.stat(shard)) for shard in self._shards]
         with ThreadPoolExecutor(8) as pool:  # a network disk answers slowly
@@ -167,7 +150,7 @@ class ShardSource(ImageSource):
         return _read(self.path(position), lambda: self._read_at(position))
 
     def _read_at(self, position: int) -> bytes:
-        """Read a member by its offset. Raises OSError if the shard is gone, or was changed since the scan."""
+        """Read a member by its offset, unless the shard was changed since the scan."""
         offset, size = self._places[position].tolist()
         with open(self.file(position), "rb", buffering=0) as file:
             if _stamp(os.fstat(file.fileno())) != self._stamps[bisect_right(self._ends, position)]:
@@ -177,21 +160,15 @@ class ShardSource(ImageSource):
 
 
 def read_image(path: str) -> bytes:
-    """Read the bytes of an image, given a path as `ImageSource.path` returns it.
+    """Read the bytes of an image, given a path as `ImageSource.path` returns it; see `ImageSource.read`."""
+    shard, mark, name = path.partition(MEMBER_MARK)
 
-    Raises:
-        UnreadableImageError: it is missing or cannot be read.
-    """
-    shard, mark, member = path.partition(MEMBER_MARK)
-    if mark and not os.path.exists(path):
-        return _read(path, lambda: _read_member(f"{shard}.tar", member))
-    return _read(path, Path(path).read_bytes)
+    def read_member() -> bytes:
+        with tarfile.open(f"{shard}.tar", "r:") as tar:
+            member = tar.extractfile(name)
+            return member.read() if member else b""
 
-
-def _read_member(shard: str, name: str) -> bytes:
-    with tarfile.open(shard, "r:") as tar:
-        member = tar.extractfile(name)
-        return member.read() if member else b""
+    return _read(path, read_member if mark and not os.path.exists(path) else Path(path).read_bytes)
 
 
 def _read(path: str, read: Callable[[], bytes]) -> bytes:

@@ -21,28 +21,18 @@ ROWS_PER_BATCH = 65536  # of parquet
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose header was read.
+    """A table whose header was read."""
 
-    Attributes:
-        file: parquet if it has this suffix, else CSV.
-        setting: the first words of errors: the key, flag or kind of file that named it.
-        columns: names in the first line, without surrounding spaces.
-    """
-
-    file: Path
-    setting: str
-    columns: list[str]
+    file: Path  # parquet if it has this suffix, else CSV
+    setting: str  # the first words of errors: the key, flag or kind of file that named it
+    columns: list[str]  # names in the first line, without surrounding spaces
 
     def first_of(self, names: Iterable[str]) -> str | None:
         """Return the first of these names that is a column, or None."""
         return next((name for name in names if name in self.columns), None)
 
     def rows(self, *columns: str) -> Iterator[tuple[int, list[str]]]:
-        """Yield (line, values) of each row, for the given columns or all; lines without any value are left out.
-
-        Raises:
-            ValueError: the file is not what its suffix says, or one of the columns stands twice or is not text.
-        """
+        """Yield (line, values) of each row, for the given columns or all; lines without any value are left out."""
         names = columns or self.columns
         twice = sorted({name for name in names if name and self.columns.count(name) > 1})
         if twice:
@@ -64,12 +54,7 @@ class Table:
 
 
 def open_table(file: Path, setting: str) -> Table:
-    """Read the names of a table's columns, none for an empty file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be read; parquet needs pyarrow.
-    """
+    """Read the names of a table's columns, none for an empty file; parquet needs pyarrow."""
     if not file.is_file():
         raise FileNotFoundError(f"{setting}: no file {str(file)!r}; give a CSV or parquet file")
     if _is_parquet(file):
@@ -86,21 +71,14 @@ def read_table(
     optional: Sequence[str] = (),
     other_names: Mapping[str, Sequence[str]] | None = None,
 ) -> list[dict[str, str]]:
-    """Read the rows of a table, each of which must have a value in all required columns.
+    """Read {column: value} of each row of a table, at least one, for the required and optional columns.
 
     Args:
         file: the table.
         setting: the first words of errors.
-        required: columns that the table must have.
+        required: columns that the table must have, with a value in each row.
         optional: columns that the table may lack; if it has them, each row needs a value.
         other_names: {column: further names that it may have in the file}.
-
-    Returns:
-        {column: value} of each row, for the required and optional columns; other columns are left out.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, lacks a column or a value, or has no row.
     """
     table = open_table(file, setting)
     name_of = {}
@@ -132,11 +110,7 @@ def read_table(
 
 
 def read_list(file: Path, setting: str = "train.dataset_path") -> list[str]:
-    """Read the lines of a text file without surrounding spaces; blank lines and those that begin with `#` are left out.
-
-    Raises:
-        ValueError: the file is not UTF-8.
-    """
+    """Read the lines of a text file without surrounding spaces, except blank ones and those that begin with `#`."""
     try:
         text = file.read_text(encoding="utf-8-sig")  # -sig: Windows editors write a byte-order mark
     except UnicodeDecodeError as error:

@@ -32,7 +32,6 @@ class Box(NamedTuple):
 
     @property
     def has_area(self) -> bool:
-        """Return True if the box contains any pixel."""
         return self.right > self.left and self.bottom > self.top
 
     def clipped(self, width: int, height: int) -> "Box":
@@ -74,9 +73,6 @@ class Notes:
         return "; ".join(f"{len(texts)} {kind}" for kind, texts in sorted(self.examples.items())) or "nothing odd"
 
 
-Finder = Callable[[Path, Notes], Iterator[Cell]]
-
-
 @dataclass(frozen=True)
 class DataSet:
     """The properties of a data set that are known before its files are read."""
@@ -87,7 +83,7 @@ class DataSet:
     paper: str
     layout: str  # of the unpacked archive, for messages
     entries: tuple[str, ...]  # patterns of names (any case) in the layout's top folder
-    find: Finder = field(repr=False)  # yields the cells in that folder and notes oddities
+    find: Callable[[Path, Notes], Iterator[Cell]]  # yields the cells in that folder and notes oddities
     modality: str = "peripheral blood"
     licence: str = "not stated"
     n_entries: int = 2  # number of `entries` that a top folder must have
@@ -99,11 +95,7 @@ class DataSet:
     remarks: str = ""  # for users of the set
 
     def top_folder(self, source: str | os.PathLike[str]) -> Path:
-        """Return the folder at or below `source` that has the layout.
-
-        Raises:
-            FileNotFoundError: if there is none.
-        """
+        """Return the folder at or below `source` that has the layout; raise FileNotFoundError if there is none."""
         source = Path(source).absolute()
         where_to_get = f"{self.title} can be downloaded at {self.origin} (licence: {self.licence})"
         if not source.is_dir():
@@ -125,11 +117,7 @@ class DataSet:
 
 
 def find_cells(dataset: DataSet, top: Path) -> tuple[list[Cell], Notes]:
-    """Find the cells of a data set, in the order of their images, and the oddities of its files.
-
-    Raises:
-        ValueError: if there is no cell.
-    """
+    """Find the cells of a data set, at least one, in the order of their images, and the oddities of its files."""
     notes = Notes(top)
     cells = sorted(dataset.find(top, notes), key=lambda cell: cell.image)  # stable: boxes keep their order
     known = {cell.image for cell in cells} | notes.annotations
@@ -201,12 +189,11 @@ def with_masks(images: Path, masks: Path, mask_name: Callable[[str], str], notes
 def boxes_of_mask(
     image: Path, mask: Path, notes: Notes, gap: int = 0, threshold: int = 127, single: bool = False
 ) -> Iterator[Box]:
-    """Yield the boxes around a mask's cells; note the oddities of mask and image.
+    """Yield the boxes around a mask's cells; note the oddities of mask and image, and both as annotations.
+
+    A missing, unreadable or empty mask, or one of another size than the image, has no boxes.
 
     Args:
-        image: the image that the mask belongs to; only its size is read.
-        mask: bright where a cell is. A missing, unreadable or empty one, or one of another size, has no boxes.
-        notes: gets the oddities, and image and mask as annotations.
         gap: largest number of background pixels between two parts of a cell, such as the lobes of a nucleus.
         threshold: grey value above which a pixel belongs to a cell.
         single: the whole mask is one cell, with any number of parts.
@@ -231,18 +218,15 @@ def boxes_of_mask(
     if is_cell.shape[::-1] != size:
         notes.add("masks of another size than their image", mask, f"{is_cell.shape[::-1]}, image {size}")
         return
-    n_cells = 0
-    for box in components(is_cell, max(size) if single else gap):
-        width, height = box.right - box.left, box.bottom - box.top
-        if min(width, height) < MIN_SIDE_PX:
-            notes.add(f"specks in masks, smaller than {MIN_SIDE_PX} px", mask)
-            continue
-        if (width, height) == size:
-            notes.add("masks whose cell fills the whole image; is the mask what it should be?", mask)
-        n_cells += 1
-        yield box
-    if n_cells > 1:
+    boxes = components(is_cell, max(size) if single else gap)
+    cells = [box for box in boxes if min(box.right - box.left, box.bottom - box.top) >= MIN_SIDE_PX]
+    for _ in range(len(boxes) - len(cells)):
+        notes.add(f"specks in masks, smaller than {MIN_SIDE_PX} px", mask)
+    if (0, 0, *size) in cells:
+        notes.add("masks whose cell fills the whole image; is the mask what it should be?", mask)
+    if len(cells) > 1:
         notes.add("images with several cells", image)
+    yield from cells
 
 
 def components(is_cell: np.ndarray, gap: int = 0) -> list[Box]:

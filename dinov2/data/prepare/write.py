@@ -63,12 +63,7 @@ class Options:
 def prepare(
     dataset: DataSet, source: str | os.PathLike[str], output: str | os.PathLike[str], options: Options | None = None
 ) -> dict[str, Any]:
-    """Write all files of a data set and return its summary; after a kill, a second call continues.
-
-    Raises:
-        FileNotFoundError: if `source` does not have the layout.
-        ValueError: if there is no cell, `keep` has an unknown class, or `output` has cells cut with other settings.
-    """
+    """Write all files of a data set and return its summary; after a kill, a second call continues."""
     options = options or Options()
     output = Path(output).absolute()
     top = dataset.top_folder(source)
@@ -113,22 +108,19 @@ def _read_images(images: Sequence[Path], notes: Notes, n_workers: int) -> dict[P
 
 def _without_duplicates(cells: list[Cell], facts: dict[Path, ImageFacts], notes: Notes, drop: bool) -> list[Cell]:
     """Note groups of byte-identical images; with `drop` keep the first of each, without a label if theirs differ."""
-    by_digest: dict[str, list[Path]] = defaultdict(list)
-    for image in facts:
-        by_digest[facts[image].digest].append(image)
     labels: dict[Path, set[str | None]] = defaultdict(set)
     for cell in cells:
         labels[cell.image].add(cell.label)
+    digests = pd.Series({image: fact.digest for image, fact in facts.items()}, dtype=object)
     dropped, contradicted = set(), set()
-    for group in by_digest.values():
-        if len(group) == 1:
-            continue
-        names = " = ".join(str(image.relative_to(notes.top)) for image in group)
+    for _, group in digests[digests.duplicated(keep=False)].groupby(digests, sort=False):
+        first, *others = group.index
+        names = " = ".join(str(image.relative_to(notes.top)) for image in group.index)
         notes.add("groups of byte-identical images", names)
-        dropped |= set(group[1:])
-        if any(labels[image] != labels[group[0]] for image in group):
+        dropped |= set(others)
+        if any(labels[image] != labels[first] for image in others):
             notes.add("groups of byte-identical images with different labels", names)
-            contradicted.add(group[0])
+            contradicted.add(first)
     if not drop:
         return cells
     kept = [cell for cell in cells if cell.image not in dropped]
@@ -172,7 +164,6 @@ def _with_valid_boxes(cells: list[Cell], notes: Notes) -> Iterator[tuple[int, Ce
 
 
 def _of_classes(cells: list[tuple[int, Cell]], keep: tuple[str, ...], dataset: DataSet) -> list[tuple[int, Cell]]:
-    """Keep the cells of some classes; raise a ValueError for an unknown class."""
     if keep in ((), ("all",)):
         return cells
     labels = {cell.label for _, cell in cells if cell.label is not None}

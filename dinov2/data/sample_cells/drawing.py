@@ -22,9 +22,6 @@ def draw_cell(cell_class: str, slide: Slide, rng: np.random.Generator, size: int
     """Draw one cell near the middle of a field of erythrocytes: RGB, uint8 [S, S, 3].
 
     Equal generators give equal images. A larger `size` shows the same field with more detail.
-
-    Raises:
-        ValueError: for an unknown class.
     """
     if cell_class not in FORMS:
         raise ValueError(f"cell_class: unknown class {cell_class!r}; the classes are {', '.join(CELL_CLASSES)}")

@@ -86,10 +86,6 @@ def write_sample_cells(
     - `summary.json`, written last: the next call draws a set without it again.
 
     The numbers of classes, and of subtypes, differ by one at most. Paths count from the folder of the CSV or list.
-
-    Raises:
-        FileExistsError: `output` holds something else, or a set with other settings.
-        ValueError: for a negative count or an empty range.
     """
     output = Path(output)
     settings: dict[str, Any] = {
@@ -190,8 +186,7 @@ def _is_finished(output: Path, plan: pd.DataFrame, summary: dict[str, Any]) -> b
             f"folder, or delete this one to have it drawn anew"
         )
     raise FileExistsError(
-        f"output: {str(output)!r} is not empty and holds no sample cells ({SUMMARY} is missing or not theirs); "
-        f"give an empty or new folder"
+        f"output: {str(output)!r} is not empty and holds no sample cells ({SUMMARY}); give an empty or new folder"
     )
 
 
