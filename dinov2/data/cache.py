@@ -100,12 +100,6 @@ class PackedCache:
         paths = (source.path(i).encode(errors="surrogateescape") for i in range(len(source)))
         self._keys = np.array([hashlib.blake2b(path, digest_size=16).digest() for path in paths], "S16")
         self._first = np.sort(np.unique(self._keys, return_index=True)[1])  # the first position of each path
-        old = self.folder.with_name(f"{image_size}-{fit}-v1")
-        if old.is_dir() and not self.folder.is_dir():
-            logger.warning(
-                f"packed cache: {old} has an older layout, which is not read; train.py packs the images again when it "
-                f"starts, as does `python scripts/pack_dataset.py <dataset> --cache {old.parent}`; then remove {old}"
-            )
         self._open()
 
     def _open(self) -> None:

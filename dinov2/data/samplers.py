@@ -130,7 +130,7 @@ class Balance:
             if not 0 <= weight < math.inf:
                 raise ValueError(f"train.balance.weights: {name} has {weight}; give 0 (never seen) or more")
         if not self.temperature > 0:
-            raise ValueError(f"train.balance.temperature: {self.temperature}; give a number above 0, or .inf")
+            raise ValueError(f"train.balance.temperature: {self.temperature} is not above 0; give more, or .inf")
 
     @property
     def is_natural(self) -> bool:

@@ -1,4 +1,4 @@
-"""Draw folds and splits: stratified, by whole patients, by whole data sets; write and read them as files.
+"""Draw folds and splits: stratified, by whole patients, by whole data sets; write and read them as files; drop copies.
 
 A fold is (training positions, test positions), both ascending. A patient may be in only one of train, validation and
 test.
@@ -13,7 +13,6 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,7 +20,7 @@ import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from dinov2.data.datasets.tables import PATH_COLUMNS, open_table
-from dinov2.utils.files import PathLike, atomic_write
+from dinov2.utils.files import PathLike, atomic_write, file_sha256
 from dinov2.utils.paths import local_path
 
 logger = logging.getLogger("dinov2")
@@ -138,6 +137,46 @@ def check_no_patient_on_two_sides(patients: Sequence[str], *sides: np.ndarray) -
             f"split: {len(shared)} of {len(counts)} patients have cells on two sides, for instance "
             f"{', '.join(map(repr, shared[:N_EXAMPLES]))}; put each patient's cells on one side"
         )
+
+
+def without_copies(paths: Sequence[str], folds: Sequence[Fold]) -> tuple[list[Fold], dict[str, int]]:
+    """Drop the training images of each fold that have the bytes of one of its test images.
+
+    Return the folds, and two counts: `dropped_identical_bytes` (images dropped from at least one fold) and
+    `not_checked` (images that are not on this disk). `folds` are positions in `paths`, N image files.
+    """
+    files = [os.path.realpath(path) for path in paths]
+    for train, test in folds:
+        shared = {files[i] for i in train} & {files[i] for i in test}
+        if shared:
+            raise ValueError(
+                f"train and test share {len(shared)} image files, for instance {', '.join(sorted(shared)[:3])}; "
+                f"remove them from one of the two (an image listed twice can also fall on both sides of a split)"
+            )
+    contents, n_unchecked = _content_numbers(paths)
+    dropped: set[int] = set()
+    kept_folds = []
+    for train, test in folds:
+        is_copy = np.isin(contents[train], contents[test])
+        dropped |= set(train[is_copy].tolist())
+        if is_copy.all():
+            raise ValueError("train: every image is a copy of a test image; give a test set of other cells")
+        kept_folds.append((train[~is_copy], test))
+    if dropped:
+        logger.warning("%d training images are byte-equal to test images and dropped from training", len(dropped))
+    if n_unchecked:
+        logger.warning("%d images are not on this disk: whether train and test share copies is unknown", n_unchecked)
+    return kept_folds, {"dropped_identical_bytes": len(dropped), "not_checked": n_unchecked}
+
+
+def _content_numbers(paths: Sequence[str]) -> tuple[np.ndarray, int]:
+    """Return int64 [N], equal for images with equal bytes, and the number of images that are not on this disk."""
+    sizes = pd.Series([os.path.getsize(path) if os.path.isfile(path) else None for path in paths], dtype=float)
+    shares_size = sizes.duplicated(keep=False) & sizes.notna()  # no other file has to be read
+    contents = np.arange(len(paths)).astype(object)
+    for i in np.flatnonzero(shares_size):
+        contents[i] = file_sha256(paths[i])
+    return pd.factorize(contents)[0], int(sizes.isna().sum())
 
 
 def describe_folds(labels: np.ndarray, folds: Sequence[Fold], class_names: Sequence[str]) -> dict[str, Any]:
@@ -257,7 +296,17 @@ def read_split(file: PathLike, paths: Sequence[str]) -> Split:
         )
     if n_rows > len(values):
         logger.warning("%s: %d rows are of other cells than the %d given", file, n_rows - len(values), len(paths))
-    return _split_of(file, column, np.array([values[i] for i in range(len(paths))], dtype=str))
+    texts, validation = np.array([values[i] for i in range(len(paths))], dtype=str), None
+    if column == PART_COLUMN:
+        folds = [(np.flatnonzero(texts == "train"), np.flatnonzero(texts == "test"))]
+        validation = np.flatnonzero(texts == "val") if "val" in texts else None
+    else:
+        fold_of = np.where(texts == ALWAYS_TRAINING, "-1", texts).astype(np.int64)
+        numbers = np.unique(fold_of[fold_of >= 0])
+        folds = [(np.flatnonzero(fold_of != number), np.flatnonzero(fold_of == number)) for number in numbers]
+    if not folds or any(not len(side) for fold in folds for side in fold):
+        raise ValueError(f"split: {str(file)!r} leaves nothing to train on or nothing to test; each fold needs both")
+    return Split(folds, validation)
 
 
 def _positions(paths: Sequence[str], file: PathLike) -> dict[str, int]:
@@ -267,18 +316,3 @@ def _positions(paths: Sequence[str], file: PathLike) -> dict[str, int]:
         twice = next(path for path, n in Counter(map(str, paths)).items() if n > 1)
         raise ValueError(f"split: {twice!r} stands twice among the cells, so {str(file)!r} cannot tell which is meant")
     return positions
-
-
-def _split_of(file: Path, column: str, values: np.ndarray) -> Split:
-    """Build the split that the values of a file's column describe."""
-    validation = None
-    if column == PART_COLUMN:
-        folds = [(np.flatnonzero(values == "train"), np.flatnonzero(values == "test"))]
-        validation = np.flatnonzero(values == "val") if (values == "val").any() else None
-    else:
-        fold_of = np.where(values == ALWAYS_TRAINING, "-1", values).astype(np.int64)
-        numbers = np.unique(fold_of[fold_of >= 0])
-        folds = [(np.flatnonzero(fold_of != number), np.flatnonzero(fold_of == number)) for number in numbers]
-    if not folds or any(not len(side) for fold in folds for side in fold):
-        raise ValueError(f"split: {str(file)!r} leaves nothing to train on or nothing to test; each fold needs both")
-    return Split(folds, validation)

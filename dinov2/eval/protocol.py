@@ -24,7 +24,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from dinov2.data.copies import without_copies
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.data.splits import (
     Fold,
@@ -35,6 +34,7 @@ from dinov2.data.splits import (
     make_folds,
     read_split,
     split_cells,
+    without_copies,
 )
 from dinov2.eval.extract_features import (
     CELLS_HELP,

@@ -27,9 +27,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from dinov2.data.copies import without_copies
 from dinov2.data.datasets.labelled_cells import LabelledCells
-from dinov2.data.splits import make_folds
+from dinov2.data.splits import make_folds, without_copies
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, on_main_process
 from dinov2.eval.features.extract import extract
 from dinov2.eval.knn import evaluate_knn

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dinov2.data.check.faults import KINDS, describe_images, diagnose
-from dinov2.data.check.inputs import TRAINING, Source, read_inputs
+from dinov2.data.check.lists import KINDS, TRAINING, Source, describe_images, diagnose, read_inputs
 from dinov2.data.check.scan import READABLE, scan_images, similar_hashes
 from dinov2.utils.files import PathLike, atomic_write
 from dinov2.utils.parallel import available_cores

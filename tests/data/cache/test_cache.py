@@ -247,17 +247,6 @@ def test_pixels_of_another_version_are_not_used(built, open_cache, monkeypatch):
     assert open_cache(images).build(n_workers=0).n_packed == 10
 
 
-def test_a_cache_of_the_older_layout_is_named_and_what_to_do(tmp_path, open_cache, folder, caplog):
-    old = tmp_path / "cache" / f"{SIZE}-crop-v1"
-    old.mkdir(parents=True)
-    (old / "0123.4567.pixels").write_bytes(b"pixels of an older version")
-    with caplog.at_level(logging.WARNING):
-        cache = open_cache(folder(2))
-    assert f"{old} has an older layout" in caplog.text
-    assert f"scripts/pack_dataset.py <dataset> --cache {tmp_path / 'cache'}" in caplog.text
-    assert cache.build(n_workers=0).n_packed == 2
-
-
 def test_paths_of_all_kinds(open_cache, tmp_path, make_image, folder):
     names = ["Zelle ä.png", "細胞.png", "a b'c\".png", "new\nline.png", os.fsdecode(b"latin-\xe4.png")]
     paths = [make_image(tmp_path / "images" / f"{i}.png", i) for i in range(len(names))]
