@@ -293,10 +293,11 @@ class DataAugmentationDINO:
         ):
             if int(value) != value or value < least:
                 raise ValueError(f"{name}: must be a whole number, at least {least}, found {value}")
-        global_scale = _checked_scale("global_crops_scale", global_crops_scale)
-        local_scale = _checked_scale("local_crops_scale", local_crops_scale)
-        self.views = [(kind, int(global_crops_size), global_scale) for kind in range(N_GLOBAL_CROPS)]
-        self.views += [(N_GLOBAL_CROPS, int(local_crops_size), local_scale)] * int(local_crops_number)
+        for name, (low, high) in (("global_crops_scale", global_crops_scale), ("local_crops_scale", local_crops_scale)):
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"{name}: expected 0 < lowest <= highest share of the area <= 1, found {low}, {high}")
+        self.views = [(kind, int(global_crops_size), tuple(global_crops_scale)) for kind in range(N_GLOBAL_CROPS)]
+        self.views += [(N_GLOBAL_CROPS, int(local_crops_size), tuple(local_crops_scale))] * int(local_crops_number)
 
     def __call__(self, image: Image.Image | Tensor, rng: Random | None = None) -> dict[str, Any]:
         """Make the crops of one image, uint8 [3, H, W] or a Pillow image.
@@ -326,15 +327,6 @@ class DataAugmentationHEMA(DataAugmentationDINO):
     """The recipe `hema`: rotations by any angle, stronger hue, no solarisation."""
 
     recipe = "hema"
-
-
-def _checked_scale(name: str, scale: Sequence[float]) -> tuple[float, float]:
-    values = tuple(scale)
-    if len(values) != 2 or not 0 < values[0] <= values[1] <= 1:
-        raise ValueError(
-            f"{name}: expected (lowest, highest) share of the area, 0 < lowest <= highest <= 1, found {values}"
-        )
-    return values[0], values[1]
 
 
 def _pixels(image: Image.Image | Tensor) -> np.ndarray:

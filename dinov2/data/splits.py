@@ -130,7 +130,7 @@ def few_shot_draws(labels: np.ndarray, n_per_class: int, n_repeats: int, seed: i
 
 def check_no_patient_on_two_sides(patients: Sequence[str], *sides: np.ndarray) -> None:
     """Raise a ValueError if a patient has cells in more than one of the sides (positions in `patients`)."""
-    counts = Counter(patient for side in sides for patient in {patients[i] for i in side})
+    counts = Counter(patient for side in sides for patient in {patients[int(i)] for i in side})
     shared = sorted(patient for patient, n_sides in counts.items() if n_sides > 1)
     if shared:
         raise ValueError(

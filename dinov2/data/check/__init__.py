@@ -100,11 +100,7 @@ def _near_pairs(images: pd.DataFrame, with_turns: bool) -> pd.DataFrame:
 
 
 def _write_cleaned(sources: list[Source], entries: pd.DataFrame, folder: Path) -> list[dict[str, Any]]:
-    """Write each source without its faulty entries, remove the files of an earlier check, and return a summary.
-
-    A folder of training images becomes a list, a folder of labelled images a CSV. `entries` has for each entry its
-    source, its line and the reason to leave it out, "" to keep it.
-    """
+    """Write each source without the entries that have a reason to leave them out; return a summary of each."""
     for file in [*folder.glob("*.txt"), *folder.glob("*.csv")]:
         file.unlink()
     summaries: list[dict[str, Any]] = []
@@ -112,18 +108,16 @@ def _write_cleaned(sources: list[Source], entries: pd.DataFrame, folder: Path) -
         own = entries[entries["source"] == number]
         dropped = own[own["reason"] != ""]
         rows = source.rows.drop(dropped["line"])
-        is_list = source.kind == "list" or (source.kind == "folder" and source.role == TRAINING)
+        is_list = source.kind == "list" or (source.kind == "folder" and source.role == TRAINING)  # else a CSV
         stem = source.file.absolute().name if source.kind == "folder" else source.file.stem
         stem += f"_{number + 1}" if stem in [Path(one["file"]).stem for one in summaries] else ""
         file = folder / f"{stem}{'.txt' if is_list else '.csv'}"
         text = "".join(f"{path}\n" for path in rows.iloc[:, 0])
         with atomic_write(file, "w") as stream:
             stream.write(text if is_list else rows.to_csv(index=False, lineterminator="\n"))
-        counts = {"entries": len(own), "kept": len(own) - len(dropped)}
+        names = {"source": str(source.file), "role": source.role, "file": str(file)}
         left_out = dropped["reason"].value_counts().sort_index().to_dict()
-        summaries.append(
-            {"source": str(source.file), "role": source.role, "file": str(file), **counts, "left_out": left_out}
-        )
+        summaries.append({**names, "entries": len(own), "kept": len(own) - len(dropped), "left_out": left_out})
     return summaries
 
 

@@ -245,16 +245,14 @@ def _copies_and_leaks(images: pd.DataFrame, near: pd.DataFrame) -> Iterator[Find
 
 
 def _label_conflicts(entries: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
-    """Find pairs of contents (a, b) that two comparable sources label differently, with the columns of both entries.
-
-    Sources are comparable if one has all classes of the other: coarse and fine classes do not contradict each other.
-    """
+    """Find pairs of contents (a, b) that two comparable sources label differently, with the columns of both entries."""
     labelled = entries[entries["label"] != ""].drop_duplicates(["content", "source", "label"])
     classes = labelled.groupby("source")["label"].agg(set)
     both = pairs.merge(labelled, left_on="a", right_on="content")
     both = both.merge(labelled, left_on="b", right_on="content", suffixes=("", "_other"))
     both = both[both["label"] != both["label_other"]]
     sources = zip(both["source"], both["source_other"], strict=True)
+    # one must have all classes of the other: coarse and fine classes do not contradict each other
     is_comparable = [classes[s] <= classes[t] or classes[t] <= classes[s] for s, t in sources]
     return both[np.array(is_comparable, dtype=bool)].drop_duplicates(["a", "b"])
 

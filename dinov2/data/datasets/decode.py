@@ -147,14 +147,11 @@ def check_fit(fit: str) -> None:
 
 
 def _spans_of_crop(height: int, width: int, size: int) -> tuple[Span, Span]:
-    """Return the rows and columns of the original that the crop keeps, so that no large image is made in between.
-
-    As in torchvision, the longer side is rounded down and the offset is rounded to the nearest pixel.
-    """
+    """Return the rows and columns of the original that the crop keeps, so that no large image is made in between."""
     shorter = min(height, width)
     spans = []
     for side in (height, width):
-        scaled = size * side // shorter
+        scaled = size * side // shorter  # rounded as in torchvision, and so is the offset
         offset = round((scaled - size) / 2)
         spans.append(Span(offset * side / scaled, (offset + size) * side / scaled))
     return spans[0], spans[1]

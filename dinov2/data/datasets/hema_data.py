@@ -81,7 +81,13 @@ class HemaStandardDataset(Dataset):
         order = np.random.default_rng(seed).permutation(n) if shuffle else np.arange(n)
         # a tensor, whose memory spawned workers share
         self._order = torch.from_numpy(order.astype(np.int32))
-        self._check_images_exist()
+        probes = np.linspace(0, n - 1, num=min(n, N_PROBED_PATHS)).astype(int).tolist()
+        if not any(os.path.exists(self.source.file(position)) for position in probes):  # as after a move of the data
+            raise FileNotFoundError(
+                f"train.dataset_path: none of the {len(probes)} images probed among the {n} that {self.source.kind} in "
+                f"{str(root)!r} name exists on this machine, for instance {self.source.path(probes[0])!r}; relative "
+                f"paths count from the folder of what names them"
+            )
         self.cache = None if cache is None else PackedCache(cache, self.source, image_size, fit)
 
     def __len__(self) -> int:
@@ -140,14 +146,3 @@ class HemaStandardDataset(Dataset):
         n = len(self)
         draws = np.random.default_rng((self.seed, index)).choice(n, size=min(n, MAX_REPLACEMENTS + 1), replace=False)
         yield from [int(draw) for draw in draws if draw != index][:MAX_REPLACEMENTS]
-
-    def _check_images_exist(self) -> None:
-        """Raise FileNotFoundError if none of a few images exists, as after a move of the data."""
-        probes = np.linspace(0, len(self) - 1, num=min(len(self), N_PROBED_PATHS)).astype(int).tolist()
-        if any(os.path.exists(self.source.file(position)) for position in probes):
-            return
-        raise FileNotFoundError(
-            f"train.dataset_path: none of the {len(probes)} images probed among the {len(self)} that "
-            f"{self.source.kind} in {str(self.root)!r} name exists on this machine, for instance "
-            f"{self.source.path(probes[0])!r}; relative paths count from the folder of what names them"
-        )
