@@ -32,22 +32,13 @@ def draw_masks(
     seed: int,
     crops: Sequence[int] | None = None,
 ) -> tuple[Tensor, int]:
-    """Draw the masks of all global crops of a batch, or of those in `crops`.
+    """Draw the masks of all global crops of a batch, or of those at the positions `crops`: bool [len(crops), P].
 
-    int(n_crops * mask_probability) crops of the batch get a mask. The range of ratios is divided into as many equal
-    strata, and a permutation gives each of these crops one of them, so every batch covers the whole range. Each mask
-    has its own seed: it does not depend on which other masks are drawn.
+    int(n_crops * mask_probability) crops of the batch get a mask. The range of ratios (shares of a crop's patches) is
+    divided into as many equal strata, and a permutation gives each of these crops one of them, so every batch covers
+    the whole range. Each mask has its own seed: it does not depend on which other masks are drawn.
 
-    Args:
-        n_crops: global crops in the batch.
-        mask_ratio_tuple: lowest and highest share of a crop's patches to mask.
-        mask_probability: share of the crops that get a mask.
-        mask_generator: draws one mask; knows P.
-        seed: of the batch.
-        crops: positions in the batch of the crops to draw for; None: all.
-
-    Returns:
-        masks, bool [len(crops), P], and the largest possible number of masked patches in so many crops.
+    Also return the largest possible number of masked patches in so many crops.
     """
     crops = range(n_crops) if crops is None else crops
     height, width = mask_generator.get_shape()
@@ -102,14 +93,9 @@ def collate_data_and_cast(
 ) -> dict[str, Tensor | int]:
     """Build the batch dict from augmented images, as a loader's `collate_fn`.
 
-    Args:
-        samples_list: B of (crops, ...), where crops is an augmentation's dict for one image: lists of G tensors
-            [3, S, S] and L tensors [3, s, s].
-        mask_ratio_tuple, mask_probability: see `draw_masks`.
-        dtype: of the collated crops.
-        n_tokens: P; None: taken from `mask_generator`.
-        mask_generator: required; it has a default because it follows `n_tokens` in upstream's signature.
-        micro_batch: selects the masks; None: the images are a global batch, with a seed drawn by Python's `random`.
+    Each of the B samples begins with an augmentation's dict: lists of G tensors [3, S, S] and L tensors [3, s, s].
+    `mask_generator` is required; it follows `n_tokens` (P) in upstream's signature. Without a `micro_batch` the images
+    are a global batch, whose masks have a seed drawn by Python's `random`.
     """
     if mask_generator is None:
         raise ValueError("mask_generator: None; pass MaskingGenerator((h, w)), h and w in patches of a global crop")

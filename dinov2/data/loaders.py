@@ -129,15 +129,13 @@ def make_data_loader(
 
     Args:
         batch_size: images of this process.
-        shuffle: whether the sampler shuffles; without a sampler the order is the dataset's.
         seed: of the order, and of random numbers that a transform draws in the workers.
-        sampler_type: INFINITE (the SHARDED ones are the same), EPOCH, DISTRIBUTED (torch's) or None.
+        sampler_type: INFINITE (the SHARDED ones are the same), EPOCH, DISTRIBUTED (torch's) or None (not shuffled).
         sampler_size: length of an epoch over all processes, for EPOCH only; -1 takes the dataset's.
         sampler_advance: samples of the global stream already used.
-        pin_memory: use memory that a GPU copies from asynchronously; None: if there is a GPU.
+        pin_memory: None for True if there is a GPU.
         balance: how often each set of the dataset is sampled; None: all images alike.
-        augmentation: applied to each image, seeded by (seed, position in the global stream); the samples are then
-            `AugmentedSample`s.
+        augmentation: applied to each image, seeded by (seed, position in the stream), to give `AugmentedSample`s.
     """
     sampler = _make_sampler(dataset, sampler_type, shuffle, seed, sampler_size, sampler_advance, balance)
     if augmentation is not None:

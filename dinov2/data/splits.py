@@ -153,7 +153,12 @@ def without_copies(paths: Sequence[str], folds: Sequence[Fold]) -> tuple[list[Fo
                 f"train and test share {len(shared)} image files, for instance {', '.join(sorted(shared)[:3])}; "
                 f"remove them from one of the two (an image listed twice can also fall on both sides of a split)"
             )
-    contents, n_unchecked = _content_numbers(paths)
+    sizes = pd.Series([os.path.getsize(path) if os.path.isfile(path) else None for path in paths], dtype=float)
+    n_unchecked = int(sizes.isna().sum())
+    contents = np.arange(len(paths)).astype(object)  # equal for images with equal bytes
+    for i in np.flatnonzero(sizes.duplicated(keep=False) & sizes.notna()).tolist():  # no other file has to be read
+        contents[i] = file_sha256(paths[i])
+    contents = pd.factorize(contents)[0]
     dropped: set[int] = set()
     kept_folds = []
     for train, test in folds:
@@ -167,16 +172,6 @@ def without_copies(paths: Sequence[str], folds: Sequence[Fold]) -> tuple[list[Fo
     if n_unchecked:
         logger.warning("%d images are not on this disk: whether train and test share copies is unknown", n_unchecked)
     return kept_folds, {"dropped_identical_bytes": len(dropped), "not_checked": n_unchecked}
-
-
-def _content_numbers(paths: Sequence[str]) -> tuple[np.ndarray, int]:
-    """Return int64 [N], equal for images with equal bytes, and the number of images that are not on this disk."""
-    sizes = pd.Series([os.path.getsize(path) if os.path.isfile(path) else None for path in paths], dtype=float)
-    shares_size = sizes.duplicated(keep=False) & sizes.notna()  # no other file has to be read
-    contents = np.arange(len(paths)).astype(object)
-    for i in np.flatnonzero(shares_size):
-        contents[i] = file_sha256(paths[i])
-    return pd.factorize(contents)[0], int(sizes.isna().sum())
 
 
 def describe_folds(labels: np.ndarray, folds: Sequence[Fold], class_names: Sequence[str]) -> dict[str, Any]:

@@ -36,10 +36,8 @@ def check_lists(
     The facts of each image are kept in `scan/` there, so that a stopped check continues.
 
     Args:
-        training: lists, folders and tables to train on, see `read_inputs`.
+        training, labels, evaluation: see `read_inputs`.
         output: the folder for the report.
-        labels: tables or folders that give labels, patients and data sets.
-        evaluation: splits to evaluate on.
         pixels: decode every image; without, only its bytes are compared.
         near_duplicates: one of `NEAR_CHOICES`; "turned" also finds mirrored and turned images.
         drop_near_duplicates: leave near-duplicates out of the cleaned lists.

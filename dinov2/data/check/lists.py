@@ -68,10 +68,9 @@ def read_inputs(
     (each becomes a source), or a folder of images, searched with all folders in it. In a folder of images given for
     labels or evaluation, the folders at the first level are the labels.
 
-    Returns:
-        The sources; the entries, one for each time that a source names an image, with the columns source (its
-        position), role, line, place, image (position in the paths), label, patient, dataset ("" for none) and is_hidden
-        (a folder contains the image and its name begins with a dot); and the absolute path of each image.
+    Return the sources; the entries, one for each time that a source names an image, with the columns source (its
+    position), role, line, place, image (position in the paths), label, patient, dataset ("" for none) and is_hidden (a
+    folder contains the image and its name begins with a dot); and the absolute path of each image.
     """
     sources = []
     for role, paths in ((TRAINING, training), (LABELS, labels), (EVALUATION, evaluation)):

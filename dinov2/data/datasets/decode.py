@@ -70,13 +70,9 @@ def decode_image(source: str | os.PathLike[str] | bytes, name: str = "") -> np.n
     Transparent pixels are blended with white, the colour of an empty slide; 16-bit grey is scaled to 8 bits; the first
     of several frames is taken. Orientation tags are not applied.
 
-    Args:
-        source: a file, or the bytes of one.
-        name: the image's name in an error; the file's path by default.
-
-    Raises:
-        UnreadableImageError: the file is missing, empty, truncated, damaged, not an image, suspiciously large
-            (`PIL.Image.MAX_IMAGE_PIXELS`), or its pixels have no defined brightness (floats, wide integers).
+    An UnreadableImageError, which has `name` or the file's path, is raised if the file is missing, empty, truncated,
+    damaged, not an image, suspiciously large (`PIL.Image.MAX_IMAGE_PIXELS`), or if its pixels have no defined
+    brightness (floats, wide integers).
     """
     name = name or ("" if isinstance(source, bytes) else os.fspath(source))
     try:

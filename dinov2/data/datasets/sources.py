@@ -187,8 +187,7 @@ def _stamp(status: os.stat_result) -> tuple[int, int]:
 
 def _from_folder(root: Path) -> ImageSource:
     entries = [entry for entry in sorted(root.iterdir()) if not entry.name.startswith(".")]
-    lists = [entry for entry in entries if entry.suffix.lower() == ".txt" and entry.is_file()]
-    shards = [entry for entry in entries if entry.suffix.lower() == ".tar" and entry.is_file()]
+    lists, shards = ([e for e in entries if e.suffix.lower() == suffix and e.is_file()] for suffix in (".txt", ".tar"))
     if lists:
         if shards:
             logger.info("%s holds lists: its %d tar files are not read", root, len(shards))

@@ -73,12 +73,8 @@ def read_table(
 ) -> list[dict[str, str]]:
     """Read {column: value} of each row of a table, at least one, for the required and optional columns.
 
-    Args:
-        file: the table.
-        setting: the first words of errors.
-        required: columns that the table must have, with a value in each row.
-        optional: columns that the table may lack; if it has them, each row needs a value.
-        other_names: {column: further names that it may have in the file}.
+    Each row needs a value in all of these that the table has. `other_names` are {column: further names that it may have
+    in the file}; errors begin with `setting`.
     """
     table = open_table(file, setting)
     name_of = {}

@@ -245,25 +245,20 @@ def _write_lists(dataset: DataSet, table: pd.DataFrame, output: Path) -> None:
     """Write the training list, the labels and the splits."""
     with atomic_write(output / f"{dataset.name}.txt", "w") as file:
         file.writelines(f"{path}\n" for path in table["path"])
-    _write_labels(output / "labels.csv", table, "label", dataset)
-    _write_labels(output / "labels_dinobloom.csv", table, "group", dataset)
+    tables = [("labels.csv", "label", table), ("labels_dinobloom.csv", "group", table)]
     for part, cells in table.groupby("part"):
         # relative paths count from the folder of the file
         paths = [path if os.path.isabs(path) else f"../{path}" for path in cells["path"]]
-        _write_labels(output / "splits" / f"{part}.csv", cells.assign(path=paths), "label", dataset)
+        tables.append((f"splits/{part}.csv", "label", cells.assign(path=paths)))
+    for name, column, cells in tables:
+        rows = cells[cells[column].notna()].assign(dataset=dataset.name)
+        columns = {"path": PATH_COLUMN, column: LABEL_COLUMN, "patient": PATIENT_COLUMN, "dataset": SET_COLUMN}
+        if rows["patient"].isna().any():  # readers of labels.csv refuse empty fields
+            del columns["patient"]
+        _write_csv(output / name, rows[list(columns)].rename(columns=columns))
     labelled = table.loc[table["label"].notna(), ["path", "part"]].fillna("unused")
     split = labelled if {"train", "test"} <= set(labelled["part"]) <= set(PARTS) else labelled[:0]
     _write_csv(output / "split.csv", split.set_axis([PATH_COLUMN, PART_COLUMN], axis=1))
-
-
-def _write_labels(file: Path, table: pd.DataFrame, column: str, dataset: DataSet) -> None:
-    """Write a row for each image with a label."""
-    rows = table[table[column].notna()].assign(dataset=dataset.name)
-    # readers of labels.csv refuse empty fields: write patients only if all images have one
-    columns = {"path": PATH_COLUMN, column: LABEL_COLUMN, "patient": PATIENT_COLUMN, "dataset": SET_COLUMN}
-    if rows["patient"].isna().any():
-        del columns["patient"]
-    _write_csv(file, rows[list(columns)].rename(columns=columns))
 
 
 def _write_csv(file: Path, table: pd.DataFrame) -> None:
