@@ -23,9 +23,9 @@ from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.distributed import Launch
 from dinov2.eval.features import DEFAULT_KIND
 from dinov2.eval.features.encoders import KINDS_HELP, Kind
-from dinov2.eval.features.extract import Embedder, Fp32Matmul, Precision
+from dinov2.eval.features.extract import Embedder, extract_patient_files
+from dinov2.eval.features.loop import Fp32Matmul, Precision
 from dinov2.eval.features.named_encoders import UNTRAINED, encoder_name
-from dinov2.eval.features.patient_files import extract_patient_files
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
 from dinov2.utils.memory import keep_freed_memory
@@ -40,12 +40,7 @@ TIMEOUT_SECONDS = 24 * 3600.0
 
 
 def add_embedder_arguments(parser: argparse.ArgumentParser, checkpoint_required: bool) -> None:
-    """Add the flags of the network and of the extraction, which are the same in every command.
-
-    Args:
-        parser: of the command.
-        checkpoint_required: require a --checkpoint or an --encoder.
-    """
+    """Add the flags of the network and of the extraction, which are the same in every command."""
     network = parser.add_mutually_exclusive_group(required=checkpoint_required)
     network.add_argument(
         "--checkpoint",
@@ -114,15 +109,7 @@ def has_embedder(args: argparse.Namespace) -> bool:
 
 
 def embedder_from(args: argparse.Namespace, launch: Launch | None = None) -> Embedder:
-    """Build the embedder from the flags of `add_embedder_arguments`; on a CPU, keep freed memory from now on.
-
-    Args:
-        args: that name a network (`has_embedder`).
-        launch: rank and device number of this process, if there are several.
-
-    Raises:
-        ValueError, FileNotFoundError, ConnectionError: as `device_of` and `Embedder`.
-    """
+    """Build the embedder from the flags of `add_embedder_arguments`; on a CPU, keep freed memory from now on."""
     device = device_of(args, launch)
     if device == "cpu":
         keep_freed_memory()
@@ -142,11 +129,7 @@ def embedder_from(args: argparse.Namespace, launch: Launch | None = None) -> Emb
 
 
 def device_of(args: argparse.Namespace, launch: Launch | None = None) -> str:
-    """Return the device for this process; several processes on a node take one GPU each.
-
-    Raises:
-        ValueError: for --device cuda on a machine without one, or more processes on a node than GPUs.
-    """
+    """Return the device for this process; several processes on a node take one GPU each."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here; pass --device cpu, or install a CUDA build")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device

@@ -11,7 +11,7 @@ from dinov2.data.datasets import load_image, resize_image
 from dinov2.data.transforms import normalize_images
 from dinov2.eval.features import loop
 from dinov2.eval.features.encoders import DinoEncoder
-from dinov2.eval.features.extract import ExtractOptions, extract
+from dinov2.eval.features.extract import extract
 
 
 def test_extract_gives_each_images_cls_token(backbone, images):
@@ -70,7 +70,7 @@ def test_prefetching_changes_nothing(backbone, images, monkeypatch):
     ranges = [range(3), range(3, 7)]
 
     def parts():
-        options = ExtractOptions(kinds=["cls", "mean"], batch_size=2, progress=False)
+        options = loop.ExtractOptions(kinds=["cls", "mean"], batch_size=2, progress=False)
         return list(loop.extract_ranges(DinoEncoder(backbone, 28), images, ranges, options))
 
     ahead = parts()

@@ -11,8 +11,7 @@ from dinov2.data.datasets import LabelledCells
 from dinov2.data.datasets.bags import PatientBags
 from dinov2.eval.extract_features import main
 from dinov2.eval.features import loop, read_features
-from dinov2.eval.features.extract import Embedder
-from dinov2.eval.features.patient_files import extract_patient_files
+from dinov2.eval.features.extract import Embedder, extract_patient_files
 from dinov2.models import build_backbone
 
 CLASSES = {"p1": "APL", "p2": "control", "p.3": "APL"}
