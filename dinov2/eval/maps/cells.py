@@ -129,9 +129,8 @@ def make_cell_maps(
         maps["rollout"].append(patch_maps.attention_rollout(model, batch)[0].cpu())
         maps["similarity"].append(((patch_maps.similarity_maps(tokens)[0].cpu() + 1) * 127.5).round().to(torch.uint8))
         if with_occlusion:
-            maps["occlusion"].append(
-                patch_maps.occlusion_map(patch_maps.likeness_to(model, batch[0]), batch[0], model.patch_size)
-            )
+            likeness = patch_maps.likeness_to(model, batch[0])
+            maps["occlusion"].append(patch_maps.occlusion_map(likeness, batch[0], model.patch_size))
     if not kept_names:
         raise ValueError(f"images: none of the {len(paths)} could be read; the log gives reasons")
     arrays = {kind: torch.stack(values).numpy() for kind, values in maps.items()}
