@@ -32,7 +32,7 @@ _INPUTS = {
 def compare_tables(
     a: PredictionTable, b: PredictionTable, n_resamples: int = N_RESAMPLES, seed: int = 0
 ) -> dict[str, Any]:
-    """Run `compare_paired` on the cells of two tables, matched by key; add `n` cells and `n_patients` (None if unknown).
+    """Run `compare_paired` on the cells of two tables, matched by key; add `n` cells and `n_patients` (or None).
 
     Raises:
         ValueError: the tables have no labels, are of other cells, or disagree on a cell's label or patient.
