@@ -54,53 +54,26 @@ def add_embedder_arguments(parser: argparse.ArgumentParser, checkpoint_required:
         type=_checked_by(encoder_name),
         help="another network to compare with: timm:<model>, torchvision:<model>; or a baseline: pixels, histogram",
     )
-    parser.add_argument(
-        "--encoder-weights",
-        default="",
-        metavar="FILE",
-        help=f"its state dict, if the library cannot download it; or the word {UNTRAINED}; empty: the library's own",
+    add = parser.add_argument
+    weights = f"its state dict, if the library cannot download it; or the word {UNTRAINED}; empty: the library's own"
+    add("--encoder-weights", default="", metavar="FILE", help=weights)
+    kind, kinds = _checked_by(lambda text: Kind.parse(text).name), f"{KINDS_HELP}; protocols take the first one"
+    add("--kinds", type=kind, nargs="+", default=[DEFAULT_KIND], metavar="KIND", help=kinds)
+    size = (
+        "side of the network's input in pixels, a multiple of its patch size; 0: as in its training run if the file "
+        "states it, else 224, or an --encoder's own"
     )
-    parser.add_argument(
-        "--kinds",
-        type=_checked_by(lambda text: Kind.parse(text).name),
-        nargs="+",
-        default=[DEFAULT_KIND],
-        metavar="KIND",
-        help=f"of features: {KINDS_HELP}; protocols take the first one",
-    )
-    parser.add_argument(
-        "--image-size",
-        type=positive_int,
-        default=0,
-        help="side of the network's input in pixels, a multiple of its patch size; 0: as in its training run if the "
-        "file states it, else 224, or an --encoder's own",
-    )
-    parser.add_argument("--batch-size", type=positive_int, default=64, help="images in one forward")
-    parser.add_argument(
-        "--num-workers",
-        type=int,
-        default=min(available_cores(), 16),
-        help="processes that decode images; 0: a thread of this process",
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
-    parser.add_argument(
-        "--precision", choices=get_args(Precision), default="fp32", help="bf16 is faster on recent GPUs and CPUs"
-    )
-    parser.add_argument(
-        "--fp32-matmul",
-        choices=get_args(Fp32Matmul),
-        default="fast",
-        help="how a CPU multiplies float32 matrices; fast: by a faster library, if it is as accurate on this machine",
-    )
-    parser.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="compile the network on CUDA: a minute at the start, worth it for many thousand images",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="extract again even if the output folder has features already"
-    )
+    add("--image-size", type=positive_int, default=0, help=size)
+    add("--batch-size", type=positive_int, default=64, help="images in one forward")
+    workers = "processes that decode images; 0: a thread of this process"
+    add("--num-workers", type=int, default=min(available_cores(), 16), help=workers)
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
+    add("--precision", choices=get_args(Precision), default="fp32", help="bf16 is faster on recent GPUs and CPUs")
+    matmul = "how a CPU multiplies float32 matrices; fast: by a faster library, if it is as accurate on this machine"
+    add("--fp32-matmul", choices=get_args(Fp32Matmul), default="fast", help=matmul)
+    compiling = "compile the network on CUDA: a minute at the start, worth it for many thousand images"
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help=compiling)
+    add("--overwrite", action="store_true", help="extract again even if the output folder has features already")
 
 
 def has_embedder(args: argparse.Namespace) -> bool:
