@@ -112,10 +112,10 @@ class WeightedMetrics:
     ) -> None:
         labels, predictions, probabilities = checked(labels, predictions, n_classes, probabilities)
         self.entries, self.n_classes = labels * n_classes + predictions, n_classes
-        self.ranked_classes: list[_RankedClass] = []
+        self.ranks: list[tuple[np.ndarray, ...]] = []
         self.losses: np.ndarray | None = None
         if probabilities is not None:
-            self.ranked_classes = [_RankedClass(labels == c, probabilities[:, c]) for c in np.unique(labels)]
+            self.ranks = [_ranks(labels == c, probabilities[:, c]) for c in np.unique(labels)]
             self.losses = log_losses(labels, probabilities)
 
     def __call__(self, weights: np.ndarray) -> dict[str, float]:
@@ -123,29 +123,24 @@ class WeightedMetrics:
         counts = np.bincount(self.entries, weights, minlength=self.n_classes**2)
         metrics = metrics_of_confusion(counts.reshape(self.n_classes, self.n_classes))
         if self.losses is not None:
-            areas = [area for ranked in self.ranked_classes if (area := ranked.auroc(weights)) is not None]
+            areas = []
+            for positives, negatives, n_below, n_not_above in self.ranks:
+                cumulative = np.concatenate([[0], np.cumsum(weights[negatives])])
+                if pairs := weights[positives].sum() * cumulative[-1]:
+                    # a positive wins against the negatives with lower scores, and half against those with equal ones
+                    wins = (cumulative[n_below] + cumulative[n_not_above]) / 2
+                    areas.append(weights[positives] @ wins / pairs)
             metrics["auroc"] = float(np.mean(areas)) if areas else np.nan
             metrics["log_loss"] = float(self.losses @ weights / weights.sum())
         return metrics
 
 
-class _RankedClass:
-    """The scores of one class against the rest, sorted once."""
-
-    def __init__(self, is_positive: np.ndarray, scores: np.ndarray) -> None:
-        self.positives, negatives = np.flatnonzero(is_positive), np.flatnonzero(~is_positive)
-        self.negatives = negatives[np.argsort(scores[negatives])]
-        ranked, of_positives = scores[self.negatives], scores[self.positives]
-        self.n_below, self.n_not_above = (np.searchsorted(ranked, of_positives, side) for side in ("left", "right"))
-
-    def auroc(self, weights: np.ndarray) -> float | None:
-        """Compute the area under the ROC curve for weights [N]; None if the positives or the negatives have none."""
-        cumulative = np.concatenate([[0], np.cumsum(weights[self.negatives])])
-        of_positives = weights[self.positives]
-        pairs = of_positives.sum() * cumulative[-1]
-        # a positive wins against the negatives with lower scores, and half against those with equal ones
-        wins = (cumulative[self.n_below] + cumulative[self.n_not_above]) / 2
-        return float(of_positives @ wins / pairs) if pairs else None
+def _ranks(is_positive: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return positives, sorted negatives, and how many negatives are below, and not above, each positive."""
+    positives, negatives = np.flatnonzero(is_positive), np.flatnonzero(~is_positive)
+    negatives = negatives[np.argsort(scores[negatives])]
+    n_below, n_not_above = (np.searchsorted(scores[negatives], scores[positives], side) for side in ("left", "right"))
+    return positives, negatives, n_below, n_not_above
 
 
 def _draws(
