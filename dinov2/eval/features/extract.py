@@ -195,7 +195,14 @@ class Embedder(ExtractOptions):
         if len(missing) < len(parts.files):
             logger.info("%d of %d parts are done already", len(parts.files) - len(missing), len(parts.files))
         own = missing[get_rank() :: get_world_size()]
-        _on_all_processes(lambda: self._extract_parts(parts, own, paths))
+
+        def extract_own() -> None:
+            if own:
+                extractions = extract_ranges(self.encoder, paths, [parts.ranges[number] for number in own], self)
+                for number, part in zip(own, extractions, strict=True):
+                    parts.write(number, part)
+
+        _on_all_processes(extract_own)
         return parts
 
     def collect(self, cells: LabelledCells, parts: Parts) -> Features:
@@ -219,12 +226,6 @@ class Embedder(ExtractOptions):
             kind=vectors[0],
             others=whole.by_kind,
         )
-
-    def _extract_parts(self, parts: Parts, numbers: Sequence[int], paths: Sequence[Path]) -> None:
-        if numbers:
-            found = extract_ranges(self.encoder, paths, [parts.ranges[number] for number in numbers], self)
-            for number, part in zip(numbers, found, strict=True):
-                parts.write(number, part)
 
     def _write(self, file: Path, cells: LabelledCells, parts: Parts) -> None:
         features = self.collect(cells, parts)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -187,22 +188,16 @@ def check_finite(features: Features, source: Path) -> None:
 
 def check_same_network(train: Features, test: Features) -> None:
     """Raise ValueError if features are of two networks, kinds, sizes or image transforms."""
-    for name in NETWORK_ATTRIBUTES:
-        if train.attributes.get(name) != test.attributes.get(name):
+    pairs: dict[str, tuple[Any, Any]]
+    pairs = {name: (train.attributes.get(name), test.attributes.get(name)) for name in NETWORK_ATTRIBUTES}
+    pairs["kind of features"] = train.kind, test.kind
+    pairs["count of numbers a cell"] = train.features.shape[1], test.features.shape[1]
+    for name, (of_train, of_test) in pairs.items():
+        if of_train != of_test:
             raise ValueError(
-                f"--features and --test-features: {name} differs, {train.attributes.get(name)!r} and "
-                f"{test.attributes.get(name)!r}; extract both with one checkpoint and one image size"
+                f"--features and --test-features: {name} differs, {of_train!r} and {of_test!r}; extract both with one "
+                f"checkpoint, image size and --kinds, or choose a --kind that both have"
             )
-    if train.kind != test.kind:
-        raise ValueError(
-            f"--features and --test-features: features are {train.kind!r} in one and {test.kind!r} in the other; "
-            f"choose a kind that both have (--kind), or extract both with the same --kinds"
-        )
-    dims = train.features.shape[1], test.features.shape[1]
-    if dims[0] != dims[1]:
-        raise ValueError(
-            f"--features and --test-features: {dims[0]} and {dims[1]} numbers a cell; extract both with one checkpoint"
-        )
 
 
 def align_classes(features: Features, class_names: list[str]) -> Features:

@@ -173,7 +173,7 @@ def test_kinds_of_features_stay_with_their_cells():
     both = join(train, align_classes(test, ["a", "b"]))
     assert both.kinds == ["cls", "mean"]  # those that both have
     assert both.of_kind("mean").features.ravel().tolist() == [1, 2, 3, 4]
-    with pytest.raises(ValueError, match="features are 'mean' in one and 'cls' in the other"):
+    with pytest.raises(ValueError, match="kind of features differs, 'mean' and 'cls'"):
         check_same_network(train.of_kind("mean"), test)
     test.others["mean"][1] = np.nan
     with pytest.raises(ValueError, match="1 of 2 in 'f.h5' are infinite or NaN, for instance those of 'd'"):
@@ -187,5 +187,5 @@ def test_features_of_two_networks_are_told_apart():
     with pytest.raises(ValueError, match="transform differs, None and '28 px'"):
         check_same_network(train, test)
     wider = Features(np.zeros((2, 3), dtype=np.float32), test.labels, test.class_names, test.paths)
-    with pytest.raises(ValueError, match="1 and 3 numbers a cell"):
+    with pytest.raises(ValueError, match="numbers a cell differs, 1 and 3"):
         check_same_network(train, wider)
