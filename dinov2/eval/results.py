@@ -191,13 +191,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def provenance(attributes: Mapping[str, str], settings: Mapping[str, Any], hashes: Mapping[str, str]) -> dict[str, Any]:
-    """Return the last entries of a report: `checkpoint`, `features`, `settings`, `hashes`, `versions` and `date`.
-
-    Args:
-        attributes: of the features file.
-        settings: as `settings_of` returns them.
-        hashes: {flag: sha256} of the input files.
-    """
+    """Return the last entries of a report, from the features' attributes, the settings and {flag: sha256} of files."""
     return {
         "checkpoint": {name: attributes.get(name) for name in ("checkpoint", "checkpoint_sha256", "model")},
         "features": {name: attributes[name] for name in sorted(attributes) if name != "date"},

@@ -165,14 +165,7 @@ def check_divisible(image_size: int, patch_size: int) -> None:
 def assemble(
     kinds: Sequence[Kind], pooled: Tensor, cls_tokens: Sequence[Tensor], patch_tokens: Tensor
 ) -> dict[str, Tensor]:
-    """Assemble the kinds of features from their tokens.
-
-    Args:
-        kinds: of features.
-        pooled: [B, D], the kind `cls`.
-        cls_tokens: [B, D] each, of the last blocks.
-        patch_tokens: [B, P, D] of the last block, of a square grid.
-    """
+    """Assemble kinds of features from `cls` [B, D], CLS tokens of the last blocks and patch tokens [B, P, D]."""
     features = {}
     for kind in kinds:
         if kind.is_grid:

@@ -229,13 +229,9 @@ class Parts:
 
     A part is a file that is complete or absent. Its name is a hash of everything that its content depends on (network,
     transform, precision, kinds; path, size and time of each image), so a part of another extraction is never used. The
-    number of processes does not matter; all of them create this object together.
+    number of processes does not matter; all of them create this object together, for the same folder.
 
-    Args:
-        folder: of the part files; all processes see the same one.
-        identity: what the features of an image depend on.
-        paths: all images.
-        ranges: positions of the images of each part.
+    `identity` is what the features of an image depend on, and `ranges` are the positions of the images of each part.
     """
 
     def __init__(
