@@ -29,8 +29,8 @@ from omegaconf import OmegaConf
 import dinov2.train.train as train_command
 from dinov2.configs import CONFIG_FOLDER
 from dinov2.data.datasets import LabelledCells, find_images
-from dinov2.eval.features.baselines import colour_histogram
 from dinov2.eval.features.extract import extract
+from dinov2.eval.features.named_encoders import colour_histogram
 from dinov2.eval.knn import evaluate_knn
 from dinov2.hub import load_backbone
 from dinov2.hub.backbones import file_sha256

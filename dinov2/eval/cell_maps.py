@@ -34,14 +34,11 @@ LETTERS = 22  # of a line of text, about the width of a tile
 
 
 def sheet(rows: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
-    """Return one image of titled rows, with the images of a cell below each other.
+    """Return one image, uint8 [height, width, 3], of titled rows, with the images of a cell below each other.
 
     Args:
         rows: {title: uint8 [N, any, any, 3]}; patches are enlarged without smoothing.
         names: of the N cells, in two lines divided by the first slash.
-
-    Returns:
-        uint8 [height, width, 3].
     """
     step = TILE_PX + GAP_PX
     canvas = Image.new("RGB", (TITLE_PX + len(names) * step, HEADER_PX + len(rows) * step), "white")
@@ -76,11 +73,10 @@ def sheets(maps: CellMaps) -> dict[str, np.ndarray]:
     row, column = (n // 2 for n in maps.grid)
     to_middle = maps.similarity[:, row * maps.grid[1] + column].reshape(-1, *maps.grid)
     similarity = {f"similarity to row {row + 1}, column {column + 1}": colour_map(to_middle.astype(np.float64))}
-    heads = {f"head {i + 1}": colour_map(maps.attention[:, i]) for i in range(maps.attention.shape[1])}
     kinds = {kind: {TITLES[kind]: colours} for kind, colours in maps.colours().items()}
-    every_kind = {TITLES[kind]: colours for kind, colours in maps.colours().items()}
-    content = {"similarity": similarity, **kinds, "cells": every_kind | similarity}
-    content["attention"] |= heads
+    every_kind = {title: colours for rows in kinds.values() for title, colours in rows.items()}
+    content = {**kinds, "similarity": similarity, "cells": every_kind | similarity}
+    content["attention"] |= {f"head {i + 1}": colour_map(head) for i, head in enumerate(maps.attention.swapaxes(0, 1))}
     return {name: sheet({"image": maps.images, **rows}, maps.names) for name, rows in content.items()}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from dinov2.data.datasets.tables import open_table
 from dinov2.eval.extract_features import positive_int
@@ -31,41 +32,37 @@ _INPUTS = {
 def compare_tables(
     a: PredictionTable, b: PredictionTable, n_resamples: int = N_RESAMPLES, seed: int = 0
 ) -> dict[str, Any]:
-    """Run `compare_paired` on the cells of two tables, matched by key.
-
-    Args:
-        a, b: predictions for the same cells, in any order.
-        n_resamples, seed: as for `compare_paired`.
-
-    Returns:
-        The result of `compare_paired`, and `n` cells and `n_patients` (None if neither table has patients).
+    """Run `compare_paired` on the cells of two tables, matched by key; add `n` cells and `n_patients` (or None).
 
     Raises:
         ValueError: the tables have no labels, are of other cells, or disagree on a cell's label or patient.
     """
     if a.labels is None or b.labels is None:
         raise ValueError("predictions: a table without labels cannot be compared; evaluate on labelled cells")
-    rows = {key: i for i, key in enumerate(b.keys)}
-    only_a, only_b = sorted(set(a.keys) - set(rows)), sorted(set(rows) - set(a.keys))
+    first, second = (
+        pd.DataFrame({"label": t.labels, "prediction": t.predictions, "patient": t.patients}, index=t.keys)
+        for t in (a, b)
+    )
+    only_a, only_b = (list(x.index.difference(y.index)) for x, y in ((first, second), (second, first)))
     if only_a or only_b:
         raise ValueError(
             f"predictions: {len(only_a)} cells are in the first table only and {len(only_b)} in the second only, for "
             f"instance {(only_a + only_b)[0]!r}; evaluate both on the same cells"
         )
-    order = [rows[key] for key in a.keys]
-    labels, predictions = ([column[i] for i in order] for column in (b.labels, b.predictions))
-    patients = None if b.patients is None else [b.patients[i] for i in order]
-    for what, column_a, column_b in (("label", a.labels, labels), ("patient", a.patients, patients)):
-        for key, value_a, value_b in zip(a.keys, column_a or (), column_b or (), strict=False):
-            if value_a != value_b:
-                raise ValueError(
-                    f"predictions: the {what} of {key!r} is {value_a!r} in the first table and {value_b!r} in the "
-                    f"second; evaluate both on the same set"
-                )
-    patients = patients or a.patients
-    names, classes = np.unique([labels, a.predictions, predictions], return_inverse=True)
-    of_labels, of_a, of_b = classes.reshape(3, -1)
-    compared = compare_paired(of_labels, of_a, of_b, len(names), patients, n_resamples, seed)
+    second = second.loc[first.index]
+    for column in ("label", "patient"):
+        known = first[column].notna() & second[column].notna()
+        if (differ := known & (first[column] != second[column])).any():
+            key = differ.idxmax()
+            raise ValueError(
+                f"predictions: the {column} of {key!r} is {first.at[key, column]!r} in the first table and "
+                f"{second.at[key, column]!r} in the second; evaluate both on the same set"
+            )
+    patients = a.patients if b.patients is None else second["patient"].tolist()
+    columns = [first["label"], first["prediction"], second["prediction"]]
+    classes, names = pd.factorize(pd.concat(columns), sort=True)
+    labels, of_a, of_b = np.split(classes, 3)
+    compared = compare_paired(labels, of_a, of_b, len(names), patients, n_resamples, seed)
     return {"n": len(labels), "n_patients": None if patients is None else len(set(patients)), **compared}
 
 

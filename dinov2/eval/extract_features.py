@@ -23,9 +23,9 @@ from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.distributed import Launch
 from dinov2.eval.features import DEFAULT_KIND
 from dinov2.eval.features.encoders import KINDS_HELP, Kind
-from dinov2.eval.features.extract import Embedder, Fp32Matmul, Precision
+from dinov2.eval.features.extract import Embedder, extract_patient_files
+from dinov2.eval.features.loop import Fp32Matmul, Precision
 from dinov2.eval.features.named_encoders import UNTRAINED, encoder_name
-from dinov2.eval.features.patient_files import extract_patient_files
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
 from dinov2.utils.memory import keep_freed_memory
@@ -40,12 +40,7 @@ TIMEOUT_SECONDS = 24 * 3600.0
 
 
 def add_embedder_arguments(parser: argparse.ArgumentParser, checkpoint_required: bool) -> None:
-    """Add the flags of the network and of the extraction, which are the same in every command.
-
-    Args:
-        parser: of the command.
-        checkpoint_required: require a --checkpoint or an --encoder.
-    """
+    """Add the flags of the network and of the extraction, which are the same in every command."""
     network = parser.add_mutually_exclusive_group(required=checkpoint_required)
     network.add_argument(
         "--checkpoint",
@@ -59,53 +54,26 @@ def add_embedder_arguments(parser: argparse.ArgumentParser, checkpoint_required:
         type=_checked_by(encoder_name),
         help="another network to compare with: timm:<model>, torchvision:<model>; or a baseline: pixels, histogram",
     )
-    parser.add_argument(
-        "--encoder-weights",
-        default="",
-        metavar="FILE",
-        help=f"its state dict, if the library cannot download it; or the word {UNTRAINED}; empty: the library's own",
+    add = parser.add_argument
+    weights = f"its state dict, if the library cannot download it; or the word {UNTRAINED}; empty: the library's own"
+    add("--encoder-weights", default="", metavar="FILE", help=weights)
+    kind, kinds = _checked_by(lambda text: Kind.parse(text).name), f"{KINDS_HELP}; protocols take the first one"
+    add("--kinds", type=kind, nargs="+", default=[DEFAULT_KIND], metavar="KIND", help=kinds)
+    size = (
+        "side of the network's input in pixels, a multiple of its patch size; 0: as in its training run if the file "
+        "states it, else 224, or an --encoder's own"
     )
-    parser.add_argument(
-        "--kinds",
-        type=_checked_by(lambda text: Kind.parse(text).name),
-        nargs="+",
-        default=[DEFAULT_KIND],
-        metavar="KIND",
-        help=f"of features: {KINDS_HELP}; protocols take the first one",
-    )
-    parser.add_argument(
-        "--image-size",
-        type=positive_int,
-        default=0,
-        help="side of the network's input in pixels, a multiple of its patch size; 0: as in its training run if the "
-        "file states it, else 224, or an --encoder's own",
-    )
-    parser.add_argument("--batch-size", type=positive_int, default=64, help="images in one forward")
-    parser.add_argument(
-        "--num-workers",
-        type=int,
-        default=min(available_cores(), 16),
-        help="processes that decode images; 0: a thread of this process",
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
-    parser.add_argument(
-        "--precision", choices=get_args(Precision), default="fp32", help="bf16 is faster on recent GPUs and CPUs"
-    )
-    parser.add_argument(
-        "--fp32-matmul",
-        choices=get_args(Fp32Matmul),
-        default="fast",
-        help="how a CPU multiplies float32 matrices; fast: by a faster library, if it is as accurate on this machine",
-    )
-    parser.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="compile the network on CUDA: a minute at the start, worth it for many thousand images",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="extract again even if the output folder has features already"
-    )
+    add("--image-size", type=positive_int, default=0, help=size)
+    add("--batch-size", type=positive_int, default=64, help="images in one forward")
+    workers = "processes that decode images; 0: a thread of this process"
+    add("--num-workers", type=int, default=min(available_cores(), 16), help=workers)
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
+    add("--precision", choices=get_args(Precision), default="fp32", help="bf16 is faster on recent GPUs and CPUs")
+    matmul = "how a CPU multiplies float32 matrices; fast: by a faster library, if it is as accurate on this machine"
+    add("--fp32-matmul", choices=get_args(Fp32Matmul), default="fast", help=matmul)
+    compiling = "compile the network on CUDA: a minute at the start, worth it for many thousand images"
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help=compiling)
+    add("--overwrite", action="store_true", help="extract again even if the output folder has features already")
 
 
 def has_embedder(args: argparse.Namespace) -> bool:
@@ -114,15 +82,7 @@ def has_embedder(args: argparse.Namespace) -> bool:
 
 
 def embedder_from(args: argparse.Namespace, launch: Launch | None = None) -> Embedder:
-    """Build the embedder from the flags of `add_embedder_arguments`; on a CPU, keep freed memory from now on.
-
-    Args:
-        args: that name a network (`has_embedder`).
-        launch: rank and device number of this process, if there are several.
-
-    Raises:
-        ValueError, FileNotFoundError, ConnectionError: as `device_of` and `Embedder`.
-    """
+    """Build the embedder from the flags of `add_embedder_arguments`; on a CPU, keep freed memory from now on."""
     device = device_of(args, launch)
     if device == "cpu":
         keep_freed_memory()
@@ -142,11 +102,7 @@ def embedder_from(args: argparse.Namespace, launch: Launch | None = None) -> Emb
 
 
 def device_of(args: argparse.Namespace, launch: Launch | None = None) -> str:
-    """Return the device for this process; several processes on a node take one GPU each.
-
-    Raises:
-        ValueError: for --device cuda on a machine without one, or more processes on a node than GPUs.
-    """
+    """Return the device for this process; several processes on a node take one GPU each."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here; pass --device cpu, or install a CUDA build")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device

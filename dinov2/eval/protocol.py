@@ -45,9 +45,9 @@ from dinov2.eval.extract_features import (
     positive_int,
 )
 from dinov2.eval.features import DEFAULT_KIND, Features, read_features
-from dinov2.eval.features.baselines import BASELINES
 from dinov2.eval.features.extract import Embedder
-from dinov2.eval.features.join import align_classes, check_finite, check_same_network, join
+from dinov2.eval.features.named_encoders import BASELINES
+from dinov2.eval.features.store import align_classes, check_finite, check_same_network, join
 from dinov2.eval.results import FoldPredictions
 from dinov2.hub.backbones import untrained_backbone
 from dinov2.utils.files import file_sha256

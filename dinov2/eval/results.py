@@ -1,8 +1,7 @@
 """Results of evaluations: results.json and predictions.csv are written and read here.
 
-Equal inputs give equal bytes of results.json except for its last entry, the date: run times, and settings that only
-say where results go or how fast they come, are left out. A results.json of another version is read as far as possible:
-what is unknown is named in a note, and what is missing stays missing.
+Equal inputs give equal bytes of results.json except for its last entry, the date. A results.json of another version
+is read as far as possible: a note names what is unknown, and what is missing stays missing.
 
 Letters: N samples (cells or patients), C classes
 """
@@ -49,19 +48,12 @@ _KNOWN_METRICS = {*AVERAGED_METRICS, "per_class", "confusion", "intervals", "mea
 
 @dataclass(frozen=True)
 class FoldPredictions:
-    """Predictions of a protocol, one for each tested sample.
-
-    Attributes:
-        folds: training and test positions of each fold.
-        predictions: int64 [N], -1 for samples that no fold tests.
-        probabilities: float64 [N, C], NaN for samples that no fold tests; None if the method has none.
-        settings: the chosen settings and the outcome of each fold's training, ready for JSON.
-    """
+    """Predictions of a protocol, one for each tested sample."""
 
     folds: list[Fold]
-    predictions: np.ndarray
-    probabilities: np.ndarray | None
-    settings: list[dict[str, Any]]
+    predictions: np.ndarray  # int64 [N], -1 for samples that no fold tests
+    probabilities: np.ndarray | None  # float64 [N, C], NaN for samples that no fold tests
+    settings: list[dict[str, Any]]  # of each fold's training: what was chosen and how it ended, ready for JSON
 
     @property
     def tested(self) -> np.ndarray:
@@ -91,17 +83,10 @@ def summarize(
 ) -> dict[str, Any]:
     """Compute metrics of all tested samples, with 95 % intervals, and of each fold.
 
-    Args:
-        labels: int64 [N].
-        predicted: predictions for the same samples.
-        class_names: C names.
-        patients: N patient ids, to draw patients for the intervals instead of samples.
-        seed: of the intervals.
-
     Returns:
-        `classification_metrics` of the predictions of all folds, `intervals` (`bootstrap_intervals`) and `folds`: the
-        sizes, settings and metrics of each. With several folds also `mean_over_folds` and `sd_over_folds` (with n - 1)
-        of each metric that all of them have.
+        `classification_metrics` of the predictions of all folds, `intervals` (`bootstrap_intervals`, which draws
+        patients if they are given) and `folds`: the sizes, settings and metrics of each. With several folds also
+        `mean_over_folds` and `sd_over_folds` (with n - 1) of each metric that all of them have.
     """
     tested = predicted.tested
     intervals = bootstrap_intervals(
@@ -126,25 +111,15 @@ def summarize(
 
 @dataclass(frozen=True)
 class PredictionTable:
-    """The rows of a predictions.csv.
-
-    Attributes:
-        keys: an image's path, or a patient, for each of N rows.
-        labels: names of classes; None if the file has none.
-        predictions: names of classes.
-        patients: N patient ids, or None.
-        key_column: `path` or `patient`.
-        class_names: C names, of the probabilities.
-        probabilities: float64 [N, C]; None if the file has none.
-    """
+    """The N rows of a predictions.csv; labels and predictions are names of classes."""
 
     keys: list[str]
     labels: list[str] | None
     predictions: list[str]
     patients: list[str] | None
-    key_column: str = "path"
+    key_column: str = "path"  # or "patient"
     class_names: Sequence[str] = ()
-    probabilities: np.ndarray | None = None
+    probabilities: np.ndarray | None = None  # float64 [N, C]
 
 
 def write_csv(file: Path, header: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
@@ -164,25 +139,15 @@ def write_predictions(
     patients: Sequence[str] | None = None,
     key_column: str = "path",
 ) -> None:
-    """Write a CSV with a row for each tested sample: key, patient and label (if known), prediction, fold, p_<class>.
-
-    Args:
-        file: the CSV.
-        keys: N image paths or patients.
-        labels: int64 [N], positions in `class_names`; None if unknown.
-        predicted: predictions for the same samples.
-        class_names: C names.
-        patients: N patient ids, or None.
-        key_column: name of the column of the keys.
-    """
-    tested, fold_of = predicted.tested.tolist(), predicted.fold_of
+    """Write a CSV with a row for each tested sample: key, patient and label (if known), prediction, fold, p_<class>."""
+    tested = predicted.tested.tolist()
     columns: dict[str, list[Any]] = {key_column: [str(keys[i]) for i in tested]}
     if patients is not None:
         columns["patient"] = [patients[i] for i in tested]
     if labels is not None:
         columns["label"] = [class_names[labels[i]] for i in tested]
     columns["prediction"] = [class_names[predicted.predictions[i]] for i in tested]
-    columns["fold"] = fold_of[tested].tolist()
+    columns["fold"] = predicted.fold_of[tested].tolist()
     if predicted.probabilities is not None:
         for name, of_class in zip(class_names, predicted.probabilities[tested].T.tolist(), strict=True):
             columns[f"{PROBABILITY_PREFIX}{name}"] = of_class
@@ -190,15 +155,8 @@ def write_predictions(
 
 
 def read_predictions(file: Path) -> PredictionTable:
-    """Read what `write_predictions` wrote.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it lacks columns or rows, has a key twice, or has a probability that is no number.
-    """
+    """Read what `write_predictions` wrote; ValueError for another table, FileNotFoundError without a file."""
     file = local_path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"predictions: no file {str(file)!r}; linear.py and abmil.py write predictions.csv")
     table = open_table(file, "predictions")
     header = table.columns
     if "prediction" not in header or header[0] in LABEL_COLUMNS:
@@ -206,21 +164,20 @@ def read_predictions(file: Path) -> PredictionTable:
             f"predictions: {str(file)!r} has the columns {header or 'none'}; expected path or patient first, then "
             f"{', '.join(LABEL_COLUMNS)}"
         )
-    rows = [values for _, values in table.rows()]
-    columns = {name: list(values) for name, values in zip(header, zip(*rows, strict=True), strict=False)}
-    keys = columns.get(header[0], [])
-    if not keys or len(set(keys)) < len(keys):
+    columns = pd.DataFrame([values for _, values in table.rows()], columns=header)
+    keys = columns[header[0]]
+    if keys.empty or keys.duplicated().any():
         raise ValueError(f"predictions: {str(file)!r} has no rows, or one {header[0]} stands in several; give one each")
     of_classes = [name for name in header if name.startswith(PROBABILITY_PREFIX)]
     try:
-        probabilities = np.array([[float(text or "nan") for text in columns[name]] for name in of_classes]).T
+        probabilities = columns[of_classes].replace("", "nan").to_numpy(dtype=np.float64)
     except ValueError as error:
         raise ValueError(f"predictions: {str(file)!r} has a probability that is no number ({error})") from error
     return PredictionTable(
-        keys,
-        columns.get("label"),
-        columns["prediction"],
-        columns.get("patient"),
+        keys.tolist(),
+        columns["label"].tolist() if "label" in columns else None,
+        columns["prediction"].tolist(),
+        columns["patient"].tolist() if "patient" in columns else None,
         header[0],
         [name.removeprefix(PROBABILITY_PREFIX) for name in of_classes],
         probabilities if of_classes else None,
@@ -229,21 +186,12 @@ def read_predictions(file: Path) -> PredictionTable:
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """Return the flags that results depend on, paths as text."""
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(args).items()
-        if name not in NOT_INPUTS
-    }
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_INPUTS}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
 
 
 def provenance(attributes: Mapping[str, str], settings: Mapping[str, Any], hashes: Mapping[str, str]) -> dict[str, Any]:
-    """Return the last entries of a report: `checkpoint`, `features`, `settings`, `hashes`, `versions` and `date`.
-
-    Args:
-        attributes: of the features file.
-        settings: as `settings_of` returns them.
-        hashes: {flag: sha256} of the input files.
-    """
+    """Return the last entries of a report, from the features' attributes, the settings and {flag: sha256} of files."""
     return {
         "checkpoint": {name: attributes.get(name) for name in ("checkpoint", "checkpoint_sha256", "model")},
         "features": {name: attributes[name] for name in sorted(attributes) if name != "date"},
@@ -268,11 +216,7 @@ def write_report(output_dir: Path, report: Mapping[str, Any]) -> None:
 
 
 def read_report(file: Path) -> dict[str, Any]:
-    """Read the content of a results.json.
-
-    Raises:
-        ValueError: it holds no JSON object.
-    """
+    """Read the content of a results.json; ValueError if it holds no JSON object."""
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -284,19 +228,12 @@ def read_report(file: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Row:
-    """Metrics of one method on one source of features.
+    """Metrics of one method on one source of features, as results.json has them."""
 
-    Attributes:
-        method: its name in evaluate.py: `knn_20`, `knn-dino_20`, `linear-sweep`, `abmil classwise`.
-        source: of the features: `model`, or a baseline's name.
-        metrics: as results.json has them.
-        predictions: CSV of this row's predictions; None if the protocol writes none.
-    """
-
-    method: str
-    source: str
+    method: str  # its name in evaluate.py: `knn_20`, `knn-dino_20`, `linear-sweep`, `abmil classwise`
+    source: str  # `model`, or a baseline's name
     metrics: Mapping[str, Any]
-    predictions: Path | None = None
+    predictions: Path | None = None  # the CSV, if the protocol writes one
 
     @property
     def classes(self) -> dict[str, Mapping[str, Any]]:
@@ -327,23 +264,14 @@ class Row:
 
 @dataclass(frozen=True)
 class ResultRecord:
-    """One results.json.
-
-    Attributes:
-        name: of the result.
-        path: the file.
-        report: its content.
-        rows: everything that has metrics.
-        notes: unknown and missing parts, in words.
-        parts: {folder: results of a single protocol} if this is the result of all protocols.
-    """
+    """One results.json."""
 
     name: str
     path: Path
-    report: Mapping[str, Any]
-    rows: list[Row]
-    notes: list[str]
-    parts: dict[str, "ResultRecord"] = field(default_factory=dict)
+    report: Mapping[str, Any]  # the file's content
+    rows: list[Row]  # everything that has metrics
+    notes: list[str]  # unknown and missing parts, in words
+    parts: dict[str, "ResultRecord"] = field(default_factory=dict)  # {folder: result of one of all protocols}
 
     @property
     def protocol(self) -> str:
@@ -377,11 +305,7 @@ def number(value: Any) -> float | None:
 
 
 def read_result(file: Path, name: str) -> ResultRecord:
-    """Read a results.json; for the result of all protocols, read also those in the folders beside it.
-
-    Raises:
-        ValueError: it holds no JSON object.
-    """
+    """Read a results.json; for the result of all protocols, read also those in the folders beside it."""
     report = read_report(file)
     parts = {}
     if report.get("protocol") == "all":

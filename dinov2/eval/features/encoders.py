@@ -61,28 +61,16 @@ class Kind:
 
 
 class Encoder(ABC):
-    """A network and everything else that its features depend on, except the precision.
+    """A network and everything else that its features depend on, except the precision."""
 
-    Attributes:
-        network: its tensors identify it, and it is moved between devices.
-        preparation: turns a decoded image, uint8 [H, W, 3] in RGB, into an input of `embed`; can be pickled for the
-            processes that decode.
-        transform: a description of everything that happens to an image before the network.
-        description: of the network.
-        origin: of its weights.
-        image_size: S; 0 if images are not resized.
-        has_patch_tokens: whether it has the kinds with patch tokens.
-        n_blocks: number of blocks with CLS tokens; 0 for networks without them.
-    """
-
-    network: nn.Module
-    preparation: Preparation
-    transform: str
-    description: str
-    origin: str
-    image_size: int
+    network: nn.Module  # its tensors identify it, and it is moved between devices
+    preparation: Preparation  # turns uint8 [H, W, 3] in RGB into an input of `embed`; other processes pickle it
+    transform: str  # describes everything that happens to an image before the network
+    description: str  # of the network
+    origin: str  # of its weights
+    image_size: int  # S; 0 if images are not resized
     has_patch_tokens: bool = False
-    n_blocks: int = 0
+    n_blocks: int = 0  # blocks with CLS tokens
 
     @cached_property
     def sha256(self) -> str:
@@ -90,11 +78,7 @@ class Encoder(ABC):
         return state_sha256(self.network)
 
     def check(self, kinds: Sequence[str]) -> None:
-        """Check that the encoder has these kinds of features.
-
-        Raises:
-            ValueError: for a kind that it does not have, or an unknown one.
-        """
+        """Raise ValueError for a kind of features that the encoder does not have."""
         known = ["cls"]
         if self.has_patch_tokens:
             known += ["mean", "cls+mean", PATCHES]
@@ -116,11 +100,7 @@ class Encoder(ABC):
 
     @abstractmethod
     def embed(self, images: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
-        """Compute these kinds of features of a batch, in one forward.
-
-        Args:
-            images: stacked outputs of `preparation`, on the network's device.
-            kinds: that passed `check`.
+        """Compute these kinds of features of a batch of prepared images, in one forward.
 
         Returns:
             {kind: float32 [B, D of the kind]}; `patches` is float16 [B, h, w, D].
@@ -130,13 +110,7 @@ class Encoder(ABC):
 class DinoEncoder(Encoder):
     """A backbone of this project, or a released one of DINOv2 or DinoBloom.
 
-    Args:
-        network: the backbone.
-        image_size: S.
-        file: of its weights; its hash is the identity, without a file that of the tensors.
-
-    Raises:
-        ValueError: if the patch size does not divide S.
+    The hash of the weights file is its identity, without a file that of the tensors.
     """
 
     network: DinoVisionTransformer
@@ -144,11 +118,9 @@ class DinoEncoder(Encoder):
 
     def __init__(self, network: DinoVisionTransformer, image_size: int, file: Path | None = None) -> None:
         check_divisible(image_size, network.patch_size)
-        self.network, self.n_blocks = network, network.n_blocks
-        self.image_size = image_size
         transform = ImageTransform(image_size)
-        self.preparation, self.transform = transform.resize, str(transform)
-        self.description = describe_backbone(network)
+        self.network, self.n_blocks, self.description = network, network.n_blocks, describe_backbone(network)
+        self.preparation, self.transform, self.image_size = transform.resize, str(transform), image_size
         self.file = file
         self.origin = os.path.abspath(file) if file is not None else "memory"
 
@@ -181,7 +153,7 @@ def state_sha256(network: nn.Module) -> str:
 
 
 def check_divisible(image_size: int, patch_size: int) -> None:
-    """Check that patches fill the image; ValueError otherwise."""
+    """Raise ValueError if patches do not fill the image."""
     if image_size < patch_size or image_size % patch_size:
         below, above = image_size // patch_size * patch_size, -(-image_size // patch_size) * patch_size
         raise ValueError(
@@ -193,14 +165,7 @@ def check_divisible(image_size: int, patch_size: int) -> None:
 def assemble(
     kinds: Sequence[Kind], pooled: Tensor, cls_tokens: Sequence[Tensor], patch_tokens: Tensor
 ) -> dict[str, Tensor]:
-    """Assemble the kinds of features from their tokens.
-
-    Args:
-        kinds: of features.
-        pooled: [B, D], the kind `cls`.
-        cls_tokens: [B, D] each, of the last blocks.
-        patch_tokens: [B, P, D] of the last block, of a square grid.
-    """
+    """Assemble kinds of features from `cls` [B, D], CLS tokens of the last blocks and patch tokens [B, P, D]."""
     features = {}
     for kind in kinds:
         if kind.is_grid:

@@ -1,4 +1,4 @@
-"""Extract features of image files: a batch, a list of files, or labelled cells into a features file.
+"""Extract features of image files: a batch, a list of files, or labelled cells into one file or a file per patient.
 
 `encoders` states what the features of an image depend on; nothing is random.
 
@@ -7,8 +7,9 @@ Dimension key:  B images in a batch, N images, D embedding dim, S image side in 
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinov2.data.datasets.bags import SUFFIX, one_label_each
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, on_main_process
 from dinov2.eval.features.encoders import DinoEncoder, Encoder, Kind
@@ -25,6 +27,7 @@ from dinov2.eval.features.loop import (
     Extraction,
     ExtractOptions,
     Fp32Matmul,
+    Parts,
     Precision,
     concatenate,
     embed_in_pieces,
@@ -32,17 +35,16 @@ from dinov2.eval.features.loop import (
     part_ranges,
 )
 from dinov2.eval.features.named_encoders import build_encoder
-from dinov2.eval.features.parts import Parts
 from dinov2.eval.features.store import DEFAULT_KIND, PATCHES, Features, read_features, stored_kinds, write_features
 from dinov2.hub.backbones import PathLike, checkpoint_file, file_sha256, load_backbone, trained_image_size
 from dinov2.hub.transform import ImageTransform
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
-__all__ = ["Embedder", "ExtractOptions", "Extraction", "Fp32Matmul", "Precision", "embed_images", "extract"]
-
 logger = logging.getLogger("dinov2")
 
 DEFAULT_IMAGE_SIZE = 224
+PARTS_FOLDER = ".patients.parts"
+N_EXAMPLES = 3
 
 
 def embed_images(
@@ -52,18 +54,12 @@ def embed_images(
     kind: str = DEFAULT_KIND,
     fp32_matmul: Fp32Matmul = "fast",
 ) -> Tensor:
-    """Return the features of one batch.
+    """Return the features of one batch, float32 [B, D], on the model's device.
 
     Args:
         model: in eval mode.
         images: stacked outputs of the encoder's preparation, on the model's device: uint8 [B, 3, S, S] for backbones.
         precision, kind, fp32_matmul: as in `ExtractOptions`.
-
-    Returns:
-        float32 [B, D], on the model's device.
-
-    Raises:
-        ValueError: as `ExtractOptions`, or for a kind that the model does not have.
     """
     options = ExtractOptions(kinds=[kind], precision=precision, fp32_matmul=fp32_matmul)
     encoder = _as_encoder(model, images.shape[-1])
@@ -85,8 +81,7 @@ def extract(
         options: fields of `ExtractOptions`: kinds, precision, device, batch_size, num_workers, ...
 
     Raises:
-        ValueError: as `ExtractOptions`; or if no image is readable, features are infinite or NaN, or the model lacks a
-            kind.
+        ValueError: if no image is readable, features are infinite or NaN, or the model lacks a kind.
     """
     return _extract(_as_encoder(model, image_size), paths, ExtractOptions(**options))
 
@@ -111,7 +106,7 @@ class Embedder(ExtractOptions):
 
     Raises:
         ValueError: unless either checkpoint or encoder_name is given; for kinds that are unknown, repeated or begin
-            with patch grids; and as `ExtractOptions` and `build_encoder`.
+            with patch grids.
     """
 
     checkpoint: PathLike | None = None
@@ -173,10 +168,6 @@ class Embedder(ExtractOptions):
 
         All processes of a group call this and share the work; the main one writes. Finished parts stay beside the
         file until it is complete, and the same call continues from them.
-
-        Raises:
-            ValueError: if `file` holds features of another network, transform or list of cells, or lacks a kind, and
-                `overwrite` is False.
         """
         if on_main_process(lambda: not overwrite and self.is_stored(file, cells)):
             logger.info("the features are already in %s", file)
@@ -189,8 +180,7 @@ class Embedder(ExtractOptions):
         """Return whether `file` exists and holds these features; ValueError if it holds other ones."""
         if not file.exists():
             return False
-        differences = list(self._differences(file, cells))
-        if differences:
+        if differences := list(self._differences(file, cells)):
             raise ValueError(
                 f"features: {str(file)!r} holds other features than asked for ({'; '.join(differences)}); "
                 f"pass --overwrite to replace them, or another --output-dir"
@@ -198,27 +188,25 @@ class Embedder(ExtractOptions):
         return True
 
     def make_parts(self, folder: Path, paths: Sequence[Path]) -> Parts:
-        """Extract the parts that are missing in `folder`; all processes of the group share the work.
-
-        Raises:
-            ValueError: on all processes, as `extract` on one, except that all images may be unreadable.
-        """
-        parts = Parts(
-            folder, {**self.identity, "kinds": " ".join(self.kinds)}, paths, part_ranges(len(paths), self.kinds)
-        )
+        """Extract the parts that are missing in `folder`; an error of one process is raised on all."""
+        identity = {**self.identity, "kinds": " ".join(self.kinds)}
+        parts = Parts(folder, identity, paths, part_ranges(len(paths), self.kinds))
         missing = on_main_process(parts.missing)
         if len(missing) < len(parts.files):
             logger.info("%d of %d parts are done already", len(parts.files) - len(missing), len(parts.files))
         own = missing[get_rank() :: get_world_size()]
-        _on_all_processes(lambda: self._extract_parts(parts, own, paths))
+
+        def extract_own() -> None:
+            if own:
+                extractions = extract_ranges(self.encoder, paths, [parts.ranges[number] for number in own], self)
+                for number, part in zip(own, extractions, strict=True):
+                    parts.write(number, part)
+
+        _on_all_processes(extract_own)
         return parts
 
     def collect(self, cells: LabelledCells, parts: Parts) -> Features:
-        """Return the features of all parts, without patch grids.
-
-        Raises:
-            ValueError: if no image is readable.
-        """
+        """Return the features of all parts, without patch grids; ValueError if no image is readable."""
         vectors = [kind for kind in self.kinds if kind != PATCHES]
         whole = concatenate([parts.read(number, vectors) for number in range(len(parts.files))], parts.ranges, vectors)
         return Features(
@@ -238,12 +226,6 @@ class Embedder(ExtractOptions):
             kind=vectors[0],
             others=whole.by_kind,
         )
-
-    def _extract_parts(self, parts: Parts, numbers: Sequence[int], paths: Sequence[Path]) -> None:
-        if numbers:
-            found = extract_ranges(self.encoder, paths, [parts.ranges[number] for number in numbers], self)
-            for number, part in zip(numbers, found, strict=True):
-                parts.write(number, part)
 
     def _write(self, file: Path, cells: LabelledCells, parts: Parts) -> None:
         features = self.collect(cells, parts)
@@ -273,15 +255,99 @@ class Embedder(ExtractOptions):
 
 
 def _on_all_processes(action: Callable[[], None]) -> None:
-    """Run `action` on each process and wait for all; an error of one is raised on all.
-
-    Errors that no user causes end their process, and with it the group.
-    """
+    """Run `action` on each process and wait for all; an error of one is raised on all."""
     error: Exception | None = None
     try:
         action()
-    except (ValueError, OSError) as caught:
+    except (ValueError, OSError) as caught:  # other errors end their process, and with it the group
         error = caught
     for failure in all_gather_objects(error):
         if failure is not None:
             raise failure
+
+
+def extract_patient_files(embedder: Embedder, cells: LabelledCells, folder: Path, overwrite: bool = False) -> int:
+    """Write GenBloom's layout, `<folder>/<class>/<patient>.h5` as `PatientBags` reads it; return how many there are.
+
+    Each is a complete features file (`store`) with the cells of one patient. Files that hold these features are kept.
+    Several processes share the work, and a killed extraction continues, as in `Embedder.features_of`.
+
+    Raises:
+        ValueError: for patch grids; if there are no patients, or one has two classes, no file name or no readable
+            image; or if the folder has other .h5 files, or these with other content and `overwrite` is False.
+    """
+    if PATCHES in embedder.kinds:
+        raise ValueError("--layout genbloom: it has no place for patch grids; drop patches from --kinds")
+    files = _patient_files(cells, folder)
+    patients = {
+        patient: replace(
+            cells, paths=[cells.paths[i] for i in rows], labels=cells.labels[rows], patients=[patient] * len(rows)
+        )
+        for patient, rows in _rows_by_patient(cells.patients).items()
+    }
+
+    def is_complete() -> bool:
+        _refuse_other_files(folder, files.values())
+        are_stored = [not overwrite and embedder.is_stored(file, patients[name]) for name, file in files.items()]
+        return all(are_stored)  # of a list: each file is checked
+
+    if on_main_process(is_complete):
+        logger.info("the features of %d patients are already in %s", len(files), folder)
+    else:
+        parts = embedder.make_parts(folder / PARTS_FOLDER, cells.paths)
+        on_main_process(lambda: _write_patients(embedder.collect(cells, parts), patients, files, parts))
+    return len(files)
+
+
+def _rows_by_patient(patients: Sequence[str] | None) -> dict[str, list[int]]:
+    rows: dict[str, list[int]] = defaultdict(list)
+    for row, patient in enumerate(patients or ()):
+        rows[patient].append(row)
+    return rows
+
+
+def _patient_files(cells: LabelledCells, folder: Path) -> dict[str, Path]:
+    """Return {patient: file}; ValueError for a patient of two classes or a name that no file can have."""
+    if cells.patients is None:
+        raise ValueError(
+            "--layout genbloom: the cells name no patients; give --data as a CSV with the columns "
+            "Image Path,Label,patient"
+        )
+    names = [cells.class_names[label] for label in cells.labels]
+    labels = one_label_each(zip(cells.patients, names, strict=True), "--layout genbloom")
+    wrong = sorted(name for name in {*labels, *labels.values()} if name.startswith(".") or "/" in name or "\\" in name)
+    if wrong:
+        raise ValueError(
+            f"--layout genbloom: {', '.join(map(repr, wrong[:N_EXAMPLES]))} cannot be file names: a patient or a class "
+            f"must not begin with a dot or contain a slash; rename them"
+        )
+    return {patient: folder / label / f"{patient}{SUFFIX}" for patient, label in labels.items()}
+
+
+def _refuse_other_files(folder: Path, files: Iterable[Path]) -> None:
+    """Raise ValueError if the folder has feature files of no patient, which would be read as patients."""
+    patterns = (f"*{SUFFIX}", f"[!.]*/*{SUFFIX}", f"[!.]*/*/*{SUFFIX}")
+    other = sorted({str(path) for pattern in patterns for path in folder.glob(pattern)}.difference(map(str, files)))
+    if other:
+        raise ValueError(
+            f"--layout genbloom: {len(other)} files in {str(folder)!r} are of no patient in --data, for instance "
+            f"{', '.join(other[:N_EXAMPLES])}; they would be taken for patients: give another --output-dir"
+        )
+
+
+def _write_patients(
+    features: Features, patients: Mapping[str, LabelledCells], files: Mapping[str, Path], parts: Parts
+) -> None:
+    rows = _rows_by_patient(features.patients)
+    if without := [patient for patient in files if patient not in rows]:
+        raise ValueError(
+            f"--layout genbloom: {len(without)} patients have no readable image "
+            f"({', '.join(map(repr, without[:N_EXAMPLES]))}), so bags without cells; repair their images or drop these "
+            f"patients, and start again: finished features are kept"
+        )
+    for patient, file in files.items():
+        paths = {os.path.abspath(path) for path in patients[patient].paths}
+        unreadable = [path for path in features.unreadable if path in paths]
+        write_features(file, replace(features.select(np.array(rows[patient])), unreadable=unreadable))
+    parts.remove()
+    logger.info("wrote features of %d cells of %d patients to %s", len(features), len(files), parts.folder.parent)

@@ -1,30 +1,35 @@
-"""The extraction loop: image files to the features of each part of a list.
+"""The extraction loop: image files to the features of each part of a list, and finished parts on disk.
 
 Batches do not depend on the number of processes that share the parts, so on one kind of device the features are the
 same bit for bit with any number.
 
-Dimension key:  B images in a batch, N images, D embedding dim, S image side in pixels
+Dimension key:  B images in a batch, N images, n images of a part, D embedding dim, S image side in pixels
 """
 
+import hashlib
+import json
 import logging
 import os
+import shutil
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
+import h5py
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dinov2.data.datasets.decode import UnreadableImageError, decode_image
-from dinov2.distributed import get_world_size, is_main_process
+from dinov2.distributed import get_world_size, is_main_process, on_main_process
 from dinov2.eval.features.encoders import Encoder, Preparation
 from dinov2.eval.features.store import DEFAULT_KIND, PATCHES
+from dinov2.utils.files import atomic_write
 from dinov2.utils.matmul import fast_matmul_within
 from dinov2.utils.progress import progress_bar
 
@@ -46,31 +51,16 @@ N_EXAMPLES = 5
 
 @dataclass(kw_only=True)
 class ExtractOptions:
-    """How images are embedded; only kinds and precision change the features by more than rounding in float32.
+    """How images are embedded; only kinds and precision change the features by more than rounding in float32."""
 
-    Attributes:
-        kinds: of features, see `encoders`.
-        precision: "fp32" or "bf16" (autocast). bf16 is compared with fp32 on a few images; a large difference is a
-            warning.
-        device: of the network.
-        batch_size: images in one forward.
-        num_workers: processes that decode images; 0: a thread of this process.
-        fp32_matmul: "fast" or "exact": float32 products on a CPU, see `dinov2.utils.matmul`.
-        compiled: compile the network on CUDA, which takes a minute. A CPU gains nothing, so it is ignored there.
-        progress: show a progress bar, on the main process.
-
-    Raises:
-        ValueError: for an unknown precision or fp32_matmul.
-    """
-
-    kinds: Sequence[str] = (DEFAULT_KIND,)
-    precision: Precision = "fp32"
+    kinds: Sequence[str] = (DEFAULT_KIND,)  # see `encoders`
+    precision: Precision = "fp32"  # bf16 (autocast) is compared with fp32 on a few images; a large difference is logged
     device: str | torch.device = "cpu"
-    batch_size: int = 64
-    num_workers: int = 0
-    fp32_matmul: Fp32Matmul = "fast"
-    compiled: bool = False
-    progress: bool = True
+    batch_size: int = 64  # images in one forward
+    num_workers: int = 0  # processes that decode images; 0: a thread of this process
+    fp32_matmul: Fp32Matmul = "fast"  # float32 products on a CPU, see `dinov2.utils.matmul`
+    compiled: bool = False  # compile the network on CUDA, which takes a minute; ignored on a CPU, which gains nothing
+    progress: bool = True  # show a progress bar, on the main process
 
     def __post_init__(self) -> None:
         for name, known in (("precision", Precision), ("fp32_matmul", Fp32Matmul)):
@@ -93,16 +83,11 @@ class ExtractOptions:
 
 @dataclass(frozen=True)
 class Extraction:
-    """Features of the readable images of a list.
+    """Features of the readable images of a list."""
 
-    Attributes:
-        kept: int64 [n_kept], ascending positions of the readable images.
-        unreadable: {path: reason} of the others.
-        by_kind: {kind: float32 [n_kept, D], or float16 [n_kept, h, w, D] for patch grids}; empty where n_kept is 0.
-    """
-
-    kept: np.ndarray
-    unreadable: dict[str, str]
+    kept: np.ndarray  # int64 [n_kept], ascending positions of the readable images
+    unreadable: dict[str, str]  # {path: reason} of the others
+    # {kind: float32 [n_kept, D], or float16 [n_kept, h, w, D] for patch grids}; empty where n_kept is 0
     by_kind: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -187,14 +172,9 @@ def _compare_with_fp32(encoder: Encoder, images: Tensor, kinds: Sequence[str]) -
     for kind in kinds:
         is_nonzero = exact[kind].any(dim=1)  # the encoder `pixels` turns a black image into zeros, without a direction
         least = min([least, *torch.cosine_similarity(fast[kind], exact[kind])[is_nonzero].tolist()])
+    logger.info("precision bf16: least cosine to fp32 features of the first images %.5f", least)
     if least < BF16_COSINE:
-        logger.warning(
-            "precision bf16: features of the first images differ from those of fp32 (least cosine %.4f); "
-            "use --precision fp32",
-            least,
-        )
-    else:
-        logger.info("precision bf16: least cosine to fp32 features of the first images %.5f", least)
+        logger.warning("precision bf16: a cosine of %.4f to fp32 features is too low; use --precision fp32", least)
 
 
 def embed_in_pieces(encoder: Encoder, images: Tensor, kinds: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -214,20 +194,13 @@ def _to_numpy(outputs: Sequence[Tensor]) -> np.ndarray:
     return features.numpy()
 
 
-class _Batch(NamedTuple):
-    images: Tensor
-    readable: list[int]  # positions of the images
-    failures: dict[str, str]  # {path: reason} of unreadable images
-
-
-class _Batches(Dataset[_Batch]):
-    """Batches of decoded images by their positions."""
+class _Batches(Dataset[tuple[Tensor, list[int], dict[str, str]]]):
+    """Batches by positions: decoded images, the positions of readable ones, and {path: reason} of the others."""
 
     def __init__(self, paths: Sequence[Path], preparation: Preparation) -> None:
-        self.paths = paths
-        self.preparation = preparation
+        self.paths, self.preparation = paths, preparation
 
-    def __getitem__(self, batch: range) -> _Batch:
+    def __getitem__(self, batch: range) -> tuple[Tensor, list[int], dict[str, str]]:
         images: list[Tensor] = []
         readable: list[int] = []
         failures: dict[str, str] = {}
@@ -238,15 +211,78 @@ class _Batches(Dataset[_Batch]):
                 readable.append(i)
             except UnreadableImageError as error:
                 failures[path] = error.reason
-        return _Batch(torch.stack(images) if images else torch.empty(0), readable, failures)
+        return torch.stack(images) if images else torch.empty(0), readable, failures
 
 
 def prefetch(items: Iterable[T], n: int) -> Generator[T, None, None]:
     """Yield the items in order while a thread makes the next n of them; its errors are raised here."""
     iterator, end = iter(items), object()
-    queue: deque[Future[Any]]
     with ThreadPoolExecutor(1, thread_name_prefix="images") as thread:
-        queue = deque(thread.submit(next, iterator, end) for _ in range(n))
+        queue: deque[Future[Any]] = deque(thread.submit(next, iterator, end) for _ in range(n))
         while (item := queue.popleft().result()) is not end:
             queue.append(thread.submit(next, iterator, end))
             yield item
+
+
+class Parts:
+    """Finished parts of one extraction on disk: a killed extraction continues from them.
+
+    A part is a file that is complete or absent. Its name is a hash of everything that its content depends on (network,
+    transform, precision, kinds; path, size and time of each image), so a part of another extraction is never used. The
+    number of processes does not matter; all of them create this object together, for the same folder.
+
+    `identity` is what the features of an image depend on, and `ranges` are the positions of the images of each part.
+    """
+
+    def __init__(
+        self, folder: Path, identity: Mapping[str, str], paths: Sequence[Path], ranges: Sequence[range]
+    ) -> None:
+        self.folder, self.ranges = folder, ranges
+        self.files: list[Path] = on_main_process(
+            lambda: [folder / _file_name(identity, [paths[i] for i in part]) for part in ranges]
+        )
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the parts without a file."""
+        # A listing: network file systems cache that a file they were asked for is absent
+        existing = set(self.folder.iterdir()) if self.folder.is_dir() else set()
+        return [number for number, file in enumerate(self.files) if file not in existing]
+
+    def write(self, number: int, part: Extraction) -> None:
+        """Write a part, whose `kept` counts from the start of the part."""
+        with atomic_write(self.files[number], "w+b") as stream, h5py.File(stream, "w") as file:
+            file["kept"] = part.kept
+            file.attrs["unreadable"] = json.dumps(part.unreadable)
+            for kind, values in part.by_kind.items():
+                file[f"kinds/{kind}"] = values
+
+    def read(self, number: int, kinds: Sequence[str]) -> Extraction:
+        """Read these kinds of a part; ValueError if the file is missing or damaged."""
+        path = self.files[number]
+        try:
+            with h5py.File(path, "r") as file:
+                kept = file["kept"][:]
+                by_kind = {kind: file[f"kinds/{kind}"][:] for kind in kinds} if len(kept) else {}
+                return Extraction(kept, json.loads(file.attrs["unreadable"]), by_kind)
+        except (OSError, RuntimeError, KeyError) as error:
+            raise ValueError(
+                f"features: part {number} of {len(self.files)}, {str(path)!r}, is missing or damaged ({error}); all "
+                f"processes must write to the same file system: check that, remove the folder and start again"
+            ) from error
+
+    def remove(self) -> None:
+        """Remove the folder with all parts, also those of other extractions."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _file_name(identity: Mapping[str, str], paths: Sequence[Path]) -> str:
+    """Return a hash with size and modification time of each image, so that a repaired image is read again."""
+    images: list[tuple[Any, ...]] = []
+    for path in paths:
+        try:
+            status = os.stat(path)
+            images.append((os.path.abspath(path), status.st_size, status.st_mtime_ns))
+        except OSError:
+            images.append((os.path.abspath(path), 0, 0))
+    content = json.dumps([sorted(identity.items()), images])
+    return hashlib.sha256(content.encode()).hexdigest() + ".h5"

@@ -1,8 +1,8 @@
 """Encoders by name, to compare backbones with: `timm:<model>`, `torchvision:<model>`, and the baselines.
 
-The libraries are imported where they are used.
+The libraries are imported where they are used. A trained backbone must beat the baselines, which have no network.
 
-Dimension key:  B images, S image side in pixels, D embedding dim
+Dimension key:  B images, N images of a list, S image side in pixels, D embedding dim
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,12 +23,61 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dinov2.eval.features.baselines import BASELINES, Baseline
+from dinov2.data.datasets.decode import decode_image, resize_image
 from dinov2.eval.features.encoders import Encoder, Kind, assemble, check_divisible
 from dinov2.hub.backbones import check_names_and_shapes, read_weights_file
 
 UNTRAINED = "untrained"  # in place of a weights file
 UNTRAINED_SEED = 0
+CENTRE_SHARE = 0.55  # of each side: about 200 of the 360 px of an Acevedo image, the cell without its surroundings
+BINS = 8  # of hue, saturation and value each
+PIXELS_SIDE = 32
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A function of a decoded image, uint8 [H, W, 3] in RGB to float32 [D], with its description."""
+
+    compute: Callable[[np.ndarray], np.ndarray]
+    transform: str  # what it does, for the attributes of a features file
+    image_size: int = 0  # side in pixels after resizing; 0 if it does not resize
+
+    def __call__(self, images: Iterable[Path | str | np.ndarray]) -> np.ndarray:
+        """Return float32 [N, D] of image files or decoded images."""
+        decoded = (image if isinstance(image, np.ndarray) else decode_image(image) for image in images)
+        return np.stack([self.compute(image) for image in decoded])
+
+    def prepare(self, image: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.compute(image))  # [D]
+
+
+def _colour_histogram(image: np.ndarray) -> np.ndarray:
+    """Return the square roots of the joint histogram of hue, saturation and value over the centre: float32 [512].
+
+    The squares sum to 1. With the root, Euclidean distance is the Hellinger distance of the histograms, in which the
+    full bin of a plain background no longer outweighs all others: on 1,776 Acevedo cells of eight classes, a quarter
+    of them held out, kNN-20 goes from 0.68 to 0.88 accuracy.
+    """
+    top, left = (round(side * (1 - CENTRE_SHARE) / 2) for side in image.shape[:2])
+    centre = image[top : len(image) - top, left : image.shape[1] - left]
+    hsv = np.asarray(Image.fromarray(centre).convert("HSV"))
+    hue, saturation, value = np.moveaxis(hsv.astype(np.int64) * BINS // 256, -1, 0)  # [h, w] each, 0-7
+    bins = (hue * BINS + saturation) * BINS + value
+    counts = np.bincount(bins.ravel(), minlength=BINS**3)  # [512]
+    return np.sqrt(counts / bins.size).astype(np.float32)
+
+
+def _raw_pixels(image: np.ndarray) -> np.ndarray:
+    """Scale the shorter side to 32 px, crop the centre and return its pixels: float32 [3072], 0-1."""
+    return resize_image(image, PIXELS_SIDE, fit="crop").numpy().ravel() / np.float32(255)
+
+
+colour_histogram = Baseline(
+    _colour_histogram,
+    f"RGB, centre {CENTRE_SHARE:g} of each side, {BINS} x {BINS} x {BINS} HSV bins, square root of their shares",
+)
+raw_pixels = Baseline(_raw_pixels, f"RGB, shorter side to {PIXELS_SIDE} px (Lanczos), centre crop, 0 to 1", PIXELS_SIDE)
+BASELINES = {"histogram": colour_histogram, "pixels": raw_pixels}
 
 
 class TimmEncoder(Encoder):
@@ -35,17 +85,17 @@ class TimmEncoder(Encoder):
 
     Args:
         name: timm's, with a tag or without: `vit_base_patch14_dinov2.lvd142m`, `hf-hub:owner/name`, ...
-        image_size: S; 0 for the network's own.
-        weights: a file with a state dict, "untrained", or "" for the pretrained weights, which timm downloads.
-
-    Raises:
-        ValueError: without timm, for an unknown model, an unsuitable size, or weights of another network.
-        FileNotFoundError: if the file does not exist.
-        ConnectionError: if the pretrained weights are neither in timm's cache nor can be downloaded.
+        image_size, weights: as for `build_encoder`.
     """
 
     def __init__(self, name: str, image_size: int = 0, weights: str = "") -> None:
-        timm = _import_timm()
+        try:
+            import timm
+            import timm.data
+        except ImportError as error:
+            raise ValueError(
+                f"--encoder timm:{name}: the package timm cannot be imported ({error}); run `pip install timm`"
+            ) from error
         self.description = f"timm:{name}"
         self.network = network = _timm_network(timm, name, image_size, weights)
         self.has_patch_tokens = _is_plain_vit(network)
@@ -90,13 +140,7 @@ class TimmEncoder(Encoder):
 class TorchvisionEncoder(Encoder):
     """A classification network of torchvision; its feature `cls` is the input of its last linear layer.
 
-    Args:
-        name: torchvision's: `resnet50`, `convnext_tiny`, ...
-        image_size: S; 0 for the network's own. The image is scaled in proportion before the crop.
-        weights: as for `TimmEncoder`.
-
-    Raises:
-        ValueError, FileNotFoundError, ConnectionError: as `TimmEncoder`.
+    An image is scaled in proportion to `image_size` before the crop. For the arguments see `build_encoder`.
     """
 
     def __init__(self, name: str, image_size: int = 0, weights: str = "") -> None:
@@ -125,15 +169,12 @@ class TorchvisionEncoder(Encoder):
 
 
 class BaselineEncoder(Encoder):
-    """A baseline without a network (`baselines`); its only kind is `cls`."""
+    """A baseline; its only kind is `cls`."""
 
     def __init__(self, name: str) -> None:
         baseline = BASELINES[name]
-        self.network = nn.Identity()
-        self.preparation = partial(_prepare_baseline, baseline=baseline)
-        self.transform, self.image_size = baseline.transform, baseline.image_size
-        self.description = name
-        self.origin = "no weights"
+        self.network, self.description, self.origin = nn.Identity(), name, "no weights"
+        self.preparation, self.transform, self.image_size = baseline.prepare, baseline.transform, baseline.image_size
 
     @cached_property
     def sha256(self) -> str:
@@ -164,7 +205,10 @@ def build_encoder(name: str, image_size: int = 0, weights: str = "") -> Encoder:
         weights: a file with a state dict, "untrained", or "" for the library's pretrained weights.
 
     Raises:
-        ValueError, FileNotFoundError, ConnectionError: as `TimmEncoder`; and for a size or weights with a baseline.
+        ValueError: without timm, for an unknown model, an unsuitable size, weights of another network, or a size or
+            weights with a baseline.
+        FileNotFoundError: if the file does not exist.
+        ConnectionError: if the pretrained weights are neither in the library's cache nor can be downloaded.
     """
     encoder_name(name)
     if weights not in ("", UNTRAINED) and not Path(weights).is_file():
@@ -179,10 +223,6 @@ def build_encoder(name: str, image_size: int = 0, weights: str = "") -> Encoder:
 
 def _prepare(image: np.ndarray, transform: Callable[[Image.Image], Tensor]) -> Tensor:
     return transform(Image.fromarray(image))  # [3, S, S]
-
-
-def _prepare_baseline(image: np.ndarray, baseline: Baseline) -> Tensor:
-    return torch.from_numpy(baseline.compute(image))  # [D]
 
 
 def _describe_transform(geometry: str, mean: Sequence[float], std: Sequence[float]) -> str:
@@ -202,7 +242,7 @@ def _unknown(description: str, name: str, known: Sequence[str]) -> str:
 
 
 def _check_size(encoder: Encoder) -> None:
-    """Embed a black image of a size that is not the network's own; ValueError if the network cannot."""
+    """Embed a black image, of a size that is not the network's own; ValueError if the network cannot."""
     side = encoder.image_size
     try:
         with torch.no_grad():
@@ -211,17 +251,6 @@ def _check_size(encoder: Encoder) -> None:
         raise ValueError(
             f"--image-size {side}: {encoder.description} cannot take it ({error}); leave it out for its own"
         ) from error
-
-
-def _import_timm() -> Any:
-    try:
-        import timm
-        import timm.data
-    except ImportError as error:
-        raise ValueError(
-            f"--encoder timm:...: the package timm cannot be imported here ({error}); run `pip install timm`"
-        ) from error
-    return timm
 
 
 def _timm_network(timm: Any, name: str, image_size: int, weights: str) -> Any:
@@ -254,9 +283,9 @@ def _timm_network(timm: Any, name: str, image_size: int, weights: str) -> Any:
 
 def _is_plain_vit(network: Any) -> bool:
     """Return whether `forward_features` of a timm network gives prefix tokens and patch tokens."""
-    forward = getattr(network, "forward_intermediates", None)
-    has_parts = all(hasattr(network, name) for name in ("num_prefix_tokens", "blocks", "patch_embed"))
-    return has_parts and forward is not None and "return_prefix_tokens" in inspect.signature(forward).parameters
+    names = ("num_prefix_tokens", "blocks", "patch_embed", "forward_intermediates")
+    has_parts = all(hasattr(network, name) for name in names)
+    return has_parts and "return_prefix_tokens" in inspect.signature(network.forward_intermediates).parameters
 
 
 def _timm_source(timm: Any, name: str) -> str:
@@ -264,9 +293,8 @@ def _timm_source(timm: Any, name: str) -> str:
     if ":" in name:
         return "the whole repository, and give it as --encoder timm:local-dir:<folder>"
     hub = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
-    if hub is None:
-        return "its file, and pass that as --encoder-weights"
-    return f"model.safetensors from https://huggingface.co/{hub}, and pass that as --encoder-weights"
+    source = f"model.safetensors from https://huggingface.co/{hub}" if hub else "its file"
+    return f"{source}, and pass that as --encoder-weights"
 
 
 def _torchvision_network(models: Any, name: str, released: Any, weights: str) -> nn.Module:

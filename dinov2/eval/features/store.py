@@ -1,4 +1,4 @@
-"""The features file (.h5): features of labelled cells, written by `extract_features` and read by every protocol.
+"""Features of labelled cells, their file (.h5), and two sets of features: compared and joined.
 
 A file has one main kind of features, which protocols take by default, and perhaps further kinds of the same cells
 (`encoders` names the kinds).
@@ -6,10 +6,13 @@ A file has one main kind of features, which protocols take by default, and perha
 Dimension key:  N images, D embedding dim, h x w patches of one image
 """
 
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -17,12 +20,15 @@ import numpy as np
 from dinov2.utils.files import atomic_write
 from dinov2.utils.paths import local_path
 
+logger = logging.getLogger("dinov2")
+
 PathLike = str | os.PathLike[str]
 
 DEFAULT_KIND = "cls"  # of files without the attribute `kind`
 PATCHES = "patches"
 PATCH_GRID = "patch_grid"
 OTHER_PREFIX = "features_"
+NETWORK_ATTRIBUTES = ("checkpoint_sha256", "transform")  # two sets must share them, or distances mean nothing
 TEXTS = ("class_names", "paths", "patients", "unreadable")
 
 
@@ -30,28 +36,19 @@ TEXTS = ("class_names", "paths", "patients", "unreadable")
 class Features:
     """Features of labelled cells: the content of a features file.
 
-    Attributes:
-        features: float32 [N, D].
-        labels: int64 [N], positions in `class_names`.
-        class_names: of all classes, also those without a cell here.
-        paths: N image files, absolute.
-        patients: N patient ids, or None if the source names none.
-        unreadable: images of the source without features.
-        attributes: the origin of the features: `model`, `checkpoint`, `checkpoint_sha256`, `transform`, `precision`,
-            `image_size`, `date`.
-        kind: of `features`.
-        others: {kind: float32 [N, D of that kind]} of the same cells.
+    The attributes state the origin of the features: `model`, `checkpoint`, `checkpoint_sha256`, `transform`,
+    `precision`, `image_size` and `date`.
     """
 
-    features: np.ndarray
-    labels: np.ndarray
-    class_names: list[str]
-    paths: list[str]
-    patients: list[str] | None = None
-    unreadable: list[str] = field(default_factory=list)
+    features: np.ndarray  # float32 [N, D]
+    labels: np.ndarray  # int64 [N], positions in `class_names`
+    class_names: list[str]  # all classes, also those without a cell here
+    paths: list[str]  # absolute
+    patients: list[str] | None = None  # of each cell, if the source names them
+    unreadable: list[str] = field(default_factory=list)  # images of the source without features
     attributes: dict[str, str] = field(default_factory=dict)
-    kind: str = DEFAULT_KIND
-    others: dict[str, np.ndarray] = field(default_factory=dict)
+    kind: str = DEFAULT_KIND  # of `features`
+    others: dict[str, np.ndarray] = field(default_factory=dict)  # {kind: float32 [N, D of that kind]}, the same cells
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -62,11 +59,7 @@ class Features:
         return [self.kind, *self.others]
 
     def of_kind(self, kind: str) -> "Features":
-        """Return the same cells with `features` of this kind, and the former kind among the others.
-
-        Raises:
-            ValueError: if the kind is missing.
-        """
+        """Return the same cells with `features` of this kind, and the former kind among the others."""
         if kind == self.kind:
             return self
         if kind not in self.others:
@@ -121,83 +114,119 @@ def write_features(path: PathLike, features: Features, patch_grids: Iterable[np.
 
 
 def read_features(path: PathLike) -> Features:
-    """Read a features file, without patch grids.
-
-    Raises:
-        FileNotFoundError: if the file does not exist.
-        ValueError: if it is no features file, damaged, or inconsistent.
-    """
-    path = _existing_file(path)
-    try:
-        with h5py.File(path, "r") as file:
-            missing = [name for name in ("features", "labels", "class_names", "paths") if name not in file]
-            if missing:
-                raise ValueError(
-                    f"features: {str(path)!r} has no dataset {', '.join(missing)}; "
-                    f"dinov2/eval/extract_features.py writes a file that has"
-                )
-            attributes = {name: str(value) for name, value in file.attrs.items()}
-            features = Features(
-                features=_read_vectors(file, "features"),
-                labels=file["labels"][:].astype(np.int64),
-                kind=attributes.pop("kind", DEFAULT_KIND),
-                others={kind: _read_vectors(file, OTHER_PREFIX + kind) for kind in _other_kinds(file)},
-                attributes=attributes,
-                **{name: file[name].asstr()[:].tolist() for name in TEXTS if name in file},
-            )
-    except (OSError, RuntimeError) as error:  # h5py's, for other and for damaged files
-        raise _damaged(path, error) from error
+    """Read a features file, without patch grids; ValueError if it is no features file, damaged or inconsistent."""
+    with _opened(path) as file:
+        missing = [name for name in ("features", "labels", "class_names", "paths") if name not in file]
+        if missing:
+            raise ValueError(f"features: {str(path)!r} has no dataset {', '.join(missing)}; extract again")
+        attributes = {name: str(value) for name, value in file.attrs.items()}
+        features = Features(
+            features=file["features"][:].astype(np.float32, copy=False),
+            labels=file["labels"][:].astype(np.int64),
+            kind=attributes.pop("kind", DEFAULT_KIND),
+            others={kind: file[OTHER_PREFIX + kind][:].astype(np.float32, copy=False) for kind in _other_kinds(file)},
+            attributes=attributes,
+            **{name: file[name].asstr()[:].tolist() for name in TEXTS if name in file},
+        )
     _check_consistent(features, path)
     return features
 
 
-def _read_vectors(file: h5py.File, name: str) -> np.ndarray:
-    return file[name][:].astype(np.float32, copy=False)
-
-
-def _check_consistent(features: Features, path: Path) -> None:
-    lengths = {name: len(getattr(features, name)) for name in ("features", "labels", "paths")}
-    lengths |= {OTHER_PREFIX + kind: len(values) for kind, values in features.others.items()}
-    if features.patients is not None:
-        lengths["patients"] = len(features.patients)
+def _check_consistent(features: Features, path: PathLike) -> None:
+    vectors = {"features": features.features, **{OTHER_PREFIX + kind: v for kind, v in features.others.items()}}
+    columns = {**vectors, "labels": features.labels, "paths": features.paths, "patients": features.patients}
+    lengths = {name: len(values) for name, values in columns.items() if values is not None}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"features: {str(path)!r} has parts of different lengths {lengths}; extract again")
     n_classes = len(features.class_names)
-    shapes = [list(values.shape) for values in (features.features, *features.others.values())]
-    are_vectors = len(features) > 0 and all(len(shape) == 2 for shape in shapes)
+    are_vectors = len(features) > 0 and all(values.ndim == 2 for values in vectors.values())
     if not are_vectors or not 0 <= features.labels.min() <= features.labels.max() < n_classes:
+        shapes = ", ".join(str(list(values.shape)) for values in vectors.values())
         raise ValueError(
-            f"features: {str(path)!r} has features of shape {', '.join(map(str, shapes))} and labels that should be "
-            f"positions among {n_classes} class names; extract again"
+            f"features: {str(path)!r} has features of shape {shapes} and labels that should be positions among "
+            f"{n_classes} class names; extract again"
         )
 
 
 def stored_kinds(path: PathLike) -> list[str]:
-    """Return the kinds of features in a file, that of `features` first, "patches" last if it has patch grids.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_features`.
-    """
-    path = _existing_file(path)
-    try:
-        with h5py.File(path, "r") as file:
-            kind = str(file.attrs.get("kind", DEFAULT_KIND))
-            return [kind, *_other_kinds(file), *([PATCHES] if PATCH_GRID in file else [])]
-    except (OSError, RuntimeError) as error:
-        raise _damaged(path, error) from error
+    """Return the kinds of features in a file, that of `features` first, "patches" last if it has patch grids."""
+    with _opened(path) as file:
+        kind = str(file.attrs.get("kind", DEFAULT_KIND))
+        return [kind, *_other_kinds(file), *([PATCHES] if PATCH_GRID in file else [])]
 
 
 def _other_kinds(file: h5py.File) -> list[str]:
     return [name.removeprefix(OTHER_PREFIX) for name in file if name.startswith(OTHER_PREFIX)]
 
 
-def _existing_file(path: PathLike) -> Path:
-    """Return the file on this machine; `path` may be a URL."""
-    file = local_path(path)
-    if not file.is_file():
+@contextmanager
+def _opened(path: PathLike) -> Iterator[h5py.File]:
+    """Open a features file, which may be given by a URL; ValueError for one that HDF5 cannot read."""
+    local = local_path(path)
+    if not local.is_file():
         raise FileNotFoundError(f"features: no file {str(path)!r}; dinov2/eval/extract_features.py writes one")
-    return file
+    try:
+        with h5py.File(local, "r") as file:
+            yield file
+    except (OSError, RuntimeError) as error:  # h5py's, for other and for damaged files
+        raise ValueError(
+            f"features: {str(path)!r} is not an HDF5 file or is damaged ({error}); extract again"
+        ) from error
 
 
-def _damaged(path: PathLike, error: Exception) -> ValueError:
-    return ValueError(f"features: {str(path)!r} is not an HDF5 file or is damaged ({error}); extract again")
+def check_finite(features: Features, source: Path) -> None:
+    """Raise ValueError with the name of the file if features are infinite or NaN."""
+    for values in (features.features, *features.others.values()):
+        is_finite = np.isfinite(values).all(axis=1)
+        if not is_finite.all():
+            example = features.paths[int(np.argmin(is_finite))]
+            raise ValueError(
+                f"features: {int((~is_finite).sum())} of {len(features)} in {str(source)!r} are infinite or NaN, for "
+                f"instance those of {example!r}; extract again, with weights that did not diverge"
+            )
+
+
+def check_same_network(train: Features, test: Features) -> None:
+    """Raise ValueError if features are of two networks, kinds, sizes or image transforms."""
+    pairs: dict[str, tuple[Any, Any]]
+    pairs = {name: (train.attributes.get(name), test.attributes.get(name)) for name in NETWORK_ATTRIBUTES}
+    pairs["kind of features"] = train.kind, test.kind
+    pairs["count of numbers a cell"] = train.features.shape[1], test.features.shape[1]
+    for name, (of_train, of_test) in pairs.items():
+        if of_train != of_test:
+            raise ValueError(
+                f"--features and --test-features: {name} differs, {of_train!r} and {of_test!r}; extract both with one "
+                f"checkpoint, image size and --kinds, or choose a --kind that both have"
+            )
+
+
+def align_classes(features: Features, class_names: list[str]) -> Features:
+    """Return the features with labels that are positions in `class_names`; ValueError for a cell of another class."""
+    unknown = sorted({features.class_names[i] for i in features.labels} - set(class_names))
+    if unknown:
+        raise ValueError(
+            f"test features: classes {', '.join(map(repr, unknown))} are not among the training set's "
+            f"{', '.join(map(repr, class_names))}; extract both from sets with the same class names"
+        )
+    new_ids = np.array([class_names.index(name) if name in class_names else -1 for name in features.class_names])
+    return replace(features, labels=new_ids[features.labels], class_names=class_names)
+
+
+def join(train: Features, test: Features) -> Features:
+    """Join two sets of one network and the same classes, the training set first, with the attributes of the first.
+
+    Patients and further kinds of features are kept if both sets have them.
+    """
+    patients = None if train.patients is None or test.patients is None else train.patients + test.patients
+    if patients is None and (train.patients is not None or test.patients is not None):
+        logger.warning("patients are known of one of the two sets only and not used")
+    common = [kind for kind in train.others if kind in test.others]
+    return replace(
+        train,
+        features=np.concatenate([train.features, test.features]),
+        labels=np.concatenate([train.labels, test.labels]),
+        paths=train.paths + test.paths,
+        patients=patients,
+        unreadable=list(dict.fromkeys(train.unreadable + test.unreadable)),
+        others={kind: np.concatenate([train.others[kind], test.others[kind]]) for kind in common},
+    )

@@ -21,15 +21,7 @@ from dinov2.data.transforms import normalize_images
 from dinov2.eval.extract_features import CELLS_HELP
 from dinov2.eval.features.encoders import check_divisible
 from dinov2.eval.features.extract import Embedder
-from dinov2.eval.maps.patch_maps import (
-    attention_rollout,
-    cls_attention,
-    likeness_to,
-    occlusion_map,
-    patch_tokens,
-    pca_colours,
-    similarity_maps,
-)
+from dinov2.eval.maps import patch_maps
 from dinov2.hub.transform import ImageTransform
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.progress import progress_bar
@@ -104,12 +96,9 @@ def make_cell_maps(
         paths: image files, at least one.
         image_size: S; more patches than in training show finer detail, by interpolated position embeddings.
         names: N texts to show; None for folder and file name.
-        device: device of the network.
+        device: of the network.
         with_occlusion: also compute occlusion, which is slow: about a hundred forward passes per image.
         per_image, foreground: see `pca_colours`.
-
-    Raises:
-        ValueError: if no image can be read, the patch size does not divide S, or there are more than `MAX_PATCHES`.
     """
     check_divisible(image_size, model.patch_size)
     largest = int(MAX_PATCHES**0.5) * model.patch_size
@@ -120,8 +109,7 @@ def make_cell_maps(
         )
     model.to(device).eval()
     transform = ImageTransform(image_size)
-    if names is None:
-        names = [f"{path.parent.name}/{path.name}" for path in paths]
+    names = names or [f"{path.parent.name}/{path.name}" for path in paths]
     kept_names: list[str] = []
     maps: dict[str, list[Any]] = defaultdict(list)
     unreadable: dict[str, str] = {}
@@ -133,19 +121,20 @@ def make_cell_maps(
             logger.warning("left out: %s: %s", path, error.reason)
             continue
         batch = normalize_images(image[None]).to(device)  # [1, 3, S, S]
-        tokens = patch_tokens(model, batch)  # [1, h, w, D]
+        tokens = patch_maps.patch_tokens(model, batch)  # [1, h, w, D]
         kept_names.append(name)
         maps["images"].append(image.permute(1, 2, 0))
         maps["tokens"].append(tokens[0].cpu())
-        maps["attention"].append(cls_attention(model, batch)[0].cpu())
-        maps["rollout"].append(attention_rollout(model, batch)[0].cpu())
-        maps["similarity"].append(((similarity_maps(tokens)[0].cpu() + 1) * 127.5).round().to(torch.uint8))
+        maps["attention"].append(patch_maps.cls_attention(model, batch)[0].cpu())
+        maps["rollout"].append(patch_maps.attention_rollout(model, batch)[0].cpu())
+        maps["similarity"].append(((patch_maps.similarity_maps(tokens)[0].cpu() + 1) * 127.5).round().to(torch.uint8))
         if with_occlusion:
-            maps["occlusion"].append(occlusion_map(likeness_to(model, batch[0]), batch[0], model.patch_size))
+            likeness = patch_maps.likeness_to(model, batch[0])
+            maps["occlusion"].append(patch_maps.occlusion_map(likeness, batch[0], model.patch_size))
     if not kept_names:
         raise ValueError(f"images: none of the {len(paths)} could be read; the log gives reasons")
     arrays = {kind: torch.stack(values).numpy() for kind, values in maps.items()}
-    pca = pca_colours(arrays.pop("tokens"), per_image=per_image, foreground=foreground)
+    pca = patch_maps.pca_colours(arrays.pop("tokens"), per_image=per_image, foreground=foreground)
     return CellMaps(names=kept_names, pca=pca, unreadable=unreadable, pca_per_image=per_image, **arrays)
 
 
@@ -161,14 +150,9 @@ def backbone_of(embedder: Embedder) -> DinoVisionTransformer:
 
 
 def choose_images(data: Path, n: int) -> tuple[list[Path], list[str]]:
-    """Choose images of all classes in turn, evenly spread within each class; return paths and names to show.
+    """Choose up to n images of all classes in turn, evenly spread within each class; return paths and names to show.
 
-    Args:
-        data: a folder, where the class of an image is its parent folder, or a CSV of labelled cells.
-        n: the largest number of images.
-
-    Raises:
-        FileNotFoundError, ValueError: if `data` is missing or has no image.
+    `data` is a folder, where the class of an image is its parent folder, or a CSV of labelled cells.
     """
     classes: dict[str, list[Path]] = defaultdict(list)
     if data.is_dir():

@@ -1,7 +1,7 @@
 """Maps over the patches of an image: PCA colours, attention, rollout, similarity and occlusion.
 
-Images are normalised (`ImageTransform`) and on the model's device; the model is in eval mode. The sides of an image are
-multiples of the patch size and may differ; other shapes are a ValueError. Maps are deterministic and start at the upper
+Images [B, 3, H, W] are normalised (`ImageTransform`) and on the model's device; the model is in eval mode. The sides of
+an image are multiples of the patch size; other shapes are a ValueError. Maps are deterministic and start at the upper
 left patch. An attention map shows where a token takes its input from, and an occlusion map what the output depends on.
 Neither shows that the network is right, and the two may disagree.
 
@@ -52,16 +52,12 @@ def pca_colours(tokens: Tensor | np.ndarray, *, per_image: bool = False, foregro
 
     Args:
         tokens: [B, h, w, D], finite.
-        per_image: fit a PCA to each image alone. This shows more detail, but colours of two images cannot be compared.
-            Otherwise equal colours are parts that the network sees as similar.
+        per_image: fit a PCA to each image alone; colours of two images then cannot be compared.
         foreground: show patches white whose first component is not above its mean, and fit the colours to the others,
             as in that paper; ignored where fewer than three patches would stay.
 
     Returns:
         uint8 [B, h, w, 3].
-
-    Raises:
-        ValueError: for tokens of another shape, or fewer than three patches or numbers per patch.
     """
     array = np.asarray(tokens.detach().cpu() if isinstance(tokens, Tensor) else tokens)
     rows = array.reshape(-1, array.shape[-1]).astype(np.float64)  # [B * P, D]
@@ -118,13 +114,7 @@ def _visit_attention(
 
 @torch.no_grad()
 def attention_weights(model: DinoVisionTransformer, images: Tensor, block: int = -1) -> Tensor:
-    """Return all attention weights of one block, float32 [B, heads, N, N]; each row sums to 1.
-
-    Args:
-        model: the backbone.
-        images: [B, 3, H, W].
-        block: number of the block, from 0; negative numbers count from the end. ValueError if it does not exist.
-    """
+    """Return all attention weights of one block, float32 [B, heads, N, N]; negative numbers count from the last one."""
     grid_of(model, images)
     if not -model.n_blocks <= block < model.n_blocks:
         raise ValueError(f"block: {block} of a network with {model.n_blocks}; use -1 for the last one")
@@ -136,8 +126,7 @@ def attention_weights(model: DinoVisionTransformer, images: Tensor, block: int =
 def cls_attention(model: DinoVisionTransformer, images: Tensor, block: int = -1) -> Tensor:
     """Return the attention of the CLS token to each patch, float32 [B, heads, h, w] (Caron et al. 2021, 2104.14294).
 
-    The map of a head sums to less than 1, because attention to the CLS token and the registers is left out. For the
-    arguments see `attention_weights`.
+    The map of a head sums to less than 1, because attention to the CLS token and the registers is left out.
     """
     grid = grid_of(model, images)
     return attention_weights(model, images, block)[:, :, 0, 1 + model.num_register_tokens :].unflatten(-1, grid)
@@ -145,20 +134,13 @@ def cls_attention(model: DinoVisionTransformer, images: Tensor, block: int = -1)
 
 @torch.no_grad()
 def attention_rollout(model: DinoVisionTransformer, images: Tensor) -> Tensor:
-    """Return the share of the CLS token's input per patch, through all blocks (Abnar & Zuidema 2020, 2005.00928).
+    """Return the share of the CLS token's input per patch, float32 [B, h, w] (Abnar & Zuidema 2020, 2005.00928).
 
     W_l are the weights of block l, averaged over its heads. The identity I is the residual connection:
 
         A_l = (W_l + I) / 2,   rollout = A_L A_(L-1) ... A_1;   its row of the CLS token, columns of the patches
 
     Values, feed-forward networks and layer scales are not used, so the rollout shows routes and not effects.
-
-    Args:
-        model: the backbone.
-        images: [B, 3, H, W].
-
-    Returns:
-        float32 [B, h, w], without the columns of the CLS token and the registers.
     """
     grid = grid_of(model, images)
     blocks: list[Tensor] = []
@@ -201,7 +183,7 @@ def occlusion_map(
     score(image) - score(covered image) over all squares that cover it. It is negative where the score rises.
 
     Args:
-        score: `likeness_to`, `probability_of` or any other `Score`.
+        score: `likeness_to`, or any other function of images, such as the probability of a class.
         image: [3, H, W].
         patch_size: in pixels.
         window: side of the square in patches; 0 for about a seventh of the shorter side.
@@ -212,9 +194,6 @@ def occlusion_map(
 
     Returns:
         float32 [h, w], on the CPU.
-
-    Raises:
-        ValueError: if the image is not a whole number of patches, the window does not fit, or the stride leaves gaps.
     """
     height, width = image.shape[-2:]
     if image.ndim != 3 or height % patch_size or width % patch_size or not image.numel():
@@ -250,14 +229,3 @@ def likeness_to(model: DinoVisionTransformer, image: Tensor) -> Score:
     """Return the score of an `occlusion_map` of 1 - cosine: cosine of CLS tokens to that of an image [3, H, W]."""
     direction = F.normalize(model(image[None]).float(), dim=-1)[0]  # [D]
     return lambda images: F.normalize(model(images).float(), dim=-1) @ direction
-
-
-def probability_of(model: DinoVisionTransformer, weight: Tensor, bias: Tensor, class_number: int) -> Score:
-    """Return the score of a class: its probability by a linear classifier of CLS tokens.
-
-    Args:
-        model: the backbone.
-        weight, bias: [C, D] and [C], of a softmax over C classes; two rows for a logistic regression of two classes.
-        class_number: from 0.
-    """
-    return lambda images: F.linear(model(images).float(), weight, bias).softmax(dim=-1)[:, class_number]

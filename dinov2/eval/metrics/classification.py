@@ -21,8 +21,7 @@ def classification_metrics(
     """Compare predictions with labels.
 
     Args:
-        labels: [N] integers, positions in `class_names`.
-        predictions: [N] integers, likewise.
+        labels, predictions: [N] integers, positions in `class_names`.
         class_names: C names.
         probabilities: [N, C], rows that sum to 1; None if the method has none.
 
@@ -32,13 +31,9 @@ def classification_metrics(
         columns predictions). With probabilities also `auroc` (mean over the classes that have one; None if none has),
         `log_loss` (natural logarithm), `calibration_error` (see `expected_calibration_error`) and the `auroc` of each
         class. All are plain Python values, ready for JSON.
-
-    Raises:
-        ValueError: there is no sample, the lengths differ, a number is not the position of a class, or a row of
-            `probabilities` does not hold probabilities.
     """
     n_classes = len(class_names)
-    labels, predictions = checked_classes(labels, predictions, n_classes)
+    labels, predictions, probabilities = checked(labels, predictions, n_classes, probabilities)
     confusion = confusion_matrix(labels, predictions, labels=range(n_classes))  # [C, C]
     precision, recall, f1, support = precision_recall_fscore_support(
         labels, predictions, labels=range(n_classes), zero_division=0.0
@@ -56,7 +51,6 @@ def classification_metrics(
         for i, name in enumerate(class_names)
     }
     if probabilities is not None:
-        probabilities = checked_probabilities(probabilities, len(labels), n_classes)
         areas = auroc_per_class(labels, probabilities)
         for name, area in zip(class_names, areas, strict=True):
             per_class[name]["auroc"] = area
@@ -70,15 +64,12 @@ def classification_metrics(
 
 
 def metrics_of_confusion(confusion: np.ndarray) -> dict[str, float]:
-    """Compute the metrics that follow from a confusion matrix, as scikit-learn defines them.
+    """Compute the metrics that follow from counts [C, C] (rows are labels), as scikit-learn defines them.
 
     `accuracy`; `balanced_accuracy`, the mean recall of the classes that have support; `weighted_f1`, the mean F1
     weighted by support; `macro_f1`, the mean F1 of the classes that occur among labels or predictions; `kappa`, Cohen's
     unweighted kappa, NaN if labels and predictions are all of one class. scikit-learn's own functions need the samples
     and are too slow for each draw of a bootstrap.
-
-    Args:
-        confusion: [C, C] counts; rows are labels, columns predictions.
     """
     n, right = confusion.sum(), np.diagonal(confusion)
     support, n_predicted = confusion.sum(axis=1), confusion.sum(axis=0)  # [C]
@@ -95,15 +86,7 @@ def metrics_of_confusion(confusion: np.ndarray) -> dict[str, float]:
 
 
 def auroc_per_class(labels: np.ndarray, probabilities: np.ndarray) -> list[float | None]:
-    """Compute the area under the ROC curve of each class against the rest.
-
-    Args:
-        labels: [N] integers, 0 to C - 1.
-        probabilities: [N, C].
-
-    Returns:
-        C areas, None for a class that no sample or every sample belongs to.
-    """
+    """Compute the area under the ROC curve of each class against the rest; None if all samples are on one side."""
     is_of_class = labels[:, None] == np.arange(probabilities.shape[1])  # [N, C]
     return [
         float(roc_auc_score(is_positive, scores)) if 0 < is_positive.sum() < len(labels) else None
@@ -112,25 +95,14 @@ def auroc_per_class(labels: np.ndarray, probabilities: np.ndarray) -> list[float
 
 
 def log_losses(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Return -ln of the probability of each sample's class, float64 [N]; like scikit-learn, 0 counts as 2.2e-16.
-
-    Args:
-        labels: [N] integers, 0 to C - 1.
-        probabilities: [N, C].
-    """
+    """Return -ln of the probability of each sample's class, float64 [N]; like scikit-learn, 0 counts as 2.2e-16."""
     smallest = np.finfo(np.float64).eps
     of_label = np.take_along_axis(probabilities.astype(np.float64), labels[:, None], axis=1)[:, 0]  # [N]
     return -np.log(np.clip(of_label, smallest, 1 - smallest))
 
 
 def expected_calibration_error(labels: np.ndarray, predictions: np.ndarray, probabilities: np.ndarray) -> float:
-    """Return the mean over bins of |accuracy - mean confidence|, weighted by size (Guo et al. 2017, arXiv 1706.04599).
-
-    Args:
-        labels: [N] integers, 0 to C - 1.
-        predictions: [N] integers, likewise.
-        probabilities: [N, C].
-    """
+    """Return the mean over bins of |accuracy - mean confidence|, weighted by size (Guo et al. 2017, 1706.04599)."""
     confidences, accuracies, counts = reliability(labels, predictions, probabilities)
     return float((np.abs(accuracies - confidences) * counts).sum() / len(labels))
 
@@ -149,12 +121,10 @@ def reliability(
     return np.bincount(bins, confidence) / counts, np.bincount(bins, labels == predictions) / counts, counts
 
 
-def checked_classes(labels: np.ndarray, predictions: np.ndarray, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Validate labels and predictions and return them as arrays.
-
-    Raises:
-        ValueError: there is no sample, the lengths differ, or a number is not the position of a class.
-    """
+def checked(
+    labels: np.ndarray, predictions: np.ndarray, n_classes: int, probabilities: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Validate labels, predictions and probabilities and return them as arrays."""
     labels, predictions = np.asarray(labels), np.asarray(predictions)
     if labels.shape != predictions.shape or labels.ndim != 1 or not len(labels):
         raise ValueError(
@@ -165,26 +135,19 @@ def checked_classes(labels: np.ndarray, predictions: np.ndarray, n_classes: int)
             raise ValueError(
                 f"{what}: numbers from {values.min()} to {values.max()}, but there are {n_classes} classes"
             )
-    return labels, predictions
-
-
-def checked_probabilities(probabilities: np.ndarray, n_samples: int, n_classes: int) -> np.ndarray:
-    """Validate probabilities and return them as float64.
-
-    Raises:
-        ValueError: they are not [N, C], or a row has negative or NaN entries or does not sum to 1 (within 1e-4).
-    """
+    if probabilities is None:
+        return labels, predictions, None
     probabilities = np.asarray(probabilities, dtype=np.float64)
-    if probabilities.shape != (n_samples, n_classes):
+    if probabilities.shape != (len(labels), n_classes):
         raise ValueError(
-            f"probabilities {probabilities.shape}: expected one row for each of {n_samples} samples and one column for "
-            f"each of {n_classes} classes"
+            f"probabilities {probabilities.shape}: expected one row for each of {len(labels)} samples and one column "
+            f"for each of {n_classes} classes"
         )
     # NaN compares as False, so such a row counts as wrong
     is_right = (probabilities >= 0).all(axis=1) & (np.abs(probabilities.sum(axis=1) - 1) <= 1e-4)
     if not is_right.all():
         raise ValueError(
-            f"probabilities: {int((~is_right).sum())} of {n_samples} rows are negative, NaN or do not sum to 1, the "
+            f"probabilities: {int((~is_right).sum())} of {len(labels)} rows are negative, NaN or do not sum to 1, the "
             f"first is row {int(np.argmin(is_right))}; normalise them (softmax)"
         )
-    return probabilities
+    return labels, predictions, probabilities

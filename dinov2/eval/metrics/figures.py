@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot, which keeps every figure in memory until it is closed
 from sklearn.metrics import roc_curve
 
@@ -16,14 +15,7 @@ from dinov2.utils.files import atomic_write
 
 
 def draw_confusion(file: Path, confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str) -> None:
-    """Draw the counts of a confusion matrix, coloured by their share of the label's row.
-
-    Args:
-        file: the PNG.
-        confusion: [C, C] counts; rows are labels, columns predictions.
-        class_names: C names.
-        title: of the figure.
-    """
+    """Draw counts [C, C], coloured by their share of the label's row, into a PNG."""
     counts = np.asarray(confusion)
     draw_matrix(
         file,
@@ -50,14 +42,9 @@ def draw_matrix(
     title: str,
     scale: str,
 ) -> None:
-    """Draw a matrix, coloured by value.
+    """Draw a matrix of values from 0 to 1 with a text in each field, coloured by value; NaN stays white.
 
-    Args:
-        file: the PNG.
-        values: [rows, columns], 0-1; NaN stays white.
-        texts: the text in each field.
-        row_names, column_names: labels of the rows and columns.
-        xlabel, ylabel, title, scale: titles of the columns, the rows, the figure and the colours.
+    `xlabel`, `ylabel`, `title` and `scale` are titles of the columns, the rows, the figure and the colours.
     """
     figure = Figure(figsize=(3.5 + 0.45 * len(column_names), 2.5 + 0.45 * len(row_names)), layout="constrained")
     axes = figure.add_subplot()
@@ -74,18 +61,17 @@ def draw_matrix(
 def draw_curves(
     file: Path, labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str], title: str
 ) -> None:
-    """Draw the ROC curve of each class against the rest, and accuracy over confidence.
-
-    Args:
-        file: the PNG.
-        labels: int64 [N], 0 to C - 1.
-        probabilities: float64 [N, C].
-        class_names: C names.
-        title: of the figure.
-    """
+    """Draw the ROC curve of each class against the rest, and accuracy over confidence."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _draw_roc(left, labels, probabilities, class_names, f"{title}: ROC, one against the rest")
+    areas = auroc_per_class(labels, probabilities)
+    for i, (name, area) in enumerate(zip(class_names, areas, strict=True)):
+        if area is not None:
+            false_rate, true_rate, _ = roc_curve(labels == i, probabilities[:, i])
+            left.plot(false_rate, true_rate, label=f"{name} ({area:.3f})", linewidth=1)
+    left.set(xlabel="false positive rate", ylabel="true positive rate", title=f"{title}: ROC, one against the rest")
+    if left.get_legend_handles_labels()[0]:
+        left.legend(title="class (AUROC)", fontsize=7, title_fontsize=7, loc="lower right")
     confidences, accuracies, counts = reliability(labels, probabilities.argmax(axis=1), probabilities)
     right.plot(confidences, accuracies, linewidth=1)
     right.scatter(confidences, accuracies, s=10 + 200 * counts / counts.sum())
@@ -94,19 +80,6 @@ def draw_curves(
         axes.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1)
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     _save(figure, file)
-
-
-def _draw_roc(
-    axes: Axes, labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str], title: str
-) -> None:
-    areas = auroc_per_class(labels, probabilities)
-    for i, (name, area) in enumerate(zip(class_names, areas, strict=True)):
-        if area is not None:
-            false_rate, true_rate, _ = roc_curve(labels == i, probabilities[:, i])
-            axes.plot(false_rate, true_rate, label=f"{name} ({area:.3f})", linewidth=1)
-    axes.set(xlabel="false positive rate", ylabel="true positive rate", title=title)
-    if any(area is not None for area in areas):
-        axes.legend(title="class (AUROC)", fontsize=7, title_fontsize=7, loc="lower right")
 
 
 def draw_losses(file: Path, histories: Mapping[str, Sequence[tuple[float, float]]], title: str) -> None:

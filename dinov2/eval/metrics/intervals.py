@@ -15,16 +15,11 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from dinov2.eval.metrics.classification import (
-    checked_classes,
-    checked_probabilities,
-    log_losses,
-    metrics_of_confusion,
-)
+from dinov2.eval.metrics.classification import checked, log_losses, metrics_of_confusion
 
 logger = logging.getLogger("dinov2")
 
-LEVEL = 0.95
+ENDS = [0.025, 0.975]  # of a 95 % interval
 N_RESAMPLES = 1000
 
 
@@ -43,8 +38,7 @@ def bootstrap_intervals(
     each draw is less calibrated than the whole set, and percentiles would lie above the truth.
 
     Args:
-        labels: [N] integers, 0 to C - 1.
-        predictions: [N] integers, likewise.
+        labels, predictions: [N] integers, 0 to C - 1.
         n_classes: C.
         probabilities: [N, C]; adds `auroc` and `log_loss`.
         patients: N patient ids, to draw patients instead of samples.
@@ -55,13 +49,10 @@ def bootstrap_intervals(
         {metric: [lower, upper]} for the metrics of `metrics_of_confusion` and, with probabilities, `auroc` and
         `log_loss`; without a metric that is undefined in every draw. Empty if all samples are of one patient, because
         they say nothing about other patients.
-
-    Raises:
-        ValueError: labels, predictions, probabilities or patients do not fit together.
     """
     metrics_of = WeightedMetrics(labels, predictions, n_classes, probabilities)
-    draws = _draws(metrics_of, _patient_numbers(patients, len(labels)), n_resamples, seed)
-    return {name: _interval(values) for name, values in draws.items() if not np.isnan(values).all()}
+    draws = _draws(metrics_of, patients, len(labels), n_resamples, seed).dropna(axis="columns", how="all")
+    return draws.quantile(ENDS).to_dict("list")
 
 
 def compare_paired(
@@ -80,17 +71,12 @@ def compare_paired(
     patient if patients are known; its two-sided p-value is never 0, because the samples themselves count as a draw.
 
     Args:
-        labels: [N] integers, 0 to C - 1.
-        predictions_a, predictions_b: [N] integers, likewise.
-        n_classes: C.
-        patients, n_resamples, seed: as for `bootstrap_intervals`.
+        labels, predictions_a, predictions_b: [N] integers, 0 to C - 1.
+        n_classes, patients, n_resamples, seed: as for `bootstrap_intervals`.
 
     Returns:
         `mcnemar` ({only_a_right, only_b_right, p_value}) and `differences` ({metric: {a, b, difference, interval,
         p_value}}, where `difference` is b - a). Interval and p-value are None if all samples are of one patient.
-
-    Raises:
-        ValueError: as `bootstrap_intervals`.
     """
     metrics_a, metrics_b = (WeightedMetrics(labels, each, n_classes) for each in (predictions_a, predictions_b))
 
@@ -99,18 +85,17 @@ def compare_paired(
         return {name: of_b[name] - of_a[name] for name in of_a}
 
     everything = np.ones(len(labels), dtype=np.int64)
-    a, b, difference = metrics_a(everything), metrics_b(everything), differences_of(everything)
-    draws = _draws(differences_of, _patient_numbers(patients, len(labels)), n_resamples, seed)
-    differences = {}
-    for name in difference:
-        drawn = draws.get(name, np.empty(0))
-        is_known = not np.isnan(drawn).all()
-        differences[name] = {
-            "a": None if np.isnan(a[name]) else a[name],
-            "b": None if np.isnan(b[name]) else b[name],
-            "difference": None if np.isnan(difference[name]) else difference[name],
-            "interval": _interval(drawn) if is_known else None,
-            "p_value": _p_value(drawn) if is_known else None,
+    values = pd.DataFrame(
+        {"a": metrics_a(everything), "b": metrics_b(everything), "difference": differences_of(everything)}
+    )
+    draws = _draws(differences_of, patients, len(labels), n_resamples, seed).dropna(axis="columns", how="all")
+    differences: dict[str, dict[str, Any]] = {}
+    for name, row in values.iterrows():
+        is_known = name in draws
+        differences[str(name)] = {
+            **{key: None if np.isnan(value) else float(value) for key, value in row.items()},
+            "interval": draws[name].quantile(ENDS).tolist() if is_known else None,
+            "p_value": _p_value(draws[name].to_numpy()) if is_known else None,
         }
     is_right_a, is_right_b = predictions_a == labels, predictions_b == labels
     only_a, only_b = int((is_right_a & ~is_right_b).sum()), int((is_right_b & ~is_right_a).sum())
@@ -125,88 +110,60 @@ class WeightedMetrics:
     def __init__(
         self, labels: np.ndarray, predictions: np.ndarray, n_classes: int, probabilities: np.ndarray | None = None
     ) -> None:
-        """Prepare what does not depend on weights.
-
-        Raises:
-            ValueError: labels, predictions and probabilities do not fit together.
-        """
-        labels, predictions = checked_classes(labels, predictions, n_classes)
+        labels, predictions, probabilities = checked(labels, predictions, n_classes, probabilities)
         self.entries, self.n_classes = labels * n_classes + predictions, n_classes
-        self.ranked_classes: list[_RankedClass] = []
+        self.ranks: list[tuple[np.ndarray, ...]] = []
         self.losses: np.ndarray | None = None
         if probabilities is not None:
-            probabilities = checked_probabilities(probabilities, len(labels), n_classes)
-            self.ranked_classes = [_RankedClass(labels == c, probabilities[:, c]) for c in np.unique(labels)]
+            self.ranks = [_ranks(labels == c, probabilities[:, c]) for c in np.unique(labels)]
             self.losses = log_losses(labels, probabilities)
 
     def __call__(self, weights: np.ndarray) -> dict[str, float]:
-        """Compute `metrics_of_confusion` and, with probabilities, `auroc` and `log_loss`; NaN where undefined.
-
-        Args:
-            weights: int64 [N].
-        """
+        """Compute the metrics for weights, int64 [N]; NaN where undefined."""
         counts = np.bincount(self.entries, weights, minlength=self.n_classes**2)
         metrics = metrics_of_confusion(counts.reshape(self.n_classes, self.n_classes))
         if self.losses is not None:
-            areas = [area for ranked in self.ranked_classes if (area := ranked.auroc(weights)) is not None]
+            areas = []
+            for positives, negatives, n_below, n_not_above in self.ranks:
+                cumulative = np.concatenate([[0], np.cumsum(weights[negatives])])
+                if pairs := weights[positives].sum() * cumulative[-1]:
+                    # a positive wins against the negatives with lower scores, and half against those with equal ones
+                    wins = (cumulative[n_below] + cumulative[n_not_above]) / 2
+                    areas.append(weights[positives] @ wins / pairs)
             metrics["auroc"] = float(np.mean(areas)) if areas else np.nan
             metrics["log_loss"] = float(self.losses @ weights / weights.sum())
         return metrics
 
 
-class _RankedClass:
-    """The scores of one class against the rest, sorted once."""
-
-    def __init__(self, is_positive: np.ndarray, scores: np.ndarray) -> None:
-        self.positives, negatives = np.flatnonzero(is_positive), np.flatnonzero(~is_positive)
-        self.negatives = negatives[np.argsort(scores[negatives])]
-        ranked, of_positives = scores[self.negatives], scores[self.positives]
-        self.n_below, self.n_not_above = (np.searchsorted(ranked, of_positives, side) for side in ("left", "right"))
-
-    def auroc(self, weights: np.ndarray) -> float | None:
-        """Compute the area under the ROC curve for weights [N]; None if the positives or the negatives have none."""
-        cumulative = np.concatenate([[0], np.cumsum(weights[self.negatives])])
-        of_positives = weights[self.positives]
-        pairs = of_positives.sum() * cumulative[-1]
-        # a positive wins against the negatives with lower scores, and half against those with equal ones
-        wins = (cumulative[self.n_below] + cumulative[self.n_not_above]) / 2
-        return float(of_positives @ wins / pairs) if pairs else None
-
-
-def _patient_numbers(patients: Sequence[str] | None, n_samples: int) -> np.ndarray:
-    """Return the number of each sample's patient, int64 [N]; each sample is its own patient if none are given."""
-    if patients is None:
-        return np.arange(n_samples)
-    if len(patients) != n_samples:
-        raise ValueError(f"{len(patients)} patients for {n_samples} samples: expected one each")
-    return pd.factorize(np.asarray(patients, dtype=object))[0]
+def _ranks(is_positive: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return positives, sorted negatives, and how many negatives are below, and not above, each positive."""
+    positives, negatives = np.flatnonzero(is_positive), np.flatnonzero(~is_positive)
+    negatives = negatives[np.argsort(scores[negatives])]
+    n_below, n_not_above = (np.searchsorted(scores[negatives], scores[positives], side) for side in ("left", "right"))
+    return positives, negatives, n_below, n_not_above
 
 
 def _draws(
-    metrics_of: Callable[[np.ndarray], dict[str, float]], patient_numbers: np.ndarray, n_resamples: int, seed: int
-) -> dict[str, np.ndarray]:
-    """Return each metric's values in R draws of patients, [R]; nothing if there is only one patient.
-
-    Args:
-        metrics_of: takes weights [N] and returns the metrics.
-        patient_numbers: int64 [N].
-        n_resamples: R.
-        seed: of the draws.
-    """
-    n_patients = int(patient_numbers.max()) + 1
+    metrics_of: Callable[[np.ndarray], dict[str, float]],
+    patients: Sequence[str] | None,
+    n_samples: int,
+    n_resamples: int,
+    seed: int,
+) -> pd.DataFrame:
+    """Return the metrics of R draws of patients, a column each; nothing if there is only one patient."""
+    if patients is not None and len(patients) != n_samples:
+        raise ValueError(f"{len(patients)} patients for {n_samples} samples: expected one each")
+    numbers = np.arange(n_samples) if patients is None else pd.factorize(np.asarray(patients, dtype=object))[0]
+    n_patients = int(numbers.max()) + 1
     if n_patients == 1:
-        logger.warning("no intervals: all %d samples are of one patient", len(patient_numbers))
-        return {}
+        logger.warning("no intervals: all %d samples are of one patient", n_samples)
+        return pd.DataFrame()
     rng = np.random.default_rng(seed)
     drawn = []
     for _ in range(n_resamples):
-        patient_weights = np.bincount(rng.integers(n_patients, size=n_patients), minlength=n_patients)
-        drawn.append(metrics_of(patient_weights[patient_numbers]))
-    return {name: np.array([metrics[name] for metrics in drawn]) for name in drawn[0]}
-
-
-def _interval(draws: np.ndarray) -> list[float]:
-    return np.nanquantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+        counts = np.bincount(rng.integers(n_patients, size=n_patients), minlength=n_patients)
+        drawn.append(metrics_of(counts[numbers]))
+    return pd.DataFrame(drawn)
 
 
 def _p_value(differences: np.ndarray) -> float:

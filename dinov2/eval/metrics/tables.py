@@ -35,11 +35,9 @@ def percent(value: float | None, interval: Sequence[float] | None = None) -> str
 
 
 def metrics_table(rows: Sequence[tuple[str, str, Mapping[str, Any]]], setting: str) -> list[str]:
-    """Return a table in percent, with intervals, and mean and spread over folds, of metrics that have them.
+    """Return a table in percent, with intervals and mean and spread over folds if known.
 
-    Args:
-        rows: source of features, value of the setting, and metrics of each row.
-        setting: title of its column.
+    A row is the source of features, the value of the setting and the metrics; `setting` titles the second column.
     """
     lines = [["", setting, *TABLE_METRICS.values()]]
     for source, value, metrics in rows:
@@ -53,11 +51,7 @@ def metrics_table(rows: Sequence[tuple[str, str, Mapping[str, Any]]], setting: s
 
 
 def scores_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """Return a table of kappa and of the metrics of probabilities, not in percent.
-
-    Args:
-        rows: source of features, and metrics of each row.
-    """
+    """Return a table of kappa and of the metrics of probabilities, not in percent, of rows (source, metrics)."""
     names = [name for name in SCORES if any(name in metrics for _, metrics in rows)]
     lines = [["", *(SCORES[name] for name in names)]]
     for source, metrics in rows:
@@ -67,13 +61,7 @@ def scores_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
 
 
 def class_table(title: str, metrics: Mapping[str, Any], n_train: Mapping[str, int]) -> list[str]:
-    """Return a table of the classes, in percent.
-
-    Args:
-        title: title of the column with the classes' names.
-        metrics: with `per_class`.
-        n_train: {class: number of training samples}.
-    """
+    """Return a table of the classes, in percent, with the number of training samples of each."""
     lines = [[title, "train", "test", "recall", "precision", "F1"]]
     for name, row in metrics["per_class"].items():
         shares = [percent(row[metric]) for metric in ("recall", "precision", "f1")]
