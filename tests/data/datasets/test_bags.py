@@ -141,7 +141,7 @@ def test_missing_patients_and_labels(tmp_path):
     bags = PatientBags(["p1", "p2"], [bag("p1"), bag("p2")], [[""] * 3] * 2)
     with pytest.raises(ValueError, match=r"1 of 2 bags have none \('p2'\)"):
         bags.with_labels({"p1": "a"})
-    with pytest.raises(ValueError, match=r"2 of 4 labelled patients have no bag \('p3', 'p4'\)"):
+    with pytest.raises(ValueError, match=r"labels: 2 of 4 patients have no bag \('p3', 'p4'\)"):
         bags.with_labels({"p1": "a", "p2": "b", "p3": "a", "p4": "a"})
     with pytest.raises(ValueError, match="folds: 1 of 2 patients have no bag"):
         bags.positions(["p1", "p7"], "folds")
