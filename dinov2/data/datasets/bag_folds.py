@@ -116,9 +116,7 @@ def draw_folds(
     labels, patients, n_folds = bags.known_labels(), bags.patients, n_folds or PROTOCOLS[protocol]
     if protocol == "crossval":
         if n_folds < 3:
-            raise ValueError(
-                f"--folds {n_folds}: protocol crossval needs a part to test, one to stop by and one to train"
-            )
+            raise ValueError(f"--folds {n_folds}: protocol crossval needs parts to test, to stop by and to train")
         parts = make_folds(labels, patients, n_folds, seed)
         following = [part for _, part in parts[1:] + parts[:1]]
         folds = [
@@ -155,7 +153,8 @@ def folds_from_files(bags: PatientBags, path: PathLike) -> FoldedBags:
         bags = bags.with_labels(labels)
     elif set(labels.values()) <= set(bags.class_names):  # other names, such as numbers, cannot be compared
         one_label_each([*bags.label_of().items(), *labels.items()], "bags and --fold-files")
-    names = sorted(table["fold"].unique(), key=_natural_order)
+    # fold_2 before fold_10
+    names = sorted(sorted(set(table["fold"])), key=lambda name: int("".join(filter(str.isdecimal, name)) or -1))
     patients = table.groupby(["fold", "part"])["patient"].apply(list).to_dict()
     folds = [
         BagFold(*(bags.positions(patients.get((name, part), []), "fold files") for part in PARTS)) for name in names
@@ -171,16 +170,13 @@ def _read_fold_folders(folder: Path) -> pd.DataFrame:
     """Read all files in GenBloom's layout as one table."""
     fold_folders = sorted(file.parent for file in folder.glob("[!.]*/train.csv"))
     if not fold_folders:
-        raise FileNotFoundError(
-            f"fold files: no folder in {str(folder)!r} has a train.csv; expected <fold>/train.csv, val.csv and test.csv"
-        )
+        expected = "<fold>/train.csv, val.csv and test.csv"
+        raise FileNotFoundError(f"fold files: no folder in {str(folder)!r} has a train.csv; expected {expected}")
     tables = []
     for fold_folder, part in product(fold_folders, PARTS):
-        file = fold_folder / f"{part}.csv"
-        if part == "test" and not file.is_file():
-            file = folder / file.name
-        if not file.is_file():
-            raise FileNotFoundError(f"fold files: {str(fold_folder)!r} has no {part}.csv; add it")
+        file, shared = fold_folder / f"{part}.csv", folder / "test.csv"
+        if part == "test" and shared.is_file() and not file.is_file():
+            file = shared
         tables.append(_read(file, ("patient", "label")).assign(fold=fold_folder.name, part=part))
     table = pd.concat(tables)
     names_file = folder / CLASS_NAMES_FILE
@@ -188,15 +184,7 @@ def _read_fold_folders(folder: Path) -> pd.DataFrame:
         name_of_id = _read(names_file, ("label_name", "label_id")).set_index("label_id")["label_name"].to_dict()
         unknown = sorted(set(table["label"]) - set(name_of_id))
         if unknown:
-            raise ValueError(
-                f"fold files: {str(folder)!r} has the label {list_names(unknown)}, which {CLASS_NAMES_FILE} does not "
-                f"name; add it there"
-            )
+            what = f"the label {list_names(unknown)}, which {CLASS_NAMES_FILE} does not name"
+            raise ValueError(f"fold files: {str(folder)!r} has {what}; add it there")
         table["label"] = table["label"].map(name_of_id)
     return table
-
-
-def _natural_order(name: str) -> tuple[int, str]:
-    """Return a key that sorts fold_2 before fold_10."""
-    digits = "".join(filter(str.isdecimal, name))
-    return int(digits or -1), name

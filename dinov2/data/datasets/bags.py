@@ -62,24 +62,17 @@ class PatientBags:
         for patient, cells in zip(self.patients, self.features, strict=True):
             if cells.ndim != 2 or not len(cells):
                 raise ValueError(
-                    f"bags: patient {patient!r} has features of shape {list(cells.shape)}; expected [cells, dim], and "
-                    f"a bag without cells is none: drop the patient or extract again"
+                    f"bags: patient {patient!r} has features of shape {list(cells.shape)}; expected [cells, dim], not "
+                    f"a bag without cells: drop the patient or extract again"
                 )
             n_bad = int((~np.isfinite(cells).all(axis=1)).sum())
             if n_bad:
-                raise ValueError(
-                    f"bags: {n_bad} of the {len(cells)} cells of patient {patient!r} have infinite or NaN features; "
-                    f"extract again, or drop these cells"
-                )
+                what = f"{n_bad} of the {len(cells)} cells of patient {patient!r} have infinite or NaN features"
+                raise ValueError(f"bags: {what}; extract again, or drop these cells")
         _check_dims(self.patients, self.features)
 
     def __len__(self) -> int:
         return len(self.patients)
-
-    @property
-    def dim(self) -> int:
-        """D."""
-        return int(self.features[0].shape[1])
 
     def known_labels(self) -> np.ndarray:
         """Return the labels; raise a ValueError if there are none."""
@@ -168,10 +161,8 @@ class PatientBags:
         """Return the same bags with labels, {patient: class}, one for each bag; classes are sorted."""
         unlabelled = [patient for patient in self.patients if patient not in labels]
         if unlabelled:
-            raise ValueError(
-                f"labels: {len(unlabelled)} of {len(self)} bags have none ({list_names(unlabelled)}); add them to the "
-                f"labels, or leave these bags out"
-            )
+            what = f"{len(unlabelled)} of {len(self)} bags have none ({list_names(unlabelled)})"
+            raise ValueError(f"labels: {what}; add them to the labels, or leave these bags out")
         self.positions(labels, "labels")
         names, ids = np.unique([labels[patient] for patient in self.patients], return_inverse=True)
         return replace(self, labels=ids.astype(np.int64), class_names=names.tolist())
@@ -189,24 +180,19 @@ class PatientBags:
 
     def joined(self, other: "PatientBags") -> tuple["PatientBags", np.ndarray]:
         """Join the bags of another set; return all of them, and the ascending positions of the other set's."""
-        if (self.labels is None) != (other.labels is None):
-            raise ValueError("bags: the training or the test set has no labels; give those of both with --labels")
         both = sorted(set(self.patients) & set(other.patients))
         if both:
-            raise ValueError(
-                f"bags: {len(both)} patients are in the training and in the test set ({list_names(both)}); remove them "
-                f"from one, or rename them if they are different people"
-            )
+            what = f"{len(both)} patients are in the training and in the test set ({list_names(both)})"
+            raise ValueError(f"bags: {what}; remove them from one, or rename them if they are different people")
         check_same_attributes(self.attributes, other.attributes, "the training set", "the test set")
-        bags = PatientBags(
+        patients, features, cells = (
             self.patients + other.patients,
             self.features + other.features,
             self.cells + other.cells,
-            attributes=self.attributes,
         )
-        bags = bags.select(np.arange(len(bags)))
-        if self.labels is not None:
-            bags = bags.with_labels(self.label_of() | other.label_of())
+        bags = PatientBags(patients, features, cells, attributes=self.attributes).select(np.arange(len(patients)))
+        labels = self.label_of() | other.label_of()
+        bags = bags.with_labels(labels) if labels else bags
         return bags, bags.positions(other.patients, "test set")
 
     def bag_hashes(self) -> list[str]:
@@ -226,10 +212,8 @@ class PatientBags:
         wanted = list(patients)
         missing = sorted(set(wanted) - set(self.patients))
         if missing:
-            raise ValueError(
-                f"{source}: {len(missing)} of {len(wanted)} patients have no bag ({list_names(missing)}); extract "
-                f"their cells, or take them out of the file"
-            )
+            what = f"{len(missing)} of {len(wanted)} patients have no bag ({list_names(missing)})"
+            raise ValueError(f"{source}: {what}; extract their cells, or take them out of the file")
         return np.flatnonzero(pd.Index(self.patients).isin(wanted))
 
 
@@ -315,16 +299,11 @@ def _rows_of_folder(folder: Path) -> list[Row]:
     folders = {name for name in folders if name.partition("/")[0] in classes}
     empty = sorted(folders - bags)
     if empty:
-        raise ValueError(
-            f"bags: folders without an .h5 file are bags without cells: {list_names(empty)}; extract these patients' "
-            f"cells, or remove the folders"
-        )
+        what = f"folders without an .h5 file are bags without cells: {list_names(empty)}"
+        raise ValueError(f"bags: {what}; extract these patients' cells, or remove the folders")
     twice = sorted(folders & {f"{file.parent.name}/{file.stem}" for file in in_classes})
     if twice:
         raise ValueError(f"bags: {str(folder)!r} has both a file and a folder of {list_names(twice)}; keep one")
-    others = {entry.name for entry in folder.glob("[!.]*") if entry.is_dir()} - classes
-    if others and rows:
-        logger.warning("%s: folders without .h5 files are not classes: %s", folder, ", ".join(sorted(others)))
     return rows or [(file.stem, None, file) for file in flat]
 
 

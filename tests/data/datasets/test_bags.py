@@ -40,7 +40,6 @@ def test_class_folders(class_folders):
     assert bags.class_names == ["CBFB", "NPM1", "control"]  # sorted, whatever order the file system has
     assert [bags.class_names[i] for i in bags.labels] == ["control", "control", "CBFB", "NPM1"]
     assert [len(cells) for cells in bags.features] == [4, 3, 1, 2]
-    assert bags.dim == DIM
     np.testing.assert_array_equal(bags.features[1], bag("p2", 3))
     assert bags.cells[2] == [str(class_folders / "CBFB" / "p5.h5")]
     assert bags.cells[3][1] == f"{class_folders / 'NPM1' / 'p9.h5'}:1"
