@@ -1,28 +1,20 @@
 """ABMIL: predict a patient's class, such as an AML subtype, from the bag of their cells (multiple-instance learning).
 
-Protocol `dinobloom`. Some patients are the test set of all trainings: those of `--test-features` or `--test-bags`, or
-the first of folds + 1 stratified parts. The others make 4 stratified folds, each the validation set of a training on
-the rest. Each fold is trained 5 times from other random weights: cross-entropy, SGD with learning rate 1e-3 (cosine
-over 150 epochs, one step an epoch) and Nesterov momentum 0.9, a bag a step, until the validation loss has not fallen
-for 20 epochs; the weights of the best epoch count (`solvers/mil_training.py`). Protocol `crossval` differs in the
-split: of 5 stratified parts each is the test set once and the next one the validation set, so that every patient is
-tested. `--fold-files` reads official folds.
+Protocol `dinobloom`: one test set (`--test-features`, `--test-bags`, or a stratified part) and 4 folds of the other
+patients, each the validation set of 5 trainings from other random weights (`solvers/mil_training.py`). `crossval`: of 5
+stratified parts each is the test set once and the next one the validation set. `--fold-files` reads official folds.
+Results are the metrics of each network with mean and spread, and those of each patient's mean probability over the
+networks that have not seen the patient, with bootstrap intervals. All networks together are the aggregator that is
+written. A patient may be in only one of train, validation and test. Every random number derives from (seed, fold, run):
+equal inputs give equal results.json, but for the date, on one machine and device.
 
-Results are the metrics of each network on its test patients with mean and spread, and the metrics of each patient's
-mean probability over the networks that have not seen the patient, with bootstrap intervals. All networks together are
-the aggregator that is written. It predicts new patients by the mean of the probabilities.
-
-Patients are the unit: a patient may be in only one of train, validation and test. Equal inputs give equal results.json,
-but for the date, on one machine and device. Every random number derives from (seed, fold, run), so a network depends
-neither on the other networks nor on their number.
-
-Dimension key:  P patients, N cells of one, D feature dim, C classes, T tested patients, A attention columns (C or 1)
+Letters: P patients, N cells of one, D feature dim, C classes, T tested patients, A attention columns (C or 1)
 """
 
 import argparse
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,30 +23,18 @@ import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads 
 
 # isort: split
 import numpy as np
+import pandas as pd
 import torch
 
-from dinov2.data.datasets.bag_folds import (
-    PARTS,
-    PROTOCOLS,
-    BagFold,
-    FoldedBags,
-    draw_folds,
-    folds_from_files,
-)
+from dinov2.data.datasets.bag_folds import PARTS, PROTOCOLS, BagFold, FoldedBags, draw_folds, folds_from_files
 from dinov2.data.datasets.bags import PatientBags, check_same_attributes, read_patient_labels
 from dinov2.data.datasets.labelled_cells import LabelledCells
-from dinov2.eval.extract_features import (
-    CELLS_HELP,
-    add_embedder_arguments,
-    device_of,
-    embedder_from,
-    positive_int,
-)
+from dinov2.eval.extract_features import CELLS_HELP, add_embedder_arguments, device_of, embedder_from, positive_int
 from dinov2.eval.features import Features, read_features
 from dinov2.eval.metrics.figures import draw_confusion, draw_curves, draw_losses
 from dinov2.eval.metrics.tables import class_table, metrics_table
 from dinov2.eval.results import (
-    FoldPredictions,
+    PROBABILITY_PREFIX,
     provenance,
     settings_of,
     summarize,
@@ -62,20 +42,21 @@ from dinov2.eval.results import (
     write_predictions,
     write_report,
 )
-from dinov2.eval.solvers.mil_networks import (
+from dinov2.eval.solvers.mil_training import (
     BagPredictions,
+    Epoch,
     Network,
     TrainedAggregator,
+    TrainingSettings,
     describe_networks,
-    prediction_header,
-    write_attention,
-    write_networks,
+    predict_bags,
+    train_aggregator,
 )
-from dinov2.eval.solvers.mil_training import TrainingSettings, predict_bags, train_aggregator
 from dinov2.hub.backbones import file_sha256
 from dinov2.logging import setup_logging
 from dinov2.models.abmil import MODELS
 from dinov2.utils.command import exit_code
+from dinov2.utils.files import atomic_write
 from dinov2.utils.seeds import derive_seed
 
 logger = logging.getLogger("dinov2")
@@ -83,15 +64,9 @@ logger = logging.getLogger("dinov2")
 
 @dataclass(frozen=True)
 class AbmilOptions:
-    """What is trained and how.
+    """What is trained and how: `runs` trainings of each fold; all bags are kept on the device.
 
-    Attributes:
-        model: a key of `MODELS`.
-        runs: trainings of each fold.
-        seed: decides all random numbers.
-        device: where the networks run; all bags are kept there.
-        training: settings of each training.
-        top_cells: cells of a patient in top_cells.csv.
+    `top_cells` is the number of cells of a patient in top_cells.csv.
     """
 
     model: str = "classwise"
@@ -101,35 +76,12 @@ class AbmilOptions:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     top_cells: int = 10
 
-    def __post_init__(self) -> None:
-        if self.runs < 1:
-            raise ValueError(f"--runs {self.runs}: train at least once")
-
 
 DEFAULTS = AbmilOptions()
 
 
-@dataclass(frozen=True, eq=False)
-class AbmilPredictions:
-    """Predictions for all test patients.
-
-    Attributes:
-        predictions: the mean over the networks that have not seen the patient.
-        bags: the same with attention and with the probabilities of each network.
-        networks: all runs of the first fold first.
-    """
-
-    predictions: FoldPredictions
-    bags: BagPredictions
-    networks: list[Network]
-
-
-def evaluate(data: FoldedBags, options: AbmilOptions) -> AbmilPredictions:
-    """Train `options.runs` networks on each fold and predict the fold's test patients.
-
-    Raises:
-        ValueError: as `train_aggregator`.
-    """
+def evaluate(data: FoldedBags, options: AbmilOptions) -> tuple[BagPredictions, list[Network]]:
+    """Train `options.runs` networks on each fold and predict the fold's test patients; return the means and each."""
     labels, n_classes = data.labels, len(data.bags.class_names)
     bags = [torch.from_numpy(bag).to(options.device) for bag in data.bags.features]
     networks, outputs = [], []
@@ -146,8 +98,7 @@ def evaluate(data: FoldedBags, options: AbmilOptions) -> AbmilPredictions:
             best, history = training.best_epoch, training.history
             text = "fold %d run %d: %d epochs, validation loss %.4f after epoch %d"
             logger.info(text, fold_number, run, len(history), history[best].val_loss, best)
-    predictions = BagPredictions.collect(outputs)
-    return AbmilPredictions(predictions.by_fold(data.folds, len(bags)), predictions, networks)
+    return BagPredictions.collect(outputs), networks
 
 
 def run(
@@ -155,62 +106,46 @@ def run(
     options: AbmilOptions,
     output_dir: Path,
     settings: Mapping[str, Any],
-    hashes: Mapping[str, str] | None = None,
+    hashes: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Evaluate and write all files of the protocol.
+    """Evaluate, write all files of the protocol, and return the content of results.json.
 
-    Args:
-        data: labelled bags and their folds.
-        options: what is trained and how.
-        output_dir: folder of the files; made if missing.
-        settings: what results.json records as `settings`, ready for JSON.
-        hashes: {input: sha256} to record beside that of the bags.
-
-    Returns:
-        the content of results.json.
-
-    Raises:
-        ValueError: as `evaluate`.
+    It records `settings`, ready for JSON, and `hashes`, {input: sha256}, beside that of the bags.
     """
     bags, labels, names = data.bags, data.labels, data.bags.class_names
     title = f"ABMIL, {options.model}"
     logger.info("%d patients, %d folds x %d runs of %s", len(bags), len(data.folds), options.runs, options.model)
-    result = evaluate(data, options)
-    together = summarize(labels, result.predictions, names, seed=options.seed)
+    by_bag, networks = evaluate(data, options)
+    predictions = by_bag.by_fold(data.folds, len(bags))
+    together = summarize(labels, predictions, names, seed=options.seed)
     report = {
         "protocol": "abmil",
-        "results": {options.model: {"together": together, **describe_networks(result.networks, labels, names)}},
+        "results": {options.model: {"together": together, **describe_networks(networks, labels, names)}},
         "class_names": names,
         "counts": {
             **bags.counts(),
             "learned_per_class": bags.per_class(data.learned),
-            "tested": len(result.bags.positions),
+            "tested": len(by_bag.positions),
             "folds": [{part: len(getattr(fold, part)) for part in PARTS} for fold in data.folds],
         },
         "training": asdict(options.training),
-        **provenance(bags.attributes, settings, {"bags": bags.sha256(), **(hashes or {})}),
+        **provenance(bags.attributes, settings, {"bags": bags.sha256(), **hashes}),
     }
     data.write(output_dir / "folds.csv")
-    write_predictions(
-        output_dir / "predictions.csv", bags.patients, labels, result.predictions, names, key_column="patient"
-    )
-    write_networks(output_dir, data, result.networks)
-    write_attention(output_dir, bags, result.bags, names, options.top_cells)
+    write_predictions(output_dir / "predictions.csv", bags.patients, labels, predictions, names, key_column="patient")
+    _write_networks(output_dir, data, networks)
+    _write_attention(output_dir, bags, by_bag, names, options.top_cells)
     draw_confusion(output_dir / "confusion.png", together["confusion"], names, title)
-    draw_curves(output_dir / "curves.png", labels[result.bags.positions], result.bags.probabilities, names, title)
+    draw_curves(output_dir / "curves.png", labels[by_bag.positions], by_bag.probabilities, names, title)
     histories = {
-        f"fold {data.fold_names[network.fold]}, run {network.run}": [
-            (epoch.train_loss, epoch.val_loss) for epoch in network.training.history
-        ]
-        for network in result.networks
+        f"fold {data.fold_names[network.fold]}, run {network.run}": [epoch[1:] for epoch in network.training.history]
+        for network in networks
     }
     draw_losses(output_dir / "losses.png", histories, title)
-    architecture = {"model": options.model, "dim": bags.dim, "n_classes": len(names)}
-    members = [network.training.network.state_dict() for network in result.networks]
-    aggregator = TrainedAggregator(
-        architecture, names, members, bags.attributes, bags.select(data.learned).bag_hashes()
-    )
-    aggregator.save(output_dir / "aggregator.pth")
+    architecture = networks[0].training.network.architecture
+    members = [network.training.network.state_dict() for network in networks]
+    learned = bags.select(data.learned).bag_hashes()
+    TrainedAggregator(architecture, names, members, bags.attributes, learned).save(output_dir / "aggregator.pth")
     write_report(output_dir, report)
     return report
 
@@ -221,31 +156,18 @@ def run_trained(
     options: AbmilOptions,
     output_dir: Path,
     settings: Mapping[str, Any],
-    hashes: Mapping[str, str] | None = None,
+    hashes: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Predict the classes of patients by a trained aggregator and write all files; nothing is trained.
+    """Predict the classes of patients by a trained aggregator, write all files, and return results.json.
 
-    Args:
-        aggregator: of the features' network.
-        bags: without labels, or with labels by which metrics are computed.
-        options: seed, device and top_cells are used.
-        output_dir, settings, hashes: as for `run`.
-
-    Returns:
-        the content of results.json.
-
-    Raises:
-        ValueError: if aggregator and bags are from features of different networks.
+    Bags with labels get metrics, too. `settings` and `hashes` are as for `run`.
     """
     names = aggregator.class_names
     check_same_attributes(aggregator.features, bags.attributes, "the aggregator", "these bags")
     n_seen = sum(digest in set(aggregator.seen) for digest in bags.bag_hashes())
     if n_seen:
-        logger.warning(
-            "the aggregator was trained with %d of these %d patients: numbers with them say nothing about new ones",
-            n_seen,
-            len(bags),
-        )
+        text = "the aggregator was trained with %d of these %d patients: numbers with them say nothing about new ones"
+        logger.warning(text, n_seen, len(bags))
     predictions = aggregator.predict(bags.features, options.device)
     report: dict[str, Any] = {
         "protocol": "abmil, applied",
@@ -253,7 +175,7 @@ def run_trained(
         "class_names": names,
         "counts": {**bags.counts(), "seen_in_training": n_seen},
         "aggregator": {**aggregator.architecture, "networks": len(aggregator.members)},
-        **provenance(bags.attributes, settings, {"bags": bags.sha256(), **(hashes or {})}),
+        **provenance(bags.attributes, settings, {"bags": bags.sha256(), **hashes}),
     }
     file = output_dir / "predictions.csv"
     if bags.labels is not None and set(bags.class_names) <= set(names):
@@ -265,18 +187,63 @@ def run_trained(
         write_predictions(file, bags.patients, labels, by_fold, names, key_column="patient")
     else:
         logger.warning("no metrics: the patients have no labels, or others than the aggregator's %s", ", ".join(names))
-        rows = zip(bags.patients, predictions.classes, predictions.probabilities, strict=True)
-        table = [[patient, names[i], *probabilities] for patient, i, probabilities in rows]
-        write_csv(file, prediction_header(names, "patient"), table)
-    table = [
-        [number, patient, names[probabilities.argmax()], *probabilities]
+        keys = [(patient,) for patient in bags.patients]
+        _write_probabilities(file, ["patient"], zip(keys, predictions.probabilities, strict=True), names)
+    rows = [
+        ((number, patient), probabilities)
         for patient, networks in zip(bags.patients, predictions.by_network, strict=True)
         for number, probabilities in enumerate(networks)
     ]
-    write_csv(output_dir / "predictions_of_networks.csv", prediction_header(names, "network", "patient"), table)
-    write_attention(output_dir, bags, predictions, names, options.top_cells)
+    _write_probabilities(output_dir / "predictions_of_networks.csv", ["network", "patient"], rows, names)
+    _write_attention(output_dir, bags, predictions, names, options.top_cells)
     write_report(output_dir, report)
     return report
+
+
+def _write_probabilities(
+    file: Path, keys: Sequence[str], rows: Iterable[tuple[Sequence[Any], np.ndarray]], class_names: Sequence[str]
+) -> None:
+    """Write a CSV of rows of keys and probabilities [C]: the keys, `prediction` and p_<class>."""
+    header = [*keys, "prediction", *(f"{PROBABILITY_PREFIX}{name}" for name in class_names)]
+    write_csv(file, header, [[*key, class_names[int(values.argmax())], *values] for key, values in rows])
+
+
+def _write_networks(output_dir: Path, data: FoldedBags, networks: Sequence[Network]) -> None:
+    """Write predictions_of_networks.csv (a row for each network and test patient) and history.csv (for each epoch)."""
+    label_of, patients = data.bags.label_of(), data.bags.patients
+    predictions, epochs = [], []
+    for network in networks:
+        key = (data.fold_names[network.fold], network.run)
+        for i, probabilities in zip(network.test.tolist(), network.probabilities, strict=True):
+            predictions.append(((*key, patients[i], label_of[patients[i]]), probabilities))
+        epochs += [[*key, i, *map(str, epoch)] for i, epoch in enumerate(network.training.history)]
+    keys = ["fold", "run", "patient", "label"]
+    _write_probabilities(output_dir / "predictions_of_networks.csv", keys, predictions, data.bags.class_names)
+    write_csv(output_dir / "history.csv", ["fold", "run", "epoch", *Epoch._fields], epochs)
+
+
+def _write_attention(
+    output_dir: Path, bags: PatientBags, predictions: BagPredictions, class_names: Sequence[str], n_top: int
+) -> None:
+    """Write attention.csv, a row for each cell of the tested patients, and top_cells.csv, the first few of each.
+
+    The column `attention` is that of the predicted class; where each class has its own, `attention_<class>` follow.
+    """
+    tables, top_tables = [], []
+    predicted = zip(predictions.positions.tolist(), predictions.classes, predictions.predicted_attention(), strict=True)
+    for (position, i, attention), by_class in zip(predicted, predictions.attention, strict=True):
+        cells = bags.cells[position]
+        keys = {"patient": bags.patients[position], "cell": range(len(cells)), "source": cells, "attention": attention}
+        columns = zip(class_names, by_class, strict=True) if len(by_class) > 1 else ()
+        table = pd.DataFrame(keys | {f"attention_{name}": column for name, column in columns})
+        top = table.nlargest(n_top, "attention")
+        tables.append(table)
+        top_tables.append(top.assign(prediction=class_names[i], rank=range(1, len(top) + 1)))
+    top_columns = ["patient", "prediction", "rank", "cell", "source", "attention"]
+    files = {"attention.csv": pd.concat(tables), "top_cells.csv": pd.concat(top_tables)[top_columns]}
+    for name, table in files.items():
+        with atomic_write(output_dir / name, "w") as stream:
+            table.to_csv(stream, index=False, float_format="%.6g", lineterminator="\n")
 
 
 def format_report(report: Mapping[str, Any]) -> str:
@@ -304,11 +271,7 @@ def format_report(report: Mapping[str, Any]) -> str:
 
 
 def bags_of(features: Features, with_labels: bool = True) -> PatientBags:
-    """Group cells by patient; a patient's label is that of their cells.
-
-    Raises:
-        ValueError: if the features name no patients, or cells of a patient have different labels.
-    """
+    """Group cells by patient; a patient's label is that of their cells."""
     labels = [features.class_names[i] for i in features.labels] if with_labels else None
     attributes = {**features.attributes, "kind": features.kind}
     return PatientBags.from_cells(features.features, features.patients, features.paths, labels, attributes)
@@ -350,30 +313,25 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--top-cells", type=positive_int, default=DEFAULTS.top_cells, help="cells of a patient in top_cells.csv")
     add("--apply", type=Path, help="an aggregator.pth that predicts these patients; nothing is trained")
     args = parser.parse_args(argv)
-    if problem := _wrong_combination(args):
-        parser.error(problem)
+    _check_combination(parser, args)
     return args
 
 
-def _wrong_combination(args: argparse.Namespace) -> str:
-    """Return what is wrong with the flags together, or ""."""
+def _check_combination(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     names = ("data", "features", "test_features", "bags", "test_bags", "checkpoint", "encoder")
     given = {name for name in names if getattr(args, name)}
     allowed = ("checkpoint data", "encoder data", "features", "features test_features", "bags", "bags test_bags")
     if given not in [set(names.split()) for names in allowed]:
         flags = ["--" + name.replace("_", "-") for name in sorted(given)]
-        return (
-            f"got {' '.join(flags) or 'no cells'}; give --features [--test-features], or --bags [--test-bags], "
-            f"or --checkpoint (or --encoder) --data"
-        )
+        expected = "--features [--test-features], or --bags [--test-bags], or --checkpoint (or --encoder) --data"
+        parser.error(f"got {' '.join(flags) or 'no cells'}; give {expected}")
     has_test_set = bool(given & {"test_features", "test_bags"})
     if args.apply and (has_test_set or args.fold_files):
-        return "--apply predicts the patients of --features, --bags or --data; it takes no test set and no fold files"
+        parser.error("--apply predicts all patients; it takes no test set and no fold files")
     if args.fold_files and (has_test_set or args.folds):
-        return "--fold-files name the test patients and the folds; drop --folds and the test set"
+        parser.error("--fold-files name the test patients and the folds; drop --folds and the test set")
     if has_test_set and args.protocol == "crossval":
-        return "--protocol crossval tests every patient; a test set of its own goes with --protocol dinobloom"
-    return ""
+        parser.error("--protocol crossval tests every patient; a test set of its own goes with --protocol dinobloom")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,29 +1,22 @@
 """Compare data sets: train on one and test on another, leave one out, and tell by the features which set a cell is of.
 
-Matrix. Entry A -> B trains on all cells of A and tests on all cells of B. A -> A takes stratified folds of A, by whole
-patients where they are known. Leave one out trains on all other data sets. Classes are matched by name, after an
-optional mapping. Test cells of a class that the training side lacks cannot be right: they are counted and left out.
-Training cells of a class that the test set lacks stay, as in real use; predicting such a class is a mistake. An entry
-with fewer than two classes to test has a reason in place of metrics. Nothing is tuned: kNN is DinoBloom's (plain vote,
-Euclidean), the linear probe has lambda = 100 / (D C).
+Matrix. Entry A -> B trains on all cells of A and tests on all cells of B; A -> A takes stratified folds of A, by whole
+patients where they are known. Classes are matched by name. Test cells of a class that the training side lacks are
+counted and left out; predicting a class that the test set lacks is a mistake. Nothing is tuned: kNN is DinoBloom's
+(plain vote, Euclidean), the linear probe has lambda = 100 / (D C). An image whose bytes are on both sides is dropped
+from the training side. Equal patient ids in two data sets are two patients.
 
-Batch effect. A linear probe and kNN predict the data set itself, over folds stratified by data set and class (by whole
-patients), from equally many training cells of each data set; chance is a balanced accuracy of 1 / S. Look at the
-numbers within each class and at their mean, not at the number over all cells: data sets differ in their mixture of
-classes, so features that see only the kind of cell still tell a set of blasts from a set of lymphocytes. Within a class
-the rest is how each place stains, photographs and labels, and which patients it has.
+Batch effect. A linear probe and kNN predict the data set itself, from equally many training cells of each; chance is
+1 / S. Look at the numbers within each class and at their mean: data sets differ in their mixture of classes.
 
-An image whose bytes are on both sides of a comparison is dropped from the training side and counted. Patient ids belong
-to their data set: equal ids in two of them are two patients.
-
-Dimension key:  S data sets, N cells of all of them, M test cells, D feature dim, C classes
+Letters: S data sets, N cells of all of them, M test cells, D feature dim, C classes
 """
 
 import argparse
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -59,24 +52,11 @@ logger = logging.getLogger("dinov2")
 
 MethodName = Literal["knn", "linear"]
 DEFAULT_STEM = "features"  # extract_features.py gives its file this name in every output folder
-# predictors of the data set, as changes of the options
-BATCH_METHODS: dict[str, dict[str, Any]] = {
-    "linear": {"method": "linear"},
-    "knn_1": {"method": "knn", "k": 1},
-    "knn_20": {"method": "knn", "k": 20},
-}
 
 
 @dataclass(frozen=True)
 class CrossOptions:
-    """How cells are classified.
-
-    Attributes:
-        method: "knn" or "linear".
-        k: neighbours of kNN.
-        seed: of the intervals, and of the training cells of the batch effect.
-        device: where the classifiers compute.
-    """
+    """How cells are classified; the seed is that of the intervals, and of the training cells of the batch effect."""
 
     method: MethodName = "knn"
     k: int = 20
@@ -95,6 +75,14 @@ class CrossOptions:
             return probe.predict_proba(test_features).argmax(axis=1)
         on_device = torch.as_tensor(train_features, device=self.device)
         return knn_predict(on_device, train_labels, test_features, self.k, n_classes)
+
+
+# predictors of the data set, with the training cells of each set that they need as k
+BATCH_METHODS = {
+    "linear": CrossOptions("linear", 0),
+    "knn_1": CrossOptions("knn", 1),
+    "knn_20": CrossOptions("knn", 20),
+}
 
 
 # --- train on one, test on another ----------------------------------------------------------------------------------
@@ -125,9 +113,9 @@ def evaluate_comparison(data: CrossData, comparison: Comparison, options: CrossO
 
     Returns:
         `n_train` and `n_test` (cells that some fold trains on and tests), `classes` (names of the tested ones),
-        `left_out` ({class: cells of the test set that no fold tests}), `dropped_identical_bytes`, then `accuracy`,
-        `balanced_accuracy`, `weighted_f1` and `macro_f1`, their `intervals` (95 %, by patient where known), `per_class`
-        (of the tested classes), and `reason`: why there are no metrics, or None.
+        `left_out` ({class: cells of the test set that no fold tests}), `dropped_identical_bytes`, the `TABLE_METRICS`
+        with `intervals` (95 %, by patient where known), `per_class` (of the tested classes), and `reason`: why there
+        are no metrics (fewer than two classes to test, too few cells), or None.
     """
     folds = _testable_folds(data.labels, comparison.folds)
     none = np.empty(0, dtype=np.int64)
@@ -161,7 +149,7 @@ def evaluate_comparison(data: CrossData, comparison: Comparison, options: CrossO
     return {
         **entry,
         **{name: summary[name] for name in TABLE_METRICS},
-        "intervals": {name: summary["intervals"][name] for name in TABLE_METRICS if name in summary["intervals"]},
+        "intervals": {name: ends for name, ends in summary["intervals"].items() if name in TABLE_METRICS},
         "per_class": {name: summary["per_class"][name] for name in classes},
         "reason": None,
     }
@@ -193,12 +181,10 @@ def batch_effect(data: CrossData, options: CrossOptions) -> dict[str, Any]:
     per_class = {name: row for name, row in by_class.items() if row is not None}
     means: dict[str, Any] = {}
     for method in BATCH_METHODS:
-        rows = [row for row in per_class.values() if row[method]["balanced_accuracy"] is not None]
-        means[method] = {
-            "balanced_accuracy": float(np.mean([row[method]["balanced_accuracy"] for row in rows])) if rows else None,
-            "chance": float(np.mean([row["chance"] for row in rows])) if rows else None,
-            "n_classes": len(rows),
-        }
+        values = [(row[method]["balanced_accuracy"], row["chance"]) for row in per_class.values()]
+        values = [pair for pair in values if pair[0] is not None]
+        accuracy, chance = np.mean(values, axis=0).tolist() if values else (None, None)
+        means[method] = {"balanced_accuracy": accuracy, "chance": chance, "n_classes": len(values)}
     return {"overall": overall, "mean_over_classes": means, "per_class": per_class}
 
 
@@ -223,15 +209,15 @@ def _tell_sets_apart(data: CrossData, options: CrossOptions, is_used: np.ndarray
         n_smallest = min(n_smallest, n_each)
         (drawn,) = few_shot_draws(ids[train], n_each, 1, options.seed)
         cells = train[drawn]
-        for name, changes in BATCH_METHODS.items():
-            if changes.get("k", 0) <= n_each:
-                predict = replace(options, **changes).predict
+        for name, method in BATCH_METHODS.items():
+            if method.k <= n_each:
+                predict = replace(method, device=options.device).predict
                 predictions[name][known] = predict(data.features[cells], ids[cells], data.features[known], len(names))
     row: dict[str, Any] = {"data_sets": names, "chance": 1 / len(members)}
-    for name, changes in BATCH_METHODS.items():
+    for name, method in BATCH_METHODS.items():
         cells = np.flatnonzero(predictions[name] >= 0)
         row[name] = {"balanced_accuracy": None, "interval": None}
-        if len(cells) and changes.get("k", 0) <= n_smallest:  # kNN needs k training cells of each set in every fold
+        if len(cells) and method.k <= n_smallest:  # kNN needs k training cells of each set in every fold
             labels, predicted = ids[cells], predictions[name][cells]
             patients = [data.patients[i] for i in cells]
             intervals = bootstrap_intervals(labels, predicted, len(names), patients=patients, seed=options.seed)
@@ -247,12 +233,12 @@ def _select_cells(folds: Sequence[Fold], is_used: np.ndarray) -> list[Fold]:
 # --- files and tables -----------------------------------------------------------------------------------------------
 
 
-def _write_entries(file: Path, rows: Iterable[tuple[str, str, Mapping[str, Any]]]) -> None:
-    """Write a row for each entry: names, counts, each metric with the ends of its interval, and the reason."""
+def _write_entries(file: Path, rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """Write a row for each entry {train: {test: entry}}: names, counts, metrics with ends of intervals, the reason."""
     header = ["train", "test", "n_train", "n_test", "n_classes", "n_left_out", "n_dropped_identical_bytes"]
     header += [f"{name}{end}" for name in TABLE_METRICS for end in ("", "_low", "_high")]
     lines = []
-    for train, test, entry in rows:
+    for train, test, entry in ((train, test, entry) for train, row in rows.items() for test, entry in row.items()):
         counts = entry["n_train"], entry["n_test"], len(entry["classes"]), sum(entry["left_out"].values())
         values = [v for name in TABLE_METRICS for v in (entry[name], *entry["intervals"].get(name, (None, None)))]
         lines.append([train, test, *counts, entry["dropped_identical_bytes"], *values, entry["reason"]])
@@ -268,8 +254,7 @@ def _write_effect(file: Path, effect: Mapping[str, Any] | None) -> None:
         rows = {"all": effect["overall"], **{f"class {name}": row for name, row in effect["per_class"].items()}}
         for cells, row in rows.items():
             for method in BATCH_METHODS if row is not None else ():
-                interval = row[method]["interval"] or (None, None)
-                value = row[method]["balanced_accuracy"]
+                value, interval = row[method]["balanced_accuracy"], row[method]["interval"] or (None, None)
                 lines.append([cells, " ".join(row["data_sets"]), method, value, *interval, row["chance"]])
     header = ["cells", "data_sets", "method", "balanced_accuracy", "balanced_accuracy_low", "balanced_accuracy_high"]
     write_csv(file, [*header, "chance"], lines)
@@ -277,19 +262,18 @@ def _write_effect(file: Path, effect: Mapping[str, Any] | None) -> None:
 
 def _write_files(output_dir: Path, report: Mapping[str, Any], options: CrossOptions) -> None:
     """Write results.json, matrix.csv, leave_one_out.csv, batch_effect.csv and matrix.png."""
-    matrix, others = report["results"]["matrix"], report["results"]["leave_one_out"]
-    entries = [(train, test, entry) for train, row in matrix.items() for test, entry in row.items()]
-    _write_entries(output_dir / "matrix.csv", entries)
-    _write_entries(output_dir / "leave_one_out.csv", [(ALL_OTHERS, name, entry) for name, entry in others.items()])
-    _write_effect(output_dir / "batch_effect.csv", report["results"]["batch_effect"])
-    rows = {**matrix, ALL_OTHERS: others}
+    results = report["results"]
+    rows = {**results["matrix"], ALL_OTHERS: results["leave_one_out"]}
+    _write_entries(output_dir / "matrix.csv", results["matrix"])
+    _write_entries(output_dir / "leave_one_out.csv", {ALL_OTHERS: results["leave_one_out"]})
+    _write_effect(output_dir / "batch_effect.csv", results["batch_effect"])
     values = [[entry["balanced_accuracy"] for entry in row.values()] for row in rows.values()]  # [S + 1, S]
     draw_matrix(
         output_dir / "matrix.png",
         np.array(values, dtype=np.float64),
         [[percent(value) for value in row] for row in values],
         list(rows),
-        list(matrix),
+        list(results["matrix"]),
         xlabel="tested",
         ylabel="trained on",
         title=f"balanced accuracy in percent, {options}",
@@ -307,10 +291,8 @@ def format_report(results: Mapping[str, Any], options: CrossOptions, n_folds: in
             if entry["reason"]:
                 gaps.append(f"{train} -> {test}: {entry['reason']}")
             elif left_out:
-                n_cells, classes = sum(left_out.values()), ", ".join(left_out)
-                gaps.append(
-                    f"{train} -> {test}: {n_cells} cells are not tested, their classes are not trained: {classes}"
-                )
+                text = f"{sum(left_out.values())} cells are not tested, their classes are not trained"
+                gaps.append(f"{train} -> {test}: {text}: {', '.join(left_out)}")
         intervals = [entry["intervals"].get("balanced_accuracy") for entry in row.values()]
         accuracies = [entry["balanced_accuracy"] for entry in row.values()]
         rows.append([train, *map(percent, accuracies, intervals)])
@@ -362,25 +344,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.names = args.names or [
         file.absolute().parent.name if file.stem == DEFAULT_STEM else file.stem for file in args.features
     ]
-    if problem := _wrong_combination(args):
-        parser.error(problem)
-    return args
-
-
-def _wrong_combination(args: argparse.Namespace) -> str:
-    """Return what is wrong with the flags together, or ""."""
-    n_files, names = len(args.features), args.names
-    if n_files < 2:
-        return "--features: one file; give those of two or more data sets"
-    if args.folds < 2:
-        return f"--folds {args.folds}: choose 2 or more"
-    if len(names) != n_files:
-        return f"--names: {len(names)} names for {n_files} files; give one each"
+    names, n_files = args.names, len(args.features)
     repeated = [name for name, n in Counter(names).items() if n > 1]
-    if repeated or ALL_OTHERS in names or "" in names:
-        what = f"{repeated[0]!r} stands twice" if repeated else f"'' and {ALL_OTHERS!r} are not names"
-        return f"--names: {what}; name each data set differently"
-    return ""
+    if n_files < 2:
+        parser.error("--features: one file; give those of two or more data sets")
+    if args.folds < 2:
+        parser.error(f"--folds {args.folds}: choose 2 or more")
+    if len(names) != n_files:
+        parser.error(f"--names: {len(names)} names for {n_files} files; give one each")
+    if repeated:
+        parser.error(f"--names: {repeated[0]!r} stands twice; name each data set differently")
+    if ALL_OTHERS in names or "" in names:
+        parser.error(f"--names: '' and {ALL_OTHERS!r} are not names; choose others")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:

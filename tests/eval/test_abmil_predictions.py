@@ -12,8 +12,7 @@ from dinov2.data.datasets.bags import PatientBags
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.data.sample_cells import sets
 from dinov2.eval.abmil import AbmilOptions, evaluate
-from dinov2.eval.solvers.mil_networks import describe_networks
-from dinov2.eval.solvers.mil_training import TrainingSettings
+from dinov2.eval.solvers.mil_training import TrainingSettings, describe_networks
 
 QUICK = TrainingSettings(epochs=4, learning_rate=0.01)
 PLANTED, NAMES = "promyelocyte", ["PML::RARA", "control"]
@@ -41,8 +40,8 @@ def drawn(bags, labels, protocol, n_folds):
 def cross_validate(bags, labels, names, folds, runs, model, training, seed=0, device="cpu"):
     """The networks and the predictions for bags in arrays."""
     data = FoldedBags(as_bags(bags, labels, names), folds, [str(i) for i in range(len(folds))])
-    result = evaluate(data, AbmilOptions(model, runs, seed, device, training))
-    return result.networks, result.bags
+    predictions, networks = evaluate(data, AbmilOptions(model, runs, seed, device, training))
+    return networks, predictions
 
 
 def test_test_patients_change_nothing_that_is_learned():

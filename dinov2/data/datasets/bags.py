@@ -1,22 +1,17 @@
 """Patients as bags of cell features: from a features file's arrays, from folders of .h5 files, or from a table.
 
-Layouts of a folder, GenBloom's first (a .h5 file has the dataset `features`, [N, D], or [D] for a single cell):
+Layouts of a folder of bags (a .h5 file has the dataset `features`, [N, D], or [D] for a single cell): `<patient>.h5`,
+the labels in a table with the columns `patient,label`; `<class>/<patient>.h5`; or `<class>/<patient>/*.h5`, a file per
+cell (DinoBloom's) or per slide. A table of bags (CSV or parquet) has the columns `patient,label,file`, a row per .h5
+file; files of one patient make one bag.
 
-- `<patient>.h5`, the labels in a table with the columns `patient,label`;
-- `<class>/<patient>.h5`;
-- `<class>/<patient>/*.h5`, a file per cell (DinoBloom's) or per slide.
-
-A table of bags (CSV or parquet) has the columns `patient,label,file`, a row per .h5 file; files of one patient make one
-bag.
-
-Letters: P patients, N cells of a patient, D feature dim.
+Letters: P patients, N cells of a patient, D feature dim, C classes
 """
 
 import hashlib
 import json
 import logging
-import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -28,11 +23,10 @@ import numpy as np
 import pandas as pd
 
 from dinov2.data.datasets.tables import check_files_exist, is_folder, read_table
+from dinov2.utils.files import PathLike
 from dinov2.utils.paths import local_path
 
 logger = logging.getLogger("dinov2")
-
-PathLike = str | os.PathLike[str]
 
 SUFFIX = ".h5"
 # names that other projects' files have for our columns
@@ -68,30 +62,29 @@ class PatientBags:
         for patient, cells in zip(self.patients, self.features, strict=True):
             if cells.ndim != 2 or not len(cells):
                 raise ValueError(
-                    f"bags: patient {patient!r} has features of shape {list(cells.shape)}, so a bag without cells or "
-                    f"no bag; expected [cells, dim] with at least one cell: drop the patient or extract again"
+                    f"bags: patient {patient!r} has features of shape {list(cells.shape)}; expected [cells, dim], not "
+                    f"a bag without cells: drop the patient or extract again"
                 )
             n_bad = int((~np.isfinite(cells).all(axis=1)).sum())
             if n_bad:
-                raise ValueError(
-                    f"bags: {n_bad} of the {len(cells)} cells of patient {patient!r} have infinite or NaN features; "
-                    f"extract again, or drop these cells"
-                )
+                what = f"{n_bad} of the {len(cells)} cells of patient {patient!r} have infinite or NaN features"
+                raise ValueError(f"bags: {what}; extract again, or drop these cells")
         _check_dims(self.patients, self.features)
 
     def __len__(self) -> int:
         return len(self.patients)
-
-    @property
-    def dim(self) -> int:
-        """D."""
-        return int(self.features[0].shape[1])
 
     def known_labels(self) -> np.ndarray:
         """Return the labels; raise a ValueError if there are none."""
         if self.labels is None:
             raise ValueError("--bags: the bags have no labels; give a CSV with the columns patient,label as --labels")
         return self.labels
+
+    def label_of(self) -> dict[str, str]:
+        """Return {patient: class}; empty without labels."""
+        if self.labels is None:
+            return {}
+        return {patient: self.class_names[i] for patient, i in zip(self.patients, self.labels, strict=True)}
 
     def per_class(self, positions: np.ndarray) -> dict[str, int]:
         """Return {class: number} of the labelled bags at these positions."""
@@ -119,11 +112,7 @@ class PatientBags:
         cell_labels: Sequence[str] | None = None,
         attributes: Mapping[str, str] | None = None,
     ) -> "PatientBags":
-        """Group cells in one array, [N_all, D], by patient; `cell_labels` are the labels of each cell's patient.
-
-        Raises:
-            ValueError: if there are no patients, a patient has two labels, or features are not finite.
-        """
+        """Group cells in one array, [N_all, D], by patient; `cell_labels` are the labels of each cell's patient."""
         if patients is None:
             raise ValueError(
                 "bags: the features name no patients; extract them from a CSV with the columns "
@@ -142,27 +131,14 @@ class PatientBags:
 
     @classmethod
     def from_path(cls, path: PathLike) -> "PatientBags":
-        """Read one of the layouts in the module's docstring; hidden files and other suffixes are ignored.
-
-        Relative files in a table count from the table's own folder.
-        """
+        """Read one of the layouts in the module's docstring; a table's relative files count from its own folder."""
         path = local_path(path)
-        layouts = (
-            "a folder of .h5 files, <patient>.h5 or <class>/<patient>.h5, or a table with the columns "
-            "patient,label,file"
-        )
+        layouts = "a folder of .h5 files, <patient>.h5 or <class>/<patient>.h5, or a table: patient,label,file"
         rows = _rows_of_folder(path) if is_folder(path, "bags", layouts) else _rows_of_table(path)
-        files: dict[str, list[Path]] = defaultdict(list)
-        for patient, _, file in rows:
-            files[patient].append(file)
-        bags = cls._from_files(files)
-        labels = [(patient, label) for patient, label, _ in rows if label is not None]
-        return bags.with_labels(one_label_each(labels, f"bags {str(path)!r}")) if labels else bags
-
-    @classmethod
-    def _from_files(cls, files: Mapping[str, Sequence[Path]]) -> "PatientBags":
-        contents = {patient: [_read_file(path) for path in files[patient]] for patient in sorted(files)}
-        attributes = [attributes for parts in contents.values() for _, _, attributes in parts]
+        parts = defaultdict(list)
+        for patient, _, file in sorted(rows, key=itemgetter(0)):  # the order of a patient's files stays
+            parts[patient].append(_read_file(file))
+        attributes = [attributes for files in parts.values() for _, _, attributes in files]
         for name in IDENTITY:
             values = {of_file.get(name) for of_file in attributes}
             if len(values) > 1:
@@ -170,39 +146,30 @@ class PatientBags:
                     f"bags: files of different networks are mixed, their {name} is "
                     f"{', '.join(sorted(map(repr, values)))}; extract all bags with one checkpoint and one image size"
                 )
-        for patient, parts in contents.items():
-            _check_dims([patient] * len(parts), [features for features, _, _ in parts])
-        return cls(
-            list(contents),
-            [np.concatenate([features for features, _, _ in parts]) for parts in contents.values()],
-            [[cell for _, cells, _ in parts for cell in cells] for parts in contents.values()],
+        for patient, files in parts.items():
+            _check_dims([patient] * len(files), [features for features, _, _ in files])
+        bags = cls(
+            list(parts),
+            [np.concatenate([features for features, _, _ in files]) for files in parts.values()],
+            [[cell for _, cells, _ in files for cell in cells] for files in parts.values()],
             attributes=dict(sorted(set.intersection(*(set(of_file.items()) for of_file in attributes)))),
         )
+        labels = [(patient, label) for patient, label, _ in rows if label is not None]
+        return bags.with_labels(one_label_each(labels, f"bags {str(path)!r}")) if labels else bags
 
     def with_labels(self, labels: Mapping[str, str]) -> "PatientBags":
-        """Return the same bags with labels, {patient: class}; classes are sorted.
-
-        Raises:
-            ValueError: if a bag has no label, or a label has no bag.
-        """
+        """Return the same bags with labels, {patient: class}, one for each bag; classes are sorted."""
         unlabelled = [patient for patient in self.patients if patient not in labels]
         if unlabelled:
-            raise ValueError(
-                f"labels: {len(unlabelled)} of {len(self)} bags have none ({list_names(unlabelled)}); add them to the "
-                f"labels, or leave these bags out"
-            )
-        without_bag = sorted(set(labels) - set(self.patients))
-        if without_bag:
-            raise ValueError(
-                f"labels: {len(without_bag)} of {len(labels)} labelled patients have no bag "
-                f"({list_names(without_bag)}); extract their cells, or drop them from the labels"
-            )
+            what = f"{len(unlabelled)} of {len(self)} bags have none ({list_names(unlabelled)})"
+            raise ValueError(f"labels: {what}; add them to the labels, or leave these bags out")
+        self.positions(labels, "labels")
         names, ids = np.unique([labels[patient] for patient in self.patients], return_inverse=True)
         return replace(self, labels=ids.astype(np.int64), class_names=names.tolist())
 
     def select(self, positions: np.ndarray) -> "PatientBags":
-        """Return the bags at these positions, in ascending order; classes keep their ids."""
-        chosen = sorted(positions.tolist())
+        """Return the bags at these positions, sorted by patient; classes keep their ids."""
+        chosen = sorted(positions.tolist(), key=self.patients.__getitem__)
         return replace(
             self,
             patients=[self.patients[i] for i in chosen],
@@ -212,27 +179,20 @@ class PatientBags:
         )
 
     def joined(self, other: "PatientBags") -> tuple["PatientBags", np.ndarray]:
-        """Join the bags of another set; return all of them, and the ascending positions of the other set's.
-
-        Raises:
-            ValueError: if only one has labels, they are from different networks, or they share a patient.
-        """
-        if (self.labels is None) != (other.labels is None):
-            raise ValueError("bags: the training or the test set has no labels; give those of both with --labels")
+        """Join the bags of another set; return all of them, and the ascending positions of the other set's."""
         both = sorted(set(self.patients) & set(other.patients))
         if both:
-            raise ValueError(
-                f"bags: {len(both)} patients are in the training and in the test set ({list_names(both)}); remove them "
-                f"from one, or rename them if they are different people"
-            )
+            what = f"{len(both)} patients are in the training and in the test set ({list_names(both)})"
+            raise ValueError(f"bags: {what}; remove them from one, or rename them if they are different people")
         check_same_attributes(self.attributes, other.attributes, "the training set", "the test set")
-        sets = zip(
-            self.patients + other.patients, self.features + other.features, self.cells + other.cells, strict=True
+        patients, features, cells = (
+            self.patients + other.patients,
+            self.features + other.features,
+            self.cells + other.cells,
         )
-        patients, features, cells = map(list, zip(*sorted(sets, key=itemgetter(0)), strict=True))
-        bags = PatientBags(patients, features, cells, attributes=self.attributes)
-        if self.labels is not None:
-            bags = bags.with_labels(self.label_of() | other.label_of())
+        bags = PatientBags(patients, features, cells, attributes=self.attributes).select(np.arange(len(patients)))
+        labels = self.label_of() | other.label_of()
+        bags = bags.with_labels(labels) if labels else bags
         return bags, bags.positions(other.patients, "test set")
 
     def bag_hashes(self) -> list[str]:
@@ -247,62 +207,28 @@ class PatientBags:
         content = [self.patients, self.label_of(), self.bag_hashes()]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def label_of(self) -> dict[str, str]:
-        """Return {patient: class}; empty without labels."""
-        if self.labels is None:
-            return {}
-        return {patient: self.class_names[i] for patient, i in zip(self.patients, self.labels, strict=True)}
-
     def positions(self, patients: Iterable[str], source: str) -> np.ndarray:
-        """Find the positions of these patients, int64, ascending.
-
-        Raises:
-            ValueError: if one of them has no bag.
-        """
-        where = {patient: i for i, patient in enumerate(self.patients)}
-        patients = list(patients)
-        missing = [patient for patient in patients if patient not in where]
+        """Return the positions of these patients, int64, ascending; each must have a bag."""
+        wanted = list(patients)
+        missing = sorted(set(wanted) - set(self.patients))
         if missing:
-            raise ValueError(
-                f"{source}: {len(missing)} of {len(patients)} patients have no bag ({list_names(missing)}); extract "
-                f"their cells, or take them out of the file"
-            )
-        return np.array(sorted(where[patient] for patient in patients), dtype=np.int64)
+            what = f"{len(missing)} of {len(wanted)} patients have no bag ({list_names(missing)})"
+            raise ValueError(f"{source}: {what}; extract their cells, or take them out of the file")
+        return np.flatnonzero(pd.Index(self.patients).isin(wanted))
 
 
 def _check_dims(patients: Sequence[str], features: Sequence[np.ndarray]) -> None:
-    dims = Counter(cells.shape[1] for cells in features)
-    if len(dims) > 1:
-        usual = dims.most_common(1)[0][0]
-        odd = [patient for patient, cells in zip(patients, features, strict=True) if cells.shape[1] != usual]
+    dims = pd.Series([cells.shape[1] for cells in features], index=list(patients))
+    odd = dims[dims != dims.mode()[0]]
+    if len(odd):
         raise ValueError(
-            f"bags: features of {', '.join(map(str, sorted(dims)))} dimensions are mixed, so they are from "
-            f"different networks ({list_names(odd)} differ from most); extract all with one checkpoint"
-        )
-
-
-def check_no_bag_twice(bags: PatientBags) -> None:
-    """Refuse one bag under two names: such a patient could be in train and in test.
-
-    Raises:
-        ValueError: if two patients have the same cells, in whatever order.
-    """
-    names: dict[str, list[str]] = defaultdict(list)
-    for patient, digest in zip(bags.patients, bags.bag_hashes(), strict=True):
-        names[digest].append(patient)
-    repeated = [patients for patients in names.values() if len(patients) > 1]
-    if repeated:
-        raise ValueError(
-            f"bags: {list_names(repeated[0])} have the same cells, so one patient has several names; keep one"
+            f"bags: features of {', '.join(map(str, sorted(set(dims))))} dimensions are mixed, so they are from "
+            f"different networks ({list_names(odd.index)} differ from most); extract all with one checkpoint"
         )
 
 
 def check_same_attributes(a: Mapping[str, str], b: Mapping[str, str], name_a: str, name_b: str) -> None:
-    """Check that two sets' attributes name the same network; an attribute that one lacks is only warned of.
-
-    Raises:
-        ValueError: if the checkpoints or the transforms differ.
-    """
+    """Check that two sets' attributes name the same network; an attribute that one lacks is only warned of."""
     for name in IDENTITY:
         if a.get(name) is None or b.get(name) is None:
             logger.warning("cannot check that %s and %s have features of one network: no %s", name_a, name_b, name)
@@ -320,24 +246,27 @@ def read_patient_labels(file: PathLike) -> dict[str, str]:
 
 
 def one_label_each(pairs: Iterable[tuple[str, str]], source: str) -> dict[str, str]:
-    """Return {patient: label} of (patient, label) pairs, in which a patient may be several times.
-
-    Raises:
-        ValueError: if a patient has two labels.
-    """
+    """Return {patient: label} of pairs in which a patient may be several times, but not with two labels."""
     labels_of: dict[str, set[str]] = defaultdict(set)
     for patient, label in pairs:
         labels_of[patient].add(label)
-    wrong = {patient: sorted(labels) for patient, labels in labels_of.items() if len(labels) > 1}
+    wrong = sorted(patient for patient, labels in labels_of.items() if len(labels) > 1)
     if wrong:
-        patient, labels = next(iter(sorted(wrong.items())))
         raise ValueError(
-            f"{source}: {len(wrong)} patients have two labels, for instance {patient!r} "
-            f"{' and '.join(map(repr, labels))}; a bag has one: correct it, or, if these are classes of cells, give "
-            f"the patients' with --labels"
+            f"{source}: {len(wrong)} patients have two labels, for instance {wrong[0]!r} "
+            f"{' and '.join(map(repr, sorted(labels_of[wrong[0]])))}; a bag has one: correct it, or, if these are "
+            f"classes of cells, give the patients' with --labels"
         )
-    return {patient: next(iter(labels)) for patient, labels in labels_of.items()}
+    return {patient: labels.pop() for patient, labels in labels_of.items()}
 
+
+def list_names(names: Iterable[str]) -> str:
+    """Return the first names, for an error message."""
+    names = list(names)
+    return ", ".join(map(repr, names[:N_EXAMPLES])) + (", ..." if len(names) > N_EXAMPLES else "")
+
+
+# --- files of bags --------------------------------------------------------------------------------------------------
 
 # patient, label or None, file
 Row = tuple[str, str | None, Path]
@@ -350,69 +279,46 @@ def _rows_of_table(file: Path) -> list[Row]:
 
 
 def _rows_of_folder(folder: Path) -> list[Row]:
-    """Find <patient>.h5, <class>/<patient>.h5 and <class>/<patient>/*.h5; patients of the first have no label."""
-    flat: list[Row] = [(file.stem, None, file) for file in _visible(folder, "*.[hH]5")]
-    whole: list[Row] = [(file.stem, file.parent.name, file) for file in _visible(folder, "*/*.[hH]5")]
-    parts: list[Row] = [(file.parent.name, file.parent.parent.name, file) for file in _visible(folder, "*/*/*.[hH]5")]
-    if not flat + whole + parts:
+    """Find the .h5 files of all layouts; hidden files and folders and other suffixes are ignored."""
+    flat, in_classes, in_patients = (sorted(folder.glob(f"{'[!.]*/' * depth}[!.]*.[hH]5")) for depth in range(3))
+    rows: list[Row] = [(file.stem, file.parent.name, file) for file in in_classes]
+    rows += [(file.parent.name, file.parent.parent.name, file) for file in in_patients]
+    if not flat and not rows:
         raise ValueError(
             f"bags: no .h5 file in {str(folder)!r} and the folders inside; expected <patient>.h5, "
             f"<class>/<patient>.h5 or <class>/<patient>/*.h5"
         )
-    bags = {(label, patient) for patient, label, _ in whole + parts}
-    classes = {str(label) for label, _ in bags}
-    if flat and bags:
+    bags = {f"{label}/{patient}" for patient, label, _ in rows}
+    classes = {str(label) for _, label, _ in rows}
+    if flat and rows:
         raise ValueError(
-            f"bags: {str(folder)!r} has .h5 files ({flat[0][2].name}, ...) beside folders with .h5 files "
+            f"bags: {str(folder)!r} has .h5 files ({flat[0].name}, ...) beside folders with .h5 files "
             f"({list_names(sorted(classes))}); keep either one file per patient or one folder per class"
         )
-    both = {row[:2] for row in whole} & {row[:2] for row in parts}
-    if both:
-        names = list_names(sorted(patient for patient, _ in both))
-        raise ValueError(f"bags: {str(folder)!r} has both a file and a folder of {names}; keep one")
-    folders = [entry for entry in _visible(folder, "*/*") if entry.is_dir() and entry.parent.name in classes]
-    empty = [f"{entry.parent.name}/{entry.name}" for entry in folders if (entry.parent.name, entry.name) not in bags]
+    folders = {f"{entry.parent.name}/{entry.name}" for entry in folder.glob("[!.]*/[!.]*") if entry.is_dir()}
+    folders = {name for name in folders if name.partition("/")[0] in classes}
+    empty = sorted(folders - bags)
     if empty:
-        raise ValueError(
-            f"bags: folders without an .h5 file are bags without cells: {list_names(empty)}; extract these patients' "
-            f"cells, or remove the folders"
-        )
-    others = [entry.name for entry in _visible(folder, "*") if entry.is_dir() and entry.name not in classes]
-    if others and bags:
-        logger.warning("%s: folders without .h5 files are not classes: %s", folder, ", ".join(others))
-    return flat + whole + parts
+        what = f"folders without an .h5 file are bags without cells: {list_names(empty)}"
+        raise ValueError(f"bags: {what}; extract these patients' cells, or remove the folders")
+    twice = sorted(folders & {f"{file.parent.name}/{file.stem}" for file in in_classes})
+    if twice:
+        raise ValueError(f"bags: {str(folder)!r} has both a file and a folder of {list_names(twice)}; keep one")
+    return rows or [(file.stem, None, file) for file in flat]
 
 
 def _read_file(path: Path) -> tuple[np.ndarray, list[str], dict[str, str]]:
     """Read features, float32 [N, D], where the N cells are from, and the attributes."""
     try:
         with h5py.File(path, "r") as file:
-            if "features" not in file:
-                raise ValueError(f"bags: {str(path)!r} has no dataset `features`; extract it again")
             features = np.atleast_2d(file["features"][()].astype(np.float32))
             cells = file["paths"].asstr()[:].tolist() if "paths" in file else []
             attributes = {name: str(value) for name, value in file.attrs.items()}
-    except (OSError, RuntimeError) as error:  # h5py's, for files of another kind and for broken parts
+    except (OSError, RuntimeError, KeyError) as error:  # h5py's, for other files, broken parts and absent names
         raise ValueError(
-            f"bags: {str(path)!r} is not an HDF5 file or is damaged ({error}); extract it again"
+            f"bags: {str(path)!r} is not an HDF5 file or is damaged, or has no dataset `features` ({error}); extract "
+            f"it again"
         ) from error
-    if features.ndim != 2:
-        raise ValueError(f"bags: {str(path)!r} has features of shape {list(features.shape)}; expected [cells, dim]")
     if len(cells) != len(features):
         cells = [str(path)] if len(features) == 1 else [f"{path}:{row}" for row in range(len(features))]
     return features, cells, attributes
-
-
-def _visible(folder: Path, pattern: str) -> list[Path]:
-    """Find what matches a pattern in `folder`, sorted; hidden names, also of a folder on the way, are left out."""
-    return [
-        path
-        for path in sorted(folder.glob(pattern))
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-
-
-def list_names(names: Iterable[str]) -> str:
-    """Write the first names, for an error message."""
-    names = list(names)
-    return ", ".join(map(repr, names[:N_EXAMPLES])) + (", ..." if len(names) > N_EXAMPLES else "")

@@ -6,6 +6,7 @@ Letters: S data sets, N cells of all of them, D feature dim, C classes
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,11 @@ MAP_COLUMNS = ("dataset", "label", "common")
 
 
 def read_sets(files: Mapping[str, Path], kind: str | None) -> dict[str, Features]:
-    """Read the features of each data set, of the files' first kind where `kind` is None.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_features` and `Features.of_kind`; if features are infinite or NaN; and
-            if files are of two networks.
-    """
+    """Read the features of each data set, {name: file}; `kind` None is the files' first kind."""
     sets: dict[str, Features] = {}
     for name, file in files.items():
         features = read_features(file)
-        features = features if kind is None else features.of_kind(kind)
-        sets[name] = replace(features, others={})
+        sets[name] = replace(features.of_kind(kind or features.kind), others={})
         check_finite(sets[name], file)
         first = next(iter(sets))
         try:
@@ -46,13 +41,7 @@ def read_sets(files: Mapping[str, Path], kind: str | None) -> dict[str, Features
 def read_classes_map(file: Path, labels_of: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], str]:
     """Read a CSV with the columns `dataset,label,common`: {(data set, its label): common name, "" to drop it}.
 
-    Args:
-        file: the CSV.
-        labels_of: {data set: its labels}.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it lacks a column, names a data set or a label that is not there, or names one twice.
+    Each row must name a data set and a label of `labels_of`, and no two rows the same.
     """
     table = open_table(local_path(file), "--classes-map")
     if not set(MAP_COLUMNS) <= set(table.columns):
@@ -74,13 +63,10 @@ def read_classes_map(file: Path, labels_of: Mapping[str, Sequence[str]]) -> dict
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Which data set is trained on and which is tested.
+    """Which data set is trained on (or `ALL_OTHERS`) and which is tested, and the folds: training and test positions.
 
-    Attributes:
-        train, test: names of data sets; `train` may be `ALL_OTHERS`.
-        folds: training and test positions each.
-        n_copies: training images dropped because a test image has the same bytes.
-        reason: why there are no folds, or "".
+    `n_copies` training images were dropped because a test image has the same bytes; `reason` says why there are no
+    folds.
     """
 
     train: str
@@ -131,20 +117,10 @@ def prepare(
     n_folds: int = 5,
     seed: int = 0,
 ) -> tuple[CrossData, dict[str, int]]:
-    """Join features of data sets, draw the folds, and drop copies of test images from training.
+    """Join S sets of features, draw the folds, and drop copies of test images from training.
 
-    Args:
-        names: S names, all different.
-        sets: the features of each.
-        common: {(data set, its label): common name, or "" to leave its cells out}; other labels keep their names.
-        n_folds: within a data set, and of the batch effect.
-        seed: of the folds.
-
-    Returns:
-        the data, and the counts of `without_copies`.
-
-    Raises:
-        ValueError: if no cell of a set is left, or as `without_copies`.
+    Names of labels are replaced by `common` (of `read_classes_map`). The second value has the counts of
+    `without_copies`.
     """
     kept, texts = [], []
     for name, features in zip(names, sets, strict=True):
@@ -170,32 +146,29 @@ def prepare(
             for patient in (range(len(features)) if features.patients is None else features.patients)
         ],
     )
-    others = leave_one_dataset_out([data.names[i] for i in data.sets])
-    comparisons = [_compare(data, train, test, n_folds, seed) for train in data.names for test in data.names]
-    comparisons += [Comparison(ALL_OTHERS, name, [others[name]]) for name in data.names]
     strata = data.sets * len(data.class_names) + data.labels
-    comparisons.append(Comparison("", "", *_folds_or_reason(data, np.arange(len(strata)), strata, n_folds, seed)))
+    comparisons = [
+        _folds_within(data, train, data.positions(train), data.labels, n_folds, seed)
+        if train == test
+        else Comparison(train, test, [(data.positions(train), data.positions(test))])
+        for train, test in product(names, repeat=2)
+    ]
+    others = leave_one_dataset_out([names[i] for i in data.sets])
+    comparisons += [Comparison(ALL_OTHERS, name, [others[name]]) for name in names]
+    comparisons.append(_folds_within(data, "", np.arange(len(strata)), strata, n_folds, seed))
     (*comparisons, batch), counts = _drop_copies(comparisons, [path for features in kept for path in features.paths])
     return replace(data, comparisons=comparisons, batch=batch), counts
 
 
-def _compare(data: CrossData, train: str, test: str, n_folds: int, seed: int) -> Comparison:
-    if train != test:
-        return Comparison(train, test, [(data.positions(train), data.positions(test))])
-    cells = data.positions(test)
-    folds, n_copies, reason = _folds_or_reason(data, cells, data.labels[cells], n_folds, seed)
-    return Comparison(train, test, folds, n_copies, reason)
-
-
-def _folds_or_reason(
-    data: CrossData, cells: np.ndarray, strata: np.ndarray, n_folds: int, seed: int
-) -> tuple[list[Fold], int, str]:
-    """Return the folds of some cells, 0 copies, and ""; or no folds and the reason."""
+def _folds_within(
+    data: CrossData, name: str, cells: np.ndarray, strata: np.ndarray, n_folds: int, seed: int
+) -> Comparison:
+    """Compare these cells with themselves in folds stratified by `strata` [N], or give the reason why not."""
     try:
-        folds = make_folds(strata, [data.patients[i] for i in cells], n_folds, seed)
+        folds = make_folds(strata[cells], [data.patients[i] for i in cells], n_folds, seed)
     except ValueError as error:  # too few cells or patients: other comparisons are still possible
-        return [], 0, str(error)
-    return [(cells[train], cells[test]) for train, test in folds], 0, ""
+        return Comparison(name, name, [], reason=str(error))
+    return Comparison(name, name, [(cells[train], cells[test]) for train, test in folds])
 
 
 def _drop_copies(comparisons: Sequence[Comparison], paths: Sequence[str]) -> tuple[list[Comparison], dict[str, int]]:

@@ -1,4 +1,4 @@
-"""Train one aggregator of bags of cells, and apply it.
+"""Train aggregators of bags of cells, apply them, and keep several that predict together.
 
 Training minimises the cross-entropy by SGD, one bag a step, with Nesterov momentum and a cosine schedule that takes one
 step an epoch. It stops when the validation loss has not fallen for `patience` epochs. The result has the weights of the
@@ -9,15 +9,26 @@ Dimension key:  P patients, N cells of one, D feature dim, C classes, T tested p
 
 import copy
 import math
+import pickle
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dinov2.data.datasets.bag_folds import BagFold
+from dinov2.eval.metrics import classification_metrics
+from dinov2.eval.results import AVERAGED_METRICS, FoldPredictions
 from dinov2.models.abmil import Aggregator, build_aggregator
+from dinov2.utils.files import atomic_write
+
+FILE_FORMAT = "dinov2 aggregator 1"
 
 
 @dataclass(frozen=True)
@@ -39,16 +50,12 @@ class TrainingSettings:
     class_weights: bool = False
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.patience < 1:
-            raise ValueError(f"--epochs {self.epochs}, --patience {self.patience}: both must be at least 1")
-        if not self.learning_rate > 0:
-            raise ValueError(f"--learning-rate {self.learning_rate}: choose a number above 0")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum {self.momentum}: choose a number from 0 to below 1")
+        if not (self.epochs >= 1 and self.patience >= 1 and self.learning_rate > 0):
+            settings = f"--epochs {self.epochs}, --patience {self.patience}, --learning-rate {self.learning_rate}"
+            raise ValueError(f"{settings}: choose numbers above 0")
 
 
-@dataclass(frozen=True)
-class Epoch:
+class Epoch(NamedTuple):
     """One line of the history of a training."""
 
     learning_rate: float
@@ -58,13 +65,7 @@ class Epoch:
 
 @dataclass(frozen=True, eq=False)
 class Training:
-    """A trained aggregator.
-
-    Attributes:
-        network: with the weights of its best epoch, on the device of the bags.
-        best_epoch: the first epoch with the lowest validation loss, counted from 0.
-        history: all epochs of the training.
-    """
+    """A network with the weights of `best_epoch` (from 0), the first with the lowest validation loss of the history."""
 
     network: Aggregator
     best_epoch: int
@@ -81,19 +82,10 @@ def train_aggregator(
     settings: TrainingSettings | None = None,
     seed: int = 0,
 ) -> Training:
-    """Train one aggregator.
+    """Train a model of `MODELS` on the bags [N, D] (all on one device) at the positions `train`, stopped by `val`.
 
-    Args:
-        bags: P tensors, float32 [N, D], all on one device.
-        labels: int64 [P].
-        train, val: positions of the training and validation patients; no other patient is used.
-        n_classes: C.
-        model: a key of `MODELS`.
-        settings: None for DinoBloom's.
-        seed: of the initial weights and of the order of the bags.
-
-    Raises:
-        ValueError: if the model is unknown, or the loss becomes infinite or NaN.
+    No other patient is used. The seed decides the initial weights and the order of the bags. A loss that becomes
+    infinite or NaN is a ValueError.
     """
     settings = settings or TrainingSettings()
     with torch.random.fork_rng(devices=[]):
@@ -112,7 +104,19 @@ def train_aggregator(
     best_epoch, best_weights = 0, network.state_dict()
     for epoch in range(settings.epochs):
         learning_rate = float(schedule.get_last_lr()[0])
-        train_loss = _train_epoch(network, optimizer, bags, targets, bag_weights, rng.permutation(train))
+        network.train()
+        total = torch.zeros((), device=targets.device)
+        for i in rng.permutation(train).tolist():
+            cells, is_cell = _as_batch(bags[i])
+            target = targets[i : i + 1]
+            logits, _ = network(cells, is_cell)  # [1, C]
+            # weighted here: cross_entropy's own weights cancel in the mean over a batch of one
+            loss = bag_weights[i] * (F.cross_entropy(logits, target) + network.auxiliary_loss(cells, is_cell, target))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach()
+        train_loss = float(total) / len(train)
         val_loss = _validation_loss(network, bags, targets, bag_weights, val)
         if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
             raise ValueError(
@@ -134,30 +138,6 @@ def _class_weights(labels: np.ndarray, n_classes: int) -> np.ndarray:
     """Return P / (C * patients of the class), float64 [C], where C counts the classes that occur."""
     counts = np.bincount(labels, minlength=n_classes)
     return len(labels) / ((counts > 0).sum() * np.maximum(counts, 1))
-
-
-def _train_epoch(
-    network: Aggregator,
-    optimizer: torch.optim.Optimizer,
-    bags: Sequence[Tensor],
-    targets: Tensor,
-    bag_weights: Tensor,
-    order: np.ndarray,
-) -> float:
-    """Take one step per bag and return the mean loss."""
-    network.train()
-    total = torch.zeros((), device=targets.device)
-    for i in order.tolist():
-        cells, is_cell = _as_batch(bags[i])
-        target = targets[i : i + 1]
-        logits, _ = network(cells, is_cell)  # [1, C]
-        # weighted here: cross_entropy's own weights cancel in the mean over a batch of one
-        loss = bag_weights[i] * (F.cross_entropy(logits, target) + network.auxiliary_loss(cells, is_cell, target))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        total += loss.detach()
-    return float(total) / len(order)
 
 
 @torch.no_grad()
@@ -189,3 +169,140 @@ def predict_bags(network: Aggregator, bags: Iterable[Tensor]) -> tuple[np.ndarra
         probabilities.append(logits[0].double().softmax(dim=0).cpu().numpy())
         attention.append(columns[0].double().cpu().numpy())
     return np.stack(probabilities), attention
+
+
+@dataclass(frozen=True, eq=False)
+class BagPredictions:
+    """Predictions of several networks for T patients: probabilities of each network, and their mean attention."""
+
+    positions: np.ndarray  # int64 [T], ascending
+    by_network: list[np.ndarray]  # T arrays float64 [networks of this patient, C]
+    attention: list[np.ndarray]  # T arrays float64 [A, N], whose rows sum to 1
+
+    @classmethod
+    def collect(cls, outputs: Iterable[tuple[np.ndarray, np.ndarray, list[np.ndarray]]]) -> "BagPredictions":
+        """Group the (positions, probabilities, attention) of each network by patient."""
+        probabilities, attention = defaultdict(list), defaultdict(list)
+        for positions, by_patient, attention_by_patient in outputs:
+            for i, of_classes, columns in zip(positions.tolist(), by_patient, attention_by_patient, strict=True):
+                probabilities[i].append(of_classes)
+                attention[i].append(columns)
+        patients = sorted(probabilities)
+        return cls(
+            np.array(patients, dtype=np.int64),
+            [np.stack(probabilities[i]) for i in patients],
+            [np.mean(attention[i], axis=0) for i in patients],
+        )
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """Return the mean over each patient's networks, float64 [T, C]."""
+        return np.stack([networks.mean(axis=0) for networks in self.by_network])
+
+    @property
+    def classes(self) -> np.ndarray:
+        """Return the predicted class of each patient, int64 [T]."""
+        return self.probabilities.argmax(axis=1)
+
+    def predicted_attention(self) -> list[np.ndarray]:
+        """Return the attention [N] of each patient's predicted class."""
+        pairs = zip(self.attention, self.classes, strict=True)
+        return [columns[i if len(columns) > 1 else 0] for columns, i in pairs]
+
+    def by_fold(self, folds: Sequence[BagFold], n_patients: int) -> FoldPredictions:
+        """Return the mean predictions for all P patients; folds with the same test set count as one."""
+        learned: dict[tuple[int, ...], np.ndarray] = {}
+        for fold in folds:
+            key = tuple(fold.test.tolist())
+            learned[key] = np.unique(np.concatenate([fold.train, fold.val, learned.get(key, fold.train)]))
+        probabilities = np.full((n_patients, self.probabilities.shape[1]), np.nan)
+        probabilities[self.positions] = self.probabilities
+        classes = np.full(n_patients, -1, dtype=np.int64)
+        classes[self.positions] = self.classes
+        sides = [(train, np.array(test, dtype=np.int64)) for test, train in learned.items()]
+        return FoldPredictions(sides, classes, probabilities, [{} for _ in sides])
+
+
+# --- several networks -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedAggregator:
+    """One or more networks of one architecture that predict together, and what they were trained on."""
+
+    architecture: dict[str, Any]  # as `Aggregator.architecture`
+    class_names: list[str]  # in the order of the logits
+    members: list[dict[str, Tensor]]  # a state dict each
+    features: dict[str, str] = field(default_factory=dict)  # attributes: `checkpoint_sha256`, `transform`, ...
+    seen: list[str] = field(default_factory=list)  # `PatientBags.bag_hashes` of training and validation patients
+
+    def predict(self, bags: Sequence[np.ndarray], device: str | torch.device = "cpu") -> BagPredictions:
+        """Predict the classes of bags, T arrays float32 [N, D]."""
+        dim = self.architecture["dim"]
+        if bags[0].shape[1] != dim:
+            what = f"it was trained on features of {dim} dimensions, these have {bags[0].shape[1]}"
+            raise ValueError(f"aggregator: {what}; extract them with the checkpoint it was trained with")
+        on_device = [torch.from_numpy(bag).to(device) for bag in bags]
+        network = build_aggregator(**self.architecture).to(device)
+        outputs = []
+        for weights in self.members:
+            network.load_state_dict(weights)
+            outputs.append((np.arange(len(bags)), *predict_bags(network, on_device)))
+        return BagPredictions.collect(outputs)
+
+    def save(self, path: Path) -> None:
+        """Write a file that `load` reads."""
+        with atomic_write(path) as file:
+            torch.save({"format": FILE_FORMAT, **vars(self)}, file)
+
+    @classmethod
+    def load(cls, path: Path) -> "TrainedAggregator":
+        """Read a file of `save`, without executing anything in it."""
+        if not path.is_file():
+            raise FileNotFoundError(f"--apply: no file {str(path)!r}; a training writes <output-dir>/aggregator.pth")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"--apply: {str(path)!r} is no aggregator or is damaged; train it again") from error
+        names = {name.name for name in fields(cls)}
+        if not isinstance(content, dict) or content.pop("format", None) != FILE_FORMAT or set(content) != names:
+            what = f"{str(path)!r} is no aggregator, or one of another version"
+            raise ValueError(f"--apply: {what}; give the aggregator.pth that this command wrote")
+        return cls(**content)
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A training by the numbers of its fold and run, and the probabilities [T, C] of the fold's test patients [T]."""
+
+    fold: int
+    run: int
+    test: np.ndarray
+    probabilities: np.ndarray
+    training: Training
+
+
+def describe_networks(networks: Sequence[Network], labels: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+    """Summarize the metrics of each network on its test patients.
+
+    Returns:
+        `mean`, `sd` (with n - 1; None for a single network), `min`, `max` ({metric: number}, without the networks for
+        which the metric is undefined) and `networks` (a dict each).
+    """
+    rows = []
+    for network in networks:
+        training, probabilities = network.training, network.probabilities
+        metrics = classification_metrics(labels[network.test], probabilities.argmax(axis=1), class_names, probabilities)
+        rows.append(
+            {
+                "fold": network.fold,
+                "run": network.run,
+                "best_epoch": training.best_epoch,
+                "epochs": len(training.history),
+                "val_loss": training.history[training.best_epoch].val_loss,
+                **{name: metrics[name] for name in AVERAGED_METRICS},
+            }
+        )
+    values = pd.DataFrame(rows)[list(AVERAGED_METRICS)].astype(float)
+    spread = values.agg(["mean", "std", "min", "max"]).rename({"std": "sd"})
+    return {**spread.astype(object).where(spread.notna(), None).to_dict("index"), "networks": rows}

@@ -40,7 +40,6 @@ def test_class_folders(class_folders):
     assert bags.class_names == ["CBFB", "NPM1", "control"]  # sorted, whatever order the file system has
     assert [bags.class_names[i] for i in bags.labels] == ["control", "control", "CBFB", "NPM1"]
     assert [len(cells) for cells in bags.features] == [4, 3, 1, 2]
-    assert bags.dim == DIM
     np.testing.assert_array_equal(bags.features[1], bag("p2", 3))
     assert bags.cells[2] == [str(class_folders / "CBFB" / "p5.h5")]
     assert bags.cells[3][1] == f"{class_folders / 'NPM1' / 'p9.h5'}:1"
@@ -141,7 +140,7 @@ def test_missing_patients_and_labels(tmp_path):
     bags = PatientBags(["p1", "p2"], [bag("p1"), bag("p2")], [[""] * 3] * 2)
     with pytest.raises(ValueError, match=r"1 of 2 bags have none \('p2'\)"):
         bags.with_labels({"p1": "a"})
-    with pytest.raises(ValueError, match=r"2 of 4 labelled patients have no bag \('p3', 'p4'\)"):
+    with pytest.raises(ValueError, match=r"labels: 2 of 4 patients have no bag \('p3', 'p4'\)"):
         bags.with_labels({"p1": "a", "p2": "b", "p3": "a", "p4": "a"})
     with pytest.raises(ValueError, match="folds: 1 of 2 patients have no bag"):
         bags.positions(["p1", "p7"], "folds")
