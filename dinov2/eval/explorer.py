@@ -11,11 +11,10 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 from dinov2.eval.extract_features import positive_int
 from dinov2.eval.features import Features, read_features
-from dinov2.eval.pages.explorer import MAX_CELLS, Metric, explorer_section
+from dinov2.eval.pages.explorer import MAX_CELLS, METRICS, explorer_section
 from dinov2.eval.pages.page import write_page
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
@@ -41,17 +40,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     flag = parser.add_argument
-    files_help = "files of one network; each is a data set; its name is the file's unless NAME is given"
-    columns_help = "a CSV of more to colour by: image paths first, other columns beside them"
-    umap_help = "UMAP beside PCA (default: where umap-learn is installed)"
-    flag("--features", nargs="+", required=True, metavar="[NAME=]FILE", help=f"features.h5 {files_help}")
+    features_help = "features.h5 files of one network, each a data set that has the file's name unless NAME is given"
+    flag("--features", nargs="+", required=True, metavar="[NAME=]FILE", help=features_help)
     flag("--predictions", type=Path, help="a predictions.csv of knn.py, linear.py or abmil.py, or its folder")
-    flag("--columns", type=Path, help=columns_help)
+    flag("--columns", type=Path, help="a CSV of more to colour by: image paths first, other columns beside them")
     flag("--kind", help="kind of features (default: the file's first one)")
-    flag("--metric", choices=get_args(Metric), default="euclidean", help="of neighbours and UMAP")
+    flag("--metric", choices=METRICS, default="euclidean", help="of neighbours and UMAP")
     flag("--max-cells", type=positive_int, default=MAX_CELLS, help="the most cells to show, sampled by class")
     flag("--thumbnail-size", type=int, default=40, help="side in pixels, 8 to 256")
-    flag("--umap", action=argparse.BooleanOptionalAction, help=umap_help)
+    flag("--umap", action=argparse.BooleanOptionalAction, help="UMAP too (default: where umap-learn is installed)")
     flag("--seed", type=int, default=0, help="of UMAP and of the sampling")
     flag("--num-workers", type=positive_int, default=min(available_cores(), 16), help="threads that read images")
     flag("--title", default="Embedding explorer", help="title of the page")

@@ -47,9 +47,9 @@ def cell_table(
         table = _join_predictions(table, predictions)
     if columns is not None:
         source = open_table(columns, "columns")
-        rows = pd.DataFrame([values for _, values in source.rows()], columns=source.columns, dtype=object)
-        rows = rows.set_index(source.columns[:1])
-        rows.index = rows.index.map(lambda path: os.path.abspath(columns.parent / path))
+        values = [row for _, row in source.rows()]
+        paths = [os.path.abspath(columns.parent / row[0]) for row in values]
+        rows = pd.DataFrame(values, paths, source.columns, dtype=object).iloc[:, 1:]
         table = _join(table, rows[~rows.index.duplicated()], table["path"].map(os.path.abspath), columns)
     return table.fillna("")
 

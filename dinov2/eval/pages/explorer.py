@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,8 +30,7 @@ from dinov2.eval.pages.thumbnails import make_thumbnails
 
 logger = logging.getLogger("dinov2")
 
-Metric = Literal["euclidean", "cosine"]
-METRIC_TITLES: dict[Metric, str] = {"euclidean": "Euclidean distance", "cosine": "cosine distance, 1 - similarity"}
+METRICS = {"euclidean": "Euclidean distance", "cosine": "cosine distance, 1 - similarity"}
 UMAP_MISSING = "UMAP needs the package umap-learn, which is not installed; `pip install umap-learn`, or give --no-umap"
 MIN_CELLS_FOR_UMAP = 8
 MAX_CELLS = 20_000
@@ -48,6 +47,10 @@ COLUMN_TITLES = {
 MARKERS = {"circle": "●", "square": "■", "triangle": "▲", "diamond": "◆", "plus": "✚"}
 LOOKS = [{"colour": colour, "marker": marker, "sign": MARKERS[marker]} for marker in MARKERS for colour in COLOURS[:7]]
 OTHER = LOOKS[0] | {"colour": GREY}  # of cells without a value, and of groups beyond the number of looks
+LAYOUT: Any = {"toolbar_location": "above", "sizing_mode": "stretch_width", "height": 620, "x_range": (0, 1)}
+LAYOUT |= {"y_range": (0, 1), "min_border_left": 80}  # px; the labels of the axis don't change the width of the plot
+STYLE: Any = {"marker": "marker", "fill_color": "colour", "line_color": "#80808080"}
+STYLE |= {"nonselection_fill_color": GREY, "nonselection_fill_alpha": 0.2, "nonselection_line_alpha": 0}
 TOOLTIP = """<div style="display: flex; gap: 8px; max-width: 360px; overflow-wrap: anywhere">
 <img src="@thumbnail" width="96" height="96" alt=""><div style="white-space: pre-line">@facts</div></div>"""
 
@@ -59,7 +62,7 @@ def explorer_section(
     *,
     max_cells: int = MAX_CELLS,
     thumbnail_size: int = 40,
-    metric: Metric = "euclidean",
+    metric: str = "euclidean",
     with_umap: bool | None = None,
     seed: int = 0,
     n_workers: int = 1,
@@ -71,7 +74,7 @@ def explorer_section(
         predictions, columns: CSV files about cells, see `cell_table`.
         max_cells: of more cells, this many are sampled (`sample_by_class`).
         thumbnail_size: side in pixels; images that cannot be read get a grey placeholder.
-        metric: of neighbours and UMAP; Euclidean as the kNN protocol `dinobloom`, cosine as `dino`.
+        metric: of neighbours and UMAP, one of `METRICS`; the kNN protocol `dino` has cosine.
         with_umap: None for: if umap-learn is installed.
         seed: of the sampling and of UMAP.
         n_workers: threads that read images.
@@ -104,7 +107,7 @@ def explorer_section(
         "projections": planes,
         "neighbours": neighbours.tolist(),
         "distances": [_rounded(row, 3) for row in distances],
-        "metric": METRIC_TITLES[metric],
+        "metric": METRICS[metric],
     }
     plot = embed(_figure(len(rows)))
     html = render("explorer.html", plot=plot, data=data, features=first, n_cells=n_cells, seed=seed)
@@ -123,7 +126,7 @@ def sample_by_class(labels: np.ndarray, max_cells: int, seed: int = 0) -> np.nda
 
 
 def projections(
-    features: np.ndarray, with_umap: bool | None = None, metric: Metric = "euclidean", seed: int = 0
+    features: np.ndarray, with_umap: bool | None = None, metric: str = "euclidean", seed: int = 0
 ) -> list[dict[str, Any]]:
     """Project features [N, D] on planes by UMAP (McInnes et al. 2018, arXiv 1802.03426) and PCA.
 
@@ -207,17 +210,14 @@ def _figure(n_cells: int) -> figure:
     links = models.ColumnDataSource({name: [] for name in ("x0", "y0", "x1", "y1")}, name="links")
     lasso = models.LassoSelectTool(name="lasso", continuous=False)
     tools = [models.PanTool(name="pan"), models.WheelZoomTool(name="wheel"), lasso]
-    layout = {"toolbar_location": "above", "sizing_mode": "stretch_width", "height": 620, "min_border_left": 80}
-    plot = figure(name="explorer", tools=tools, x_range=(0, 1), y_range=(0, 1), **layout)
+    plot = figure(name="explorer", tools=tools, **LAYOUT)
     plot.toolbar.logo = None
     plot.toolbar.active_scroll = None  # a page that scrolls must not get stuck on the plot
     plot.grid.visible = False
     plot.segment("x0", "y0", "x1", "y1", source=links, line_color=GREY)
     view = models.CDSView(filter=models.IndexFilter(indices=[]))
     size = 6 if n_cells > 5000 else 8 if n_cells > 800 else 11
-    style = {"marker": "marker", "size": size, "fill_color": "colour", "line_color": "#80808080"}
-    rest = {"nonselection_fill_color": GREY, "nonselection_fill_alpha": 0.2, "nonselection_line_alpha": 0}
-    cells = plot.scatter("x", "y", source=points, view=view, name="cells", **style, **rest)
+    cells = plot.scatter("x", "y", source=points, view=view, name="cells", size=size, **STYLE)
     plot.scatter("x1", "y1", source=links, size=16, fill_color=None, line_color="#1f8fe5", line_width=2)
     plot.scatter("x0", "y0", source=links, size=20, fill_color=None, line_color="#e5391f", line_width=3)
     plot.add_tools(models.HoverTool(renderers=[cells], tooltips=TOOLTIP, limit=1))

@@ -46,6 +46,7 @@ def test_predictions_of_images_go_to_their_cells(tmp_path):
         ("predictions", ["patient,prediction", "stranger,x"], "stranger"),
         ("columns", ["path,site", "/other.png,here"], "/other.png"),
         ("columns", ["path,site"], "begins with"),
+        ("columns", [], "begins with"),
         ("columns", ["path", "/images/1.png"], "other columns beside"),
     ],
 )

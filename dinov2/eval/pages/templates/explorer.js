@@ -25,16 +25,15 @@ document.addEventListener("chartsready", () => {
   // Colours and filters; a column's `ticked` has the numbers of the groups that alone are shown, none for all
   data.columns.forEach((one) => { one.ticked = new Set(); });
   const draw = () => {
-    const groups = column.codes.map((code) => column.groups[code]);
-    const [colour, marker] = ["colour", "marker"].map((name) => groups.map((group) => group[name]));
+    const [colour, marker] = ["colour", "marker"].map((name) => column.codes.map((code) => column.groups[code][name]));
     cells.data_source.data = { x: projection.x, y: projection.y, thumbnail: data.thumbnails, facts, colour, marker };
   };
   const applyFilters = () => {
     const query = part("search").value.trim().toLowerCase(), by = data.columns.filter(({ ticked }) => ticked.size);
     filter.indices = all.filter((i) => by.every(({ codes, ticked }) => ticked.has(codes[i]))
       && (!query || textsOf(i).some((text) => text.toLowerCase().includes(query))));
-    const names = by.length ? `, filtered by ${by.map(({ title }) => title).join(", ")}` : "";
-    part("status").textContent = `${filter.indices.length} of ${all.length} cells shown${names}.`;
+    const texts = [`${filter.indices.length} of ${all.length} cells shown`, ...by.map(({ title }) => `filtered by ${title}`)];
+    part("status").textContent = texts.join(", ");
   };
   const showLegend = () => {
     part("legend-title").textContent = column.title;
@@ -61,10 +60,7 @@ document.addEventListener("chartsready", () => {
     const scale = Math.max((right - left) / figure.inner_width, (top - bottom) / figure.inner_height) / 0.9;
     setView((left + right) / 2, (bottom + top) / 2, scale || 0.01);
   };
-  const zoom = (factor) => {
-    const [x, y, scale] = view();
-    setView(x, y, scale / factor);
-  };
+  const zoom = (factor, [x, y, scale] = view()) => setView(x, y, scale / factor);
 
   // One cell and its neighbours
   const imageOf = (i, size) => make("img", { src: data.thumbnails[i], width: size, height: size, alt: "" });
