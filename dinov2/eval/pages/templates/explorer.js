@@ -32,7 +32,7 @@ document.addEventListener("chartsready", () => {
     const query = part("search").value.trim().toLowerCase(), by = data.columns.filter(({ ticked }) => ticked.size);
     filter.indices = all.filter((i) => by.every(({ codes, ticked }) => ticked.has(codes[i]))
       && (!query || textsOf(i).some((text) => text.toLowerCase().includes(query))));
-    const texts = [`${filter.indices.length} of ${all.length} cells shown`, ...by.map(({ title }) => `filtered by ${title}`)];
+    const texts = [`${filter.indices.length} of ${all.length} cells`, ...by.map(({ title }) => `filtered by ${title}`)];
     part("status").textContent = texts.join(", ");
   };
   const showLegend = () => {
@@ -71,7 +71,7 @@ document.addEventListener("chartsready", () => {
     made.dataset.row = data.rows[i];
     return made;
   };
-  const imageList = (ariaLabel, made) => make("div", { className: "explorer-images", role: "group", ariaLabel }, ...made);
+  const images = (ariaLabel, made) => make("div", { className: "explorer-images", role: "group", ariaLabel }, ...made);
   const goTo = (i) => {
     current = i;
     part("cell").dataset.row = data.rows[i] ?? "";
@@ -87,9 +87,9 @@ document.addEventListener("chartsready", () => {
     const isSame = (j) => label.codes[j] === label.codes[i];
     const buttons = near.map((j, rank) =>
       imageButton(j, `${data.distances[i][rank]} ${valueOf(label, j)}`, isSame(j) ? "" : "differs"));
-    const summary = `${near.filter(isSame).length} of ${near.length} neighbours are of the same class (dashed: another).`;
+    const summary = `${near.filter(isSame).length} of ${near.length} neighbours have the same class (dashed: another).`;
     part("cell").replaceChildren(imageOf(i, 96), make("p", { style: "white-space: pre-line" }, facts[i]),
-      make("p", { className: "muted" }, summary), imageList("Nearest neighbours", buttons));
+      make("p", { className: "muted" }, summary), images("Nearest neighbours", buttons));
   };
   const nearestShown = (x, y, accepts) => {
     const offset = (i) => [projection.x[i] - x, projection.y[i] - y], distance = (i) => Math.hypot(...offset(i));
@@ -110,7 +110,7 @@ document.addEventListener("chartsready", () => {
     part("export").disabled = part("clear").disabled = !chosen.length;
     part("selection").textContent = chosen.length ? `${chosen.length} selected.` : "No cell is selected.";
     const sample = chosen.filter((_, i) => i % Math.ceil(chosen.length / 24) === 0);
-    part("selected").replaceChildren(imageList("Selected cells", sample.map((i) => imageButton(i, ""))));
+    part("selected").replaceChildren(images("Selected cells", sample.map((i) => imageButton(i, ""))));
   };
   const csvField = (text) => { // RFC 4180; an apostrophe stops spreadsheets from calculating formulas
     const safe = /^[=+\-@\t\r\uff1d\uff0b\uff0d\uff20]/.test(text) ? `'${text}` : text;
