@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         # where the quickstart lies is nobody's business
         shown = replace(features, paths=[os.path.relpath(path, args.quickstart.parent) for path in features.paths])
         os.chdir(args.quickstart.parent)
-        write_page(explorer_page, "Cells of the quickstart", [explorer_section(shown)])
+        write_page(explorer_page, "Cells of the quickstart", [explorer_section({"": shown})])
         with open_browser(Path(scratch)) as browser:
             save(args.output / "report.png", picture_of_report(browser, report_page))
             save(args.output / "explorer.png", picture_of_explorer(browser, explorer_page))

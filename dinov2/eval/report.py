@@ -29,7 +29,7 @@ from dinov2.eval.maps.cells import choose_images
 from dinov2.eval.pages import results as result_pages
 from dinov2.eval.pages import runs as run_pages
 from dinov2.eval.pages.cells import cells_section
-from dinov2.eval.pages.explorer import ExplorerSettings, explorer_section
+from dinov2.eval.pages.explorer import explorer_section
 from dinov2.eval.pages.page import Section, data_value, macros, table, write_page
 from dinov2.eval.pages.patients import patients_section
 from dinov2.eval.pages.results import COMPARED, METRIC_HEADERS, NONE, count, percent
@@ -148,7 +148,7 @@ def explorer_of(records: Sequence[ResultRecord], max_cells: int) -> Section | No
 
 def explore(file: Path, predictions: Path | None, max_cells: int) -> Section:
     """Return the explorer of a features file."""
-    return explorer_section(read_features(file), predictions, settings=ExplorerSettings(max_cells=max_cells))
+    return explorer_section({"": read_features(file)}, predictions, max_cells=max_cells)
 
 
 def patients_of(records: Sequence[ResultRecord]) -> Section | None:

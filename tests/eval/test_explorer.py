@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2.eval import explorer
-from dinov2.eval.explorer import main, parse_arguments
+from dinov2.eval.explorer import main, parse_arguments, read_sets
 from dinov2.eval.features import Features, write_features
 
 
@@ -37,8 +36,15 @@ def test_wrong_flags_end_the_command(flags):
         parse_arguments(["--features", "x.h5", "--output", "x.html", *flags])
 
 
-def test_umap_without_umap_learn_ends_the_command(monkeypatch, capsys):
-    monkeypatch.setattr(explorer, "has_umap", lambda: False)
-    with pytest.raises(SystemExit):
-        parse_arguments(["--features", "x.h5", "--umap", "--output", "x.html"])
-    assert "pip install umap-learn" in capsys.readouterr().err
+def test_names_of_data_sets(tmp_path):
+    cells = Features(np.ones((2, 2), np.float32), np.zeros(2, int), ["a"], ["a.png", "b.png"])
+    files = [str(tmp_path / name) for name in ("a/f.h5", "b/f.h5", "b/name=g.h5")]
+    for file in files:
+        write_features(file, cells)
+    assert list(read_sets(files[1:])) == ["f", "name=g"]
+    assert list(read_sets([files[0], f"A={files[2]}"])) == ["f", "A"]
+    assert list(read_sets(files[:2])) == ["a", "b"]
+    with pytest.raises(ValueError, match="b, b; name each"):
+        read_sets(files[1:2] * 2)
+    with pytest.raises(FileNotFoundError, match="gone.h5"):
+        read_sets(["gone.h5"])

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -22,27 +22,15 @@ PLACEHOLDER = (
 )
 
 
-@dataclass(frozen=True)
-class Thumbnails:
-    """Thumbnails of N images.
-
-    Attributes:
-        uris: N data URIs; `PLACEHOLDER`, a grey square, for images that cannot be read.
-        missing: {position: reason} of the images that cannot be read.
-    """
+class Thumbnails(NamedTuple):
+    """Thumbnails of N images: data URIs, and {position: reason} of those that are grey, `PLACEHOLDER`."""
 
     uris: list[str]
     missing: dict[int, str]
 
 
 def make_thumbnails(paths: Sequence[str | os.PathLike[str]], size: int, n_workers: int = 1) -> Thumbnails:
-    """Read images, crop the centre square and scale it to `size` x `size` pixels.
-
-    Args:
-        paths: N image files.
-        size: side in pixels.
-        n_workers: threads.
-    """
+    """Read images with `n_workers` threads, crop the centre square and scale it to `size` x `size` pixels."""
     missing: dict[int, str] = {}
 
     def thumbnail(position: int) -> str:
@@ -56,8 +44,7 @@ def make_thumbnails(paths: Sequence[str | os.PathLike[str]], size: int, n_worker
         return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
 
     with ThreadPoolExecutor(n_workers) as pool:
-        results = pool.map(thumbnail, range(len(paths)))
-        uris = list(progress_bar(results, "thumbnails", len(paths)))
+        uris = list(progress_bar(pool.map(thumbnail, range(len(paths))), "thumbnails", len(paths)))
     if missing:
         first = min(missing)
         message = "thumbnails: %d of %d images cannot be read, for example %s: %s"

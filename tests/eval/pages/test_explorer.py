@@ -2,6 +2,7 @@ import csv
 import html
 import json
 import re
+import sys
 
 import numpy as np
 import pandas as pd
@@ -9,13 +10,12 @@ import pytest
 from PIL import Image
 
 from dinov2.eval.features import Features
-from dinov2.eval.pages import projection
-from dinov2.eval.pages.explorer import ExplorerSettings, explorer_section, page_column, sample_by_class
+from dinov2.eval.pages import explorer
+from dinov2.eval.pages.explorer import explorer_section, page_columns, projections, sample_by_class
 from dinov2.eval.pages.page import page_html
 from dinov2.eval.results import FoldPredictions, write_predictions
 
 NAMES = ['a, "quoted"', "</script><b>ü</b>", "line\nbreak"]
-NO_UMAP = ExplorerSettings(with_umap=False)
 
 
 def make_cells(n: int = 12, **changes) -> Features:
@@ -29,6 +29,11 @@ def make_cells(n: int = 12, **changes) -> Features:
     return Features(**(parts | changes))
 
 
+def explore(*sets: Features, **options):
+    """The section without UMAP, of sets named s, t, ..."""
+    return explorer_section(dict(zip("stu", sets, strict=False)), **{"with_umap": False} | options)
+
+
 def data_of(section) -> dict:
     """The data of the page's script, with the cells in the order of the features."""
     data = json.loads(re.search(r'data-part="data">(.*?)</script>', section.html, re.DOTALL).group(1))
@@ -40,8 +45,12 @@ def data_of(section) -> dict:
         names = [column["groups"][column["codes"][i]]["name"] for i in order]
         column["texts"] = [column["values"][i] for i in order] if "values" in column else names
     for plane in data["projections"]:
-        plane["points"] = np.stack([plane["x"], plane["y"]], axis=1)[order]
+        plane["points"] = points_of(plane)[order]
     return data
+
+
+def points_of(plane: dict) -> np.ndarray:
+    return np.stack([plane["x"], plane["y"]], axis=1)
 
 
 def column(data: dict, id: str) -> dict:
@@ -50,7 +59,7 @@ def column(data: dict, id: str) -> dict:
 
 def test_the_page_holds_what_was_computed():
     cells = make_cells()
-    data = data_of(explorer_section(cells, settings=NO_UMAP, data_sets=["s"] * 6 + ["t"] * 6))
+    data = data_of(explore(cells.select(np.arange(6)), cells.select(np.arange(6, 12))))
     centred = cells.features.astype(np.float64) - cells.features.mean(axis=0, dtype=np.float64)
     singular = np.linalg.svd(centred, compute_uv=False)
     np.testing.assert_allclose(np.linalg.norm(data["projections"][0]["points"], axis=0), singular[:2], rtol=1e-5)
@@ -62,7 +71,7 @@ def test_the_page_holds_what_was_computed():
     assert sorted(data["rows"]) == list(range(12))
     assert data["paths"] == cells.paths
     assert column(data, "label")["texts"] == [NAMES[i] for i in cells.labels]
-    assert column(data, "patient")["texts"] == cells.patients
+    assert column(data, "patient")["texts"] == [f"p{i % 4} ({'st'[i >= 6]})" for i in range(12)]  # of both sets
     assert column(data, "data_set")["texts"] == ["s"] * 6 + ["t"] * 6
     assert set(data["missing"].values()) == {"No such file or directory"}
     assert len(data["missing"]) == 12
@@ -70,19 +79,17 @@ def test_the_page_holds_what_was_computed():
 
 def test_cosine_distances_are_one_less_similarity():
     cells = make_cells()
-    data = data_of(explorer_section(cells, settings=ExplorerSettings(with_umap=False, metric="cosine")))
+    data = data_of(explore(cells, metric="cosine"))
     unit = cells.features / np.linalg.norm(cells.features, axis=1, keepdims=True)
     expected = 1 - np.sort(unit @ unit[0])[::-1][1:]
     np.testing.assert_allclose(data["distances"][0], expected, rtol=5e-3)
     np.testing.assert_allclose(1 - unit[data["neighbours"][0]] @ unit[0], expected, atol=1e-6)
-    with pytest.raises(ValueError, match="no direction"):
-        explorer_section(make_cells(features=np.zeros((12, 2), np.float32)), settings=ExplorerSettings(metric="cosine"))
 
 
 def test_names_cannot_end_their_script_block():
-    page = page_html("x", [explorer_section(make_cells(), settings=NO_UMAP)])
+    page = page_html("x", [explore(make_cells())])
     block = re.search(r'data-part="data">(.*?)</script>', page, re.DOTALL).group(1)
-    assert [group["name"] for group in json.loads(block)["columns"][0]["groups"]] == NAMES
+    assert [group["name"] for group in json.loads(block)["columns"][0]["groups"]] == sorted(NAMES)
     assert "<b>ü</b>" not in page
 
 
@@ -95,7 +102,7 @@ def test_predictions_are_matched_by_path(tmp_path):
     file = tmp_path / "predictions.csv"
     tested = FoldPredictions(folds, predictions, probabilities, [{}])
     write_predictions(file, cells.paths, cells.labels, tested, NAMES, cells.patients)
-    data = data_of(explorer_section(cells, tmp_path, settings=NO_UMAP))
+    data = data_of(explore(cells, predictions=tmp_path))
     guesses = {i: NAMES[predictions[i]] for i in (2, 5, 8)}
     assert column(data, "prediction")["texts"] == [guesses.get(i, "") for i in range(12)]
     assert column(data, "right")["texts"] == [{2: "right", 5: "right", 8: "wrong"}.get(i, "") for i in range(12)]
@@ -104,32 +111,42 @@ def test_predictions_are_matched_by_path(tmp_path):
     assert all(looks[0][name] == looks[1][name] for name in guesses.values())
     rows = {row["path"]: row for row in csv.DictReader(file.open(newline=""))}
     for i in range(12):
-        shown = [column(data, id)["texts"][i] for id in ("probability", "label_probability", f"p_{NAMES[0]}")]
+        shown = column(data, "probability")["texts"][i]
         if i not in guesses:
-            assert shown == ["", "", ""]
+            assert shown == ""
             continue
-        row = rows[cells.paths[i]]
-        expected = [float(row[f"p_{name}"]) for name in (guesses[i], row["label"], NAMES[0])]
-        np.testing.assert_allclose(np.array(shown, dtype=float), expected, rtol=5e-3)
+        expected = max(float(rows[cells.paths[i]][f"p_{name}"]) for name in NAMES[:3])
+        np.testing.assert_allclose(float(shown), expected, rtol=5e-3)
+
+
+def ranges_of(texts: list[str]) -> dict:
+    return page_columns(pd.DataFrame({"label": "x", "number": texts}))[1]
 
 
 def test_numbers_become_ranges_with_a_scale_of_colours():
-    values = pd.Series([0.0, 0.05, 0.95, 1.0, np.nan])
-    ranges = page_column("probability", values, NAMES)
+    texts = [*(f"{i / 100}" for i in range(11)), "0.95", "1", ""]
+    ranges = ranges_of(texts)
     assert [group["name"] for group in ranges["groups"]] == ["0 to 0.1", "0.9 to 1", ""]
-    assert [group["count"] for group in ranges["groups"]] == [2, 2, 1]
-    assert ranges["codes"] == [0, 0, 1, 1, 2]
-    assert ranges["values"] == ["0", "0.05", "0.95", "1", ""]
+    assert [group["count"] for group in ranges["groups"]] == [11, 2, 1]
+    assert ranges["codes"] == [*[0] * 11, 1, 1, 2]
+    assert ranges["values"] == texts
     assert len({group["colour"] for group in ranges["groups"]}) == 3
-    ranges = page_column("year", pd.Series([2020.01, 2020.25, 2020.98]), NAMES)
+    ranges = ranges_of([*(f"{2020 + i / 100}" for i in range(1, 11)), "2020.25", "2020.26", "2020.98"])
     assert [group["name"] for group in ranges["groups"]] == ["2020 to 2020.1", "2020.2 to 2020.3", "2020.9 to 2021"]
-    assert ranges["values"] == ["2020", "2020", "2020"]
+
+
+@pytest.mark.parametrize("last", ["1", "word", "inf"])
+def test_few_numbers_and_other_texts_are_names(last):
+    texts = [*map(str, range(12)), last]
+    assert "values" not in ranges_of(texts)
+    assert "values" in ranges_of([*texts[:-1], "12"])
+    assert {group["name"] for group in ranges_of(texts)["groups"]} == set(texts)
 
 
 def test_of_many_names_the_largest_groups_have_a_look_of_their_own():
     names = [f"name {i}" for i in range(50)]
-    values = pd.Series([*names, *names[-20:]])
-    groups = {group["name"]: group for group in page_column("site", values, NAMES)["groups"]}
+    table = pd.DataFrame({"label": "x", "site": [*names, *names[-20:]]})
+    groups = {group["name"]: group for group in page_columns(table)[1]["groups"]}
     looks = {(groups[name]["colour"], groups[name]["marker"]) for name in names[-20:]}
     assert len(looks) == 20
     assert len({(group["colour"], group["marker"]) for group in groups.values()}) == 36  # and one for the others
@@ -146,40 +163,85 @@ def test_of_more_cells_each_class_keeps_its_share():
     assert sorted(sample_by_class(labels, 1000)) == list(range(1000))
     # classes are mixed: points drawn later do not hide one class
     assert np.bincount(labels[sample_by_class(labels, 1000)][:500])[0] == pytest.approx(450, abs=2)
-    section = explorer_section(make_cells(), settings=ExplorerSettings(max_cells=7, with_umap=False))
+    section = explore(make_cells(), max_cells=7)
     data = data_of(section)
     assert len(data["rows"]) == 7
     assert "Sampled at random from 12 cells" in section.html
     assert column(data, "label")["texts"] == [NAMES[i % 3] for i in sorted(data["rows"])]
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n", [2, 3])
 def test_few_cells_of_one_class_without_patients(n):
     cells = make_cells(n, labels=np.zeros(n, int), patients=None, paths=["/same.png"] * n)
-    section = explorer_section(cells)
-    data = data_of(section)
+    data = data_of(explore(cells, with_umap=None))
     assert [len(near) for near in data["neighbours"]] == [n - 1] * n
     assert [plane["title"] for plane in data["projections"]] == ["PCA"]
-    assert "at least 8 cells" in section.html
     assert [one["id"] for one in data["columns"]] == ["label"]
 
 
-def test_infinite_features_are_refused():
-    features = np.full((4, 2), np.nan, np.float32)
+def test_features_that_cannot_be_shown_are_refused():
     with pytest.raises(ValueError, match="infinite or NaN"):
-        explorer_section(make_cells(4, features=features), settings=NO_UMAP)
+        explore(make_cells(4, features=np.full((4, 2), np.nan, np.float32)))
+    with pytest.raises(ValueError, match="2 cells"):
+        explore(make_cells(1))
+    with pytest.raises(ValueError, match="numbers a cell"):
+        explore(make_cells(), make_cells(3, features=np.zeros((3, 2), np.float32)))
 
 
-def test_without_umap_learn_the_page_says_so(monkeypatch):
-    monkeypatch.setattr(projection, "has_umap", lambda: False)
-    assert "umap-learn was not installed" in explorer_section(make_cells()).html
+def test_a_cell_is_never_its_own_neighbour_among_copies():
+    data = data_of(explore(make_cells(20, features=np.ones((20, 3), np.float32))))
+    assert all(len(set(near)) == 12 and i not in near for i, near in enumerate(data["neighbours"]))
+
+
+@pytest.mark.parametrize("shape", [(200, 12), (15, 60)])
+def test_pca_is_the_svd(shape):
+    features = (np.random.default_rng(0).normal(size=shape) * np.linspace(3, 1, shape[1]) + 5).astype(np.float32)
+    (pca,) = projections(features, with_umap=False)
+    centred = features.astype(np.float64) - features.astype(np.float64).mean(axis=0)
+    _, singular, directions = np.linalg.svd(centred, full_matrices=False)
+    directions *= np.sign(directions[range(len(directions)), np.abs(directions).argmax(axis=1)])[:, None]
+    np.testing.assert_allclose(points_of(pca), centred @ directions[:2].T, rtol=1e-5)  # the largest loading is positive
+    shares = (singular**2 / (singular**2).sum())[:2]
+    assert pca["axes"] == [f"Component {i + 1} ({share:.1%} of the variance)" for i, share in enumerate(shares)]
+
+
+def test_pca_of_equal_cells_is_zero():
+    (pca,) = projections(np.ones((5, 4)), with_umap=False)
+    assert not points_of(pca).any()
+    assert all("(0.0% of" in axis for axis in pca["axes"])
+
+
+def test_without_umap_learn_there_is_pca_and_a_warning(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "umap", None)
+    features = make_cells(20).features
+    assert [plane["title"] for plane in projections(features)] == ["PCA"]
+    assert explorer.UMAP_MISSING in caplog.text
+    with pytest.raises(ValueError, match="pip install umap-learn.*--no-umap"):
+        projections(features, with_umap=True)
+
+
+@pytest.mark.filterwarnings("ignore")  # numba warns while it compiles
+def test_umap_keeps_groups_together_and_is_the_same_again():
+    pytest.importorskip("umap")
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(3), 30)
+    features = (rng.normal(scale=10, size=(3, 8))[groups] + rng.normal(size=(90, 8))).astype(np.float32)
+    plane, pca = projections(features, seed=3)
+    assert (plane["title"], pca["title"]) == ("UMAP", "PCA")
+    points = points_of(plane)
+    apart = np.linalg.norm(points[:, None] - points, axis=-1)
+    near = apart.argsort(axis=1)[:, 1:6]
+    assert (groups[near] == groups[:, None]).mean() > 0.95
+    assert projections(features, seed=3)[0] == plane
+    for few, metric in ((features, "cosine"), (features[:8], "euclidean"), (np.ones((20, 4), np.float32), "euclidean")):
+        assert np.isfinite(points_of(projections(few, metric=metric)[0])).all()
 
 
 def test_thumbnails_are_of_their_cells(tmp_path):
     for name in ("red", "blue"):
         Image.new("RGB", (20, 20), name).save(tmp_path / f"{name}.png")
     paths = [str(tmp_path / f"{'red' if i % 2 else 'blue'}.png") for i in range(12)]
-    section = explorer_section(make_cells(paths=paths), settings=NO_UMAP)
+    section = explore(make_cells(paths=paths))
     thumbnails = data_of(section)["thumbnails"]
     assert len(set(thumbnails)) == 2
     assert thumbnails == thumbnails[:2] * 6
