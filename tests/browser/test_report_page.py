@@ -112,7 +112,7 @@ def test_paper_is_white_and_shows_what_is_folded(browser, dark_system, page):
     browser.js("window.dispatchEvent(new Event('beforeprint'))")
     assert browser.js("return document.querySelectorAll('details:not([open])').length") == 0
     browser.js("window.dispatchEvent(new Event('afterprint'))")
-    assert browser.js("return document.querySelectorAll('details:not([open])').length") > 5
+    assert browser.js("return document.querySelectorAll('details:not([open])').length") > 3
     browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
