@@ -149,36 +149,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Write one HTML page about training runs and evaluations, to open in a browser from disk.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "sources", type=Path, nargs="+", metavar="RUN_OR_RESULTS", help=f"a folder or {RESULTS_NAME}: {SOURCES}"
-    )
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page")
-    parser.add_argument("--title", help="over the page; without it the names of what it is about")
-    parser.add_argument(
-        "--features",
-        type=Path,
-        help=f"a features file for the explorer; without it the {FEATURES_NAME} of the first results that have one",
-    )
-    parser.add_argument(
-        "--explorer",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="whether the page has an explorer of features, with an image of each cell",
-    )
-    parser.add_argument(
-        "--max-cells", type=positive_int, default=MAX_CELLS, help="in the explorer; explorer.py shows more"
-    )
-    parser.add_argument(
-        "--cells",
-        type=Path,
-        help="labelled cells (a folder or a CSV) of which the page shows maps: PCA, attention, similarity",
-    )
-    parser.add_argument("--n-cells", type=positive_int, default=8, help="of --cells")
-    parser.add_argument(
-        "--checkpoint",
-        metavar="WEIGHTS",
-        help="for --cells; without it the first run's newest teacher, or the first result's",
-    )
+    add = parser.add_argument
+    add("sources", type=Path, nargs="+", metavar="RUN_OR_RESULTS", help=f"a folder or {RESULTS_NAME}: {SOURCES}")
+    add("--output", type=Path, default=Path("report.html"), help="the page")
+    add("--title", help="over the page; without it the names of what it is about")
+    features_help = f"a features file for the explorer; without it {FEATURES_NAME} of the first results that have one"
+    add("--features", type=Path, help=features_help)
+    explorer_help = "whether the page has an explorer of features, with an image of each cell"
+    add("--explorer", action=argparse.BooleanOptionalAction, default=True, help=explorer_help)
+    add("--max-cells", type=positive_int, default=MAX_CELLS, help="in the explorer; explorer.py shows more")
+    cells_help = "labelled cells (a folder or a CSV) of which the page shows maps: PCA, attention, similarity"
+    add("--cells", type=Path, help=cells_help)
+    add("--n-cells", type=positive_int, default=8, help="of --cells")
+    weights_help = "for --cells; without it the first run's newest teacher, or the first result's"
+    add("--checkpoint", metavar="WEIGHTS", help=weights_help)
     return parser.parse_args(argv)
 
 
@@ -209,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         explorer,
         cells,
         run_pages.config_section(runs),
-        result_pages.origins_section(records, {run.name: run.status.starts for run in runs}),
+        result_pages.origins_section({run.name: run.status.starts for run in runs}, records),
     ]
     title = "Report: " + ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     made = f"Made {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC by dinov2 {dinov2.__version__}"

@@ -95,7 +95,7 @@ def test_the_arrow_keys_move_the_marked_patch_and_stop_at_the_edge(browser, maps
 @pytest.mark.parametrize("head", [-1, 0, 2])
 def test_a_head_can_be_chosen(browser, maps, page, head):
     select = "document.getElementById('cells-head')"
-    browser.js(f"{select}.value = '{head}'; {select}.dispatchEvent(new Event('change'))")
+    browser.js(f"{select}.value = '{head + 1}'; {select}.dispatchEvent(new Event('change'))")
     of_head = maps.attention[0].mean(axis=0) if head < 0 else maps.attention[0, head]
     pixels = browser.driver.execute_async_script(PIXELS_OF_ATTENTION)
     np.testing.assert_array_equal(np.reshape(pixels, (ROWS, COLUMNS, 3)), PALETTE[levels(of_head)])

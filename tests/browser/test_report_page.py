@@ -91,7 +91,7 @@ def test_the_keyboard_reaches_contents_tables_and_folded_parts(browser, page):
         seen.add(name)
         outline = browser.js("return getComputedStyle(document.activeElement).outlineStyle")
         assert outline == "solid", browser.js("return document.activeElement.outerHTML.slice(0, 200)")
-    assert {"a", "scroll", "summary", "no-print"} <= seen
+    assert {"a", "scroll", "summary", "only-with-script no-print"} <= seen
 
 
 def test_nothing_of_a_file_became_an_element(browser, page):

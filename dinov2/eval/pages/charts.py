@@ -82,7 +82,7 @@ def interval_chart(intervals: Mapping[str, Sequence[float | None]], title: str) 
     if not np.isfinite(numbers).any():
         return html.chart(NOTHING, title)
     n = len(numbers)
-    plot = figure(x_axis_label="%", height=60 + 34 * n, y_range=Range1d(n - 0.4, -0.8), **LAYOUT)
+    plot = figure(x_axis_label="%", height=60 + 34 * n, y_range=Range1d(start=n - 0.4, end=-0.8), **LAYOUT)
     source: dict[str, Any] = dict(zip(("value", "low", "high"), numbers.T.tolist(), strict=True))
     source |= {"name": list(intervals), "y": list(range(n)), "colour": [COLOURS[i % len(COLOURS)] for i in range(n)]}
     plot.segment("low", "y", "high", "y", source=source, color="colour", line_width=3)

@@ -52,7 +52,8 @@ def results_table(records: Sequence[ResultRecord]) -> Markup:
     for record in records:
         settings = mapping(record.report.get("settings"))
         data = [str(settings[key]) for key in ("data", "test", "features", "bags") if settings.get(key)]
-        scores = {row.method: number(row.metrics.get(COMPARED)) or -1.0 for row in record.rows if row.source == MODEL}
+        numbers = {row.method: number(row.metrics.get(COMPARED)) for row in record.rows if row.source == MODEL}
+        scores = {method: score for method, score in numbers.items() if score is not None}
         method = max(scores, key=lambda name: scores[name], default="")
         rows.append(
             {
@@ -89,7 +90,8 @@ def results_section(records: Sequence[ResultRecord]) -> Section | None:
             counts = mapping(owner.report.get("counts"))
             n_train = mapping(counts.get("train_per_class") or counts.get("learned_per_class"))
             name = f"{record.name}: {row.method}, {row.source}"
-            parts.append(html.folded(f"Classes, {name}", class_tables(row, name, n_train)))
+            classes = class_tables(row, name, n_train)
+            parts.append(html.folded(f"Classes, {name}", classes, row is record.rows[-1]))
     return section("results", "Results", parts)
 
 
@@ -184,11 +186,6 @@ def _describe(members: Members) -> str:
 def _side_by_side(title: str, members: Members, is_paired: bool) -> list[Markup]:
     """Return a group's settings that differ, its table, its chart and its paired tests."""
     settings = {record.name: comparable_settings(record) for record, row in members if row.source == MODEL}
-    different = []
-    for key in dict.fromkeys(key for of_record in settings.values() for key in of_record):
-        values = {name: str(of_record[key]) for name, of_record in settings.items() if key in of_record}
-        if len(set(values.values())) > 1:
-            different.append(f"{key}: " + "; ".join(f"{name} {value}" for name, value in values.items()))
     rows, named = [], []
     for record, row in members:
         is_model = row.source == MODEL
@@ -197,11 +194,21 @@ def _side_by_side(title: str, members: Members, is_paired: bool) -> list[Markup]
         named.append((name, row))
     caption = f"{title}: difference to {named[0][0]} on the same cells (paired bootstrap, 95 % interval)"
     return [
-        html.listing("Settings differ between these results:", different, "warning"),
+        html.listing("Settings differ between these results:", different_values(settings), "warning"),
         table(rows, f"{title}: side by side, with 95 % intervals"),
         _intervals(title, dict(named)),
         table(_paired_rows(named) if is_paired else [], caption),
     ]
+
+
+def different_values(values: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return each key of {owner: {key: value}} that does not have the same value everywhere, with its values."""
+    lines = []
+    for key in dict.fromkeys(key for of_owner in values.values() for key in of_owner):
+        of_key = {owner: str(of_owner[key]) for owner, of_owner in values.items() if key in of_owner}
+        if len(set(of_key.values())) > 1:
+            lines.append(f"{key}: " + "; ".join(f"{owner} {value}" for owner, value in of_key.items()))
+    return lines
 
 
 def _paired_rows(named: Sequence[tuple[str, Row]]) -> list[dict[str, str]]:
@@ -269,28 +276,14 @@ def _batch_effect(name: str, results: Mapping[str, Any]) -> Markup:
     return table(rows, f"{name}: how well features tell the data sets apart (balanced accuracy; look within classes)")
 
 
-def origins_section(
-    records: Sequence[ResultRecord], starts: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> Section | None:
-    """Return versions, seeds, hashes and settings.
-
-    Args:
-        records: of evaluations.
-        starts: {run: its starts}, as status.json has them.
-    """
-    keys = ("seed", "dinov2", "commit", "torch")
+def origins_section(runs: Mapping[str, Sequence[dict[str, Any]]], records: Sequence[ResultRecord]) -> Section | None:
+    """Return the versions, seeds, hashes and settings of each run, {name: its starts}, and of each result."""
+    kinds = ("checkpoint", "features", "settings", "versions", "hashes", "files")
+    origins = [(name, f"start {n}", start) for name, starts in runs.items() for n, start in enumerate(starts, 1)]
+    origins += [(record.name, kind, record.report.get(kind)) for record in records for kind in kinds]
     rows = [
-        {"run": name, "start or resume": str(part), **{key: str(start.get(key) or NONE) for key in keys}}
-        for name, of_run in starts.items()
-        for part, start in enumerate(of_run, start=1)
+        {"run or result": name, "part": part, "name": key, "value": str(value)}
+        for name, part, values in origins
+        for key, value in mapping(values).items()
     ]
-    parts = [table(rows, "Training runs: what each part ran with")]
-    for record in records:
-        rows = [
-            {"part": kind, "name": key, "value": str(value)}
-            for kind in ("checkpoint", "features", "settings", "versions", "hashes", "files")
-            for key, value in mapping(record.report.get(kind)).items()
-        ]
-        caption = f"{record.name}: checkpoint, features, settings, versions and hashes"
-        parts.append(table(rows, caption, is_folded=True))
-    return section("origins", "Versions, seeds and hashes", parts)
+    return section("origins", "Versions, seeds and hashes", [table(rows, "What each was made from and with")])

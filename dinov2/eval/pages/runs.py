@@ -18,7 +18,7 @@ from dinov2.configs import dinov2_default_config
 from dinov2.data.datasets.tables import open_table
 from dinov2.eval.pages.charts import line_chart
 from dinov2.eval.pages.page import NONE, Section, html, percent, rounded, section, table
-from dinov2.eval.pages.results import METRIC_TITLES, metric_columns
+from dinov2.eval.pages.results import METRIC_TITLES, different_values, metric_columns
 from dinov2.eval.results import RESULTS_NAME, ResultRecord, mapping, number, read_report, read_result
 from dinov2.utils.config import differences
 from dinov2.utils.run_status import CONFIG_NAME, METRICS_NAME, RunStatus, read_status
@@ -211,22 +211,13 @@ def teachers_section(runs: Sequence[RunRecord]) -> Section | None:
     for title, of_runs in lines.items():
         columns = {name: pd.Series(values, dtype=np.float64) for name, values in of_runs.items()}
         charts.append(line_chart(columns, title, "iterations done"))
-    warning = "Data sets of one name differ between the runs, and their numbers do not compare:"
-    parts = [html.listing(warning, _different_sets(runs), "warning"), html.cards(charts)]
-    return section("teachers", "Teachers during training", [*parts, table(rows, "Newest and best teacher of each run")])
-
-
-def _different_sets(runs: Sequence[RunRecord]) -> list[str]:
-    """Return the data sets of one name that do not have the same size in all runs, in words."""
-    sizes: dict[str, dict[str, str]] = {}
+    sizes: dict[str, dict[str, str]] = {run.name: {} for run in runs}
     for run in runs:
-        for name, content in mapping(run.evaluations[max(run.evaluations)].report.get("datasets")).items():
-            sizes.setdefault(name, {})[run.name] = f"{content.get('n_train')} to train, {content.get('n_test')} to test"
-    return [
-        f"{name}: " + "; ".join(f"{run} {size}" for run, size in of_runs.items())
-        for name, of_runs in sizes.items()
-        if len(set(of_runs.values())) > 1
-    ]
+        for name, of_set in mapping(run.evaluations[max(run.evaluations)].report.get("datasets")).items():
+            sizes[run.name][name] = f"{of_set.get('n_train')} to train, {of_set.get('n_test')} to test"
+    warning = "Data sets of one name differ between the runs, and their numbers do not compare:"
+    parts = [html.listing(warning, different_values(sizes), "warning"), html.cards(charts)]
+    return section("teachers", "Teachers during training", [*parts, table(rows, "Newest and best teacher of each run")])
 
 
 def health_section(runs: Sequence[RunRecord]) -> Section | None:
