@@ -119,7 +119,8 @@ def read_patients(folder: Path) -> list[Patient]:
     patients = []
     for i, patient in enumerate(predicted.keys):
         cells = attention[patient]
-        of_classes = [column for name in names if (column := f"attention_{name}") in cells]
+        of_classes = [f"attention_{name}" for name in names]
+        weights = cells[of_classes if set(of_classes) <= set(cells) else ["attention"]]
         patients.append(
             Patient(
                 id=patient,
@@ -128,7 +129,7 @@ def read_patients(folder: Path) -> list[Patient]:
                 probabilities=probabilities[i],
                 of_networks=of_networks[patient][columns].to_numpy(np.float64),
                 sources=cells["source"].tolist() if "source" in cells else [],
-                attention=cells[of_classes or ["attention"]].to_numpy(np.float64),
+                attention=weights.to_numpy(np.float64),
                 class_names=names,
             )
         )
