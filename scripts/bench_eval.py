@@ -109,15 +109,17 @@ def agreement(what: str, ways: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def knn_ours(args: argparse.Namespace) -> Callable[[], np.ndarray]:
-    from dinov2.eval.knn import evaluate_knn_folds
+    from dinov2.eval.knn import KnnOptions, evaluate
+    from dinov2.eval.protocol import EvaluationData
 
     train, train_labels, test, test_labels = load_features(args.folder)
     features, labels = np.concatenate([train, test]), np.concatenate([train_labels, test_labels])
     folds = [(np.arange(len(train)), np.arange(len(train), len(labels)))]
 
     def work() -> np.ndarray:
-        found = evaluate_knn_folds(features, labels, N_CLASSES, folds, KS)
-        return np.stack([found[k].predictions[folds[0][1]] for k in KS])
+        data = EvaluationData({"cls": features}, labels, [str(i) for i in range(N_CLASSES)], folds)
+        rows = evaluate(data, KnnOptions(k=KS))
+        return np.stack([rows[f"knn_{k}"].predictions[folds[0][1]] for k in KS])
 
     return work
 

@@ -101,7 +101,7 @@ class Explorer:
         return self.js("return figure.x_range.end - figure.x_range.start")
 
     def colour_by(self, column: str) -> None:
-        number = [found["id"] for found in self.data["columns"]].index(column)
+        number = [one["id"] for one in self.data["columns"]].index(column)
         script = "part('colour').value = arguments[0]; part('colour').dispatchEvent(new Event('change'))"
         self.js(script, number)
 
@@ -368,10 +368,11 @@ def test_the_plot_works_by_keyboard(explorer):
     explorer.press(" ")
     assert explorer.selection == []
     span = explorer.span
-    explorer.press("+")
-    assert explorer.span < span
+    explorer.press(*"++++++++")
+    time.sleep(0.5)  # new labels of the axes change nothing
+    assert explorer.span == pytest.approx(span / 1.3**8, rel=0.05)
     explorer.press("0")
-    assert explorer.span == pytest.approx(span)
+    assert explorer.span == pytest.approx(span, rel=0.05)
     explorer.press("ESCAPE")
     assert explorer.current == -1
 

@@ -19,7 +19,7 @@ NAMES = [EVIL, 'lymphocyte, "large"', "Zelle ü β"]
 
 @pytest.fixture(autouse=True)
 def short_trainings(monkeypatch):
-    monkeypatch.setattr(abmil.TrainingSettings, "epochs", 2)
+    monkeypatch.setattr(abmil, "DEFAULTS", abmil.AbmilOptions(training=abmil.TrainingSettings(epochs=2)))
 
 
 def read(folder):

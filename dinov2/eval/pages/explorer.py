@@ -154,7 +154,7 @@ def page_column(name: str, values: "pd.Series[Any]", class_names: Sequence[str])
     column: dict[str, Any] = {"id": name, "title": title}
     if pd.api.types.is_float_dtype(values):
         column["values"] = ["" if math.isnan(value) else f"{value:g}" for value in _rounded(values.to_numpy(), 3)]
-        edges = MaxNLocator(10).tick_values(values.min(), values.max())
+        edges = MaxNLocator(10, steps=[1, 2, 5, 10]).tick_values(values.min(), values.max())
         names = [f"{low:.12g} to {high:.12g}" for low, high in zip(edges, edges[1:], strict=False)]
         looks = [OTHER | {"colour": colour} for colour in viridis(len(names))]
         values = pd.cut(values, edges, labels=names, include_lowest=True).astype(object).fillna("")
@@ -166,9 +166,9 @@ def page_column(name: str, values: "pd.Series[Any]", class_names: Sequence[str])
         if len(names) > len(looks):
             names = list(counts.index)  # the largest groups get a look
     look_of = dict(zip(filter(None, names), looks, strict=False))
-    shown = [*(name for name in names if name and name in counts), *([""] if "" in counts else [])]
-    column["groups"] = [{"name": name, "count": int(counts[name]), **look_of.get(name, OTHER)} for name in shown]
-    column["codes"] = pd.Index(shown).get_indexer(values).tolist()
+    present = [*(name for name in names if name and name in counts), *([""] if "" in counts else [])]
+    column["groups"] = [{"name": name, "count": int(counts[name]), **look_of.get(name, OTHER)} for name in present]
+    column["codes"] = pd.Index(present).get_indexer(values).tolist()
     return column
 
 
@@ -176,7 +176,7 @@ def _figure(n: int) -> figure:
     """Build the scatter plot; `explorer.js` finds its parts by their names."""
     points = models.ColumnDataSource({name: [] for name in ("x", "y", "colour", "marker", "thumbnail", "facts")})
     links = models.ColumnDataSource({name: [] for name in ("x0", "y0", "x1", "y1")}, name="links")
-    images = models.ColumnDataSource({name: [] for name in ("x", "y", "url")}, name="images")
+    images = models.ColumnDataSource({name: [] for name in ("x", "y", "url", "colour")}, name="images")
     plot = figure(
         name="explorer",
         tools=[
@@ -188,6 +188,7 @@ def _figure(n: int) -> figure:
         x_range=models.Range1d(start=0, end=1),
         y_range=models.Range1d(start=0, end=1),
         height=620,
+        min_border_left=80,  # the labels of the axis don't change the width of the plot
         sizing_mode="stretch_width",
     )
     plot.toolbar.logo = None
@@ -209,6 +210,7 @@ def _figure(n: int) -> figure:
         nonselection_line_alpha=0,
     )
     plot.image_url("url", "x", "y", 44, 44, source=images, anchor="center", w_units="screen", h_units="screen")
+    plot.scatter("x", "y", source=images, marker="square", size=47, fill_color=None, line_color="colour", line_width=3)
     plot.scatter("x1", "y1", source=links, size=16, fill_color=None, line_color="#1f8fe5", line_width=2)
     plot.scatter("x0", "y0", source=links, size=20, fill_color=None, line_color="#e5391f", line_width=3)
     plot.add_tools(models.HoverTool(renderers=[cells], tooltips=TOOLTIP, limit=1))

@@ -45,7 +45,7 @@ def data_of(section) -> dict:
 
 
 def column(data: dict, id: str) -> dict:
-    return next(found for found in data["columns"] if found["id"] == id)
+    return next(one for one in data["columns"] if one["id"] == id)
 
 
 def test_the_page_holds_what_was_computed():
@@ -115,15 +115,15 @@ def test_predictions_are_matched_by_path(tmp_path):
 
 def test_numbers_become_ranges_with_a_scale_of_colours():
     values = pd.Series([0.0, 0.05, 0.95, 1.0, np.nan])
-    found = page_column("probability", values, NAMES)
-    assert [group["name"] for group in found["groups"]] == ["0 to 0.1", "0.9 to 1", ""]
-    assert [group["count"] for group in found["groups"]] == [2, 2, 1]
-    assert found["codes"] == [0, 0, 1, 1, 2]
-    assert found["values"] == ["0", "0.05", "0.95", "1", ""]
-    assert len({group["colour"] for group in found["groups"]}) == 3
-    found = page_column("year", pd.Series([2020.01, 2020.25, 2020.98]), NAMES)
-    assert [group["name"] for group in found["groups"]] == ["2020 to 2020.1", "2020.2 to 2020.3", "2020.9 to 2021"]
-    assert found["values"] == ["2020", "2020", "2020"]
+    ranges = page_column("probability", values, NAMES)
+    assert [group["name"] for group in ranges["groups"]] == ["0 to 0.1", "0.9 to 1", ""]
+    assert [group["count"] for group in ranges["groups"]] == [2, 2, 1]
+    assert ranges["codes"] == [0, 0, 1, 1, 2]
+    assert ranges["values"] == ["0", "0.05", "0.95", "1", ""]
+    assert len({group["colour"] for group in ranges["groups"]}) == 3
+    ranges = page_column("year", pd.Series([2020.01, 2020.25, 2020.98]), NAMES)
+    assert [group["name"] for group in ranges["groups"]] == ["2020 to 2020.1", "2020.2 to 2020.3", "2020.9 to 2021"]
+    assert ranges["values"] == ["2020", "2020", "2020"]
 
 
 def test_of_many_names_the_largest_groups_have_a_look_of_their_own():
@@ -161,7 +161,7 @@ def test_few_cells_of_one_class_without_patients(n):
     assert [len(near) for near in data["neighbours"]] == [n - 1] * n
     assert [plane["title"] for plane in data["projections"]] == ["PCA"]
     assert "at least 8 cells" in section.html
-    assert [found["id"] for found in data["columns"]] == ["label"]
+    assert [one["id"] for one in data["columns"]] == ["label"]
 
 
 def test_infinite_features_are_refused():

@@ -76,8 +76,8 @@ def test_umap_comes_first_where_it_can_be_computed(monkeypatch, caplog):
     features = np.random.default_rng(0).normal(size=(20, 3))
     monkeypatch.setattr(projection, "umap_projection", lambda *_: projection.Projection("UMAP", ("a", "b"), features))
     monkeypatch.setattr(projection, "has_umap", lambda: True)
-    assert [found.title for found in projections(features, None)[0]] == ["UMAP", "PCA"]
-    assert [found.title for found in projections(features, False)[0]] == ["PCA"]
+    assert [plane.title for plane in projections(features, None)[0]] == ["UMAP", "PCA"]
+    assert [plane.title for plane in projections(features, False)[0]] == ["PCA"]
     assert projections(features[:7], None)[1] == "UMAP needs at least 8 cells."
     monkeypatch.setattr(projection, "has_umap", lambda: False)
     assert "umap-learn was not installed" in projections(features, None)[1]
