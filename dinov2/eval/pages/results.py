@@ -50,7 +50,7 @@ def results_table(records: Sequence[ResultRecord]) -> Markup:
     """Return what each result is of, and its highest balanced accuracy."""
     rows = []
     for record in records:
-        settings = mapping(record.report.get("settings"))
+        settings, kept_apart = mapping(record.report.get("settings")), record.report.get("patients_kept_apart")
         data = [str(settings[key]) for key in ("data", "test", "features", "bags") if settings.get(key)]
         numbers = {row.method: number(row.metrics.get(COMPARED)) for row in record.rows if row.source == MODEL}
         scores = {method: score for method, score in numbers.items() if score is not None}
@@ -62,7 +62,7 @@ def results_table(records: Sequence[ResultRecord]) -> Markup:
                 "features of": record.encoder,
                 "data": data[0] if data else NONE,
                 "tested": rounded(record.rows[-1].n_tested if record.rows else None),
-                "patients kept apart": str(record.report.get("patients_kept_apart", NONE)),
+                "patients kept apart": NONE if kept_apart is None else str(kept_apart),
                 f"highest {METRIC_TITLES[COMPARED]}, %": percent(scores.get(method)),
                 "by": method,
                 "date": str(record.report.get("date", NONE)),
