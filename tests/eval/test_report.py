@@ -40,7 +40,7 @@ def test_the_page_is_whole_and_safe(page, run_folder, results):
     charts = [attrs for _, attrs in page.elements if attrs.get("class") == "chart"]
     assert len(charts) > 5
     assert all(attrs["role"] == "img" and attrs["aria-label"] for attrs in charts)
-    for section in ("At a glance", "Results", "Training curves", "Teachers during training", "Health of the runs"):
+    for section in ("At a glance", "Results", "Training curves", "Teachers during training"):
         assert ("h2", section) in page.headings
     assert str(run_folder) in page.words
     assert len(page.text) < 2_000_000

@@ -28,7 +28,7 @@ from dinov2.utils.progress import progress_bar
 
 logger = logging.getLogger("dinov2")
 
-# The similarities of a cell take P * (P + 1) / 2 bytes of the page: 1.7 MB of text for this many patches
+# The similarities of a cell take up to P * P bytes of the page before compression: 3.4 MB of text for this many patches
 MAX_PATCHES = 1600
 TITLES = {
     "pca": "PCA of patch tokens",

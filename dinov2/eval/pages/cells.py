@@ -3,20 +3,18 @@
 Dimension key:  h x w patches, P = h * w
 """
 
-import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from bokeh.palettes import Viridis256
 from PIL import Image
 
 from dinov2.eval.features.extract import Embedder
-from dinov2.eval.maps.cells import TITLES, CellMaps, backbone_of, colour_map, make_cell_maps
+from dinov2.eval.maps.cells import PALETTE, TITLES, CellMaps, backbone_of, colour_map, levels, make_cell_maps
 from dinov2.eval.maps.patch_maps import border_share
-from dinov2.eval.pages.page import Section, image_uri, render
+from dinov2.eval.pages.page import Section, html, image_uri, render
 
 IMAGE_PX = 280
 
@@ -28,36 +26,48 @@ def cells_section(embedder: Embedder, paths: Sequence[Path], names: Sequence[str
 
 
 def maps_section(maps: CellMaps) -> Section:
-    """Return maps as a section: one card per cell, with a choice of heads and a patch to click.
-
-    Without JavaScript it shows everything except single heads and similarities.
-    """
+    """Return maps as a section; without JavaScript it shows all but single heads and similarities."""
     rows, columns = maps.grid
-    pairs = np.triu_indices(rows * columns)
     colours = maps.colours()
-    cards, cells = [], []
+    cards = []
     for i, name in enumerate(maps.names):
-        images = [(kind, TITLES[kind], _uri(values[i], "png")) for kind, values in colours.items()]
-        cards.append({"name": name, "images": [("image", "image", _uri(maps.images[i], "jpeg", quality=88)), *images]})
+        image = Image.fromarray(maps.images[i])
+        image.thumbnail((IMAGE_PX, IMAGE_PX), Image.Resampling.LANCZOS)  # never enlarges
+        images = [("image", "image", _uri(image, "jpeg"))]
+        images += [(kind, TITLES[kind], _uri(Image.fromarray(of_kind[i]))) for kind, of_kind in colours.items()]
         attention = np.stack([maps.attention[i].mean(axis=0), *maps.attention[i]])  # [1 + heads, h, w]
-        similarity = base64.b64encode(maps.similarity[i][pairs].tobytes()).decode("ascii")
-        attention_uris = [_uri(image, "png") for image in colour_map(attention)]
-        cells.append({"name": name, "attention": attention_uris, "similarity": similarity})
-    html = render(
+        heads = [_uri(Image.fromarray(head)) for head in colour_map(attention)]
+        similarity = _uri(similarity_sheet(maps.similarity[i], rows, columns))
+        cards.append({"name": name, "images": images, "heads": heads, "similarity": similarity})
+    unreadable = [f"{path}: {reason}" for path, reason in maps.unreadable.items()]
+    content = render(
         "cells.html",
         maps=maps,
-        n_heads=maps.attention.shape[1],
+        rows=rows,
+        columns=columns,
+        heads=["mean of heads", *(f"head {head + 1}" for head in range(maps.attention.shape[1]))],
         cards=cards,
         border=f"{border_share(maps.attention.mean(axis=1)).mean():.0%}",
         even=f"{border_share(np.ones(maps.grid)):.0%}",
-        data={"rows": rows, "columns": columns, "palette": Viridis256, "cells": cells},
+        unreadable=html.listing("Left out, because they cannot be read:", unreadable, "warning"),
     )
-    return Section("cells", "Cells", html)
+    return Section("cells", "Cells", content)
 
 
-def _uri(array: np.ndarray, kind: Literal["png", "jpeg"], **options: Any) -> str:
+def similarity_sheet(similarity: np.ndarray, rows: int, columns: int) -> Image.Image:
+    """Return one image [h * h, w * w] with the map of similarities to each patch, at the place of the patch.
+
+    Args:
+        similarity: uint8 [P, P].
+        rows, columns: h and w.
+    """
+    maps = levels(similarity.reshape(rows, columns, rows, columns).astype(np.float32))  # [h, w, h, w]
+    sheet = Image.fromarray(maps.transpose(0, 2, 1, 3).reshape(rows * rows, columns * columns))
+    sheet.putpalette(PALETTE.tobytes())
+    return sheet
+
+
+def _uri(image: Image.Image, kind: Literal["png", "jpeg"] = "png") -> str:
     stream = io.BytesIO()
-    image = Image.fromarray(array)
-    image.thumbnail((IMAGE_PX, IMAGE_PX), Image.Resampling.LANCZOS)  # never enlarges
-    image.save(stream, kind, **options)
+    image.save(stream, kind, quality=88)  # of JPEG
     return image_uri(stream.getvalue(), kind)

@@ -1,19 +1,18 @@
 """Write pages that open in a browser from disk: one HTML file with its styles, scripts, images and numbers inside.
 
-A page is a list of `Section`s under one heading, with a table of contents. jinja2 escapes every value. A page requests
-nothing, because its content policy forbids that, and runs no script without the policy's nonce. A template with a
-script of its own therefore writes `<script nonce="{{ nonce }}">`; data for scripts is
-`<script type="application/json" id="...">{{ value | tojson }}</script>`. A template's styles are a `<style>` element.
+A page is a list of `Section`s under one heading, with a table of contents. jinja2 escapes every value. The content
+policy of a page forbids all requests, and all scripts without its nonce: a template writes its own script as
+`<script nonce="{{ nonce }}">`, and its styles as `<style>`.
 
 What sections can use:
+- `html`, the macros of `templates/macros.html`;
 - CSS variables that follow the colour scheme: `--background`, `--surface`, `--ink`, `--muted`, `--line`, `--accent`,
   `--good`, `--bad`, `--warning`, `--scale` (the strong end of a colour scale that begins at `--surface`);
 - classes: `grid` (cards beside each other), `card`, `controls` (a row of form fields), `note`, `warning`, `muted`,
-  `number` (a column of numbers), `scroll` (a wide part that scrolls by itself), `pixels` (an image whose pixels stay
-  sharp), `only-with-script` (hidden without JavaScript), `no-print`;
+  `scroll` (a wide part that scrolls by itself), `pixels` (an image whose pixels stay sharp), `only-with-script`
+  (hidden without JavaScript), `no-print`;
 - events of `document`: `themechange` after the colours changed, `chartsready` after all bokeh figures were drawn
-  (then `Bokeh.documents` has them);
-- the macros of `templates/macros.html`.
+  (then `Bokeh.documents` has them).
 """
 
 import base64
@@ -21,7 +20,6 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,14 +31,27 @@ from bokeh.themes import Theme
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from dinov2.eval.results import number
 from dinov2.utils.files import atomic_write
 
+NONE = "–"  # in place of a number that is not there
 GREY = "#7b7b7b"  # contrast 4.2 on both backgrounds, as a chart's colours don't change with the scheme
 _CLEAR = {"background_fill_color": None, "border_fill_color": None, "outline_line_color": None}
 _AXIS = {f"{part}_line_color": GREY for part in ("axis", "major_tick", "minor_tick")}
 _TEXT = {f"{part}_text_color": GREY for part in ("axis_label", "major_label")}
 _GRID = {"grid_line_color": GREY, "grid_line_alpha": 0.3}
 THEME = Theme(json={"attrs": {"Plot": _CLEAR, "Axis": _AXIS | _TEXT, "Grid": _GRID}})
+
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_TEMPLATES.policies["json.dumps_kwargs"] = {}  # no sorting: bokeh defines an object where it stands first
+_TEMPLATES.globals["nonce"] = secrets.token_urlsafe(16)
+html: Any = _TEMPLATES.get_template("macros.html").module
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,7 @@ class Section:
     Attributes:
         id: of its element: lower-case letters, digits and hyphens; unique in the page.
         title: its heading (`<h2>`).
-        html: the content, usually from `render`. Its headings begin at `<h3>`, and its ids begin with the section's id.
+        html: the content. Its headings begin at `<h3>`, and its ids begin with the section's id.
     """
 
     id: str
@@ -58,26 +69,15 @@ class Section:
     html: Markup
 
 
-@cache
-def _environment() -> Environment:
-    loader = FileSystemLoader(Path(__file__).parent / "templates")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.policies["json.dumps_kwargs"] = {}  # no sorting: bokeh defines an object where it stands first
-    environment.globals["nonce"] = secrets.token_urlsafe(16)
-    return environment
+def section(name: str, title: str, parts: Sequence[Markup]) -> Section | None:
+    """Return a section of these parts; None if all of them are empty."""
+    content = Markup("\n").join(filter(None, parts))
+    return Section(name, title, content) if content else None
 
 
 def render(template: str, **values: Any) -> Markup:
     """Return the HTML of a file in `templates/`; values that are not `Markup` are escaped."""
-    return Markup(_environment().get_template(template).render(values))
-
-
-@cache
-def macros() -> Any:
-    """Return the macros of `templates/macros.html`, for example `macros().heading(3, title)`."""
-    return _environment().get_template("macros.html").module
+    return Markup(_TEMPLATES.get_template(template).render(values))
 
 
 def embed(figure: Plot, label: str = "") -> Markup:
@@ -88,7 +88,7 @@ def embed(figure: Plot, label: str = "") -> Markup:
         label: text for screen readers, to which the figure then is one image; leave it out where readers work in it.
     """
     target = f"chart-{figure.id}"
-    return macros().figure(target, label, json_item(figure, ID(target), THEME))
+    return html.figure(target, label, json_item(figure, ID(target), THEME))
 
 
 def image_uri(content: bytes, kind: Literal["png", "jpeg"]) -> str:
@@ -96,23 +96,31 @@ def image_uri(content: bytes, kind: Literal["png", "jpeg"]) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def data_value(value: float, text: str) -> Markup:
-    """Return a rounded number that keeps all its digits: `<data value="0.8712345">87.1</data>`."""
-    return Markup('<data value="{}">{}</data>').format(repr(value), text)
+def rounded(value: Any, form: str = ",.0f", scale: float = 1) -> str:
+    """Return a rounded number that keeps all its digits, `<data value="0.8712">87.1</data>`; `NONE` if it is none."""
+    if number(value) is None:
+        return NONE
+    return Markup('<data value="{}">{}</data>').format(repr(float(value)), format(scale * value, form))
 
 
-def table(rows: Sequence[Mapping[str, Any]], caption: str, *, numbers_from: int = 1, folded: str = "") -> Markup:
+def percent(value: Any) -> str:
+    """Return a share in percent with one decimal, as `rounded` does."""
+    return rounded(value, ".1f", 100)
+
+
+def table(rows: Sequence[Mapping[str, Any]], caption: str, *, is_folded: bool = False) -> Markup:
     """Return a table with a column for each key, whose first column names the rows; nothing without rows.
 
     Args:
         rows: {header: text or `Markup`}.
         caption: what the table shows.
-        numbers_from: the column from which cells are aligned right.
-        folded: a line that unfolds the table; without it the table is open.
+        is_folded: whether a click unfolds the table.
     """
+    if not rows:
+        return Markup()
     headers = list(dict.fromkeys(header for row in rows for header in row))
-    cells = [[row.get(header, "") for header in headers] for row in rows]
-    return macros().table(headers, cells, caption, numbers_from, folded) if rows else Markup()
+    content = html.table(headers, [[row.get(header, "") for header in headers] for row in rows], caption)
+    return html.folded(caption, content) if is_folded else content
 
 
 def page_html(title: str, sections: Sequence[Section], subtitle: str = "") -> str:

@@ -19,55 +19,38 @@ import numpy as np
 import pandas as pd
 
 from dinov2.data.datasets.tables import open_table
-from dinov2.eval.pages.page import Section, data_value, render
+from dinov2.eval.pages.page import Section, percent, render
 from dinov2.eval.pages.thumbnails import make_thumbnails
 from dinov2.eval.results import PROBABILITY_PREFIX, RESULTS_NAME, read_predictions, read_report
 
 MOST_PATIENTS = 500
 MOST_THUMBNAILS = 6000  # of all patients together: some 10 MB of the page
 THUMBNAIL_PX = 56
-DEFAULT_N_CELLS = 6
-NO_CELLS = pd.DataFrame({"source": [], "attention": []}, dtype=object)
+N_CELLS = 6  # most and least attended ones of each patient, at most
 
 
 @dataclass(frozen=True, eq=False)
 class Patient:
-    """One predicted patient.
-
-    Attributes:
-        id: as in the predictions.
-        label: the true class; None where it is unknown.
-        prediction: the predicted class.
-        probabilities: float64 [C].
-        of_networks: float64 [networks, C]; empty where the result does not have them.
-        sources: where each of N cells is from; empty without attention.
-        attention: float64 [N, 1 or C]; a column per class where classes have their own.
-        class_names: C names.
-    """
+    """One predicted patient."""
 
     id: str
-    label: str | None
-    prediction: str
-    probabilities: np.ndarray
-    of_networks: np.ndarray
-    sources: Sequence[str]
-    attention: np.ndarray
+    label: str | None  # the true class; None where it is unknown
+    prediction: str  # the predicted class
+    probabilities: np.ndarray  # float64 [C]
+    of_networks: np.ndarray  # float64 [networks, C]; no rows where the result does not have them
+    sources: Sequence[str]  # where each of N cells is from; empty without attention
+    attention: np.ndarray  # float64 [N, 1 or C]; a column per class where classes have their own
     class_names: Sequence[str]
 
     @property
-    def is_wrong(self) -> bool:
-        """Whether the label is known and another class."""
-        return self.label is not None and self.label != self.prediction
+    def verdict(self) -> str:
+        """`right`, `wrong` or, without a label, `unknown`."""
+        return "unknown" if self.label is None else "right" if self.label == self.prediction else "wrong"
 
     @property
     def predicted(self) -> int:
         """The position of the predicted class."""
         return self.class_names.index(self.prediction)
-
-    @property
-    def n_agreeing(self) -> int:
-        """Networks whose highest probability is that of the predicted class."""
-        return int((self.of_networks.argmax(axis=1) == self.predicted).sum())
 
     @property
     def weights(self) -> np.ndarray:
@@ -79,10 +62,23 @@ class Patient:
         """Cells that the attention is spread over: 1 / the sum of squared weights."""
         return 1 / float(np.square(self.weights).sum()) if self.weights.any() else 0.0
 
+    @property
+    def n_agreeing(self) -> int:
+        """Networks whose highest probability is that of the predicted class."""
+        return int((self.of_networks.argmax(axis=1) == self.predicted).sum())
+
     def range_of(self, column: int) -> tuple[float, float] | None:
         """Return the lowest and highest probability of a class among several networks."""
         values = self.of_networks[:, column]
         return (float(values.min()), float(values.max())) if len(values) > 1 else None
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """Each class with its probability and its range, in percent."""
+        return [
+            [name, percent(self.probabilities[i]), *map(percent, self.range_of(i) or (None, None))]
+            for i, name in enumerate(self.class_names)
+        ]
 
     def cell_groups(self, n_cells: int) -> dict[str, list[tuple[int, str, float]]]:
         """Return (position, source, attention) of the most and least attended cells, and of each class's most."""
@@ -90,8 +86,8 @@ class Patient:
         groups = {"Most attended": (order[:n_cells], self.weights)}
         if len(order) > n_cells:
             groups["Least attended"] = (order[n_cells:][::-1][:n_cells], self.weights)
-        for name, weights in zip(self.class_names, self.attention.T, strict=False):
-            if self.attention.shape[1] > 1:
+        if self.attention.shape[1] > 1:
+            for name, weights in zip(self.class_names, self.attention.T, strict=True):
                 groups[f"Most attended for {name}"] = (np.argsort(-weights, kind="stable")[:n_cells], weights)
         return {
             title: [(i, self.sources[i], float(weights[i])) for i in positions.tolist()]
@@ -117,46 +113,45 @@ def read_patients(folder: Path) -> list[Patient]:
             f"patients: {str(file)!r} needs the column patient, and a probability of each predicted class for each "
             f"patient; run dinov2/eval/abmil.py again"
         )
-    networks = _read(
-        folder / "predictions_of_networks.csv", [PROBABILITY_PREFIX + name for name in names], predicted.keys
-    )
+    columns = [PROBABILITY_PREFIX + name for name in names]
+    of_networks = _read(folder / "predictions_of_networks.csv", columns, predicted.keys)
     attention = _read(folder / "attention.csv", ["attention"], predicted.keys)
-    of_classes = [f"attention_{name}" for name in names]
     patients = []
-    for i, (patient, prediction) in enumerate(zip(predicted.keys, predicted.predictions, strict=True)):
-        of_networks = (
-            networks[patient].filter(regex=f"^{PROBABILITY_PREFIX}").to_numpy()
-            if networks
-            else np.empty((0, len(names)))
-        )
-        cells = attention.get(patient, NO_CELLS)
-        columns = of_classes if set(of_classes) <= set(cells) else ["attention"]
+    for i, patient in enumerate(predicted.keys):
+        cells = attention[patient]
+        of_classes = [f"attention_{name}" for name in names]
+        weights = cells[of_classes if set(of_classes) <= set(cells) else ["attention"]]
         patients.append(
             Patient(
                 id=patient,
                 label=None if predicted.labels is None else predicted.labels[i],
-                prediction=prediction,
+                prediction=predicted.predictions[i],
                 probabilities=probabilities[i],
-                of_networks=of_networks,
-                sources=cells["source"].tolist(),
-                attention=cells[columns].to_numpy(dtype=np.float64),
+                of_networks=of_networks[patient][columns].to_numpy(np.float64),
+                sources=cells["source"].tolist() if "source" in cells else [],
+                attention=weights.to_numpy(np.float64),
                 class_names=names,
             )
         )
     return patients
 
 
-def _read(file: Path, required: Sequence[str], patients: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """Read the rows of each patient; columns of probabilities and attention are numbers. Empty without the file."""
+def _read(file: Path, numbers: Sequence[str], patients: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """Read the rows of each patient; without the file, a patient has no rows.
+
+    Args:
+        file: the CSV.
+        numbers: columns that it must have.
+        patients: that it must have.
+    """
     if not file.is_file():
-        return {}
-    table = open_table(file, "patients")
-    if missing := {"patient", *required} - set(table.columns):
+        return dict.fromkeys(patients, pd.DataFrame(columns=numbers, dtype=np.float64))
+    frame = pd.DataFrame([row for _, row in open_table(file, "patients").records()])
+    if missing := {"patient", *numbers} - set(frame):
         raise ValueError(f"patients: {str(file)!r} has no column {', '.join(sorted(missing))}; run abmil.py again")
-    frame = pd.DataFrame([row for _, row in table.records()], columns=table.columns, dtype=object)
     for column in (name for name in frame if name.startswith((PROBABILITY_PREFIX, "attention"))):
         try:
-            frame[column] = frame[column].astype(np.float64)
+            frame[column] = frame[column].map(float)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"patients: {str(file)!r} has no number in the column {column} ({error}); the file is cut or was "
@@ -171,7 +166,7 @@ def _read(file: Path, required: Sequence[str], patients: Sequence[str]) -> dict[
     return groups
 
 
-def patients_section(folder: Path, n_cells: int = DEFAULT_N_CELLS) -> Section:
+def patients_section(folder: Path) -> Section:
     """Return the patients of an ABMIL result, wrong ones first.
 
     The page stays small however many patients there are: of more than `MOST_PATIENTS` the first in that order are
@@ -179,31 +174,31 @@ def patients_section(folder: Path, n_cells: int = DEFAULT_N_CELLS) -> Section:
 
     Args:
         folder: --output-dir of abmil.py, with --apply or without.
-        n_cells: most and least attended cells to show of each patient, at most.
 
     Raises:
         FileNotFoundError, ValueError: as `read_patients`.
     """
     patients = read_patients(folder)
-    shown = sorted(patients, key=lambda patient: (not patient.is_wrong, patient.probabilities.max()))[:MOST_PATIENTS]
+    verdicts = [patient.verdict for patient in patients]
+    shown = sorted(patients, key=lambda patient: (patient.verdict != "wrong", patient.probabilities.max()))
+    shown = shown[:MOST_PATIENTS]
     n_columns = shown[0].attention.shape[1]
     n_groups = 2 + (n_columns if n_columns > 1 else 0)
-    n_cells = max(1, min(n_cells, MOST_THUMBNAILS // (len(shown) * n_groups)))
+    n_cells = max(1, min(N_CELLS, MOST_THUMBNAILS // (len(shown) * n_groups)))
     groups = {patient.id: patient.cell_groups(n_cells) for patient in shown}
     cells = [cell for of_patient in groups.values() for of_group in of_patient.values() for cell in of_group]
     sources = list(dict.fromkeys(source for _, source, _ in cells))
     thumbnails = make_thumbnails(sources, THUMBNAIL_PX)
-    html = render(
+    content = render(
         "patients.html",
         patients=shown,
-        class_names=shown[0].class_names,
         n_patients=len(patients),
-        n_labelled=sum(patient.label is not None for patient in patients),
-        n_wrong=sum(patient.is_wrong for patient in patients),
+        n_labelled=len(patients) - verdicts.count("unknown"),
+        n_wrong=verdicts.count("wrong"),
         groups=groups,
-        percent=lambda value: data_value(float(value), f"{100 * value:.1f} %"),
+        percent=percent,
         thumbnails=dict(zip(sources, thumbnails.uris, strict=True)),
         missing={sources[position]: reason for position, reason in thumbnails.missing.items()},
         size=THUMBNAIL_PX,
     )
-    return Section("patients", "Patients", html)
+    return Section("patients", "Patients", content)

@@ -4,12 +4,13 @@ import json
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 from bokeh.document import Document
 from bokeh.models import Line, Scatter, Segment
 from markupsafe import escape
 
-from dinov2.eval.pages.charts import COLOURS, N_COLUMNS, interval_chart, line_chart, thinned
+from dinov2.eval.pages.charts import COLOURS, N_BUCKETS, interval_chart, line_chart, thinned
 
 EVIL = '</script><img src=x onerror=alert(1)> "a", ü'
 BACKGROUNDS = ("#ffffff", "#12181f")
@@ -37,43 +38,47 @@ def contrast(a, b):
     return (light + 0.05) / (dark + 0.05)
 
 
+def series(values, start=0):
+    return pd.Series(values, range(start, start + len(values)), dtype=np.float64)
+
+
 def test_short_series_are_kept_whole():
-    assert thinned(np.arange(5), np.full(5, np.nan)).tolist() == [0, 1, 2, 3, 4]
-    assert thinned(np.arange(0), np.arange(0)).tolist() == []
+    assert thinned(np.full(5, np.nan)).tolist() == [0, 1, 2, 3, 4]
+    assert thinned(np.empty(0)).tolist() == []
 
 
 def test_of_long_series_ends_spikes_and_gaps_stay():
     n = 1_000_000
-    xs, ys = np.arange(n), np.random.default_rng(0).normal(size=n)
+    ys = np.random.default_rng(0).normal(size=n)
     ys[[345_678, 700_001]] = 99, -99
     ys[500_000:520_000] = np.nan
     ys[7] = np.inf
-    kept = thinned(xs, ys)
+    kept = thinned(ys)
     assert {0, n - 1, 345_678, 700_001} <= set(kept.tolist())
-    assert len(kept) <= 3 * N_COLUMNS + 1
+    assert len(kept) <= 2 * N_BUCKETS + 2
     assert (np.diff(kept) > 0).all()
     assert np.isnan(ys[kept]).any()
     assert 7 not in kept
-    chart = line_chart({"loss": (xs, ys)}, "Loss", "iteration", "nats")
+    chart = line_chart({"loss": series(ys)}, "Loss", "iteration")
     assert np.isnan(glyphs(chart, Line)[0][1]["y"]).any()
     assert len(chart) < 50_000
     assert "lowest -99, highest 99" in chart
 
 
 def test_a_series_without_a_number_is_thinned_too():
-    assert len(thinned(np.arange(10_000), np.full(10_000, np.nan))) <= N_COLUMNS + 1
+    assert len(thinned(np.full(10_000, np.nan))) <= N_BUCKETS + 1
 
 
 def test_lines_have_their_numbers_names_and_dashes():
-    series = {"a": ([0, 10], [1.0, 2.0]), "b": ([0, 10], [2.0, 1.0])}
-    chart = line_chart(series, "T", "x", "y")
+    both = {"a": pd.Series([1.0, 2.0], [0, 10]), "b": pd.Series([2.0, 1.0], [0, 10])}
+    chart = line_chart(both, "T", "x")
     lines = glyphs(chart, Line)
-    for (line, data), (name, (xs, ys)), colour in zip(lines, series.items(), COLOURS, strict=False):
-        assert (data["x"], data["y"], data["name"]) == (xs, ys, name)
+    for (line, data), (name, values), colour in zip(lines, both.items(), COLOURS, strict=False):
+        assert (data["x"], data["y"], data["name"]) == ([0, 10], values.tolist(), name)
         assert line.line_color == colour
     assert lines[0][0].line_dash != lines[1][0].line_dash
     assert re.findall(r"</span>(\w)</li>", chart) == ["a", "b"]
-    assert "legend" not in line_chart({"a": ([0, 10], [1.0, 2.0])}, "T", "x", "y")
+    assert "legend" not in line_chart({"a": both["a"]}, "T", "x")
 
 
 @pytest.mark.parametrize("log_y", [False, True])
@@ -82,7 +87,7 @@ def test_lines_have_their_numbers_names_and_dashes():
     [[3.0], [0.0, 0.0], [1e-320, 1e308], [1.0, float("nan"), 3.0], [float("inf"), 2.0], [5.0, 5.0, 5.0], [-1.0, 1.0]],
 )
 def test_odd_values_are_drawn_or_left_out(values, log_y):
-    chart = line_chart({"a": (range(len(values)), values)}, "T", "x", "y", log_y)
+    chart = line_chart({"a": series(values)}, "T", "x", log_y)
     drawn = [abs(value) < 1e150 and (value > 0 or not log_y) for value in values]
     if any(drawn):
         assert np.isfinite(glyphs(chart, Line)[0][1]["y"]).tolist() == drawn
@@ -91,18 +96,18 @@ def test_odd_values_are_drawn_or_left_out(values, log_y):
 
 
 def test_single_points_are_marked_and_empty_charts_say_so():
-    ((_, data),) = glyphs(line_chart({"a": ([1], [2.0])}, "T", "x", "y"), Scatter)
+    ((_, data),) = glyphs(line_chart({"a": series([2.0])}, "T", "x"), Scatter)
     assert data["y"] == [2.0]
-    for nothing in (line_chart({"a": ([], [])}, "T", "x", "y"), line_chart({}, "T", "x", "y")):
+    for nothing in (line_chart({"a": series([])}, "T", "x"), line_chart({}, "T", "x"), interval_chart({}, "T")):
         assert "No number to draw" in nothing
-    assert "No number to draw" in line_chart({"a": ([0], [-1.0])}, "T", "x", "y", log_y=True)
-    assert "No number to draw" in interval_chart([("a", None, None, None)], "T", "x")
+    assert "No number to draw" in line_chart({"a": series([-1.0])}, "T", "x", log_y=True)
+    assert "No number to draw" in interval_chart({"a": (None, None, None)}, "T")
 
 
 def test_charts_have_a_name_and_their_texts_are_safe():
     charts = [
-        line_chart({EVIL: ([0, 1], [0, 1]), "b": ([0], [1])}, EVIL, EVIL, EVIL),
-        interval_chart([(EVIL * 3, 0.5, 0.1, 0.9)], EVIL, EVIL),
+        line_chart({EVIL: series([0, 1]), "b": series([1])}, EVIL, EVIL),
+        interval_chart({EVIL * 3: (0.5, 0.1, 0.9)}, EVIL),
     ]
     for chart in charts:
         assert f"<figcaption>{escape(EVIL)}</figcaption>" in chart
@@ -111,7 +116,7 @@ def test_charts_have_a_name_and_their_texts_are_safe():
 
 
 def test_intervals_are_around_their_values():
-    chart = interval_chart([("a", 50.0, 40.0, 65.0), ("b", 20.0, None, None)], "T", "%")
+    chart = interval_chart({"a": (0.5, 0.4, 0.65), "b": (0.2, None, None)}, "T")
     ((_, data),) = glyphs(chart, Segment)
     assert (data["name"], data["value"]) == (["a", "b"], [50, 20])
     assert (data["low"][0], data["high"][0]) == (40, 65)

@@ -12,7 +12,20 @@ from bokeh.plotting import figure
 from markupsafe import Markup
 
 from dinov2.eval.pages import page as module
-from dinov2.eval.pages.page import Section, data_value, embed, image_uri, macros, page_html, render, table, write_page
+from dinov2.eval.pages.page import (
+    NONE,
+    Section,
+    embed,
+    html,
+    image_uri,
+    page_html,
+    percent,
+    render,
+    rounded,
+    section,
+    table,
+    write_page,
+)
 
 CSS = Path(module.__file__).parent / "templates" / "page.css"
 EVIL = "</script><img src=x onerror=alert(1)> \"quoted\", \u2028 'ü' & <b>"
@@ -104,39 +117,48 @@ def test_a_figure_has_a_name_and_its_data():
 
 def test_data_comes_back_with_all_digits():
     data = {"b": [0.1 + 0.2, 1e-300, 3, True, None, "</script>", "\u2029", "\udcff"], "a": EVIL}
-    ((attributes, text),) = contents(macros().data("s", data))
+    ((attributes, text),) = contents(html.data("s", data))
     assert attributes["id"] == "data-s"
     assert json.loads(text) == data
     assert not re.search("[<>&\u2028\u2029]", text)
 
 
 def test_values_are_escaped_and_markup_stays():
-    text = macros().text(EVIL, EVIL) + macros().text(Markup("<b>bold</b>")) + data_value(0.5, "<i>")
-    page = Page(text)
-    assert page.of("p")[0] == {"class": EVIL}
-    assert ("p", EVIL) in page.texts
+    page = Page(html.text(EVIL) + html.text(Markup("<b>bold</b>")) + html.listing(EVIL, [EVIL], EVIL))
+    assert page.of("div")[0] == {"class": EVIL}
+    assert {("p", EVIL), ("li", EVIL)} <= set(page.texts)
     assert len(page.of("b")) == 1
-    assert page.of("i") == []
     assert EVIL not in render("page.html", title=EVIL, subtitle=EVIL, sections=[], bokeh="")
 
 
+def test_numbers_are_rounded_and_keep_their_digits():
+    assert rounded(1234.56) == '<data value="1234.56">1,235</data>'
+    assert percent(0.87654) == '<data value="0.87654">87.7</data>'
+    assert rounded(np.float32(0.5), ".3f") == NONE == percent(None) == percent("<b>") == percent(float("nan"))
+
+
+def test_a_section_without_content_is_none():
+    assert section("s", "S", [Markup(), Markup()]) is None
+    assert section("s", "S", [Markup("<p>a</p>"), Markup()]) == Section("s", "S", Markup("<p>a</p>"))
+
+
 def test_a_table_names_rows_columns_and_itself():
-    rows = [{"what": "row <1>", "a": data_value(0.25, "25.0")}, {"what": "row 2", "a": "x", "b": "y"}]
+    rows = [{"what": "row <1>", "a": percent(0.25)}, {"what": "row 2", "a": "x", "b": "y"}]
     page = Page(table(rows, EVIL))
     assert [attrs["scope"] for attrs in page.of("th")] == ["col"] * 3 + ["row"] * 2
-    assert [attrs.get("class") for attrs in page.of("td")] == ["number"] * 4
+    assert len(page.of("td")) == 4
     assert page.of("data") == [{"value": "0.25"}]
     assert [text for tag, text in page.texts if tag == "caption"] == [EVIL]
     (region,) = page.of("div")
     assert region["aria-label"] == EVIL
     assert region["tabindex"] == "0"
     assert table([], "nothing") == ""
-    folded = Page(table(rows, "caption", folded=EVIL))
+    folded = Page(table(rows, EVIL, is_folded=True))
     assert [text for tag, text in folded.texts if tag == "summary"] == [EVIL]
 
 
 def test_fields_of_a_matrix_are_coloured_by_share():
-    page = Page(macros().matrix(["a", EVIL], ["a", "b"], [["3", "1"], ["", ""]], [[1.0, 0.25], [None, 0.0]], EVIL))
+    page = Page(html.matrix(["a", "b"], {"a": [("3", 1.0), ("1", 0.25)], EVIL: [("", None), ("", 0.0)]}, EVIL))
     shares = [attrs["style"] for attrs in page.of("td") if "style" in attrs]
     assert shares == ["--share: 100.0%", "--share: 25.0%", "--share: 0.0%", "--share: 0.0%"]
     assert [attrs["scope"] for attrs in page.of("th")] == ["col", "col", "row", "row"]

@@ -41,13 +41,14 @@ def test_numbers_of_results_come_back_out_of_the_page(page, results):
 
 
 def test_origins_are_listed(page, results):
-    row = page.table("Results: date")["knn"]
     written = read(results)
-    assert row["date"].text == written["date"]
-    assert row["seed"].text == "0"
-    assert f"dinov2 {dinov2.__version__}" in row["versions"].text
-    assert row["sha256 of the weights"].text == "0abc"
-    assert written["hashes"]["features"] in page.text
+    rows = page.tables["What each was made from and with"]
+    values = {(row[1].text, row[2].text): row[3].text for row in rows if row[0].text == "knn"}
+    assert values["settings", "seed"] == "0"
+    assert values["versions", "dinov2"] == dinov2.__version__
+    assert values["checkpoint", "checkpoint_sha256"] == "0abc"
+    assert values["hashes", "features"] == written["hashes"]["features"]
+    assert written["date"] in page.table("Results")["knn"]["date"].text
 
 
 def test_results_of_the_same_cells_stand_side_by_side(write, make_results, results):
@@ -109,11 +110,11 @@ def test_results_of_another_version_are_read_as_far_as_they_go(write, tmp_path):
     page = write(tmp_path / "results.json")
     row = next(iter(page.table(f"{tmp_path.name}: all protocols").values()))
     assert row["accuracy, %"].text == "50.0"
-    assert row["macro F1, %"].text == "missing"
+    assert row["macro F1, %"].text == "–"
     assert row["AUROC, %"].text == "–"
     for note in ("version 99.0 wrote it", "do not know: new", "does not know are left out: new_score"):
         assert note.replace("do not know", "does not know are left out") in page.words
-    assert page.table("Classes,")["a"]["recall, %"].text == "missing"
+    assert page.table("Classes,")["a"]["recall, %"].text == "–"
 
 
 def test_an_unknown_protocol_is_shown_as_found(write, tmp_path):

@@ -28,22 +28,22 @@ def test_numbers_of_a_run_come_back_out_of_the_page(page, run_folder):
         ]
         assert np.isfinite(ys).tolist() == finite
     assert len(page.charts) >= len(rows[0]) - 1, "every number has a chart"
-    shown = page.table("All losses together")
-    for row in rows:
-        cell = shown[str(row["iteration"])]["run, first"]
-        if row["total_loss"] is None:
-            assert cell.text == "not a number"
-        else:
-            assert cell.values == [row["total_loss"]]
-            assert cell.shown == [f"{row['total_loss']:.5g}"]
+    shown = page.table("run, first: numbers")
+    for name, title in titles.items():
+        values = [row[name] for row in rows if row[name] is not None]
+        numbers = {"newest": values[-1], "lowest": min(values), "highest": max(values)}
+        for header, number in numbers.items():
+            assert shown[title][header].values == [number]
+            assert shown[title][header].shown == [f"{number:.5g}"]
+        assert shown[title]["iterations that have it"].values == [len(values)]
     newest = json.loads((run_folder / "eval" / "training_8" / "results.json").read_text())["datasets"][EVIL]["knn"]
-    rows_of = {
-        (row[2].text, row[3].text): row for row in page.tables[next(c for c in page.tables if "Newest" in c)][1:]
-    }
-    assert rows_of[EVIL, "knn_5"][4].values == [newest["knn_5"]["accuracy"]]
-    assert page.table("State and faults")["run, first"]["skipped steps"].values == [1]
-    assert page.charts[f"{EVIL}: accuracy"]["knn_5"][0] == [0, 4, 8]
-    assert page.charts[f"{EVIL}: accuracy"]["knn_5"][1][-1] == newest["knn_5"]["accuracy"]
+    method = f"{EVIL} knn knn_5"
+    (of_method,) = [row for row in page.tables["Newest and best teacher of each run"] if row[2].text == method]
+    assert of_method[3].values == [newest["knn_5"]["accuracy"]]
+    assert page.table("Training runs")["run, first"]["skipped steps"].values == [1]
+    xs, ys = page.charts[f"{method}: accuracy"]["run, first"]
+    assert xs == [0, 4, 8]
+    assert ys[-1] == newest["knn_5"]["accuracy"]
 
 
 def test_settings_and_their_difference_from_the_default(page):
@@ -63,7 +63,7 @@ def test_a_run_still_going_is_no_error(write, make_run, results):
     assert "5 of 20 iterations" in row["state"].text
     assert "going on, or stopped" in row["state"].text
     assert row["state"].values == [5, 20]
-    assert "left out" not in page.words
+    assert "Not everything could be read" not in page.words
     assert ("h2", "Teachers during training") not in page.headings
 
 
@@ -74,7 +74,7 @@ def test_lines_in_the_middle_that_are_broken_are_counted(write, make_run):
     text.insert(3, text[0])  # an iteration that stands twice
     (folder / "training_metrics.json").write_text("\n".join([*text, "[]", ""]))
     page = write(folder / "training_metrics.json")
-    assert "1 lines are no JSON object" in page.words
+    assert "broken: 2 lines of training_metrics.json are no JSON object" in page.words
     assert page.charts["Learning rate"]["broken"][0] == [0, 2, 3]
 
 
@@ -83,7 +83,7 @@ def test_a_run_that_has_written_nothing_yet(write, make_run):
     (folder / "logs").mkdir()
     page = write(folder)
     assert "0 of 8 iterations" in page.table("Training runs")["young"]["state"].text
-    assert "No iteration has been written yet" in page.words
+    assert "young: no training_metrics.json" in page.words
 
 
 def test_faults_of_a_run_are_listed(write, make_run):
@@ -98,27 +98,14 @@ def test_faults_of_a_run_are_listed(write, make_run):
     (folder / "bad_images.csv").write_text(f'path,reason\n"a, ""b"".png",{EVIL}\n')
     (folder / "config.yaml").write_text("train: [unclosed")
     page = write(folder)
-    row = page.table("State and faults")["faulty"]
+    row = page.table("Training runs")["faulty"]
     counts = [row[name].text for name in ("rollbacks", "resumed", "unreadable images", "warnings")]
     assert counts == ["1", "1", "1", "3"]
-    assert page.table("faulty: warnings of the log")[f"cannot read {EVIL}"]["times"].text == "2"
+    assert page.table("faulty: newest of 2 warnings")[f"cannot read {EVIL}"]["times"].text == "2"
     assert page.table("faulty: unreadable images")['a, "b".png']["reason"].text == EVIL
-    assert page.table("Training runs: what")["faulty"]["commit"].text == "abc123"
+    origins = page.tables["What each was made from and with"]
+    assert ["faulty", "start 1", "commit", "abc123"] in [[cell.text for cell in row] for row in origins]
     assert "config.yaml is not readable" in page.words
-
-
-def test_crops_and_masks_are_shown_from_the_first_and_the_newest(write, make_run, tmp_path):
-    folder = make_run("seen")
-    (folder / "views").mkdir()
-    png = b"\x89PNG\r\n\x1a\n"
-    for name in ("crops_0", "crops_4", "crops_12", "masks_4"):
-        (folder / "views" / f"{name}.png").write_bytes(png + name.encode())
-    (folder / "views" / "huge_1.png").write_bytes(bytes(4_000_000))
-    page = write(folder)
-    images = [attrs["alt"] for tag, attrs in page.elements if tag == "img"]
-    shown = ("Crops, iteration 0", "Crops, iteration 12", "Masks, iteration 4")
-    assert images == [f"{what} of a training batch" for what in shown]
-    assert "too many for the page" in page.words
 
 
 def test_several_runs_share_charts(write, make_run, run_folder):
@@ -126,9 +113,8 @@ def test_several_runs_share_charts(write, make_run, run_folder):
     file = other / "eval" / "training_4" / "results.json"
     file.write_text(file.read_text().replace('"n_test": 30', '"n_test": 31'))
     page = write(run_folder, other)
-    rows = page.table("All losses together")
-    assert list(rows["0"]) == ["iteration", "run, first", "second"]
-    assert rows["7"]["second"].text == ""
+    lines = page.charts["All losses together"]
+    assert {name: len(xs) for name, (xs, _) in lines.items()} == {"run, first": 8, "second": 6}
     table = page.table("Settings that differ")["optim.base_lr"]
     assert (table["run, first"].text, table["second"].text) == (table["default"].text, "0.5")
     assert "differ between the runs, and their numbers do not compare" in page.words
@@ -144,6 +130,6 @@ def test_long_runs_are_thinned_and_keep_their_spikes(write, make_run):
     page = write(folder)
     xs, ys = page.charts["All losses together"]["long"]
     assert ys[xs.index(12_345)] == 88.25
-    assert page.table("All losses together")["12345"]["long"].values == [88.25]
+    assert page.table("long: numbers")["All losses together"]["highest"].values == [88.25]
     assert len(xs) < 1_000
     assert len(page.text) < 2_000_000

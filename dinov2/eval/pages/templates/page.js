@@ -4,31 +4,29 @@
   const root = document.documentElement, button = document.getElementById("theme"), key = "dinov2-theme";
   const system = window.matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
-  const show = () => {
-    button.textContent = isDark() ? "Light colours" : "Dark colours";
-    document.dispatchEvent(new CustomEvent("themechange"));
-  };
   const storage = (use) => {
     try { return use(window.localStorage); } catch { return null; } // browsers may refuse it to files from disk
   };
-  const stored = storage((items) => items.getItem(key));
-  if (stored) root.dataset.theme = stored;
-  root.dataset.scripted = "";
-  button.hidden = false;
+  const show = (theme) => {
+    if (theme) root.dataset.theme = theme;
+    button.textContent = isDark() ? "Light colours" : "Dark colours";
+    document.dispatchEvent(new CustomEvent("themechange"));
+  };
   button.addEventListener("click", () => {
-    root.dataset.theme = isDark() ? "light" : "dark";
+    show(isDark() ? "light" : "dark");
     storage((items) => items.setItem(key, root.dataset.theme));
-    show();
   });
-  system.addEventListener("change", show);
-  show();
+  system.addEventListener("change", () => show());
+  show(storage((items) => items.getItem(key)));
+  root.dataset.scripted = "";
 
   let folded = [];
+  const setOpen = (open) => folded.forEach((part) => { part.open = open; });
   window.addEventListener("beforeprint", () => {
     folded = [...document.querySelectorAll("details:not([open])")];
-    folded.forEach((part) => { part.open = true; });
+    setOpen(true);
   });
-  window.addEventListener("afterprint", () => folded.forEach((part) => { part.open = false; }));
+  window.addEventListener("afterprint", () => setOpen(false));
 
   root.dataset.charts = "pending";
   const charts = [...document.querySelectorAll(".chart-data")];
