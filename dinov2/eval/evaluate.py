@@ -16,6 +16,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from dinov2.data.datasets.bag_folds import draw_folds
 from dinov2.data.datasets.bags import read_patient_labels
 from dinov2.eval import abmil, knn, linear, runner
@@ -118,12 +120,11 @@ def evaluate_patients(args: argparse.Namespace, evaluation: EvaluationSet) -> di
     files = {"features": evaluation.files[0], "test_features": None, "labels": args.patient_labels}
     if test is not None:
         files["test_features"] = evaluation.files[1]
-    settings = {name: None if file is None else str(file) for name, file in files.items()}
+    settings: dict[str, Any] = {name: None if file is None else str(file) for name, file in files.items()}
     hashes = {name: file_sha256(file) for name, file in files.items() if file is not None}
     data = draw_folds(bags, protocol, seed=args.seed, test=test)
-    report = abmil.run(
-        data, options, args.output_dir / ABMIL, settings | {"protocol": protocol} | asdict(options), hashes
-    )
+    settings |= {"protocol": protocol, **asdict(options)}
+    report = abmil.run(data, options, args.output_dir / ABMIL, settings, hashes)
     return {ABMIL: {"model": report["results"][options.model]["together"]}}
 
 
@@ -131,11 +132,11 @@ def why_not_patients(cells: Features) -> str:
     """Return why patients cannot be classified by the labels of their cells, or ""."""
     if cells.patients is None:
         return "the cells have no patients; give them in a CSV with the columns Image Path,Label,patient"
-    label_of: dict[str, int] = {}
-    for patient, label in zip(cells.patients, cells.labels.tolist(), strict=True):
-        if label_of.setdefault(patient, label) != label:
-            return f"cells of patient {patient!r} have several labels; give the patients' own with --patient-labels"
-    if len(label_of) == len(cells):
+    n_labels = pd.Series(cells.labels).groupby(cells.patients).nunique()  # of each patient
+    if (n_labels > 1).any():
+        patient = n_labels.idxmax()
+        return f"cells of patient {patient!r} have several labels; give the patients' own with --patient-labels"
+    if len(n_labels) == len(cells):
         return "every patient has a single cell"
     return ""
 

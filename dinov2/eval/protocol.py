@@ -87,27 +87,17 @@ class EvaluationData:
 
 @dataclass(frozen=True)
 class Protocol:
-    """An evaluation protocol with its options, and how its results are named.
+    """An evaluation protocol with its options, and how its results are named."""
 
-    Attributes:
-        name: `protocol` in results.json; rows of results are called <name>_<value of the setting>.
-        title: heading of tables and figures.
-        setting: what the rows differ in, for the tables.
-        evaluate: the function `evaluate(data, options)`.
-        options: its options, a dataclass.
-        few_shot_options: return the options for so many training cells, or None if they are too few; None: `options`.
-        kinds: of features that a network extracts for it by default; with several it chooses among all that there are.
-        has_many_rows: True if each row has its own file, predictions_<row>.csv; else there is one predictions.csv.
-    """
-
-    name: str
-    title: str
-    setting: str
+    name: str  # `protocol` in results.json; rows of results are called <name>_<value of the setting>
+    title: str  # heading of tables and figures
+    setting: str  # what the rows differ in, for the tables
     evaluate: Callable[[EvaluationData, Any], Predictions]
-    options: Any
+    options: Any  # a dataclass
+    # returns the options for a number of training cells, or None if they are too few; without it they are `options`
     few_shot_options: Callable[[int], Any] | None = None
-    kinds: tuple[str, ...] = (DEFAULT_KIND,)
-    has_many_rows: bool = False
+    kinds: tuple[str, ...] = (DEFAULT_KIND,)  # of features that a network extracts for it by default
+    has_many_rows: bool = False  # each row has its own file, predictions_<row>.csv; else there is one predictions.csv
 
     @property
     def takes_all_kinds(self) -> bool:
@@ -181,12 +171,9 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     split.add_argument("--test-fraction", type=float, help="one split instead: share to test on, up to 0.5")
     add("--few-shot", type=positive_int, nargs="+", default=[], help="learn from this many cells a class too")
     add("--repeats", type=positive_int, default=10, help="draws for each of --few-shot")
-    seeded = "of all that is drawn: folds, few cells, intervals, untrained networks, sgd"
-    add("--seed", type=int, default=0, help=seeded)
-    baselines = (
-        "evaluate these on the same split too: the same architecture untrained (with --checkpoint), colour histograms "
-        "(HSV), raw 32x32 pixels"
-    )
+    add("--seed", type=int, default=0, help="of folds, few cells, intervals, untrained networks and sgd")
+    baselines = "evaluate these on the same split too: the same architecture untrained (with --checkpoint), "
+    baselines += "colour histograms (HSV), raw 32x32 pixels"
     add("--baseline", choices=("untrained", *BASELINES), nargs="+", default=[], help=baselines)
     add("--output-dir", type=Path, required=True, help="for results and features; made if missing")
 

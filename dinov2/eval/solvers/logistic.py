@@ -29,7 +29,6 @@ logger = logging.getLogger("dinov2")
 
 Backend = Literal["torch", "sklearn"]
 
-CHUNK = 8192  # samples that are converted to float64 at a time
 CURVATURE = 0.02  # c: smaller than at the start (1 / C), since most samples are fitted well at the optimum
 MAX_ITER = {"torch": 3000, "sklearn": 1000}
 # L-BFGS stops when the mean loss changes by less. Probabilities of held-out samples are then within about 1e-4 of the
@@ -74,10 +73,10 @@ def fit_logistic(
     device: str | torch.device = "cpu",
     backend: Backend = "torch",
 ) -> list[LinearProbe]:
-    """Fit one probe for each lambda and warn about fits that did not converge.
+    """Fit one probe for each lambda, on features as they are, and warn about fits that did not converge.
 
     Args:
-        features: [N, D], used as they are.
+        features: [N, D].
         labels: int64 [N], 0 to C - 1; classes without a cell get probability 0.
         n_classes: C.
         lams: penalties, above 0.
@@ -111,8 +110,14 @@ Solutions: TypeAlias = Iterator[tuple[np.ndarray, np.ndarray, int]]  # weights [
 
 
 def _solve_torch(features: Tensor, labels: Tensor, lams: Sequence[float]) -> Solutions:
-    mean, axes = _principal_axes(features)
-    rotated = torch.cat([(chunk - mean) @ axes for chunk in features.split(CHUNK)])  # [N, r]
+    mean = features.mean(dim=0, dtype=torch.float64)
+    centred = features - mean  # [N, D]
+    if len(features) < len(mean):
+        axes = torch.linalg.svd(centred, full_matrices=False).Vh.T  # [D, r]
+    else:
+        axes = torch.linalg.eigh(centred.T @ centred).eigenvectors
+    rotated = centred @ axes  # [N, r]
+    del centred
     variances = rotated.square().mean(dim=0)  # [r]
     n_classes = int(labels.max()) + 1
     for lam in lams:
@@ -123,19 +128,6 @@ def _solve_torch(features: Tensor, labels: Tensor, lams: Sequence[float]) -> Sol
         weights = (solution[:, :-1] * scales) @ axes.T  # [C, D]
         bias = solution[:, -1] * CURVATURE**-0.5 - weights @ mean  # [C]
         yield weights.cpu().numpy(), (bias - bias.mean()).cpu().numpy(), n_iterations
-
-
-def _principal_axes(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean [D] and the principal axes [D, r] of features [N, D], in float64."""
-    mean = features.mean(dim=0, dtype=torch.float64)
-    n_samples, dim = features.shape
-    if n_samples < dim:
-        return mean, torch.linalg.svd(features - mean, full_matrices=False).Vh.T
-    products = features.new_zeros(dim, dim, dtype=torch.float64)
-    for chunk in features.split(CHUNK):
-        centred = chunk - mean
-        products.addmm_(centred.T, centred)
-    return mean, torch.linalg.eigh(products).eigenvectors
 
 
 def _minimise(features: Tensor, labels: Tensor, n_classes: int, penalties: Tensor) -> tuple[Tensor, int]:

@@ -34,17 +34,10 @@ def fit_sgd_probes(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> dict[tuple[str, float], LinearProbe]:
-    """Train a softmax layer in float32 for each kind of features and each learning rate.
+    """Train a softmax layer in float32 for each kind of features [N, D] and each learning rate.
 
-    Args:
-        features: {kind: [N, D]}.
-        labels: int64 [N].
-        n_classes: C.
-        learning_rates: L, for 256 cells a batch; scaled by batch_size / 256.
-        n_iterations: number of batches; each pass over the cells has a new random order.
-        batch_size: B; all cells if there are fewer.
-        seed: of weights and order.
-        device: where the layers are trained.
+    Rates are for 256 cells a batch and scaled by batch_size / 256; a batch is all cells if there are fewer. Each pass
+    over the cells has a new random order.
 
     Returns:
         {(kind, learning rate): probe}; `has_converged` is False where weights are infinite or NaN.
