@@ -43,8 +43,8 @@ from dinov2.eval.extract_features import (
 )
 from dinov2.eval.features import DEFAULT_KIND, Features, read_features
 from dinov2.eval.features.baselines import BASELINES
-from dinov2.eval.features.data_sets import align_classes, check_finite, check_same_network, join
 from dinov2.eval.features.extract import Embedder
+from dinov2.eval.features.join import align_classes, check_finite, check_same_network, join
 from dinov2.eval.results import FoldPredictions
 from dinov2.hub.backbones import untrained_backbone
 from dinov2.utils.files import file_sha256
@@ -243,7 +243,7 @@ def load_evaluation_set(args: argparse.Namespace, with_all_kinds: bool = False) 
         check_same_network(*sets)
         sets[1] = align_classes(sets[1], sets[0].class_names)
     split = _make_split(args, sets)
-    cells = join(*sets)
+    cells = sets[0] if len(sets) == 1 else join(*sets)
     del sets, features  # after joining they are a second copy of the features
     folds, copies = without_copies(cells.paths, split.folds)
     description = describe_folds(cells.labels, folds, cells.class_names)

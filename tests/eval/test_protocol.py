@@ -81,7 +81,7 @@ def test_sets_that_make_no_sense_are_refused_and_leave_nothing(tmp_path, feature
     expect_nothing("checkpoint_sha256 differs, 'ab' and 'cd'", *flags)
     mean = features_file(tmp_path / "mean.h5", prefix="/o", kind="mean")
     flags = ("--features", good, "--test-features", mean)
-    expect_nothing("kind differs, 'cls' and 'mean'", *flags)
+    expect_nothing("features are 'cls' in one and 'mean' in the other", *flags)
     one = features_file(tmp_path / "one.h5", labels=np.ones(80, dtype=np.int64))
     expect_nothing("all 80 cells are of class 'monocyte'", "--features", one)
     broken = features_file(tmp_path / "broken.h5", features=np.full((80, 12), np.nan, dtype=np.float32))

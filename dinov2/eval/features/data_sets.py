@@ -14,6 +14,7 @@ import numpy as np
 from dinov2.data.copies import without_copies
 from dinov2.data.datasets.tables import open_table
 from dinov2.data.splits import Fold, leave_one_dataset_out, make_folds
+from dinov2.eval.features.join import check_finite, check_same_network
 from dinov2.eval.features.store import Features, read_features
 from dinov2.utils.paths import local_path
 
@@ -21,8 +22,6 @@ logger = logging.getLogger("dinov2")
 
 ALL_OTHERS = "all others"
 MAP_COLUMNS = ("dataset", "label", "common")
-# attributes that sets must share, or distances between their features mean nothing
-NETWORK_ATTRIBUTES = ("checkpoint_sha256", "transform")
 
 
 def read_sets(files: Mapping[str, Path], kind: str | None) -> dict[str, Features]:
@@ -224,70 +223,3 @@ def count_cells(data: CrossData, name: str, features: Features) -> dict[str, Any
         "dropped_by_map": len(features) - len(cells),
         "unreadable": len(features.unreadable),
     }
-
-
-# --- checks, and a training and a test set ---------------------------------------------------------------------------
-
-
-def check_finite(features: Features, source: Path) -> None:
-    """Raise ValueError with the name of the file if features are infinite or NaN."""
-    for values in (features.features, *features.others.values()):
-        is_finite = np.isfinite(values).all(axis=1)
-        if not is_finite.all():
-            example = features.paths[int(np.argmin(is_finite))]
-            raise ValueError(
-                f"features: {int((~is_finite).sum())} of {len(features)} in {str(source)!r} are infinite or NaN, for "
-                f"instance those of {example!r}; extract again, with weights that did not diverge"
-            )
-
-
-def check_same_network(train: Features, test: Features) -> None:
-    """Raise ValueError if features are of two networks, image transforms, kinds or sizes."""
-    properties = [
-        {name: features.attributes.get(name) for name in NETWORK_ATTRIBUTES}
-        | {"kind": features.kind, "numbers a cell": features.features.shape[1]}
-        for features in (train, test)
-    ]
-    for name, value in properties[0].items():
-        if value != properties[1][name]:
-            raise ValueError(
-                f"--features and --test-features: {name} differs, {value!r} and {properties[1][name]!r}; extract both "
-                f"with one checkpoint, image size and --kinds, or choose a --kind that both have"
-            )
-
-
-def align_classes(features: Features, class_names: list[str]) -> Features:
-    """Return the features with labels that are positions in `class_names`; each cell's class must be there."""
-    unknown = sorted({features.class_names[i] for i in features.labels} - set(class_names))
-    if unknown:
-        raise ValueError(
-            f"test features: classes {', '.join(map(repr, unknown))} are not among the training set's "
-            f"{', '.join(map(repr, class_names))}; extract both from sets with the same class names"
-        )
-    new_ids = np.array([class_names.index(name) if name in class_names else -1 for name in features.class_names])
-    return replace(features, labels=new_ids[features.labels], class_names=class_names)
-
-
-def join(train: Features, test: Features | None = None) -> Features:
-    """Join two sets of one network and the same classes, the training set first, with the attributes of the first.
-
-    Patients and further kinds of features are kept if both sets have them.
-    """
-    if test is None:
-        return train
-    patients = None if train.patients is None or test.patients is None else train.patients + test.patients
-    if patients is None and (train.patients is not None or test.patients is not None):
-        logger.warning("patients are known of one of the two sets only and not used")
-    return replace(
-        train,
-        features=np.concatenate([train.features, test.features]),
-        labels=np.concatenate([train.labels, test.labels]),
-        paths=train.paths + test.paths,
-        patients=patients,
-        unreadable=list(dict.fromkeys(train.unreadable + test.unreadable)),
-        others={
-            kind: np.concatenate([values, test.others[kind]])
-            for kind, values in train.others.items()
-            if kind in test.others
-        },
-    )

@@ -17,7 +17,7 @@ import pandas as pd
 
 from dinov2.data.datasets.tables import open_table
 from dinov2.eval.features import Features
-from dinov2.eval.features.data_sets import check_same_network
+from dinov2.eval.features.join import check_same_network
 from dinov2.eval.results import PROBABILITY_PREFIX, PredictionTable
 
 MAX_PROBABILITIES = 32  # classes whose probabilities are columns of their own
