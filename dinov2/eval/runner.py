@@ -28,6 +28,29 @@ from dinov2.eval.results import provenance, settings_of, summarize, write_predic
 from dinov2.logging import setup_logging
 from dinov2.utils.files import file_sha256
 
+HOW_TO = (
+    "Give --checkpoint or --encoder with --train and --test or with --data, or else --features, with or without "
+    "--test-features."
+)
+
+
+def parse_arguments(
+    description: str,
+    protocol_of: Callable[[argparse.Namespace], Protocol],
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+    argv: Sequence[str] | None = None,
+) -> argparse.Namespace:
+    """Parse and check the flags of a protocol's command; the arguments are those of `run_command`."""
+    parser = argparse.ArgumentParser(
+        description=f"{description} {HOW_TO}", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    if add_arguments is not None:
+        add_arguments(parser)
+    add_evaluation_arguments(parser)
+    args = parser.parse_args(argv)
+    check_evaluation_arguments(parser, args, protocol_of(args).kinds)
+    return args
+
 
 def run_command(
     description: str,
@@ -43,17 +66,9 @@ def run_command(
         add_arguments: add the protocol's own flags.
         argv: flags; None for those of the command line.
     """
-    description += " Give --checkpoint or --encoder with --train and --test or with --data, or else --features, with "
-    description += "or without --test-features."
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
-    if add_arguments is not None:
-        add_arguments(parser)
-    add_evaluation_arguments(parser)
-    args = parser.parse_args(argv)
     setup_logging()
+    args = parse_arguments(description, protocol_of, add_arguments, argv)
     protocol = protocol_of(args)
-    check_evaluation_arguments(parser, args, protocol.kinds)
     cells = load_evaluation_set(args, protocol.takes_all_kinds)
     report = run(protocol, cells, args.output_dir, args.few_shot, args.repeats, settings_of(args))
     print(format_report(report, protocol))
