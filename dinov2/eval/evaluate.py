@@ -16,6 +16,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from dinov2.data.datasets.bag_folds import draw_folds
 from dinov2.data.datasets.bags import read_patient_labels
 from dinov2.eval import abmil, knn, linear, runner
@@ -49,31 +51,22 @@ ABMIL = "abmil"
 OWN_FLAGS = ("protocols", "patient_labels")
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Evaluate a network by all protocols on the same cells and the same split.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--protocols",
-        choices=(*PROTOCOLS, ABMIL),
-        nargs="+",
-        help=f"(default: {' '.join(DEFAULT_PROTOCOLS)}, and abmil where patients have one label each)",
-    )
+    default = f"(default: {' '.join(DEFAULT_PROTOCOLS)}, and abmil where patients have one label each)"
+    parser.add_argument("--protocols", choices=(*PROTOCOLS, ABMIL), nargs="+", help=default)
     parser.add_argument("--patient-labels", type=Path, help="CSV with the columns patient,label, for abmil")
     add_evaluation_arguments(parser)
     args = parser.parse_args(argv)
-    kinds = [PROTOCOLS[name].kinds for name in args.protocols or DEFAULT_PROTOCOLS if name != ABMIL]
-    check_evaluation_arguments(parser, args, max(kinds, key=len, default=PROTOCOLS["knn"].kinds))
-    return args
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    setup_logging()
     names = list(dict.fromkeys(args.protocols or DEFAULT_PROTOCOLS))
-    evaluation = load_evaluation_set(args, any(PROTOCOLS[name].takes_all_kinds for name in names if name != ABMIL))
+    kinds = [PROTOCOLS[name].kinds for name in names if name != ABMIL] or [PROTOCOLS["knn"].kinds]
+    check_evaluation_arguments(parser, args, max(kinds, key=len))
+    setup_logging()
+    evaluation = load_evaluation_set(args, any(len(of_protocol) > 1 for of_protocol in kinds))
     left_out = {}
     reason = "" if args.patient_labels is not None else why_not_patients(evaluation.cells)
     if ABMIL in names and reason:
@@ -87,9 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results: dict[str, dict[str, Any]] = {}
     for number, name in enumerate(names, start=1):
         logger.info("protocol %d of %d: %s", number, len(names), name)
-        results |= (
-            {ABMIL: {"model": evaluate_patients(args)}} if name == ABMIL else evaluate_cells(args, name, evaluation)
-        )
+        results |= evaluate_patients(args, evaluation) if name == ABMIL else evaluate_cells(args, name, evaluation)
     hashes = dict(evaluation.hashes)
     if args.patient_labels is not None:
         hashes["patient_labels"] = file_sha256(args.patient_labels)
@@ -118,41 +109,34 @@ def evaluate_cells(args: argparse.Namespace, name: str, evaluation: EvaluationSe
     return results
 
 
-def evaluate_patients(args: argparse.Namespace) -> dict[str, Any]:
-    """Run ABMIL on the features of the cells, and return its metrics."""
-    if args.features is not None:
-        sides = [args.features, args.test_features]
-    elif args.data is not None:
-        sides = [args.output_dir / "features.h5", None]
-    else:
-        sides = [args.output_dir / f"features_{side}.h5" for side in ("train", "test")]
-    with_labels = args.patient_labels is None
-    bags, test = abmil.bags_of(read_features(sides[0]), with_labels), None
-    if sides[1] is not None:
-        bags, test = bags.joined(abmil.bags_of(read_features(sides[1]), with_labels))
+def evaluate_patients(args: argparse.Namespace, evaluation: EvaluationSet) -> dict[str, dict[str, Any]]:
+    """Run ABMIL on the features of the cells, and return its row among those of all protocols."""
+    sets = [abmil.bags_of(read_features(file), args.patient_labels is None) for file in evaluation.files]
+    bags, test = sets[0].joined(sets[1]) if len(sets) == 2 else (sets[0], None)
     if args.patient_labels is not None:
         bags = bags.with_labels(read_patient_labels(args.patient_labels))
     protocol = "crossval" if test is None else "dinobloom"
     options = replace(abmil.DEFAULTS, seed=args.seed)
-    files = {"features": sides[0], "test_features": sides[1], "labels": args.patient_labels}
-    settings = {name: None if file is None else str(file) for name, file in files.items()}
+    files = {"features": evaluation.files[0], "test_features": None, "labels": args.patient_labels}
+    if test is not None:
+        files["test_features"] = evaluation.files[1]
+    settings: dict[str, Any] = {name: None if file is None else str(file) for name, file in files.items()}
     hashes = {name: file_sha256(file) for name, file in files.items() if file is not None}
     data = draw_folds(bags, protocol, seed=args.seed, test=test)
-    report = abmil.run(
-        data, options, args.output_dir / ABMIL, settings | {"protocol": protocol} | asdict(options), hashes
-    )
-    return dict(report["results"][options.model]["together"])
+    settings |= {"protocol": protocol, **asdict(options)}
+    report = abmil.run(data, options, args.output_dir / ABMIL, settings, hashes)
+    return {ABMIL: {"model": report["results"][options.model]["together"]}}
 
 
 def why_not_patients(cells: Features) -> str:
     """Return why patients cannot be classified by the labels of their cells, or ""."""
     if cells.patients is None:
         return "the cells have no patients; give them in a CSV with the columns Image Path,Label,patient"
-    label_of: dict[str, int] = {}
-    for patient, label in zip(cells.patients, cells.labels.tolist(), strict=True):
-        if label_of.setdefault(patient, label) != label:
-            return f"cells of patient {patient!r} have several labels; give the patients' own with --patient-labels"
-    if len(label_of) == len(cells):
+    n_labels = pd.Series(cells.labels).groupby(cells.patients).nunique()  # of each patient
+    if (n_labels > 1).any():
+        patient = n_labels.idxmax()
+        return f"cells of patient {patient!r} have several labels; give the patients' own with --patient-labels"
+    if len(n_labels) == len(cells):
         return "every patient has a single cell"
     return ""
 

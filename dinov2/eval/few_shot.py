@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from dinov2.data.splits import few_shot_draws
 from dinov2.eval.metrics import classification_metrics
@@ -22,17 +23,9 @@ REPORTED = ("accuracy", "balanced_accuracy", "weighted_f1", "macro_f1")
 
 @dataclass(frozen=True)
 class FewShotOptions:
-    """Which protocol is trained on how many cells.
-
-    Attributes:
-        protocol: the protocol, with its options.
-        numbers: of cells per class; a class with fewer gives all it has.
-        repeats: draws for each fold and number.
-    """
-
-    protocol: Protocol
-    numbers: Sequence[int] = (1, 5, 10, 20)
-    repeats: int = 10
+    protocol: Protocol  # with its options
+    numbers: Sequence[int] = (1, 5, 10, 20)  # of cells per class; a class with fewer gives all it has
+    repeats: int = 10  # draws for each fold and number
 
 
 def evaluate(data: EvaluationData, options: FewShotOptions) -> dict[str, dict[str, Any]]:
@@ -41,9 +34,6 @@ def evaluate(data: EvaluationData, options: FewShotOptions) -> dict[str, dict[st
     Returns:
         {row of the protocol: {n: {"n_draws", and for each metric {"mean", "sd"} over draws and folds}}}; sd (with
         n - 1) is None for one draw. Numbers with too few cells for the protocol are left out.
-
-    Raises:
-        ValueError: if n is below 1 or above the size of the largest class, or as the protocol.
     """
     protocol, results = options.protocol, defaultdict[str, dict[str, Any]](dict)
     for number in sorted(set(options.numbers)):
@@ -60,17 +50,14 @@ def evaluate(data: EvaluationData, options: FewShotOptions) -> dict[str, dict[st
                     metrics = classification_metrics(data.labels[test], predictions.predictions[test], data.class_names)
                     scores[row].append([metrics[name] for name in REPORTED])
         for row, values in scores.items():
-            results[row][str(number)] = _mean_and_spread(np.array(values))
+            table = pd.DataFrame(values, columns=REPORTED)
+            spread = table.std() if len(table) > 1 else dict.fromkeys(REPORTED)
+            results[row][str(number)] = {"n_draws": len(table)} | {
+                name: {"mean": float(table[name].mean()), "sd": spread[name]} for name in REPORTED
+            }
     return dict(results)
 
 
 def size_of_draw(labels: np.ndarray, number: int) -> int:
     """Return how many cells a draw of `number` per class has, for the labels int64 [N] to draw from."""
     return int(np.minimum(np.bincount(labels), number).sum())
-
-
-def _mean_and_spread(scores: np.ndarray) -> dict[str, Any]:
-    """Summarize the metrics of all draws, [draws, metrics]."""
-    spread = scores.std(axis=0, ddof=1).tolist() if len(scores) > 1 else [None] * len(REPORTED)
-    means = zip(REPORTED, scores.mean(axis=0).tolist(), spread, strict=True)
-    return {"n_draws": len(scores)} | {name: {"mean": mean, "sd": sd} for name, mean, sd in means}

@@ -1,17 +1,11 @@
 """k-nearest-neighbour classification of cells.
 
 Protocol `dinobloom`: k = 1 and 20, Euclidean distance between features as they are, each neighbour has one vote.
+Protocol `dino`: k = 10, 20, 100 and 200, cosine similarity, each vote has the weight exp(similarity / T) with T = 0.07
+(Wu et al. 2018, arXiv 1805.01978; Caron et al. 2021, arXiv 2104.14294). Nothing is tuned: each k is reported.
 
-Protocol `dino`: k = 10, 20, 100 and 200, cosine similarity, and each neighbour's vote has the weight exp(similarity /
-T) with T = 0.07 (Wu et al. 2018, arXiv 1805.01978; Caron et al. 2021, arXiv 2104.14294).
-
-A test cell gets the class with the most votes among its k nearest training cells. Of classes with equal votes (to a
-share of 1e-9 where votes are weighted) the one with the smaller id, the first in `class_names`, wins, as in
-scikit-learn's KNeighborsClassifier; of training cells at equal distance the earlier one counts. Probabilities are
-shares of the votes. Nothing is tuned: each k is reported. Split, metrics and intervals: `protocol.py`, `runner.py`.
-
-Distances are computed in float64 with the mean of the training cells at 0, chunk by chunk, on any device. Distances
-that differ by rounding only count as equal, so chunk sizes and the order of test cells never change a result.
+Of classes with equal votes the first in `class_names` wins, as in scikit-learn; of training cells at equal distance the
+earlier one counts. Distances that differ by rounding only are equal, so chunks never change a result.
 
 Dimension key:  N training cells, M test cells, D embedding dim, C classes, m and n cells of a chunk
 """
@@ -42,7 +36,6 @@ logger = logging.getLogger("dinov2")
 ArrayLike: TypeAlias = np.ndarray | Tensor
 ProtocolName = Literal["dinobloom", "dino"]
 DEFAULT_KS: dict[str, tuple[int, ...]] = {"dinobloom": (1, 20), "dino": (10, 20, 100, 200)}
-TEMPERATURE = 0.07  # T
 VOTE_TOLERANCE = 1e-9  # rounding of weights must not decide between classes
 # Distances closer to each other than this share of the squared lengths involved are equal: the rounding of a matrix
 # product depends on its shape, and must not decide between copies of one cell.
@@ -52,45 +45,29 @@ CHUNK = 2048  # training or test cells at a time: 32 MiB of distances
 
 @dataclass(frozen=True)
 class KnnOptions:
-    """Options of the protocol.
-
-    Attributes:
-        protocol: `dinobloom` (Euclidean distance, plain votes) or `dino` (cosine similarity, weighted votes).
-        k: numbers of neighbours; None for the protocol's, as far as there are enough training cells.
-        temperature: T of `dino`.
-
-    Raises:
-        ValueError: for an unknown protocol or a temperature that is not above 0.
-    """
-
     protocol: ProtocolName = "dinobloom"
-    k: Sequence[int] | None = None
-    temperature: float = TEMPERATURE
+    k: Sequence[int] | None = None  # None: the protocol's, as far as there are enough training cells
+    temperature: float = 0.07  # T of `dino`
 
     def __post_init__(self) -> None:
-        if self.protocol not in DEFAULT_KS:
-            raise ValueError(f"protocol: {self.protocol!r} is unknown; choose one of {', '.join(DEFAULT_KS)}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature: {self.temperature}; choose one above 0")
+        if self.protocol not in DEFAULT_KS or not self.temperature > 0:
+            raise ValueError(
+                f"kNN: protocol {self.protocol!r}, temperature {self.temperature}; choose one of "
+                f"{', '.join(DEFAULT_KS)}, and a temperature above 0"
+            )
 
 
 def evaluate(data: EvaluationData, options: KnnOptions) -> Predictions:
-    """Classify the test cells of each fold by its training cells; one row, knn_<k>, for each k.
-
-    Raises:
-        ValueError: as `usable_ks` and `vote_shares`.
-    """
+    """Classify the test cells of each fold by its training cells; one row, knn_<k>, for each k."""
     features, n_classes = data.main_features, len(data.class_names)
     ks = usable_ks(options, min(len(train) for train, _ in data.folds))
     shares = {k: np.full((len(data.labels), n_classes), np.nan) for k in ks}
-    predictions = {k: np.full(len(data.labels), -1, dtype=np.int64) for k in ks}
+    predictions = {k: np.full(len(data.labels), -1) for k in ks}
     for train, test in data.folds:
-        train_features, test_features = (torch.as_tensor(features[side], device=data.device) for side in (train, test))
-        shares_of_fold = vote_shares(
-            train_features, data.labels[train], test_features, n_classes, replace(options, k=ks)
-        )
+        sides = [torch.as_tensor(features[side], device=data.device) for side in (train, test)]
+        of_fold = vote_shares(sides[0], data.labels[train], sides[1], n_classes, replace(options, k=ks))
         for k in ks:
-            shares[k][test], predictions[k][test] = shares_of_fold[k], _winners(shares_of_fold[k])
+            shares[k][test], predictions[k][test] = of_fold[k], _winners(of_fold[k])
     settings: list[dict[str, Any]] = [{} for _ in data.folds]
     return {f"knn_{k}": FoldPredictions(list(data.folds), predictions[k], shares[k], settings) for k in ks}
 
@@ -105,16 +82,8 @@ def evaluate_knn(
 ) -> dict[str, dict[str, Any]]:
     """Return {knn_<k>: classification_metrics} of protocol `dinobloom` for a training and a test set.
 
-    Args:
-        train_features: [N, D], array or tensor; distances are computed on its device.
-        train_labels: int64 [N], positions in `class_names`.
-        test_features: [M, D].
-        test_labels: int64 [M].
-        class_names: C names.
-        ks: numbers of neighbours; None for the protocol's.
-
-    Raises:
-        ValueError: as `usable_ks` and `vote_shares`.
+    Features are [N, D] and [M, D]; distances are computed on the device of the training features. `ks` None: the
+    protocol's.
     """
     options = KnnOptions(k=usable_ks(KnnOptions(k=ks), len(train_features)))
     shares = vote_shares(train_features, train_labels, test_features, len(class_names), options)
@@ -125,35 +94,17 @@ def evaluate_knn(
 def knn_predict(
     train_features: ArrayLike, train_labels: ArrayLike, test_features: ArrayLike, k: int, n_classes: int
 ) -> np.ndarray:
-    """Return the predicted classes int64 [M] of protocol `dinobloom`; arguments and errors as in `vote_shares`."""
+    """Return the predicted classes int64 [M] of protocol `dinobloom`."""
     return _winners(vote_shares(train_features, train_labels, test_features, n_classes, KnnOptions(k=[k]))[k])
 
 
 def usable_ks(options: KnnOptions, n_train: int) -> list[int]:
-    """Return the numbers of neighbours to report, ascending.
-
-    Args:
-        options: with the numbers asked for, or None for the protocol's.
-        n_train: size of the smallest training side.
-
-    Raises:
-        ValueError: if a number asked for, or each of the protocol's, is larger than `n_train`.
-    """
+    """Return the numbers of neighbours asked for, or those of the protocol that are at most `n_train`, ascending."""
     if options.k is not None:
-        if max(options.k) > n_train:
-            raise ValueError(
-                f"k: {max(options.k)} neighbours asked of {n_train} training cells; choose k between 1 and {n_train}"
-            )
         return sorted(set(options.k))
-    defaults = DEFAULT_KS[options.protocol]
-    usable = [k for k in defaults if k <= n_train]
-    left_out = ", ".join(str(k) for k in defaults if k > n_train)
-    if not usable:
-        raise ValueError(
-            f"k: protocol {options.protocol} asks for {left_out} neighbours of {n_train} training cells; choose k "
-            f"(--k) between 1 and {n_train}"
-        )
-    if left_out:
+    ks = DEFAULT_KS[options.protocol]
+    usable = [k for k in ks if k <= n_train] or [ks[0]]  # too many neighbours are an error of the search
+    if left_out := ", ".join(str(k) for k in ks if k not in usable):
         logger.warning("k = %s left out: there are %d training cells", left_out, n_train)
     return usable
 
@@ -161,31 +112,16 @@ def usable_ks(options: KnnOptions, n_train: int) -> list[int]:
 def vote_shares(
     train_features: ArrayLike, train_labels: ArrayLike, test_features: ArrayLike, n_classes: int, options: KnnOptions
 ) -> dict[int, np.ndarray]:
-    """Return each class's share of the votes, {k: float64 [M, C]}, from one search for all k of `options.k`.
-
-    Args:
-        train_features: [N, D], array or tensor; distances are computed on its device.
-        train_labels: int64 [N], 0 to C - 1.
-        test_features: [M, D].
-        n_classes: C.
-        options: with `k` given.
-
-    Raises:
-        ValueError: for labels that do not fit, and as `nearest_neighbours`.
-    """
-    labels = torch.as_tensor(train_labels).cpu().numpy()
-    if labels.shape != (len(train_features),):
-        raise ValueError(f"{list(labels.shape)} labels for {len(train_features)} training cells: expected one each")
-    if len(labels) and not 0 <= labels.min() <= labels.max() < n_classes:
-        raise ValueError(f"labels: from {labels.min()} to {labels.max()}, but there are {n_classes} classes")
+    """Return each class's share of the votes, {k: float64 [M, C]}, from one search for all k of `options.k`."""
     assert options.k is not None, "callers choose the numbers of neighbours"
+    labels = torch.as_tensor(train_labels).cpu().numpy()
     is_cosine = options.protocol == "dino"
-    neighbours = nearest_neighbours(train_features, test_features, max(options.k), is_cosine)
+    positions, distances = nearest_neighbours(train_features, test_features, max(options.k), is_cosine)
     # the squared distance of features of length 1 is 2 - 2 similarity; weights are relative to the nearest cell's
-    farther = (neighbours.distances - neighbours.distances[:, :1]) / 2
+    farther = (distances - distances[:, :1]) / 2
     weights = np.exp(-farther / options.temperature) if is_cosine else np.ones_like(farther)  # [M, max k]
     votes, rows, shares = np.zeros((len(farther), n_classes)), np.arange(len(farther)), {}
-    for k, (classes, weights_of_kth) in enumerate(zip(labels[neighbours.positions].T, weights.T, strict=True), start=1):
+    for k, (classes, weights_of_kth) in enumerate(zip(labels[positions].T, weights.T, strict=True), start=1):
         votes[rows, classes] += weights_of_kth
         if k in options.k:
             shares[k] = votes / votes.sum(axis=1, keepdims=True)
@@ -200,75 +136,54 @@ def _winners(shares: np.ndarray) -> np.ndarray:
 # --- search ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Neighbours:
-    """The k nearest training cells of each test cell, nearest first.
-
-    Attributes:
-        positions: int64 [M, k], in the training set.
-        distances: float64 [M, k], squared.
-    """
-
-    positions: np.ndarray
-    distances: np.ndarray
-
-
 @torch.no_grad()
 def nearest_neighbours(
     train_features: ArrayLike, test_features: ArrayLike, k: int, is_cosine: bool = False
-) -> Neighbours:
-    """Find the nearest training cells on the device of the training features, with about 200 MiB beside the inputs.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the k nearest training cells of each test cell, nearest first, with about 200 MiB beside the inputs.
 
     Args:
-        train_features: [N, D], array or tensor.
+        train_features: [N, D]; distances are computed on its device, in float64 with the mean of these features at 0.
         test_features: [M, D].
         k: number of neighbours.
         is_cosine: scale features to length 1 first.
 
+    Returns:
+        positions int64 [M, k] in the training set, and squared distances float64 [M, k].
+
     Raises:
-        ValueError: if k is not between 1 and N, shapes do not fit, a feature is infinite or NaN, or with `is_cosine`
-            all features of a cell are 0.
+        ValueError: if k is not between 1 and N, or distances are not finite.
     """
     train = torch.as_tensor(train_features)
     test = torch.as_tensor(test_features, device=train.device)
-    if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1]:
-        raise ValueError(
-            f"features of {list(train.shape)} (train) and {list(test.shape)} (test): expected [N, D] and [M, D]"
-        )
     if not 1 <= k <= len(train):
         raise ValueError(f"k: {k} neighbours asked of {len(train)} training cells; choose k between 1 and {len(train)}")
-    if not len(test):
-        return Neighbours(np.empty((0, k), dtype=np.int64), np.empty((0, k)))
-    for features in (train, test):
-        _check_features(features, is_cosine)
     centre = train.new_zeros(train.shape[1], dtype=torch.float64)  # [D]
     centre = sum((_coordinates(chunk, centre, is_cosine).sum(dim=0) for chunk in train.split(CHUNK)), centre)
     centre = centre / len(train)
-    parts = []
+    found_positions, found_distances = [], []
     for test_chunk in test.split(CHUNK):
         cells = _coordinates(test_chunk, centre, is_cosine)  # [m, D]
-        squares = cells.square().sum(dim=1, keepdim=True)  # [m, 1]
+        squares = cells.square().sum(dim=1, keepdim=True)  # [m, 1]; not finite if a training or test feature is not
+        if not squares.isfinite().all():
+            raise ValueError(
+                "features: some are infinite or NaN, or (protocol dino) all 0 in a cell, so they have no distances; "
+                "check the weights, or leave such cells out"
+            )
         distances, positions = cells.new_empty(len(cells), 0), train.new_empty(len(cells), 0, dtype=torch.int64)
         for start, train_chunk in zip(range(0, len(train), CHUNK), train.split(CHUNK), strict=True):
             others = _coordinates(train_chunk, centre, is_cosine)  # [n, D]
             to_others = torch.addmm(others.square().sum(dim=1), cells, others.T, alpha=-2).add_(squares)  # [m, n]
-            here = torch.arange(start, start + len(others), device=train.device).expand(len(cells), -1)
-            distances, positions = torch.cat([distances, to_others], dim=1), torch.cat([positions, here], dim=1)
+            new_positions = torch.arange(start, start + len(others), device=train.device).expand(len(cells), -1)
+            distances, positions = (
+                torch.cat([distances, to_others], dim=1),
+                torch.cat([positions, new_positions], dim=1),
+            )
             columns = _nearest_columns(distances, squares, min(k, distances.shape[1]))
             distances, positions = distances.gather(1, columns), positions.gather(1, columns)  # [m, k]
-        parts.append((positions.cpu(), distances.clamp_min(0).cpu()))
-    return Neighbours(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))
-
-
-def _check_features(features: Tensor, is_cosine: bool) -> None:
-    if not torch.stack(features.aminmax()).isfinite().all():  # NaN is both ends of a set that has one
-        raise ValueError("features: some are infinite or NaN, so their distances mean nothing; check the weights")
-    n_zero = sum(int((chunk == 0).all(dim=1).sum()) for chunk in features.split(CHUNK)) if is_cosine else 0
-    if n_zero:
-        raise ValueError(
-            f"features: all numbers of {n_zero} cells are 0, so they have no direction to compare; leave these cells "
-            f"out, or compare distances (protocol dinobloom)"
-        )
+        found_positions.append(positions.cpu())
+        found_distances.append(distances.clamp_min(0).cpu())
+    return torch.cat(found_positions).numpy(), torch.cat(found_distances).numpy()
 
 
 def _coordinates(features: Tensor, centre: Tensor, is_cosine: bool) -> Tensor:
@@ -280,12 +195,9 @@ def _coordinates(features: Tensor, centre: Tensor, is_cosine: bool) -> Tensor:
 
 
 def _nearest_columns(distances: Tensor, squares: Tensor, k: int) -> Tensor:
-    """Return the columns of the k smallest distances, int64 [m, k], nearest first and of equal ones the first column.
+    """Return the columns int64 [m, k] of the k smallest distances [m, n]: nearest first, of equal ones the first.
 
-    Args:
-        distances: float64 [m, columns], squared.
-        squares: float64 [m, 1], squared lengths of the test cells.
-        k: number of neighbours.
+    `squares` [m, 1] are the squared lengths of the test cells.
     """
     farthest = distances.topk(k, dim=1, largest=False).values[:, -1:]  # [m, 1]
     tolerance = TIE_TOLERANCE * (squares + farthest.clamp_min(0))  # [m, 1]
@@ -293,7 +205,7 @@ def _nearest_columns(distances: Tensor, squares: Tensor, k: int) -> Tensor:
     is_tied = (distances <= farthest + tolerance) & ~is_nearer
     n_open = k - is_nearer.sum(dim=1, keepdim=True)  # [m, 1]
     is_tied &= is_tied.cumsum(dim=1, dtype=torch.int32) <= n_open  # the first ones
-    columns = (is_nearer | is_tied).nonzero()[:, 1].view(-1, k)  # ascending
+    columns = (is_nearer | is_tied).nonzero()[:, 1].view(len(distances), k)  # ascending
     ascending, order = distances.gather(1, columns).sort(dim=1)
     steps = torch.nn.functional.pad((ascending.diff(dim=1) > tolerance).long(), (1, 0))
     ranks = torch.empty_like(columns).scatter_(1, order, steps.cumsum(dim=1))  # the same for equal distances
@@ -314,16 +226,11 @@ def protocol(options: KnnOptions) -> Protocol:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--protocol",
-        choices=get_args(ProtocolName),
-        default="dinobloom",
-        help="dinobloom: Euclidean distance, plain vote; dino: cosine similarity, votes weighed by exp(similarity / T)",
-    )
-    parser.add_argument(
-        "--k", type=positive_int, nargs="+", help="numbers of neighbours; without it 1 20, or 10 20 100 200 of dino"
-    )
-    parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="T of dino")
+    add = parser.add_argument
+    protocols = "dinobloom: Euclidean distance, plain vote; dino: cosine similarity, weight exp(similarity / T)"
+    add("--protocol", choices=get_args(ProtocolName), default=KnnOptions.protocol, help=protocols)
+    add("--k", type=positive_int, nargs="+", help="numbers of neighbours; without it 1 20, or 10 20 100 200 of dino")
+    add("--temperature", type=float, default=KnnOptions.temperature, help="T of dino")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,20 +1,13 @@
-"""Linear probes of frozen features: DinoBloom's logistic regression, one with a chosen penalty, DINOv2's SGD sweep.
+"""Linear probes of frozen features.
 
-Protocol `dinobloom`: multinomial logistic regression, features as they are, lambda = 100 / (D C). Nothing is tuned, and
-the optimum is computed (`solvers/logistic.py`). Published numbers are from scikit-learn's L-BFGS with its defaults,
-which stops at a mean gradient of 1e-4, on unscaled features often far from the optimum; `--backend sklearn` does the
-same.
+Protocol `dinobloom`: multinomial logistic regression, features as they are, lambda = 100 / (D C); nothing is tuned.
+Published numbers are from scikit-learn's defaults, which stop before the optimum; `--backend sklearn` does the same.
+Protocol `sweep`: the same with the lambda of `LAMBDAS` that has the lowest log loss over validation folds.
+Protocol `sgd`: DINOv2's. Softmax layers for many learning rates and kinds of features (`solvers/sgd_probes.py`); the
+one with the highest accuracy on the first validation fold is trained again on the whole training side.
 
-Protocol `sweep`: the lambda of `LAMBDAS` with the lowest log loss over validation folds of the training side, which are
-stratified and keep patients whole; then a fit with it on the whole training side.
-
-Protocol `sgd`: DINOv2's. A softmax layer for each learning rate and each kind of features (CLS tokens of the last block
-and of the last four, with and without the mean of the patch tokens, or the kinds of a features file), all trained on
-the same batches (`solvers/sgd_probes.py`). The one with the highest accuracy on the first validation fold of the
-training side (then the lowest log loss) is trained again on the whole training side.
-
-Test cells choose nothing. With a few cells per class (--few-shot) the protocol is always `dinobloom`, on the first kind
-of features. Split, metrics and intervals: `protocol.py`, `runner.py`.
+Validation folds are stratified folds of the training side that keep patients whole: test cells choose nothing. With a
+few cells per class (--few-shot) the protocol is always `dinobloom`.
 
 Dimension key:  N cells, D features per cell, C classes
 """
@@ -53,38 +46,18 @@ SGD_KINDS = ("cls", "cls+mean", "last4", "last4+mean")  # those that DINOv2's pr
 
 @dataclass(frozen=True)
 class LinearOptions:
-    """Options of the protocol.
-
-    Attributes:
-        protocol: `dinobloom`, `sweep` or `sgd`.
-        validation_folds: of each training side; `sgd` uses the first.
-        sgd_iterations: batches of `sgd`.
-        backend: of logistic regression, as in `fit_logistic`.
-
-    Raises:
-        ValueError: for an unknown protocol.
-    """
-
     protocol: ProtocolName = "dinobloom"
-    validation_folds: int = N_FOLDS
+    validation_folds: int = N_FOLDS  # of each training side; `sgd` uses the first
     sgd_iterations: int = SGD_ITERATIONS
-    backend: Backend = "torch"
-
-    def __post_init__(self) -> None:
-        if self.protocol not in get_args(ProtocolName):
-            known = ", ".join(get_args(ProtocolName))
-            raise ValueError(f"protocol: {self.protocol!r} is unknown; choose one of {known}")
+    backend: Backend = "torch"  # of logistic regression
 
 
 def evaluate(data: EvaluationData, options: LinearOptions) -> Predictions:
     """Classify the test cells of each fold by a probe of its training cells; one row, linear_<protocol>.
 
     The settings of each fold have what was chosen: lambda, or the kind of features and the learning rate.
-
-    Raises:
-        ValueError: for cells that no probe can be fitted to (`check_cells`).
     """
-    fit = _fit_sgd if options.protocol == "sgd" else _fit_logistic
+    fit = {"dinobloom": _fit_logistic, "sweep": _fit_logistic, "sgd": _fit_sgd}[options.protocol]
     predictions = np.full(len(data.labels), -1, dtype=np.int64)
     probabilities = np.full((len(data.labels), len(data.class_names)), np.nan)
     settings = []
@@ -109,9 +82,9 @@ def fit_linear_probe(
     device: str | torch.device = "cpu",
     backend: Backend = "torch",
 ) -> LinearProbe:
-    """Fit logistic regression to features [N, D]; arguments as in `fit_logistic`, `lam` None: `dinobloom_lambda`."""
-    lam = dinobloom_lambda(features.shape[1], n_classes) if lam is None else lam
-    return fit_logistic(features, labels, n_classes, (lam,), device, backend)[0]
+    """Fit logistic regression to features [N, D] as `fit_logistic`; `lam` None: `dinobloom_lambda`."""
+    lams = (dinobloom_lambda(features.shape[1], n_classes) if lam is None else lam,)
+    return fit_logistic(features, labels, n_classes, lams, device, backend)[0]
 
 
 def choose_lambda(
@@ -124,15 +97,7 @@ def choose_lambda(
 ) -> tuple[float, dict[float, float]]:
     """Return the penalty of `LAMBDAS` with the lowest log loss on validation folds, and the loss of each.
 
-    Args:
-        features: [N, D].
-        labels: int64 [N].
-        n_classes: C.
-        folds: training and validation positions each; other cells are not used.
-        device, backend: as in `fit_logistic`.
-
-    Raises:
-        ValueError: as `fit_logistic`.
+    `folds` are training and validation positions in features [N, D] and labels int64 [N].
     """
     losses = np.zeros(len(LAMBDAS))
     for train, validation in folds:
@@ -161,13 +126,8 @@ def _fit_logistic(data: EvaluationData, train: np.ndarray, options: LinearOption
 
 
 def _fit_sgd(data: EvaluationData, train: np.ndarray, options: LinearOptions) -> Fit:
-    fit = partial(
-        fit_sgd_probes,
-        n_classes=len(data.class_names),
-        n_iterations=options.sgd_iterations,
-        seed=data.seed,
-        device=data.device,
-    )
+    n_classes, n_batches = len(data.class_names), options.sgd_iterations
+    fit = partial(fit_sgd_probes, n_classes=n_classes, n_iterations=n_batches, seed=data.seed, device=data.device)
     fold = _validation_folds(data, train, options)[0]
     kind, rate, accuracy = choose_sgd_probe(data.features, data.labels, fold, fit)
     (probe,) = fit({kind: data.features[kind][train]}, data.labels[train], learning_rates=(rate,)).values()
@@ -175,7 +135,7 @@ def _fit_sgd(data: EvaluationData, train: np.ndarray, options: LinearOptions) ->
 
 
 def _validation_folds(data: EvaluationData, train: np.ndarray, options: LinearOptions) -> list[Fold]:
-    """Return folds to choose hyperparameters by: the given validation cells, or folds of the training side."""
+    """Return folds to choose hyperparameters by: those of the given validation cells, or of the training side."""
     if data.validation is not None:
         return [(train, data.validation)]
     patients = None if data.patients is None else [data.patients[i] for i in train]
@@ -200,21 +160,16 @@ def protocol(options: LinearOptions) -> Protocol:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--protocol",
-        choices=get_args(ProtocolName),
-        default="dinobloom",
-        help="dinobloom: logistic regression, lambda = 100 / (feature size x classes); sweep: the same, lambda chosen "
-        "on validation folds; sgd: DINOv2's, learning rate and kind of features chosen on a validation fold",
+    add, default = parser.add_argument, LinearOptions()
+    protocols = (
+        "dinobloom: logistic regression, lambda = 100 / (feature size x classes); sweep: the same, lambda chosen on "
+        "validation folds; sgd: DINOv2's, learning rate and kind of features chosen on a validation fold"
     )
-    parser.add_argument("--validation-folds", type=positive_int, default=N_FOLDS, help="of sweep and sgd, in training")
-    parser.add_argument("--sgd-iterations", type=positive_int, default=SGD_ITERATIONS, help="batches of 128 cells")
-    parser.add_argument(
-        "--backend",
-        choices=get_args(Backend),
-        default="torch",
-        help="of logistic regression; torch: the optimum, on --device; sklearn: what its defaults stop at, on the CPU",
-    )
+    backends = "of logistic regression; torch: the optimum, on --device; sklearn: what its defaults stop at, on the CPU"
+    add("--protocol", choices=get_args(ProtocolName), default=default.protocol, help=protocols)
+    add("--validation-folds", type=positive_int, default=default.validation_folds, help="of sweep and sgd, in training")
+    add("--sgd-iterations", type=positive_int, default=default.sgd_iterations, help="batches of 128 cells")
+    add("--backend", choices=get_args(Backend), default=default.backend, help=backends)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

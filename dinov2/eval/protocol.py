@@ -3,11 +3,8 @@
 A protocol is a function of arrays: `evaluate(data: EvaluationData, options) -> Predictions`. `runner.py` calls it and
 writes the results; `evaluate.py` has the list of all protocols.
 
-Split. `--folds` stratified folds of one set, by whole patients where the set names them; a split file; one stratified
-split (`--test-fraction`); or two sets. The same set, seed and flags give every protocol the same split. Training images
-whose bytes a test image has are dropped and counted. Two mistakes of a split file or of two sets are errors: a patient
-on two sides, and a class that is tested without a training cell. Folds made here may have a class of one patient; they
-are kept and reported.
+The same set, seed and flags give every protocol the same split. Two mistakes are errors: a patient on two sides of a
+split file, and a class that a split file or a second set tests without a training cell.
 
 Letters: N cells, D features per cell
 """
@@ -17,7 +14,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -63,27 +60,24 @@ Predictions: TypeAlias = dict[str, FoldPredictions]  # {row of the results: what
 
 @dataclass(frozen=True, eq=False)
 class EvaluationData:
-    """N labelled cells and their split, as arrays.
+    """N labelled cells and their split, as arrays."""
 
-    Attributes:
-        features: {kind: [N, D]}; protocols that take one kind of features take the first.
-        labels: int64 [N], positions in `class_names`.
-        class_names: C names.
-        folds: training and test positions each.
-        patients: N patient ids, or None.
-        validation: positions to choose hyperparameters by; None: chosen on folds of each training side.
-        seed: of everything random.
-        device: where to compute.
-    """
-
-    features: Mapping[str, np.ndarray]
-    labels: np.ndarray
+    features: Mapping[str, np.ndarray]  # {kind: [N, D]}; protocols that take one kind of features take the first
+    labels: np.ndarray  # int64 [N], positions in `class_names`
     class_names: Sequence[str]
-    folds: Sequence[Fold]
-    patients: Sequence[str] | None = None
-    validation: np.ndarray | None = None
+    folds: Sequence[Fold]  # training and test positions each
+    patients: Sequence[str] | None = None  # N ids
+    validation: np.ndarray | None = None  # positions to choose hyperparameters by; None: folds of each training side
     seed: int = 0
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        lengths, labels, n_classes = [len(x) for x in self.features.values()], self.labels, len(self.class_names)
+        if set(lengths) != {len(labels)} or not 0 <= labels.min() <= labels.max() < n_classes:
+            raise ValueError(
+                f"evaluation data: features of {lengths} cells, {len(labels)} labels from {labels.min()} to "
+                f"{labels.max()}, {n_classes} classes; give each cell features and a label from 0 to {n_classes - 1}"
+            )
 
     @property
     def main_features(self) -> np.ndarray:
@@ -93,27 +87,17 @@ class EvaluationData:
 
 @dataclass(frozen=True)
 class Protocol:
-    """An evaluation protocol with its options, and how its results are named.
+    """An evaluation protocol with its options, and how its results are named."""
 
-    Attributes:
-        name: `protocol` in results.json; rows of results are called <name>_<value of the setting>.
-        title: heading of tables and figures.
-        setting: what the rows differ in, for the tables.
-        evaluate: the function `evaluate(data, options)`.
-        options: its options, a dataclass.
-        few_shot_options: return the options for so many training cells, or None if they are too few; None: `options`.
-        kinds: of features that a network extracts for it by default.
-        has_many_rows: True if each row has its own file, predictions_<row>.csv; else there is one predictions.csv.
-    """
-
-    name: str
-    title: str
-    setting: str
+    name: str  # `protocol` in results.json; rows of results are called <name>_<value of the setting>
+    title: str  # heading of tables and figures
+    setting: str  # what the rows differ in, for the tables
     evaluate: Callable[[EvaluationData, Any], Predictions]
-    options: Any
+    options: Any  # a dataclass
+    # returns the options for a number of training cells, or None if they are too few; without it they are `options`
     few_shot_options: Callable[[int], Any] | None = None
-    kinds: tuple[str, ...] = (DEFAULT_KIND,)
-    has_many_rows: bool = False
+    kinds: tuple[str, ...] = (DEFAULT_KIND,)  # of features that a network extracts for it by default
+    has_many_rows: bool = False  # each row has its own file, predictions_<row>.csv; else there is one predictions.csv
 
     @property
     def takes_all_kinds(self) -> bool:
@@ -127,29 +111,18 @@ class Protocol:
 
 @dataclass(frozen=True, eq=False)
 class EvaluationSet:
-    """Labelled cells, their split, and the features to evaluate on it.
+    """Labelled cells, their split, and the features to evaluate on it."""
 
-    Attributes:
-        cells: all cells, the training set first.
-        split: as it was given or made.
-        folds: training and test positions each, without copies of test images in training.
-        copies: their counts (`without_copies`).
-        description: of the folds (`describe_folds`).
-        sources: {"model" or a baseline: {kind: [N, D]}}.
-        seed: of everything random.
-        device: where to compute.
-        hashes: {flag: sha256} of the input files.
-    """
-
-    cells: Features
-    split: Split
-    folds: list[Fold]
-    copies: dict[str, int]
-    description: dict[str, Any]
-    sources: dict[str, dict[str, np.ndarray]]
-    seed: int = 0
-    device: str = "cpu"
-    hashes: dict[str, str] = field(default_factory=dict)
+    cells: Features  # of all sets, the training set first
+    files: list[Path]  # of the features: of one set, or of the training and the test set
+    split: Split  # as it was given or made
+    folds: list[Fold]  # of the split, without copies of test images in training
+    copies: dict[str, int]  # their counts, of `without_copies`
+    description: dict[str, Any]  # of the folds, by `describe_folds`
+    sources: dict[str, dict[str, np.ndarray]]  # {"model" or a baseline: {kind: [N, D]}}
+    seed: int
+    device: str
+    hashes: dict[str, str]  # {flag: sha256} of the input files
 
     def data(self, source: str, with_all_kinds: bool = False) -> EvaluationData:
         """Return what a protocol takes: the features of one source, its first kind or all kinds."""
@@ -185,32 +158,24 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name cells, features, split and output folder; `check_evaluation_arguments` checks them."""
     add_embedder_arguments(parser, checkpoint_required=False)
     parser.set_defaults(kinds=None)  # which kinds are extracted depends on the protocol
-    parser.add_argument("--train", type=Path, help=f"cells to learn from: {CELLS_HELP}")
-    parser.add_argument("--test", type=Path, help="cells to classify, likewise")
-    parser.add_argument("--data", type=Path, help="one set to split into both, likewise")
-    parser.add_argument("--features", type=Path, help="a features.h5: the training set, or one set to split")
-    parser.add_argument("--test-features", type=Path, help="a features.h5 from the same network: the test set")
-    parser.add_argument("--kind", help="kind of features to evaluate (see --kinds); without it the file's first one")
+    add = parser.add_argument
+    add("--train", type=Path, help=f"cells to learn from: {CELLS_HELP}")
+    add("--test", type=Path, help="cells to classify, likewise")
+    add("--data", type=Path, help="one set to split into both, likewise")
+    add("--features", type=Path, help="a features.h5: the training set, or one set to split")
+    add("--test-features", type=Path, help="a features.h5 from the same network: the test set")
+    add("--kind", help="kind of features to evaluate (see --kinds); without it the file's first one")
     split = parser.add_mutually_exclusive_group()
     split.add_argument("--folds", type=positive_int, default=N_FOLDS, help="of --data or of --features alone")
     split.add_argument("--split", type=Path, help="CSV instead: path,fold (tested in), or path,part (train, val, test)")
     split.add_argument("--test-fraction", type=float, help="one split instead: share to test on, up to 0.5")
-    parser.add_argument(
-        "--few-shot", type=positive_int, nargs="+", default=[], help="learn from this many cells a class too"
-    )
-    parser.add_argument("--repeats", type=positive_int, default=10, help="draws for each of --few-shot")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of all that is drawn: folds, few cells, intervals, untrained networks, sgd"
-    )
-    parser.add_argument(
-        "--baseline",
-        choices=("untrained", *BASELINES),
-        nargs="+",
-        default=[],
-        help="evaluate these on the same split too: the same architecture untrained (with --checkpoint), colour "
-        "histograms (HSV), raw 32x32 pixels",
-    )
-    parser.add_argument("--output-dir", type=Path, required=True, help="for results and features; made if missing")
+    add("--few-shot", type=positive_int, nargs="+", default=[], help="learn from this many cells a class too")
+    add("--repeats", type=positive_int, default=10, help="draws for each of --few-shot")
+    add("--seed", type=int, default=0, help="of folds, few cells, intervals, untrained networks and sgd")
+    baselines = "evaluate these on the same split too: the same architecture untrained (with --checkpoint), "
+    baselines += "colour histograms (HSV), raw 32x32 pixels"
+    add("--baseline", choices=("untrained", *BASELINES), nargs="+", default=[], help=baselines)
+    add("--output-dir", type=Path, required=True, help="for results and features; made if missing")
 
 
 def check_evaluation_arguments(
@@ -218,10 +183,7 @@ def check_evaluation_arguments(
 ) -> None:
     """End the command if flags do not go together; set `args.kinds` if a network is to embed images.
 
-    Args:
-        parser: with `add_evaluation_arguments`.
-        args: its result.
-        default_kinds: of features to extract with --checkpoint, if neither --kinds nor --kind is given.
+    `default_kinds` of features are extracted with --checkpoint, if neither --kinds nor --kind is given.
     """
     networks, sources = ({name for name in names if getattr(args, name)} for names in (NETWORKS, SOURCES))
     allowed = ({"train", "test"}, {"data"}) if networks else ({"features", "test_features"}, {"features"})
@@ -259,27 +221,30 @@ def load_evaluation_set(args: argparse.Namespace, with_all_kinds: bool = False) 
         with_all_kinds: load all kinds of features, unless `args.kind` names one.
 
     Raises:
-        FileNotFoundError, ValueError: for unusable lists, features files, splits and copies; if two files are of two
-            networks, features are infinite or NaN, an image is listed twice, all cells are of one class, or a given
-            split does not fit the cells.
+        FileNotFoundError, ValueError: for unusable lists, features, splits and copies.
     """
     embedder = None
     if has_embedder(args):
-        listed = _listed_sets(args)
-        _make_split(args, _concatenate_lists(listed), len(listed[0]))
+        lists = [LabelledCells.from_path(args.train or args.data)]
+        if args.test is not None:
+            lists.append(LabelledCells.from_path(args.test, class_names=lists[0].class_names))
+        _make_split(args, [_without_features(cells) for cells in lists])
         embedder = embedder_from(args)
-        names = ["features"] if len(listed) == 1 else ["features_train", "features_test"]
-        sets = [
-            embedder.features_of(cells, args.output_dir / f"{name}.h5", args.overwrite)
-            for cells, name in zip(listed, names, strict=True)
-        ]
-        sets = [_select_kinds(args, features, with_all_kinds) for features in sets]
+        names = ["features"] if len(lists) == 1 else ["features_train", "features_test"]
+        files = [args.output_dir / f"{name}.h5" for name in names]
+        sets = [embedder.features_of(*of_set, args.overwrite) for of_set in zip(lists, files, strict=True)]
     else:
-        sets = _stored_sets(args, with_all_kinds)
-    n_first = len(sets[0])
+        files = [file for file in (args.features, args.test_features) if file is not None]
+        sets = [read_features(file) for file in files]
+    sets = [_select_kinds(args, features, with_all_kinds) for features in sets]
+    for features, file in zip(sets, files, strict=True):
+        check_finite(features, file)
+    if len(sets) == 2:
+        check_same_network(*sets)
+        sets[1] = align_classes(sets[1], sets[0].class_names)
+    split = _make_split(args, sets)
     cells = sets[0] if len(sets) == 1 else join(*sets)
-    del sets  # after joining they are a second copy of the features
-    split = _make_split(args, cells, n_first)
+    del sets, features  # after joining they are a second copy of the features
     folds, copies = without_copies(cells.paths, split.folds)
     description = describe_folds(cells.labels, folds, cells.class_names)
     not_learned = description["not_learned_in"]
@@ -294,47 +259,15 @@ def load_evaluation_set(args: argparse.Namespace, with_all_kinds: bool = False) 
     sources = {"model": kinds}
     for name in args.baseline:
         sources[name] = baseline_features(name, cells.paths, embedder, args.seed, list(kinds))
-    return EvaluationSet(
-        cells, split, folds, copies, description, sources, args.seed, device_of(args), input_hashes(args)
-    )
+    inputs = {name: getattr(args, name) for name in (*SOURCES, "split")}
+    hashes = {name: file_sha256(path) for name, path in inputs.items() if path is not None and path.is_file()}
+    return EvaluationSet(cells, files, split, folds, copies, description, sources, args.seed, device_of(args), hashes)
 
 
-def input_hashes(args: argparse.Namespace) -> dict[str, str]:
-    """Return {flag: sha256} of the input files; folders of images have none."""
-    paths = {name: getattr(args, name) for name in (*SOURCES, "split")}
-    return {name: file_sha256(path) for name, path in paths.items() if path is not None and path.is_file()}
-
-
-def _listed_sets(args: argparse.Namespace) -> list[LabelledCells]:
-    """Return the training and the test set, or the one set to split, of images to embed."""
-    if args.data is not None:
-        return [LabelledCells.from_path(args.data)]
-    train = LabelledCells.from_path(args.train)
-    return [train, LabelledCells.from_path(args.test, class_names=train.class_names)]
-
-
-def _concatenate_lists(sets: Sequence[LabelledCells]) -> LabelledCells:
-    """Return one list of all cells, with the paths that their features will have."""
-    known = [cells.patients for cells in sets if cells.patients is not None]
-    return LabelledCells(
-        paths=[Path(os.path.abspath(path)) for cells in sets for path in cells.paths],
-        labels=np.concatenate([cells.labels for cells in sets]),
-        class_names=sets[0].class_names,
-        patients=sum(known, []) if len(known) == len(sets) else None,
-    )
-
-
-def _stored_sets(args: argparse.Namespace, with_all_kinds: bool) -> list[Features]:
-    """Read the training and the test set, or the one set to split, from features files."""
-    sets = []
-    for file in filter(None, (args.features, args.test_features)):
-        features = _select_kinds(args, read_features(file), with_all_kinds)
-        check_finite(features, file)
-        sets.append(features)
-    if len(sets) == 2:
-        check_same_network(*sets)
-        sets[1] = align_classes(sets[1], sets[0].class_names)
-    return sets
+def _without_features(cells: LabelledCells) -> Features:
+    """Return cells with the paths that their features will have, and no features."""
+    paths = [os.path.abspath(path) for path in cells.paths]
+    return Features(np.empty((len(cells), 0)), cells.labels, cells.class_names, paths, cells.patients)
 
 
 def _select_kinds(args: argparse.Namespace, features: Features, with_all_kinds: bool) -> Features:
@@ -345,29 +278,20 @@ def _select_kinds(args: argparse.Namespace, features: Features, with_all_kinds: 
     return replace(features.of_kind(args.kind or features.kind), others={})
 
 
-def _make_split(args: argparse.Namespace, cells: Features | LabelledCells, n_first: int) -> Split:
-    """Make or read the split.
-
-    Args:
-        args: with `folds`, `split` and `test_fraction`.
-        cells: all cells.
-        n_first: size of the training set, or of the one set.
-
-    Raises:
-        ValueError: if an image is listed twice, all cells are of one class, a split file puts a patient on two sides,
-            and as `make_folds`, `read_split` and `split_cells`.
-    """
-    paths, labels, patients = list(map(str, cells.paths)), cells.labels, cells.patients
+def _make_split(args: argparse.Namespace, sets: Sequence[Features]) -> Split:
+    """Make or read the split of one set, or of a training and a test set."""
+    paths = [path for cells in sets for path in cells.paths]
     if len(set(paths)) < len(paths):
-        twice = next(path for path, n in Counter(paths).items() if n > 1)
+        twice = Counter(paths).most_common(1)[0][0]
         raise ValueError(f"cells: the image {twice!r} is listed twice; list each once, on one side")
-    if len(set(labels.tolist())) < 2:
+    labels, patients = np.concatenate([cells.labels for cells in sets]), sets[0].patients
+    if len(np.unique(labels)) < 2:
         raise ValueError(
-            f"labels: all {len(labels)} cells are of class {cells.class_names[labels[0]]!r}; two classes or more are "
+            f"labels: all {len(labels)} cells are of class {sets[0].class_names[labels[0]]!r}; two classes or more are "
             f"needed"
         )
-    if n_first < len(paths):
-        return Split([(np.arange(n_first), np.arange(n_first, len(paths)))])
+    if len(sets) == 2:
+        return Split([(np.arange(len(sets[0])), np.arange(len(sets[0]), len(paths)))])
     if args.test_fraction is not None:
         return Split([split_cells(labels, patients, args.test_fraction, args.seed)])
     if args.split is None:
@@ -385,15 +309,7 @@ def baseline_features(
 ) -> dict[str, np.ndarray]:
     """Compute the features of a baseline: {kind: float32 [N, D]}.
 
-    Args:
-        name: "untrained" or one of `BASELINES`.
-        images: N image files.
-        embedder: for "untrained": the architecture, and how to embed.
-        seed: of the untrained network.
-        kinds: of the untrained network's features; other baselines have one kind with their own name.
-
-    Raises:
-        ValueError: if an image cannot be read any more.
+    The network "untrained" has the embedder's architecture and the `kinds`; another baseline has one kind, its name.
     """
     logger.info("baseline %s", name)
     paths = [Path(path) for path in images]

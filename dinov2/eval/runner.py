@@ -34,6 +34,24 @@ HOW_TO = (
 )
 
 
+def parse_arguments(
+    description: str,
+    protocol_of: Callable[[argparse.Namespace], Protocol],
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+    argv: Sequence[str] | None = None,
+) -> argparse.Namespace:
+    """Parse and check the flags of a protocol's command; the arguments are those of `run_command`."""
+    parser = argparse.ArgumentParser(
+        description=f"{description} {HOW_TO}", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    if add_arguments is not None:
+        add_arguments(parser)
+    add_evaluation_arguments(parser)
+    args = parser.parse_args(argv)
+    check_evaluation_arguments(parser, args, protocol_of(args).kinds)
+    return args
+
+
 def run_command(
     description: str,
     protocol_of: Callable[[argparse.Namespace], Protocol],
@@ -48,16 +66,9 @@ def run_command(
         add_arguments: add the protocol's own flags.
         argv: flags; None for those of the command line.
     """
-    parser = argparse.ArgumentParser(
-        description=f"{description} {HOW_TO}", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    if add_arguments is not None:
-        add_arguments(parser)
-    add_evaluation_arguments(parser)
-    args = parser.parse_args(argv)
     setup_logging()
+    args = parse_arguments(description, protocol_of, add_arguments, argv)
     protocol = protocol_of(args)
-    check_evaluation_arguments(parser, args, protocol.kinds)
     cells = load_evaluation_set(args, protocol.takes_all_kinds)
     report = run(protocol, cells, args.output_dir, args.few_shot, args.repeats, settings_of(args))
     print(format_report(report, protocol))
@@ -71,39 +82,38 @@ def run(
     repeats: int = 10,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate all sources of features, and write the results to `output_dir`, results.json last.
-
-    Args:
-        protocol: with its options.
-        evaluation: cells, split and features.
-        output_dir: made if missing.
-        few_shot_numbers: cells per class to train on in addition.
-        repeats: draws for each of them.
-        settings: further settings for results.json.
-
-    Returns:
-        the content of results.json.
-    """
-    predicted, few_shot_rows = {}, {}
+    """Evaluate all sources of features, also few-shot; write the files, results.json last, and return its content."""
+    cells = evaluation.cells
+    predicted: dict[str, Predictions] = {}
+    results, few_shot_rows = {}, {}
     for source in evaluation.sources:
         data = evaluation.data(source, protocol.takes_all_kinds)
         predicted[source] = protocol.evaluate(data, protocol.options)
         if few_shot_numbers:
             few_shot_options = FewShotOptions(protocol, few_shot_numbers, repeats)
             few_shot_rows[source] = few_shot.evaluate(data, few_shot_options)
-    cells = evaluation.cells
-    results = {
-        source: {
+        results[source] = {
             row: summarize(cells.labels, predictions, cells.class_names, cells.patients, evaluation.seed)
-            for row, predictions in rows.items()
+            for row, predictions in predicted[source].items()
         }
-        for source, rows in predicted.items()
-    }
     output_dir.mkdir(parents=True, exist_ok=True)
     write_split(output_dir / "split.csv", cells.paths, evaluation.split)
-    files = _write_predictions(protocol, evaluation, predicted, output_dir)
-    last = list(predicted["model"])[-1]
-    _draw_figures(protocol, evaluation, predicted["model"], results["model"][last]["confusion"], output_dir)
+    files = {}
+    for source, rows in predicted.items():
+        for row, predictions in rows.items():
+            parts = ["predictions", "" if source == "model" else source, row if protocol.has_many_rows else ""]
+            file = output_dir / f"{'_'.join(filter(None, parts))}.csv"
+            write_predictions(file, cells.paths, cells.labels, predictions, cells.class_names, cells.patients)
+            files[file.name] = file_sha256(file)
+    last, predictions = list(predicted["model"].items())[-1]
+    title = protocol.title + (f", {protocol.setting} = {protocol.value(last)}" if protocol.has_many_rows else "")
+    draw_confusion(output_dir / "confusion.png", results["model"][last]["confusion"], cells.class_names, title)
+    tested = predictions.tested
+    if predictions.probabilities is not None:
+        probabilities = predictions.probabilities[tested]
+        draw_curves(output_dir / "curves.png", cells.labels[tested], probabilities, cells.class_names, title)
+    in_train = [np.bincount(cells.labels[train], minlength=len(cells.class_names)) for train, _ in evaluation.folds]
+    mean_in_train = np.mean(in_train, axis=0).astype(int).tolist()  # [C], rounded down
     report = {
         "protocol": protocol.name,
         "results": results,
@@ -111,8 +121,8 @@ def run(
         "class_names": cells.class_names,
         "counts": {
             "cells": len(cells),
-            "tested": len(predicted["model"][last].tested),
-            "train_per_class": _mean_per_class(evaluation),
+            "tested": len(tested),
+            "train_per_class": dict(zip(cells.class_names, mean_in_train, strict=True)),
             "unreadable": len(cells.unreadable),
             **evaluation.copies,
         },
@@ -126,49 +136,9 @@ def run(
     return report
 
 
-def _write_predictions(
-    protocol: Protocol, evaluation: EvaluationSet, predicted: Mapping[str, Predictions], output_dir: Path
-) -> dict[str, str]:
-    """Write the predictions of each source, and return {file: sha256}."""
-    cells, files = evaluation.cells, {}
-    for source, rows in predicted.items():
-        for row, predictions in rows.items():
-            parts = ["predictions"]
-            parts += [] if source == "model" else [source]
-            parts += [row] if protocol.has_many_rows else []
-            file = output_dir / f"{'_'.join(parts)}.csv"
-            write_predictions(file, cells.paths, cells.labels, predictions, cells.class_names, cells.patients)
-            files[file.name] = file_sha256(file)
-    return files
-
-
-def _draw_figures(
-    protocol: Protocol, evaluation: EvaluationSet, predicted: Predictions, confusion: Any, output_dir: Path
-) -> None:
-    """Draw the confusion matrix and the curves of the model's last row."""
-    labels, class_names = evaluation.cells.labels, evaluation.cells.class_names
-    row, predictions = list(predicted.items())[-1]
-    title = (
-        f"{protocol.title}, {protocol.setting} = {protocol.value(row)}" if protocol.has_many_rows else protocol.title
-    )
-    draw_confusion(output_dir / "confusion.png", confusion, class_names, title)
-    if predictions.probabilities is not None:
-        tested = predictions.tested
-        probabilities = predictions.probabilities[tested]
-        draw_curves(output_dir / "curves.png", labels[tested], probabilities, class_names, title)
-
-
-def _mean_per_class(evaluation: EvaluationSet) -> dict[str, int]:
-    """Return the mean number of training cells of each class over the folds, rounded down."""
-    labels, class_names = evaluation.cells.labels, evaluation.cells.class_names
-    counts = np.mean([np.bincount(labels[train], minlength=len(class_names)) for train, _ in evaluation.folds], axis=0)
-    return {name: int(count) for name, count in zip(class_names, counts, strict=True)}
-
-
 def format_report(report: Mapping[str, Any], protocol: Protocol) -> str:
     """Format results.json as tables: all rows, the classes of the model's last row, and few-shot rows."""
-    counts = report["counts"]
-    results = report["results"]
+    counts, results = report["counts"], report["results"]
     rows = [(source, row, metrics) for source in results for row, metrics in results[source].items()]
     is_single = len(results["model"]) == 1
 
@@ -191,10 +161,8 @@ def format_report(report: Mapping[str, Any], protocol: Protocol) -> str:
     for source, few_shot_rows in report["few_shot"].items():
         for row, numbers in few_shot_rows.items():
             for number, scores in numbers.items():
-                accuracy, n_draws = scores["balanced_accuracy"], scores["n_draws"]
+                accuracy = scores["balanced_accuracy"]
                 spread = "" if accuracy["sd"] is None else f" +- {100 * accuracy['sd']:.1f}"
-                mean = f"{100 * accuracy['mean']:.1f}{spread}"
-                lines.append(
-                    f"{label(source, row)}, {number} cells a class: balanced accuracy {mean} ({n_draws} draws)"
-                )
+                mean = f"balanced accuracy {100 * accuracy['mean']:.1f}{spread} ({scores['n_draws']} draws)"
+                lines.append(f"{label(source, row)}, {number} cells a class: {mean}")
     return "\n".join(lines)

@@ -10,7 +10,12 @@ from dinov2.data.splits import Split, leave_one_dataset_out, write_split
 from dinov2.eval.features import read_features
 from dinov2.eval.features.extract import Embedder
 from dinov2.eval.knn import main
-from dinov2.eval.protocol import add_evaluation_arguments, baseline_features, check_evaluation_arguments
+from dinov2.eval.protocol import (
+    EvaluationData,
+    add_evaluation_arguments,
+    baseline_features,
+    check_evaluation_arguments,
+)
 
 
 def test_a_written_split_can_be_used_again(tmp_path, features_file, run_knn):
@@ -92,6 +97,14 @@ def test_sets_that_make_no_sense_are_refused_and_leave_nothing(tmp_path, feature
     expect_nothing("--test-fraction 0.7: choose a share", "--features", good, "--test-fraction", 0.7)
     expect_nothing("33 cells a class asked", "--features", good, "--few-shot", 33)
     expect_nothing("no file '.*gone.csv'", "--features", good, "--split", "gone.csv", error=OSError)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 1], [0, 1, 2, 0], [0, -1, 1, 0]])
+def test_arrays_that_do_not_fit_are_refused(labels):
+    with pytest.raises(
+        ValueError, match=rf"\[4\] cells, {len(labels)} labels from .* give each cell features and a label"
+    ):
+        EvaluationData({"cls": np.zeros((4, 3))}, np.array(labels), ["a", "b"], [])
 
 
 def test_features_without_labels_are_refused(tmp_path, expect_nothing):

@@ -1,13 +1,12 @@
 """Multinomial logistic regression: the optimum of scikit-learn's objective, on a CPU or GPU, or scikit-learn itself.
 
-    minimise  sum_n -ln softmax(W x_n + b)[y_n]  +  lambda / 2 |W|^2        (b is free)
+    minimise  sum_n -ln softmax(W x_n + b)[y_n]  +  lambda / 2 |W|^2        (b is free; scikit-learn's C = 1 / lambda)
 
-This is scikit-learn's objective with C = 1 / lambda. Backend `torch` minimises it by SciPy's L-BFGS; loss and gradient
-are computed by torch, in float64. Features of a network are strongly correlated and the penalty is weak, so L-BFGS on
-the features as they are needs thousands of iterations. Here the features are centred, rotated onto their principal axes
-and scaled by 1 / sqrt(c s^2 + lambda / N), where s^2 is the variance along an axis and c a typical p (1 - p). The
-penalty is scaled along, so the optimum is the same. Backend `sklearn` is scikit-learn's default solver and tolerance,
-which stop earlier.
+Backend `torch`: SciPy's L-BFGS, with loss and gradient computed by torch in float64. Features of a network are strongly
+correlated and the penalty is weak, so on features as they are it needs thousands of iterations. Here they are centred,
+rotated onto their principal axes and scaled by 1 / sqrt(c s^2 + lambda / N), where s^2 is the variance along an axis
+and c a typical p (1 - p); the penalty is scaled along, so the optimum is the same. Backend `sklearn`: its default
+solver and tolerance, which stop earlier.
 
 Dimension key:  N samples, D feature dim, r = min(N, D) axes, C classes
 """
@@ -16,10 +15,11 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import numpy as np
 import scipy.optimize
+import scipy.special
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -29,7 +29,6 @@ logger = logging.getLogger("dinov2")
 
 Backend = Literal["torch", "sklearn"]
 
-CHUNK = 8192  # samples that are converted to float64 at a time
 CURVATURE = 0.02  # c: smaller than at the start (1 / C), since most samples are fitted well at the optimum
 MAX_ITER = {"torch": 3000, "sklearn": 1000}
 # L-BFGS stops when the mean loss changes by less. Probabilities of held-out samples are then within about 1e-4 of the
@@ -39,52 +38,31 @@ LOSS_TOLERANCE = 1e-13
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """Weights of one fit.
+    """Weights of one fit; a class without training cells has the bias -inf, so it is never predicted."""
 
-    Attributes:
-        weights: float64 [C, D].
-        bias: float64 [C]; -inf for a class without training cells, which is never predicted.
-        n_iterations: of the solver.
-        has_converged: False if the solver stopped at its limit of iterations.
-    """
-
-    weights: np.ndarray
-    bias: np.ndarray
-    n_iterations: int
+    weights: np.ndarray  # float64 [C, D]
+    bias: np.ndarray  # float64 [C]
+    n_iterations: int  # of the solver
     has_converged: bool
 
     def predict_proba(self, features: np.ndarray) -> np.ndarray:
         """Return probabilities float64 [N, C] for features [N, D]."""
         logits = np.asarray(features, dtype=np.float64) @ self.weights.T + self.bias  # [N, C]
-        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return exponentials / exponentials.sum(axis=1, keepdims=True)
+        return scipy.special.softmax(logits, axis=1)
 
 
-def check_cells(features: np.ndarray, labels: np.ndarray, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Validate training features and labels and return them as arrays.
-
-    Raises:
-        ValueError: if shapes are not [N, D] and [N], features are infinite or NaN, or labels are of one class only or
-            not from 0 to `n_classes` - 1.
-    """
-    features, labels = np.asarray(features), np.asarray(labels)
-    if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
-        raise ValueError(
-            f"features {list(features.shape)} with labels {list(labels.shape)}: expected [N, D] and [N], with N cells"
-        )
+def check_cells(features: np.ndarray, labels: np.ndarray) -> None:
+    """Raise ValueError if features [N, D] are infinite or NaN, or labels int64 [N] are of one class only."""
     n_broken = int((~np.isfinite(features).all(axis=1)).sum())
     if n_broken:
         raise ValueError(
             f"features: {n_broken} of {len(features)} cells have infinite or NaN ones; extract again, with weights "
             f"that did not diverge"
         )
-    if labels.min() < 0 or labels.max() >= n_classes:
-        raise ValueError(f"labels: from {labels.min()} to {labels.max()}, but there are {n_classes} classes")
-    if labels.min() == labels.max():
+    if len(np.unique(labels)) < 2:
         raise ValueError(
             f"labels: all {len(labels)} training cells are of one class (number {labels[0]}); a probe needs two or more"
         )
-    return features, labels
 
 
 def fit_logistic(
@@ -95,24 +73,23 @@ def fit_logistic(
     device: str | torch.device = "cpu",
     backend: Backend = "torch",
 ) -> list[LinearProbe]:
-    """Fit one probe for each lambda and warn about fits that did not converge.
+    """Fit one probe for each lambda, on features as they are, and warn about fits that did not converge.
 
     Args:
-        features: [N, D], used as they are.
+        features: [N, D].
         labels: int64 [N], 0 to C - 1; classes without a cell get probability 0.
         n_classes: C.
-        lams: penalties.
+        lams: penalties, above 0.
         device: where `torch` computes.
         backend: `torch` (the optimum) or `sklearn` (its defaults, 1000 iterations at most).
 
     Raises:
-        ValueError: for unusable cells (`check_cells`), a penalty that is not above 0, or an unknown backend.
+        ValueError: for unusable cells (`check_cells`) or penalties.
     """
-    features, labels = check_cells(features, labels, n_classes)
+    check_cells(features, labels)
     if not min(lams) > 0:
         raise ValueError(f"lambda: {min(lams)}; choose a penalty above 0")
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend: {backend!r} is unknown; choose one of {', '.join(get_args(Backend))}")
+    max_iter = MAX_ITER[backend]
     present, ids = np.unique(labels, return_inverse=True)
     if backend == "torch":
         solutions = _solve_torch(torch.as_tensor(features, device=device), torch.as_tensor(ids, device=device), lams)
@@ -122,7 +99,7 @@ def fit_logistic(
     for lam, (weights_of_present, bias_of_present, n_iterations) in zip(lams, solutions, strict=True):
         weights, bias = np.zeros((n_classes, features.shape[1])), np.full(n_classes, -np.inf)
         weights[present], bias[present] = weights_of_present, bias_of_present
-        has_converged = n_iterations < MAX_ITER[backend]
+        has_converged = n_iterations < max_iter
         if not has_converged:
             logger.warning("logistic regression, lambda %.3g: not converged in %d iterations", lam, n_iterations)
         probes.append(LinearProbe(weights, bias, n_iterations, has_converged))
@@ -133,8 +110,14 @@ Solutions: TypeAlias = Iterator[tuple[np.ndarray, np.ndarray, int]]  # weights [
 
 
 def _solve_torch(features: Tensor, labels: Tensor, lams: Sequence[float]) -> Solutions:
-    mean, axes = _principal_axes(features)
-    rotated = torch.cat([(chunk - mean) @ axes for chunk in features.split(CHUNK)])  # [N, r]
+    mean = features.mean(dim=0, dtype=torch.float64)
+    centred = features - mean  # [N, D]
+    if len(features) < len(mean):
+        axes = torch.linalg.svd(centred, full_matrices=False).Vh.T  # [D, r]
+    else:
+        axes = torch.linalg.eigh(centred.T @ centred).eigenvectors
+    rotated = centred @ axes  # [N, r]
+    del centred
     variances = rotated.square().mean(dim=0)  # [r]
     n_classes = int(labels.max()) + 1
     for lam in lams:
@@ -147,27 +130,10 @@ def _solve_torch(features: Tensor, labels: Tensor, lams: Sequence[float]) -> Sol
         yield weights.cpu().numpy(), (bias - bias.mean()).cpu().numpy(), n_iterations
 
 
-def _principal_axes(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean [D] and the principal axes [D, r] of features [N, D], in float64."""
-    mean = features.mean(dim=0, dtype=torch.float64)
-    n_samples, dim = features.shape
-    if n_samples < dim:
-        return mean, torch.linalg.svd(features - mean, full_matrices=False).Vh.T
-    products = features.new_zeros(dim, dim, dtype=torch.float64)
-    for chunk in features.split(CHUNK):
-        centred = chunk - mean
-        products.addmm_(centred.T, centred)
-    return mean, torch.linalg.eigh(products).eigenvectors
-
-
 def _minimise(features: Tensor, labels: Tensor, n_classes: int, penalties: Tensor) -> tuple[Tensor, int]:
     """Return the weights [C, r + 1] with the least mean loss, the bias as last column, and the number of iterations.
 
-    Args:
-        features: float64 [N, r].
-        labels: int64 [N], 0 to C - 1.
-        n_classes: C.
-        penalties: float64 [r], of the squared weights along each axis.
+    Features are float64 [N, r], labels int64 [N]; `penalties` [r] are those of the squared weights along each axis.
     """
     one_hot = torch.nn.functional.one_hot(labels, n_classes).double()  # [N, C]
 

@@ -34,26 +34,16 @@ def fit_sgd_probes(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> dict[tuple[str, float], LinearProbe]:
-    """Train a softmax layer for each kind of features and each learning rate.
+    """Train a softmax layer in float32 for each kind of features [N, D] and each learning rate.
 
-    Args:
-        features: {kind: [N, D]}.
-        labels: int64 [N].
-        n_classes: C.
-        learning_rates: L, for 256 cells a batch; scaled by batch_size / 256.
-        n_iterations: number of batches; each pass over the cells has a new random order.
-        batch_size: B; all cells if there are fewer.
-        seed: of weights and order.
-        device: where the layers are trained, in float32.
+    Rates are for 256 cells a batch and scaled by batch_size / 256; a batch is all cells if there are fewer. Each pass
+    over the cells has a new random order.
 
     Returns:
         {(kind, learning rate): probe}; `has_converged` is False where weights are infinite or NaN.
-
-    Raises:
-        ValueError: for unusable cells (`check_cells`).
     """
     for values in features.values():
-        _, labels = check_cells(values, labels, n_classes)
+        check_cells(values, labels)
     order_rng = torch.Generator().manual_seed(derive_seed(seed, "order"))
     n_cells, batch_size = len(labels), min(batch_size, len(labels))
     rates = torch.tensor(learning_rates, device=device)[:, None, None] * batch_size / 256  # [L, 1, 1]
@@ -94,16 +84,8 @@ def choose_sgd_probe(
 ) -> tuple[str, float, float]:
     """Return the kind of features and the learning rate with the highest validation accuracy, and that accuracy.
 
-    Of equal accuracies the one with the lower log loss counts.
-
-    Args:
-        features: {kind: [N, D]}.
-        labels: int64 [N].
-        fold: positions to fit and to validate on; other cells are not used.
-        fit: `fit_sgd_probes` with its settings.
-
-    Raises:
-        ValueError: for unusable cells (`check_cells`), and if no probe has finite weights.
+    Of equal accuracies the one with the lower log loss counts. `fold` are positions to fit and to validate on, in
+    features {kind: [N, D]} and labels int64 [N]; `fit` is `fit_sgd_probes` with its settings.
     """
     train, validation = fold
     scores = {}
