@@ -3,7 +3,6 @@
 Dimension key:  B images of a micro-batch (train.batch_size_per_gpu), P patches of a global crop
 """
 
-import bisect
 import logging
 import statistics
 import tempfile
@@ -215,13 +214,13 @@ def dry_run(cfg: DictConfig, model: SSLMetaArch, dataset: HemaStandardDataset) -
 def find_batch_size(cfg: DictConfig, model: SSLMetaArch, dataset: HemaStandardDataset) -> int | None:
     """Find the largest `train.batch_size_per_gpu` whose step leaves MARGIN of the free memory; None where no step does.
 
-    A GPU tries sizes until one does not fit. A CPU would swap, or its process be killed: there the answer follows from
-    the growth over small steps. With `train.global_batch_size` sizes are its divisors.
+    The answer follows from the growth of the peak over small steps; a GPU, which unlike a CPU does not swap, then tries
+    it, and smaller sizes if it does not fit. With `train.global_batch_size` sizes are its divisors.
 
     Args:
         cfg: as given, before resolve_batch_size.
     """
-    device, sizes, room = model.device, batch_sizes(cfg), memory_room(model.device)
+    sizes, room = batch_sizes(cfg), memory_room(model.device)
     trials = StepTrials(_with_batch_size(cfg, sizes[0]), model, dataset)
     limit = (1 - MARGIN) * room
 
@@ -233,33 +232,22 @@ def find_batch_size(cfg: DictConfig, model: SSLMetaArch, dataset: HemaStandardDa
 
     text = "looking for the largest batch that needs at most %s of %s: %.0f %% stay free for what differs between steps"
     logger.info(text, size_text(limit), size_text(room), 100 * MARGIN)
-    if device.type != "cuda":
-        return largest_by_extrapolation(step, sizes, limit)
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
-    try:
-        return largest_by_trying(step, sizes)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    with suppress(torch.OutOfMemoryError):
+        size = largest_by_extrapolation(step, sizes, limit)
+        return size if model.device.type != "cuda" else largest_that_fits(step, [n for n in sizes if n <= (size or 0)])
+    return None
 
 
-def largest_by_trying(step: Step, sizes: Sequence[int]) -> int | None:
-    """Find the largest of the ascending `sizes` whose step raises no torch.OutOfMemoryError, to 3 %; None if all do.
-
-    Doubles from N_SMALL images on until one does not fit, then bisects.
-    """
-    low, high = -1, len(sizes)  # sizes up to that at `low` fit, those from that at `high` on do not
-    trying = bisect.bisect_left(sizes, N_SMALL)
-    while low < high - 1 and (low < 0 or high == len(sizes) or sizes[high] - sizes[low] > max(1, sizes[low] // 32)):
-        trying = min(max(trying, low + 1), high - 1)
+def largest_that_fits(step: Step, sizes: Sequence[int]) -> int | None:
+    """Return the largest of the ascending `sizes` whose step raises no torch.OutOfMemoryError, to 10 %."""
+    while sizes:
         try:
-            step(sizes[trying])
-            low = trying
+            step(sizes[-1])
+            return sizes[-1]
         except torch.OutOfMemoryError:
-            logger.info("%6d images: do not fit", sizes[trying])
-            high = trying
-        trying = bisect.bisect_left(sizes, 2 * sizes[low]) if high == len(sizes) else (low + high) // 2
-    return sizes[low] if low >= 0 else None
+            logger.info("%6d images: do not fit", sizes[-1])
+            sizes = [n for n in sizes if n <= 0.9 * sizes[-1]]
+    return None
 
 
 def largest_by_extrapolation(step: Step, sizes: Sequence[int], limit: float) -> int | None:

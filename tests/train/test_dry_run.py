@@ -12,7 +12,7 @@ from dinov2.train.dry_run import (
     batch_sizes,
     count_step_flops,
     largest_by_extrapolation,
-    largest_by_trying,
+    largest_that_fits,
     measured_matmul_rate,
 )
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -237,26 +237,12 @@ def made_up_step(fixed, per_image, tried, limit=None):
     return step
 
 
-@pytest.mark.parametrize("right", [1, 2, 3, 7, 8, 9, 12, 31, 64, 100, 1000])
-def test_trying_finds_the_largest_batch(right):
-    tried = []
-    found = largest_by_trying(made_up_step(10, 1, tried, limit=10 + right), range(1, 2**16))
-    assert right - max(0, right // 32) <= found <= right
-    assert len(tried) == len(set(tried)) < 20
-    assert max(tried) <= max(8, 2 * right)
-
-
-def test_trying_finds_all_or_nothing_where_that_is_so():
-    assert largest_by_trying(made_up_step(10, 1, [], limit=5), range(1, 100)) is None
-    assert largest_by_trying(made_up_step(10, 1, [], limit=500), range(1, 100)) == 99
-    assert largest_by_trying(made_up_step(10, 1, [], limit=500), [4]) == 4
-
-
-def test_trying_keeps_to_the_sizes_that_there_are():
-    tried = []
-    sizes = [1, 2, 3, 5, 6, 10, 15, 30]
-    assert largest_by_trying(made_up_step(0, 1, tried, limit=14), sizes) == 10
-    assert set(tried) <= set(sizes)
+def test_a_size_that_does_not_fit_gives_way_to_smaller_ones():
+    assert largest_that_fits(made_up_step(10, 1, tried := [], limit=100), range(1, 121)) == 87
+    assert tried == [120, 108, 97, 87]
+    assert largest_that_fits(made_up_step(0, 1, [], limit=14), [1, 2, 3, 5, 6, 10, 15, 30]) == 10
+    assert largest_that_fits(made_up_step(10, 1, [], limit=5), range(1, 100)) is None
+    assert largest_that_fits(made_up_step(10, 1, [], limit=500), [4]) == 4
 
 
 def test_extrapolation_finds_the_largest_batch_from_small_steps():
