@@ -55,6 +55,8 @@ _HF_PARTS = {
     "mlp.w12": ("mlp.gate_proj", "mlp.up_proj"),
 }
 
+_BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
+
 _TIMM_GATED = {"mlp.w12": "mlp.fc1", "mlp.w3": "mlp.fc2"}
 _TIMM_SIZES = {
     False: {"small": "vit_small", "base": "vit_base", "large": "vit_large"},
@@ -217,6 +219,37 @@ def timm_arguments(architecture: Mapping[str, Any]) -> tuple[str, dict[str, Any]
     if int(embed_dim * _TIMM_MLP_RATIO[is_gated]) != width:
         arguments["mlp_ratio"] = (width + 0.5) / embed_dim  # timm rounds down: half a unit keeps float errors away
     return model_name, {"img_size": architecture["img_size"], "num_classes": 0, **arguments}
+
+
+# --- low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685), under the names that peft gives them ---------------
+
+
+def is_adapter(name: str) -> bool:
+    """Return True for the two parameters of an adapter."""
+    return name.endswith((_A, _B))
+
+
+def lora_scaling(student: Any) -> float:
+    """alpha / rank of a configuration's section `student`; 0 without adapters."""
+    lora = getattr(student, "lora", None)  # a run from before there were any has no such section
+    return float(lora.alpha / lora.rank) if lora is not None and lora.rank else 0.0
+
+
+def merged(state: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
+    """Tensors of a backbone with adapters as those of the plain one that gives the same features.
+
+    W <- W + scaling B A, under the plain names; what has no adapter is passed on. Names may have a prefix.
+    """
+    plain = {}
+    for name, value in state.items():
+        if is_adapter(name):
+            continue
+        layer, base, parameter = name.partition(_BASE)
+        if base and parameter == "weight":
+            change = state[layer + _B].double() @ state[layer + _A].double()  # [out, in]
+            value = (value.double() + scaling * change).to(value.dtype)
+        plain[f"{layer}.{parameter}" if base else name] = value
+    return plain
 
 
 # --- for both -------------------------------------------------------------------------------------------------------

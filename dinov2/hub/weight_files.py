@@ -21,8 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from dinov2.hub.adapters import is_adapter, lora_scaling, merged
-from dinov2.hub.conversions import LAYER_NORM_EPS, to_own_names
+from dinov2.hub.conversions import LAYER_NORM_EPS, is_adapter, lora_scaling, merged, to_own_names
 from dinov2.hub.downloads import resolve_weights
 from dinov2.models import architecture, build_model_from_cfg
 from dinov2.utils.files import PathLike

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,6 +15,19 @@ from .attention import Attention
 from .drop_path import choose_samples
 from .layer_scale import LayerScale
 from .mlp import Mlp
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm that takes float32 also with half-precision weights, as sharding gathers them.
+
+    Autocast takes care of it on CUDA; on a CPU it leaves the types as they are, and the kernel refuses the mixture.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to the same shape."""
+        if x.dtype != torch.float32 or self.weight.dtype == torch.float32:
+            return super().forward(x)
+        return F.layer_norm(x, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
 
 
 class Block(nn.Module):

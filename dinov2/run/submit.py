@@ -22,8 +22,7 @@ import submitit
 from submitit.core.utils import UncompletedJobError
 from submitit.helpers import Checkpointable
 
-from dinov2.utils.command import REQUEUE_EXIT_CODE, exit_code
-from dinov2.utils.stop_signals import StopSignals
+from dinov2.utils.command import REQUEUE_EXIT_CODE, StopSignals, exit_code
 
 # States that a job does not leave, by their names in scontrol
 _ENDED = {

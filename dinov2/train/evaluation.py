@@ -43,7 +43,7 @@ from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.teacher import teacher_state, whole_teacher_backbone
 from dinov2.utils.command import text_of
 from dinov2.utils.files import atomic_write
-from dinov2.utils.matmul import fast_matmul_within
+from dinov2.utils.precision import fast_matmul_within
 
 logger = logging.getLogger("dinov2")
 

@@ -5,6 +5,7 @@ Supervision detects hangs, takes requests to stop, and writes status.json.
 
 import argparse
 import faulthandler
+import importlib.util
 import logging
 import os
 import platform
@@ -27,7 +28,6 @@ import dinov2
 from dinov2 import distributed
 from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.distributed import Launch, any_rank, get_rank, get_world_size, is_lost_connection, name_missing_ranks
-from dinov2.fsdp.precision import resolve_dtype, resolve_precision
 from dinov2.hub.downloads import RELEASES
 from dinov2.logging import MetricLogger, log_file
 from dinov2.models import fixed_settings
@@ -36,11 +36,11 @@ from dinov2.train.finetuning import count_learned, weights_of
 from dinov2.train.run_folder import RunFolder
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.utils.command import StopSignals
 from dinov2.utils.config import load_run_config, missing_keys
-from dinov2.utils.matmul import fast_matmul
 from dinov2.utils.memory import keep_freed_memory
 from dinov2.utils.parallel import available_cores
-from dinov2.utils.stop_signals import StopSignals
+from dinov2.utils.precision import fast_matmul, resolve_dtype, resolve_precision
 
 logger = logging.getLogger("dinov2")
 
@@ -80,6 +80,9 @@ def resolve_arch(cfg: DictConfig) -> None:
 def set_up_device(cfg: DictConfig, launch: Launch | None) -> torch.device:
     """Choose the device and its number formats, and join the processes that were started together."""
     device = pick_device(cfg.train.device, launch)
+    for key in ("compile_blocks", "compile_loss"):
+        if cfg.train[key] and (obstacle := obstacle_to_compiling(device)):
+            raise ValueError(f"train.{key}=true: {obstacle}; set it to false")
     resolve_precision(cfg.compute_precision, device.type)
     fast_matmul(cfg.compute_precision.fp32_matmul == "fast", device)
     if device.type == "cpu":
@@ -118,6 +121,19 @@ def pick_device(name: str, launch: Launch | None) -> torch.device:
             "as it has GPUs, or set train.device"
         )
     return torch.device("cuda", index)
+
+
+def obstacle_to_compiling(device: torch.device) -> str | None:
+    """Return what torch.compile lacks on `device` and what would help, or None."""
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is missing; `pip install triton` brings it"
+        if "CC" in os.environ or shutil.which("gcc") or shutil.which("clang"):
+            return None
+        return "no C compiler was found; install gcc, or name one in the variable CC"
+    if shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")):
+        return None
+    return "no C++ compiler was found; install g++, or name one in the variable CXX"
 
 
 def fill_cache(dataset: HemaStandardDataset, signals: StopSignals, *, only_report: bool) -> bool:

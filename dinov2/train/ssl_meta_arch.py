@@ -20,18 +20,17 @@ from torch import Tensor, nn
 
 from dinov2.data.augmentations import N_GLOBAL_CROPS
 from dinov2.distributed import all_gather_rows, get_rank, is_enabled
-from dinov2.fsdp.precision import autocast, computes_in_fp16, resolve_dtype
 from dinov2.fsdp.sharding import SHARDED, lerp_, make_mesh, replicate, reshard, shard
-from dinov2.hub.adapters import lora_scaling
+from dinov2.hub.conversions import lora_scaling
 from dinov2.layers import Block, DINOHead
-from dinov2.logging.step_clock import StepClock
+from dinov2.logging.metrics import StepClock
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss, smooth_rank_loss
 from dinov2.models import build_model_from_cfg
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.train.finetuning import limit_learning, start_from_weights
 from dinov2.train.monitor import feature_statistics, prototype_use
 from dinov2.train.optimizer import LossScaler, fuse_params_groups, get_params_groups_with_decay
-from dinov2.utils.compilers import obstacle_to_compiling
+from dinov2.utils.precision import autocast, computes_in_fp16, resolve_dtype
 
 
 class HeadOutput(NamedTuple):
@@ -137,13 +136,7 @@ class SSLMetaArch(nn.Module):
         (`compute_precision.*.*.sharding_strategy`).
 
         To be called on the training device, before the optimizer is built.
-
-        Raises:
-            ValueError: the machine lacks what torch.compile needs.
         """
-        for key in ("compile_blocks", "compile_loss"):
-            if self.cfg.train[key] and (obstacle := obstacle_to_compiling(self.device)):
-                raise ValueError(f"train.{key}=true: {obstacle}; set it to false")
         if self.cfg.train.compile_blocks:
             for module in self.modules():
                 if isinstance(module, Block):

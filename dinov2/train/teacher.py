@@ -6,7 +6,7 @@ from torch.distributed.tensor import DTensor
 
 from dinov2.distributed import is_main_process
 from dinov2.fsdp.sharding import whole
-from dinov2.hub.adapters import merged
+from dinov2.hub.conversions import merged
 from dinov2.models import architecture, build_backbone
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.train.ssl_meta_arch import SSLMetaArch

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import cv2
 import torch
 
-from dinov2.utils.stop_signals import ignore_stop_signals
+from dinov2.utils.command import ignore_stop_signals
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

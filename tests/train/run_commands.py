@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dinov2 import distributed
 from dinov2.train import batches, train
-from dinov2.utils.stop_signals import StopSignals
+from dinov2.utils.command import StopSignals
 
 
 class StopIn(StopSignals):

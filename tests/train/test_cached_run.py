@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dinov2.train.train import main
-from dinov2.utils.stop_signals import StopSignals
+from dinov2.utils.command import StopSignals
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from dinov2.hub.adapters import lora_scaling, merged
 from dinov2.hub.backbones import load_backbone, without_chunk
+from dinov2.hub.conversions import lora_scaling, merged
 from dinov2.models.vision_transformer import DinoVisionTransformer, vit_small
 from dinov2.train.batches import resolve_batch_size
 from dinov2.train.finetuning import choose_learned, count_learned, limit_learning

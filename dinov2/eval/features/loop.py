@@ -25,7 +25,7 @@ from dinov2.data.datasets.decode import UnreadableImageError, decode_image
 from dinov2.distributed import get_world_size, is_main_process
 from dinov2.eval.features.encoders import Encoder, Preparation
 from dinov2.eval.features.store import DEFAULT_KIND, PATCHES
-from dinov2.utils.matmul import fast_matmul_within
+from dinov2.utils.precision import fast_matmul_within
 from dinov2.utils.progress import progress_bar
 
 logger = logging.getLogger("dinov2")
@@ -55,7 +55,7 @@ class ExtractOptions:
         device: of the network.
         batch_size: images in one forward.
         num_workers: processes that decode images; 0: a thread of this process.
-        fp32_matmul: "fast" or "exact": float32 products on a CPU, see `dinov2.utils.matmul`.
+        fp32_matmul: "fast" or "exact": float32 products on a CPU, see `dinov2.utils.precision`.
         compiled: compile the network on CUDA, which takes a minute. A CPU gains nothing, so it is ignored there.
         progress: show a progress bar, on the main process.
 
