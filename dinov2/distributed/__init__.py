@@ -1,7 +1,7 @@
-"""The process groups of a run, made once. Every function answers for a lone process, too.
+"""Process groups of a run, and what ranks exchange. Every function also works in a single process.
 
-Tensors of a step use the default group. Hosts talk through gloo groups of their own: in each step about whether to
-stop, and around evaluations and checkpoints, where one rank may keep the others waiting for long, about objects.
+Tensors of a step use the default group. The hosts have gloo groups of their own: one to agree in each step whether to
+stop, one for objects around evaluations and checkpoints, where ranks may wait long, and one for the roll call.
 """
 
 import re
@@ -40,11 +40,11 @@ __all__ = [
 
 Result = TypeVar("Result")
 
-ROLL_CALL_SECONDS = 15.0  # the most that rank 0 waits for answers after a rank did not arrive
-OTHERS_ROLL_CALLS = 3  # the other ranks wait so many times as long for rank 0
-NCCL_SLACK_SECONDS = 60.0  # the hosts notice a hang first and name the rank; then NCCL aborts what still waits
+ROLL_CALL_SECONDS = 15.0  # maximum wait of rank 0 for answers after a rank did not arrive
+OTHERS_ROLL_CALLS = 3  # the other ranks wait this many times as long for rank 0
+NCCL_SLACK_SECONDS = 60.0  # the hosts notice a hang first and name the rank; then NCCL aborts waiting kernels
 GLOO_WORDS = ("gloo/", "caused pair closure", "closed by peer")  # gloo's errors are plain RuntimeErrors
-PATIENT_SECONDS = 1800.0  # the least time that a rank may keep the others waiting around evaluations and checkpoints
+OBJECTS_SECONDS = 1800.0  # minimum time limit of ranks that wait around evaluations and checkpoints
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class _HostGroups:
     steps: dist.ProcessGroup | None = None
     objects: dist.ProcessGroup | None = None
     roll_call: dist.ProcessGroup | None = None
-    names: tuple[str, ...] = ()  # of the ranks, for people
+    names: tuple[str, ...] = ()  # of the ranks, for messages
     roll_call_seconds: float = ROLL_CALL_SECONDS
 
 
@@ -67,30 +67,30 @@ def is_enabled() -> bool:
 
 
 def get_rank() -> int:
-    """Return the rank of this process; 0 when it is alone."""
+    """Return the rank of this process; 0 without a process group."""
     return dist.get_rank() if is_enabled() else 0
 
 
 def get_world_size() -> int:
-    """Return how many processes train together; 1 when there is no process group."""
+    """Return the number of processes that train together; 1 without a process group."""
     return dist.get_world_size() if is_enabled() else 1
 
 
 def is_main_process() -> bool:
-    """Return whether this process writes the files and logs that exist once per run."""
+    """Return whether this process is rank 0, which writes the run's files."""
     return get_rank() == 0
 
 
 def enable(launch: Launch, device: torch.device, timeout_seconds: float) -> None:
     """Join the process group that `launch` describes: NCCL between GPUs, gloo between CPUs (and for objects).
 
-    A CUDA `device` becomes the current one. A step waits for a rank for `timeout_seconds`, then fails.
+    A CUDA `device` becomes the current one. A step that waits longer than `timeout_seconds` for a rank fails.
 
     Raises:
         ConnectionError: the processes do not find each other.
     """
     global _hosts
-    timeout, patience = timedelta(seconds=timeout_seconds), max(PATIENT_SECONDS, 4 * timeout_seconds)
+    timeout, objects_seconds = timedelta(seconds=timeout_seconds), max(OBJECTS_SECONDS, 4 * timeout_seconds)
     backend, slack = "gloo", 0.0
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -107,15 +107,15 @@ def enable(launch: Launch, device: torch.device, timeout_seconds: float) -> None
             f"rank {launch.rank} of {launch.world_size} does not reach the others at {address}: {error}; check that "
             "this host resolves and reaches that address, and set MASTER_ADDR and MASTER_PORT if it is the wrong one"
         ) from error
-    store.set_timeout(timedelta(seconds=patience))
-    start = _agree_on_start(store, rank, world_size, patience)
+    store.set_timeout(timedelta(seconds=objects_seconds))
+    start = _agree_on_start(store, rank, world_size, objects_seconds)
     store = dist.PrefixStore(f"group/{start}", store)
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=timeout + timedelta(seconds=slack)
     )
     names: list[Any] = [None] * world_size
     roll_call_seconds = min(ROLL_CALL_SECONDS, timeout_seconds)
-    objects = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
+    objects = dist.new_group(backend="gloo", timeout=timedelta(seconds=objects_seconds))
     dist.all_gather_object(names, f"rank {rank} (host {socket.gethostname()}, pid {getpid()})", group=objects)
     _hosts = _HostGroups(
         steps=dist.new_group(backend="gloo", timeout=timeout),
@@ -127,11 +127,10 @@ def enable(launch: Launch, device: torch.device, timeout_seconds: float) -> None
 
 
 def _agree_on_start(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> str:
-    """Agree on a name that only the processes of this start know; ConnectionError if not all processes come.
+    """Return a random name that all processes of this start share; ConnectionError if not all processes arrive.
 
-    torchrun keeps its store when it starts the processes again, with the addresses of those that are gone; and its
-    count of restarts is each node's own. So each process publishes a new random number, and rank 0 answers it with its
-    own.
+    When torchrun restarts the processes, its store still holds the addresses of the old ones, and each node counts
+    restarts on its own. So each process publishes a new random number, and rank 0 answers with its own number.
     """
     own, deadline = uuid.uuid4().hex, time.monotonic() + timeout_seconds
     store.set(f"start/here/{rank}", own)
@@ -160,7 +159,7 @@ def disable() -> None:
 
 
 def average_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Means of 0-d tensors over the ranks, each of which gives the same names. The host does not wait for them."""
+    """Average 0-d tensors over the ranks, which all pass the same names. The host does not wait for the result."""
     if not is_enabled():
         return dict(values)
     stacked = torch.stack([value.float() for value in values.values()])
@@ -169,7 +168,7 @@ def average_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def any_rank(condition: bool) -> bool:
-    """Return whether `condition` holds on any rank. Hosts wait for each other here, and not for their devices."""
+    """Return whether `condition` holds on any rank. The hosts wait for each other, not for their devices."""
     if not is_enabled():
         return condition
     flag = torch.tensor(int(condition))
@@ -184,10 +183,10 @@ def is_lost_connection(error: BaseException) -> bool:
 
 
 def name_missing_ranks() -> str:
-    """Name the ranks that do not answer a roll call. To be called on every rank that waited in vain.
+    """Name the ranks that do not answer a roll call; every rank that timed out calls this.
 
-    Rank 0 learns which ranks these are; the others learn only whether rank 0 answers. A process that has ended closes
-    its connections, and gloo does not tell whose they were.
+    Rank 0 learns which ranks are missing; the others learn only whether rank 0 answers. If a process has ended, gloo
+    does not say whose connection was closed.
     """
     seconds = _hosts.roll_call_seconds * (1 if is_main_process() else OTHERS_ROLL_CALLS)
     try:
@@ -201,7 +200,7 @@ def name_missing_ranks() -> str:
 
 
 def on_main_process(action: Callable[[], Result]) -> Result:
-    """Run `action` on the main process alone; every process gets its result, or its error."""
+    """Run `action` on the main process only, and return its result or raise its error on every process."""
     if not is_enabled():
         return action()
     outcome: list[Any] = [None, None]  # result, error
@@ -218,7 +217,7 @@ def on_main_process(action: Callable[[], Result]) -> Result:
 
 
 def all_gather_objects(own: Result) -> list[Result]:
-    """Return what each rank gives, by rank."""
+    """Return the objects of all ranks, by rank."""
     if not is_enabled():
         return [own]
     objects: list[Any] = [None] * get_world_size()
@@ -227,7 +226,7 @@ def all_gather_objects(own: Result) -> list[Result]:
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:
-    """Gather the rows [R, ...] of all processes, by rank: [W * R, ...], without gradient. All have the same R."""
+    """Gather the rows [R, ...] of all processes, by rank: [W * R, ...], without gradient. R is the same for all."""
     if not is_enabled():
         return rows.detach()
     rows = rows.detach().contiguous()

@@ -37,6 +37,7 @@ __all__ = [
     "ENTRY_POINTS",
     "PathLike",
     "check_names_and_shapes",
+    "mismatches",
     "checkpoint_file",
     "describe_backbone",
     "file_sha256",
@@ -217,6 +218,12 @@ def _mlp_ratio(embed_dim: int, hidden_dim: int, is_gated: bool) -> float:
 
 def check_names_and_shapes(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
     """Check that a file has exactly a network's tensors; the ValueError lists the differences."""
+    if wrong := mismatches(wanted, state):
+        raise ValueError(f"checkpoint {path}: its tensors do not make a whole backbone: {wrong}")
+
+
+def mismatches(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """List the missing, unexpected and misshapen tensors of a file; empty if it has exactly the wanted ones."""
     problems = {
         "missing": [name for name in wanted if name not in state],
         "unexpected": [name for name in state if name not in wanted],
@@ -226,9 +233,7 @@ def check_names_and_shapes(wanted: Mapping[str, Tensor], state: Mapping[str, Ten
             if name in state and state[name].shape != value.shape
         ],
     }
-    if any(problems.values()):
-        found = "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names)
-        raise ValueError(f"checkpoint {path}: its tensors do not make a whole backbone: {found}")
+    return "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names)
 
 
 # --- torch.hub ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The modules a vision transformer and its projection heads are made of; none of them knows how it is trained."""
+"""Modules of a vision transformer and its projection heads; none of them depends on how it is trained."""
 
 from .attention import Attention, MemEffAttention
 from .block import Block, LayerNorm, NestedTensorBlock

@@ -78,7 +78,7 @@ def _peak_of_process() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def memory_room(device: torch.device) -> int:
+def memory_limit(device: torch.device) -> int:
     """Return the bytes that this process can have in use on `device`: what it has and what is free.
 
     On a CPU, free is what the kernel can give without swapping, within the limits of the process's cgroups (those of

@@ -156,7 +156,7 @@ def test_dry_run_does_not_try_on_a_cpu_what_would_not_fit(run, monkeypatch, capf
     monkeypatch.setattr(
         StepTrials, "step", lambda self, cfg: tried.append(cfg.train.batch_size_per_gpu) or step(self, cfg)
     )
-    monkeypatch.setattr(dry_run, "memory_room", lambda device: 1)
+    monkeypatch.setattr(dry_run, "memory_limit", lambda device: 1)
     assert run("--dry-run", "train.batch_size_per_gpu=64") == 1
     log = capfd.readouterr().err
     assert "train.batch_size_per_gpu=64 does not fit" in log
@@ -304,7 +304,7 @@ def test_sizes_follow_from_what_the_run_has_to_keep():
 
 def test_the_command_prints_the_override_and_writes_nothing(run, tmp_path, monkeypatch, capfd):
     room = 4 * 2**30
-    monkeypatch.setattr(dry_run, "memory_room", lambda device: room)
+    monkeypatch.setattr(dry_run, "memory_limit", lambda device: room)
     assert run("--find-batch-size", "dino.head_n_prototypes=4096") == 0
     output = capfd.readouterr()
     key, _, found = output.out.strip().partition("=")
@@ -317,7 +317,7 @@ def test_the_command_prints_the_override_and_writes_nothing(run, tmp_path, monke
 
 
 def test_the_command_says_so_when_nothing_fits(run, monkeypatch, capfd):
-    monkeypatch.setattr(dry_run, "memory_room", lambda device: MIB)
+    monkeypatch.setattr(dry_run, "memory_limit", lambda device: MIB)
     assert run("--find-batch-size") == 1
     output = capfd.readouterr()
     assert output.out == ""

@@ -19,11 +19,11 @@ from dinov2.hub.backbones import load_backbone, without_chunk
 from dinov2.hub.conversions import lora_scaling, merged
 from dinov2.models.vision_transformer import DinoVisionTransformer, vit_small
 from dinov2.train.batches import resolve_batch_size
+from dinov2.train.evaluation import whole_teacher_backbone
 from dinov2.train.finetuning import choose_learned, count_learned, limit_learning
 from dinov2.train.optimizer import build_optimizer, get_params_groups_with_decay
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.teacher import whole_teacher_backbone
 from dinov2.train.train import main
 from dinov2.utils.config import load_run_config
 from dinov2.utils.seeds import derive_seed
@@ -126,8 +126,8 @@ def test_what_the_words_mean(chunks):
     [
         (settings(["patch_embd"]), r"student\.freeze: 'patch_embd'.*did you mean patch_embed\?"),
         (settings(["atn.qkv"]), r"did you mean attn\.qkv\?"),
-        (settings(["0-2"]), r"student\.freeze: '0-2' means blocks that there are not; they are 0-1"),
-        (settings(["1-0"]), "means blocks that there are not"),
+        (settings(["0-2"]), r"student\.freeze: '0-2' names blocks that do not exist; blocks are 0-1"),
+        (settings(["1-0"]), "names blocks that do not exist"),
         (settings(["all"]), "leaves nothing of the backbone to learn"),
         (settings(unfreeze=["norm"]), r"student\.freeze, which is empty; set student\.freeze=\[all\]"),
         (settings(["all"], rank=4), r"no layer is left to adapt.*student\.lora\.rank=0"),
