@@ -18,25 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dinov2.distributed.launch import Launch, read_launch
-
-__all__ = [
-    "Launch",
-    "all_gather_objects",
-    "all_gather_rows",
-    "any_rank",
-    "average_over_ranks",
-    "disable",
-    "enable",
-    "get_rank",
-    "get_world_size",
-    "is_enabled",
-    "is_lost_connection",
-    "is_main_process",
-    "name_missing_ranks",
-    "on_main_process",
-    "read_launch",
-]
+from dinov2.distributed.launch import Launch as Launch
+from dinov2.distributed.launch import read_launch as read_launch
 
 Result = TypeVar("Result")
 

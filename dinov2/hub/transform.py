@@ -1,4 +1,4 @@
-"""The transform of an image before a backbone takes it.
+"""The transform of an image before a backbone.
 
 Dimension key:  S image side in pixels
 """
@@ -16,9 +16,9 @@ from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_images
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Square an image and normalise it by ImageNet's mean and std, as the released networks and this project's need it.
+    """Crop an image to a square and normalise it by ImageNet's mean and std, as all of these networks expect.
 
-    Transforms can be pickled and compared; `str()` describes one for results and cache keys.
+    Transforms can be pickled and compared; `str()` describes one in results and cache keys.
 
     Attributes:
         image_size: S.
@@ -33,8 +33,8 @@ class ImageTransform:
         """Transform an image, or the file at a path, to float32 [3, S, S].
 
         Raises:
-            UnreadableImageError: a path whose file cannot be decoded.
-            ValueError: an image whose pixels have no defined brightness, or an array that is not uint8 [H, W, 3].
+            UnreadableImageError: the file cannot be decoded.
+            ValueError: the image has no defined brightness, or the array is not uint8 [H, W, 3].
         """
         decoded = image if isinstance(image, Image.Image | np.ndarray) else decode_image(image)
         return normalize_images(self.resize(decoded))

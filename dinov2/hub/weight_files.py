@@ -1,4 +1,4 @@
-"""Find the file with the weights, and read its tensors under our names.
+"""Find the file with the weights of a source, and read its tensors under our names.
 
 No code in a file is ever run: pickles are read with `weights_only=True`.
 """
@@ -31,12 +31,12 @@ TEACHER_FILE = "teacher_checkpoint.pth"
 CONFIG_FILE, PREPROCESSOR_FILE = "config.json", "preprocessor_config.json"
 # transformers' and timm's names of the file in a folder
 FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-INDEX_FILES = tuple(f"{name}.index.json" for name in FOLDER_WEIGHTS)  # where it is split
-# added to parameter names by torch.compile, DistributedDataParallel, FSDP and activation checkpointing
+INDEX_FILES = tuple(f"{name}.index.json" for name in FOLDER_WEIGHTS)  # if the weights are split over files
+# parts that torch.compile, DistributedDataParallel, FSDP and activation checkpointing add to parameter names
 WRAPPER_COMPONENTS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 HEADS = ("dino_head", "ibot_head")
-CLASSIFIER_PREFIX = "head."  # of timm and of other projects; not used
-# torch's parametrization of weight norm -> the names before it, which this project keeps
+CLASSIFIER_PREFIX = "head."  # of timm and other projects; not used here
+# names of torch's parametrization of weight norm -> the older names, which this project uses
 WEIGHT_NORM = {".parametrizations.weight.original0": ".weight_g", ".parametrizations.weight.original1": ".weight_v"}
 N_NAMES_IN_ERRORS = 8
 
@@ -57,18 +57,18 @@ _TIMM_SETTINGS = {
 
 @dataclass
 class StoredNetworks:
-    """The teacher's networks of a checkpoint, or its only ones: tensors in fp32 on the CPU."""
+    """The teacher's networks of a checkpoint, or its only networks: tensors in fp32 on the CPU."""
 
     backbone: dict[str, Tensor]  # without prefixes and block chunks
-    heads: dict[str, dict[str, Tensor]]  # {"dino_head": tensors, "ibot_head": tensors}, those that exist
-    recorded: dict[str, Any]  # architecture, as `models.architecture` has it; img_size is of the images it is meant for
+    heads: dict[str, dict[str, Tensor]]  # {"dino_head": tensors, "ibot_head": tensors}, as far as they exist
+    recorded: dict[str, Any]  # as of `models.architecture`; img_size is the side of the images it was made for
 
 
 def checkpoint_file(source: PathLike) -> Path:
-    """Return the file with the weights: a file, one downloaded by name or URL, or the right one in a folder.
+    """Return the file with the weights of a file, folder, name or URL; for weights in several files, their folder.
 
-    In a run's folder this is the newest teacher or, before the first one, the newest checkpoint to resume from; in a
-    folder of transformers or timm, the file with the weights. If weights are split over files, it is their folder.
+    In a run's folder it is the newest teacher or, before the first one, the newest checkpoint to resume from. In a
+    folder of transformers or timm it is the file with the weights.
 
     Raises:
         FileNotFoundError: there is nothing at `source`, or no weights in the folder.
@@ -108,7 +108,7 @@ def read_networks(path: Path) -> StoredNetworks:
     """Read the networks of a file or folder that `checkpoint_file` returned.
 
     Raises:
-        ValueError: it cannot be read, holds a student and no teacher, or needs another normalisation of images.
+        ValueError: it cannot be read, has a student but no teacher, or needs another normalisation of images.
     """
     content, recorded = _read(path)
     backbone, heads = _split(_named_tensors(content, path), path)
@@ -120,7 +120,7 @@ def read_networks(path: Path) -> StoredNetworks:
 
 
 def _named_tensors(content: Mapping[str, Any], path: Path) -> list[tuple[str, Tensor]]:
-    """Unwrap, choose the teacher and remove the names of wrappers; the result may have a name twice."""
+    """Return (name, tensor) of the teacher, without wrappers and their names; a name may occur twice."""
     while wrapper := next((key for key in ("teacher", "model", "state_dict") if _is_dict(content.get(key))), None):
         content = content[wrapper]
     if _is_dict(content.get("student")):
@@ -140,7 +140,7 @@ def _named_tensors(content: Mapping[str, Any], path: Path) -> list[tuple[str, Te
 
 
 def _split(named: list[tuple[str, Tensor]], path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Split into backbone and heads, each without its prefix."""
+    """Split named tensors into backbone and heads, without their prefixes."""
     heads = {head: _unique(_below(f"{head}.", named), path) for head in HEADS}
     inside = _below("backbone.", named) or [
         (name, value) for name, value in named if not name.startswith(tuple(f"{head}." for head in HEADS))
@@ -170,7 +170,7 @@ def _with_old_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def without_chunk(name: str) -> str:
-    """Turn `blocks.<chunk>.<i>.` of a backbone with block_chunks into `blocks.<i>.`; keep other names."""
+    """Replace `blocks.<chunk>.<i>.` of a backbone with block_chunks by `blocks.<i>.`; other names stay."""
     return re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
 
 
@@ -182,7 +182,7 @@ def _is_dict(value: Any) -> bool:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the content, and the architecture recorded in it or beside it."""
+    """Read the content, and the architecture that is recorded in it or beside it."""
     if path.is_dir():
         return _read_run_checkpoint(path) if (path / METADATA_FILE).is_file() else _read_split(path)
     content = read_weights_file(path)
@@ -193,10 +193,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def read_weights_file(path: Path) -> dict[str, Any]:
-    """Read tensors and plain values of a .pth/.pt or .safetensors file to the CPU, without running any code in it.
+    """Read tensors and plain values of a .pth/.pt or .safetensors file to the CPU, without running code in it.
 
     Raises:
-        ValueError: the file is damaged, is something else, or needs pickled code.
+        ValueError: the file is damaged, of another kind, or needs pickled code.
     """
     with open(path, "rb") as file:
         start = file.read(256)
@@ -204,12 +204,12 @@ def read_weights_file(path: Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint {path}: a git-lfs pointer, not the weights; run `git lfs pull` where it lies")
     if start.lstrip().startswith(b"<"):
         raise ValueError(
-            f"checkpoint {path}: a web page, not weights; the download was answered by a page, perhaps a login or an "
-            f"error: fetch the file again"
+            f"checkpoint {path}: a web page, not weights; the server sent a page instead, perhaps a login or an error: "
+            f"fetch the file again"
         )
     damaged = f"checkpoint {path}: damaged or cut short at {path.stat().st_size} bytes; fetch or copy it again"
-    # safetensors begins with the length of its header (8 bytes); torch.save begins a zip archive, or before torch 1.6
-    # a pickle
+    # A safetensors file begins with the length of its header (8 bytes); a file of torch.save is a zip archive, or,
+    # before torch 1.6, a pickle
     if start[8:9] == b"{":
         return _read_safetensors(path, damaged)
     if not start.startswith((b"PK", b"\x80")) or (start.startswith(b"PK") and not zipfile.is_zipfile(path)):
@@ -237,13 +237,13 @@ def _read_safetensors(path: Path, damaged: str) -> dict[str, Any]:
             described = (file.metadata() or {}).get("architecture")
     except SafetensorError as error:
         raise ValueError(f"{damaged} ({error})") from error
-    if described and described.startswith("{"):  # other tools put a name there
+    if described and described.startswith("{"):  # other tools write a name there
         content["architecture"] = _parsed(described, path)
     return content
 
 
 def _read_split(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read a network of transformers that was saved in several files."""
+    """Read a network of transformers from several files."""
     index = next(folder / name for name in INDEX_FILES if (folder / name).is_file())
     parts = sorted(set(_parsed(index.read_text(encoding="utf-8"), index).get("weight_map", {}).values()))
     content: dict[str, Any] = {}
@@ -276,8 +276,8 @@ def _read_run_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             raise ValueError(f"checkpoint {folder}: {config} is not what a run writes ({error})") from error
     if any(map(is_adapter, tensors)) and not scaling:
         raise ValueError(
-            f"checkpoint {folder}: has adapters, and only the run's config.yaml says how much they count; it should be "
-            f"at {config}"
+            f"checkpoint {folder}: has adapters, whose scaling is only in the run's config.yaml; it should be at "
+            f"{config}"
         )
     plain = merged(tensors, scaling or 0.0)
     return {"teacher": {name.removeprefix(prefix): value for name, value in plain.items()}}, recorded
@@ -287,7 +287,7 @@ def _read_run_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    """Read the architecture from transformers' or timm's config.json; ValueError for one that cannot be used."""
+    """Read the architecture from transformers' or timm's config.json; ValueError for an unsupported one."""
     file = folder / CONFIG_FILE
     if not file.is_file():
         return {}

@@ -314,7 +314,7 @@ class RunFolder:
                 holder = file.read().strip() or "another process"
                 if time.monotonic() > deadline:
                     raise PermissionError(
-                        f"--output-dir/--name: {holder} writes the run in {self.path}; stop it first, or give another "
+                        f"--output-dir/--name: {holder} writes the run in {self.path}; end it first, or choose another "
                         "--name"
                     ) from error
                 if not waits:

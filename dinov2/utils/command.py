@@ -1,4 +1,4 @@
-"""How commands end: after a user's mistake with one line and an exit code, after a stop signal with a finished step."""
+"""Ends of commands: one line and an exit code after a user's mistake, a finished step after a stop signal."""
 
 import logging
 import signal
@@ -11,20 +11,20 @@ logger = logging.getLogger("dinov2")
 
 USER_ERRORS = (FileNotFoundError, KeyError, ValueError, PermissionError, NotADirectoryError, ConnectionError)
 
-# Exit code of a run that was asked to stop and wrote a checkpoint: the same command resumes it (EX_TEMPFAIL)
+# exit code of a run that was stopped after a checkpoint: the same command resumes it (EX_TEMPFAIL)
 REQUEUE_EXIT_CODE = 75
 
-# What batch systems send before they take the machine away, and what a terminal sends
+# signals of batch systems before they stop a job, and of a terminal
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 def text_of(error: BaseException) -> str:
-    """Return an error's message; KeyError would put it in quotes."""
+    """Return an error's message; str() of a KeyError would quote it."""
     return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
 
 
 def exit_code(command: Callable[[], None]) -> int:
-    """Run `command`; 0, or 2 after a mistake that its message explains."""
+    """Run `command` and return 0, or 2 after a user's mistake, whose message is logged."""
     try:
         command()
     except USER_ERRORS as error:
@@ -35,10 +35,9 @@ def exit_code(command: Callable[[], None]) -> int:
 
 
 class StopSignals:
-    """While active, SIGTERM, SIGUSR1, SIGUSR2 and a first Ctrl-C only set `received`.
+    """Context in which SIGTERM, SIGUSR1, SIGUSR2 and a first Ctrl-C only set `received`.
 
-    Leaving the context restores the earlier handlers. Outside the main thread, where Python cannot handle signals, it
-    does nothing.
+    Leaving it restores the earlier handlers. It does nothing outside the main thread, where Python handles no signals.
     """
 
     def __init__(self) -> None:
@@ -63,6 +62,6 @@ class StopSignals:
 
 
 def ignore_stop_signals(_: int = 0) -> None:
-    """Ignore these signals in a worker process: the run still needs it for its last step."""
+    """Ignore these signals in a worker process: the run needs it until its last step."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Files that exist whole or not at all, and their checksums."""
+"""Write files atomically, and compute their checksums."""
 
 import hashlib
 import os
@@ -13,9 +13,9 @@ PathLike: TypeAlias = str | os.PathLike[str]
 
 @contextmanager
 def atomic_write(path: PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a temporary neighbour of `path`; rename it to `path` once the block has ended and the bytes are on disk.
+    """Open a temporary file beside `path`, and rename it to `path` after the block, when its bytes are on disk.
 
-    If the block raises, or the process dies inside it, whatever stood at `path` before still stands there.
+    If the block raises an error or the process is killed, an earlier file at `path` does not change.
 
     Args:
         path: the final name; its folder is made if missing.
@@ -38,7 +38,7 @@ def atomic_write(path: PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the rename itself durable; some file systems do not let folders be opened, and those need no sync."""
+    """Write a rename in `folder` to disk; file systems that do not open folders need no sync."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -48,7 +48,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def file_sha256(path: PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal; of a folder, that of the names and SHA-256 of the files in it."""
+    """Compute the SHA-256 of a file in hexadecimal; of a folder, that of the names and SHA-256 of its files."""
     if os.path.isdir(path):
         files = sorted(file for file in Path(path).rglob("*") if file.is_file())
         lines = [f"{file_sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in files]

@@ -43,7 +43,7 @@ def resolve_dtype(name: str, device_type: str) -> torch.dtype:
 
 
 def resolve_precision(compute_precision: Any, device_type: str) -> None:
-    """Replace `auto` and types that the device does not support by the type that is used."""
+    """Replace `auto`, and types that the device does not support, by the type to use."""
     names = {dtype: name for name, dtype in _DTYPES.items()}
     for role in ("student", "teacher"):
         for name, part in compute_precision[role].items():
@@ -64,7 +64,7 @@ def computes_in_fp16(compute_precision: Any, device_type: str) -> bool:
 def autocast(name: str, device_type: str) -> torch.autocast:
     """Return an autocast context for `param_dtype: name`; weights and sensitive operations stay fp32."""
     dtype = resolve_dtype(name, device_type)
-    # autocast warns about a type it would not use, so a disabled one gets a type that every device knows
+    # autocast warns of unsupported types even if it is disabled, so it gets a type that every device supports
     enabled = dtype != torch.float32
     return torch.autocast(device_type, dtype=dtype if enabled else torch.bfloat16, enabled=enabled)
 
@@ -73,9 +73,9 @@ def autocast(name: str, device_type: str) -> torch.autocast:
 
 
 def fast_matmul(is_wanted: bool, device: torch.device | str = "cpu") -> bool:
-    """Turn the fast path on where it is wanted and as accurate as float32, else off; returns whether it is on.
+    """Turn the fast path on if it is wanted and as accurate as float32, else off; return whether it is on.
 
-    Only the device "cpu" has one.
+    Only the device "cpu" has a fast path.
     """
     is_fast = is_wanted and torch.device(device).type == "cpu" and _is_fast_path_accurate()
     torch.set_float32_matmul_precision(FAST if is_fast else EXACT)
@@ -100,9 +100,9 @@ def fast_matmul_within(is_wanted: bool, device: torch.device | str = "cpu") -> I
 
 
 def largest_error() -> float:
-    """Measure the error of float32 products on the CPU with the present setting, as a share of their largest entry.
+    """Measure the largest error of float32 products on the CPU, as a share of a product's largest entry.
 
-    The products are those of a transformer: a linear map with bias, its two gradients, and a batch of small ones.
+    The products are those of a transformer: a linear map with bias, its two gradients, and a batch of small products.
     """
     generator = torch.Generator().manual_seed(0)
     x, weight, grad = (torch.randn(256, 256, generator=generator) for _ in range(3))
@@ -123,7 +123,7 @@ def largest_error() -> float:
 
 @functools.cache
 def _is_fast_path_accurate() -> bool:
-    """Check the fast path once in a process; takes milliseconds."""
+    """Check the fast path once per process; it takes milliseconds."""
     with matmul_setting_kept(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         torch.set_float32_matmul_precision(FAST)
         error = largest_error()

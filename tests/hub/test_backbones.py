@@ -139,7 +139,7 @@ def test_the_log_says_what_was_loaded(tiny, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "dinov2"):
         load_backbone(tmp_path / "w.pth", img_size=56)
     assert caplog.messages == [
-        f"{tmp_path / 'w.pth'}: ViT with dim 64, depth 2, 1 heads, patch 14; 35 tensors, all placed; position "
+        f"{tmp_path / 'w.pth'}: ViT with dim 64, depth 2, 1 heads, patch 14; all 35 tensors loaded; position "
         "embeddings resized from 5 x 5 to 4 x 4 patches; without its dino_head; without its ibot_head"
     ]
 

@@ -356,7 +356,7 @@ def test_an_output_folder_that_cannot_be_written(tmp_path, picture_list, tiny_ov
 
 def test_two_commands_do_not_train_in_one_folder(run, failing, monkeypatch):
     _, folder = run("optim.epochs=1")
-    monkeypatch.setattr("dinov2.train.run_folder._LOCK_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("dinov2.train.run_folder._LOCK_TIMEOUT_SECONDS", 0.1)
     before = (folder / "training_metrics.json").read_bytes()
     script = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
     command = [sys.executable, "-c", script, str(folder / ".lock")]

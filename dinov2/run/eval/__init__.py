@@ -1,4 +1,4 @@
-"""Evaluations as SLURM jobs of one process."""
+"""Submit evaluation commands as SLURM jobs of one process."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,15 +12,14 @@ __all__ = ["launch"]
 
 
 def launch(module: str, argv: Sequence[str] | None = None) -> int:
-    """Submit the evaluation command `module`; returns the launcher's exit code.
+    """Submit the evaluation command `module`; return the launcher's exit code.
 
-    The command's own `parse_arguments` checks the job's arguments before it waits in a queue.
-
-    The inputs need not exist yet: with --dependency afterok:<job id> the job waits for the training that writes them.
+    The command's own `parse_arguments` checks the job's arguments before the job is queued. The inputs need not exist
+    yet: with --dependency afterok:<job id> the job waits for the training that writes them.
     """
     name = module.rpartition(".")[2]
     parser = argparse.ArgumentParser(
-        description=f"Submit dinov2/eval/{name}.py to a SLURM cluster. All arguments that are not listed here are its.",
+        description=f"Submit dinov2/eval/{name}.py to a SLURM cluster. Other arguments are passed to it.",
         allow_abbrev=False,
     )
     add_cluster_arguments(parser, ngpus=1, minutes=2800, many_tasks=False, max_timeouts=3)
