@@ -21,8 +21,7 @@ import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from dinov2.data.datasets.tables import PATH_COLUMNS, open_table
-from dinov2.utils.files import PathLike, atomic_write
-from dinov2.utils.paths import local_path
+from dinov2.utils.files import PathLike, atomic_write, local_path
 
 logger = logging.getLogger("dinov2")
 

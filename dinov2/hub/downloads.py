@@ -10,8 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from dinov2.utils.files import PathLike
-from dinov2.utils.paths import cache_folder, download, local_path
+from dinov2.utils.files import PathLike, cache_folder, download, local_path
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,9 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2.data.sample_cells import Slide, draw_cell
-from dinov2.hub.backbones import checkpoint_file, load_backbone
+from dinov2.hub.backbones import ImageTransform, checkpoint_file, load_backbone
 from dinov2.hub.export_formats import FORMATS, Format, exported_size, own_tokens
 from dinov2.hub.model_card import Origin, files_below, read_results, write_card
-from dinov2.hub.transform import ImageTransform
 from dinov2.hub.weight_files import read_networks
 from dinov2.logging import setup_logging
 from dinov2.models.vision_transformer import DinoVisionTransformer

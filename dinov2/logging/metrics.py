@@ -8,7 +8,6 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 from dinov2.distributed import is_main_process
 from dinov2.logging.trackers import Tracker
 from dinov2.utils.files import atomic_write
+from dinov2.utils.progress import duration_text
 
 logger = logging.getLogger("dinov2")
 
@@ -235,7 +235,7 @@ class MetricLogger:
         losses = "  ".join(f"{name.removesuffix('_loss')} {row[name]:.4f}" for name in row if name.endswith("_loss"))
         logger.info(
             "iteration %d/%d  eta %s  %.1f images/s (%s)  lr %.2e  %s",
-            *(done, self.stop, timedelta(seconds=round((self.stop - done) * per_iteration)), row["images_per_second"]),
+            *(done, self.stop, duration_text((self.stop - done) * per_iteration), row["images_per_second"]),
             *(_split(row), row.get("lr", math.nan), losses),
         )
 

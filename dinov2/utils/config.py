@@ -18,8 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dinov2.configs import CONFIG_FOLDER, dinov2_default_config
-from dinov2.utils.files import PathLike, atomic_write
-from dinov2.utils.paths import local_path
+from dinov2.utils.files import PathLike, atomic_write, local_path
 
 logger = logging.getLogger("dinov2")
 

@@ -23,8 +23,7 @@ from dinov2.data.datasets.bags import (
 )
 from dinov2.data.datasets.tables import read_table
 from dinov2.data.splits import make_folds
-from dinov2.utils.files import atomic_write
-from dinov2.utils.paths import local_path
+from dinov2.utils.files import atomic_write, local_path
 
 logger = logging.getLogger("dinov2")
 

@@ -14,8 +14,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from dinov2.utils.files import atomic_write
-from dinov2.utils.paths import local_path
+from dinov2.utils.files import atomic_write, local_path
 
 PathLike = str | os.PathLike[str]
 

@@ -30,7 +30,7 @@ from dinov2.eval.maps.patch_maps import (
     pca_colours,
     similarity_maps,
 )
-from dinov2.hub.transform import ImageTransform
+from dinov2.hub.backbones import ImageTransform
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.progress import progress_bar
 

@@ -26,7 +26,7 @@ from dinov2.train.finetuning import choose_learned, locate_weights
 from dinov2.train.schedules import Schedules
 from dinov2.train.train import parse_arguments, read_settings
 from dinov2.utils.command import USER_ERRORS, logger, text_of
-from dinov2.utils.paths import local_path
+from dinov2.utils.files import local_path
 
 
 def build_parser() -> argparse.ArgumentParser:
