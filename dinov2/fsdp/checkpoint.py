@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, is_enabled, on_main_process
 from dinov2.utils.files import atomic_write, sync_folder
-from dinov2.utils.sharded_checkpoints import TensorReader, reason_of
+from dinov2.utils.sharded_checkpoints import TensorReader, first_error_line
 
 logger = logging.getLogger("dinov2")
 
@@ -152,7 +152,7 @@ class Checkpointer:
                 no_dist=not is_enabled(),
             )
         except (CheckpointException, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path}: {reason_of(error)}") from error
+            raise ValueError(f"{path}: {first_error_line(error)}") from error
 
     def _settle(self, iteration: int, pending: "Future[bool]", written: "Future[Any]") -> None:
         """Log the outcome as soon as it is known: the next checkpoint may be hours later."""
@@ -202,7 +202,11 @@ class Checkpointer:
         logger.error(
             "checkpoint after iteration %d could not be written (%s); %s. Make room or repair the disk: the run "
             "continues and tries again at its next checkpoint",
-            *(iteration, reason_of(error), f"{kept[-1]} is the last good one" if kept else "there is none before it"),
+            *(
+                iteration,
+                first_error_line(error),
+                f"{kept[-1]} is the last good one" if kept else "there is none before it",
+            ),
         )
 
 

@@ -98,7 +98,7 @@ def reshard(module: nn.Module) -> None:
             part.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_whole(tensor: Tensor) -> Tensor:
     """Gather a tensor from its shards; every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -112,12 +112,12 @@ def lerp_(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -
 
 def _laid_out_as(target: Tensor, source: Tensor) -> Tensor:
     if not isinstance(target, DTensor):
-        return whole(source)
+        return gather_whole(source)
     layout = target.device_mesh, target.placements
     if isinstance(source, DTensor) and (source.device_mesh, source.placements) == layout:
         return source
     # every process has the whole source, so there is no communication
-    return distribute_tensor(whole(source), *layout, src_data_rank=None)
+    return distribute_tensor(gather_whole(source), *layout, src_data_rank=None)
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -126,4 +126,4 @@ def _local(tensor: Tensor) -> Tensor:
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Compute the 2-norm of all entries of `tensors` over all shards: 0-d, the same on every process."""
-    return whole(nn.utils.get_total_norm(tensors))
+    return gather_whole(nn.utils.get_total_norm(tensors))

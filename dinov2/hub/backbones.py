@@ -26,7 +26,7 @@ from torch import Tensor
 from dinov2.data.datasets.decode import decode_image, resize_image
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_images
 from dinov2.hub.downloads import RELEASES, Release
-from dinov2.hub.weight_files import checkpoint_file, listed, read_networks
+from dinov2.hub.weight_files import checkpoint_file, join_names, read_networks
 from dinov2.hub.weight_files import read_weights_file as read_weights_file
 from dinov2.hub.weight_files import without_chunk as without_chunk
 from dinov2.models import build_backbone
@@ -169,8 +169,8 @@ def infer_architecture(state: Mapping[str, Tensor], recorded: Mapping[str, Any],
     essential = ["cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight", "norm.weight"]
     absent = [name for name in essential if name not in state]
     if absent:
-        holds = listed(sorted(state)) if state else "no tensors"
-        raise ValueError(f"checkpoint {path}: not a DINOv2 backbone: no {listed(absent)}; it holds {holds}")
+        holds = join_names(sorted(state)) if state else "no tensors"
+        raise ValueError(f"checkpoint {path}: not a DINOv2 backbone: no {join_names(absent)}; it holds {holds}")
     is_gated = "blocks.0.mlp.w3.weight" in state
     last_ffn_layer = "blocks.0.mlp.w3" if is_gated else "blocks.0.mlp.fc2"
     if f"{last_ffn_layer}.weight" not in state:
@@ -199,7 +199,7 @@ def infer_architecture(state: Mapping[str, Tensor], recorded: Mapping[str, Any],
     ]
     if contradictions:
         raise ValueError(
-            f"checkpoint {path}: its 'architecture' contradicts its tensors ({listed(contradictions)}); "
+            f"checkpoint {path}: its 'architecture' contradicts its tensors ({join_names(contradictions)}); "
             f"some tensors may be lost: write the file again"
         )
     num_heads = recorded.get("num_heads", embed_dim // 64)
@@ -248,7 +248,7 @@ def mismatches(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str
             if name in state and state[name].shape != value.shape
         ],
     }
-    return "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names)
+    return "; ".join(f"{len(names)} {kind}: {join_names(names)}" for kind, names in problems.items() if names)
 
 
 # --- torch.hub ------------------------------------------------------------------------------------------------------

@@ -235,7 +235,7 @@ def lora_scaling(student: Any) -> float:
     return float(lora.alpha / lora.rank) if lora is not None and lora.rank else 0.0
 
 
-def merged(state: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
+def merge_adapters(state: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
     """Merge adapters into a backbone's weights: W <- W + scaling B A, under the names without adapters.
 
     Other tensors stay as they are. Names may have a prefix.

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from dinov2.hub.conversions import LAYER_NORM_EPS, is_adapter, lora_scaling, merged, to_own_names
+from dinov2.hub.conversions import LAYER_NORM_EPS, is_adapter, lora_scaling, merge_adapters, to_own_names
 from dinov2.hub.downloads import resolve_weights
 from dinov2.models import architecture, build_model_from_cfg
 from dinov2.utils.files import PathLike
@@ -159,7 +159,9 @@ def _below(prefix: str, named: list[tuple[str, Tensor]]) -> list[tuple[str, Tens
 def _unique(named: list[tuple[str, Tensor]], path: Path) -> dict[str, Tensor]:
     twice = [name for name, count in Counter(name for name, _ in named).items() if count > 1]
     if twice:
-        raise ValueError(f"checkpoint {path}: under different prefixes it holds these twice: {listed(twice)}; keep one")
+        raise ValueError(
+            f"checkpoint {path}: under different prefixes it holds these twice: {join_names(twice)}; keep one"
+        )
     return dict(named)
 
 
@@ -279,7 +281,7 @@ def _read_run_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"checkpoint {folder}: has adapters, whose scaling is only in the run's config.yaml; it should be at "
             f"{config}"
         )
-    plain = merged(tensors, scaling or 0.0)
+    plain = merge_adapters(tensors, scaling or 0.0)
     return {"teacher": {name.removeprefix(prefix): value for name, value in plain.items()}}, recorded
 
 
@@ -335,10 +337,10 @@ def _described_by_timm(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _check_normalisation(mean: Any, std: Any, file: Path) -> None:
-    for name, found, known in (("mean", mean, IMAGENET_MEAN), ("std", std, IMAGENET_STD)):
-        if found and not (len(found) == len(known) and np.allclose(found, known, rtol=0, atol=1e-3)):
+    for name, stated, known in (("mean", mean, IMAGENET_MEAN), ("std", std, IMAGENET_STD)):
+        if stated and not (len(stated) == len(known) and np.allclose(stated, known, rtol=0, atol=1e-3)):
             raise ValueError(
-                f"checkpoint {file.parent}: {file.name} asks for images of {name} {list(found)}; here they are "
+                f"checkpoint {file.parent}: {file.name} asks for images of {name} {list(stated)}; here they are "
                 f"normalised by ImageNet's, {list(known)}, so its features would be wrong"
             )
 
@@ -353,7 +355,7 @@ def _parsed(text: str, file: Path) -> dict[str, Any]:
     return content
 
 
-def listed(names: list[str]) -> str:
+def join_names(names: list[str]) -> str:
     """Join the first few names, and count the others."""
     more = f" and {len(names) - N_NAMES_IN_ERRORS} more" if len(names) > N_NAMES_IN_ERRORS else ""
     return ", ".join(names[:N_NAMES_IN_ERRORS]) + more

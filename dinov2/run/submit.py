@@ -160,7 +160,7 @@ def submit(
 
     # since SLURM 22.05 srun does not inherit --cpus-per-task from sbatch
     srun_cpus = [] if args.cpus_per_task is None else [f"--cpus-per-task={args.cpus_per_task}"]
-    more = (text.lstrip("-").partition("=") for text in args.slurm)
+    extra = (text.lstrip("-").partition("=") for text in args.slurm)
     executor = submitit.SlurmExecutor(folder / "%j", max_num_timeout=args.max_timeouts)
     executor.update_parameters(
         **{key: getattr(args, key) for key in (*_SAME_IN_SBATCH, "cpus_per_task") if getattr(args, key) is not None},
@@ -175,7 +175,7 @@ def submit(
         signal_delay_s=args.signal_delay,
         additional_parameters={
             "requeue": True,
-            **{key.replace("-", "_"): value if equals else True for key, equals, value in more},
+            **{key.replace("-", "_"): value if equals else True for key, equals, value in extra},
         },
     )
     try:

@@ -26,7 +26,7 @@ LEFT_ALIGNED = ("run", "state", "terms", "health")
 HEALTH_WIDTH, NAME_WIDTH = 12, 20
 
 
-def state_of(run_folder: Path, status: RunStatus | None) -> str:
+def describe_state(run_folder: Path, status: RunStatus | None) -> str:
     """Return the state of a run: that of its status.json, or killed, silent <duration>, unknown or gone."""
     if status is None:
         return "unknown" if run_folder.is_dir() else "gone"
@@ -50,7 +50,7 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def health_of(run_folder: Path, status: RunStatus) -> list[str]:
+def list_problems(run_folder: Path, status: RunStatus) -> list[str]:
     """Return the problems of a run in words; empty if it has none."""
     problems = [status.reason] if status.reason else []
     if status.losses and status.losses.get("total_loss") is None:
@@ -76,7 +76,7 @@ def _count_bad_images(path: Path) -> int:
         return 0
 
 
-def knn_of(evaluation: Mapping[str, float]) -> float | None:
+def mean_knn(evaluation: Mapping[str, float]) -> float | None:
     """Return the balanced accuracy of kNN with the largest k, as mean over the data sets of an evaluation."""
     by_dataset: dict[str, dict[int, float]] = {}
     for name, value in evaluation.items():
@@ -85,15 +85,15 @@ def knn_of(evaluation: Mapping[str, float]) -> float | None:
     return statistics.fmean(by_k[max(by_k)] for by_k in by_dataset.values()) if by_dataset else None
 
 
-def row_of(run_folder: Path) -> dict[str, str]:
+def table_row(run_folder: Path) -> dict[str, str]:
     """Return a run's cells of the table, by column."""
     status = read_status(run_folder)
     row = dict.fromkeys(COLUMNS, "")
-    row |= {"run": _printable(run_folder.resolve().name)[:NAME_WIDTH], "state": state_of(run_folder, status)}
+    row |= {"run": _printable(run_folder.resolve().name)[:NAME_WIDTH], "state": describe_state(run_folder, status)}
     if status is None:
         return row
     done, total, losses = status.iteration, status.n_iterations, dict(status.losses)
-    loss, knn = losses.pop("total_loss", None), knn_of(status.evaluation)
+    loss, knn = losses.pop("total_loss", None), mean_knn(status.evaluation)
     terms = [f"{SHORT_NAMES.get(n, n.removesuffix('_loss'))} {v:.3g}" for n, v in losses.items() if v is not None]
     return row | {
         "step": f"{done}/{total}",
@@ -105,7 +105,7 @@ def row_of(run_folder: Path) -> dict[str, str]:
         "eta": "" if status.eta_seconds is None or status.state in ENDED else duration_text(status.eta_seconds),
         "kNN": _number(knn, ".3f"),
         "of": "" if knn is None else f"@{status.evaluation['iteration']:.0f}",
-        "health": _printable(", ".join(health_of(run_folder, status))) or "ok",
+        "health": _printable(", ".join(list_problems(run_folder, status))) or "ok",
     }
 
 
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_terminal, n_shown = sys.stdout.isatty(), 0
     try:
         while True:
-            rows = [row_of(run) for run in runs]
+            rows = [table_row(run) for run in runs]
             lines = table(rows, shutil.get_terminal_size().columns)
             if n_shown and is_terminal:
                 print(f"\x1b[{n_shown}F\x1b[J", end="")  # removes the lines of the last repetition

@@ -32,15 +32,15 @@ from dinov2.eval.knn import evaluate_knn
 from dinov2.eval.linear import fit_linear_probe
 from dinov2.eval.metrics import classification_metrics
 from dinov2.eval.results import RESULTS_NAME, read_report, write_report
-from dinov2.fsdp.sharding import whole
-from dinov2.hub.conversions import merged
+from dinov2.fsdp.sharding import gather_whole
+from dinov2.hub.conversions import merge_adapters
 from dinov2.logging import MetricLogger
 from dinov2.models import architecture, build_backbone
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.train.labelled_sets import LabelledSet, read_labelled_sets, without_copied_images
 from dinov2.train.monitor import feature_statistics
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.utils.command import text_of
+from dinov2.utils.command import error_text
 from dinov2.utils.files import atomic_write
 from dinov2.utils.precision import fast_matmul_within
 
@@ -106,7 +106,7 @@ class TeacherEvaluation:
         except EVALUATION_ERRORS as error:
             self.n_failed += 1
             text = "the teacher after iteration %d could not be evaluated: %s (failed evaluations so far: %d)"
-            logger.error(text, done, text_of(error), self.n_failed)
+            logger.error(text, done, error_text(error), self.n_failed)
             return False
         return True
 
@@ -179,10 +179,10 @@ def teacher_state(model: SSLMetaArch) -> dict[str, Tensor]:
     """
     state = {}
     for name, value in model.teacher.state_dict().items():
-        tensor = whole(value)
+        tensor = gather_whole(value)
         if is_main_process():
             state[name] = tensor.detach().to("cpu", torch.float32)
-    return merged(state, model.lora_scaling)
+    return merge_adapters(state, model.lora_scaling)
 
 
 @torch.no_grad()
@@ -194,8 +194,8 @@ def whole_teacher_backbone(model: SSLMetaArch) -> DinoVisionTransformer:
     if not (is_sharded or is_compiled or model.lora_scaling):
         return backbone
     copy = build_backbone(architecture(backbone)).to(model.device).requires_grad_(False)
-    state = {name: whole(value) for name, value in backbone.state_dict().items()}
-    copy.load_state_dict(merged(state, model.lora_scaling))
+    state = {name: gather_whole(value) for name, value in backbone.state_dict().items()}
+    copy.load_state_dict(merge_adapters(state, model.lora_scaling))
     return copy.eval()
 
 
@@ -212,9 +212,9 @@ def score(results: Mapping[str, Any]) -> tuple[str, float]:
     scores of the same name are compared.
     """
     values = {}
-    for name, found in results["datasets"].items():
-        largest = max(found["knn"], key=lambda key: int(key.removeprefix("knn_")))
-        values[f"{largest} on {name}"] = found["knn"][largest]["balanced_accuracy"]
+    for name, result in results["datasets"].items():
+        largest = max(result["knn"], key=lambda key: int(key.removeprefix("knn_")))
+        values[f"{largest} on {name}"] = result["knn"][largest]["balanced_accuracy"]
     words = "balanced accuracy of " if len(values) == 1 else "mean balanced accuracy of "
     return words + ", ".join(values), statistics.fmean(values.values())
 
@@ -246,17 +246,17 @@ def _results_on(labelled: LabelledSet, features: Mapping[Path, np.ndarray], devi
     return results
 
 
-def _methods(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _methods(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return {knn_<k> or linear: its metrics}."""
-    return {**found["knn"], **({"linear": found["linear"]} if "linear" in found else {})}
+    return {**result["knn"], **({"linear": result["linear"]} if "linear" in result else {})}
 
 
 def _tracked_values(results: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers of a results.json that go to the trackers."""
     of_sets = {
         f"evaluation/{name}/{method}_{metric}": values[metric]
-        for name, found in results["datasets"].items()
-        for method, values in _methods(found).items()
+        for name, result in results["datasets"].items()
+        for method, values in _methods(result).items()
         for metric in TRACKED_METRICS
     }
     return {**of_sets, **{f"evaluation/teacher/{name}": value for name, value in results["teacher"].items()}}
@@ -264,12 +264,12 @@ def _tracked_values(results: Mapping[str, Any]) -> dict[str, float]:
 
 def _log_results(results: Mapping[str, Any], best: Mapping[str, Any] | None) -> None:
     done = results["iteration"]
-    for name, found in results["datasets"].items():
+    for name, result in results["datasets"].items():
         text = "  ".join(
             f"{method} accuracy {values['accuracy']:.3f} balanced {values['balanced_accuracy']:.3f}"
-            for method, values in _methods(found).items()
+            for method, values in _methods(result).items()
         )
-        logger.info("after iteration %d, %s (%d cells): %s", done, name, found["n_test"], text)
+        logger.info("after iteration %d, %s (%d cells): %s", done, name, result["n_test"], text)
     text = "  ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in results["teacher"].items())
     if best is not None:
         text += f"  (best so far: {best['score']:.3f} at iteration {best['iteration']})"

@@ -43,7 +43,7 @@ EVERYTHING = "all"
 # --- weights to start from ------------------------------------------------------------------------------------------
 
 
-def weights_of(cfg: Any) -> str | None:
+def configured_weights(cfg: Any) -> str | None:
     """Return the path, name or URL of the weights that the run starts from; None for random weights."""
     return cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS or None
 
@@ -54,7 +54,7 @@ def locate_weights(cfg: Any) -> Path | None:
     Raises:
         FileNotFoundError, ConnectionError, ValueError: it does not exist, cannot be downloaded, or is damaged.
     """
-    weights = weights_of(cfg)
+    weights = configured_weights(cfg)
     if weights is None:
         return None
     try:
@@ -101,7 +101,7 @@ def _fill_backbone(backbone: nn.Module, path: Path, cfg: Any) -> int:
     own = backbone.state_dict()
     in_file = {name: without_chunk(name) for name in own}  # load_backbone gives names without block_chunks
     if wrong := mismatches({in_file[name]: value for name, value in own.items()}, loaded):
-        release = RELEASES.get(weights_of(cfg) or "")
+        release = RELEASES.get(configured_weights(cfg) or "")
         advice = f"; set student.arch={release.arch}" if release and release.arch != cfg.student.arch else ""
         raise ValueError(
             f"student.pretrained_weights: {path} holds another architecture than student.arch={cfg.student.arch}: "

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dinov2.distributed import all_gather_rows, get_rank
 from dinov2.fsdp.sharding import without_gradient_sync
-from dinov2.train.ssl_meta_arch import BatchFeatures, SSLMetaArch, by_view
+from dinov2.train.ssl_meta_arch import BatchFeatures, SSLMetaArch, split_views
 
 
 def forward_backward(
@@ -52,5 +52,5 @@ def forward_backward(
 def _features_without_gradient(model: SSLMetaArch, batches: Sequence[Mapping[str, Any]]) -> Tensor:
     """Compute the CLS tokens of all micro-batches of all processes: [W*A, 2, B, D]. It costs a forward pass."""
     return all_gather_rows(
-        torch.stack([by_view(model.student_tokens(images)[0]["x_norm_clstoken"]) for images in batches])
+        torch.stack([split_views(model.student_tokens(images)[0]["x_norm_clstoken"]) for images in batches])
     )

@@ -32,7 +32,7 @@ from dinov2.hub.downloads import RELEASES
 from dinov2.logging import MetricLogger, log_file
 from dinov2.models import fixed_settings
 from dinov2.train.batches import build_balance, resolve_batch_size
-from dinov2.train.finetuning import count_learned, weights_of
+from dinov2.train.finetuning import configured_weights, count_learned
 from dinov2.train.run_folder import RunFolder
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -190,7 +190,7 @@ def describe_run(cfg: Any, model: SSLMetaArch, dataset: HemaStandardDataset) -> 
         f"{cfg.teacher.warmup_teacher_temp:g} to {cfg.teacher.teacher_temp:g}, {cfg.train.centering}",
         f"model     {cfg.student.arch}: {n_backbone / 1e6:.1f} backbone + {(n_parameters[''] - n_backbone) / 1e6:.1f} "
         f"heads million parameters, {dtype} on {model.device}{_describe_learning(cfg, model)}",
-        f"start     {weights_of(cfg) or random_start}",
+        f"start     {configured_weights(cfg) or random_start}",
     ]
     return "\n".join(lines)
 

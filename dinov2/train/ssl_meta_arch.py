@@ -327,7 +327,7 @@ class SSLMetaArch(nn.Module):
             whole_batch = self._whole_batch(student.global_cls_tokens, features)  # [2, N, D]
         if self.do_koleo:
             # within a view: the two views of an image should be close
-            views = whole_batch if dino.koleo_loss_distributed else by_view(student.global_cls_tokens)
+            views = whole_batch if dino.koleo_loss_distributed else split_views(student.global_cls_tokens)
             koleo = torch.stack([self.koleo_loss(view) for view in views]).mean()
             terms["koleo_loss"] = N_GLOBAL_CROPS, dino.koleo_loss_weight * koleo
         if self.do_smooth_rank_loss:
@@ -358,8 +358,8 @@ class SSLMetaArch(nn.Module):
         these tokens. So it is multiplied by n here.
         """
         if not self.compares_images:
-            return by_view(own)
-        own = by_view(own)  # [2, B, D]
+            return split_views(own)
+        own = split_views(own)  # [2, B, D]
         if features is None:
             features = BatchFeatures(all_gather_rows(own.unsqueeze(0)), get_rank())
         n, index = len(features.all), features.index
@@ -430,7 +430,7 @@ class SSLMetaArch(nn.Module):
         return autocast(name, self.device.type)
 
 
-def by_view(cls_tokens: Tensor) -> Tensor:
+def split_views(cls_tokens: Tensor) -> Tensor:
     """Reshape CLS tokens [2B, D] to [2, B, D]."""
     return cls_tokens.unflatten(0, (N_GLOBAL_CROPS, -1))
 

@@ -45,7 +45,7 @@ from dinov2.train.setup import (
 )
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.views import TrainingViews
-from dinov2.utils.command import REQUEUE_EXIT_CODE, USER_ERRORS, StopSignals, text_of
+from dinov2.utils.command import REQUEUE_EXIT_CODE, USER_ERRORS, StopSignals, error_text
 from dinov2.utils.config import load_run_config
 from dinov2.utils.precision import matmul_setting_kept
 from dinov2.utils.seeds import derive_seed
@@ -263,9 +263,9 @@ def run(args: argparse.Namespace, signals: StopSignals) -> int:
             )
             folder.restore(state)
     except USER_ERRORS as error:
-        logger.error("%s", text_of(error))
+        logger.error("%s", error_text(error))
         if folder is not None:
-            folder.write_status("failed", text_of(error))
+            folder.write_status("failed", error_text(error))
         return 2
     try:
         if dataset is None:

@@ -18,7 +18,7 @@ REQUEUE_EXIT_CODE = 75
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
-def text_of(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """Return an error's message; str() of a KeyError would quote it."""
     return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
 
@@ -28,7 +28,7 @@ def exit_code(command: Callable[[], None]) -> int:
     try:
         command()
     except USER_ERRORS as error:
-        logger.error("%s", text_of(error))
+        logger.error("%s", error_text(error))
         logger.debug("where it was noticed", exc_info=True)
         return 2
     return 0

@@ -86,11 +86,11 @@ def read_tensors(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tenso
             warnings.filterwarnings("ignore", message="torch.distributed is disabled|TypedStorage is deprecated")
             dcp.load(dict(tensors), storage_reader=TensorReader(folder), no_dist=True)
     except (CheckpointException, *_UNREADABLE) as error:
-        raise ValueError(f"{folder}: {reason_of(error)}") from error
+        raise ValueError(f"{folder}: {first_error_line(error)}") from error
     return tensors
 
 
-def reason_of(error: BaseException) -> str:
+def first_error_line(error: BaseException) -> str:
     """Return an error's first line; of an error of several processes, that of the first process."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]

@@ -16,7 +16,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from dinov2.hub.backbones import load_backbone, without_chunk
-from dinov2.hub.conversions import lora_scaling, merged
+from dinov2.hub.conversions import lora_scaling, merge_adapters
 from dinov2.models.vision_transformer import DinoVisionTransformer, vit_small
 from dinov2.train.batches import resolve_batch_size
 from dinov2.train.evaluation import whole_teacher_backbone
@@ -277,7 +277,7 @@ def test_adapters_are_under_five_percent_and_merge_into_a_plain_network(adapted)
     with torch.no_grad():
         plain.load_state_dict(untouched)
         before = plain(images)
-        plain.load_state_dict(merged(network.state_dict(), lora_scaling(settings)))
+        plain.load_state_dict(merge_adapters(network.state_dict(), lora_scaling(settings)))
         torch.testing.assert_close(plain(images), network(images), rtol=0, atol=1e-5)
         assert (plain(images) - before).abs().max() > 0.1
 
@@ -286,7 +286,7 @@ def test_merging_is_that_of_peft(adapted):
     network, settings = adapted(
         "student.lora.rank=2", "student.lora.alpha=3", "student.lora.targets=[mlp, attn.qkv]", depth=2
     )
-    ours = merged(network.state_dict(), lora_scaling(settings))
+    ours = merge_adapters(network.state_dict(), lora_scaling(settings))
     for name, module in network.named_modules():
         if hasattr(module, "base_layer"):
             module.merge()
@@ -317,7 +317,7 @@ def test_a_run_with_adapters_writes_a_plain_teacher(run, chunks):
 
     written = {name.removeprefix("backbone."): v for name, v in teacher(folder, 4).items() if "backbone." in name}
     assert not any("lora" in name or "base_layer" in name for name in written)
-    expected = merged(of("teacher", "backbone", last["model"]), 4.0)
+    expected = merge_adapters(of("teacher", "backbone", last["model"]), 4.0)
     assert expected.keys() == written.keys()
     assert all(torch.equal(written[name], value) for name, value in expected.items())
     layer = next(name for name in written if name.endswith("attn.qkv.weight"))

@@ -6,7 +6,7 @@ from importlib import import_module
 
 from dinov2.logging import setup_logging
 from dinov2.run.submit import EvaluationTask, add_cluster_arguments, describe, submit, wait
-from dinov2.utils.command import USER_ERRORS, logger, text_of
+from dinov2.utils.command import USER_ERRORS, error_text, logger
 
 __all__ = ["launch"]
 
@@ -33,5 +33,5 @@ def launch(module: str, argv: Sequence[str] | None = None) -> int:
         print(describe(job, args, output_dir), flush=True)
         return wait(job.job_id) if args.wait else 0
     except USER_ERRORS as error:
-        logger.error("%s", text_of(error))
+        logger.error("%s", error_text(error))
         return 2
