@@ -23,9 +23,9 @@ MIB = 2**20
 
 
 @pytest.fixture
-def make(picture_list, tiny_overrides):
+def make(image_list, tiny_overrides):
     """Configuration, network and images of a tiny run."""
-    folder = picture_list()
+    folder = image_list()
 
     def build(*overrides):
         cfg = load_run_config(None, tiny_overrides(folder, *overrides), lambda cfg: resolve_batch_size(cfg.train, 1))
@@ -36,8 +36,8 @@ def make(picture_list, tiny_overrides):
 
 
 @pytest.fixture
-def run(picture_list, tiny_overrides, tmp_path):
-    folder = picture_list()
+def run(image_list, tiny_overrides, tmp_path):
+    folder = image_list()
 
     def go(*arguments):
         # the fixture's overrides first, so that a test's own win

@@ -91,9 +91,9 @@ def test_thirty_kills_lose_nothing(tmp_path):
 
 
 @pytest.fixture
-def run(tmp_path, picture_list, tiny_overrides):
+def run(tmp_path, image_list, tiny_overrides):
     """Run train.py in this process; returns (exit code, run folder)."""
-    lists = picture_list()
+    lists = image_list()
 
     def go(*overrides: str) -> tuple[int, Path]:
         arguments = ["--output-dir", str(tmp_path / "out"), "--name", "run"]

@@ -47,9 +47,9 @@ def configured(tiny_overrides):
 
 
 @pytest.fixture
-def run(tmp_path, picture_list, tiny_overrides):
+def run(tmp_path, image_list, tiny_overrides):
     """Run train.py in this process on eight images; returns (exit code, run folder)."""
-    lists = picture_list()
+    lists = image_list()
 
     def go(*overrides: str, name: str = "run") -> tuple[int, Path]:
         arguments = ["--output-dir", str(tmp_path / "out"), "--name", name]
@@ -402,11 +402,11 @@ class CountingHandler(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def on_processes(tmp_path_factory, make_picture_list, make_tiny_overrides):
+def on_processes(tmp_path_factory, make_image_list, make_tiny_overrides):
     """Each of WAYS on two processes, which start from a URL, in folders of that name; the same on one, in `alone`."""
     pytest.importorskip("peft")
     folder = tmp_path_factory.mktemp("runs")
-    lists = make_picture_list(tmp_path_factory.mktemp("pictures"), n=29)
+    lists = make_image_list(tmp_path_factory.mktemp("images"), n=29)
 
     def arguments(name: str, *overrides: str) -> list[str]:
         tiny = make_tiny_overrides(lists, *SEEING, *LARGE_BATCH, *overrides)
