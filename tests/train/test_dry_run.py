@@ -146,7 +146,7 @@ def test_dry_run_logs_parameters_flops_memory_and_seconds(run, tmp_path, capfd, 
     assert "in matrix products of a step" in log
     (losses,) = [line for line in log.splitlines() if "one step works: " in line]
     assert all(f"{name}_loss " in losses for name in ("dino_global_crops", "koleo", "ibot"))
-    assert "s besides decoding, so the run at least" in log
+    assert "s without decoding, so the run at least" in log
     assert not (tmp_path / "out").exists()
 
 
@@ -311,7 +311,7 @@ def test_the_command_prints_the_override_and_writes_nothing(run, tmp_path, monke
     assert key == "train.batch_size_per_gpu"
     assert 64 < int(found) < dry_run.MAX_IMAGES  # of a network this small
     assert f"add train.batch_size_per_gpu={found} to the command" in output.err
-    assert "images/s besides decoding" in output.err
+    assert "images/s without decoding" in output.err
     assert "10 % stay free" in output.err
     assert not (tmp_path / "out").exists()
 
