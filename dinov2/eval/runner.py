@@ -34,6 +34,24 @@ HOW_TO = (
 )
 
 
+def parse_arguments(
+    description: str,
+    protocol_of: Callable[[argparse.Namespace], Protocol],
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+    argv: Sequence[str] | None = None,
+) -> argparse.Namespace:
+    """Parse and check the flags of a protocol's command; the arguments are those of `run_command`."""
+    parser = argparse.ArgumentParser(
+        description=f"{description} {HOW_TO}", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    if add_arguments is not None:
+        add_arguments(parser)
+    add_evaluation_arguments(parser)
+    args = parser.parse_args(argv)
+    check_evaluation_arguments(parser, args, protocol_of(args).kinds)
+    return args
+
+
 def run_command(
     description: str,
     protocol_of: Callable[[argparse.Namespace], Protocol],
@@ -48,16 +66,9 @@ def run_command(
         add_arguments: add the protocol's own flags.
         argv: flags; None for those of the command line.
     """
-    parser = argparse.ArgumentParser(
-        description=f"{description} {HOW_TO}", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    if add_arguments is not None:
-        add_arguments(parser)
-    add_evaluation_arguments(parser)
-    args = parser.parse_args(argv)
     setup_logging()
+    args = parse_arguments(description, protocol_of, add_arguments, argv)
     protocol = protocol_of(args)
-    check_evaluation_arguments(parser, args, protocol.kinds)
     cells = load_evaluation_set(args, protocol.takes_all_kinds)
     report = run(protocol, cells, args.output_dir, args.few_shot, args.repeats, settings_of(args))
     print(format_report(report, protocol))
