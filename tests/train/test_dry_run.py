@@ -171,7 +171,7 @@ def test_dry_run_of_a_gpu_that_is_too_small_says_so(run, monkeypatch, capfd):
     monkeypatch.setattr(StepTrials, "step", step)
     assert run("--dry-run") == 1
     log = capfd.readouterr().err
-    assert "4 images do not fit, nor do fewer" in log
+    assert "4 images do not fit, and fewer do not either" in log
     assert "train.batch_size_per_gpu=4 does not fit; --find-batch-size" in log
 
 

@@ -72,7 +72,7 @@ def test_heads_of_other_shapes_start_at_random_with_a_warning(configured, teache
     (warning,) = [record.getMessage() for record in log.records if record.levelno == logging.WARNING]
     assert "its ibot_head does not fit" in warning
     assert "last_layer.weight_g [24, 1] instead of [16, 1]" in warning
-    assert "ibot.head_* would have to be" in warning
+    assert "the keys ibot.head_* the values of its training" in warning
     assert "at random: ibot_head" in log.text
 
 
