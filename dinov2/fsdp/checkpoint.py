@@ -118,7 +118,7 @@ class Checkpointer:
         if before is not None:
             paths = [path for path in paths if _number(path) <= before]
         for path in reversed(paths):
-            faults = [fault for faults in all_gather_objects(_faults(path)) for fault in faults]
+            faults = [fault for faults in all_gather_objects(_find_damage(path)) for fault in faults]
             if not faults:
                 return path, json.loads((path / _NUMBERS).read_text(encoding="utf-8"))
             logger.warning("checkpoint %s is damaged (%s); trying the one before", path, "; ".join(faults[:3]))
@@ -230,7 +230,7 @@ def _crc32(path: Path) -> int:
     return value
 
 
-def _faults(path: Path) -> list[str]:
+def _find_damage(path: Path) -> list[str]:
     """List the damage in this process's part of the files."""
     faults = []
     lists = {path / _CHECKSUMS, *path.glob("checksums_*.json")}  # in old checkpoints, each process wrote its own

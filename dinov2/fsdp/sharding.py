@@ -106,11 +106,11 @@ def gather_whole(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def lerp_(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -> None:
     """Update targets <- targets + weight * (sources - targets) in place, for any sharding of either side."""
-    matched = [_local(_laid_out_as(target, source)) for target, source in zip(targets, sources, strict=True)]
-    torch._foreach_lerp_([_local(target) for target in targets], matched, weight)
+    matched = [_local_shard(_match_layout(target, source)) for target, source in zip(targets, sources, strict=True)]
+    torch._foreach_lerp_([_local_shard(target) for target in targets], matched, weight)
 
 
-def _laid_out_as(target: Tensor, source: Tensor) -> Tensor:
+def _match_layout(target: Tensor, source: Tensor) -> Tensor:
     if not isinstance(target, DTensor):
         return gather_whole(source)
     layout = target.device_mesh, target.placements
@@ -120,7 +120,7 @@ def _laid_out_as(target: Tensor, source: Tensor) -> Tensor:
     return distribute_tensor(gather_whole(source), *layout, src_data_rank=None)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _local_shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -110,10 +110,10 @@ def load_backbone(source: PathLike, img_size: int = 224) -> DinoVisionTransforme
         _check_architecture(model, release, path)
     model.load_state_dict(state, assign=True)
     logger.info("%s: %s", path, "; ".join(report + [f"without its {head}" for head in stored.heads]))
-    return _with_transform(model.eval(), img_size)
+    return _attach_transform(model.eval(), img_size)
 
 
-def _with_transform(model: DinoVisionTransformer, img_size: int) -> DinoVisionTransformer:
+def _attach_transform(model: DinoVisionTransformer, img_size: int) -> DinoVisionTransformer:
     # a plain attribute, which is not in the state dict and does not disturb copies, compilation and sharding
     cast(Any, model).transform = ImageTransform(img_size) if model.in_chans == 3 else None
     return model
@@ -135,7 +135,7 @@ def untrained_backbone(source: PathLike, img_size: int = 224, seed: int = 0) -> 
     description = infer_architecture(stored.backbone, stored.recorded, path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _with_transform(build_backbone({**description, "img_size": img_size}).eval(), img_size)
+        return _attach_transform(build_backbone({**description, "img_size": img_size}).eval(), img_size)
 
 
 def read_heads(source: PathLike) -> dict[str, dict[str, Tensor]]:
@@ -263,7 +263,7 @@ def _check_architecture(model: DinoVisionTransformer, release: Release, path: Pa
         )
 
 
-def _entry_point(release: Release) -> Callable[..., DinoVisionTransformer]:
+def _make_entry_point(release: Release) -> Callable[..., DinoVisionTransformer]:
     """Make the function that torch.hub finds by the name of a release."""
 
     def build(
@@ -275,7 +275,7 @@ def _entry_point(release: Release) -> Callable[..., DinoVisionTransformer]:
                     f"{release.name}: weights={str(weights)!r} contradicts pretrained=False; leave one of them out"
                 )
             description = {"arch": release.arch, "layerscale": 1.0, "block_chunks": 0, "img_size": img_size}
-            return _with_transform(build_backbone(description), img_size)
+            return _attach_transform(build_backbone(description), img_size)
         source = release.url if weights is None else weights  # not its name, which a local folder may have
         model = load_backbone(source, img_size)
         _check_architecture(model, release, source)
@@ -293,5 +293,5 @@ def _entry_point(release: Release) -> Callable[..., DinoVisionTransformer]:
 
 
 ENTRY_POINTS: dict[str, Callable[..., DinoVisionTransformer]] = {
-    name: _entry_point(release) for name, release in RELEASES.items()
+    name: _make_entry_point(release) for name, release in RELEASES.items()
 }

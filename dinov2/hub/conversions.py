@@ -81,16 +81,16 @@ def is_hugging_face(state: Mapping[str, Tensor]) -> bool:
 def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a backbone's tensors, without block chunks, for `from_pretrained` of transformers' two classes."""
     renamed = {}
-    for name, value in _completed(state).items():
+    for name, value in _add_missing_tensors(state).items():
         block, inner = _split_block(name)
         if block is None:
-            renamed[_with_module(name, _HF_OUTSIDE)] = value
+            renamed[_replace_module(name, _HF_OUTSIDE)] = value
         elif inner.startswith("attn.qkv."):
             for third, part in zip(_HF_PARTS["attn.qkv"], value.chunk(3), strict=True):
                 # a copy: safetensors refuses views of one tensor
                 renamed[f"encoder.layer.{block}.{third}{inner.removeprefix('attn.qkv')}"] = part.clone()
         else:
-            renamed[f"encoder.layer.{block}.{_with_module(inner, _HF_INSIDE)}"] = value
+            renamed[f"encoder.layer.{block}.{_replace_module(inner, _HF_INSIDE)}"] = value
     return renamed
 
 
@@ -105,13 +105,13 @@ def from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         match = re.match(r"encoder\.layer\.(\d+)\.(.+)", name)
         if match is None:
-            renamed[_with_module(name, outside)] = value
+            renamed[_replace_module(name, outside)] = value
         else:
-            renamed[f"blocks.{match[1]}.{_with_module(_with_module(match[2], _HF_IN_MEMORY), inside)}"] = value
-    return _joined(renamed)
+            renamed[f"blocks.{match[1]}.{_replace_module(_replace_module(match[2], _HF_IN_MEMORY), inside)}"] = value
+    return _join_parts(renamed)
 
 
-def _joined(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _join_parts(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Join the matrices that transformers splits, if all of their parts exist."""
     joined = dict(state)
     for name in state:
@@ -161,9 +161,9 @@ def hugging_face_config(architecture: Mapping[str, Any]) -> dict[str, Any]:
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a backbone's tensors, without block chunks, for the timm model of `timm_arguments`."""
     renamed = {}
-    for name, value in _completed(state).items():
+    for name, value in _add_missing_tensors(state).items():
         block, inner = _split_block(name)
-        renamed[name if block is None else f"blocks.{block}.{_with_module(inner, _TIMM_GATED)}"] = value
+        renamed[name if block is None else f"blocks.{block}.{_replace_module(inner, _TIMM_GATED)}"] = value
     del renamed["mask_token"]
     if "register_tokens" in renamed:
         renamed["reg_token"] = renamed.pop("register_tokens")  # [1, R, D]
@@ -179,7 +179,7 @@ def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, value in state.items():
         block, inner = _split_block(name)
         if block is not None and _is_gated_in_timm(state, block):
-            name = f"blocks.{block}.{_with_module(inner, gated_names)}"
+            name = f"blocks.{block}.{_replace_module(inner, gated_names)}"
         renamed[name] = value
     if {"reg_token", "pos_embed"} <= renamed.keys():
         renamed["register_tokens"] = renamed.pop("reg_token")
@@ -255,7 +255,7 @@ def merge_adapters(state: Mapping[str, Tensor], scaling: float) -> dict[str, Ten
 # --- for both -------------------------------------------------------------------------------------------------------
 
 
-def _completed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _add_missing_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Add layer scale of ones and biases of zeros to blocks without them."""
     completed = dict(state)
     n_blocks = 1 + max(int(block) for name in state if (block := _split_block(name)[0]) is not None)
@@ -276,7 +276,7 @@ def _split_block(name: str) -> tuple[str | None, str]:
     return (match[1], match[2]) if match else (None, name)
 
 
-def _with_module(name: str, renamed: Mapping[str, str]) -> str:
+def _replace_module(name: str, renamed: Mapping[str, str]) -> str:
     """Replace the beginning of `name`, up to a dot or the end, by `renamed`."""
     old = next((old for old in renamed if name == old or name.startswith(f"{old}.")), "")
     return renamed[old] + name.removeprefix(old) if old else name

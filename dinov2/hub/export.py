@@ -80,7 +80,7 @@ def export_backbone(
     _check_free(output_dir, overwrite)
     model, origin = _read(checkpoint, image_size)
     quoted = {file: read_results(file, origin) for file in results}
-    left_out = {name: reason for name in formats or FORMATS if (reason := _obstacle(FORMATS[name], model))}
+    left_out = {name: reason for name in formats or FORMATS if (reason := _find_obstacle(FORMATS[name], model))}
     if formats is not None and left_out:
         raise ValueError("; ".join(f"--formats {name}: {reason}" for name, reason in left_out.items()))
     for name, reason in left_out.items():
@@ -99,7 +99,7 @@ def export_backbone(
     logger.info("exported %s to %s: %s", origin.file, output_dir, ", ".join(differences))
 
 
-def _obstacle(form: Format, model: DinoVisionTransformer) -> str:
+def _find_obstacle(form: Format, model: DinoVisionTransformer) -> str:
     """Return why a format cannot be written; empty if it can."""
     for package in form.packages:
         try:

@@ -224,7 +224,7 @@ class TwoOutputs(nn.Module):
 
 
 @lru_cache(maxsize=1)
-def _exported_program(model: DinoVisionTransformer) -> ExportedProgram:
+def _export_program(model: DinoVisionTransformer) -> ExportedProgram:
     """Export the graph of `TwoOutputs` for any number of images."""
     # two images: torch.export treats a batch of one as a constant
     example = torch.zeros(2, 3, exported_size(model), exported_size(model))
@@ -236,7 +236,7 @@ def _exported_program(model: DinoVisionTransformer) -> ExportedProgram:
 def _write_onnx(model: DinoVisionTransformer, folder: Path) -> None:
     with _exporter_warnings_off():
         onnx_program = torch.onnx.export(
-            _exported_program(model),
+            _export_program(model),
             dynamo=True,
             input_names=[INPUT_NAME],
             output_names=list(OUTPUT_NAMES),
@@ -262,7 +262,7 @@ def _read_onnx(model: DinoVisionTransformer, folder: Path) -> Embed:
 
 def _write_torch_export(model: DinoVisionTransformer, folder: Path) -> None:
     with _exporter_warnings_off():
-        torch.export.save(_exported_program(model), folder / TORCH_EXPORT_FILE)
+        torch.export.save(_export_program(model), folder / TORCH_EXPORT_FILE)
 
 
 def _read_torch_export(model: DinoVisionTransformer, folder: Path) -> Embed:

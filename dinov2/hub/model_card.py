@@ -42,7 +42,7 @@ _DATA_FLAGS = ("data", "train", "test", "features", "test_features", "bags", "na
 
 @dataclass(frozen=True)
 class Origin:
-    """Origin of a network."""
+    """Checkpoint from which a network was exported."""
 
     file: Path  # the checkpoint; a folder if its weights are in several files
     sha256: str
@@ -109,7 +109,7 @@ def write_card(
         std=list(IMAGENET_STD),
         n_parameters=sum(value.numel() for value in model.state_dict().values()),
         run=None if origin.run_folder is None else _run_sections(origin.run_folder),
-        results=[_quoted(file, content) for file, content in results.items()],
+        results=[_quote_results(file, content) for file, content in results.items()],
         formats=FORMATS,
         processor_arguments=PROCESSOR_ARGUMENTS,
         timm_name=timm_name,
@@ -178,7 +178,7 @@ def read_results(file: Path, origin: Origin) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"--results: {file} is not JSON ({error})") from error
-    if not isinstance(content, dict) or not list(_accuracies(_numbers_of(content))):
+    if not isinstance(content, dict) or not list(_iterate_accuracies(_numbers_of(content))):
         raise ValueError(f"--results: {file} holds no accuracies; give the results.json of an evaluation")
     evaluated, iteration = content.get("checkpoint"), content.get("iteration")
     sha256 = evaluated.get("checkpoint_sha256") if isinstance(evaluated, dict) else None
@@ -197,7 +197,7 @@ def _numbers_of(content: Mapping[str, Any]) -> Any:
     return content.get("results", content.get("datasets"))
 
 
-def _quoted(file: Path, content: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+def _quote_results(file: Path, content: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
     """Return a description of a results.json, and header and rows of a table of its metrics."""
     settings = content.get("settings", {})
     about = [f"`{file.name}` ({file_sha256(file)})", f"protocol {content.get('protocol', 'of training')}"]
@@ -207,7 +207,7 @@ def _quoted(file: Path, content: Mapping[str, Any]) -> tuple[str, list[str], lis
             about.append(f"{flag} {', '.join(Path(path).name for path in paths)}")
     if content.get("date"):
         about.append(content["date"][:10])
-    accuracies = dict(_accuracies(_numbers_of(content)))
+    accuracies = dict(_iterate_accuracies(_numbers_of(content)))
     columns = [name for name in _METRICS if any(name in metrics for metrics in accuracies.values())]
     rows = [
         [label, *(f"{100 * metrics[name]:.1f}" if name in metrics else "" for name in columns)]
@@ -216,7 +216,7 @@ def _quoted(file: Path, content: Mapping[str, Any]) -> tuple[str, list[str], lis
     return ", ".join(about), ["features and method", *(name.replace("_", " ") for name in columns)], rows
 
 
-def _accuracies(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, float]]]:
+def _iterate_accuracies(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, float]]]:
     """Yield (path of keys, metrics) of each innermost dictionary with an accuracy."""
     if not isinstance(content, Mapping):
         return
@@ -224,4 +224,4 @@ def _accuracies(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str,
         yield " / ".join(path), {name: content[name] for name in _METRICS if content.get(name) is not None}
         return
     for name, value in content.items():
-        yield from _accuracies(value, (*path, name))
+        yield from _iterate_accuracies(value, (*path, name))

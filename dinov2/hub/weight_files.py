@@ -130,7 +130,7 @@ def _named_tensors(content: Mapping[str, Any], path: Path) -> list[tuple[str, Te
         for name, value in content.items()
         if isinstance(value, Tensor)
     ]
-    named = _below("teacher.", named) or named
+    named = _select_prefix("teacher.", named) or named
     if any(name.startswith("student.") for name, _ in named):
         raise ValueError(
             f"checkpoint {path}: holds a student and no teacher, which is the network to use; a run writes it to "
@@ -141,22 +141,22 @@ def _named_tensors(content: Mapping[str, Any], path: Path) -> list[tuple[str, Te
 
 def _split(named: list[tuple[str, Tensor]], path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """Split named tensors into backbone and heads, without their prefixes."""
-    heads = {head: _unique(_below(f"{head}.", named), path) for head in HEADS}
-    inside = _below("backbone.", named) or [
+    heads = {head: _check_unique(_select_prefix(f"{head}.", named), path) for head in HEADS}
+    inside = _select_prefix("backbone.", named) or [
         (name, value) for name, value in named if not name.startswith(tuple(f"{head}." for head in HEADS))
     ]
     backbone = [(without_chunk(name), value) for name, value in inside if not name.startswith(CLASSIFIER_PREFIX)]
     return (
-        to_own_names(_unique(backbone, path)),
-        {head: _with_old_weight_norm(state) for head, state in heads.items() if state},
+        to_own_names(_check_unique(backbone, path)),
+        {head: _rename_weight_norm(state) for head, state in heads.items() if state},
     )
 
 
-def _below(prefix: str, named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+def _select_prefix(prefix: str, named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     return [(name.removeprefix(prefix), value) for name, value in named if name.startswith(prefix)]
 
 
-def _unique(named: list[tuple[str, Tensor]], path: Path) -> dict[str, Tensor]:
+def _check_unique(named: list[tuple[str, Tensor]], path: Path) -> dict[str, Tensor]:
     twice = [name for name, count in Counter(name for name, _ in named).items() if count > 1]
     if twice:
         raise ValueError(
@@ -165,7 +165,7 @@ def _unique(named: list[tuple[str, Tensor]], path: Path) -> dict[str, Tensor]:
     return dict(named)
 
 
-def _with_old_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _rename_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for new, old in WEIGHT_NORM.items():
         state = {name.replace(new, old): value for name, value in state.items()}
     return dict(state)
@@ -191,7 +191,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     recorded = content.pop("architecture", None)
     if _is_dict(recorded):
         return content, dict(recorded)
-    return content, _described(path.parent) if path.name in FOLDER_WEIGHTS else {}
+    return content, _read_description(path.parent) if path.name in FOLDER_WEIGHTS else {}
 
 
 def read_weights_file(path: Path) -> dict[str, Any]:
@@ -240,20 +240,20 @@ def _read_safetensors(path: Path, damaged: str) -> dict[str, Any]:
     except SafetensorError as error:
         raise ValueError(f"{damaged} ({error})") from error
     if described and described.startswith("{"):  # other tools write a name there
-        content["architecture"] = _parsed(described, path)
+        content["architecture"] = _parse_json(described, path)
     return content
 
 
 def _read_split(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read a network of transformers from several files."""
     index = next(folder / name for name in INDEX_FILES if (folder / name).is_file())
-    parts = sorted(set(_parsed(index.read_text(encoding="utf-8"), index).get("weight_map", {}).values()))
+    parts = sorted(set(_parse_json(index.read_text(encoding="utf-8"), index).get("weight_map", {}).values()))
     content: dict[str, Any] = {}
     for name in parts:
         if not (folder / name).is_file():
             raise ValueError(f"checkpoint {folder}: {name} is missing, which {index.name} lists; copy the whole folder")
         content |= read_weights_file(folder / name)
-    return content, _described(folder)
+    return content, _read_description(folder)
 
 
 def _read_run_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -288,20 +288,20 @@ def _read_run_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 # --- descriptions beside weights ------------------------------------------------------------------------------------
 
 
-def _described(folder: Path) -> dict[str, Any]:
+def _read_description(folder: Path) -> dict[str, Any]:
     """Read the architecture from transformers' or timm's config.json; ValueError for an unsupported one."""
     file = folder / CONFIG_FILE
     if not file.is_file():
         return {}
-    config = _parsed(file.read_text(encoding="utf-8"), file)
+    config = _parse_json(file.read_text(encoding="utf-8"), file)
     if "model_type" in config:
-        return _described_by_transformers(config, file)
+        return _describe_by_transformers(config, file)
     if "architecture" in config:
-        return _described_by_timm(config, file)
+        return _describe_by_timm(config, file)
     return {}
 
 
-def _described_by_transformers(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+def _describe_by_transformers(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     if config["model_type"] not in _HF_TYPES:
         raise ValueError(
             f"checkpoint {file.parent}: {file.name} says model_type {config['model_type']!r}, and only "
@@ -315,7 +315,7 @@ def _described_by_transformers(config: Mapping[str, Any], file: Path) -> dict[st
     recorded = {ours: config[theirs] for theirs, ours in _HF_SETTINGS.items() if theirs in config}
     preprocessor = file.with_name(PREPROCESSOR_FILE)
     if preprocessor.is_file():
-        settings = _parsed(preprocessor.read_text(encoding="utf-8"), preprocessor)
+        settings = _parse_json(preprocessor.read_text(encoding="utf-8"), preprocessor)
         unchanged = {} if settings.get("do_normalize", True) else {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
         used = {**settings, **unchanged}
         _check_normalisation(used.get("image_mean"), used.get("image_std"), preprocessor)
@@ -327,7 +327,7 @@ def _described_by_transformers(config: Mapping[str, Any], file: Path) -> dict[st
     return recorded
 
 
-def _described_by_timm(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+def _describe_by_timm(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     preparation = config.get("pretrained_cfg", config)
     _check_normalisation(preparation.get("mean"), preparation.get("std"), file)
     arguments = config.get("model_args") or {}
@@ -345,7 +345,7 @@ def _check_normalisation(mean: Any, std: Any, file: Path) -> None:
             )
 
 
-def _parsed(text: str, file: Path) -> dict[str, Any]:
+def _parse_json(text: str, file: Path) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except ValueError as error:

@@ -117,7 +117,7 @@ class TrainingTask(Checkpointable):
         if environment.global_rank != 0:
             _wait_for_rank_0(environment.job_id, math.inf if code == REQUEUE_EXIT_CODE else _RANK_0_SECONDS)
         elif code == REQUEUE_EXIT_CODE:
-            fields = _fields_of(environment.job_id)
+            fields = _job_fields(environment.job_id)
             is_preempted = fields.get("JobState") == "RUNNING" and fields.get("PreemptTime", "None") != "None"
             if received not in (signal.SIGTERM, signal.SIGINT) or is_preempted:
                 signal.raise_signal(signal.Signals[f"SIG{environment.USR_SIG}"])
@@ -229,7 +229,7 @@ def wait(job_id: str) -> int:
     answered = started
     try:
         while True:
-            fields, now = _fields_of(job_id), time.monotonic()
+            fields, now = _job_fields(job_id), time.monotonic()
             if fields:
                 where = fields["Reason"] if fields["JobState"] == "PENDING" else fields.get("NodeList", "")
                 answered, text = now, f"job {job_id} {fields['JobState']} ({where})"
@@ -237,7 +237,7 @@ def wait(job_id: str) -> int:
                     print(time.strftime("%H:%M:%S"), text, flush=True)
                     printed = text
                 if fields["JobState"] in _ENDED:
-                    return _exit_code_of(fields)
+                    return _job_exit_code(fields)
             elif now - answered > _SILENCE_SECONDS:
                 raise ConnectionError(f"scontrol shows nothing of job {job_id}, which may go on; see sacct -j {job_id}")
             time.sleep(min(30.0, 1 + (now - started) / 20))
@@ -246,7 +246,7 @@ def wait(job_id: str) -> int:
         return 130  # a shell's exit code for Ctrl-C
 
 
-def _exit_code_of(fields: dict[str, str]) -> int:
+def _job_exit_code(fields: dict[str, str]) -> int:
     """Return a job's exit code for a shell: the training's, else srun's, which is that of the last killed process."""
     if fields["JobState"] == "COMPLETED":
         return 0
@@ -258,11 +258,11 @@ def _wait_for_rank_0(job_id: str, max_seconds: float) -> None:
     """Wait while rank 0 may requeue the job or log an error: the first process that exits ends all."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     deadline = time.monotonic() + max_seconds
-    while time.monotonic() < deadline and _fields_of(job_id).get("JobState", "RUNNING") == "RUNNING":
+    while time.monotonic() < deadline and _job_fields(job_id).get("JobState", "RUNNING") == "RUNNING":
         time.sleep(5)
 
 
-def _fields_of(job_id: str) -> dict[str, str]:
+def _job_fields(job_id: str) -> dict[str, str]:
     """Return scontrol's fields of a job, {} without an answer; sacct has more, but not on every cluster."""
     command = ["scontrol", "--details", "--oneliner", "show", "job", job_id]
     try:

@@ -89,7 +89,7 @@ def table_row(run_folder: Path) -> dict[str, str]:
     """Return a run's cells of the table, by column."""
     status = read_status(run_folder)
     row = dict.fromkeys(COLUMNS, "")
-    row |= {"run": _printable(run_folder.resolve().name)[:NAME_WIDTH], "state": describe_state(run_folder, status)}
+    row |= {"run": _make_printable(run_folder.resolve().name)[:NAME_WIDTH], "state": describe_state(run_folder, status)}
     if status is None:
         return row
     done, total, losses = status.iteration, status.n_iterations, dict(status.losses)
@@ -100,20 +100,20 @@ def table_row(run_folder: Path) -> dict[str, str]:
         "%": f"{100 * min(done, total) // total}" if total else "",
         "loss": "" if not status.losses else "nan" if loss is None else f"{loss:.4g}",
         "terms": " ".join(terms),
-        "img/s": _number(status.images_per_second, ".0f"),
-        "wait": _number(status.data_share, ".0%"),
+        "img/s": _format_number(status.images_per_second, ".0f"),
+        "wait": _format_number(status.data_share, ".0%"),
         "eta": "" if status.eta_seconds is None or status.state in ENDED else duration_text(status.eta_seconds),
-        "kNN": _number(knn, ".3f"),
+        "kNN": _format_number(knn, ".3f"),
         "of": "" if knn is None else f"@{status.evaluation['iteration']:.0f}",
-        "health": _printable(", ".join(list_problems(run_folder, status))) or "ok",
+        "health": _make_printable(", ".join(list_problems(run_folder, status))) or "ok",
     }
 
 
-def _number(value: float | None, form: str) -> str:
+def _format_number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _printable(text: str) -> str:
+def _make_printable(text: str) -> str:
     """Replace control characters of folder names and messages."""
     return "".join(c if c.isprintable() else "?" for c in text)
 

@@ -182,10 +182,10 @@ def dry_run(cfg: DictConfig, model: SSLMetaArch, dataset: HemaStandardDataset) -
     trials, whole, need = StepTrials(cfg, model, dataset), None, "do not fit, and fewer do not either"
     other_sizes = cfg.copy()
     other_sizes.train.global_batch_size = None
-    fewest = _fewest_images(cfg, has_others=n_processes > 1 or cfg.train.accumulation_steps > 1)
+    fewest = _smallest_batch_size(cfg, has_others=n_processes > 1 or cfg.train.accumulation_steps > 1)
     small = max(fewest, min(N_SMALL, batch_size) // 2)
     with suppress(torch.OutOfMemoryError):
-        fewer, more = (trials.step(_with_batch_size(other_sizes, n, n_processes)) for n in (small, 2 * small))
+        fewer, more = (trials.step(_set_batch_size(other_sizes, n, n_processes)) for n in (small, 2 * small))
         per_image = growth_per_image(fewer, more)
         expected = more.peak + per_image * (batch_size - more.batch_size)
         need = f"would need about {size_text(expected)}, {size_text(per_image)} for each image"
@@ -219,11 +219,11 @@ def find_batch_size(cfg: DictConfig, model: SSLMetaArch, dataset: HemaStandardDa
         cfg: configuration before `resolve_batch_size`.
     """
     sizes, available = batch_sizes(cfg), memory_limit(model.device)
-    trials = StepTrials(_with_batch_size(cfg, sizes[0]), model, dataset)
+    trials = StepTrials(_set_batch_size(cfg, sizes[0]), model, dataset)
     limit = (1 - MARGIN) * available
 
     def step(batch_size: int) -> StepCost:
-        cost = trials.step(_with_batch_size(cfg, batch_size))
+        cost = trials.step(_set_batch_size(cfg, batch_size))
         text = "%6d images: fit, %s at the peak, %.3g images/s without decoding"
         logger.info(text, batch_size, size_text(cost.peak), cost.n_images / cost.seconds)
         return cost
@@ -275,19 +275,19 @@ def batch_sizes(cfg: DictConfig) -> Sequence[int]:
     """Return the possible values of `train.batch_size_per_gpu` in one process; `cfg` is not yet resolved."""
     total, accumulation_steps = cfg.train.global_batch_size, cfg.train.accumulation_steps
     if total is not None and accumulation_steps is not None:
-        return [_with_batch_size(cfg, total).train.batch_size_per_gpu]
-    fewest = _fewest_images(cfg, has_others=total is not None or (accumulation_steps or 1) > 1)
+        return [_set_batch_size(cfg, total).train.batch_size_per_gpu]
+    fewest = _smallest_batch_size(cfg, has_others=total is not None or (accumulation_steps or 1) > 1)
     if total is None:
         return range(fewest, MAX_IMAGES + 1)
     return [n for n in range(fewest, total + 1) if total % n == 0]
 
 
-def _fewest_images(cfg: DictConfig, *, has_others: bool) -> int:
+def _smallest_batch_size(cfg: DictConfig, *, has_others: bool) -> int:
     """Return the smallest B: KoLeo compares two images, of this micro-batch or of others in the global batch."""
     return 1 if cfg.dino.koleo_loss_weight == 0 or (cfg.dino.koleo_loss_distributed and has_others) else 2
 
 
-def _with_batch_size(cfg: DictConfig, batch_size: int, world_size: int = 1) -> DictConfig:
+def _set_batch_size(cfg: DictConfig, batch_size: int, world_size: int = 1) -> DictConfig:
     """Resolve a configuration for another B; images are decoded in this process."""
     changed = cfg.copy()
     changed.train.batch_size_per_gpu, changed.train.num_workers = batch_size, 0

@@ -152,11 +152,11 @@ class TeacherEvaluation:
     ) -> None:
         """Write results.json and best.json, and send the numbers to the log and the trackers."""
         sets, newest = self._sets_without_copies, metrics.newest if metrics is not None else {}
-        first = np.concatenate([_side(cells, features)[0] for cells in (sets[0].train, sets[0].test)])
+        first = np.concatenate([_features_and_labels(cells, features)[0] for cells in (sets[0].train, sets[0].test)])
         statistics_of_cells = feature_statistics(torch.as_tensor(first, device=model.device))
         results = {
             "iteration": done,
-            "datasets": {labelled.name: _results_on(labelled, features, model.device) for labelled in sets},
+            "datasets": {labelled.name: _evaluate_set(labelled, features, model.device) for labelled in sets},
             "teacher": {
                 **{name: value.item() for name, value in statistics_of_cells.items()},
                 **{name: newest[name] for name in PROTOTYPE_USE if math.isfinite(newest.get(name, math.nan))},
@@ -223,7 +223,7 @@ def _folder(run_folder: Path, done: int) -> Path:
     return run_folder / "eval" / f"training_{done}"
 
 
-def _side(cells: LabelledCells, features: Mapping[Path, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _features_and_labels(cells: LabelledCells, features: Mapping[Path, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Return features [N, D] and labels [N] of the readable cells."""
     kept = [i for i, path in enumerate(cells.paths) if path in features]
     if not kept:
@@ -231,10 +231,10 @@ def _side(cells: LabelledCells, features: Mapping[Path, np.ndarray]) -> tuple[np
     return np.stack([features[cells.paths[i]] for i in kept]), cells.labels[kept]
 
 
-def _results_on(labelled: LabelledSet, features: Mapping[Path, np.ndarray], device: torch.device) -> dict[str, Any]:
+def _evaluate_set(labelled: LabelledSet, features: Mapping[Path, np.ndarray], device: torch.device) -> dict[str, Any]:
     """Return `n_train`, `n_test`, `knn` and, with a linear probe, `linear` of one set."""
-    train, train_labels = _side(labelled.train, features)
-    test, test_labels = _side(labelled.test, features)
+    train, train_labels = _features_and_labels(labelled.train, features)
+    test, test_labels = _features_and_labels(labelled.test, features)
     class_names = labelled.train.class_names
     on_device = torch.as_tensor(train, device=device), train_labels, torch.as_tensor(test, device=device), test_labels
     results = {"n_train": len(train), "n_test": len(test), "knn": evaluate_knn(*on_device, class_names, labelled.ks)}

@@ -143,8 +143,8 @@ def choose_learned(backbone: nn.Module, student: Any) -> Learned:
         ValueError: a word selects nothing, or nothing is left to learn.
     """
     names = [name for name, _ in backbone.named_parameters()]
-    frozen = _chosen(student.freeze, names, "student.freeze")
-    unfrozen = _chosen(student.unfreeze, names, "student.unfreeze")
+    frozen = _select_names(student.freeze, names, "student.freeze")
+    unfrozen = _select_names(student.unfreeze, names, "student.unfreeze")
     if not student.lora.rank:
         if unfrozen and not frozen:
             raise ValueError(
@@ -159,7 +159,7 @@ def choose_learned(backbone: nn.Module, student: Any) -> Learned:
             )
         return Learned(learned, ())
     linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
-    targets = _chosen(student.lora.targets, linear, "student.lora.targets")
+    targets = _select_names(student.lora.targets, linear, "student.lora.targets")
     layers = tuple(name for name in linear if name in targets and f"{name}.weight" not in frozen | unfrozen)
     if not layers:
         raise ValueError(
@@ -210,7 +210,7 @@ def _add_adapters(backbone: nn.Module, layers: Iterable[str], lora: Any) -> None
             module.cast_input_dtype_enabled = False  # autocast decides, as for all layers
 
 
-def _chosen(words: Iterable[Any], names: list[str], key: str) -> frozenset[str]:
+def _select_names(words: Iterable[Any], names: list[str], key: str) -> frozenset[str]:
     """Return the `names` that `words` select.
 
     Raises:
@@ -230,12 +230,12 @@ def _chosen(words: Iterable[Any], names: list[str], key: str) -> frozenset[str]:
         else:
             selected = {name for name in names if word == EVERYTHING or f".{word}." in f".{plain[name]}."}
         if not selected:
-            raise ValueError(f"{key}: {word!r} is no part of the backbone's names; {_hint(word, plain.values())}")
+            raise ValueError(f"{key}: {word!r} is no part of the backbone's names; {_suggest(word, plain.values())}")
         chosen |= selected
     return frozenset(chosen)
 
 
-def _hint(word: str, names: Iterable[str]) -> str:
+def _suggest(word: str, names: Iterable[str]) -> str:
     parts = {EVERYTHING}
     for name in names:
         words = re.sub(r"^blocks\.\d+\.", "", name).split(".")

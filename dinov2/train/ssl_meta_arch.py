@@ -240,12 +240,12 @@ class SSLMetaArch(nn.Module):
         patch_targets: Sequence[Tensor | None] = [None] * n
         self.statistics = feature_statistics(all_gather_rows(torch.cat([output.cls_tokens for output in outputs])))
         if self.do_dino:
-            logits = _joined([output.cls_logits for output in outputs])  # [A * 2B, K]
+            logits = _concatenate_logits([output.cls_logits for output in outputs])  # [A * 2B, K]
             targets = self.dino_loss.targets(logits, teacher_temp, centering)
             self.statistics["prototype_use"] = prototype_use(targets.argmax(dim=1), targets.shape[1])
             cls_targets = targets.chunk(n)
         if self.do_ibot:
-            logits = _joined([output.patch_logits for output in outputs])  # [M of all, K]
+            logits = _concatenate_logits([output.patch_logits for output in outputs])  # [M of all, K]
             n_masked = torch.stack([output.n_masked_patches for output in outputs]).sum(dim=0)  # [1]
             targets = self.ibot_patch_loss.targets(logits, teacher_temp, centering, n_masked)
             self.statistics["patch_prototype_use"] = prototype_use(targets.argmax(dim=1), targets.shape[1])
@@ -435,7 +435,7 @@ def split_views(cls_tokens: Tensor) -> Tensor:
     return cls_tokens.unflatten(0, (N_GLOBAL_CROPS, -1))
 
 
-def _joined(outputs: Sequence[HeadOutput | None]) -> Tensor:
+def _concatenate_logits(outputs: Sequence[HeadOutput | None]) -> Tensor:
     """Concatenate the logits of all micro-batches, without a copy if there is only one."""
     logits = [output.rows for output in outputs if output is not None]
     return logits[0] if len(logits) == 1 else torch.cat(logits)

@@ -94,21 +94,21 @@ def draw_sheets(batch: Mapping[str, Any], n_images: int) -> dict[str, np.ndarray
     n_tiles = n_rows * (N_GLOBAL_CROPS + n_local)
     most = min(max(crops.shape[-1], SMALLEST_TILE), LARGEST_TILE, math.isqrt(MOST_PIXELS // n_tiles) - GAP)
     size = max(most // side, 1) * side  # whole pixels for each patch
-    tiles = global_tiles = _tiles(crops, size)  # [G, R, 3, size, size]
+    tiles = global_tiles = _resize_crops(crops, size)  # [G, R, 3, size, size]
     if n_local:
         local_crops = local_crops.unflatten(0, (-1, batch_size))[:n_local, :n_rows]
-        tiles = torch.cat([global_tiles, _tiles(local_crops, size)])  # [C, R, 3, size, size]
-    sheets = {"crops": _sheet(tiles)}
+        tiles = torch.cat([global_tiles, _resize_crops(local_crops, size)])  # [C, R, 3, size, size]
+    sheets = {"crops": _arrange_tiles(tiles)}
     if bool(batch["collated_masks"].any()):
         grids = masks.unflatten(2, (side, side)).float()
         is_masked = F.interpolate(grids, size=(size, size), mode="nearest").bool().unsqueeze(2)
         colour = torch.tensor(MASK_COLOUR).view(3, 1, 1) / 255
         covered = (1 - MASK_OPACITY) * global_tiles + MASK_OPACITY * colour
-        sheets["masks"] = _sheet(torch.where(is_masked, covered, global_tiles))
+        sheets["masks"] = _arrange_tiles(torch.where(is_masked, covered, global_tiles))
     return sheets
 
 
-def _tiles(crops: Tensor, size: int) -> Tensor:
+def _resize_crops(crops: Tensor, size: int) -> Tensor:
     """Resize crops [C, R, 3, S, S], as pixels from 0 to 1 on the CPU; NaN becomes white."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     pixels = (crops.detach().cpu().float() * std + mean).nan_to_num(1.0).clamp(0, 1)
@@ -116,7 +116,7 @@ def _tiles(crops: Tensor, size: int) -> Tensor:
     return resized.unflatten(0, crops.shape[:2])
 
 
-def _sheet(tiles: Tensor) -> np.ndarray:
+def _arrange_tiles(tiles: Tensor) -> np.ndarray:
     """Arrange tiles [C, R, 3, size, size] in one image, uint8 [height, width, 3]."""
     rows = F.pad(tiles, (0, GAP, 0, GAP), value=1.0).permute(1, 3, 0, 4, 2)  # [R, size + GAP, C, size + GAP, 3]
     return (rows.flatten(2, 3).flatten(0, 1) * 255).round().byte().numpy()

@@ -101,10 +101,10 @@ def load_run_config(
     for origin, values in layers:
         for key, value in values.items():
             try:
-                checked = _checked(key, value)
+                checked = _check_value(key, value)
             except (KeyError, ValueError) as error:
                 raise type(error)(f"{origin}: {error.args[0]}") from error
-            OmegaConf.update(merged, key, _escaped(checked), force_add=False)
+            OmegaConf.update(merged, key, _escape(checked), force_add=False)
     if resolve is not None:
         resolve(merged)
     _check_together(merged)
@@ -124,7 +124,7 @@ def write_config(cfg: DictConfig, path: Path) -> None:
 
 def differences(ours: DictConfig, theirs: DictConfig, prefixes: Sequence[str] = ("",)) -> dict[str, tuple[Any, Any]]:
     """Find the keys below `prefixes` whose values differ: {key: (ours, theirs)}, None for a missing key."""
-    a, b = (dict(_leaves(OmegaConf.to_container(cfg, resolve=True), _defaults())) for cfg in (ours, theirs))
+    a, b = (dict(_iterate_values(OmegaConf.to_container(cfg, resolve=True), _defaults())) for cfg in (ours, theirs))
     keys = [key for key in sorted(a.keys() | b.keys()) if key.startswith(tuple(prefixes))]
     return {key: (a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)}
 
@@ -139,7 +139,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"--config-file: {path} is not readable as YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config-file: {path} must hold `section: key: value`, found a {type(content).__name__}")
-    values = dict(_leaves(content, _defaults()))
+    values = dict(_iterate_values(content, _defaults()))
     for key in sorted(values.keys() & _IGNORED.keys()):
         logger.warning("%s: %s=%s is ignored: %s", path, key, values.pop(key), _IGNORED[key])
     return values
@@ -166,31 +166,31 @@ def _read_override(text: str) -> tuple[str, Any]:
     return key, content["value"]
 
 
-def _leaves(content: Any, known: Collection[str] = (), prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _iterate_values(content: Any, known: Collection[str] = (), prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) of all values that are no sections; without `known`, an empty mapping is a value."""
     for name, value in content.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and key not in known and (value or known):
-            yield from _leaves(value, known, f"{key}.")
+            yield from _iterate_values(value, known, f"{key}.")
         else:
             yield key, value
 
 
 @cache
 def _defaults() -> dict[str, Any]:
-    return dict(_leaves(OmegaConf.to_container(dinov2_default_config)))
+    return dict(_iterate_values(OmegaConf.to_container(dinov2_default_config)))
 
 
-def _escaped(value: Any) -> Any:
+def _escape(value: Any) -> Any:
     """Escape texts that look like interpolations, which are resolved already."""
     if isinstance(value, list):
-        return [_escaped(member) for member in value]
+        return [_escape(member) for member in value]
     if isinstance(value, dict):
-        return {key: _escaped(member) for key, member in value.items()}
+        return {key: _escape(member) for key, member in value.items()}
     return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
-def _checked(key: str, value: Any) -> Any:
+def _check_value(key: str, value: Any) -> Any:
     """Check a value and return it as the default's type; the error describes the mistake."""
     if key not in _defaults():
         raise KeyError(_unknown_key_text(key))
@@ -201,7 +201,7 @@ def _checked(key: str, value: Any) -> Any:
         value = float(value)
     example = _EXAMPLES.get(key, default)
     try:
-        result = _converted(value, example)
+        result = _convert(value, example)
     except TypeError as error:
         like = f"like {example}".replace("'", "") if isinstance(example, list | dict) else f"(default: {default})"
         text = "nothing (null)" if value is None else repr(value)
@@ -217,7 +217,7 @@ def _checked(key: str, value: Any) -> Any:
     return result
 
 
-def _converted(value: Any, example: Any) -> Any:
+def _convert(value: Any, example: Any) -> Any:
     """Convert `value` to the type of `example`; lists of fractional numbers must have its length.
 
     Raises:
@@ -229,9 +229,9 @@ def _converted(value: Any, example: Any) -> Any:
                 raise TypeError
             # in a list of words a number is a word
             words = [str(member) if type(member) is int else member for member in value]
-            return [_converted(member, example[0]) for member in (words if isinstance(example[0], str) else value)]
+            return [_convert(member, example[0]) for member in (words if isinstance(example[0], str) else value)]
         if isinstance(example, dict) and isinstance(next(iter(example.values())), float):
-            return {str(name): _converted(number, 1.0) for name, number in value.items()}
+            return {str(name): _convert(number, 1.0) for name, number in value.items()}
         return value
     if isinstance(example, float) and type(value) is int:
         return float(value)

@@ -296,9 +296,9 @@ def test_sizes_follow_from_what_the_run_has_to_keep():
     assert sizes("train.global_batch_size=12") == [1, 2, 3, 4, 6, 12]
     assert sizes("train.global_batch_size=12", "dino.koleo_loss_distributed=false") == [2, 3, 4, 6, 12]
     assert sizes("train.global_batch_size=12", "train.accumulation_steps=3") == [4]
-    cfg = dry_run._with_batch_size(load_run_config(None, ["train.global_batch_size=12"]), 4)
+    cfg = dry_run._set_batch_size(load_run_config(None, ["train.global_batch_size=12"]), 4)
     assert (cfg.train.batch_size_per_gpu, cfg.train.accumulation_steps) == (4, 3)
-    cfg = dry_run._with_batch_size(load_run_config(None, ["train.accumulation_steps=3"]), 4)
+    cfg = dry_run._set_batch_size(load_run_config(None, ["train.accumulation_steps=3"]), 4)
     assert (cfg.train.accumulation_steps, cfg.train.global_batch_size) == (3, 12)
 
 
