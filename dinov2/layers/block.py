@@ -4,7 +4,7 @@ Dimension key:  B samples, N tokens of a sample, D embedding dim
 """
 
 from collections.abc import Callable
-from typing import overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,13 +85,7 @@ class Block(nn.Module):
         self.sample_drop_ratio = drop_path
         self.checkpoint_activations = False  # True: backward computes the inner values again instead of keeping them
 
-    @overload
-    def forward(self, x: Tensor) -> Tensor: ...
-
-    @overload
-    def forward(self, x: list[Tensor]) -> list[Tensor]: ...
-
-    def forward(self, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    def forward(self, x: Any) -> Any:
         """Apply the layer to tokens [B, N, D], or to a list of such tensors, whose B and N may differ."""
         crops = x if isinstance(x, list) else [x]
         if self.checkpoint_activations and torch.is_grad_enabled():
