@@ -302,7 +302,7 @@ def test_a_run_without_a_name_under_slurm_is_found_again_by_its_job(tmp_path, mo
     path = run_folder_path(str(tmp_path), None, str(CUSTOM))
     assert path == tmp_path / "custom_7"
     path.mkdir()
-    with pytest.raises(ValueError, match="holds a run of this SLURM job already"):
+    with pytest.raises(ValueError, match="already holds a run of this SLURM job"):
         run_folder_path(str(tmp_path), None, str(CUSTOM))
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert run_folder_path(str(tmp_path), None, str(CUSTOM)) == path
