@@ -43,11 +43,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dinov2.layers.attention import xformers_attention
-from dinov2.logging.step_clock import StepClock
+from dinov2.logging.metrics import StepClock
 from dinov2.train.dry_run import count_step_flops, measured_matmul_rate
 from dinov2.utils.files import atomic_write
-from dinov2.utils.matmul import fast_matmul_within
 from dinov2.utils.memory import keep_freed_memory
+from dinov2.utils.precision import fast_matmul_within
 
 PARTS = ("speed", "memory", "attention", "models")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

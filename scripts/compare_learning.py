@@ -41,8 +41,8 @@ from dinov2.train.batches import TrainBatches, build_dataset
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.files import atomic_write
-from dinov2.utils.matmul import fast_matmul_within
 from dinov2.utils.parallel import available_cores
+from dinov2.utils.precision import fast_matmul_within
 from dinov2.utils.seeds import derive_seed
 
 UNTRAINED, REFERENCE = "untrained", "plain fp32"

@@ -14,8 +14,7 @@ from dinov2.data.cache import PackedCache
 from dinov2.data.datasets.decode import FITS
 from dinov2.data.loaders import make_dataset
 from dinov2.logging import setup_logging
-from dinov2.utils.command import REQUEUE_EXIT_CODE, exit_code
-from dinov2.utils.stop_signals import StopSignals
+from dinov2.utils.command import REQUEUE_EXIT_CODE, StopSignals, exit_code
 
 logger = logging.getLogger("dinov2")
 

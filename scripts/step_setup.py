@@ -13,12 +13,11 @@ from dinov2 import distributed
 from dinov2.configs import CONFIG_FOLDER
 from dinov2.data.collate import assemble_batch, draw_masks
 from dinov2.data.masking import MaskingGenerator
-from dinov2.fsdp.precision import resolve_precision
 from dinov2.train.batches import resolve_batch_size
 from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.config import load_run_config
-from dinov2.utils.matmul import fast_matmul_within
+from dinov2.utils.precision import fast_matmul_within, resolve_precision
 
 NETWORKS = [
     f"compute_precision.{role}.{part}"

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: recorded upstream numbers, the formulas behind them, real pictures."""
+"""Fixtures that several test files share: recorded upstream numbers, the formulas behind them, real images."""
 
 import json
 import logging
@@ -97,21 +97,21 @@ def golden_arrays() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder with real cell pictures, which lie beside the project and never in it."""
+    """The folder with real cell images, which lie beside the project and never in it."""
     folder = Path(os.environ.get("DINOBLOOM_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not folder.is_dir():
-        pytest.skip(f"real cell pictures are not at {folder} (set DINOBLOOM_TEST_DATA to their folder)")
+        pytest.skip(f"real cell images are not at {folder} (set DINOBLOOM_TEST_DATA to their folder)")
     return folder
 
 
 @pytest.fixture(scope="session")
-def make_picture_list():
-    """A folder with `n` small random pictures and one list that names them; returns the folder."""
+def make_image_list():
+    """A folder with `n` small random images and one list that names them; returns the folder."""
 
     def make(folder: Path, n: int = 8, size: int = 28) -> Path:
-        (folder / "pictures").mkdir(parents=True)
+        (folder / "images").mkdir(parents=True)
         rng = np.random.default_rng(0)
-        names = [f"pictures/{i:03d}.png" for i in range(n)]
+        names = [f"images/{i:03d}.png" for i in range(n)]
         for name in names:
             Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / name)
         (folder / "all.txt").write_text("\n".join(names) + "\n")
@@ -121,9 +121,9 @@ def make_picture_list():
 
 
 @pytest.fixture
-def picture_list(tmp_path, make_picture_list):
+def image_list(tmp_path, make_image_list):
     """The same in a folder of the test's own."""
-    return lambda n=8, size=28, folder=tmp_path / "lists": make_picture_list(folder, n, size)
+    return lambda n=8, size=28, folder=tmp_path / "lists": make_image_list(folder, n, size)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Where the configuration files are, and the defaults that every run starts from."""
+"""Folder of the configuration files, and the default configuration."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ CONFIG_FOLDER = Path(__file__).parent
 
 
 def load_config(config_name: str) -> DictConfig:
-    """Read `configs/<config_name>.yaml` (for instance "train/custom") as it stands, without the defaults."""
+    """Read `configs/<config_name>.yaml` (for instance "train/custom") without the defaults."""
     config = OmegaConf.load(CONFIG_FOLDER / f"{config_name}.yaml")
     assert isinstance(config, DictConfig), f"{config_name}.yaml must hold a mapping"
     return config

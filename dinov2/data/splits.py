@@ -20,8 +20,7 @@ import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from dinov2.data.datasets.tables import PATH_COLUMNS, open_table
-from dinov2.utils.files import PathLike, atomic_write, file_sha256
-from dinov2.utils.paths import local_path
+from dinov2.utils.files import PathLike, atomic_write, file_sha256, local_path
 
 logger = logging.getLogger("dinov2")
 

@@ -1,4 +1,4 @@
-"""The rank of this process and the number of processes, from the environment of torchrun or SLURM."""
+"""Read the rank of this process and the number of processes from the environment of torchrun or SLURM."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Launch:
-    """The place of this process among those that were started together."""
+    """Rank and address of this process among those that were started together."""
 
     rank: int
     world_size: int
@@ -20,18 +20,18 @@ class Launch:
 
     @property
     def n_nodes(self) -> int:
-        """The number of nodes, each with as many processes."""
+        """Return the number of nodes, which all have the same number of processes."""
         return max(1, self.world_size // max(1, self.local_world_size))
 
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
-    """Read the launch that `environment` describes; None for a process that was started alone.
+    """Read the launch that `environment` describes; None for a single process.
 
-    torchrun's variables win. SLURM's count inside a step of several tasks only: a shell or a batch script in an
-    allocation has variables of the whole job as well, and is still alone.
+    torchrun's variables come first. SLURM's are used only in a step of several tasks: a shell or a batch script in an
+    allocation has the variables of the whole job, but is a single process.
 
     Raises:
-        ValueError: torchrun's variables are set in part, or one is not a number.
+        ValueError: some of torchrun's variables are missing, or one is not a number.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return _from_torchrun(environment)
@@ -82,8 +82,8 @@ def _number(environment: Mapping[str, str], name: str, default: str | None = Non
 
 
 def _port_of_step(environment: Mapping[str, str]) -> int:
-    # the same for all tasks of a step, another one for the next step or job on that node; above the registered ports
-    # and below Linux's range of ports for outgoing connections
+    # The same port for all tasks of a step, and another one for the next step or job on the node. It is above the
+    # registered ports and below Linux's ports for outgoing connections.
     job, step = environment.get("SLURM_JOB_ID", "0"), environment["SLURM_STEP_ID"]
     restart = environment.get("SLURM_RESTART_COUNT", "0")
     return 20000 + (int(job) * 17 + int(step) * 5 + int(restart)) % 12000

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinov2.eval import runner
 from dinov2.eval.extract_features import positive_int
 from dinov2.eval.metrics import classification_metrics
 from dinov2.eval.protocol import EvaluationData, Predictions, Protocol
 from dinov2.eval.results import FoldPredictions
-from dinov2.eval.runner import run_command
 from dinov2.utils.command import exit_code
 
 logger = logging.getLogger("dinov2")
@@ -233,14 +233,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=KnnOptions.temperature, help="T of dino")
 
 
+COMMAND = (
+    "Classify cells by their nearest neighbours among features; print a table and write results.json, "
+    "predictions_knn_<k>.csv, split.csv, confusion.png, curves.png to <output-dir>.",
+    lambda args: protocol(KnnOptions(args.protocol, args.k, args.temperature)),
+    add_arguments,
+)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return runner.parse_arguments(*COMMAND, argv)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(
-        "Classify cells by their nearest neighbours among features; print a table and write results.json, "
-        "predictions_knn_<k>.csv, split.csv, confusion.png, curves.png to <output-dir>.",
-        lambda args: protocol(KnnOptions(args.protocol, args.k, args.temperature)),
-        add_arguments,
-        argv,
-    )
+    runner.run_command(*COMMAND, argv)
 
 
 if __name__ == "__main__":

@@ -27,12 +27,12 @@ import numpy as np
 import torch
 
 from dinov2.data.splits import Fold, make_folds
+from dinov2.eval import runner
 from dinov2.eval.extract_features import positive_int
 from dinov2.eval.features import DEFAULT_KIND
 from dinov2.eval.metrics import log_losses
 from dinov2.eval.protocol import N_FOLDS, EvaluationData, Predictions, Protocol
 from dinov2.eval.results import FoldPredictions
-from dinov2.eval.runner import run_command
 from dinov2.eval.solvers.logistic import Backend, LinearProbe, fit_logistic
 from dinov2.eval.solvers.sgd_probes import SGD_ITERATIONS, choose_sgd_probe, fit_sgd_probes
 from dinov2.utils.command import exit_code
@@ -172,14 +172,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--backend", choices=get_args(Backend), default=default.backend, help=backends)
 
 
+COMMAND = (
+    "Classify cells by a linear probe of their features; print a table and write results.json, predictions.csv, "
+    "split.csv, confusion.png, curves.png to <output-dir>.",
+    lambda args: protocol(LinearOptions(args.protocol, args.validation_folds, args.sgd_iterations, args.backend)),
+    add_arguments,
+)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return runner.parse_arguments(*COMMAND, argv)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    run_command(
-        "Classify cells by a linear probe of their features; print a table and write results.json, predictions.csv, "
-        "split.csv, confusion.png, curves.png to <output-dir>.",
-        lambda args: protocol(LinearOptions(args.protocol, args.validation_folds, args.sgd_iterations, args.backend)),
-        add_arguments,
-        argv,
-    )
+    runner.run_command(*COMMAND, argv)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Checkpoints to resume from, with any number of processes: complete or not there, checked when read.
+"""Write and read checkpoints to resume from, with any number of processes; each is complete or absent.
 
 <folder>/iteration_<n>/   n iterations done
-    __<rank>_<i>.distcp   tensors, each process its own (torch.distributed.checkpoint)
-    .metadata             which tensor lies where
+    __<rank>_<i>.distcp   tensors of each process (torch.distributed.checkpoint)
+    .metadata             place of each tensor
     run.json              iteration and other plain numbers
     checksums_all.json    CRC-32 and size of these files
 
-A checkpoint is written into a hidden folder, which is renamed once all processes have written and synced their files:
-what has its final name is complete. Writing goes on beside the training.
+A checkpoint is written into a hidden folder in the background. When all processes have written and synced their files,
+the folder gets its final name. Checksums are verified before a checkpoint is used.
 """
 
 import itertools
@@ -31,11 +31,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, is_enabled, on_main_process
 from dinov2.utils.files import atomic_write, sync_folder
-from dinov2.utils.sharded_checkpoints import TensorReader, reason_of
+from dinov2.utils.sharded_checkpoints import TensorReader, first_error_line
 
 logger = logging.getLogger("dinov2")
 
-# Warnings at each checkpoint of a single process, which is intended, and about torch's own use of its storages
+# Warnings about checkpoints of a single process, which are intended, and about torch's own use of its storages
 for _noise in ("torch.distributed is disabled, unavailable", "TypedStorage is deprecated"):
     warnings.filterwarnings("ignore", message=_noise, module=r"torch\.distributed\.checkpoint")
 
@@ -47,9 +47,9 @@ Tensors = Mapping[str, Any]  # nested mappings with tensors as leaves
 
 
 class Checkpointer:
-    """Keeps the newest `keep` checkpoints of a run, and those of every `milestone_period`-th iteration for good.
+    """Keeps the newest `keep` checkpoints of a run, and all of every `milestone_period`-th iteration.
 
-    Every process makes one, and calls its methods at the same points of the run.
+    Every process makes one and calls its methods at the same points of the run.
     """
 
     def __init__(self, folder: Path, keep: int, milestone_period: int = 0) -> None:
@@ -59,10 +59,10 @@ class Checkpointer:
         self._last_is_good = True
 
     def save(self, iteration: int, tensors: Tensors, numbers: Mapping[str, Any]) -> None:
-        """Start to write the state after `iteration` iterations; training may go on, since the tensors are copied.
+        """Start to write the state after `iteration` iterations; tensors are copied, so the training may continue.
 
-        The previous checkpoint is waited for. A write that fails is logged, and leaves earlier checkpoints as they are;
-        `wait` returns the outcome.
+        It waits for the previous checkpoint. A failure is logged and does not change earlier checkpoints; `wait`
+        returns the outcome.
 
         Args:
             tensors: nested mappings of tensors; DTensors are written shard by shard.
@@ -70,7 +70,7 @@ class Checkpointer:
         """
         self.wait()
         if self._group is None and is_enabled():
-            self._group = dist.new_group(backend="gloo")  # beside the training, so that messages do not mix
+            self._group = dist.new_group(backend="gloo")  # separates its messages from those of the training
         final = self.path_of(iteration)
         temporary = self.folder / f".{final.name}.tmp"
         try:
@@ -86,12 +86,12 @@ class Checkpointer:
         except OSError as error:
             self._report(iteration, error)
             return
-        assert isinstance(future, Future), "only a staging that runs beside the training gives something else"
+        assert isinstance(future, Future), "torch returns something else only with asynchronous staging"
         self._pending = Future()
         future.add_done_callback(partial(self._settle, iteration, self._pending))
 
     def wait(self) -> bool:
-        """Wait for the checkpoint that is being written; returns False if writing failed."""
+        """Wait for the checkpoint that is being written; return False if the write failed."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self._last_is_good = pending.result()
@@ -103,22 +103,22 @@ class Checkpointer:
 
     def paths(self) -> list[Path]:
         """List all complete checkpoints, oldest first."""
-        found = (path for path in self.folder.glob(f"{_PREFIX}*") if path.is_dir() and _number(path) >= 0)
-        return sorted(found, key=_number)
+        folders = (path for path in self.folder.glob(f"{_PREFIX}*") if path.is_dir() and _number(path) >= 0)
+        return sorted(folders, key=_number)
 
     def newest(self, before: int | None = None) -> tuple[Path, dict[str, Any]] | None:
-        """Find the newest checkpoint whose files are undamaged, and its numbers; None if there is no checkpoint.
+        """Find the newest undamaged checkpoint up to iteration `before`, and its numbers; None if there is none.
 
-        Every process checks its share of the files. Those after more than `before` iterations do not count.
+        Every process checks a part of the files.
 
         Raises:
-            ValueError: there are checkpoints, and none can be used.
+            ValueError: there are checkpoints, but all are damaged.
         """
         paths = on_main_process(self.paths)
         if before is not None:
             paths = [path for path in paths if _number(path) <= before]
         for path in reversed(paths):
-            faults = [fault for found in all_gather_objects(_faults(path)) for fault in found]
+            faults = [fault for faults in all_gather_objects(_find_damage(path)) for fault in faults]
             if not faults:
                 return path, json.loads((path / _NUMBERS).read_text(encoding="utf-8"))
             logger.warning("checkpoint %s is damaged (%s); trying the one before", path, "; ".join(faults[:3]))
@@ -130,19 +130,19 @@ class Checkpointer:
         return None
 
     def set_aside_after(self, iteration: int) -> None:
-        """Rename checkpoints that are newer than the one a run goes on from: they must not count among the newest."""
+        """Rename checkpoints after `iteration`, from which a run continues: they are not its newest ones."""
         for path in self.paths():
             if _number(path) > iteration:
-                names = (f"unused_{path.name}_{n}" for n in itertools.count(1))  # a run may go back more than once
+                names = (f"unused_{path.name}_{n}" for n in itertools.count(1))  # a run may roll back several times
                 aside = next(free for name in names if not (free := path.with_name(name)).exists())
                 path.rename(aside)
-                logger.warning("%s is now %s, since the run goes on from iteration %d", path, aside.name, iteration)
+                logger.warning("%s is now %s, since the run continues from iteration %d", path, aside.name, iteration)
 
     def load(self, path: Path, tensors: Tensors) -> None:
         """Fill `tensors` in place from the checkpoint at `path`, however many processes wrote it.
 
         Raises:
-            ValueError: it holds other names or shapes, or something that could run code.
+            ValueError: it has other names or shapes, or contains something that could run code.
         """
         try:
             dcp.load(
@@ -152,17 +152,17 @@ class Checkpointer:
                 no_dist=not is_enabled(),
             )
         except (CheckpointException, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path}: {reason_of(error)}") from error
+            raise ValueError(f"{path}: {first_error_line(error)}") from error
 
     def _settle(self, iteration: int, pending: "Future[bool]", written: "Future[Any]") -> None:
-        """Log the outcome as soon as it is known: the next checkpoint may be hours away."""
+        """Log the outcome as soon as it is known: the next checkpoint may be hours later."""
         error = written.exception()
         if error is None:
             logger.info("checkpoint: %s", self.path_of(iteration))
             pending.set_result(True)
         elif isinstance(error, (CheckpointException, OSError, RuntimeError)):
             try:
-                self._report(iteration, error)  # which looks at the disk again
+                self._report(iteration, error)  # it reads the disk, which may fail
             finally:
                 pending.set_result(False)
         else:
@@ -170,12 +170,12 @@ class Checkpointer:
 
     def _make_room(self, temporary: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for torn in self.folder.glob(f".{_PREFIX}*.tmp"):
-            shutil.rmtree(torn)  # a process that was killed while it wrote could not remove it
+        for incomplete in self.folder.glob(f".{_PREFIX}*.tmp"):
+            shutil.rmtree(incomplete)  # left by a process that was killed while it wrote
         temporary.mkdir()
 
     def _commit(self, temporary: Path, final: Path, numbers: dict[str, Any]) -> None:
-        """Give the folder its final name, on the coordinating process, once all processes have written their files."""
+        """Give the folder its final name, on the coordinating process, when all processes have written their files."""
         with atomic_write(temporary / _NUMBERS, "w") as file:
             json.dump(numbers, file)
         files = [temporary / ".metadata", temporary / _NUMBERS, *sorted(temporary.glob("*.distcp"))]
@@ -191,7 +191,7 @@ class Checkpointer:
                 self._remove(old)
 
     def _remove(self, path: Path) -> None:
-        """Rename first: a folder with its final name must stay complete."""
+        """Rename a checkpoint, then remove it: a folder with its final name must be complete."""
         doomed = path.with_name(f".{path.name}.old.tmp")
         path.rename(doomed)
         shutil.rmtree(doomed)
@@ -200,9 +200,13 @@ class Checkpointer:
         self._last_is_good = False
         kept = self.paths()
         logger.error(
-            "checkpoint after iteration %d could not be written (%s); %s. Make room or mend the disk: the run goes on "
-            "and tries again at its next checkpoint",
-            *(iteration, reason_of(error), f"{kept[-1]} is the last good one" if kept else "there is none before it"),
+            "checkpoint after iteration %d could not be written (%s); %s. Make room or repair the disk: the run "
+            "continues and tries again at its next checkpoint",
+            *(
+                iteration,
+                first_error_line(error),
+                f"{kept[-1]} is the last good one" if kept else "there is none before it",
+            ),
         )
 
 
@@ -226,10 +230,10 @@ def _crc32(path: Path) -> int:
     return value
 
 
-def _faults(path: Path) -> list[str]:
-    """List what is wrong with this process's share of the files."""
+def _find_damage(path: Path) -> list[str]:
+    """List the damage in this process's part of the files."""
     faults = []
-    lists = {path / _CHECKSUMS, *path.glob("checksums_*.json")}  # once, each process wrote its own
+    lists = {path / _CHECKSUMS, *path.glob("checksums_*.json")}  # in old checkpoints, each process wrote its own
     try:
         expected = {name: entry for file in lists for name, entry in json.loads(file.read_text()).items()}
     except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
 """Distribute a network over processes: FSDP2 for sharded weights, DDP for copies.
 
-FSDP2 (`fully_shard`) keeps parameter names and makes DTensors. Computations with weights outside a forward pass (the
-teacher's moving average, norms, files) use the functions below, which take both kinds.
+FSDP2 (`fully_shard`) keeps parameter names and makes DTensors. The functions below, for weights outside a forward pass
+(the teacher's moving average, norms, files), accept DTensors and plain tensors.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +27,7 @@ _COMPRESS: dict[torch.dtype, Callable[..., Any]] = {
 
 
 def make_mesh(strategy: str, device_type: str, n_nodes: int) -> DeviceMesh:
-    """Arrange the processes in a row, or for HYBRID_SHARD in nodes (copies) x processes of a node (shards)."""
+    """Arrange the processes in one dimension, or for HYBRID_SHARD as nodes (copies) x processes of a node (shards)."""
     world_size = get_world_size()
     if strategy == "HYBRID_SHARD" and n_nodes > 1:
         if world_size % n_nodes:
@@ -48,18 +48,18 @@ def shard(
     reduce_dtype: torch.dtype,
     reshard_after_forward: bool,
 ) -> None:
-    """Shard `module` in place, each of `blocks` as a unit of its own, so that one block's weights are whole at a time.
+    """Shard `module` in place, with each of `blocks` as its own unit, so that one block is gathered at a time.
 
     Args:
-        param_dtype: in which the blocks' weights are gathered; what is outside the blocks (embeddings, the last norm)
-            is small and stays fp32, since it feeds the residual stream.
-        reduce_dtype: in which gradients are summed.
-        reshard_after_forward: free a unit's gathered weights after its forward and gather them again for backward.
+        param_dtype: type of the blocks' gathered weights; weights outside the blocks (embeddings, the last norm) are
+            small and stay fp32, since they enter the residual stream.
+        reduce_dtype: type in which gradients are summed.
+        reshard_after_forward: free a unit's gathered weights after its forward, and gather them again for backward.
     """
     gathered = None if param_dtype == torch.float32 else param_dtype
     own_blocks = list(blocks)
     for unit in (*own_blocks, module):
-        # inputs keep their type: autocast decides what each operation computes in, as without sharding
+        # inputs keep their type: autocast chooses the type of each operation, as without sharding
         policy = MixedPrecisionPolicy(
             param_dtype=None if own_blocks and unit is module else gathered,
             reduce_dtype=reduce_dtype,
@@ -69,7 +69,7 @@ def shard(
 
 
 def replicate(module: nn.Module, *, reduce_dtype: torch.dtype) -> DistributedDataParallel:
-    """Wrap `module` in DDP; call the returned module, which averages gradients over the processes."""
+    """Wrap `module` in DDP, which averages gradients over the processes."""
     device = next(module.parameters()).device
     wrapped = DistributedDataParallel(
         module,
@@ -85,7 +85,7 @@ def replicate(module: nn.Module, *, reduce_dtype: torch.dtype) -> DistributedDat
 def without_gradient_sync(module: nn.Module) -> AbstractContextManager[Any]:
     """Return a context for a micro-batch whose gradients are all-reduced with those of a later one.
 
-    DDP waits. Sharded gradients are reduced for each micro-batch: kept whole until the last one, they would take the
+    It has an effect on DDP only. Sharded gradients are reduced for each micro-batch: whole gradients would need the
     memory that sharding saves.
     """
     return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
@@ -98,32 +98,32 @@ def reshard(module: nn.Module) -> None:
             part.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_whole(tensor: Tensor) -> Tensor:
     """Gather a tensor from its shards; every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def lerp_(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -> None:
-    """targets <- targets + weight * (sources - targets), in place, for any sharding of either side."""
-    matched = [_local(_laid_out_as(target, source)) for target, source in zip(targets, sources, strict=True)]
-    torch._foreach_lerp_([_local(target) for target in targets], matched, weight)
+    """Update targets <- targets + weight * (sources - targets) in place, for any sharding of either side."""
+    matched = [_local_shard(_match_layout(target, source)) for target, source in zip(targets, sources, strict=True)]
+    torch._foreach_lerp_([_local_shard(target) for target in targets], matched, weight)
 
 
-def _laid_out_as(target: Tensor, source: Tensor) -> Tensor:
+def _match_layout(target: Tensor, source: Tensor) -> Tensor:
     if not isinstance(target, DTensor):
-        return whole(source)
+        return gather_whole(source)
     layout = target.device_mesh, target.placements
     if isinstance(source, DTensor) and (source.device_mesh, source.placements) == layout:
         return source
-    # every process has the whole source, so nothing is sent
-    return distribute_tensor(whole(source), *layout, src_data_rank=None)
+    # every process has the whole source, so there is no communication
+    return distribute_tensor(gather_whole(source), *layout, src_data_rank=None)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _local_shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Compute the 2-norm of all entries of `tensors` over all shards: 0-d, the same on every process."""
-    return whole(nn.utils.get_total_norm(tensors))
+    return gather_whole(nn.utils.get_total_norm(tensors))

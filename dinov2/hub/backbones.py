@@ -1,10 +1,10 @@
-"""From weights to a ready backbone, whatever layout they come in, and the torch.hub names.
+"""Load a backbone from weights in any known layout; the names that torch.hub finds.
 
 `load_backbone` reads, by path, name or URL: a training run's `teacher_checkpoint.pth`, folder, or checkpoint to resume
-from; the DinoBloom releases (`{"teacher": {"backbone.*"}}`); bare state dicts as DINOv2 releases them, with registers
-and without; `{"model": ...}` and `{"state_dict": ...}` around any of these; safetensors; a folder or file of
-transformers' Dinov2 and of timm's DINOv2 networks. The architecture is read off the tensors. No code in a file is ever
-run.
+from; DinoBloom's releases (`{"teacher": {"backbone.*"}}`); bare state dicts like DINOv2's releases, with and without
+registers; `{"model": ...}` and `{"state_dict": ...}` around any of these; safetensors; a folder or file of
+transformers' Dinov2 and of timm's DINOv2 networks. The architecture is inferred from the tensors. No code in a file is
+ever run.
 
 Dimension key:  B images, S image side in pixels, D embedding dim, g patches along one side of the grid
 """
@@ -14,73 +14,90 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from dinov2.data.datasets.decode import decode_image, resize_image
+from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_images
 from dinov2.hub.downloads import RELEASES, Release
-from dinov2.hub.transform import ImageTransform
-from dinov2.hub.weight_files import (
-    checkpoint_file,
-    listed,
-    read_networks,
-    read_weights_file,
-    without_chunk,
-)
+from dinov2.hub.weight_files import checkpoint_file, join_names, read_networks
+from dinov2.hub.weight_files import read_weights_file as read_weights_file
+from dinov2.hub.weight_files import without_chunk as without_chunk
 from dinov2.models import build_backbone
 from dinov2.models.vision_transformer import DinoVisionTransformer, resize_pos_embed
-from dinov2.utils.files import PathLike, file_sha256
-
-__all__ = [
-    "ENTRY_POINTS",
-    "PathLike",
-    "check_names_and_shapes",
-    "checkpoint_file",
-    "describe_backbone",
-    "file_sha256",
-    "infer_architecture",
-    "load_backbone",
-    "read_heads",
-    "read_weights_file",
-    "trained_image_size",
-    "untrained_backbone",
-    "without_chunk",
-]
+from dinov2.utils.files import PathLike
+from dinov2.utils.files import file_sha256 as file_sha256
 
 logger = logging.getLogger("dinov2")
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """Crop an image to a square and normalise it by ImageNet's mean and std, as all of these networks expect.
+
+    Transforms can be pickled and compared; `str()` describes one in results and cache keys.
+
+    Attributes:
+        image_size: S.
+        mean, std: of red, green and blue in [0, 1].
+    """
+
+    image_size: int
+    mean = IMAGENET_MEAN
+    std = IMAGENET_STD
+
+    def __call__(self, image: Image.Image | np.ndarray | str | os.PathLike[str]) -> Tensor:
+        """Transform an image, or the file at a path, to float32 [3, S, S].
+
+        Raises:
+            UnreadableImageError: the file cannot be decoded.
+            ValueError: the image has no defined brightness, or the array is not uint8 [H, W, 3].
+        """
+        decoded = image if isinstance(image, Image.Image | np.ndarray) else decode_image(image)
+        return normalize_images(self.resize(decoded))
+
+    def resize(self, image: Image.Image | np.ndarray) -> Tensor:
+        """Resize the shorter side to S and crop the centre: uint8 [3, S, S], before normalisation."""
+        return resize_image(image, self.image_size, fit="crop")
+
+    def __str__(self) -> str:
+        return f"RGB, shorter side to {self.image_size} px (Lanczos), centre crop, ImageNet mean and std"
 
 
 def load_backbone(source: PathLike, img_size: int = 224) -> DinoVisionTransformer:
     """Load a backbone with its weights, in eval mode and fp32 on the CPU.
 
     Its attribute `transform` prepares an image or the file at a path: `model(model.transform(path)[None])` is [1, D].
-    `transform.mean` and `transform.std` are ImageNet's, which all of these networks were trained with.
 
-    Position embeddings of another grid are resized once, as DinoBloom does before it trains. A DINOv2 release that is
-    loaded with `img_size=518` keeps its own 37 x 37 grid and interpolates in each forward, as Meta's code does.
+    Position embeddings of another grid are resized once, as DinoBloom does before training. A DINOv2 release loaded
+    with `img_size=518` keeps its 37 x 37 grid and interpolates in each forward, as Meta's code does. Heads are ignored,
+    and a missing `mask_token` becomes zero.
 
     Args:
-        source: a file in any layout of the module docstring; a folder, in which `checkpoint_file` chooses; a name out
+        source: a file in any layout of the module docstring; a folder, from which `checkpoint_file` chooses; a name out
             of `dinov2.hub.downloads.RELEASES` (`dinobloom_b`, `dinov2_vits14_reg`, ...) or a URL, which are downloaded
             once.
-        img_size: S, side of the square images it will see; a multiple of the patch size.
+        img_size: S, side of the square images to embed; a multiple of the patch size.
 
     Raises:
-        FileNotFoundError: if there is no such file, no weights in the folder, or no such name.
-        ConnectionError: if it cannot be downloaded.
-        ValueError: if the file is damaged, not a checkpoint or needs pickled code, or its tensors do not make a whole
-            backbone; the message lists missing, unexpected and misshapen ones. Heads are ignored, and a missing
-            `mask_token` becomes zero. A name whose file holds another architecture than that release.
+        FileNotFoundError: there is no such file, no weights in the folder, or no such name.
+        ConnectionError: it cannot be downloaded.
+        ValueError: the file is damaged, is no checkpoint or needs pickled code; or its tensors do not make a whole
+            backbone (the message lists them); or it holds another architecture than the release of that name.
     """
     path = checkpoint_file(source)
     stored = read_networks(path)
     state = stored.backbone
     description = infer_architecture(state, stored.recorded, path)
-    with torch.device("meta"):  # neither time nor random numbers for weights that are replaced at once
+    with torch.device("meta"):  # saves time and random numbers for weights that are replaced at once
         model = build_backbone({**description, "img_size": img_size})
-    report = [describe_backbone(model), f"{len(state)} tensors, all placed"]
+    report = [describe_backbone(model), f"all {len(state)} tensors loaded"]
     pos_embed = state["pos_embed"]
     if pos_embed.shape != model.pos_embed.shape:
         grid = img_size // model.patch_size
@@ -93,17 +110,17 @@ def load_backbone(source: PathLike, img_size: int = 224) -> DinoVisionTransforme
         _check_architecture(model, release, path)
     model.load_state_dict(state, assign=True)
     logger.info("%s: %s", path, "; ".join(report + [f"without its {head}" for head in stored.heads]))
-    return _with_transform(model.eval(), img_size)
+    return _attach_transform(model.eval(), img_size)
 
 
-def _with_transform(model: DinoVisionTransformer, img_size: int) -> DinoVisionTransformer:
-    # a plain attribute: neither in the state dict nor in the way of copies, compilation and sharding
+def _attach_transform(model: DinoVisionTransformer, img_size: int) -> DinoVisionTransformer:
+    # a plain attribute, which is not in the state dict and does not disturb copies, compilation and sharding
     cast(Any, model).transform = ImageTransform(img_size) if model.in_chans == 3 else None
     return model
 
 
 def trained_image_size(source: PathLike) -> int | None:
-    """Return the side in pixels of the images that a network was trained on or is meant for; None if unknown."""
+    """Return the side in pixels of the images that a network was trained on or made for; None if unknown."""
     size = read_networks(checkpoint_file(source)).recorded.get("img_size")
     return None if size is None else int(size)
 
@@ -111,27 +128,27 @@ def trained_image_size(source: PathLike) -> int | None:
 def untrained_backbone(source: PathLike, img_size: int = 224, seed: int = 0) -> DinoVisionTransformer:
     """Build the architecture of `load_backbone(source)` with random weights from `seed`, in eval mode: a baseline.
 
-    Layer scale starts where the file's `architecture` says, or at 1.0, where an untrained network is stronger.
+    Layer scale has the initial value in the file's `architecture`, or 1.0, with which an untrained network is stronger.
     """
     path = checkpoint_file(source)
     stored = read_networks(path)
     description = infer_architecture(stored.backbone, stored.recorded, path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _with_transform(build_backbone({**description, "img_size": img_size}).eval(), img_size)
+        return _attach_transform(build_backbone({**description, "img_size": img_size}).eval(), img_size)
 
 
 def read_heads(source: PathLike) -> dict[str, dict[str, Tensor]]:
-    """Read the heads beside a backbone: {"dino_head": tensors, "ibot_head": tensors} in fp32, those that exist.
+    """Read the heads of a checkpoint: {"dino_head": tensors, "ibot_head": tensors} in fp32, as far as they exist.
 
-    Names are those of `DINOHead`: `last_layer.weight_g` and `_v` also for files that use torch's parametrization.
-    Raises what `load_backbone` does.
+    The names are those of `DINOHead`, also for files that use torch's parametrization of weight norm. Raises the errors
+    of `load_backbone`.
     """
     return read_networks(checkpoint_file(source)).heads
 
 
 def describe_backbone(model: DinoVisionTransformer) -> str:
-    """Describe a backbone's size in one line, for logs and result files."""
+    """Describe a backbone's architecture in one line, for logs and result files."""
     registers = f", {model.num_register_tokens} registers" if model.num_register_tokens else ""
     return (
         f"ViT with dim {model.embed_dim}, depth {model.n_blocks}, {model.num_heads} heads, patch {model.patch_size}"
@@ -140,26 +157,26 @@ def describe_backbone(model: DinoVisionTransformer) -> str:
 
 
 def infer_architecture(state: Mapping[str, Tensor], recorded: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Read the architecture off the tensors' names and shapes, as `models.build_backbone` takes it.
+    """Infer the architecture, for `models.build_backbone`, from the tensors' names and shapes.
 
     Tensors do not show the number of heads and how position embeddings are interpolated. These come from `recorded`,
-    else from the values of all released networks: 64 dimensions a head; antialiasing and no offset with
-    registers, no antialiasing and offset 0.1 without.
+    else they are those of all released networks: 64 dimensions per head; with registers antialiasing and no offset,
+    without registers no antialiasing and offset 0.1.
 
     Raises:
-        ValueError: if the tensors are not those of a DINOv2 backbone, or `recorded` contradicts them.
+        ValueError: the tensors are not those of a DINOv2 backbone, or `recorded` contradicts them.
     """
     essential = ["cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight", "norm.weight"]
     absent = [name for name in essential if name not in state]
     if absent:
-        holds = listed(sorted(state)) if state else "no tensors"
-        raise ValueError(f"checkpoint {path}: not a DINOv2 backbone: no {listed(absent)}; it holds {holds}")
+        holds = join_names(sorted(state)) if state else "no tensors"
+        raise ValueError(f"checkpoint {path}: not a DINOv2 backbone: no {join_names(absent)}; it holds {holds}")
     is_gated = "blocks.0.mlp.w3.weight" in state
     last_ffn_layer = "blocks.0.mlp.w3" if is_gated else "blocks.0.mlp.fc2"
     if f"{last_ffn_layer}.weight" not in state:
         raise ValueError(
             f"checkpoint {path}: the feed-forward network of block 0 has neither fc1 and fc2 nor w12 and w3, "
-            f"so it is of an unknown kind"
+            f"so its kind is unknown"
         )
     projection = list(state["patch_embed.proj.weight"].shape)
     if len(projection) != 4 or projection[2] != projection[3]:
@@ -182,7 +199,7 @@ def infer_architecture(state: Mapping[str, Tensor], recorded: Mapping[str, Any],
     ]
     if contradictions:
         raise ValueError(
-            f"checkpoint {path}: its 'architecture' contradicts its tensors ({listed(contradictions)}); "
+            f"checkpoint {path}: its 'architecture' contradicts its tensors ({join_names(contradictions)}); "
             f"some tensors may be lost: write the file again"
         )
     num_heads = recorded.get("num_heads", embed_dim // 64)
@@ -210,13 +227,18 @@ def infer_architecture(state: Mapping[str, Tensor], recorded: Mapping[str, Any],
 def _mlp_ratio(embed_dim: int, hidden_dim: int, is_gated: bool) -> float:
     if not is_gated:
         return hidden_dim / embed_dim
-    # gated networks take 2/3 of the width and round up to a multiple of 8, so several ratios give one width;
-    # 4 is the usual one
+    # gated networks round 2/3 of the width up to a multiple of 8, so several ratios give the same width; 4 is usual
     return 4.0 if (int(embed_dim * 8 / 3) + 7) // 8 * 8 == hidden_dim else 1.5 * hidden_dim / embed_dim
 
 
 def check_names_and_shapes(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
     """Check that a file has exactly a network's tensors; the ValueError lists the differences."""
+    if wrong := mismatches(wanted, state):
+        raise ValueError(f"checkpoint {path}: its tensors do not make a whole backbone: {wrong}")
+
+
+def mismatches(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """List the missing, unexpected and misshapen tensors of a file; empty if it has exactly the wanted ones."""
     problems = {
         "missing": [name for name in wanted if name not in state],
         "unexpected": [name for name in state if name not in wanted],
@@ -226,9 +248,7 @@ def check_names_and_shapes(wanted: Mapping[str, Tensor], state: Mapping[str, Ten
             if name in state and state[name].shape != value.shape
         ],
     }
-    if any(problems.values()):
-        found = "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names)
-        raise ValueError(f"checkpoint {path}: its tensors do not make a whole backbone: {found}")
+    return "; ".join(f"{len(names)} {kind}: {join_names(names)}" for kind, names in problems.items() if names)
 
 
 # --- torch.hub ------------------------------------------------------------------------------------------------------
@@ -243,8 +263,8 @@ def _check_architecture(model: DinoVisionTransformer, release: Release, path: Pa
         )
 
 
-def _entry_point(release: Release) -> Callable[..., DinoVisionTransformer]:
-    """Make the function that torch.hub finds under the name of a release."""
+def _make_entry_point(release: Release) -> Callable[..., DinoVisionTransformer]:
+    """Make the function that torch.hub finds by the name of a release."""
 
     def build(
         *, pretrained: bool = True, weights: PathLike | None = None, img_size: int = release.img_size
@@ -255,8 +275,8 @@ def _entry_point(release: Release) -> Callable[..., DinoVisionTransformer]:
                     f"{release.name}: weights={str(weights)!r} contradicts pretrained=False; leave one of them out"
                 )
             description = {"arch": release.arch, "layerscale": 1.0, "block_chunks": 0, "img_size": img_size}
-            return _with_transform(build_backbone(description), img_size)
-        source = release.url if weights is None else weights  # a local folder could have the release's name
+            return _attach_transform(build_backbone(description), img_size)
+        source = release.url if weights is None else weights  # not its name, which a local folder may have
         model = load_backbone(source, img_size)
         _check_architecture(model, release, source)
         return model
@@ -265,13 +285,13 @@ def _entry_point(release: Release) -> Callable[..., DinoVisionTransformer]:
     build.__doc__ = f"""{release.title}.
 
     Args:
-        pretrained: with the released weights, downloaded once; else untrained.
-        weights: your copy of these weights, instead of a download; whatever `load_backbone` takes.
-        img_size: as for `load_backbone`; without it, the size that the released weights were made for.
+        pretrained: load the released weights, which are downloaded once; False for random weights.
+        weights: your copy of these weights, instead of a download; any source of `load_backbone`.
+        img_size: as for `load_backbone`; by default the size that the released weights were made for.
     """
     return build
 
 
 ENTRY_POINTS: dict[str, Callable[..., DinoVisionTransformer]] = {
-    name: _entry_point(release) for name, release in RELEASES.items()
+    name: _make_entry_point(release) for name, release in RELEASES.items()
 }

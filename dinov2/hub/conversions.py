@@ -1,15 +1,15 @@
-"""Rename our backbone's tensors for transformers' Dinov2 and timm's vision transformers, and back.
+"""Convert a backbone's tensors to and from the names of transformers' Dinov2 and of timm; merge LoRA adapters.
 
-The network is the same in all three. Names differ, and so do the matrices that are split and those that may be absent:
+The network is the same in all three libraries; these things differ:
 
-- transformers (`Dinov2Model`, `Dinov2WithRegistersModel`): queries, keys and values are three maps, ours is one; layer
-  scale and biases are always there. Two sets of names are in use, that of the files and, since release 5, another in
-  memory, which also splits the gated network's first map; both are read, and that of the files is written.
-- timm (`vit_*_patch14_dinov2`, `vit_*_patch14_reg4_dinov2`): no mask token; the gated network's maps are `fc1` and
-  `fc2`; with registers, the CLS token has its position in it already. Layer scale and biases are always there, too.
+- transformers (`Dinov2Model`, `Dinov2WithRegistersModel`): queries, keys and values are three maps, ours is one. Files
+  have one set of names; since release 5, networks in memory have another one, which also splits the gated network's
+  first map. Both are read, and that of files is written.
+- timm (`vit_*_patch14_dinov2`, `vit_*_patch14_reg4_dinov2`): there is no mask token; the gated network's maps are `fc1`
+  and `fc2`; with registers, the CLS token includes its position.
 
-Conversion to them writes ones and zeros for layer scale and biases that a network lacks, so its features stay the same.
-Unknown names stay as they are, and the caller reports them.
+Both always have layer scale and biases: ones and zeros are written for a network without them, so its features stay the
+same. Unknown names are not changed, and the caller reports them.
 
 Dimension key:  D embedding dim, P patches, R register tokens, S side of the images in pixels
 """
@@ -35,7 +35,7 @@ _HF_OUTSIDE = {
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "norm": "layernorm",
 }
-# within a block, but for attn.qkv; other names are the same
+# within a block, except attn.qkv; other names are the same
 _HF_INSIDE = {
     "attn.proj": "attention.output.dense",
     "ls1.gamma": "layer_scale1.lambda1",
@@ -43,17 +43,19 @@ _HF_INSIDE = {
     "mlp.w12": "mlp.weights_in",
     "mlp.w3": "mlp.weights_out",
 }
-# transformers' names in memory, since release 5, -> those of its files
+# transformers' names in memory, since release 5 -> those of its files
 _HF_IN_MEMORY = {
     **{f"attention.{third[0]}_proj": f"attention.attention.{third}" for third in THIRDS},
     "attention.o_proj": "attention.output.dense",
     "mlp.down_proj": "mlp.weights_out",
 }
-# our matrices -> their parts in transformers' files or memory, in order
+# our matrices -> their parts in transformers' files or memory, in this order
 _HF_PARTS = {
     "attn.qkv": tuple(f"attention.attention.{third}" for third in THIRDS),
     "mlp.w12": ("mlp.gate_proj", "mlp.up_proj"),
 }
+
+_BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
 
 _TIMM_GATED = {"mlp.w12": "mlp.fc1", "mlp.w3": "mlp.fc2"}
 _TIMM_SIZES = {
@@ -64,12 +66,12 @@ _TIMM_PATCH_SIZE, _TIMM_N_REGISTERS, _TIMM_MLP_RATIO = 14, 4, {False: 4.0, True:
 
 
 def to_own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename tensors from any of the three to our names; our own names stay as they are."""
+    """Rename the tensors of any of the three libraries to our names."""
     return from_hugging_face(state) if is_hugging_face(state) else from_timm(state)
 
 
 def is_hugging_face(state: Mapping[str, Tensor]) -> bool:
-    """Return True if the names are transformers'."""
+    """Return whether the names are transformers'."""
     return any(name.endswith("embeddings.cls_token") for name in state)
 
 
@@ -79,21 +81,21 @@ def is_hugging_face(state: Mapping[str, Tensor]) -> bool:
 def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a backbone's tensors, without block chunks, for `from_pretrained` of transformers' two classes."""
     renamed = {}
-    for name, value in _completed(state).items():
+    for name, value in _add_missing_tensors(state).items():
         block, inner = _split_block(name)
         if block is None:
-            renamed[_with_module(name, _HF_OUTSIDE)] = value
+            renamed[_replace_module(name, _HF_OUTSIDE)] = value
         elif inner.startswith("attn.qkv."):
             for third, part in zip(_HF_PARTS["attn.qkv"], value.chunk(3), strict=True):
-                # files must not hold parts of one tensor as if each were whole
+                # a copy: safetensors refuses views of one tensor
                 renamed[f"encoder.layer.{block}.{third}{inner.removeprefix('attn.qkv')}"] = part.clone()
         else:
-            renamed[f"encoder.layer.{block}.{_with_module(inner, _HF_INSIDE)}"] = value
+            renamed[f"encoder.layer.{block}.{_replace_module(inner, _HF_INSIDE)}"] = value
     return renamed
 
 
 def from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of transformers' Dinov2 and Dinov2WithRegisters to ours, and leave out a classifier."""
+    """Rename the tensors of transformers' Dinov2 and Dinov2WithRegisters to ours, without a classifier."""
     outside = {theirs: ours for ours, theirs in _HF_OUTSIDE.items()}
     inside = {theirs: ours for ours, theirs in _HF_INSIDE.items()}
     renamed: dict[str, Tensor] = {}
@@ -103,13 +105,13 @@ def from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         match = re.match(r"encoder\.layer\.(\d+)\.(.+)", name)
         if match is None:
-            renamed[_with_module(name, outside)] = value
+            renamed[_replace_module(name, outside)] = value
         else:
-            renamed[f"blocks.{match[1]}.{_with_module(_with_module(match[2], _HF_IN_MEMORY), inside)}"] = value
-    return _joined(renamed)
+            renamed[f"blocks.{match[1]}.{_replace_module(_replace_module(match[2], _HF_IN_MEMORY), inside)}"] = value
+    return _join_parts(renamed)
 
 
-def _joined(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _join_parts(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Join the matrices that transformers splits, if all of their parts exist."""
     joined = dict(state)
     for name in state:
@@ -127,12 +129,12 @@ def _joined(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def hugging_face_config(architecture: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of transformers' `Dinov2Config`, or of `Dinov2WithRegistersConfig` for registers.
 
-    For images of another side than `image_size`, transformers interpolates position embeddings in its own way (bicubic,
-    without offset and antialiasing). ValueError for an architecture that the classes do not support.
+    For other image sizes than `image_size`, transformers interpolates position embeddings in its own way (bicubic,
+    without offset and antialiasing). ValueError for an architecture that these classes do not support.
     """
     if architecture["mlp_ratio"] != int(architecture["mlp_ratio"]):
         raise ValueError(
-            f"transformers' Dinov2 has whole multiples of the width in its feed-forward networks only; this one has "
+            f"transformers' Dinov2 allows only whole multiples of the width in feed-forward networks; this one has "
             f"mlp_ratio {architecture['mlp_ratio']:g}"
         )
     config = {
@@ -159,9 +161,9 @@ def hugging_face_config(architecture: Mapping[str, Any]) -> dict[str, Any]:
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a backbone's tensors, without block chunks, for the timm model of `timm_arguments`."""
     renamed = {}
-    for name, value in _completed(state).items():
+    for name, value in _add_missing_tensors(state).items():
         block, inner = _split_block(name)
-        renamed[name if block is None else f"blocks.{block}.{_with_module(inner, _TIMM_GATED)}"] = value
+        renamed[name if block is None else f"blocks.{block}.{_replace_module(inner, _TIMM_GATED)}"] = value
     del renamed["mask_token"]
     if "register_tokens" in renamed:
         renamed["reg_token"] = renamed.pop("register_tokens")  # [1, R, D]
@@ -177,7 +179,7 @@ def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, value in state.items():
         block, inner = _split_block(name)
         if block is not None and _is_gated_in_timm(state, block):
-            name = f"blocks.{block}.{_with_module(inner, gated_names)}"
+            name = f"blocks.{block}.{_replace_module(inner, gated_names)}"
         renamed[name] = value
     if {"reg_token", "pos_embed"} <= renamed.keys():
         renamed["register_tokens"] = renamed.pop("reg_token")
@@ -195,9 +197,9 @@ def _is_gated_in_timm(state: Mapping[str, Tensor], block: str) -> bool:
 def timm_arguments(architecture: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return the name and further arguments of `timm.create_model` for a backbone.
 
-    For instance ("vit_small_patch14_dinov2", {"img_size": 224, "num_classes": 0}); a network without a name in timm
-    gets a similar one's name with its dimensions as arguments. timm then takes images of side `img_size` only, unless
-    `dynamic_img_size=True` turns on its own interpolation of position embeddings (bicubic with antialiasing).
+    For instance ("vit_small_patch14_dinov2", {"img_size": 224, "num_classes": 0}). A network without a name in timm
+    gets the name of a similar one and its dimensions as arguments. timm then accepts only images of side `img_size`,
+    unless `dynamic_img_size=True` turns on its interpolation of position embeddings (bicubic with antialiasing).
     """
     is_gated, n_registers = _is_gated(architecture), architecture["num_register_tokens"]
     sizes = _TIMM_SIZES[is_gated]
@@ -215,15 +217,46 @@ def timm_arguments(architecture: Mapping[str, Any]) -> tuple[str, dict[str, Any]
     if is_gated:
         width = 2 * ((int(width * 2 / 3) + 7) // 8 * 8)  # both halves of the gated map, as SwiGLUFFNFused has them
     if int(embed_dim * _TIMM_MLP_RATIO[is_gated]) != width:
-        arguments["mlp_ratio"] = (width + 0.5) / embed_dim  # timm rounds down: half a unit keeps float errors away
+        arguments["mlp_ratio"] = (width + 0.5) / embed_dim  # timm rounds down: + 0.5 against float errors
     return model_name, {"img_size": architecture["img_size"], "num_classes": 0, **arguments}
+
+
+# --- low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685), under the names that peft gives them ---------------
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether a name is one of the two parameters of an adapter."""
+    return name.endswith((_A, _B))
+
+
+def lora_scaling(student: Any) -> float:
+    """Return alpha / rank of a configuration's section `student`; 0 without adapters."""
+    lora = getattr(student, "lora", None)  # old runs have no such section
+    return float(lora.alpha / lora.rank) if lora is not None and lora.rank else 0.0
+
+
+def merge_adapters(state: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
+    """Merge adapters into a backbone's weights: W <- W + scaling B A, under the names without adapters.
+
+    Other tensors stay as they are. Names may have a prefix.
+    """
+    plain = {}
+    for name, value in state.items():
+        if is_adapter(name):
+            continue
+        layer, base, parameter = name.partition(_BASE)
+        if base and parameter == "weight":
+            change = state[layer + _B].double() @ state[layer + _A].double()  # [out, in]
+            value = (value.double() + scaling * change).to(value.dtype)
+        plain[f"{layer}.{parameter}" if base else name] = value
+    return plain
 
 
 # --- for both -------------------------------------------------------------------------------------------------------
 
 
-def _completed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add layer scale and biases without effect to blocks that have none."""
+def _add_missing_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add layer scale of ones and biases of zeros to blocks without them."""
     completed = dict(state)
     n_blocks = 1 + max(int(block) for name in state if (block := _split_block(name)[0]) is not None)
     for prefix in (f"blocks.{i}." for i in range(n_blocks)):
@@ -243,7 +276,7 @@ def _split_block(name: str) -> tuple[str | None, str]:
     return (match[1], match[2]) if match else (None, name)
 
 
-def _with_module(name: str, renamed: Mapping[str, str]) -> str:
+def _replace_module(name: str, renamed: Mapping[str, str]) -> str:
     """Replace the beginning of `name`, up to a dot or the end, by `renamed`."""
     old = next((old for old in renamed if name == old or name.startswith(f"{old}.")), "")
     return renamed[old] + name.removeprefix(old) if old else name

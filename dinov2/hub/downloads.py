@@ -1,7 +1,7 @@
-"""Released weights: their names, URLs and checksums; each is downloaded once.
+"""Released weights: names, URLs and checksums. Each is downloaded once.
 
-A release is kept in `torch.hub.get_dir()/checkpoints` under its own file name, so a file fetched by hand or by
-torch.hub is found. Mirrors: DINOV2_RELEASES_URL and DINOBLOOM_RELEASES_URL replace the beginning of their URLs.
+A release is stored in `torch.hub.get_dir()/checkpoints` under its own file name, so a file that torch.hub or the user
+downloaded there is used. Mirrors: DINOV2_RELEASES_URL and DINOBLOOM_RELEASES_URL replace the beginning of their URLs.
 """
 
 import os
@@ -10,22 +10,21 @@ from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from dinov2.utils.files import PathLike
-from dinov2.utils.paths import cache_folder, download, local_path
+from dinov2.utils.files import PathLike, cache_folder, download, local_path
 
 
 @dataclass(frozen=True)
 class Release:
     """Published weights."""
 
-    name: str  # what users call it
-    arch: str  # as `dinov2.models` knows it
+    name: str  # for users
+    arch: str  # for `dinov2.models`
     img_size: int  # side in pixels of the images that its position embeddings are for
     folder: str  # default beginning of its URL
-    folder_variable: str  # environment variable that replaces that beginning
+    folder_variable: str  # environment variable that replaces this beginning
     path: str  # the rest of the URL
     title: str
-    sha256: str = ""  # of the file; empty where none is published
+    sha256: str = ""  # of the file; empty if none is published
 
     @property
     def url(self) -> str:
@@ -33,7 +32,7 @@ class Release:
 
     @property
     def file(self) -> Path:
-        """Where it is kept."""
+        """Return the path at which it is stored."""
         return cache_folder() / urlsplit(self.path).path.rpartition("/")[2]
 
 
@@ -67,7 +66,7 @@ def _dinobloom(letter: str, sha256: str = "") -> Release:
 RELEASES: dict[str, Release] = {
     release.name: release
     for release in (
-        # the one checksum that is published, by users of the file
+        # the only published checksum, by users of the file
         _dinobloom("s", "c2f7990b003e89bcece80e379fb8fe0ba2ec392ce19b286e8a294abd99568e44"),
         *(_dinobloom(letter) for letter in "blg"),
         *(_dinov2(letter, has_registers) for has_registers in (False, True) for letter in "sblg"),
@@ -76,10 +75,10 @@ RELEASES: dict[str, Release] = {
 
 
 def resolve_weights(source: PathLike) -> Path:
-    """Return the file or folder that `source` names on this machine; names and URLs are downloaded once.
+    """Return the local file or folder of `source`; names and URLs are downloaded once.
 
     Args:
-        source: a name out of `RELEASES`, or a path or URL as `local_path` takes it.
+        source: a name out of `RELEASES`, or a path or URL for `local_path`.
 
     Raises:
         FileNotFoundError: it is none of these, or the server has no such file.

@@ -1,8 +1,8 @@
-"""Export a backbone to other tools: a file for each, read back and compared with ours, and a model card.
+"""Export a backbone for other tools: each format is read back and compared with ours; with a model card.
 
     python dinov2/hub/export.py --checkpoint <file or run folder> --output-dir <folder>
 
-writes, as `--formats` says,
+writes the formats of `--formats`:
 
     backbone.pth            a bare state dict, as DINOv2 releases them
     backbone.safetensors    the same
@@ -14,7 +14,7 @@ writes, as `--formats` says,
     sha256sums.txt          of all these
 
 The weights are the teacher's, in fp32, with position embeddings for one image size. The folder appears only if every
-file reproduced our features of drawn cells in its own library (export_formats.py lists the corresponding outputs).
+file has reproduced our features of drawn cells in its own library (export_formats.py lists the outputs).
 """
 
 import argparse
@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
+import dinov2  # noqa: F401  # before torch: it limits how long OpenMP threads spin
 
 # isort: split
 import numpy as np
@@ -37,10 +37,9 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2.data.sample_cells import Slide, draw_cell
-from dinov2.hub.backbones import checkpoint_file, load_backbone
+from dinov2.hub.backbones import ImageTransform, checkpoint_file, load_backbone
 from dinov2.hub.export_formats import FORMATS, Format, exported_size, own_tokens
 from dinov2.hub.model_card import Origin, files_below, read_results, write_card
-from dinov2.hub.transform import ImageTransform
 from dinov2.hub.weight_files import read_networks
 from dinov2.logging import setup_logging
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -70,25 +69,25 @@ def export_backbone(
     tolerance: float = 1e-4,
     overwrite: bool = False,
 ) -> None:
-    """Write a checkpoint's backbone to `output_dir` in several formats, checked, with a model card.
+    """Write and check a checkpoint's backbone in several formats, with a model card.
 
     The arguments are the command's options (see `--help`).
 
     Raises:
-        ExportError: a file does not reproduce our features; `output_dir` is then unchanged.
+        ExportError: a file does not reproduce our features; `output_dir` is not changed.
         FileNotFoundError, NotADirectoryError, ValueError: a wrong argument.
     """
     _check_free(output_dir, overwrite)
     model, origin = _read(checkpoint, image_size)
     quoted = {file: read_results(file, origin) for file in results}
-    left_out = {name: reason for name in formats or FORMATS if (reason := _obstacle(FORMATS[name], model))}
+    left_out = {name: reason for name in formats or FORMATS if (reason := _find_obstacle(FORMATS[name], model))}
     if formats is not None and left_out:
         raise ValueError("; ".join(f"--formats {name}: {reason}" for name, reason in left_out.items()))
     for name, reason in left_out.items():
         logger.warning("%s is left out: %s", name, reason)
 
     cells = draw_cells()
-    with _appearing(output_dir, overwrite) as folder, torch.no_grad():
+    with _written_as_whole(output_dir, overwrite) as folder, torch.no_grad():
         differences = {}
         for name in dict.fromkeys(formats or FORMATS):
             if name not in left_out:
@@ -100,13 +99,13 @@ def export_backbone(
     logger.info("exported %s to %s: %s", origin.file, output_dir, ", ".join(differences))
 
 
-def _obstacle(form: Format, model: DinoVisionTransformer) -> str:
+def _find_obstacle(form: Format, model: DinoVisionTransformer) -> str:
     """Return why a format cannot be written; empty if it can."""
     for package in form.packages:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            return f"it needs {package}, which cannot be imported here ({error}); {EXTRA} installs what exports need"
+            return f"it needs {package}, which cannot be imported here ({error}); {EXTRA} installs it"
     try:
         form.check(model)
     except ValueError as error:
@@ -123,7 +122,7 @@ def _read(checkpoint: PathLike, image_size: int) -> tuple[DinoVisionTransformer,
     model = load_backbone(checkpoint, size)
     grid = math.isqrt(n_numbers // model.embed_dim - 1)
     if model.in_chans != 3:
-        raise ValueError(f"--checkpoint {file}: takes {model.in_chans} channels; only networks for RGB are exported")
+        raise ValueError(f"--checkpoint {file}: has {model.in_chans} channels; only RGB networks are exported")
     return model, Origin(file, file_sha256(file), grid)
 
 
@@ -131,7 +130,7 @@ def _read(checkpoint: PathLike, image_size: int) -> tuple[DinoVisionTransformer,
 
 
 def draw_cells() -> list[Image.Image]:
-    """Draw the cells that exported networks are compared on, always the same ones."""
+    """Draw the cells on which exported networks are compared, always the same."""
     rng = np.random.default_rng(0)
     return [Image.fromarray(draw_cell(name, Slide.sample(rng), rng)) for name in CHECKED_CELLS]
 
@@ -139,7 +138,7 @@ def draw_cells() -> list[Image.Image]:
 def compare(
     name: str, model: DinoVisionTransformer, folder: Path, cells: Sequence[Image.Image], tolerance: float
 ) -> dict[str, float]:
-    """Compare a written format's features of cells with ours, one image and several at a time, and its own pixels.
+    """Compare the features of a written format with ours, for one and several cells, and its own preprocessing.
 
     Returns {output: largest difference}; ExportError if one is above the tolerance or the file cannot be read.
     """
@@ -148,14 +147,14 @@ def compare(
     expected = own_tokens(model, images)
     try:
         embed = form.read(model, folder)
-        found = [(expected, images[:n], embed(images[:n])) for n in CHECKED_BATCH_SIZES]
+        outputs = [(expected, images[:n], embed(images[:n])) for n in CHECKED_BATCH_SIZES]
         if form.prepare is not None:
             prepared = form.prepare(folder, cells)
-            found.append(({**expected, "pixels": images}, prepared, {**embed(prepared), "pixels": prepared}))
+            outputs.append(({**expected, "pixels": images}, prepared, {**embed(prepared), "pixels": prepared}))
     except (RuntimeError, ValueError, KeyError, OSError) as error:  # from libraries that cannot read a file
         raise ExportError(f"{name}: what was written cannot be used: {' '.join(str(error).split())}") from error
     differences: dict[str, float] = {}
-    for ours, given, theirs in found:
+    for ours, given, theirs in outputs:
         for output, value in theirs.items():
             largest = _largest_difference(ours[output][: len(given)], value)
             differences[output] = max(differences.get(output, 0.0), largest)
@@ -169,11 +168,11 @@ def compare(
     return differences
 
 
-def _largest_difference(expected: Tensor, found: Tensor) -> float:
-    """Return the largest difference: infinite for another shape and for values that are not finite."""
-    if expected.shape != found.shape:
+def _largest_difference(expected: Tensor, actual: Tensor) -> float:
+    """Return the largest difference; infinite if shapes differ or a value is not finite."""
+    if expected.shape != actual.shape:
         return math.inf
-    largest = (expected - found).abs().max().item()
+    largest = (expected - actual).abs().max().item()
     return largest if math.isfinite(largest) else math.inf
 
 
@@ -181,7 +180,7 @@ def _largest_difference(expected: Tensor, found: Tensor) -> float:
 
 
 def _check_free(output_dir: Path, overwrite: bool) -> None:
-    """Refuse to write over what is there, unless it is an earlier export and `overwrite` allows it."""
+    """Raise an error if the folder is not empty, unless it is an earlier export and `overwrite` is set."""
     if not output_dir.exists():
         return
     if not output_dir.is_dir():
@@ -192,23 +191,23 @@ def _check_free(output_dir: Path, overwrite: bool) -> None:
         raise ValueError(f"--output-dir: {output_dir} is not empty; choose another folder, or pass --overwrite")
     if not (output_dir / SUMS_FILE).is_file():
         raise ValueError(
-            f"--overwrite: {output_dir} has no {SUMS_FILE}, so no export made it; choose another folder, or empty it"
+            f"--overwrite: {output_dir} has no {SUMS_FILE}, so it is no export; choose another folder, or empty it"
         )
 
 
 @contextmanager
-def _appearing(final: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield a folder beside `final`, which takes its name when the block has ended well and is removed otherwise."""
+def _written_as_whole(final: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield a temporary folder beside `final`; rename it to `final` at the end, or remove it after an error."""
     final = final.absolute()
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".tmp"))
     try:
-        inner = temporary / "export"  # has the usual rights, unlike a temporary folder
+        inner = temporary / "export"  # with the usual permissions, unlike a temporary folder
         inner.mkdir()
         yield inner
-        rights = inner.stat().st_mode & 0o666  # some libraries write files that only their owner may read
+        permissions = inner.stat().st_mode & 0o666  # some libraries write files that only their owner can read
         for path in files_below(inner):
-            path.chmod(rights)
+            path.chmod(permissions)
         _check_free(final, overwrite)
         if final.exists():
             final.rename(temporary / "before")
@@ -222,37 +221,25 @@ def _appearing(final: Path, overwrite: bool) -> Iterator[Path]:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Write a checkpoint's backbone for other tools: each file is read back by its own library and "
-        "compared with the network, and a model card says what it is and how to load it.",
+        description="Write a checkpoint's backbone for other tools. Each file is read back by its own library and "
+        "compared with the network; a model card describes it and how to load it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        help="a file with weights in any layout, a run's folder, one of transformers or timm, a name or a URL",
+    add = parser.add_argument
+    source_help = "a file with weights in any layout, a folder of a run, of transformers or of timm, a name or a URL"
+    add("--checkpoint", required=True, help=source_help)
+    add("--output-dir", type=Path, required=True, help="folder for the files; made by this command")
+    formats_help = f"out of {', '.join(FORMATS)}; without it, all that the installed packages and the network allow"
+    add("--formats", nargs="+", choices=tuple(FORMATS), metavar="FORMAT", help=formats_help)
+    size_help = (
+        "side in pixels, a multiple of the patch size, of the images for which position embeddings are written; "
+        f"0: that of its training if the file records it, else {DEFAULT_IMAGE_SIZE}"
     )
-    parser.add_argument("--output-dir", type=Path, required=True, help="where the files go; made by this command")
-    parser.add_argument(
-        "--formats",
-        nargs="+",
-        choices=tuple(FORMATS),
-        metavar="FORMAT",
-        help=f"out of {', '.join(FORMATS)}; without it, all that this machine and the network allow",
-    )
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        default=0,
-        help="side of the images in pixels, a multiple of the patch size, for which position embeddings are written; "
-        f"0: as in its training run where the file says so, else {DEFAULT_IMAGE_SIZE}",
-    )
-    parser.add_argument(
-        "--results", type=Path, nargs="+", default=[], metavar="FILE", help="results.json files to quote in the card"
-    )
-    parser.add_argument(
-        "--tolerance", type=float, default=1e-4, help="largest difference from the network's features, in fp32"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in the output folder")
+    add("--image-size", type=int, default=0, help=size_help)
+    results_help = "results.json files to quote in the card"
+    add("--results", type=Path, nargs="+", default=[], metavar="FILE", help=results_help)
+    add("--tolerance", type=float, default=1e-4, help="largest difference from the network's features, in fp32")
+    add("--overwrite", action="store_true", help="replace an earlier export in the output folder")
     args = parser.parse_args(argv)
     if args.image_size < 0:
         parser.error(f"--image-size: {args.image_size} is negative")
@@ -262,7 +249,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0, 1 if an export differs from the network, 2 for a user's mistake."""
+    """Run the command; return 0, 1 if an export differs from the network, 2 for a user's mistake."""
     args = parse_arguments(argv)
     setup_logging()
     try:

@@ -1,18 +1,17 @@
 """Write a backbone in each export format, and read it back with the format's own library.
 
-In each of them the tokens after the last norm equal ours up to rounding. transformers' `last_hidden_state` and timm's
-`forward_features(images)` hold them in the order CLS token, registers, patches:
+In each format the tokens after the last norm equal ours up to rounding. transformers' `last_hidden_state` and timm's
+`forward_features(images)` have them in the order CLS token, registers, patches:
 
     ours (forward_features)         these two          ONNX and torch.export
     x_norm_clstoken [B, D]          [:, 0]             first output, `cls`
     x_norm_regtokens [B, R, D]      [:, 1 : 1 + R]     none
     x_norm_patchtokens [B, P, D]    [:, 1 + R :]       second output, `patches`
 
-This holds for images of the exported side. For others, transformers and timm interpolate position embeddings in their
-own ways, and ONNX and torch.export files do not take them.
+This holds for images of the exported size. For other sizes, transformers and timm interpolate position embeddings in
+their own ways, and ONNX and torch.export files raise an error.
 
-Everything runs on the CPU in fp32, with torch's own attention. The libraries are imported where they are used, and
-`Format.packages` names them.
+Everything runs on the CPU in fp32. The libraries are optional, see `Format.packages`.
 
 Dimension key:  B images, S image side in pixels, D embedding dim, R registers, P patches
 """
@@ -43,11 +42,11 @@ PTH_FILE, SAFETENSORS_FILE = "backbone.pth", "backbone.safetensors"
 HUGGING_FACE_FOLDER, TIMM_FOLDER = "huggingface", "timm"
 ONNX_FILE, TORCH_EXPORT_FILE = "backbone.onnx", "backbone.pt2"
 WEIGHTS_NAME = "model.safetensors"  # transformers' and timm's name of the file in a folder
-# transformers' other image processors have no Lanczos filter before torchvision 0.27: they fail, or take bicubic. Its
-# releases have two names for this argument, and each ignores the other's.
+# transformers' other image processors have no Lanczos filter before torchvision 0.27: they fail, or use bicubic. Its
+# releases have two names for this argument; each release ignores the other name.
 PROCESSOR_ARGUMENTS: dict[str, Any] = {"backend": "pil", "use_fast": False}
 ONNX_OPSET = 18
-# protobuf files have at most 2 GiB; larger weights go into a second file
+# protobuf files are limited to 2 GiB; larger weights go into a second file
 ONNX_ONE_FILE_BYTES = 1_500_000_000
 INPUT_NAME, OUTPUT_NAMES = "images", ("cls", "patches")
 
@@ -69,15 +68,15 @@ def own_tokens(model: DinoVisionTransformer, images: Tensor) -> dict[str, Tensor
 
 @dataclass(frozen=True)
 class Format:
-    """One format: how it is written below a folder, and read with its own library."""
+    """An export format: functions that write it below a folder and read it with its own library."""
 
     title: str
-    packages: tuple[str, ...]  # modules to import for it, beyond this project's requirements
+    packages: tuple[str, ...]  # modules that it needs beyond this project's requirements
     write: Callable[[DinoVisionTransformer, Path], None]
     read: Callable[[DinoVisionTransformer, Path], Embed]
-    # raises ValueError for a network that it cannot hold
+    # raises ValueError for a network that it does not support
     check: Callable[[DinoVisionTransformer], object] = lambda model: None
-    # transforms images with its own library, to normalised [B, 3, S, S]
+    # transforms images with its own library to normalised [B, 3, S, S]
     prepare: Callable[[Path, Sequence[Image.Image]], Tensor] | None = None
 
 
@@ -85,7 +84,7 @@ class Format:
 
 
 def _write_pth(model: DinoVisionTransformer, folder: Path) -> None:
-    """Write a bare state dict, as DINOv2 releases them, or one with a description where tensors are not enough."""
+    """Write a bare state dict like DINOv2's releases, or one with the architecture if tensors do not show it."""
     state: dict[str, Any] = dict(model.state_dict())
     if not _is_described_by_tensors(model):
         state = {"model": state, "architecture": architecture(model)}
@@ -93,10 +92,10 @@ def _write_pth(model: DinoVisionTransformer, folder: Path) -> None:
 
 
 def _is_described_by_tensors(model: DinoVisionTransformer) -> bool:
-    """Return True if names and shapes of the tensors are enough to build the network again."""
+    """Return whether names and shapes of the tensors are enough to build the network again."""
     try:
         inferred = infer_architecture(model.state_dict(), {}, Path(PTH_FILE))
-    except ValueError:  # the number of heads
+    except ValueError:  # the number of heads is unknown
         return False
     names = ("num_heads", "mlp_ratio", "interpolate_antialias", "interpolate_offset")
     return all(inferred[name] == architecture(model)[name] for name in names)
@@ -116,7 +115,7 @@ def _read_own(file: str, model: DinoVisionTransformer, folder: Path) -> Embed:
 
 
 def hugging_face_preprocessor(image_size: int) -> dict[str, Any]:
-    """Return preprocessor_config.json: shorter side to S by Lanczos, centre crop, ImageNet's mean and deviation."""
+    """Return preprocessor_config.json: shorter side to S by Lanczos, centre crop, ImageNet's mean and std."""
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
@@ -150,10 +149,10 @@ def _read_hugging_face(model: DinoVisionTransformer, folder: Path) -> Embed:
     from transformers import AutoModel
 
     path = folder / HUGGING_FACE_FOLDER
-    theirs, found = AutoModel.from_pretrained(path, local_files_only=True, output_loading_info=True)
-    lost = {kind: sorted(map(str, names)) for kind, names in found.items() if names}
-    if lost:  # transformers only warns, and fills missing tensors at random
-        raise ValueError(f"transformers does not find all tensors in their places: {lost}")
+    theirs, report = AutoModel.from_pretrained(path, local_files_only=True, output_loading_info=True)
+    lost = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
+    if lost:  # transformers only warns, and initialises missing tensors at random
+        raise ValueError(f"transformers does not load all tensors: {lost}")
     theirs.eval()
     return lambda images: _split_tokens(theirs(pixel_values=images).last_hidden_state, model.num_register_tokens)
 
@@ -225,9 +224,9 @@ class TwoOutputs(nn.Module):
 
 
 @lru_cache(maxsize=1)
-def _exported_program(model: DinoVisionTransformer) -> ExportedProgram:
+def _export_program(model: DinoVisionTransformer) -> ExportedProgram:
     """Export the graph of `TwoOutputs` for any number of images."""
-    # two images: torch.export takes a batch of one for a constant
+    # two images: torch.export treats a batch of one as a constant
     example = torch.zeros(2, 3, exported_size(model), exported_size(model))
     any_number = {INPUT_NAME: {0: torch.export.Dim("batch")}}
     with _exporter_warnings_off():
@@ -237,14 +236,14 @@ def _exported_program(model: DinoVisionTransformer) -> ExportedProgram:
 def _write_onnx(model: DinoVisionTransformer, folder: Path) -> None:
     with _exporter_warnings_off():
         onnx_program = torch.onnx.export(
-            _exported_program(model),
+            _export_program(model),
             dynamo=True,
             input_names=[INPUT_NAME],
             output_names=list(OUTPUT_NAMES),
             opset_version=ONNX_OPSET,
             verbose=False,
         )
-    assert onnx_program is not None, "with dynamo=True, torch returns the program"
+    assert onnx_program is not None, "torch returns the program with dynamo=True"
     n_bytes = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     onnx_program.save(folder / ONNX_FILE, external_data=n_bytes > ONNX_ONE_FILE_BYTES)
 
@@ -263,7 +262,7 @@ def _read_onnx(model: DinoVisionTransformer, folder: Path) -> Embed:
 
 def _write_torch_export(model: DinoVisionTransformer, folder: Path) -> None:
     with _exporter_warnings_off():
-        torch.export.save(_exported_program(model), folder / TORCH_EXPORT_FILE)
+        torch.export.save(_export_program(model), folder / TORCH_EXPORT_FILE)
 
 
 def _read_torch_export(model: DinoVisionTransformer, folder: Path) -> Embed:
@@ -274,7 +273,7 @@ def _read_torch_export(model: DinoVisionTransformer, folder: Path) -> Embed:
 
 @contextmanager
 def _exporter_warnings_off() -> Iterator[None]:
-    """Silence warnings of torch's exporters about their own internals, which no user of this command can change."""
+    """Silence warnings of torch's exporters about their own internals."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -282,7 +281,7 @@ def _exporter_warnings_off() -> Iterator[None]:
 
 
 def _split_tokens(tokens: Tensor, n_registers: int) -> dict[str, Tensor]:
-    """Split tokens [B, 1 + R + P, D] as in `Embed`."""
+    """Split tokens [B, 1 + R + P, D] into the outputs of `Embed`."""
     parts = {"cls": tokens[:, 0], "patches": tokens[:, 1 + n_registers :]}
     return {**parts, "registers": tokens[:, 1 : 1 + n_registers]} if n_registers else parts
 

@@ -1,4 +1,4 @@
-"""The model card (README.md) beside exported weights; its text is in model_card.md.jinja.
+"""Write the model card (README.md) of exported weights from the template model_card.md.jinja.
 
 A card is published with the weights, so it names files and lists without their folders.
 """
@@ -35,29 +35,29 @@ _SCHEDULE = (
     *("optim.warmup_epochs", "optim.min_lr", "optim.weight_decay", "optim.weight_decay_end", "optim.clip_grad"),
     *("optim.layerwise_decay", "teacher.momentum_teacher", "teacher.final_momentum_teacher", "train.seed"),
 )
-_IMAGE_LINE = re.compile(rb"^\s*[^#\s]", re.MULTILINE)  # of a path list; others are empty or comments
+_IMAGE_LINE = re.compile(rb"^\s*[^#\s]", re.MULTILINE)  # a line of a path list that is not empty or a comment
 _METRICS = ("accuracy", "balanced_accuracy", "weighted_f1", "macro_f1", "auroc")
 _DATA_FLAGS = ("data", "train", "test", "features", "test_features", "bags", "names")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a network comes from."""
+    """Checkpoint from which a network was exported."""
 
-    file: Path  # the checkpoint; a folder where its weights lie in several files
+    file: Path  # the checkpoint; a folder if its weights are in several files
     sha256: str
     grid: int  # patches along one side of the checkpoint's position embeddings
 
     @property
     def title(self) -> str:
-        """The name of the run, else of the file, or of its folder for file names that all exports share."""
+        """Return the name of the run, else of the file, or of its folder if all exports share the file's name."""
         if self.run_folder is not None:
             return self.run_folder.name
         return self.file.parent.name if self.file.name == WEIGHTS_NAME else self.file.stem
 
     @property
     def iteration(self) -> int | None:
-        """The number of training steps, from the names of a run's folders; None if unknown."""
+        """Return the number of training steps from the names of a run's folders; None if unknown."""
         match = re.fullmatch(r"training_(\d+)", self.file.parent.name) or re.fullmatch(
             r"iteration_(\d+)", self.file.name
         )
@@ -65,7 +65,7 @@ class Origin:
 
     @property
     def run_folder(self) -> Path | None:
-        """The run that wrote eval/training_<n>/<file> or checkpoints/iteration_<n>, if it still has its config.yaml."""
+        """Return the run of eval/training_<n>/<file> or checkpoints/iteration_<n>, if it still has its config.yaml."""
         parents = [] if self.iteration is None else self.file.parents
         run = next((parent.parent for parent in parents if parent.name in ("eval", "checkpoints")), None)
         return run if run is not None and (run / "config.yaml").is_file() else None
@@ -86,7 +86,7 @@ def write_card(
         model: the exported network.
         origin: where the network comes from.
         differences: {format: {output: largest difference from ours}}.
-        results: {file: its content}, as `read_results` gives it.
+        results: {file: its content}, from `read_results`.
         left_out: {format: why it was not written}.
     """
     size = exported_size(model)
@@ -109,7 +109,7 @@ def write_card(
         std=list(IMAGENET_STD),
         n_parameters=sum(value.numel() for value in model.state_dict().values()),
         run=None if origin.run_folder is None else _run_sections(origin.run_folder),
-        results=[_quoted(file, content) for file, content in results.items()],
+        results=[_quote_results(file, content) for file, content in results.items()],
         formats=FORMATS,
         processor_arguments=PROCESSOR_ARGUMENTS,
         timm_name=timm_name,
@@ -141,7 +141,7 @@ def _origin_rows(origin: Origin) -> dict[str, str]:
 
 
 def _run_sections(folder: Path) -> dict[str, Any]:
-    """Read recipe, schedule and path lists of a run from its config.yaml; an old one may lack keys."""
+    """Read recipe, schedule and path lists of a run from its config.yaml, which may lack keys."""
     cfg = OmegaConf.load(folder / "config.yaml")
     recipe, schedule = (
         {key: value for key in keys if (value := OmegaConf.select(cfg, key)) is not None}
@@ -170,7 +170,7 @@ def read_results(file: Path, origin: Origin) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds something else, or is about another checkpoint.
+        ValueError: it is no results.json, or is about another checkpoint.
     """
     if not file.is_file():
         raise FileNotFoundError(f"--results: no file {str(file)!r}")
@@ -178,8 +178,8 @@ def read_results(file: Path, origin: Origin) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"--results: {file} is not JSON ({error})") from error
-    if not isinstance(content, dict) or not list(_accuracies(_numbers_of(content))):
-        raise ValueError(f"--results: {file} holds no accuracies; give results.json files that an evaluation wrote")
+    if not isinstance(content, dict) or not list(_iterate_accuracies(_numbers_of(content))):
+        raise ValueError(f"--results: {file} holds no accuracies; give the results.json of an evaluation")
     evaluated, iteration = content.get("checkpoint"), content.get("iteration")
     sha256 = evaluated.get("checkpoint_sha256") if isinstance(evaluated, dict) else None
     other = ""
@@ -188,17 +188,17 @@ def read_results(file: Path, origin: Origin) -> dict[str, Any]:
     elif None not in (iteration, origin.iteration) and iteration != origin.iteration:
         other = f"the teacher after iteration {iteration}, not {origin.iteration}"
     if other:
-        raise ValueError(f"--results: {file} is about {other}; give results of the checkpoint that is exported")
+        raise ValueError(f"--results: {file} is about {other}; give results of the exported checkpoint")
     return content
 
 
 def _numbers_of(content: Mapping[str, Any]) -> Any:
-    """Return the part with metrics, of an evaluation's results.json or of one that training wrote."""
+    """Return the part with metrics of an evaluation's or a training's results.json."""
     return content.get("results", content.get("datasets"))
 
 
-def _quoted(file: Path, content: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
-    """Return a description of a results.json, and header and rows of the table of its metrics."""
+def _quote_results(file: Path, content: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+    """Return a description of a results.json, and header and rows of a table of its metrics."""
     settings = content.get("settings", {})
     about = [f"`{file.name}` ({file_sha256(file)})", f"protocol {content.get('protocol', 'of training')}"]
     for flag in _DATA_FLAGS:
@@ -207,7 +207,7 @@ def _quoted(file: Path, content: Mapping[str, Any]) -> tuple[str, list[str], lis
             about.append(f"{flag} {', '.join(Path(path).name for path in paths)}")
     if content.get("date"):
         about.append(content["date"][:10])
-    accuracies = dict(_accuracies(_numbers_of(content)))
+    accuracies = dict(_iterate_accuracies(_numbers_of(content)))
     columns = [name for name in _METRICS if any(name in metrics for metrics in accuracies.values())]
     rows = [
         [label, *(f"{100 * metrics[name]:.1f}" if name in metrics else "" for name in columns)]
@@ -216,7 +216,7 @@ def _quoted(file: Path, content: Mapping[str, Any]) -> tuple[str, list[str], lis
     return ", ".join(about), ["features and method", *(name.replace("_", " ") for name in columns)], rows
 
 
-def _accuracies(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, float]]]:
+def _iterate_accuracies(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, float]]]:
     """Yield (path of keys, metrics) of each innermost dictionary with an accuracy."""
     if not isinstance(content, Mapping):
         return
@@ -224,4 +224,4 @@ def _accuracies(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str,
         yield " / ".join(path), {name: content[name] for name in _METRICS if content.get(name) is not None}
         return
     for name, value in content.items():
-        yield from _accuracies(value, (*path, name))
+        yield from _iterate_accuracies(value, (*path, name))

@@ -1,4 +1,4 @@
-"""Find the file with the weights, and read its tensors under our names.
+"""Find the file with the weights of a source, and read its tensors under our names.
 
 No code in a file is ever run: pickles are read with `weights_only=True`.
 """
@@ -21,8 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from dinov2.hub.adapters import is_adapter, lora_scaling, merged
-from dinov2.hub.conversions import LAYER_NORM_EPS, to_own_names
+from dinov2.hub.conversions import LAYER_NORM_EPS, is_adapter, lora_scaling, merge_adapters, to_own_names
 from dinov2.hub.downloads import resolve_weights
 from dinov2.models import architecture, build_model_from_cfg
 from dinov2.utils.files import PathLike
@@ -32,12 +31,12 @@ TEACHER_FILE = "teacher_checkpoint.pth"
 CONFIG_FILE, PREPROCESSOR_FILE = "config.json", "preprocessor_config.json"
 # transformers' and timm's names of the file in a folder
 FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-INDEX_FILES = tuple(f"{name}.index.json" for name in FOLDER_WEIGHTS)  # where it is split
-# added to parameter names by torch.compile, DistributedDataParallel, FSDP and activation checkpointing
+INDEX_FILES = tuple(f"{name}.index.json" for name in FOLDER_WEIGHTS)  # if the weights are split over files
+# parts that torch.compile, DistributedDataParallel, FSDP and activation checkpointing add to parameter names
 WRAPPER_COMPONENTS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 HEADS = ("dino_head", "ibot_head")
-CLASSIFIER_PREFIX = "head."  # of timm and of other projects; not used
-# torch's parametrization of weight norm -> the names before it, which this project keeps
+CLASSIFIER_PREFIX = "head."  # of timm and other projects; not used here
+# names of torch's parametrization of weight norm -> the older names, which this project uses
 WEIGHT_NORM = {".parametrizations.weight.original0": ".weight_g", ".parametrizations.weight.original1": ".weight_v"}
 N_NAMES_IN_ERRORS = 8
 
@@ -58,18 +57,18 @@ _TIMM_SETTINGS = {
 
 @dataclass
 class StoredNetworks:
-    """The teacher's networks of a checkpoint, or its only ones: tensors in fp32 on the CPU."""
+    """The teacher's networks of a checkpoint, or its only networks: tensors in fp32 on the CPU."""
 
     backbone: dict[str, Tensor]  # without prefixes and block chunks
-    heads: dict[str, dict[str, Tensor]]  # {"dino_head": tensors, "ibot_head": tensors}, those that exist
-    recorded: dict[str, Any]  # architecture, as `models.architecture` has it; img_size is of the images it is meant for
+    heads: dict[str, dict[str, Tensor]]  # {"dino_head": tensors, "ibot_head": tensors}, as far as they exist
+    recorded: dict[str, Any]  # as of `models.architecture`; img_size is the side of the images it was made for
 
 
 def checkpoint_file(source: PathLike) -> Path:
-    """Return the file with the weights: a file, one downloaded by name or URL, or the right one in a folder.
+    """Return the file with the weights of a file, folder, name or URL; for weights in several files, their folder.
 
-    In a run's folder this is the newest teacher or, before the first one, the newest checkpoint to resume from; in a
-    folder of transformers or timm, the file with the weights. If weights are split over files, it is their folder.
+    In a run's folder it is the newest teacher or, before the first one, the newest checkpoint to resume from. In a
+    folder of transformers or timm it is the file with the weights.
 
     Raises:
         FileNotFoundError: there is nothing at `source`, or no weights in the folder.
@@ -109,7 +108,7 @@ def read_networks(path: Path) -> StoredNetworks:
     """Read the networks of a file or folder that `checkpoint_file` returned.
 
     Raises:
-        ValueError: it cannot be read, holds a student and no teacher, or needs another normalisation of images.
+        ValueError: it cannot be read, has a student but no teacher, or needs another normalisation of images.
     """
     content, recorded = _read(path)
     backbone, heads = _split(_named_tensors(content, path), path)
@@ -121,7 +120,7 @@ def read_networks(path: Path) -> StoredNetworks:
 
 
 def _named_tensors(content: Mapping[str, Any], path: Path) -> list[tuple[str, Tensor]]:
-    """Unwrap, choose the teacher and remove the names of wrappers; the result may have a name twice."""
+    """Return (name, tensor) of the teacher, without wrappers and their names; a name may occur twice."""
     while wrapper := next((key for key in ("teacher", "model", "state_dict") if _is_dict(content.get(key))), None):
         content = content[wrapper]
     if _is_dict(content.get("student")):
@@ -131,7 +130,7 @@ def _named_tensors(content: Mapping[str, Any], path: Path) -> list[tuple[str, Te
         for name, value in content.items()
         if isinstance(value, Tensor)
     ]
-    named = _below("teacher.", named) or named
+    named = _select_prefix("teacher.", named) or named
     if any(name.startswith("student.") for name, _ in named):
         raise ValueError(
             f"checkpoint {path}: holds a student and no teacher, which is the network to use; a run writes it to "
@@ -141,37 +140,39 @@ def _named_tensors(content: Mapping[str, Any], path: Path) -> list[tuple[str, Te
 
 
 def _split(named: list[tuple[str, Tensor]], path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Split into backbone and heads, each without its prefix."""
-    heads = {head: _unique(_below(f"{head}.", named), path) for head in HEADS}
-    inside = _below("backbone.", named) or [
+    """Split named tensors into backbone and heads, without their prefixes."""
+    heads = {head: _check_unique(_select_prefix(f"{head}.", named), path) for head in HEADS}
+    inside = _select_prefix("backbone.", named) or [
         (name, value) for name, value in named if not name.startswith(tuple(f"{head}." for head in HEADS))
     ]
     backbone = [(without_chunk(name), value) for name, value in inside if not name.startswith(CLASSIFIER_PREFIX)]
     return (
-        to_own_names(_unique(backbone, path)),
-        {head: _with_old_weight_norm(state) for head, state in heads.items() if state},
+        to_own_names(_check_unique(backbone, path)),
+        {head: _rename_weight_norm(state) for head, state in heads.items() if state},
     )
 
 
-def _below(prefix: str, named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+def _select_prefix(prefix: str, named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     return [(name.removeprefix(prefix), value) for name, value in named if name.startswith(prefix)]
 
 
-def _unique(named: list[tuple[str, Tensor]], path: Path) -> dict[str, Tensor]:
+def _check_unique(named: list[tuple[str, Tensor]], path: Path) -> dict[str, Tensor]:
     twice = [name for name, count in Counter(name for name, _ in named).items() if count > 1]
     if twice:
-        raise ValueError(f"checkpoint {path}: under different prefixes it holds these twice: {listed(twice)}; keep one")
+        raise ValueError(
+            f"checkpoint {path}: under different prefixes it holds these twice: {join_names(twice)}; keep one"
+        )
     return dict(named)
 
 
-def _with_old_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _rename_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for new, old in WEIGHT_NORM.items():
         state = {name.replace(new, old): value for name, value in state.items()}
     return dict(state)
 
 
 def without_chunk(name: str) -> str:
-    """Turn `blocks.<chunk>.<i>.` of a backbone with block_chunks into `blocks.<i>.`; keep other names."""
+    """Replace `blocks.<chunk>.<i>.` of a backbone with block_chunks by `blocks.<i>.`; other names stay."""
     return re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
 
 
@@ -183,21 +184,21 @@ def _is_dict(value: Any) -> bool:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the content, and the architecture recorded in it or beside it."""
+    """Read the content, and the architecture that is recorded in it or beside it."""
     if path.is_dir():
         return _read_run_checkpoint(path) if (path / METADATA_FILE).is_file() else _read_split(path)
     content = read_weights_file(path)
     recorded = content.pop("architecture", None)
     if _is_dict(recorded):
         return content, dict(recorded)
-    return content, _described(path.parent) if path.name in FOLDER_WEIGHTS else {}
+    return content, _read_description(path.parent) if path.name in FOLDER_WEIGHTS else {}
 
 
 def read_weights_file(path: Path) -> dict[str, Any]:
-    """Read tensors and plain values of a .pth/.pt or .safetensors file to the CPU, without running any code in it.
+    """Read tensors and plain values of a .pth/.pt or .safetensors file to the CPU, without running code in it.
 
     Raises:
-        ValueError: the file is damaged, is something else, or needs pickled code.
+        ValueError: the file is damaged, of another kind, or needs pickled code.
     """
     with open(path, "rb") as file:
         start = file.read(256)
@@ -205,12 +206,12 @@ def read_weights_file(path: Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint {path}: a git-lfs pointer, not the weights; run `git lfs pull` where it lies")
     if start.lstrip().startswith(b"<"):
         raise ValueError(
-            f"checkpoint {path}: a web page, not weights; the download was answered by a page, perhaps a login or an "
-            f"error: fetch the file again"
+            f"checkpoint {path}: a web page, not weights; the server sent a page instead, perhaps a login or an error: "
+            f"fetch the file again"
         )
     damaged = f"checkpoint {path}: damaged or cut short at {path.stat().st_size} bytes; fetch or copy it again"
-    # safetensors begins with the length of its header (8 bytes); torch.save begins a zip archive, or before torch 1.6
-    # a pickle
+    # A safetensors file begins with the length of its header (8 bytes); a file of torch.save is a zip archive, or,
+    # before torch 1.6, a pickle
     if start[8:9] == b"{":
         return _read_safetensors(path, damaged)
     if not start.startswith((b"PK", b"\x80")) or (start.startswith(b"PK") and not zipfile.is_zipfile(path)):
@@ -238,21 +239,21 @@ def _read_safetensors(path: Path, damaged: str) -> dict[str, Any]:
             described = (file.metadata() or {}).get("architecture")
     except SafetensorError as error:
         raise ValueError(f"{damaged} ({error})") from error
-    if described and described.startswith("{"):  # other tools put a name there
-        content["architecture"] = _parsed(described, path)
+    if described and described.startswith("{"):  # other tools write a name there
+        content["architecture"] = _parse_json(described, path)
     return content
 
 
 def _read_split(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read a network of transformers that was saved in several files."""
+    """Read a network of transformers from several files."""
     index = next(folder / name for name in INDEX_FILES if (folder / name).is_file())
-    parts = sorted(set(_parsed(index.read_text(encoding="utf-8"), index).get("weight_map", {}).values()))
+    parts = sorted(set(_parse_json(index.read_text(encoding="utf-8"), index).get("weight_map", {}).values()))
     content: dict[str, Any] = {}
     for name in parts:
         if not (folder / name).is_file():
             raise ValueError(f"checkpoint {folder}: {name} is missing, which {index.name} lists; copy the whole folder")
         content |= read_weights_file(folder / name)
-    return content, _described(folder)
+    return content, _read_description(folder)
 
 
 def _read_run_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -277,30 +278,30 @@ def _read_run_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             raise ValueError(f"checkpoint {folder}: {config} is not what a run writes ({error})") from error
     if any(map(is_adapter, tensors)) and not scaling:
         raise ValueError(
-            f"checkpoint {folder}: has adapters, and only the run's config.yaml says how much they count; it should be "
-            f"at {config}"
+            f"checkpoint {folder}: has adapters, whose scaling is only in the run's config.yaml; it should be at "
+            f"{config}"
         )
-    plain = merged(tensors, scaling or 0.0)
+    plain = merge_adapters(tensors, scaling or 0.0)
     return {"teacher": {name.removeprefix(prefix): value for name, value in plain.items()}}, recorded
 
 
 # --- descriptions beside weights ------------------------------------------------------------------------------------
 
 
-def _described(folder: Path) -> dict[str, Any]:
-    """Read the architecture from transformers' or timm's config.json; ValueError for one that cannot be used."""
+def _read_description(folder: Path) -> dict[str, Any]:
+    """Read the architecture from transformers' or timm's config.json; ValueError for an unsupported one."""
     file = folder / CONFIG_FILE
     if not file.is_file():
         return {}
-    config = _parsed(file.read_text(encoding="utf-8"), file)
+    config = _parse_json(file.read_text(encoding="utf-8"), file)
     if "model_type" in config:
-        return _described_by_transformers(config, file)
+        return _describe_by_transformers(config, file)
     if "architecture" in config:
-        return _described_by_timm(config, file)
+        return _describe_by_timm(config, file)
     return {}
 
 
-def _described_by_transformers(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+def _describe_by_transformers(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     if config["model_type"] not in _HF_TYPES:
         raise ValueError(
             f"checkpoint {file.parent}: {file.name} says model_type {config['model_type']!r}, and only "
@@ -314,7 +315,7 @@ def _described_by_transformers(config: Mapping[str, Any], file: Path) -> dict[st
     recorded = {ours: config[theirs] for theirs, ours in _HF_SETTINGS.items() if theirs in config}
     preprocessor = file.with_name(PREPROCESSOR_FILE)
     if preprocessor.is_file():
-        settings = _parsed(preprocessor.read_text(encoding="utf-8"), preprocessor)
+        settings = _parse_json(preprocessor.read_text(encoding="utf-8"), preprocessor)
         unchanged = {} if settings.get("do_normalize", True) else {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
         used = {**settings, **unchanged}
         _check_normalisation(used.get("image_mean"), used.get("image_std"), preprocessor)
@@ -326,7 +327,7 @@ def _described_by_transformers(config: Mapping[str, Any], file: Path) -> dict[st
     return recorded
 
 
-def _described_by_timm(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+def _describe_by_timm(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     preparation = config.get("pretrained_cfg", config)
     _check_normalisation(preparation.get("mean"), preparation.get("std"), file)
     arguments = config.get("model_args") or {}
@@ -336,15 +337,15 @@ def _described_by_timm(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _check_normalisation(mean: Any, std: Any, file: Path) -> None:
-    for name, found, known in (("mean", mean, IMAGENET_MEAN), ("std", std, IMAGENET_STD)):
-        if found and not (len(found) == len(known) and np.allclose(found, known, rtol=0, atol=1e-3)):
+    for name, stated, known in (("mean", mean, IMAGENET_MEAN), ("std", std, IMAGENET_STD)):
+        if stated and not (len(stated) == len(known) and np.allclose(stated, known, rtol=0, atol=1e-3)):
             raise ValueError(
-                f"checkpoint {file.parent}: {file.name} asks for images of {name} {list(found)}; here they are "
+                f"checkpoint {file.parent}: {file.name} asks for images of {name} {list(stated)}; here they are "
                 f"normalised by ImageNet's, {list(known)}, so its features would be wrong"
             )
 
 
-def _parsed(text: str, file: Path) -> dict[str, Any]:
+def _parse_json(text: str, file: Path) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except ValueError as error:
@@ -354,7 +355,7 @@ def _parsed(text: str, file: Path) -> dict[str, Any]:
     return content
 
 
-def listed(names: list[str]) -> str:
+def join_names(names: list[str]) -> str:
     """Join the first few names, and count the others."""
     more = f" and {len(names) - N_NAMES_IN_ERRORS} more" if len(names) > N_NAMES_IN_ERRORS else ""
     return ", ".join(names[:N_NAMES_IN_ERRORS]) + more

@@ -1,10 +1,9 @@
-"""The modules a vision transformer and its projection heads are made of; none of them knows how it is trained."""
+"""Modules of a vision transformer and its projection heads; none of them depends on how it is trained."""
 
 from .attention import Attention, MemEffAttention
-from .block import Block, NestedTensorBlock
+from .block import Block, LayerNorm, NestedTensorBlock
 from .dino_head import DINOHead, WeightNormLinear
 from .drop_path import DropPath
-from .layer_norm import LayerNorm
 from .layer_scale import LayerScale
 from .mlp import Mlp
 from .patch_embed import PatchEmbed

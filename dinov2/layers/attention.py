@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 BACKENDS = ("auto", "sdpa", "xformers", "explicit")
 
-# Tokens up to which "auto" is "explicit" on a CPU: two matrix products and a softmax are faster there than torch's
-# kernel (docs/benchmarks/step.md), but keep [B, H, N, N] for backward.
+# Number of tokens up to which "auto" is "explicit" on a CPU: there, two matrix products and a softmax are faster than
+# torch's kernel (docs/benchmarks/step.md), but they keep [B, H, N, N] for backward.
 EXPLICIT_UP_TO = {torch.float32: 512, torch.bfloat16: 1024}
 
 
 @lru_cache(maxsize=1)
 def xformers_attention() -> Callable[..., Tensor] | None:
-    """Return xFormers' attention function, or None where it does not load or XFORMERS_DISABLED is set."""
+    """Return xFormers' attention function, or None if it does not load or XFORMERS_DISABLED is set."""
     if os.environ.get("XFORMERS_DISABLED") is not None:
         return None
     try:
@@ -36,15 +36,15 @@ class Attention(nn.Module):
     Args:
         dim: D.
         num_heads: H.
-        qkv_bias, proj_bias: whether the map to queries, keys and values, and the last one, have a bias.
-        attn_drop, proj_drop: dropout probabilities of the attention weights and of the output, while training.
-        backend: "sdpa" is torch's scaled_dot_product_attention, "explicit" two matrix products around a softmax,
-            "xformers" works on CUDA tensors only. "auto" is "sdpa", or "explicit" for short sequences on a CPU; it is
+        qkv_bias, proj_bias: use a bias in the map to queries, keys and values, and in the output map.
+        attn_drop, proj_drop: dropout probabilities of the attention weights and of the output during training.
+        backend: "sdpa" is torch's scaled_dot_product_attention, "explicit" is two matrix products around a softmax,
+            "xformers" works on CUDA tensors only. "auto" is "sdpa", or "explicit" for short sequences on a CPU. It is
             never xFormers, which lacks fp32 kernels for sm_100 and sm_120 and bf16 kernels for older GPUs (0.0.35).
 
     Raises:
-        ValueError: unknown backend, or heads that do not divide D.
-        ImportError: backend "xformers" where it does not load.
+        ValueError: the backend is unknown, or the heads do not divide D.
+        ImportError: the backend is "xformers", which does not load.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, N, D] to the same shape."""
+        """Attend over the tokens [B, N, D] of each sample; the shape stays the same."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, d]
         dropout = self.attn_drop if self.training else 0.0
         if self._xformers is not None:

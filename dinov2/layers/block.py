@@ -4,9 +4,10 @@ Dimension key:  B samples, N tokens of a sample, D embedding dim
 """
 
 from collections.abc import Callable
-from typing import overload
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,21 +17,34 @@ from .layer_scale import LayerScale
 from .mlp import Mlp
 
 
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm that accepts float32 input when sharding has gathered its weights in half precision.
+
+    On CUDA, autocast converts the types. On a CPU it does not, and torch's kernel refuses mixed types.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [..., D] over its last dimension."""
+        if x.dtype != torch.float32 or self.weight.dtype == torch.float32:
+            return super().forward(x)
+        return F.layer_norm(x, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
 class Block(nn.Module):
     """Pre-norm transformer layer with layer scale and stochastic depth.
 
     x <- x + ls1(attn(norm1(x)));   x <- x + ls2(mlp(norm2(x)))
 
-    While training with `drop_path` > 0, each of the two branches is computed for a random
-    max(int(B * (1 - drop_path)), 1) of the samples only, and its result is multiplied by B over that number.
+    During training with `drop_path` > 0, each branch is computed for n = max(int(B * (1 - drop_path)), 1) random
+    samples only, and its result is multiplied by B / n.
 
     Args:
         dim: D.
         num_heads: attention heads.
-        mlp_ratio: width of the feed-forward network over D.
-        qkv_bias, proj_bias, ffn_bias: which linear maps have a bias.
+        mlp_ratio: width of the feed-forward network divided by D.
+        qkv_bias, proj_bias, ffn_bias: use a bias in these linear maps.
         drop, attn_drop: dropout probabilities, see Attention and Mlp.
-        init_values: where layer scale starts; None or 0 for no layer scale.
+        init_values: initial value of layer scale; None or 0 for no layer scale.
         drop_path: share of the samples that skip a branch.
         act_layer, norm_layer, attn_class, ffn_layer: classes of the layer's modules.
     """
@@ -69,16 +83,10 @@ class Block(nn.Module):
         )
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.sample_drop_ratio = drop_path
-        self.checkpoint_activations = False  # compute the inner values again in backward instead of keeping them
+        self.checkpoint_activations = False  # True: backward computes the inner values again instead of keeping them
 
-    @overload
-    def forward(self, x: Tensor) -> Tensor: ...
-
-    @overload
-    def forward(self, x: list[Tensor]) -> list[Tensor]: ...
-
-    def forward(self, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        """[B, N, D] to the same shape; or a list of such tensors, whose B and N may differ, to a list."""
+    def forward(self, x: Any) -> Any:
+        """Apply the layer to tokens [B, N, D], or to a list of such tensors, whose B and N may differ."""
         crops = x if isinstance(x, list) else [x]
         if self.checkpoint_activations and torch.is_grad_enabled():
             crops = checkpoint(self._add_branches, crops, use_reentrant=False)
@@ -99,20 +107,20 @@ class Block(nn.Module):
         return x.index_add(0, kept, residual, alpha=len(x) / len(kept))
 
     def attention_branch(self, x: Tensor) -> Tensor:
-        """[B, N, D] to what attention adds to it."""
+        """Compute what attention adds to the tokens [B, N, D]."""
         return self.ls1(self.attn(self.norm1(x)))
 
     def ffn_branch(self, x: Tensor) -> Tensor:
-        """[B, N, D] to what the feed-forward network adds to it."""
+        """Compute what the feed-forward network adds to the tokens [B, N, D]."""
         return self.ls2(self.mlp(self.norm2(x)))
 
     def compile_branches(self) -> None:
-        """Compile both branches by torch.compile; blocks of one kind share the compiled code.
+        """Compile both branches with torch.compile; blocks of one kind share the compiled code.
 
-        Stochastic depth, which draws on the host, and activation checkpointing stay outside.
+        Stochastic depth, which draws random numbers on the host, and activation checkpointing are not compiled.
         """
         self.attention_branch = torch.compile(self.attention_branch)  # type: ignore[method-assign]
         self.ffn_branch = torch.compile(self.ffn_branch)  # type: ignore[method-assign]
 
 
-NestedTensorBlock = Block  # upstream's name for the variant that takes lists; one class does both here
+NestedTensorBlock = Block  # upstream's name for its variant that takes lists; here one class does both

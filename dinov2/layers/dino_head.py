@@ -11,12 +11,10 @@ from torch import Tensor, nn
 
 
 class WeightNormLinear(nn.Module):
-    """x W^T without bias, W's rows having a direction and a length of their own (Salimans & Kingma, arXiv 1602.07868).
+    """Linear map x W^T with weight normalisation: W_k = g_k v_k / ||v_k|| (Salimans & Kingma, arXiv 1602.07868).
 
-    W_k = g_k v_k / ||v_k||
-
-    Owns `weight_g` [K, 1] and `weight_v` [K, d] under the names of the released state dicts, which torch's
-    parametrizations would rename.
+    Its parameters `weight_g` [K, 1] and `weight_v` [K, d] have the names of the released state dicts, which torch's
+    parametrizations would change.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -25,18 +23,20 @@ class WeightNormLinear(nn.Module):
         self.out_features = out_features
         self.weight_g = nn.Parameter(torch.ones(out_features, 1))
         self.weight_v = nn.Parameter(torch.empty(out_features, in_features))
-        bound = 1 / math.sqrt(in_features)  # nn.Linear's own start, which upstream keeps for this layer
+        bound = 1 / math.sqrt(in_features)  # nn.Linear's initialisation, which upstream keeps for this layer
         nn.init.uniform_(self.weight_v, -bound, bound)
 
     def weight(self) -> Tensor:
-        """Compute W [K, d] in float32, also where sharding gathers half-precision weights: a rounded length shifts a
-        whole prototype, and the temperature magnifies it."""
+        """Compute W [K, d] in float32, even if sharding gathers the parameters in half precision.
+
+        A rounded length would shift a whole prototype, and the temperature would magnify the error.
+        """
         with torch.autocast(self.weight_v.device.type, enabled=False):
             direction = self.weight_v.float()
             return direction * (self.weight_g.float() / direction.norm(dim=1, keepdim=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., d] to [..., K]."""
+        """Map [..., d] to [..., K]."""
         return F.linear(x, self.weight().to(x.dtype))
 
     def extra_repr(self) -> str:
@@ -44,16 +44,16 @@ class WeightNormLinear(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """MLP to a bottleneck, L2 normalisation there, then weight-normalised prototypes.
+    """MLP to a bottleneck, L2 normalisation, then weight-normalised prototypes.
 
     Args:
         in_dim: D.
         out_dim: K.
-        use_bn: batch norm after each hidden layer.
-        nlayers: linear layers of the MLP; 1 or less for a single one without activation.
+        use_bn: apply batch norm after each hidden layer.
+        nlayers: number of linear layers of the MLP; 1 or less for a single one without activation.
         hidden_dim: width of the hidden layers.
         bottleneck_dim: d.
-        mlp_bias: whether the MLP's layers have a bias.
+        mlp_bias: use a bias in the MLP's layers.
     """
 
     def __init__(
@@ -76,15 +76,16 @@ class DINOHead(nn.Module):
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
 
     def forward(self, x: Tensor, with_logits: bool = True) -> Tensor | tuple[Tensor, Tensor]:
-        """Compute logits [N, K] of tokens [N, D].
+        """Compute the logits [N, K] of tokens [N, D].
 
         Args:
             x: [N, D].
-            with_logits: False for what the logits are made of, embeddings [N, d] (unit vectors) and prototypes [K, d],
-                for a loss that computes them in chunks. Sharded prototypes are whole only within this call.
+            with_logits: False to return the factors of the logits instead, embeddings [N, d] (unit vectors) and
+                prototypes [K, d], for a loss that computes logits in chunks. Sharded prototypes are gathered only
+                during this call.
         """
         x = self.mlp(x)
-        # in float32, and back, as the products with the prototypes are to run in the type of the head
+        # normalised in float32, then converted back: the products with the prototypes use the head's type
         embedding = F.normalize(x.float(), dim=-1).to(x.dtype)
         if with_logits:
             return self.last_layer(embedding)

@@ -11,14 +11,13 @@ class GatedAttentionPool(nn.Module):
     """Weighted mean of a bag's cell features; permutation-invariant in the cells.
 
     a_n = softmax_n( w . (tanh(V h_n) * sigmoid(U h_n)) ),   z = sum_n a_n h_n
+
+    Args:
+        dim: D.
+        hidden_dim: H.
     """
 
     def __init__(self, dim: int, hidden_dim: int = 128) -> None:
-        """
-        Args:
-            dim: D.
-            hidden_dim: H.
-        """
         super().__init__()
         self.tanh_proj = nn.Linear(dim, hidden_dim)
         self.gate_proj = nn.Linear(dim, hidden_dim)
@@ -48,15 +47,14 @@ class ClassWiseAttentionPool(nn.Module):
     """One weighted mean of a bag's cell features per class ("multi-column" attention).
 
     a_nc = softmax_n( w_c . tanh(V h_n) ),   z_c = sum_n a_nc h_n
+
+    Args:
+        dim: D.
+        n_classes: C.
+        hidden_dim: H.
     """
 
     def __init__(self, dim: int, n_classes: int, hidden_dim: int = 128) -> None:
-        """
-        Args:
-            dim: D.
-            n_classes: C.
-            hidden_dim: H.
-        """
         super().__init__()
         self.tanh_proj = nn.Linear(dim, hidden_dim)
         self.score = nn.Linear(hidden_dim, n_classes)
@@ -81,7 +79,7 @@ class ClassWiseAttentionPool(nn.Module):
 
 
 def check_no_bag_is_empty(is_cell: Tensor) -> None:
-    """Raise a ValueError that names the bags [B, N] without a cell, over which no mean is defined."""
+    """Raise a ValueError that names the bags [B, N] without a cell, for which no mean is defined."""
     empty = (~is_cell.any(dim=1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"bags {empty} of this batch have no cells; drop such patients when building the split")

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class LayerScale(nn.Module):
-    """gamma * x with gamma [D], which starts at `init_values`; `inplace` overwrites x."""
+    """Multiply x by gamma [D], which starts at `init_values`; `inplace` overwrites x."""
 
     def __init__(self, dim: int, init_values: float | Tensor = 1e-5, inplace: bool = False) -> None:
         super().__init__()
@@ -13,5 +13,5 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(init_values * torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to the same shape."""
+        """Scale the channels of [..., D]."""
         return x.mul_(self.gamma) if self.inplace else x * self.gamma

@@ -6,15 +6,15 @@ from torch import Tensor, nn
 
 
 class Mlp(nn.Module):
-    """fc2(act(fc1(x))), token by token.
+    """Feed-forward network fc2(act(fc1(x))) of each token.
 
     Args:
         in_features: width of the input.
         hidden_features: width between the layers; None for in_features.
         out_features: width of the output; None for in_features.
-        act_layer: builds the activation.
-        drop: dropout probability after each layer, while training.
-        bias: whether both layers have a bias.
+        act_layer: class of the activation.
+        drop: dropout probability after each layer during training.
+        bias: use a bias in both layers.
     """
 
     def __init__(
@@ -34,5 +34,5 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features]."""
+        """Map [..., in_features] to [..., out_features]."""
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))

@@ -1,4 +1,4 @@
-"""Pictures to patch tokens (Dosovitskiy et al. 2021, arXiv 2010.11929, section 3.1).
+"""From images to patch tokens (Dosovitskiy et al. 2021, arXiv 2010.11929, section 3.1).
 
 Dimension key:  B images, C channels, H x W pixels, P = (H / patch) * (W / patch) patches, D embedding dim
 """
@@ -16,15 +16,15 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 
 class PatchEmbed(nn.Module):
-    """One linear map of each non-overlapping patch, written as a convolution whose stride is its kernel size.
+    """Linear map of each non-overlapping patch, computed as a convolution whose stride is its kernel size.
 
     Args:
-        img_size: pixels of the images that the position embedding is made for, one number or (height, width).
-        patch_size: pixels of a patch, one number or (height, width).
+        img_size: size in pixels of the images that the position embedding is for, one number or (height, width).
+        patch_size: size of a patch in pixels, one number or (height, width).
         in_chans: channels C.
         embed_dim: D.
         norm_layer: builds a norm over D; None for no norm.
-        flatten_embedding: give [B, P, D]; otherwise [B, H / patch, W / patch, D].
+        flatten_embedding: return [B, P, D]; otherwise [B, H / patch, W / patch, D].
 
     Raises:
         ValueError: if img_size isn't a multiple of patch_size.
@@ -51,7 +51,7 @@ class PatchEmbed(nn.Module):
         self.norm = norm_layer(embed_dim) if norm_layer is not None else nn.Identity()
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches in an image of `height` x `width` pixels; ValueError if they don't fit."""
+        """Return the rows and columns of patches of an image; ValueError if patches do not fill it."""
         rows, cols = height // self.patch_size[0], width // self.patch_size[1]
         if rows * self.patch_size[0] != height or cols * self.patch_size[1] != width or not rows * cols:
             raise ValueError(
@@ -61,7 +61,7 @@ class PatchEmbed(nn.Module):
         return rows, cols
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, P, D], patches row by row."""
+        """Map images [B, C, H, W] to tokens [B, P, D], patches row by row."""
         rows, cols = self.grid_of(x.shape[-2], x.shape[-1])
         x = self.proj(x).flatten(2).transpose(1, 2)  # [B, P, D]
         x = self.norm(x)

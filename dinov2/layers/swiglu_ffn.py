@@ -1,4 +1,4 @@
-"""Feed-forward network with a gated SiLU unit (Shazeer 2020, arXiv 2002.05202), as ViT-g/14 has it."""
+"""Feed-forward network with a gated SiLU unit (Shazeer 2020, arXiv 2002.05202), as in ViT-g/14."""
 
 from collections.abc import Callable
 
@@ -7,15 +7,14 @@ from torch import Tensor, nn
 
 
 class SwiGLUFFN(nn.Module):
-    """W3 (silu(W1 x) * W2 x); W1 and W2 are one matrix, `w12`, as in the released weights.
+    """Feed-forward network W3 (silu(W1 x) * W2 x); W1 and W2 are one matrix, `w12`, as in the released weights.
 
     Args:
         in_features: width of the input.
         hidden_features: width of the gated unit; None for in_features.
         out_features: width of the output; None for in_features.
-        act_layer: not used: the gate is SiLU. It is there so that a block can build either kind of network.
-        drop: not used, for the same reason: released networks have no dropout here.
-        bias: whether the layers have a bias.
+        act_layer, drop: not used; a block passes the same arguments to either kind of network.
+        bias: use a bias in the layers.
     """
 
     def __init__(
@@ -33,16 +32,16 @@ class SwiGLUFFN(nn.Module):
         self.w3 = nn.Linear(hidden_features, out_features or in_features, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features]."""
+        """Map [..., in_features] to [..., out_features]."""
         gate, value = self.w12(x).chunk(2, dim=-1)
         return self.w3(F.silu(gate) * value)
 
 
 class SwiGLUFFNFused(SwiGLUFFN):
-    """SwiGLUFFN of about as many parameters as an Mlp of the same `hidden_features`.
+    """SwiGLUFFN with about as many parameters as an Mlp of the same `hidden_features`.
 
-    Three matrices instead of two: the width is 2/3 of what is asked for, rounded up to a multiple of 8. (Upstream fuses
-    the products with xFormers, hence the name; here they are plain torch.)
+    It has three matrices instead of two, so its width is 2/3 of `hidden_features`, rounded up to a multiple of 8.
+    (Upstream fuses the products with xFormers, hence the name; here they are plain torch.)
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The log of a run: text for people, JSON lines for programs, trackers on request."""
+"""Log of a run: text for people, JSON lines for programs, trackers on request."""
 
 import logging
 import sys
@@ -14,7 +14,7 @@ _FORMAT = "%(asctime)s %(levelname).1s %(message)s"
 
 
 class _LogFile(logging.FileHandler):
-    """Says once, on stderr, that its disk is full, where the usual handler shows a traceback for each line."""
+    """File handler that reports a full disk once on stderr; logging's own prints a traceback for each line."""
 
     _is_failing = False
 
@@ -41,10 +41,10 @@ def log_file(run_folder: Path, rank: int) -> Path:
 def setup_logging(
     output_dir: str | Path | None = None, name: str = "dinov2", level: int = logging.INFO, rank: int | None = None
 ) -> None:
-    """Send the package's log to stderr (main process only) and, with `output_dir`, to `logs/log.txt` there.
+    """Send the package's log to stderr (main process only) and, with `output_dir`, to its `logs/log.txt`.
 
-    Other ranks write `logs/log.txt.rank<r>`. Calling it again replaces what an earlier call set up. `rank` is that of
-    the process group, unless it is given before there is one.
+    Other ranks write `logs/log.txt.rank<r>`. A second call replaces the handlers of the first. The default of `rank` is
+    that of the process group.
     """
     rank = get_rank() if rank is None else rank
     logger = logging.getLogger(name)

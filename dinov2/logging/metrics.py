@@ -1,39 +1,97 @@
-"""The numbers of a run: a JSON object an iteration, a line for people at each log period, and trackers on request."""
+"""Numbers of a run: a JSON object per iteration, a line in the log at each log period, and trackers on request."""
 
 import json
 import logging
 import math
 import os
 import time
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dinov2.distributed import is_main_process
-from dinov2.logging.step_clock import StepClock
 from dinov2.logging.trackers import Tracker
 from dinov2.utils.files import atomic_write
+from dinov2.utils.progress import duration_text
 
 logger = logging.getLogger("dinov2")
 
-LAP_PREFIX = "seconds_"  # of a step, in each part of it
+LAP_PREFIX = "seconds_"  # of the columns with the seconds of each stage of a step
+MAX_MARKS = 100_000  # that are kept if `means` is never called
 TIMES = ("iter_time", "data_time", "images_per_second", "matmul_share")
 
 
-class MetricLogger:
-    """Writes `training_metrics.json`, one object a line and iteration, and reports progress with an ETA.
+class StepClock:
+    """Measures the stages of a loop's steps without waiting for the device.
 
-    Values on a device stay there and are fetched together every `period` iterations: the loop does not wait for them.
-    They are the same on every process; the main one writes and reports.
+    On a CPU it is the host's time. On CUDA each stage ends with an event in the current stream, so its time is that of
+    the device for the work queued in it, waiting included. The stages of a step add up to its duration.
+
+    Args:
+        device: device of the loop's work.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._is_cuda = torch.device(device).type == "cuda"
+        self._marks: deque[tuple[str | None, Any]] = deque(maxlen=MAX_MARKS)  # seconds or CUDA events
+        self.restart()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the time since the last stage for `name`; in a profiler's trace the block has this name."""
+        with torch.profiler.record_function(name):
+            yield
+        self._mark(name)
+
+    def restart(self) -> None:
+        """Discard the time since the last stage, for instance of an evaluation or a checkpoint."""
+        self._mark(None)
+
+    def means(self) -> dict[str, float]:
+        """Return each stage's seconds per step since the last call; on CUDA this waits for the last stage.
+
+        The number of steps is the count of the rarest stage.
+        """
+        marks, seconds, counts = list(self._marks), defaultdict[str, float](float), Counter[str]()
+        self._marks.clear()
+        self._marks.append(marks[-1])
+        for (_, start), (name, end) in pairwise(marks):
+            if name is not None:
+                seconds[name] += self._between(start, end)
+                counts[name] += 1
+        return {name: total / min(counts.values()) for name, total in seconds.items()}
+
+    def _mark(self, name: str | None) -> None:
+        if not self._is_cuda:
+            self._marks.append((name, time.perf_counter()))
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append((name, event))
+
+    def _between(self, start: Any, end: Any) -> float:
+        if not self._is_cuda:
+            return float(end - start)
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+
+
+class MetricLogger:
+    """Writes `training_metrics.json`, one object a line and iteration, and logs progress with an ETA.
+
+    Values on a device stay there and are fetched together every `period` iterations, so the loop does not wait for
+    them. They are the same on every process; the main one writes and logs.
 
     Attributes:
-        clock: whose laps become `seconds_<name>` of each row; None for none.
-        matmul_rate: FLOP/s of matrix products that the device can do; None if it was not measured.
+        clock: its stages become `seconds_<name>` of each row; None for no such columns.
+        matmul_rate: measured FLOP/s of the device's matrix products; None if not measured.
         newest: the newest row that was written.
         newest_evaluation: the numbers of the newest evaluation, with its `iteration`.
     """
@@ -59,9 +117,9 @@ class MetricLogger:
     def update(
         self, iteration: int, values: dict[str, float], device_values: dict[str, Tensor], flops: float = 0.0
     ) -> list[dict[str, float]]:
-        """Add one iteration's numbers; every `period` iterations fetch, write and return those so far.
+        """Add one iteration's numbers; every `period` iterations, fetch, write and return those so far.
 
-        `flops` are the operations of this process in the iteration: see `matmul_rate`.
+        `flops` are the operations of this process in the iteration, for the share of `matmul_rate`.
         """
         self._flops += flops
         self._pending.append(({"iteration": iteration, **values}, device_values))
@@ -70,12 +128,12 @@ class MetricLogger:
         return self.flush()
 
     def flush(self) -> list[dict[str, float]]:
-        """Fetch, write and report what is pending; returns it, an object an iteration."""
+        """Fetch, write, log and return the pending rows, one per iteration."""
         if not self._pending:
             return []
         names = list(self._pending[0][1])
         stacked = torch.stack([torch.stack([v[name].float() for name in names]) for _, v in self._pending])
-        fetched = stacked.tolist()  # the one wait for the device
+        fetched = stacked.tolist()  # the only wait for the device
         now = time.perf_counter()
         rates = self._rates(now)
         rows = [
@@ -95,35 +153,34 @@ class MetricLogger:
         self._flops = 0.0
         self._flushed_at, self.newest = now, rows[-1]
         if self.clock is not None:
-            self.clock.restart()  # writing and showing them is no part of a step
+            self.clock.restart()  # writing and logging them is no part of a step
         return rows
 
     def _rates(self, now: float) -> dict[str, float]:
         n = len(self._pending)
         seconds = (now - self._flushed_at) / n
-        rates = {
-            "iter_time": seconds,
-            "images_per_second": self.batch_size / seconds,
-        }
+        rates = {"iter_time": seconds, "images_per_second": self.batch_size / seconds}
         if self.matmul_rate is not None:
             rates["matmul_share"] = self._flops / n / seconds / self.matmul_rate
-        laps = self.clock.means() if self.clock is not None else {}  # waits for the device, which flush did already
+        laps = self.clock.means() if self.clock is not None else {}  # the wait for the device is over after flush
         rates["data_time"] = laps.get("data", 0.0)
         rates |= {f"{LAP_PREFIX}{name.replace(' ', '_')}": seconds for name, seconds in laps.items()}
         return rates
 
     def log_evaluation(self, done: int, values: Mapping[str, float]) -> None:
-        """Pass an evaluation after `done` iterations on to the trackers, at the newest of these iterations: a run that
-        resumes after `done` drops what stands at later ones."""
+        """Send an evaluation after `done` iterations to the trackers, at iteration `done` - 1.
+
+        A run that resumes after `done` iterations drops the entries of later iterations.
+        """
         self.newest_evaluation = {"iteration": done, **values}
         self._track(lambda tracker: tracker.log(values, max(done - 1, 0)))
 
     def log_images(self, done: int, images: Mapping[str, np.ndarray]) -> None:
-        """Pass images uint8 [height, width, 3], by name, of the run after `done` iterations on to the trackers."""
+        """Send images, uint8 [height, width, 3] by name, of the run after `done` iterations to the trackers."""
         self._track(lambda tracker: tracker.log_images(images, max(done - 1, 0)))
 
     def _track(self, action: Callable[[Tracker], None]) -> None:
-        """Run `action` for each tracker. One that cannot write, on a full disk say, is dropped: the run goes on."""
+        """Run `action` for each tracker. One that cannot write, for instance on a full disk, is dropped."""
         for tracker in list(self.trackers):
             try:
                 action(tracker)
@@ -135,7 +192,7 @@ class MetricLogger:
                 )
 
     def _append(self, lines: str) -> None:
-        """Write whole lines; where the disk is full they wait for the next time, since training can go on."""
+        """Write whole lines; on a full disk they wait for the next call, and the training continues."""
         self._unwritten += lines
         size = self.path.stat().st_size if self.path.is_file() else 0
         try:
@@ -145,20 +202,19 @@ class MetricLogger:
             n_lines = self._unwritten.count("\n")
             logger.error("%s: %d lines wait to be written (%s); make room", self.path, n_lines, error.strerror)
             if self.path.is_file():
-                os.truncate(self.path, size)  # part of them may have been written
+                os.truncate(self.path, size)  # a part of them may have been written
             return
         self._unwritten = ""
 
     def roll_back(self, iteration: int) -> None:
-        """Drop what was written of `iteration` and later: the run repeats them."""
+        """Drop the rows of `iteration` and later ones, which the run repeats."""
         self.flush()
         if is_main_process():
             _keep_lines_before(self.path, iteration)
 
     @contextmanager
     def interruption(self) -> Iterator[None]:
-        """Around something else (a checkpoint, an evaluation): all numbers so far are written first, and the time that
-        it takes does not count in speed and ETA."""
+        """Write all pending numbers, and leave the time of the block (an evaluation, say) out of speed and ETA."""
         self.flush()
         started = time.perf_counter()
         yield
@@ -169,7 +225,7 @@ class MetricLogger:
             self.clock.restart()
 
     def close(self) -> None:
-        """Write what is pending, and close the trackers."""
+        """Write pending numbers, and close the trackers."""
         self.flush()
         self._track(lambda tracker: tracker.close())
 
@@ -179,18 +235,18 @@ class MetricLogger:
         losses = "  ".join(f"{name.removesuffix('_loss')} {row[name]:.4f}" for name in row if name.endswith("_loss"))
         logger.info(
             "iteration %d/%d  eta %s  %.1f images/s (%s)  lr %.2e  %s",
-            *(done, self.stop, timedelta(seconds=round((self.stop - done) * per_iteration)), row["images_per_second"]),
+            *(done, self.stop, duration_text((self.stop - done) * per_iteration), row["images_per_second"]),
             *(_split(row), row.get("lr", math.nan), losses),
         )
 
 
 def is_time(column: str) -> bool:
-    """Return whether a column of training_metrics.json is a time or a rate, and so differs between equal runs."""
+    """Return whether a column of training_metrics.json is a time or rate, which differs between equal runs."""
     return column in TIMES or column.startswith(LAP_PREFIX)
 
 
 def _split(row: Mapping[str, float]) -> str:
-    """Describe where the time went: "62 % of matmul rate; data 1 %, teacher 27 %, student 28 %, backward 43 %, ..."."""
+    """Describe the stages' times: "62 % of matmul rate; data 1 %, teacher 27 %, student 28 %, backward 43 %, ..."."""
     laps = {name.removeprefix(LAP_PREFIX): row[name] for name in row if name.startswith(LAP_PREFIX)}
     parts = ", ".join(f"{name.replace('_', ' ')} {100 * lap / row['iter_time']:.0f} %" for name, lap in laps.items())
     return f"{100 * row['matmul_share']:.0f} % of matmul rate; {parts}" if "matmul_share" in row else parts
@@ -201,7 +257,7 @@ def _json_number(value: float) -> float | None:
 
 
 def _keep_lines_before(path: Path, iteration: int) -> None:
-    """Drop lines that a resumed run is about to write again, and a last line that a kill cut short."""
+    """Drop lines that a resumed run will write again, and a last line that a kill cut short."""
     if not path.is_file():
         return
     kept = []

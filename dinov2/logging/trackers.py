@@ -1,4 +1,4 @@
-"""Trackers that follow a run's numbers outside its folder's JSON lines: TensorBoard where installed, W&B on request."""
+"""Trackers of a run's numbers besides its JSON lines: TensorBoard if installed, W&B on request."""
 
 import logging
 import uuid
@@ -15,7 +15,7 @@ logger = logging.getLogger("dinov2")
 
 
 class Tracker:
-    """A place that follows a run's numbers and, if it can show them, images."""
+    """Tracker of a run's numbers and, if it can show them, images."""
 
     def log(self, values: Mapping[str, float], iteration: int) -> None:
         raise NotImplementedError
@@ -51,7 +51,7 @@ class WeightsAndBiases(Tracker):
             import wandb
         except ImportError as error:
             raise ImportError("train.wandb.enabled is true but wandb is not installed: pip install wandb") from error
-        # one id for all parts of a resumed run, and another one for every other run, whatever its name
+        # one id for all parts of a resumed run, and another one for each other run, whatever its name
         id_file = run_folder / "wandb_id.txt"
         if not id_file.is_file():
             with atomic_write(id_file, "w") as file:
@@ -75,10 +75,7 @@ class WeightsAndBiases(Tracker):
 
 
 def open_trackers(train: Any, run_folder: Path, start: int, config: dict[str, Any]) -> list[Tracker]:
-    """Open the trackers that the `train` section asks for, on the main process.
-
-    TensorBoard is skipped where it is not installed.
-    """
+    """Open the trackers of the config's section `train`, on the main process; TensorBoard only if it is installed."""
     trackers: list[Tracker] = []
     if not is_main_process():
         return trackers

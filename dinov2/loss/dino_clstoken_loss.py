@@ -20,7 +20,7 @@ class DINOLoss(TeacherCenter):
         out_dim: K.
         student_temp: temperature of the predictions.
         center_momentum: momentum of the moving center of teacher logits.
-        compiled: fuse the loss by torch.compile (for CUDA).
+        compiled: fuse the loss with torch.compile (for CUDA).
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class DINOLoss(TeacherCenter):
         self.compiled = compiled
 
     def targets(self, teacher_output: Tensor, teacher_temp: float, centering: str) -> Tensor:
-        """Compute the targets [R, K] of teacher logits [R, K] by "sinkhorn_knopp" or "centering"."""
+        """Compute targets [R, K] from teacher logits [R, K] by "sinkhorn_knopp" or "centering"."""
         if centering == "sinkhorn_knopp":
             return self.sinkhorn_knopp_teacher(teacher_output, teacher_temp)
         targets = self.softmax_center_teacher(teacher_output, teacher_temp)
@@ -50,7 +50,7 @@ class DINOLoss(TeacherCenter):
         teacher_out_softmaxed_centered_list: Sequence[Tensor] | Tensor,
         prototypes: Tensor | None = None,
     ) -> Tensor:
-        """Sum over all (student, teacher) pairs of the mean cross-entropy.
+        """Compute the sum over all (student, teacher) pairs of the mean cross-entropy.
 
         Args:
             student_output_list: n logits [B, K]; or, with `prototypes`, n embeddings [B, d] of the head.
@@ -64,7 +64,7 @@ class DINOLoss(TeacherCenter):
             raise ValueError(
                 "DINOLoss: student_output_list is empty; leave the term out when there are no crops for it"
             )
-        # A student crop meets all targets of its image, in a loss that is linear in them: their sum is one target
+        # A student crop is compared with all targets of its image. The loss is linear in them: their sum is one target
         targets = torch.stack([target.float() for target in teacher_out_softmaxed_centered_list]).sum(dim=0)  # [B, K]
         student = torch.cat(list(student_output_list))  # [n * B, K or d]
         weights = torch.full((len(student),), 1 / len(targets), device=student.device)

@@ -20,7 +20,7 @@ class iBOTPatchLoss(TeacherCenter):
         patch_out_dim: K.
         student_temp: temperature of the predictions.
         center_momentum: momentum of the moving center of teacher logits.
-        compiled: fuse the loss by torch.compile (for CUDA).
+        compiled: fuse the loss with torch.compile (for CUDA).
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class iBOTPatchLoss(TeacherCenter):
     def targets(
         self, teacher_output: Tensor, teacher_temp: float, centering: str, n_masked_patches_tensor: Tensor
     ) -> Tensor:
-        """Compute the targets [M, K] of teacher logits [M, K] by "sinkhorn_knopp" or "centering"."""
+        """Compute targets [M, K] from teacher logits [M, K] by "sinkhorn_knopp" or "centering"."""
         if centering == "sinkhorn_knopp":
             return self.sinkhorn_knopp_teacher(teacher_output, teacher_temp, n_masked_patches_tensor)
         batch = teacher_output.unsqueeze(0)  # [1, M, K]
@@ -75,13 +75,13 @@ class iBOTPatchLoss(TeacherCenter):
         masks_weight: Tensor | None = None,
         prototypes: Tensor | None = None,
     ) -> Tensor:
-        """Compute the same from the masked patches alone, in the order in which they stand in the flattened masks.
+        """Compute the loss from the masked patches alone, in the order of the flattened masks.
 
         Args:
             student_patch_tokens_masked: [M, K] logits; or, with `prototypes`, embeddings [M, d] of the head.
             teacher_patch_tokens_masked: [M, K] targets.
             student_masks_flat: [C, P] bool; crops without a mask count in C.
-            n_masked_patches: M, where the tensors carry padding rows behind it.
+            n_masked_patches: M, if the tensors have padding rows after it.
             masks_weight: [M] one over the number of masked patches of the patch's crop; computed if not given.
             prototypes: [K, d], the weight of the head's last layer.
 

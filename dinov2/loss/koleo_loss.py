@@ -4,26 +4,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# DinoBloom's value; DINOv2 has 1e-8. The distance between two identical features is eps * sqrt(D), so this
-# bounds how hard a duplicate image in the batch pushes.
+# DinoBloom's value; DINOv2 has 1e-8. The distance between two identical features is eps * sqrt(D), so it bounds the
+# gradient of a duplicate image in the batch.
 PAIRWISE_EPS = 1e-4
 
 
 class KoLeoLoss(nn.Module):
-    """-mean_i log min_j ||x_i - x_j||, x on the unit sphere: the Kozachenko-Leonenko estimate of (minus) entropy."""
+    """Minus the Kozachenko-Leonenko estimate of entropy: -mean_i log min_j ||x_i - x_j||, x on the unit sphere."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pdist = nn.PairwiseDistance(2, eps=PAIRWISE_EPS)
 
     def pairwise_NNs_inner(self, x: Tensor) -> Tensor:
-        """Index [B] of each row's nearest other row, for unit vectors x [B, D]."""
+        """Return the index [B] of each row's nearest other row, for unit vectors x [B, D]."""
         similarities = x @ x.T
         similarities.fill_diagonal_(-1)
         return similarities.argmax(dim=1)
 
     def forward(self, student_output: Tensor, eps: float = 1e-8) -> Tensor:
-        """Loss of features [B, D]; B must be at least 2, since a lone feature has no neighbour."""
+        """Compute the loss of features [B, D]; B must be at least 2, since a single feature has no neighbour."""
         if student_output.shape[0] < 2:
             raise ValueError(
                 f"KoLeo needs two images per view to have neighbours, found {student_output.shape[0]}; "

@@ -1,11 +1,11 @@
-"""Cross-entropy over K prototypes whose logits are never whole in memory.
+"""Cross-entropy over K prototypes in chunks of rows, so that the logits [R, K] are never in memory at once.
 
 With student logits s = x W^T / temp and teacher targets t, the loss of a row and its gradient are
 
     l = -sum_k t_k log softmax(s)_k,     dl/ds = (sum_k t_k) softmax(s) - t.
 
-Both come from one pass over the logits, so a chunk of rows computes its logits, its losses and its part of the
-gradients of x [R, d] and W [K, d], and is freed before the next chunk: [R, K] is never stored for backward.
+One pass over the logits of a chunk gives its losses and its part of the gradients of x [R, d] and W [K, d]. Then the
+chunk is freed: no logits are stored for backward.
 
 Dimension key:  R rows (CLS tokens or masked patches), K prototypes, d bottleneck dim
 """
@@ -38,7 +38,7 @@ def prototype_cross_entropy(
         weights: [n * R] float32, not negative.
         student_temp: temperature of the predictions.
         prototypes: [K, d] float32, rows of W.
-        compiled: fuse the passes over a chunk by torch.compile.
+        compiled: fuse the passes over a chunk with torch.compile.
 
     Returns:
         sum_r weights_r l_r, 0-d float32.
@@ -65,7 +65,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         d_student = torch.zeros_like(student, dtype=torch.float32) if needs_student else None
         d_prototypes = torch.zeros_like(prototypes) if prototypes is not None and needs_prototypes else None
         total = weights.new_zeros(())
-        # Gradients are kept relative to the largest weight, so that float16 can hold those of a chunk
+        # Gradients are stored relative to the largest weight, so that float16 can represent those of a chunk
         largest = weights.max() if len(weights) else weights.new_ones(())
         chunk_rows = max(1, CHUNK_ELEMENTS // targets.shape[1])
         for repeat in range(0, len(student), max(1, len(targets))):
@@ -98,7 +98,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy_and_gradient(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute sum_r weights_r l_r, 0-d, and its gradient [R, K] in the logits, in float32.
+    """Compute sum_r weights_r l_r, 0-d, and its gradient [R, K] with respect to the logits, in float32.
 
     Args:
         logits, targets: [R, K]; the logits divided by their temperature.

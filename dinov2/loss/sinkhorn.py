@@ -1,4 +1,4 @@
-"""From teacher logits to targets: Sinkhorn-Knopp balancing and softmax centering, shared by the CLS and patch losses.
+"""From teacher logits to targets: Sinkhorn-Knopp and softmax centering, for the CLS and patch losses.
 
 Dimension key:  R rows (CLS tokens or masked patches of this process), K prototypes
 """
@@ -14,8 +14,8 @@ from dinov2.distributed import is_enabled
 def sinkhorn_knopp(logits: Tensor, teacher_temp: float, n_rows_global: int | Tensor, n_iterations: int = 3) -> Tensor:
     """Assign rows to prototypes so that every prototype gets the same mass over all processes (SwAV, arXiv 2006.09882).
 
-    The balanced matrix is diag(v) M diag(u) with M = exp(logits / temp). Only the two scaling vectors are iterated; M
-    itself is multiplied by them once, at the end.
+    The balanced matrix is diag(v) M diag(u) with M = exp(logits / temp). The iterations update only the two scaling
+    vectors; M is multiplied by them once, at the end.
 
     Args:
         logits: [R, K] teacher outputs; R may differ between processes and may be 0.
@@ -28,8 +28,8 @@ def sinkhorn_knopp(logits: Tensor, teacher_temp: float, n_rows_global: int | Ten
     """
     n_rows, n_prototypes = logits.shape
     mass = logits.float() / teacher_temp  # [R, K]
-    # Each row of M is divided by its largest entry, so that exp() neither overflows nor loses a whole row. The first v
-    # puts these factors back, relative to the largest over all processes.
+    # Each row of M is divided by its largest entry, so that exp() neither overflows nor turns a whole row to 0. The
+    # first v multiplies these factors back, relative to the largest over all processes.
     row_max = mass.amax(dim=1)  # [R]
     largest = row_max.max() if n_rows else row_max.new_full((), float("-inf"))
     if is_enabled():
@@ -41,7 +41,7 @@ def sinkhorn_knopp(logits: Tensor, teacher_temp: float, n_rows_global: int | Ten
         column_mass = row_scale @ mass  # [K]
         if is_enabled():
             dist.all_reduce(column_mass)
-        # a prototype that no row comes near has no mass to scale up
+        # a prototype far from all rows has no mass to scale up
         column_scale = 1.0 / (n_prototypes * column_mass.clamp(min=torch.finfo(torch.float32).tiny))
         row_scale = 1.0 / (n_rows_global * (mass @ column_scale))
     return mass.mul_(column_scale).mul_((row_scale * n_rows_global).unsqueeze(1))
@@ -50,8 +50,8 @@ def sinkhorn_knopp(logits: Tensor, teacher_temp: float, n_rows_global: int | Ten
 class TeacherCenter(nn.Module):
     """Moving average of teacher logits, subtracted before the softmax (DINO, arXiv 2104.14294, section 3.1).
 
-    An update is reduced over processes while the student runs and takes effect at the next `softmax_center_teacher`:
-    each step is centred by the steps before it, never by itself.
+    The all-reduce of an update runs beside the student's forward and takes effect at the next
+    `softmax_center_teacher`: a step is centred by earlier steps only.
     """
 
     center: Tensor
@@ -64,15 +64,15 @@ class TeacherCenter(nn.Module):
 
     @torch.no_grad()
     def softmax_center_teacher(self, teacher_output: Tensor, teacher_temp: float) -> Tensor:
-        """Compute softmax((logits - center) / temp) over the last dimension: float32, the shape of `teacher_output`."""
+        """Compute softmax((logits - center) / temp) over the last dimension, in float32."""
         self.apply_center_update()
         return torch.softmax((teacher_output.float() - self.center) / teacher_temp, dim=-1)
 
     @torch.no_grad()
     def _queue_update(self, rows: Tensor) -> None:
-        """Start to average this batch's logits [R, K] over all processes; the result is applied at the next use.
+        """Start the all-reduce of this batch's logits [R, K]; the next use of the center waits for it.
 
-        Each row counts the same: processes mask different numbers of patches, and R may be 0.
+        Each row has the same weight: processes mask different numbers of patches, and R may be 0.
         """
         self.apply_center_update()
         total = rows.float().sum(dim=0)  # [K]
@@ -82,7 +82,7 @@ class TeacherCenter(nn.Module):
 
     @torch.no_grad()
     def apply_center_update(self) -> None:
-        """Move the center by the queued update, if there is one (a checkpoint calls this, so that none is lost)."""
+        """Apply the queued update, if there is one. Checkpoints call this too, so that none is lost."""
         if self._pending is None:
             return
         sums, work = self._pending
@@ -90,7 +90,7 @@ class TeacherCenter(nn.Module):
             work.wait()
         batch_center = sums[:-1] / sums[-1]
         moved = self.center * self.momentum + batch_center.view_as(self.center) * (1 - self.momentum)
-        # A batch that is not finite is skipped by the optimizer too; here it would stay in all later targets. A batch
-        # without a masked patch does not move the center either.
+        # An update that is not finite is dropped, as the optimizer skips the step: it would stay in all later targets.
+        # A batch without a masked patch does not move the center either.
         self.center.copy_(torch.where(moved.isfinite().all(), moved, self.center))
         self._pending = None

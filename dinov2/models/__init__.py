@@ -1,8 +1,8 @@
-"""Student and teacher networks from a config, and a network's description in plain Python."""
+"""Build student and teacher from a config, and describe a network in plain Python."""
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, overload
+from typing import Any
 
 from .vision_transformer import SIZES, DinoVisionTransformer, vit_base, vit_giant2, vit_large, vit_small, vit_tiny
 
@@ -24,7 +24,7 @@ def _released(size: str, has_registers: bool, ffn_layer: str) -> dict[str, Any]:
     return settings
 
 
-# what the names of Meta's released networks stand for
+# settings of Meta's released networks, by name
 _RELEASED: dict[str, dict[str, Any]] = {
     f"dinov2_vit{letter}14{suffix}": _released(size, bool(suffix), ffn_layer)
     for letter, size, ffn_layer in (
@@ -38,49 +38,18 @@ _RELEASED: dict[str, dict[str, Any]] = {
 
 ARCHITECTURES = (*_BUILDERS, *_RELEASED)
 
-# names in the config and in architecture() -> the constructor's, where they differ
+# names in the config and in architecture() -> the constructor's, if they differ
 _CONSTRUCTOR_NAMES = {"layerscale": "init_values"}
 
 # fields that a config may lack or set to null: then the constructor or `arch` decides
-_OPTIONAL_FIELDS = (
-    "embed_dim",
-    "depth",
-    "num_heads",
-    "num_register_tokens",
-    "interpolate_antialias",
-    "interpolate_offset",
-)
-_REQUIRED_FIELDS = (
-    "patch_size",
-    "layerscale",
-    "ffn_layer",
-    "block_chunks",
-    "qkv_bias",
-    "proj_bias",
-    "ffn_bias",
-)
-_ARCHITECTURE_FIELDS = (
-    "patch_size",
-    "embed_dim",
-    "depth",
-    "num_heads",
-    "img_size",
-    "in_chans",
-    "mlp_ratio",
-    "ffn_layer",
-    "qkv_bias",
-    "proj_bias",
-    "ffn_bias",
-    "layerscale",
-    "block_chunks",
-    "num_register_tokens",
-    "interpolate_antialias",
-    "interpolate_offset",
-)
+_DIMENSIONS = ("embed_dim", "depth", "num_heads")
+_OPTIONAL_FIELDS = (*_DIMENSIONS, "num_register_tokens", "interpolate_antialias", "interpolate_offset")
+_REQUIRED_FIELDS = ("patch_size", "layerscale", "ffn_layer", "block_chunks", "qkv_bias", "proj_bias", "ffn_bias")
+_ARCHITECTURE_FIELDS = ("patch_size", *_OPTIONAL_FIELDS, *_REQUIRED_FIELDS[1:], "img_size", "in_chans", "mlp_ratio")
 
 
 def _resolve(arch: str) -> tuple[Callable[..., DinoVisionTransformer], dict[str, Any]]:
-    """The function that builds `arch` and the settings that its name fixes."""
+    """Return the function that builds `arch`, and the settings that its name fixes."""
     name = arch.removesuffix("_memeff")  # upstream's old mark for xFormers attention
     if name in _RELEASED:
         settings = dict(_RELEASED[name])
@@ -91,7 +60,7 @@ def _resolve(arch: str) -> tuple[Callable[..., DinoVisionTransformer], dict[str,
 
 
 def fixed_settings(arch: str) -> dict[str, Any]:
-    """Fields of the config's section `student` that the name `arch` decides: those of Meta's released networks.
+    """Return the fields of the config's section `student` that the name `arch` fixes, for Meta's released networks.
 
     Raises:
         ValueError: for an unknown arch.
@@ -99,31 +68,21 @@ def fixed_settings(arch: str) -> dict[str, Any]:
     return _resolve(arch)[1]
 
 
-@overload
-def build_model(
-    args: Any, only_teacher: Literal[False] = False, img_size: int = 224
-) -> tuple[DinoVisionTransformer, DinoVisionTransformer, int]: ...
-
-
-@overload
-def build_model(args: Any, only_teacher: Literal[True], img_size: int = 224) -> tuple[DinoVisionTransformer, int]: ...
-
-
 def build_model(args: Any, only_teacher: bool = False, img_size: int = 224) -> Any:
-    """Student and teacher as the config's section `student` describes them.
+    """Build the student and teacher that the config's section `student` describes.
 
     Args:
-        args: object with the fields of `student`; it isn't changed. `arch` is a function of vision_transformer
-            ("vit_small", ...), or "dinov2_vits14" and alike, whose patch size, feed-forward network and registers
-            then win over the other fields. embed_dim, depth and num_heads, if not null, replace what `arch` says.
+        args: object with the fields of `student`; it is not changed. `arch` is a function of vision_transformer
+            ("vit_small", ...), or a name like "dinov2_vits14", whose patch size, feed-forward network and registers
+            override the other fields. embed_dim, depth and num_heads, if not null, override those of `arch`.
         only_teacher: build no student.
-        img_size: pixels of the global crops.
+        img_size: side of the global crops in pixels.
 
     Returns:
-        (student, teacher, embed_dim), or (teacher, embed_dim). Stochastic depth is the student's only.
+        (student, teacher, embed_dim), or (teacher, embed_dim). Only the student has stochastic depth.
 
     Raises:
-        ValueError: for an unknown arch.
+        ValueError: the arch is unknown.
     """
     build, fixed = _resolve(args.arch)
     settings = {name: getattr(args, name) for name in _REQUIRED_FIELDS}
@@ -131,7 +90,7 @@ def build_model(args: Any, only_teacher: bool = False, img_size: int = 224) -> A
     settings |= {name: value for name, value in optional.items() if value is not None}
     for name, value in fixed.items():
         if name in settings and settings[name] != value:
-            logger.info("student.%s: %r becomes %r, which is what arch %s has", name, settings[name], value, args.arch)
+            logger.info("student.%s: %r becomes %r, the value of arch %s", name, settings[name], value, args.arch)
         settings[name] = value
     settings = {_CONSTRUCTOR_NAMES.get(name, name): value for name, value in settings.items()}
 
@@ -147,48 +106,33 @@ def build_model(args: Any, only_teacher: bool = False, img_size: int = 224) -> A
     return student, teacher, student.embed_dim
 
 
-@overload
-def build_model_from_cfg(
-    cfg: Any, only_teacher: Literal[False] = False
-) -> tuple[DinoVisionTransformer, DinoVisionTransformer, int]: ...
-
-
-@overload
-def build_model_from_cfg(cfg: Any, only_teacher: Literal[True]) -> tuple[DinoVisionTransformer, int]: ...
-
-
 def build_model_from_cfg(cfg: Any, only_teacher: bool = False) -> Any:
-    """build_model of a whole config: section `student`, and `crops.global_crops_size` for the image size."""
-    img_size = cfg.crops.global_crops_size
-    if only_teacher:
-        return build_model(cfg.student, only_teacher=True, img_size=img_size)
-    return build_model(cfg.student, img_size=img_size)
+    """Call build_model with a config's section `student` and `crops.global_crops_size` as the image size."""
+    return build_model(cfg.student, only_teacher, img_size=cfg.crops.global_crops_size)
 
 
 def architecture(model: DinoVisionTransformer) -> dict[str, Any]:
-    """All that build_backbone needs to make the same network, as numbers, strings, booleans and None.
+    """Describe a network for `build_backbone` with numbers, strings, booleans and None.
 
-    `arch` is the name of the size, for readers: "vit_small" and alike, or "custom".
+    `arch` is the name of its size for readers, like "vit_small", or "custom".
     """
     attributes = {"depth": "n_blocks", "layerscale": "init_values"}
-    dimensions = {"embed_dim": model.embed_dim, "depth": model.n_blocks, "num_heads": model.num_heads}
-    name_of_size = next((name for name, size in SIZES.items() if size == dimensions), "custom")
-    description: dict[str, Any] = {"arch": name_of_size}
-    description |= {name: getattr(model, attributes.get(name, name)) for name in _ARCHITECTURE_FIELDS}
+    description = {name: getattr(model, attributes.get(name, name)) for name in _ARCHITECTURE_FIELDS}
     if not isinstance(model.img_size, int):
         description["img_size"] = list(model.img_size)
-    return description
+    dimensions = {name: description[name] for name in _DIMENSIONS}
+    return {"arch": next((name for name, size in SIZES.items() if size == dimensions), "custom"), **description}
 
 
 def build_backbone(architecture: Mapping[str, Any]) -> DinoVisionTransformer:
-    """The network of a description, with fresh weights and without stochastic depth.
+    """Build the network of a description, with new weights and without stochastic depth.
 
     Args:
-        architecture: as `architecture(model)` gives it. What is missing follows from `arch`, or else is
-            DinoVisionTransformer's default; img_size may be a pair (height, width).
+        architecture: a description as `architecture(model)` returns it. Missing fields follow from `arch`, else they
+            have DinoVisionTransformer's defaults; img_size may be a pair (height, width).
 
     Raises:
-        ValueError: for an unknown arch without its dimensions, or for unknown fields.
+        ValueError: an unknown arch without its dimensions, or unknown fields.
     """
     unknown = sorted(set(architecture) - set(_ARCHITECTURE_FIELDS) - {"arch"})
     if unknown:
@@ -197,7 +141,7 @@ def build_backbone(architecture: Mapping[str, Any]) -> DinoVisionTransformer:
         )
     build: Callable[..., DinoVisionTransformer] = DinoVisionTransformer
     settings: dict[str, Any] = {}
-    if not {"embed_dim", "depth", "num_heads"} <= set(architecture):
+    if not set(_DIMENSIONS) <= set(architecture):
         if architecture.get("arch", "custom") == "custom":
             raise ValueError(
                 "architecture: the size is unknown; give embed_dim, depth and num_heads, or an arch out of "

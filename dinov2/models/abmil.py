@@ -1,14 +1,14 @@
 """Aggregators: from a patient's bag of cell features to class logits and the attention of each cell.
 
-Every aggregator maps cells [B, N, D] and is_cell [B, N] to logits [B, C] and attention [B, A, N]. A is C where each
-class has a column of its own (`classwise`, `clam`, `dsmil`) and 1 otherwise; each column sums to 1 over a bag's cells.
-All but `transmil` ignore the order of the cells; none lets padding change a bag.
+Every aggregator maps cells [B, N, D] and is_cell [B, N] to logits [B, C] and attention [B, A, N]. A is C if each class
+has its own column (`classwise`, `clam`, `dsmil`), else 1; each column sums to 1 over a bag's cells. Padding never
+changes a bag, and only `transmil` depends on the order of the cells.
 
-- `classwise`: attention, weighted mean and head per class, as DinoBloom's AML subtyping has them.
+- `classwise`: attention, weighted mean and head per class, as in DinoBloom's AML subtyping.
 - `gated`: gated attention (Ilse et al. 2018, arXiv 1802.04712).
-- `mean`, `max`: no attention to learn; what the others have to beat.
+- `mean`, `max`: baselines without learned attention.
 - `transmil` (Shao et al. 2021, arXiv 2106.00908), `clam` (Lu et al. 2021, arXiv 2004.09666), `dsmil` (Li et al. 2021,
-  arXiv 2011.08939): built by the torchmil library, an optional package.
+  arXiv 2011.08939): from torchmil, an optional package.
 
 Dimension key:  B bags (patients), N cells per bag after padding, D feature dim, C classes, A attention columns
 """
@@ -32,17 +32,17 @@ class Aggregator(nn.Module, ABC):
     """Base of all aggregators.
 
     Attributes:
-        architecture: what `build_aggregator` needs to build this network again, in plain Python.
+        architecture: arguments of `build_aggregator` that build this network again.
     """
 
     architecture: dict[str, Any]
 
     @abstractmethod
     def forward(self, cells: Tensor, is_cell: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, C] and attention [B, A, N] of cells [B, N, D] (zero where padded) and is_cell [B, N]."""
+        """Compute logits [B, C] and attention [B, A, N] of cells [B, N, D] (zero where padded) and is_cell [B, N]."""
 
     def auxiliary_loss(self, cells: Tensor, is_cell: Tensor, labels: Tensor) -> Tensor:
-        """What training adds to the cross-entropy of the logits; a scalar, 0 but for `clam` and `dsmil`.
+        """Compute the loss that training adds to the cross-entropy of the logits; 0 except for `clam` and `dsmil`.
 
         Args:
             cells, is_cell: as for `forward`.
@@ -52,7 +52,7 @@ class Aggregator(nn.Module, ABC):
 
 
 class ClassWiseAttentionMIL(Aggregator):
-    """DinoBloom's: each class pools the bag by its own attention and scores the result with its own head."""
+    """DinoBloom's aggregator: each class has its own attention over the bag and its own head."""
 
     def __init__(self, dim: int, n_classes: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class GatedAttentionMIL(Aggregator):
 
 
 class MeanPoolMIL(Aggregator):
-    """The mean of a bag's cells, and a head; each cell's attention is 1 / (cells of the bag)."""
+    """Mean of a bag's cells, and a head; each cell's attention is 1 / (number of cells)."""
 
     def __init__(self, dim: int, n_classes: int) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class MeanPoolMIL(Aggregator):
 
 
 class MaxPoolMIL(Aggregator):
-    """The maximum of each feature over a bag's cells, and a head; a cell's attention is its share of the maxima."""
+    """Maximum of each feature over a bag's cells, and a head; a cell's attention is its share of the maxima."""
 
     def __init__(self, dim: int, n_classes: int) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def _head(dim: int, n_outputs: int) -> nn.Sequential:
 
 
 class _OneBagAtATime(Aggregator):
-    """Networks that know no padding: they see each bag alone, cut to its cells."""
+    """Base of networks without padding: they get each bag alone, cut to its cells."""
 
     def forward(self, cells: Tensor, is_cell: Tensor) -> tuple[Tensor, Tensor]:
         check_no_bag_is_empty(is_cell)
@@ -126,14 +126,14 @@ class _OneBagAtATime(Aggregator):
 
     @abstractmethod
     def forward_bag(self, bag: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [C] and attention [A, n] of one bag [1, n, D]."""
+        """Compute logits [C] and attention [A, n] of one bag [1, n, D]."""
 
 
 class TransMIL(_OneBagAtATime):
-    """torchmil's TransMIL, with C outputs in place of its one.
+    """torchmil's TransMIL with C outputs instead of one.
 
-    It places the cells on a square in their order, so the order counts. The attention is the class token's in the last
-    layer, which the Nystroem approximation can make negative: such cells get none, and the rest is scaled to sum to 1.
+    It puts the cells on a square in their order, so the order matters. The attention is that of the class token in the
+    last layer. The Nystroem approximation can make it negative: such cells get 0, and the rest is scaled to sum to 1.
     """
 
     def __init__(self, dim: int, n_classes: int) -> None:
@@ -148,7 +148,7 @@ class TransMIL(_OneBagAtATime):
 
 
 class _OneVersusRest(_OneBagAtATime):
-    """C of torchmil's two-class networks, one per class; a softmax over their logits makes them one classifier."""
+    """C two-class networks of torchmil, one per class; a softmax over their logits makes them one classifier."""
 
     def __init__(self, name: str, dim: int, n_classes: int) -> None:
         super().__init__()
@@ -164,11 +164,11 @@ class _OneVersusRest(_OneBagAtATime):
                 losses.append(parts[self.auxiliary_name])
         return torch.stack(losses).mean()
 
-    auxiliary_name: str  # the part of torchmil's loss that does not judge the bag's logit
+    auxiliary_name: str  # the part of torchmil's loss that does not depend on the bag's logit
 
 
 class CLAM(_OneVersusRest):
-    """torchmil's CLAM: attention, and cells of high and low attention that a second classifier has to tell apart."""
+    """torchmil's CLAM: attention, and a second classifier that separates cells of high and low attention."""
 
     auxiliary_name = "InstLoss"
 
@@ -184,7 +184,7 @@ class CLAM(_OneVersusRest):
 
 
 class DSMIL(_OneVersusRest):
-    """torchmil's DSMIL: the bag's logit is the mean of its highest cell's and of a pooling by likeness to that cell."""
+    """torchmil's DSMIL: the bag's logit is the mean of its highest cell's and of a pooling by similarity to it."""
 
     auxiliary_name = "BCEWithLogitsLoss_max"
 
@@ -201,13 +201,13 @@ class DSMIL(_OneVersusRest):
 
 
 class _SmoothTopOneSVM(nn.Module):
-    """log sum_j exp(x_j + [j != y]) - x_y, averaged (Berrada et al. 2018, arXiv 1802.07595, for k = 1).
+    """Mean of log sum_j exp(x_j + [j != y]) - x_y (Berrada et al. 2018, arXiv 1802.07595, for k = 1).
 
-    torchmil 1.0.2 hands its own version the targets as a column, which its sums then mix between cells.
+    torchmil 1.0.2 passes the targets to its own version as a column, whose sums then mix cells.
     """
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Of logits [n, 2] and targets [n, 1]."""
+        """Compute the loss of logits [n, 2] and targets [n, 1]."""
         is_target = F.one_hot(targets.flatten().long(), 2).bool()  # [n, 2]
         return ((logits + (~is_target).to(logits.dtype)).logsumexp(dim=1) - logits[is_target]).mean()
 
@@ -234,7 +234,7 @@ MODELS = {**OWN_MODELS, **TORCHMIL_MODELS}
 
 
 def build_aggregator(model: str, dim: int, n_classes: int) -> Aggregator:
-    """An aggregator with random weights.
+    """Build an aggregator with random weights.
 
     Args:
         model: one of `MODELS`.
@@ -242,7 +242,7 @@ def build_aggregator(model: str, dim: int, n_classes: int) -> Aggregator:
         n_classes: C.
 
     Raises:
-        ValueError: for an unknown name, fewer than two classes, or if the model's package is missing.
+        ValueError: an unknown name, fewer than two classes, or a missing package.
     """
     if model not in MODELS:
         raise ValueError(f"model: {model!r} is unknown; choose one of {', '.join(MODELS)}")

@@ -2,14 +2,14 @@
 
 Dimension key:  B images, C channels, H x W pixels, P patches, R register tokens, N = 1 + R + P tokens, D embedding dim
 
-State-dict names, and the keys of what `forward_features` returns, are upstream's: released weights and users' scripts
-depend on them.
+State-dict names and the keys that `forward_features` returns are upstream's: released weights and users' scripts depend
+on them.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ def _no_ffn(**_: Any) -> nn.Module:
     return nn.Identity()
 
 
-# "swiglu" is the same network as "swiglufused": upstream's two names differ in the kernel only
+# "swiglu" is the same network as "swiglufused": upstream's two names differ only in the kernel
 FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "mlp": Mlp,
     "swiglu": SwiGLUFFNFused,
@@ -32,7 +32,7 @@ FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
 
 
 class BlockChunk(nn.ModuleList):
-    """Consecutive blocks as one module; leading identities keep each block's number within the whole network."""
+    """Consecutive blocks as one module; identities before them keep each block's number within the whole network."""
 
     def forward(self, x: Any) -> Any:
         """Apply the blocks in order to one tensor, or to a list of tensors."""
@@ -42,31 +42,31 @@ class BlockChunk(nn.ModuleList):
 
 
 class DinoVisionTransformer(nn.Module):
-    """ViT whose CLS token and patch tokens are both features.
+    """Vision transformer whose CLS token and patch tokens are both features.
 
     Args:
-        img_size: pixels of the images that `pos_embed` is made for, one number or (height, width); others are
-            served by interpolation.
-        patch_size: pixels of a patch.
+        img_size: size in pixels of the images that `pos_embed` is for, one number or (height, width); for other
+            sizes it is interpolated.
+        patch_size: side of a patch in pixels.
         in_chans: C.
         embed_dim: D.
         depth: number of blocks.
         num_heads: attention heads of a block.
-        mlp_ratio: width of the feed-forward network over D.
-        qkv_bias, ffn_bias, proj_bias: which linear maps of a block have a bias.
-        drop_path_rate: stochastic depth of the last block; from 0 in the first one it grows linearly.
-        drop_path_uniform: the same rate in all blocks instead.
-        init_values: where layer scale starts; None or 0 for no layer scale.
-        embed_layer, act_layer, block_fn: what the parts are built with.
+        mlp_ratio: width of the feed-forward network divided by D.
+        qkv_bias, ffn_bias, proj_bias: use a bias in these linear maps of a block.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 in the first block.
+        drop_path_uniform: use the same rate in all blocks instead.
+        init_values: initial value of layer scale; None or 0 for no layer scale.
+        embed_layer, act_layer, block_fn: classes of the parts.
         ffn_layer: "mlp", "swiglu", "swiglufused" or "identity".
-        block_chunks: into how many BlockChunks the blocks are put, which shows in their state-dict names; 0 for none.
+        block_chunks: number of BlockChunks that hold the blocks, visible in their state-dict names; 0 for none.
         num_register_tokens: R.
-        interpolate_antialias: smooth `pos_embed` when it is shrunk.
-        interpolate_offset: added to the wanted number of rows and columns before the ratio is taken; the nets without
-            registers were trained with 0.1. 0.0 interpolates to the exact size.
+        interpolate_antialias: smooth `pos_embed` when it is reduced.
+        interpolate_offset: added to the wanted number of rows and columns before the ratio is computed; networks
+            without registers were trained with 0.1. 0.0 interpolates to the exact size.
 
     Raises:
-        ValueError: for an unknown ffn_layer, more chunks than blocks, or an img_size that patches don't fill.
+        ValueError: an unknown ffn_layer, more chunks than blocks, or an img_size that patches do not fill.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class DinoVisionTransformer(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Start values of upstream; the patch embedding's convolution keeps torch's."""
+        """Set upstream's initial values; the patch embedding's convolution keeps torch's."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
         if self.register_tokens is not None:
@@ -159,14 +159,14 @@ class DinoVisionTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
-        """Position embedding for images of another size than `img_size`.
+        """Interpolate the position embedding for images of another size than `img_size`.
 
         Args:
-            x: [B, 1 + P, D], tells the dtype.
+            x: [B, 1 + P, D], of the dtype to return.
             w, h: the images' first and second spatial size in pixels: upstream's names, though w is the height.
 
         Returns:
-            [1, 1 + P, D]: bicubic, computed in float32 and given in x's dtype; `pos_embed` itself where it fits.
+            [1, 1 + P, D]: bicubic, computed in float32; `pos_embed` itself if its size fits.
         """
         return self._pos_embed_at(self._grid_of(w, h), x.dtype)
 
@@ -181,17 +181,17 @@ class DinoVisionTransformer(nn.Module):
         return _resize(self.pos_embed, own_grid, grid, offset=self.interpolate_offset, antialias=antialias).to(dtype)
 
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
-        """The first block's input.
+        """Compute the first block's input from images.
 
         Args:
             x: [B, C, H, W] normalised images.
-            masks: [B, P] bool, True where the mask token stands in for the patch; None for no mask.
+            masks: [B, P] bool, True if the mask token replaces the patch; None for no mask.
 
         Returns:
             [B, N, D]: CLS token, registers, patches.
 
         Raises:
-            ValueError: if H or W isn't a multiple of the patch size.
+            ValueError: H or W is not a multiple of the patch size.
         """
         grid = self._grid_of(x.shape[-2], x.shape[-1])
         patches = self.patch_embed(x)  # [B, P, D]
@@ -207,20 +207,12 @@ class DinoVisionTransformer(nn.Module):
     def forward_features_list(
         self, x_list: list[Tensor], masks_list: Sequence[Tensor | None] | None = None
     ) -> list[dict[str, Any]]:
-        """Compute forward_features of several batches whose images may differ in size; each block is called once."""
+        """Compute the features of several batches whose images may differ in size; each block is called once."""
         masks_list = masks_list or [None] * len(x_list)
         tokens = [self.prepare_tokens_with_masks(x, masks) for x, masks in zip(x_list, masks_list, strict=True)]
         for block in self.blocks:
             tokens = block(tokens)
         return [self._features(x, masks) for x, masks in zip(tokens, masks_list, strict=True)]
-
-    @overload
-    def forward_features(self, x: Tensor, masks: Tensor | None = None) -> dict[str, Any]: ...
-
-    @overload
-    def forward_features(
-        self, x: list[Tensor], masks: Sequence[Tensor | None] | None = None
-    ) -> list[dict[str, Any]]: ...
 
     def forward_features(self, x: Any, masks: Any = None) -> Any:
         """Compute the features of images.
@@ -256,17 +248,17 @@ class DinoVisionTransformer(nn.Module):
         return_class_token: bool = False,
         norm: bool = True,
     ) -> tuple[Tensor | tuple[Tensor, Tensor], ...]:
-        """Patch tokens after chosen blocks, never with the registers.
+        """Return the patch tokens after chosen blocks, without registers.
 
         Args:
             x: [B, C, H, W] normalised images.
-            n: how many of the last blocks, or the numbers of the blocks, from 0; the order is that of the blocks.
-            reshape: give [B, D, H / patch, W / patch] instead of [B, P, D].
-            return_class_token: give (patch tokens, CLS token [B, D]) for each block.
+            n: number of last blocks, or the numbers of the blocks from 0; results are in the order of the blocks.
+            reshape: return [B, D, H / patch, W / patch] instead of [B, P, D].
+            return_class_token: return (patch tokens, CLS token [B, D]) for each block.
             norm: apply the network's last norm to each.
 
         Raises:
-            ValueError: if the network has no such block.
+            ValueError: the network has no such block.
         """
         wanted = set(range(self.n_blocks - n, self.n_blocks)) if isinstance(n, int) else set(n)
         if not wanted or not wanted <= set(range(self.n_blocks)):
@@ -290,7 +282,7 @@ class DinoVisionTransformer(nn.Module):
         return tuple(layers)
 
     def each_block(self) -> Iterator[Block]:
-        """Iterate over the transformer blocks in order, whether they stand in chunks or not."""
+        """Iterate over the transformer blocks in order, in chunks or not."""
         return (module for module in self.blocks.modules() if isinstance(module, Block))
 
     def forward(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
@@ -302,8 +294,8 @@ class DinoVisionTransformer(nn.Module):
 def _drop_rates(rate: float, depth: int, uniform: bool) -> list[float]:
     if uniform:
         return [rate] * depth
-    # float32 steps as upstream takes them: the rounding can decide how many samples a block keeps. The device is named
-    # so that networks can be built on "meta".
+    # upstream's float32 steps: the rounding can decide how many samples a block keeps; on the CPU, so that networks
+    # can be built on "meta"
     return torch.linspace(0, rate, depth, device="cpu").tolist()
 
 
@@ -318,11 +310,11 @@ def _chunk(blocks: list[nn.Module], n_chunks: int) -> list[nn.Module]:
 def _resize(
     pos_embed: Tensor, source: tuple[int, int], grid: tuple[int, int], *, offset: float, antialias: bool
 ) -> Tensor:
-    """[1, 1 + rows * cols, D] of grid `source` to that of `grid`, bicubic, in float32; the CLS token's entry stays."""
-    pos_embed = pos_embed.float()  # bicubic isn't there for every low-precision dtype and device
+    """Resize [1, 1 + rows * cols, D] from grid `source` to `grid`, bicubic, in float32; the CLS token's entry stays."""
+    pos_embed = pos_embed.float()  # some low-precision types and devices lack bicubic interpolation
     patches = pos_embed[:, 1:].unflatten(1, source).permute(0, 3, 1, 2)  # [1, D, rows, cols]
     if offset:
-        # the ratio, not the size, sets where the embedding is sampled: released nets were trained with this shift
+        # released networks were trained with this shift: the ratio, not the size, sets the sampling points
         scale = ((grid[0] + offset) / source[0], (grid[1] + offset) / source[1])
         patches = F.interpolate(patches, scale_factor=scale, mode="bicubic", antialias=antialias)
     else:
@@ -332,20 +324,19 @@ def _resize(
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: int | tuple[int, int]) -> Tensor:
-    """Bring a weight file's `pos_embed` to another grid of patches, once and for all.
+    """Resize the `pos_embed` of a weight file to another grid of patches: bicubic, without offset or antialiasing.
 
-    This is how DinoBloom starts its 224-px nets (16 x 16 patches) from DINOv2's 518-px weights (37 x 37): bicubic,
-    without offset or antialiasing.
+    DinoBloom starts its 224-px networks (16 x 16 patches) in this way from DINOv2's 518-px weights (37 x 37).
 
     Args:
         pos_embed: [1, 1 + S * S, D], the CLS token's entry first, then a square grid row by row.
-        grid: rows and columns wanted, one number for a square.
+        grid: rows and columns, one number for a square.
 
     Returns:
         [1, 1 + rows * cols, D] in pos_embed's dtype.
 
     Raises:
-        ValueError: if pos_embed has another shape.
+        ValueError: pos_embed has another shape.
     """
     rows, cols = (grid, grid) if isinstance(grid, int) else grid
     n_patches = pos_embed.shape[1] - 1 if pos_embed.ndim == 3 else 0
@@ -358,7 +349,7 @@ def resize_pos_embed(pos_embed: Tensor, grid: int | tuple[int, int]) -> Tensor:
     return _resize(pos_embed, (side, side), (rows, cols), offset=0.0, antialias=False).to(pos_embed.dtype)
 
 
-# the dimensions behind the names of the functions below
+# dimensions of the networks that the functions below build
 SIZES: dict[str, dict[str, int]] = {
     "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
@@ -373,25 +364,25 @@ def _build(size: str, settings: dict[str, Any]) -> DinoVisionTransformer:
 
 
 def vit_tiny(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
-    """ViT-Ti: D 192, 12 blocks, 3 heads (6 M parameters); for demos and quick runs, upstream has none."""
+    """Build ViT-Ti: D 192, 12 blocks, 3 heads (6 M parameters); for demos and quick runs, upstream has none."""
     return _build("vit_tiny", {"patch_size": patch_size, "num_register_tokens": num_register_tokens, **kwargs})
 
 
 def vit_small(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
-    """ViT-S: D 384, 12 blocks, 6 heads (22 M parameters)."""
+    """Build ViT-S: D 384, 12 blocks, 6 heads (22 M parameters)."""
     return _build("vit_small", {"patch_size": patch_size, "num_register_tokens": num_register_tokens, **kwargs})
 
 
 def vit_base(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
-    """ViT-B: D 768, 12 blocks, 12 heads (86 M parameters)."""
+    """Build ViT-B: D 768, 12 blocks, 12 heads (86 M parameters)."""
     return _build("vit_base", {"patch_size": patch_size, "num_register_tokens": num_register_tokens, **kwargs})
 
 
 def vit_large(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
-    """ViT-L: D 1024, 24 blocks, 16 heads (304 M parameters)."""
+    """Build ViT-L: D 1024, 24 blocks, 16 heads (304 M parameters)."""
     return _build("vit_large", {"patch_size": patch_size, "num_register_tokens": num_register_tokens, **kwargs})
 
 
 def vit_giant2(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
-    """ViT-g with 64 channels a head: D 1536, 40 blocks, 24 heads (1.1 B parameters)."""
+    """Build ViT-g with 64 channels a head: D 1536, 40 blocks, 24 heads (1.1 B parameters)."""
     return _build("vit_giant2", {"patch_size": patch_size, "num_register_tokens": num_register_tokens, **kwargs})

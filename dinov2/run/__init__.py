@@ -1,1 +1,1 @@
-"""Launchers: the commands of `train` and `eval` as jobs of a SLURM cluster."""
+"""Launchers that submit the commands of `train` and `eval` as SLURM jobs, and a view of runs."""

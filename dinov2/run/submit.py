@@ -1,6 +1,6 @@
-"""What the launchers share: their options, the job that submitit runs, and messages about it.
+"""Submit a command to SLURM through submitit: options, the job's task, and waiting for the job.
 
-This module is imported in the job before submitit has set up its signal handlers, so it imports nothing heavy.
+The job imports this module before submitit sets its signal handlers, so its imports must be fast.
 """
 
 import argparse
@@ -22,39 +22,35 @@ import submitit
 from submitit.core.utils import UncompletedJobError
 from submitit.helpers import Checkpointable
 
-from dinov2.utils.command import REQUEUE_EXIT_CODE, exit_code
-from dinov2.utils.stop_signals import StopSignals
+from dinov2.utils.command import REQUEUE_EXIT_CODE, StopSignals, exit_code
 
-# States that a job does not leave, by their names in scontrol
+# final states of a job in scontrol
 _ENDED = {
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED"),
     *("NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE"),
 }
-_PATIENCE_SECONDS = 300  # with a controller that does not answer, or restarts
-_HOLD_SECONDS = 60  # for rank 0 to notice that the run has failed
+_SILENCE_SECONDS = 300  # of SLURM's controller, before --wait gives up
+_RANK_0_SECONDS = 60  # for rank 0 to notice that the run has failed
 
-# Options that are handed to sbatch as they are, with their help
+# options that are passed to sbatch unchanged, with their help
 _SAME_IN_SBATCH = {
     "partition": "(default: the cluster's)",
     "qos": "quality of service",
-    "account": "who pays",
+    "account": "account to charge",
     "constraint": "features that the nodes must have",
     "mem": "memory of a node, for instance 64G",
-    "comment": "some clusters ask for a reason here",
+    "comment": "text for the job's comment field, which some clusters require",
     "exclude": "nodes not to use",
     "nodelist": "nodes to use",
-    "gres": "how the cluster wants the GPUs of --ngpus asked for, for instance gpu:a100:8",
-    "dependency": "what to wait for, for instance afterok:<job id>",
+    "gres": "the cluster's way to request the GPUs of --ngpus, for instance gpu:a100:8",
+    "dependency": "condition for the start, for instance afterok:<job id>",
 }
 
 
 def add_cluster_arguments(
     parser: argparse.ArgumentParser, *, ngpus: int, minutes: int, many_tasks: bool, max_timeouts: int
 ) -> None:
-    """Add the options of a launcher, with defaults for some; nothing of a cluster is preset.
-
-    `many_tasks` is True for a job that may have several nodes and tasks.
-    """
+    """Add the options of a launcher; the arguments are defaults. `many_tasks` allows several nodes and tasks."""
     group = parser.add_argument_group("cluster")
     add, default = group.add_argument, "(default: %(default)s)"
     if many_tasks:
@@ -62,7 +58,7 @@ def add_cluster_arguments(
         add("--tasks-per-node", type=int, metavar="N", help="processes of a node with --ngpus 0 (default: 1)")
     else:
         parser.set_defaults(nodes=1, tasks_per_node=None)
-    gpus_help = f"GPUs of a node, one process each; 0: the CPU {default}"
+    gpus_help = f"GPUs per node, one process each; 0 for the CPU {default}"
     add("--ngpus", "--gpus", "--gpus-per-node", type=int, default=ngpus, help=gpus_help)
     add("--timeout", type=int, default=minutes, metavar="MINUTES", help=f"time limit {default}")
     add("-p", dest="partition", help="the same as --partition")
@@ -70,23 +66,23 @@ def add_cluster_arguments(
         add(f"--{name}", help=text)
     volta_help = "the same as --constraint volta32gb"
     add("--use-volta32", dest="constraint", action="store_const", const="volta32gb", help=volta_help)
-    add("--cpus-per-task", type=int, metavar="N", help="cores of a process; decoding needs several")
+    add("--cpus-per-task", type=int, metavar="N", help="cores per process; decoding needs several")
     repeated: dict[str, Any] = {"action": "append", "default": []}
     sbatch_help = "any other option of sbatch, as in --slurm reservation=r1 --slurm exclusive; may be repeated"
     add("--slurm", **repeated, metavar="KEY[=VALUE]", help=sbatch_help)
-    setup_help = "shell line to run before, for instance 'module load cuda'; may be repeated"
+    setup_help = "shell line to run before the job, for instance 'module load cuda'; may be repeated"
     add("--setup", **repeated, metavar="LINE", help=setup_help)
-    delay_help = f"time before the limit at which the job saves and queues again; SLURM may be a minute early {default}"
+    delay_help = f"time before the limit at which the job saves and requeues; SLURM may be a minute early {default}"
     add("--signal-delay", type=int, default=120, metavar="SECONDS", help=delay_help)
-    limits_help = f"how often the job may reach its limit and queue again {default}"
+    limits_help = f"number of times that the job may reach its limit and requeue {default}"
     add("--max-timeouts", type=int, default=max_timeouts, metavar="N", help=limits_help)
-    add("--wait", action="store_true", help="stay until the job has ended, with its exit code")
+    add("--wait", action="store_true", help="wait until the job has ended, and return its exit code")
 
 
 class TrainingTask(Checkpointable):
-    """Each process of a training job: run train.py, which continues from its checkpoints in a job queued again.
+    """Task of each process of a training job: train.py, which resumes from its checkpoints in a requeued job.
 
-    The job has a copy of the configuration file: editing the file while the job waits or restarts changes nothing.
+    The job has a copy of the configuration file, so later changes of the file have no effect.
     """
 
     def __init__(self, argv: Sequence[str], config_file: Path | None) -> None:
@@ -95,11 +91,11 @@ class TrainingTask(Checkpointable):
         self.config_text = config_file.read_text(encoding="utf-8") if config_file else ""
 
     def __call__(self) -> None:
-        """Train; returns only if the run has finished, which submitit and SLURM take for success."""
+        """Train; return only if the run has finished, which is success for submitit and SLURM."""
         argv = list(self.argv)
-        if int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:  # it resumes the run that it started
+        if int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:  # a requeued job resumes its run
             argv = [text for text in argv if not (len(text) > 3 and "--no-resume".startswith(text))]
-        signals = StopSignals()  # train.py enters it
+        signals = StopSignals()  # train.py enters this context
         with tempfile.TemporaryDirectory() as folder:
             if self.config_name is not None:
                 file = Path(folder, self.config_name)
@@ -111,17 +107,17 @@ class TrainingTask(Checkpointable):
 
     @staticmethod
     def _end(code: int, received: int | None) -> None:
-        """End the process of an unfinished run, and queue an interrupted job again unless SLURM does so.
+        """End the process of an unfinished run, and requeue a stopped job unless SLURM does so.
 
-        - The signal before the time limit, or one sent by hand: submitit's handler queues the job again.
-        - SIGTERM of a job that SLURM removes (scontrol requeue, preemption, scancel): SLURM has decided already.
-        - SIGTERM as the notice of a preemption (GraceTime): queued again, since SLURM would call the job failed.
+        - The signal before the time limit, or a user's signal: submitit's handler requeues the job.
+        - SIGTERM of scontrol requeue, preemption or scancel: SLURM has decided already.
+        - SIGTERM as the notice of a preemption (GraceTime): requeued here, since SLURM would mark the job as failed.
         """
         environment = submitit.JobEnvironment()
         if environment.global_rank != 0:
-            _let_rank_0_go_first(environment.job_id, math.inf if code == REQUEUE_EXIT_CODE else _HOLD_SECONDS)
+            _wait_for_rank_0(environment.job_id, math.inf if code == REQUEUE_EXIT_CODE else _RANK_0_SECONDS)
         elif code == REQUEUE_EXIT_CODE:
-            fields = _fields_of(environment.job_id)
+            fields = _job_fields(environment.job_id)
             is_preempted = fields.get("JobState") == "RUNNING" and fields.get("PreemptTime", "None") != "None"
             if received not in (signal.SIGTERM, signal.SIGINT) or is_preempted:
                 signal.raise_signal(signal.Signals[f"SIG{environment.USR_SIG}"])
@@ -129,7 +125,7 @@ class TrainingTask(Checkpointable):
 
 
 class EvaluationTask(Checkpointable):
-    """An evaluation command as a job; queued again, it starts from the beginning."""
+    """Task of an evaluation job; after a requeue it starts from the beginning."""
 
     def __init__(self, module: str, argv: Sequence[str]) -> None:
         self.module, self.argv = module, list(argv)
@@ -144,7 +140,7 @@ class EvaluationTask(Checkpointable):
 def submit(
     task: TrainingTask | EvaluationTask, args: argparse.Namespace, output_dir: Path, name: str
 ) -> submitit.Job[None]:
-    """Submit `task` to SLURM; submitit writes it and its logs to `output_dir/submitit/<job id>`, beside the runs.
+    """Submit `task` to SLURM; submitit's files and logs are in `output_dir/submitit/<job id>`.
 
     Raises:
         ValueError: options contradict each other, this machine has no SLURM, or SLURM refuses the job.
@@ -162,9 +158,9 @@ def submit(
     except OSError as error:
         raise PermissionError(f"--output-dir: cannot write to {folder} ({error.strerror}); choose another") from error
 
-    # since SLURM 22.05 srun does not take --cpus-per-task over from sbatch
+    # since SLURM 22.05 srun does not inherit --cpus-per-task from sbatch
     srun_cpus = [] if args.cpus_per_task is None else [f"--cpus-per-task={args.cpus_per_task}"]
-    more = (text.lstrip("-").partition("=") for text in args.slurm)
+    extra = (text.lstrip("-").partition("=") for text in args.slurm)
     executor = submitit.SlurmExecutor(folder / "%j", max_num_timeout=args.max_timeouts)
     executor.update_parameters(
         **{key: getattr(args, key) for key in (*_SAME_IN_SBATCH, "cpus_per_task") if getattr(args, key) is not None},
@@ -179,7 +175,7 @@ def submit(
         signal_delay_s=args.signal_delay,
         additional_parameters={
             "requeue": True,
-            **{key.replace("-", "_"): value if equals else True for key, equals, value in more},
+            **{key.replace("-", "_"): value if equals else True for key, equals, value in extra},
         },
     )
     try:
@@ -189,7 +185,7 @@ def submit(
 
 
 def tasks_per_node(args: argparse.Namespace) -> int:
-    """Return the number of processes of a node, one for each GPU; ValueError if options contradict each other."""
+    """Return the number of processes per node, one for each GPU; ValueError if options contradict each other."""
     for name, low in {"nodes": 1, "ngpus": 0, "timeout": 1, "cpus_per_task": 1, "tasks_per_node": 1}.items():
         value = getattr(args, name)
         if value is not None and value < low:
@@ -203,16 +199,16 @@ def tasks_per_node(args: argparse.Namespace) -> int:
         return int(args.tasks_per_node or 1)
     if args.tasks_per_node is not None:
         raise ValueError("--tasks-per-node is for --ngpus 0; with GPUs there is one process for each")
-    wanted = re.search(r"\bgpu(?::[^:,]*[A-Za-z][^:,]*)?(?::(\d+))?", args.gres or "")
-    if wanted and int(wanted[1] or 1) != args.ngpus:
+    requested = re.search(r"\bgpu(?::[^:,]*[A-Za-z][^:,]*)?(?::(\d+))?", args.gres or "")
+    if requested and int(requested[1] or 1) != args.ngpus:
         raise ValueError(
-            f"--gres {args.gres} is {wanted[1] or 1} GPUs of a node, but --ngpus {args.ngpus}; give both alike"
+            f"--gres {args.gres} is {requested[1] or 1} GPUs of a node, but --ngpus {args.ngpus}; give the same number"
         )
     return int(args.ngpus)
 
 
 def describe(job: submitit.Job[None], args: argparse.Namespace, results: Path) -> str:
-    """Tell the user of a launcher where results and logs are, and how to follow, queue again and cancel the job."""
+    """Describe where results and logs are, and how to follow, requeue and cancel the job."""
     log, number = job.paths.stdout, job.job_id
     return f"""job {number}: nodes {args.nodes}, tasks {job.num_tasks}, {args.timeout} min
   results  {results}
@@ -224,16 +220,16 @@ def describe(job: submitit.Job[None], args: argparse.Namespace, results: Path) -
 
 
 def wait(job_id: str) -> int:
-    """Wait until the job has ended, and print each new state; returns its exit code. Ctrl-C leaves the job alone.
+    """Wait until the job has ended, print each new state, and return its exit code. Ctrl-C does not end the job.
 
     Raises:
-        ConnectionError: no answer from SLURM for five minutes.
+        ConnectionError: SLURM does not answer for five minutes.
     """
     printed, started = "", time.monotonic()
     answered = started
     try:
         while True:
-            fields, now = _fields_of(job_id), time.monotonic()
+            fields, now = _job_fields(job_id), time.monotonic()
             if fields:
                 where = fields["Reason"] if fields["JobState"] == "PENDING" else fields.get("NodeList", "")
                 answered, text = now, f"job {job_id} {fields['JobState']} ({where})"
@@ -241,42 +237,37 @@ def wait(job_id: str) -> int:
                     print(time.strftime("%H:%M:%S"), text, flush=True)
                     printed = text
                 if fields["JobState"] in _ENDED:
-                    return _exit_code_of(fields)
-            elif now - answered > _PATIENCE_SECONDS:
+                    return _job_exit_code(fields)
+            elif now - answered > _SILENCE_SECONDS:
                 raise ConnectionError(f"scontrol shows nothing of job {job_id}, which may go on; see sacct -j {job_id}")
             time.sleep(min(30.0, 1 + (now - started) / 20))
     except KeyboardInterrupt:
         print(f"job {job_id} goes on; scancel {job_id} ends it")
-        return 130  # what a shell has for Ctrl-C
+        return 130  # a shell's exit code for Ctrl-C
 
 
-def _exit_code_of(fields: dict[str, str]) -> int:
-    """Return a shell's exit code; that of the training comes before srun's, which is of the process killed last."""
+def _job_exit_code(fields: dict[str, str]) -> int:
+    """Return a job's exit code for a shell: the training's, else srun's, which is that of the last killed process."""
     if fields["JobState"] == "COMPLETED":
         return 0
     codes = [fields.get(name, "0:0").split(":") for name in ("DerivedExitCode", "ExitCode")]
     return next((int(code) or 128 + int(number) for code, number in codes if (code, number) != ("0", "0")), 1)
 
 
-def _let_rank_0_go_first(job_id: str, at_most_seconds: float) -> None:
-    """Wait while rank 0 may queue the job again or log an error: the first process that exits ends all."""
+def _wait_for_rank_0(job_id: str, max_seconds: float) -> None:
+    """Wait while rank 0 may requeue the job or log an error: the first process that exits ends all."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    deadline = time.monotonic() + at_most_seconds
-    while time.monotonic() < deadline and _fields_of(job_id).get("JobState", "RUNNING") == "RUNNING":
+    deadline = time.monotonic() + max_seconds
+    while time.monotonic() < deadline and _job_fields(job_id).get("JobState", "RUNNING") == "RUNNING":
         time.sleep(5)
 
 
-def _fields_of(job_id: str) -> dict[str, str]:
+def _job_fields(job_id: str) -> dict[str, str]:
     """Return scontrol's fields of a job, {} without an answer; sacct has more, but not on every cluster."""
+    command = ["scontrol", "--details", "--oneliner", "show", "job", job_id]
     try:
-        run = subprocess.run(
-            ["scontrol", "--details", "--oneliner", "show", "job", job_id],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except subprocess.TimeoutExpired:
         return {}
-    # the user's own texts come last, and may contain a key again
+    # the user's own texts come last and may contain a key again: the first value of a key is kept
     return dict(reversed(re.findall(r"(\w+)=(\S*)", run.stdout)))

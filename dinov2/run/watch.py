@@ -1,6 +1,6 @@
-"""Show how runs are doing, a line each, from status.json in their folders: progress, rates, losses, kNN and health.
+"""Show the progress of runs, one line each, from their status.json: steps, rates, losses, kNN and health.
 
-Nothing is written and no network made: the command answers at once, beside a training or from another machine.
+It writes nothing and builds no network, so it answers at once, on any machine that sees the folders.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 from dinov2.utils.progress import duration_text
 from dinov2.utils.run_status import ENDED, RunStatus, is_run, read_status
 
-SILENT_SECONDS = 300.0  # without a new status for so long a run is called silent: a checkpoint may well take minutes
+SILENT_SECONDS = 300.0  # a run without a new status for this long is called silent: a checkpoint may take minutes
 SHORT_NAMES = {"dino_global_crops_loss": "cls", "dino_local_crops_loss": "local"}
 COLUMNS = ("run", "state", "step", "%", "loss", "terms", "img/s", "wait", "eta", "kNN", "of", "health")
 DROPPED_FIRST = ("terms", "of", "wait", "img/s", "kNN", "eta", "step", "loss")  # where the terminal is narrow
@@ -26,8 +26,8 @@ LEFT_ALIGNED = ("run", "state", "terms", "health")
 HEALTH_WIDTH, NAME_WIDTH = 12, 20
 
 
-def state_of(run_folder: Path, status: RunStatus | None) -> str:
-    """Return the state of a run in words: that of its status.json, or killed, silent <how long>, unknown or gone."""
+def describe_state(run_folder: Path, status: RunStatus | None) -> str:
+    """Return the state of a run: that of its status.json, or killed, silent <duration>, unknown or gone."""
     if status is None:
         return "unknown" if run_folder.is_dir() else "gone"
     if status.state in ENDED:
@@ -50,8 +50,8 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def health_of(run_folder: Path, status: RunStatus) -> list[str]:
-    """Return what is wrong with a run, in words; empty if nothing is."""
+def list_problems(run_folder: Path, status: RunStatus) -> list[str]:
+    """Return the problems of a run in words; empty if it has none."""
     problems = [status.reason] if status.reason else []
     if status.losses and status.losses.get("total_loss") is None:
         problems.append("loss not finite")
@@ -76,7 +76,7 @@ def _count_bad_images(path: Path) -> int:
         return 0
 
 
-def knn_of(evaluation: Mapping[str, float]) -> float | None:
+def mean_knn(evaluation: Mapping[str, float]) -> float | None:
     """Return the balanced accuracy of kNN with the largest k, as mean over the data sets of an evaluation."""
     by_dataset: dict[str, dict[int, float]] = {}
     for name, value in evaluation.items():
@@ -85,62 +85,60 @@ def knn_of(evaluation: Mapping[str, float]) -> float | None:
     return statistics.fmean(by_k[max(by_k)] for by_k in by_dataset.values()) if by_dataset else None
 
 
-def row_of(run_folder: Path) -> dict[str, str]:
+def table_row(run_folder: Path) -> dict[str, str]:
     """Return a run's cells of the table, by column."""
     status = read_status(run_folder)
     row = dict.fromkeys(COLUMNS, "")
-    row |= {"run": _printable(run_folder.resolve().name)[:NAME_WIDTH], "state": state_of(run_folder, status)}
+    row |= {"run": _make_printable(run_folder.resolve().name)[:NAME_WIDTH], "state": describe_state(run_folder, status)}
     if status is None:
         return row
     done, total, losses = status.iteration, status.n_iterations, dict(status.losses)
-    loss, knn = losses.pop("total_loss", None), knn_of(status.evaluation)
+    loss, knn = losses.pop("total_loss", None), mean_knn(status.evaluation)
     terms = [f"{SHORT_NAMES.get(n, n.removesuffix('_loss'))} {v:.3g}" for n, v in losses.items() if v is not None]
     return row | {
         "step": f"{done}/{total}",
         "%": f"{100 * min(done, total) // total}" if total else "",
         "loss": "" if not status.losses else "nan" if loss is None else f"{loss:.4g}",
         "terms": " ".join(terms),
-        "img/s": _number(status.images_per_second, ".0f"),
-        "wait": _number(status.data_share, ".0%"),
+        "img/s": _format_number(status.images_per_second, ".0f"),
+        "wait": _format_number(status.data_share, ".0%"),
         "eta": "" if status.eta_seconds is None or status.state in ENDED else duration_text(status.eta_seconds),
-        "kNN": _number(knn, ".3f"),
+        "kNN": _format_number(knn, ".3f"),
         "of": "" if knn is None else f"@{status.evaluation['iteration']:.0f}",
-        "health": _printable(", ".join(health_of(run_folder, status))) or "ok",
+        "health": _make_printable(", ".join(list_problems(run_folder, status))) or "ok",
     }
 
 
-def _number(value: float | None, form: str) -> str:
+def _format_number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _printable(text: str) -> str:
-    """Replace what would steer the terminal in folder names and messages."""
+def _make_printable(text: str) -> str:
+    """Replace control characters of folder names and messages."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def table(rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
-    """Return a heading and a line for each run, none longer than `width` characters."""
+    """Format a heading and a line for each run, at most `width` characters long."""
     lines = [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]
     widths = {name: max(len(line[name]) for line in lines) for name in COLUMNS if any(row[name] for row in rows)}
-    widths["health"] = HEALTH_WIDTH  # at least; it is the last column
+    widths["health"] = HEALTH_WIDTH  # the minimum of the last column
     for name in DROPPED_FIRST:
         if sum(widths.values()) + len(widths) - 1 > width:
             widths.pop(name, None)
-    texts = []
-    for line in lines:
-        cells = [
-            line[name].ljust(n) if name in LEFT_ALIGNED else line[name].rjust(n)
-            for name, n in ((name, widths[name]) for name in COLUMNS if name in widths)
-        ]
-        texts.append(" ".join(cells).rstrip()[:width])
-    return texts
+
+    def text(line: Mapping[str, str]) -> str:
+        cells = (line[k].ljust(n) if k in LEFT_ALIGNED else line[k].rjust(n) for k, n in widths.items())
+        return " ".join(cells).rstrip()[:width]
+
+    return [text(line) for line in lines]
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Return the runs among folders, and in folders of runs.
+    """Return the given runs, and the runs in given folders of runs.
 
     Raises:
-        FileNotFoundError: a folder is not there, or neither it nor a folder in it is a run.
+        FileNotFoundError: a folder does not exist, or neither it nor a folder in it is a run.
     """
     runs: list[Path] = []
     for path in paths:
@@ -156,14 +154,13 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Show in a line each how training runs are doing.",
-        epilog="exit code: 0 shown, 2 no run there, 130 stopped by Ctrl-C; COLUMNS=200 shows more where there is room",
+        description="Show the progress of training runs, one line each.",
+        epilog="exit code: 0 shown, 2 no such run, 130 stopped by Ctrl-C; COLUMNS=200 shows more columns",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, or a folder of runs")
-    parser.add_argument("--follow", action="store_true", help="look again and again, until all runs have ended")
-    parser.add_argument(
-        "--interval", type=float, default=10.0, metavar="S", help="seconds between looks (default: %(default)g)"
-    )
+    parser.add_argument("--follow", action="store_true", help="repeat until all runs have ended")
+    interval_help = "seconds between repetitions (default: %(default)g)"
+    parser.add_argument("--interval", type=float, default=10.0, metavar="S", help=interval_help)
     args = parser.parse_args(argv)
     if not 0 < args.interval < math.inf:
         parser.error(f"--interval: {args.interval:g} is no time to wait; give seconds above 0")
@@ -171,7 +168,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command; return its exit code."""
     args = parse_arguments(argv)
     try:
         runs = find_runs(args.runs)
@@ -181,10 +178,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_terminal, n_shown = sys.stdout.isatty(), 0
     try:
         while True:
-            rows = [row_of(run) for run in runs]
+            rows = [table_row(run) for run in runs]
             lines = table(rows, shutil.get_terminal_size().columns)
             if n_shown and is_terminal:
-                print(f"\x1b[{n_shown}F\x1b[J", end="")  # over the lines of the last look
+                print(f"\x1b[{n_shown}F\x1b[J", end="")  # removes the lines of the last repetition
             elif args.follow and not is_terminal:
                 lines[0] += time.strftime("  %H:%M:%S")
             print("\n".join(lines), flush=True)
@@ -194,6 +191,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             time.sleep(args.interval)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read the lines, `head` for instance, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at the exit
+    except BrokenPipeError:  # a reader like `head` has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes the rest at the exit
         return 0

@@ -1,8 +1,8 @@
 """From the dataset string to batch dicts on the training device.
 
-Workers decode and augment each image with a seed of its own, (train.seed, position in the global stream), and collate
-micro-batches with their masks. The device normalises the crops. A batch is a function of train.seed and its number,
-whatever the number of workers and processes.
+Workers decode and augment each image with its own seed, (train.seed, position in the global stream), and collate
+micro-batches with their masks. The device normalises the crops. A batch depends on train.seed and its number, not on
+the numbers of workers and processes.
 
 Dimension key:  A micro-batches of a step, W processes, B images of a micro-batch, G = A * W * B images of a step
 """
@@ -37,10 +37,10 @@ _AUGMENTATIONS = {"default": DataAugmentationDINO, "hema": DataAugmentationHEMA}
 
 
 def build_dataset(cfg: Any) -> HemaStandardDataset:
-    """Open the images that `train.dataset_path` names, decoded to squares.
+    """Open the data set of `train.dataset_path`, whose images are decoded to squares.
 
     Raises:
-        FileNotFoundError, ValueError: they cannot be read, or `train.balance` does not fit them.
+        FileNotFoundError, ValueError: it cannot be read, or `train.balance` does not fit it.
     """
     size = cfg.train.image_size or cfg.crops.global_crops_size
     dataset = make_dataset(cfg.train.dataset_path, image_size=size, fit=cfg.train.image_fit, seed=cfg.train.seed)
@@ -49,7 +49,7 @@ def build_dataset(cfg: Any) -> HemaStandardDataset:
 
 
 def build_balance(cfg: Any) -> Balance:
-    """Read from `train.balance` how often each set of images is seen."""
+    """Read `train.balance`, the shares of the image sets."""
     return Balance(dict(cfg.train.balance.weights), cfg.train.balance.temperature)
 
 
@@ -69,13 +69,13 @@ def build_augmentation(cfg: Any) -> DataAugmentationDINO:
 
 
 def resolve_batch_size(train: Any, world_size: int) -> None:
-    """Set, in the config's section `train`, how the images of a step spread over processes and micro-batches.
+    """Set the numbers of micro-batches and of their images in the config's section `train`.
 
-    Without global_batch_size it is batch_size_per_gpu x accumulation_steps x processes. With it, batch_size_per_gpu is
-    the largest micro-batch that a process takes, and accumulation_steps the smallest number that keeps to it.
+    Without global_batch_size, it becomes batch_size_per_gpu x accumulation_steps x processes. With it,
+    batch_size_per_gpu is the maximum size of a micro-batch, and accumulation_steps the smallest number that allows it.
 
     Raises:
-        ValueError: the global batch does not divide.
+        ValueError: the global batch is not divisible.
     """
     total, n_steps = train.global_batch_size, train.accumulation_steps
     if total is None:
@@ -94,17 +94,17 @@ def resolve_batch_size(train: Any, world_size: int) -> None:
     if n_images % n_steps:
         raise ValueError(
             f"train.accumulation_steps: {n_steps} micro-batches do not divide the {n_images} images that each of "
-            f"{world_size} processes has of train.global_batch_size={total}; leave accumulation_steps at null to have "
-            f"it chosen"
+            f"{world_size} processes has of train.global_batch_size={total}; leave accumulation_steps at null, and it "
+            f"is chosen"
         )
     train.accumulation_steps, train.batch_size_per_gpu = n_steps, n_images // n_steps
 
 
 class TrainBatches:
-    """The batches of a run on one process: for each step, A micro-batches.
+    """Batches of a run on one process: A micro-batches for each step.
 
-    Position p of the global stream belongs to step p // G. Process r takes the positions r, r + W, r + 2W, ...; its
-    micro-batches are B of these in a row.
+    Position p of the global stream belongs to step p // G. Process r gets the positions r, r + W, r + 2W, ...; each
+    micro-batch has B consecutive ones of these.
     """
 
     def __init__(self, cfg: Any, dataset: HemaStandardDataset, device: torch.device) -> None:
@@ -121,7 +121,7 @@ class TrainBatches:
         )
 
     def starting_at(self, batch_number: int = 0, position: int = 0) -> Iterator[list[dict[str, Any]]]:
-        """Yield batch `batch_number` and those after it; earlier ones took `position` images of the global stream."""
+        """Yield the batches from `batch_number` on; earlier ones used `position` images of the global stream."""
         train = self.cfg.train
         loader = make_data_loader(
             dataset=self.dataset,
@@ -154,7 +154,7 @@ class TrainBatches:
             if isinstance(value, torch.Tensor):
                 value = value.to(self.device, non_blocking=True)
                 batch[key] = normalize_images(value) if key.endswith("_crops") else value
-        batch["seed"] = derive_seed(self.cfg.train.seed, "step", *numbers)  # of the stochastic depth
+        batch["seed"] = derive_seed(self.cfg.train.seed, "step", *numbers)  # for stochastic depth
         return batch
 
 
@@ -167,9 +167,9 @@ def collate_micro_batch(
     first_position: int,
     global_batch_size: int,
 ) -> dict[str, Any]:
-    """Collate the samples of a micro-batch in a worker; `failures` are the images that could not be read.
+    """Collate the samples of a micro-batch in a worker; `failures` lists the images that could not be read.
 
-    Batch number `first_batch` begins at `first_position`.
+    Batch number `first_batch` begins at `first_position` of the global stream.
     """
     places = [divmod(sample.position - first_position, global_batch_size) for sample in samples]
     mask_seed = derive_seed(seed, "masks", first_batch + places[0][0])

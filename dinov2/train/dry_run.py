@@ -1,9 +1,8 @@
-"""What a training step takes: arithmetic, seconds and memory; `--dry-run`, and the largest batch that fits.
+"""Measure the cost of a training step (arithmetic, seconds, memory), for `--dry-run` and `--find-batch-size`.
 
 Dimension key:  B images of a micro-batch (train.batch_size_per_gpu), P patches of a global crop
 """
 
-import bisect
 import logging
 import statistics
 import tempfile
@@ -28,38 +27,36 @@ from dinov2.train.micro_batches import forward_backward
 from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.utils.memory import PeakMemory, memory_room, resident_memory, size_text
+from dinov2.utils.memory import PeakMemory, memory_limit, resident_memory, size_text
 
 logger = logging.getLogger("dinov2")
 
-MARGIN = 0.1  # share of the free memory that a batch leaves: fragments, data workers, evaluation, masks that differ
+MARGIN = 0.1  # share of the free memory that stays free: for fragments, data workers, evaluation, other masks
 MAX_IMAGES = 2**16
-N_SMALL = 8  # images of the larger one of the small steps that a dry run measures
-VISIBLE_GROWTH = 1.5  # of the peak over that of the smallest step: below, an image's memory is lost in the rest
+N_SMALL = 8  # images of the larger of the two small steps that a dry run measures
+VISIBLE_GROWTH = 1.5  # peak over that of the smallest step, above which the memory of an image can be measured
 
-Step = Callable[[int], "StepCost"]  # from B to what it takes
+Step = Callable[[int], "StepCost"]  # from B to its cost
 
 
 # --- arithmetic -----------------------------------------------------------------------------------------------------
 
 
 def count_step_flops(cfg: Any, *, backbone_is_frozen: bool = False) -> int:
-    """Count the floating-point operations in matrix products of one process's step, on networks without memory.
+    """Count the floating-point operations in the matrix products of one process's step, on the "meta" device.
 
-    Both backbones on all tokens, heads and prototypes, forward and backward. What else a step does (losses,
-    Sinkhorn-Knopp, optimizer) takes time, but is about a hundredth of the arithmetic.
+    They are those of both backbones on all tokens, of heads and prototypes, forward and backward. Losses,
+    Sinkhorn-Knopp and optimizer take time, but are about a hundredth of the arithmetic.
 
     Args:
-        cfg: settled by `resolve_batch_size`.
+        cfg: configuration after `resolve_batch_size`.
         backbone_is_frozen: as in the first `optim.freeze_backbone_iterations` steps.
     """
     crops, ibot, batch_size = cfg.crops, cfg.ibot, cfg.train.batch_size_per_gpu
     with torch.device("meta"):
         model = SSLMetaArch(cfg, load_weights=False)
         for head in (*model.student.values(), *model.teacher.values()):
-            if isinstance(
-                head, DINOHead
-            ):  # its weight norm needs autocast, which `meta` lacks; the product is the same
+            if isinstance(head, DINOHead):  # "meta" has no autocast for its weight norm; the product is the same
                 layer = head.last_layer
                 head.add_module("last_layer", nn.Linear(layer.in_features, layer.out_features, bias=False))
         batches = [torch.empty(N_GLOBAL_CROPS * batch_size, 3, crops.global_crops_size, crops.global_crops_size)]
@@ -90,13 +87,13 @@ def count_step_flops(cfg: Any, *, backbone_is_frozen: bool = False) -> int:
 
 @torch.no_grad()
 def measured_matmul_rate(device: torch.device | str, dtype: torch.dtype) -> float:
-    """Measure the rate, in FLOP/s, at which the device multiplies large square matrices of `dtype`.
+    """Measure the rate in FLOP/s at which the device multiplies large square matrices of `dtype`.
 
-    Unlike a data sheet's number it has this machine's clock, cores, libraries and matmul precision in it.
+    Unlike a data sheet's value it depends on this machine's clock, cores, libraries and matmul precision.
     """
     device = torch.device(device)
     side = 16384 // dtype.itemsize if device.type == "cuda" else 1024
-    # Numbers as they occur in training: a GPU multiplies zeros at a higher clock
+    # random numbers as in training: a GPU multiplies zeros at a higher clock
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
 
@@ -107,7 +104,7 @@ def measured_matmul_rate(device: torch.device | str, dtype: torch.dtype) -> floa
             torch.cuda.synchronize(device)
         return time.perf_counter() - started
 
-    seconds()  # chooses a kernel
+    seconds()  # selects a kernel
     return 2 * side**3 / statistics.median(seconds() for _ in range(9))
 
 
@@ -116,30 +113,30 @@ def measured_matmul_rate(device: torch.device | str, dtype: torch.dtype) -> floa
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step takes: seconds besides decoding, and bytes in use before it and at its peak; and its losses."""
+    """Cost of a step."""
 
     batch_size: int  # B
     n_images: int  # of the global batch
-    before: int
-    peak: int
-    seconds: float
+    before: int  # bytes in use before the step
+    peak: int  # bytes in use at its peak
+    seconds: float  # without decoding
     losses: dict[str, float]
 
 
 class StepTrials:
-    """Runs real training steps with any batch size; nothing is written, but the weights move."""
+    """Runs real training steps with any batch size; it writes no files, but changes the weights."""
 
     def __init__(self, cfg: DictConfig, model: SSLMetaArch, dataset: HemaStandardDataset) -> None:
         self.model, self.dataset = model, dataset
         self.optimizer = build_optimizer(cfg.optim, model.get_params_groups())
         self.guard = StepGuard(model.device)
-        model.backbone_is_frozen = False  # a frozen one, as it may be in the first steps of a run, takes less
+        model.backbone_is_frozen = False  # steps with a frozen backbone take less
 
     def step(self, cfg: DictConfig) -> StepCost:
-        """Run two steps of a settled configuration: the first warms the device up, the second is timed.
+        """Run two steps of a resolved configuration: the first warms the device up, the second is timed.
 
         Raises:
-            torch.OutOfMemoryError: they do not fit on the GPU.
+            torch.OutOfMemoryError: a step does not fit on the GPU.
         """
         model, device, train = self.model, self.model.device, cfg.train
         now = Schedules(cfg).at(0)
@@ -166,46 +163,46 @@ class StepTrials:
 
 
 def growth_per_image(fewer: StepCost, more: StepCost) -> float:
-    """Return the bytes by which the peak grows with each image between two steps."""
+    """Return the bytes by which the peak grows per image between two steps."""
     return max(0.0, (more.peak - fewer.peak) / (more.batch_size - fewer.batch_size))
 
 
 def dry_run(cfg: DictConfig, model: SSLMetaArch, dataset: HemaStandardDataset) -> int:
-    """Log the networks' parameters, and what real steps take; the weights are of no use afterwards.
+    """Log the networks' parameters and the cost of real steps; the weights are useless afterwards.
 
-    Two small steps show what an image takes. A CPU, which would swap, then tries the run's batch only if it fits.
+    Two small steps show the cost of an image. On a CPU, which would swap, the run's batch is tried only if it fits.
 
     Returns:
         the exit code: 1 if the run's batch does not fit into the memory.
     """
     logger.info("the student's parameters\n%s", parameter_count_table(model.student, max_depth=2))
     logger.info("flops     %.3g TFLOP in matrix products of a step of each process", count_step_flops(cfg) / 1e12)
-    batch_size, room = cfg.train.batch_size_per_gpu, memory_room(model.device)
+    batch_size, limit = cfg.train.batch_size_per_gpu, memory_limit(model.device)
     n_processes = distributed.get_world_size()
-    trials, whole, need = StepTrials(cfg, model, dataset), None, "do not fit, nor do fewer"
+    trials, whole, need = StepTrials(cfg, model, dataset), None, "do not fit, and fewer do not either"
     other_sizes = cfg.copy()
     other_sizes.train.global_batch_size = None
-    fewest = _fewest_images(cfg, has_others=n_processes > 1 or cfg.train.accumulation_steps > 1)
+    fewest = _smallest_batch_size(cfg, has_others=n_processes > 1 or cfg.train.accumulation_steps > 1)
     small = max(fewest, min(N_SMALL, batch_size) // 2)
     with suppress(torch.OutOfMemoryError):
-        fewer, more = (trials.step(_with_batch_size(other_sizes, n, n_processes)) for n in (small, 2 * small))
+        fewer, more = (trials.step(_set_batch_size(other_sizes, n, n_processes)) for n in (small, 2 * small))
         per_image = growth_per_image(fewer, more)
         expected = more.peak + per_image * (batch_size - more.batch_size)
         need = f"would need about {size_text(expected)}, {size_text(per_image)} for each image"
-        if model.device.type == "cuda" or n_processes > 1 or expected <= room:
+        if model.device.type == "cuda" or n_processes > 1 or expected <= limit:
             whole = trials.step(cfg)
             need = f"need {size_text(whole.peak)}, {size_text(per_image)} for each image"
-    logger.info("memory    measured: %d images %s; there are %s", batch_size, need, size_text(room))
+    logger.info("memory    measured: %d images %s; there are %s", batch_size, need, size_text(limit))
     if whole is None:
         logger.error(
             "train.batch_size_per_gpu=%d does not fit; --find-batch-size looks for one that does, and "
-            "train.activation_checkpointing=1 or fewer head_n_prototypes make room",
+            "train.activation_checkpointing=1 or fewer head_n_prototypes need less memory",
             batch_size,
         )
         return 1
     logger.info("one step works: %s", "  ".join(f"{name} {value:.4f}" for name, value in whole.losses.items()))
     hours = whole.seconds * Schedules(cfg).n_iterations / 3600
-    logger.info("a step takes about %.2f s besides decoding, so the run at least %.1f h", whole.seconds, hours)
+    logger.info("a step takes about %.2f s without decoding, so the run at least %.1f h", whole.seconds, hours)
     return 0
 
 
@@ -213,60 +210,49 @@ def dry_run(cfg: DictConfig, model: SSLMetaArch, dataset: HemaStandardDataset) -
 
 
 def find_batch_size(cfg: DictConfig, model: SSLMetaArch, dataset: HemaStandardDataset) -> int | None:
-    """Find the largest `train.batch_size_per_gpu` whose step leaves MARGIN of the free memory; None where no step does.
+    """Find the largest `train.batch_size_per_gpu` whose step leaves MARGIN of the memory free; None if no step does.
 
-    A GPU tries sizes until one does not fit. A CPU would swap, or its process be killed: there the answer follows from
-    the growth over small steps. With `train.global_batch_size` sizes are its divisors.
+    It is extrapolated from the peaks of small steps. A GPU, which does not swap as a CPU does, then tries it, and
+    smaller sizes if it does not fit. With `train.global_batch_size` the sizes are its divisors.
 
     Args:
-        cfg: as given, before resolve_batch_size.
+        cfg: configuration before `resolve_batch_size`.
     """
-    device, sizes, room = model.device, batch_sizes(cfg), memory_room(model.device)
-    trials = StepTrials(_with_batch_size(cfg, sizes[0]), model, dataset)
-    limit = (1 - MARGIN) * room
+    sizes, available = batch_sizes(cfg), memory_limit(model.device)
+    trials = StepTrials(_set_batch_size(cfg, sizes[0]), model, dataset)
+    limit = (1 - MARGIN) * available
 
     def step(batch_size: int) -> StepCost:
-        cost = trials.step(_with_batch_size(cfg, batch_size))
-        text = "%6d images: fit, %s at the peak, %.3g images/s besides decoding"
+        cost = trials.step(_set_batch_size(cfg, batch_size))
+        text = "%6d images: fit, %s at the peak, %.3g images/s without decoding"
         logger.info(text, batch_size, size_text(cost.peak), cost.n_images / cost.seconds)
         return cost
 
-    text = "looking for the largest batch that needs at most %s of %s: %.0f %% stay free for what differs between steps"
-    logger.info(text, size_text(limit), size_text(room), 100 * MARGIN)
-    if device.type != "cuda":
-        return largest_by_extrapolation(step, sizes, limit)
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
-    try:
-        return largest_by_trying(step, sizes)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    text = "looking for the largest batch that needs at most %s of %s: %.0f %% stay free, since steps differ"
+    logger.info(text, size_text(limit), size_text(available), 100 * MARGIN)
+    with suppress(torch.OutOfMemoryError):
+        size = largest_by_extrapolation(step, sizes, limit)
+        return size if model.device.type != "cuda" else largest_that_fits(step, [n for n in sizes if n <= (size or 0)])
+    return None
 
 
-def largest_by_trying(step: Step, sizes: Sequence[int]) -> int | None:
-    """Find the largest of the ascending `sizes` whose step raises no torch.OutOfMemoryError, to 3 %; None if all do.
-
-    Doubles from N_SMALL images on until one does not fit, then bisects.
-    """
-    low, high = -1, len(sizes)  # sizes up to that at `low` fit, those from that at `high` on do not
-    trying = bisect.bisect_left(sizes, N_SMALL)
-    while low < high - 1 and (low < 0 or high == len(sizes) or sizes[high] - sizes[low] > max(1, sizes[low] // 32)):
-        trying = min(max(trying, low + 1), high - 1)
+def largest_that_fits(step: Step, sizes: Sequence[int]) -> int | None:
+    """Return the largest of the ascending `sizes` whose step raises no torch.OutOfMemoryError, to 10 %."""
+    while sizes:
         try:
-            step(sizes[trying])
-            low = trying
+            step(sizes[-1])
+            return sizes[-1]
         except torch.OutOfMemoryError:
-            logger.info("%6d images: do not fit", sizes[trying])
-            high = trying
-        trying = bisect.bisect_left(sizes, 2 * sizes[low]) if high == len(sizes) else (low + high) // 2
-    return sizes[low] if low >= 0 else None
+            logger.info("%6d images: do not fit", sizes[-1])
+            sizes = [n for n in sizes if n <= 0.9 * sizes[-1]]
+    return None
 
 
 def largest_by_extrapolation(step: Step, sizes: Sequence[int], limit: float) -> int | None:
-    """Find the largest of the ascending `sizes` that needs at most `limit` bytes, from the growth over small steps.
+    """Extrapolate from small steps the largest of the ascending `sizes` that needs at most `limit` bytes.
 
-    The size doubles until the peak has grown by half: in very small steps the optimizer's part may be the peak. No step
-    but the first can exceed the limit, since twice the images need at most twice of what a step adds.
+    The size doubles until the peak has grown by half: in very small steps the optimizer's memory may be the peak. Only
+    the first step can exceed the limit, since twice the images add at most twice the memory.
     """
     first = last = step(sizes[0])
     growth = (first.peak - first.before) / first.batch_size  # bytes an image, at most
@@ -286,23 +272,23 @@ def largest_by_extrapolation(step: Step, sizes: Sequence[int], limit: float) -> 
 
 
 def batch_sizes(cfg: DictConfig) -> Sequence[int]:
-    """Return the values that `train.batch_size_per_gpu` may have in one process; `cfg` is not yet settled."""
+    """Return the possible values of `train.batch_size_per_gpu` in one process; `cfg` is not yet resolved."""
     total, accumulation_steps = cfg.train.global_batch_size, cfg.train.accumulation_steps
     if total is not None and accumulation_steps is not None:
-        return [_with_batch_size(cfg, total).train.batch_size_per_gpu]
-    fewest = _fewest_images(cfg, has_others=total is not None or (accumulation_steps or 1) > 1)
+        return [_set_batch_size(cfg, total).train.batch_size_per_gpu]
+    fewest = _smallest_batch_size(cfg, has_others=total is not None or (accumulation_steps or 1) > 1)
     if total is None:
         return range(fewest, MAX_IMAGES + 1)
     return [n for n in range(fewest, total + 1) if total % n == 0]
 
 
-def _fewest_images(cfg: DictConfig, *, has_others: bool) -> int:
-    """Return the smallest B: KoLeo compares two images, unless the rest of the global batch `has_others`."""
+def _smallest_batch_size(cfg: DictConfig, *, has_others: bool) -> int:
+    """Return the smallest B: KoLeo compares two images, of this micro-batch or of others in the global batch."""
     return 1 if cfg.dino.koleo_loss_weight == 0 or (cfg.dino.koleo_loss_distributed and has_others) else 2
 
 
-def _with_batch_size(cfg: DictConfig, batch_size: int, world_size: int = 1) -> DictConfig:
-    """Settle an open configuration for another B; images are decoded in this process."""
+def _set_batch_size(cfg: DictConfig, batch_size: int, world_size: int = 1) -> DictConfig:
+    """Resolve a configuration for another B; images are decoded in this process."""
     changed = cfg.copy()
     changed.train.batch_size_per_gpu, changed.train.num_workers = batch_size, 0
     resolve_batch_size(changed.train, world_size)

@@ -1,8 +1,8 @@
-"""Gradient accumulation whose loss is that of the global batch.
+"""Gradient accumulation with the loss of the global batch.
 
-Sinkhorn-Knopp, centering, KoLeo and the smooth rank compare images with each other, so a step over A micro-batches
-cannot treat each of them alone: the teacher runs over all of them first and its logits are balanced together, and the
-student's features are computed once ahead, without gradient, so that each image meets those of all others.
+Sinkhorn-Knopp, centering, KoLeo and the smooth rank compare images across micro-batches. So the teacher runs over all A
+micro-batches of a step first, and its logits are balanced together. The student's features are first computed without
+gradient, so that each micro-batch can be compared with all others.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dinov2.distributed import all_gather_rows, get_rank
 from dinov2.fsdp.sharding import without_gradient_sync
-from dinov2.train.ssl_meta_arch import BatchFeatures, SSLMetaArch, by_view
+from dinov2.train.ssl_meta_arch import BatchFeatures, SSLMetaArch, split_views
 
 
 def forward_backward(
@@ -27,7 +27,7 @@ def forward_backward(
         teacher_temp: temperature of the teacher's targets.
 
     Returns:
-        the shown losses as `SSLMetaArch.forward_backward` gives them, averaged over the micro-batches.
+        the losses that `SSLMetaArch.forward_backward` returns, averaged over the micro-batches.
     """
     if len(micro_batches) == 1:
         return model.forward_backward(micro_batches[0], teacher_temp)
@@ -36,7 +36,7 @@ def forward_backward(
     with model.clock.stage("teacher"):
         targets = model.teacher_targets([model.teacher_outputs(images) for images in batches], teacher_temp)
     with model.clock.stage("student"):
-        features = _features_ahead(model, batches) if model.compares_images else None
+        features = _features_without_gradient(model, batches) if model.compares_images else None
     losses: list[dict[str, Tensor]] = []
     for number, (images, target) in enumerate(zip(batches, targets, strict=True)):
         own = None if features is None else BatchFeatures(features, get_rank() * n + number)
@@ -49,8 +49,8 @@ def forward_backward(
 
 
 @torch.no_grad()
-def _features_ahead(model: SSLMetaArch, batches: Sequence[Mapping[str, Any]]) -> Tensor:
-    """Compute the CLS tokens of all micro-batches of all processes: [W*A, 2, B, D]. Costs a forward pass."""
+def _features_without_gradient(model: SSLMetaArch, batches: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Compute the CLS tokens of all micro-batches of all processes: [W*A, 2, B, D]. It costs a forward pass."""
     return all_gather_rows(
-        torch.stack([by_view(model.student_tokens(images)[0]["x_norm_clstoken"]) for images in batches])
+        torch.stack([split_views(model.student_tokens(images)[0]["x_norm_clstoken"]) for images in batches])
     )

@@ -1,4 +1,4 @@
-"""What is watched while a run trains: signs of a collapse, with what to try, and profiles of some steps.
+"""Warn of signs of a collapse during training, with advice, and profile steps.
 
 Dimension key:  N feature vectors, D embedding dim, R rows of targets, K prototypes
 """
@@ -22,23 +22,23 @@ from dinov2.distributed import is_main_process
 
 logger = logging.getLogger("dinov2")
 
-# Thresholds, between runs that learned and runs that collapsed (docs/benchmarks/from_scratch.md). No number shows every
-# collapse: KoLeo keeps features apart while predictions are uniform, and only the CLS loss tells.
-UNIFORM_LOSS = 0.99  # of ln K, or above: the loss of uniform predictions
-VANISHING_LOSS = 0.1  # of ln K: a teacher that gives all images the same few prototypes is predicted without looking
+# Limits between runs that learned and runs that collapsed (docs/benchmarks/from_scratch.md). No single measure shows
+# every collapse: KoLeo keeps features apart while predictions are uniform, which only the CLS loss shows.
+UNIFORM_LOSS = 0.99  # share of ln K, the loss of uniform predictions
+VANISHING_LOSS = 0.1  # share of ln K: if all images have the same few prototypes, they are predicted without looking
 MIN_EFFECTIVE_RANK = 1.5  # four fifths of the variance along one direction; an untrained network has 1.1 to 1.9
 MIN_FEATURE_SPREAD = 0.1  # a mean cosine of 0.99 between images; an untrained network has 0.0004 to 0.5
-MIN_PROTOTYPE_USE = 0.1  # far below a run that learns: views of an image share a prototype, and so do alike images
-MIN_PATCH_PROTOTYPE_USE = 0.05  # patches are thousands a step and repeat (background, cytoplasm)
-MIN_PROTOTYPES = 1.5  # one for all is too few, whatever share of K that is
-MIN_IMAGES = 8  # statistics of fewer mean nothing: they span too few directions and prototypes
-# A sign is over when its mean is this much better than the limit, so that noise does not repeat a warning
-RECOVERY_FROM_UNIFORM, RECOVERY = 0.01, 0.25  # of ln K for the loss at ln K, of the limit for the others
-SHARP_TEMPERATURE = 0.02  # of the teacher: there a small run leaves ln K
-# An untrained network looks collapsed, so nothing is checked in the lr warm-up, but for a tenth to a quarter of the run
+MIN_PROTOTYPE_USE = 0.1  # far below a run that learns, though views and similar images share prototypes
+MIN_PATCH_PROTOTYPE_USE = 0.05  # thousands of patches a step repeat (background, cytoplasm)
+MIN_PROTOTYPES = 1.5  # a single prototype is too few, whatever share of K it is
+MIN_IMAGES = 8  # fewer images span too few directions and prototypes to be checked
+# A sign ends when its mean is this much better than the limit, so that noise does not repeat a warning
+RECOVERY_FROM_UNIFORM, RECOVERY = 0.01, 0.25  # share of ln K for UNIFORM_LOSS, of the limit for the others
+SHARP_TEMPERATURE = 0.02  # of the teacher; with it, small runs leave ln K
+# An untrained network looks collapsed: nothing is checked in the lr warm-up, limited to a tenth to a quarter of the run
 SHORTEST_STARTUP, LONGEST_STARTUP = 0.1, 0.25
 MIN_STARTUP_ITERATIONS, MAX_STARTUP_ITERATIONS = 100, 20_000
-# Means are over a fiftieth of the run: a single step's CLS loss scatters by more than UNIFORM_LOSS leaves room for
+# Means are over a fiftieth of the run: a single step's CLS loss is noisier than 1 - UNIFORM_LOSS
 WINDOW = 0.02
 MIN_WINDOW_ITERATIONS, MAX_WINDOW_ITERATIONS = 20, 500
 MIN_VALUES = 5  # a mean of fewer finite values is not checked
@@ -50,25 +50,25 @@ LABELS = {
     "prototype_use": "the share of prototypes that are the first choice of an image",
     "patch_prototype_use": "the share of prototypes that are the first choice of a masked patch",
 }
-PROFILE_WARM_UP = 3  # steps before the first profiled one: they choose kernels and compile
+PROFILE_WARM_UP = 3  # steps before the first profiled one: they select kernels and compile
 
 
 @torch.no_grad()
 def feature_statistics(cls_tokens: Tensor) -> dict[str, Tensor]:
-    """Measure how far features [N, D] are from being all alike, as 0-d float32 tensors on their device.
+    """Measure how much features [N, D] differ, as 0-d float32 tensors on their device.
 
     Returns:
         effective_rank: (sum_i l_i)^2 / sum_i l_i^2 of the eigenvalues l of the features' covariance (the participation
             ratio): n if n directions share the variance equally, at most 1 if all features are equal.
-        feature_spread: sqrt(D) times the mean over dimensions of the standard deviation of the features, each scaled
-            to length 1: 1 if they are uniform on the sphere, 0 if all are equal (SimSiam, Chen & He 2021,
+        feature_spread: sqrt(D) times the mean over dimensions of the standard deviation of the features, scaled to
+            unit length: 1 if they are uniform on the sphere, 0 if they are equal (SimSiam, Chen & He 2021,
             arXiv 2011.10566).
     """
     with torch.autocast(cls_tokens.device.type, enabled=False):
         features = cls_tokens.float()
         tiny = torch.finfo(torch.float32).tiny
         centred = features - features.mean(dim=0)
-        centred = centred / centred.abs().amax().clamp(min=tiny)  # fourth powers would leave the range of float32
+        centred = centred / centred.abs().amax().clamp(min=tiny)  # else fourth powers leave the range of float32
         n, dim = centred.shape
         gram = centred @ centred.T if n < dim else centred.T @ centred  # both have the covariance's eigenvalues
         effective_rank = gram.trace().square() / gram.square().sum().clamp(min=tiny)
@@ -78,51 +78,50 @@ def feature_statistics(cls_tokens: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def prototype_use(choices: Tensor, n_prototypes: int) -> Tensor:
-    """Compute the share of K prototypes that are some row's largest, out of min(R, K).
+    """Compute the share of prototypes that are the first choice of a row, out of min(R, K).
 
     Args:
-        choices: int64 [R], each row's largest.
+        choices: int64 [R], the prototype with each row's largest value.
         n_prototypes: K.
 
     Returns:
         0-d float32 on the choices' device; NaN if R is 0.
     """
-    n_rows = len(choices)
-    if n_rows == 0:
+    if len(choices) == 0:
         return torch.full((), math.nan, device=choices.device)
     is_used = torch.zeros(n_prototypes, device=choices.device)
     is_used.scatter_(0, choices, 1.0)
-    return is_used.sum() / min(n_rows, n_prototypes)
+    return is_used.sum() / min(len(choices), n_prototypes)
 
 
 @dataclass(frozen=True)
 class Sign:
-    """One sign of a collapse: a measure whose mean over a window of iterations is beyond a limit."""
+    """A sign of a collapse: the mean of a measure over a window of iterations crosses a limit."""
 
-    measure: str  # of LABELS
+    measure: str  # a key of LABELS
     limit: float
-    recovered: float  # beyond it the sign is over; below the limit where that is a ceiling
+    recovered: float  # beyond it the sign ends: below a ceiling, above a floor
     meaning: str
     advice: str
 
     @property
     def is_ceiling(self) -> bool:
-        """Whether values above the limit are the sign, not values below it."""
+        """Return True if values above the limit are the sign, False if values below it are."""
         return self.recovered < self.limit
 
     def is_beyond(self, bound: float, mean: float) -> bool:
-        """Return whether a mean reaches `bound`, the limit or the value of recovery."""
+        """Return whether a mean reaches `bound`: the limit or the recovery value."""
         return mean >= bound if self.is_ceiling else mean <= bound
 
 
 class CollapseMonitor:
-    """Follows the numbers of a run and warns of each sign of a collapse once; again only after it had gone.
+    """Warns once of each sign of a collapse, and again only after it has recovered.
 
-    Nothing is checked in the start-up phase; then every measure is, as the mean of `window` iterations in turn.
+    Nothing is checked in the start-up phase. Then each measure is checked as its mean over consecutive windows.
 
     Args:
         cfg: the run's merged configuration.
-        n_iterations: how many the run has in all.
+        n_iterations: number of iterations of the whole run.
     """
 
     def __init__(self, cfg: Any, n_iterations: int) -> None:
@@ -134,15 +133,15 @@ class CollapseMonitor:
         n_crops = N_GLOBAL_CROPS * _global_batch_size(cfg)
         self._masked_share = int(n_crops * cfg.ibot.mask_sample_probability) / n_crops  # of the global crops
         self._signs = _signs(cfg)
-        # By name: 1 for signs that were warned of; the window's "first" and "n_rows", and "<measure>/total" and ".../n"
+        # "<sign>": 1 if it holds; and of the present window "first", "n_rows", "<measure>/total" and "<measure>/n"
         self._state = defaultdict[str, float](float)
 
     def check(self, rows: Sequence[Mapping[str, float]]) -> list[str]:
-        """Add the newest rows; log and return the warnings that follow from them.
+        """Add the newest rows; log and return the warnings that they cause.
 
         Args:
-            rows: in order, each with its `iteration` and, where present, the losses as `SSLMetaArch.losses` shows them
-                and the statistics in `LABELS`.
+            rows: in order, each with its `iteration`, and the losses of `SSLMetaArch.losses` and statistics of `LABELS`
+                that it has.
         """
         texts = []
         for row in rows:
@@ -163,7 +162,7 @@ class CollapseMonitor:
         return texts
 
     def _end_window(self, last: int) -> list[str]:
-        """Return the warnings that the window calls for, and start a new one."""
+        """Return the warnings of this window, and start a new window."""
         texts, state = [], self._state
         self._state = defaultdict(float, {name: state[name] for name in self.signs_seen()})
         for name, sign in self._signs.items():
@@ -183,13 +182,13 @@ class CollapseMonitor:
         return texts
 
     def _measures(self, row: Mapping[str, float]) -> dict[str, float]:
-        """Compute what is checked from a row: both losses as mean cross-entropies in nats, so that ln K is uniform."""
-        # The log splits one mean over 2 + 2L terms into its global and its local part
+        """Compute the measures of a row; losses become mean cross-entropies in nats: ln K for uniform predictions."""
+        # The log splits one mean over 2 + 2L terms into a global and a local part
         cls_loss = row.get("dino_global_crops_loss", math.nan)
         if self._has_local_crops:
             cls_loss += row.get("dino_local_crops_loss", math.nan)
-        # The log has half of a mean over all crops, to which those without a mask add nothing. Exactly 0 is not a
-        # loss: then no patch was masked.
+        # The log has half of a mean over all crops, in which crops without a mask count as 0. A value of exactly 0
+        # means that no patch was masked.
         patch_loss = row.get("ibot_loss", math.nan)
         is_loss = self._masked_share > 0 and patch_loss != 0
         return {
@@ -199,15 +198,15 @@ class CollapseMonitor:
         }
 
     def signs_seen(self) -> list[str]:
-        """Return the signs that were warned of and have not gone."""
+        """Return the names of the signs that hold now."""
         return [name for name in self._signs if self._state[name]]
 
     def state_dict(self) -> dict[str, float]:
-        """Return plain numbers by name, from which `load_state_dict` continues."""
+        """Return the state as plain numbers by name."""
         return dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Continue from `state`; what it lacks starts anew."""
+        """Continue from `state`; missing entries start at 0."""
         self._state = defaultdict(float, state)
 
 
@@ -219,59 +218,56 @@ def _signs(cfg: Any) -> dict[str, Sign]:
     """Return the signs of a collapse in a run of this configuration, by name."""
     k_cls = int(cfg.dino.head_n_prototypes)
     k_patch = int(cfg.ibot.head_n_prototypes if cfg.ibot.separate_head else k_cls)
-    ln_k = math.log(k_cls)
+    ln_k, ln_k_patch = math.log(k_cls), math.log(k_patch)
     n_images = cfg.train.batch_size_per_gpu * (cfg.train.accumulation_steps or 1)
     against_uniform, against_one_for_all, against_alike = _advice(cfg)
+
+    def floor(measure: str, limit: float, meaning: str, advice: str) -> Sign:
+        return Sign(measure, limit, limit * (1 + RECOVERY), meaning, advice)
+
     uniform = (
         f"uniform predictions give ln {k_cls} = {ln_k:.4g}; the targets hardly differ between images, and the student "
         "does not learn to tell them apart"
     )
+    vanishing = (
+        "the teacher gives nearly all {} the same few prototypes, whatever they show (uniform predictions give "
+        "ln {} = {:.4g})"
+    )
+    images, patches = vanishing.format("images", k_cls, ln_k), vanishing.format("patches", k_patch, ln_k_patch)
+    recovered = (UNIFORM_LOSS - RECOVERY_FROM_UNIFORM) * ln_k
     signs = {
-        "uniform_cls": Sign(
-            "cls_loss", UNIFORM_LOSS * ln_k, (UNIFORM_LOSS - RECOVERY_FROM_UNIFORM) * ln_k, uniform, against_uniform
-        )
+        "uniform_cls": Sign("cls_loss", UNIFORM_LOSS * ln_k, recovered, uniform, against_uniform),
+        "vanishing_cls": floor("cls_loss", VANISHING_LOSS * ln_k, images, against_one_for_all),
+        "vanishing_patches": floor("patch_loss", VANISHING_LOSS * ln_k_patch, patches, against_one_for_all),
     }
-
-    def add_floor(name: str, measure: str, limit: float, meaning: str, advice: str) -> None:
-        signs[name] = Sign(measure, limit, limit * (1 + RECOVERY), meaning, advice)
-
-    for name, measure, things, k in (
-        ("vanishing_cls", "cls_loss", "images", k_cls),
-        ("vanishing_patches", "patch_loss", "patches", k_patch),
-    ):
-        meaning = (
-            f"the teacher gives nearly all {things} the same few prototypes, whatever they show (uniform predictions "
-            f"give ln {k} = {math.log(k):.4g})"
-        )
-        add_floor(name, measure, VANISHING_LOSS * math.log(k), meaning, against_one_for_all)
     if n_images < MIN_IMAGES:
         return signs
     one_number, alike = "images differ in little more than one number", "all images have nearly the same features"
-    add_floor("low_rank", "effective_rank", MIN_EFFECTIVE_RANK, one_number, against_alike)
-    add_floor("low_spread", "feature_spread", MIN_FEATURE_SPREAD, alike, against_alike)
-    few_kinds = "the teacher tells only a few kinds of {} apart"
+    few = "the teacher distinguishes only a few kinds of "
     min_use = max(MIN_PROTOTYPE_USE, MIN_PROTOTYPES / min(N_GLOBAL_CROPS * n_images, k_cls))
-    add_floor("few_prototypes", "prototype_use", min_use, few_kinds.format("images"), against_one_for_all)
-    min_use = max(MIN_PATCH_PROTOTYPE_USE, MIN_PROTOTYPES / k_patch)
-    add_floor("few_patch_prototypes", "patch_prototype_use", min_use, few_kinds.format("patches"), against_one_for_all)
-    return signs
+    min_patch_use = max(MIN_PATCH_PROTOTYPE_USE, MIN_PROTOTYPES / k_patch)
+    return signs | {
+        "low_rank": floor("effective_rank", MIN_EFFECTIVE_RANK, one_number, against_alike),
+        "low_spread": floor("feature_spread", MIN_FEATURE_SPREAD, alike, against_alike),
+        "few_prototypes": floor("prototype_use", min_use, f"{few}images", against_one_for_all),
+        "few_patch_prototypes": floor("patch_prototype_use", min_patch_use, f"{few}patches", against_one_for_all),
+    }
 
 
 def _advice(cfg: Any) -> tuple[str, str, str]:
-    """Say what to try against uniform predictions, one prototype for all, and features alike (docs/troubleshooting.md).
+    """Return advice against uniform predictions, one prototype for all, and equal features (docs/troubleshooting.md).
 
-    Each setting stands with its value.
+    Each setting is given with its present value.
     """
     teacher, batch_size = cfg.teacher, _global_batch_size(cfg)
     base_lr = f"optim.base_lr (now {cfg.optim.base_lr:g})"
     larger_batch = f"a larger batch (now {batch_size} images a step)"
     if cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS:
-        start = f"another {base_lr}: too high a one undoes the weights it began with"
+        start = f"another {base_lr}: too high a one undoes the weights that it started from"
     else:
         start = (
-            f"a start from released weights (student.pretrained_weights); student.layerscale=1.0 (now "
-            f"{cfg.student.layerscale}); a higher {base_lr} or more steps; the recipe for small runs, "
-            "configs/train/small_from_scratch.yaml"
+            f"released weights (student.pretrained_weights); student.layerscale=1.0 (now {cfg.student.layerscale}); a "
+            f"higher {base_lr} or more steps; the recipe for small runs, configs/train/small_from_scratch.yaml"
         )
     against_uniform = (
         f"{larger_batch}; {start}; sharper targets: teacher.warmup_teacher_temp and teacher.teacher_temp down to "
@@ -285,27 +281,27 @@ def _advice(cfg: Any) -> tuple[str, str, str]:
     )
     against_alike = (
         f"a higher dino.koleo_loss_weight (now {cfg.dino.koleo_loss_weight:g}), which pushes images apart; {start}; "
-        "a look whether the images really differ"
+        "a check whether the images really differ"
     )
     return against_uniform, against_one_for_all, against_alike
 
 
 @contextmanager
 def profiled_steps(folder: Path, n_steps: int, device: torch.device) -> Iterator[Callable[[], None]]:
-    """Profile steps of a loop on the main process; yields what to call at the end of each step.
+    """Profile steps of a loop on the main process; yield the function to call at the end of each step.
 
-    Profiled steps take longer, and their numbers stay the same. Files that cannot be written cause a warning: the
+    Profiled steps take longer; their losses stay the same. If the files cannot be written, a warning says so and the
     training continues.
 
     Args:
-        folder: of trace.json.gz (for https://ui.perfetto.dev or chrome://tracing) and table.txt.
-        n_steps: how many to profile, from the fourth one on; 0 for none.
-        device: where the steps are computed.
+        folder: folder of trace.json.gz (for https://ui.perfetto.dev or chrome://tracing) and table.txt.
+        n_steps: number of steps to profile, from the fourth on; 0 for none.
+        device: device of the steps.
     """
     if not n_steps or not is_main_process():
         yield lambda: None
         return
-    logger.info("profile: records %d steps after %d others", n_steps, PROFILE_WARM_UP)
+    logger.info("profile: recording %d steps after %d others", n_steps, PROFILE_WARM_UP)
     with profile(
         activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])],
         schedule=schedule(wait=PROFILE_WARM_UP - 1, warmup=1, active=n_steps, repeat=1),
@@ -313,8 +309,7 @@ def profiled_steps(folder: Path, n_steps: int, device: torch.device) -> Iterator
         acc_events=True,
     ) as profiler:
         yield profiler.step
-    n_done = profiler.step_num
-    if n_done < PROFILE_WARM_UP + n_steps:
+    if (n_done := profiler.step_num) < PROFILE_WARM_UP + n_steps:
         text = "profile: the training ended after %d steps, so %d of %d were recorded"
         logger.warning(text, n_done, max(0, n_done - PROFILE_WARM_UP), n_steps)
 

@@ -1,6 +1,6 @@
-"""Parameter groups, AdamW, clipping by sub-network, and the guard that keeps bad steps out of the weights.
+"""Parameter groups, AdamW, clipping by sub-network, and the guard that skips bad steps.
 
-Nothing here makes the host wait for the device: verdicts stay there, and the log reads the counts some steps later.
+Nothing here makes the host wait for the device: decisions stay on it, and the log reads the counts some steps later.
 """
 
 import logging
@@ -15,21 +15,21 @@ from dinov2.fsdp.sharding import total_norm
 
 logger = logging.getLogger("dinov2")
 
-SPIKE_MEMORY = 0.98  # of the running mean of the loss: it looks back over some fifty steps
-SPIKE_FLOOR = 0.01  # the spread is at least this share of the mean: a flat loss has no spikes
-SPIKE_WARM_UP = 50  # steps before the mean is trusted
+SPIKE_MEMORY = 0.98  # momentum of the running mean of the loss: about fifty steps
+SPIKE_FLOOR = 0.01  # the spread is at least this share of the mean, so that a flat loss has no spikes
+SPIKE_WARM_UP = 50  # steps before the mean is used
 
 
 def build_optimizer(optim: Any, params_groups: list[dict[str, Any]]) -> torch.optim.AdamW:
-    """AdamW with the betas of the `optim` section; lr and weight decay are set by the schedules at each step.
+    """Build AdamW with the betas of the `optim` section; the schedules set lr and weight decay at each step.
 
-    Every parameter has its moments from the start, so that all checkpoints hold the same entries.
+    Every parameter has its moments from the start, so that all checkpoints have the same entries.
     """
     optimizer = torch.optim.AdamW(params_groups, lr=0.0, betas=(optim.adamw_beta1, optim.adamw_beta2), fused=True)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # moves nothing: lr and gradients are 0
+    optimizer.step()  # changes no parameter: lr and gradients are 0
     optimizer.zero_grad(set_to_none=True)
     for parameter in parameters:
         optimizer.state[parameter]["step"].zero_()
@@ -37,7 +37,7 @@ def build_optimizer(optim: Any, params_groups: list[dict[str, Any]]) -> torch.op
 
 
 def clip_gradients(student: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]:
-    """Scale each sub-network's gradient to a norm of at most `max_norm` (0: leave it); returns the norms before.
+    """Clip each sub-network's gradient to a norm of at most `max_norm` (0: no limit); return the norms before.
 
     A sub-network without gradients has the norm 0.
     """
@@ -57,7 +57,7 @@ class LossScaler:
     """Keeps fp16 gradients in range: the loss is multiplied by `scale`, gradients are divided by it before the step.
 
     The scale halves after an overflow and doubles after 2,000 steps without one, as in PyTorch's GradScaler. That one
-    looks at each process's own shard of the gradients; here the guard's verdict counts, the same on all ranks.
+    checks each process's own shard of the gradients; here StepGuard decides, equally on all ranks.
     """
 
     def __init__(self, scale: float = 65536.0, growth_interval: int = 2000) -> None:
@@ -70,17 +70,17 @@ class LossScaler:
         return self
 
     def scale(self, loss: Tensor) -> Tensor:
-        """Return the loss to differentiate."""
+        """Multiply the loss by the scale."""
         return loss * self.scale_factor
 
     @torch.no_grad()
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the gradients by the scale; an overflow leaves infinities or NaN in them."""
+        """Divide the gradients by the scale; after an overflow they are infinite or NaN."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(gradients, 1.0 / self.scale_factor)
 
     def update(self, is_bad: Tensor) -> None:
-        """Adapt the scale after a step that overflowed (`is_bad` 1.0) or did not (0.0)."""
+        """Adapt the scale after a step with an overflow (`is_bad` 1.0) or without (0.0)."""
         self.good_steps.add_(1).mul_(1 - is_bad)
         grows = self.good_steps >= self.growth_interval
         self.scale_factor.mul_(torch.where(is_bad > 0, 0.5, torch.where(grows, 2.0, 1.0)))
@@ -91,11 +91,11 @@ class LossScaler:
 
 
 class StepGuard:
-    """Skips the optimizer step when a loss or gradient is not finite, or when the loss spikes.
+    """Skips the optimizer step if a loss or gradient is not finite, or if the loss spikes.
 
     A spike is a total loss of more than `max_spike` standard deviations above its running mean; 0 allows any. The
-    verdict goes to the fused AdamW as its `found_inf` flag, so a bad step changes neither weights nor moments. Losses
-    and norms that all processes agree on give a verdict that they agree on.
+    decision is passed to the fused AdamW as its `found_inf` flag, so a bad step changes neither weights nor moments.
+    All processes have the same losses and norms, and so make the same decision.
     """
 
     def __init__(self, device: torch.device, max_spike: float = 0.0) -> None:
@@ -115,9 +115,9 @@ class StepGuard:
         norms: Mapping[str, Tensor],
         scaler: LossScaler | None = None,
     ) -> None:
-        """One optimizer step, or none. Gradients must be unscaled already; `scaler` then counts overflows."""
-        evidence = torch.stack([value.float() for value in (*losses.values(), *norms.values())])
-        overflows = (~torch.isfinite(evidence).all()).float()
+        """Make one optimizer step, or skip it. Gradients must be unscaled already; `scaler` is then updated."""
+        values = torch.stack([value.float() for value in (*losses.values(), *norms.values())])
+        overflows = (~torch.isfinite(values).all()).float()
         total = torch.stack([value.float() for value in losses.values()]).sum()
         is_bad = torch.maximum(overflows, self._spikes(total))
         self.skipped += is_bad
@@ -130,15 +130,15 @@ class StepGuard:
             scaler.update(overflows)
 
     def _spikes(self, total: Tensor) -> Tensor:
-        """Return 1.0 where `total` is far above the running mean of the loss, else 0.0; updates the mean."""
+        """Return 1.0 if `total` is far above the running mean of the loss, else 0.0; update the mean."""
         spread = (self.loss_variance + (SPIKE_FLOOR * self.loss_mean).square()).sqrt()
         limit = self.loss_mean + self.max_spike * spread
         is_warm = self.good_steps >= SPIKE_WARM_UP
         spikes = (is_warm & (total > limit)).float() if self.max_spike > 0 else torch.zeros_like(total)
-        # A spike counts as the limit: the mean follows a loss that stays on its new level after some steps
+        # A spike enters the mean as the limit, so that the mean follows a loss that stays on a new level
         counted = torch.where(is_warm & (total > limit), limit, total)
         finite = torch.isfinite(counted)
-        # a plain mean at first, which would otherwise start at 0
+        # a plain mean at first, since the running mean starts at 0
         weight = torch.clamp(1 / (self.good_steps + 1), min=1 - SPIKE_MEMORY) * finite
         difference = torch.where(finite, counted, self.loss_mean) - self.loss_mean
         self.loss_mean += weight * difference
@@ -147,7 +147,7 @@ class StepGuard:
         return spikes
 
     def log_values(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what the log keeps of a step, on the device."""
+        """Return the values of a step for the log, on the device."""
         return {
             "total_loss": torch.stack(list(losses.values())).sum(),
             **losses,
@@ -157,7 +157,7 @@ class StepGuard:
         }
 
     def is_stuck(self, newest: Mapping[str, float], max_in_row: int) -> bool:
-        """Return whether there were `max_in_row` bad steps in a row; warn of any that were skipped."""
+        """Return whether there were `max_in_row` bad steps in a row; warn of newly skipped steps."""
         n_skipped = int(newest["skipped_steps"])
         if n_skipped > self._reported:
             logger.warning("%d steps so far were skipped: a loss or gradient was not finite, or spiked", n_skipped)
@@ -165,7 +165,7 @@ class StepGuard:
         return newest["longest_skipped_in_row"] >= max_in_row
 
     def describe(self, newest: Mapping[str, float]) -> str:
-        """Describe what was wrong, for the log and for errors."""
+        """Describe the bad steps, for the log and for errors."""
         terms = ", ".join(f"{k}={v}" for k, v in newest.items() if k.endswith("_loss") or k.startswith("grad_norm"))
         return (
             f"iteration {int(newest['iteration'])}, rank {get_rank()}: {int(newest['longest_skipped_in_row'])} steps "
@@ -187,8 +187,8 @@ def get_params_groups_with_decay(
 ) -> list[dict[str, Any]]:
     """Return a group for each trainable parameter: `name`, `lr_multiplier`, `wd_multiplier`, `is_last_layer`.
 
-    Biases, norms and layer scale have no weight decay. A module with `n_blocks` is a backbone, whose learning rates
-    decay by lr_decay_rate ** (n_blocks + 1 - layer); a head's do not.
+    Biases, norms and layer scale have no weight decay. The learning rates of a backbone (a module with `n_blocks`)
+    decay by lr_decay_rate ** (n_blocks + 1 - layer); those of a head do not.
     """
     n_blocks = getattr(model, "n_blocks", None)
     groups = []
@@ -221,7 +221,7 @@ def fuse_params_groups(
 
 
 def _layer_of(name: str, n_blocks: int) -> int:
-    """Return the depth of a backbone parameter: 0 for embeddings, i + 1 for block i, n_blocks + 1 behind the blocks."""
+    """Return the depth of a backbone parameter: 0 for embeddings, i + 1 for block i, n_blocks + 1 after the blocks."""
     parts = name.split(".")
     if {"pos_embed", "patch_embed", "mask_token", "cls_token", "register_tokens"}.intersection(parts):
         return 0

@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 
 
 class CosineScheduler:
-    """Zero for `freeze_iters`, linear for `warmup_iters`, then half a cosine from `base_value` to `final_value`.
+    """Schedule: zero for `freeze_iters`, linear for `warmup_iters`, then half a cosine to `final_value`.
 
-    Indexing past `total_iters` gives `final_value`.
+    Beyond `total_iters` the value is `final_value`.
     """
 
     def __init__(
@@ -53,28 +53,23 @@ class StepSettings:
     weight_decay: float
     teacher_momentum: float
     teacher_temp: float
-    backbone_is_frozen: bool = False  # heads that start at random warm up on its features
+    backbone_is_frozen: bool = False  # while random heads warm up on its features
 
     def apply_to(self, optimizer: Optimizer) -> None:
-        """Set each parameter group's lr and weight decay, by its multipliers."""
+        """Set each parameter group's lr and weight decay, times its multipliers."""
         for group in optimizer.param_groups:
             lr = self.last_layer_lr if group["is_last_layer"] else self.lr
             group["lr"] = lr * group["lr_multiplier"]
             group["weight_decay"] = self.weight_decay * group["wd_multiplier"]
 
     def log_values(self) -> dict[str, float]:
-        """Return the values under their names in the log."""
-        return {
-            "lr": self.lr,
-            "last_layer_lr": self.last_layer_lr,
-            "wd": self.weight_decay,
-            "mom": self.teacher_momentum,
-            "teacher_temp": self.teacher_temp,
-        }
+        """Return the values by their names in the log."""
+        values = {"lr": self.lr, "last_layer_lr": self.last_layer_lr, "wd": self.weight_decay}
+        return {**values, "mom": self.teacher_momentum, "teacher_temp": self.teacher_temp}
 
 
 class Schedules:
-    """All schedules of a run, resolved from its config; `epochs` here are spans of OFFICIAL_EPOCH_LENGTH iterations."""
+    """All schedules of a run, computed from its config; an epoch is OFFICIAL_EPOCH_LENGTH iterations."""
 
     def __init__(self, cfg: DictConfig | Any) -> None:
         epoch = cfg.train.OFFICIAL_EPOCH_LENGTH
@@ -88,7 +83,7 @@ class Schedules:
         if self.n_backbone_frozen >= max(self.n_iterations, 1):
             raise ValueError(
                 f"optim.freeze_backbone_iterations={self.n_backbone_frozen} is all of the run, which has "
-                f"{self.n_iterations} iterations (optim.epochs x train.OFFICIAL_EPOCH_LENGTH); lower it, or train for "
+                f"{self.n_iterations} iterations (optim.epochs x train.OFFICIAL_EPOCH_LENGTH); lower it, or train "
                 "longer"
             )
         n_temp_warmup = round(teacher.warmup_teacher_temp_epochs * epoch)
@@ -117,7 +112,7 @@ class Schedules:
 
 
 def scaled_lr(optim: Any, global_batch_size: int) -> float:
-    """Peak learning rate: `optim.base_lr` is meant for a global batch of 1024 and follows the square root of it."""
+    """Compute the peak learning rate: `optim.base_lr` is for a global batch of 1024 and scales with its square root."""
     if optim.scaling_rule == "none":
         return float(optim.base_lr)
     return optim.base_lr * math.sqrt(global_batch_size / 1024.0)

@@ -1,10 +1,11 @@
-"""What surrounds the steps of a run: configuration, device, processes, cache, the plan in the log, and supervision.
+"""Set up a run: configuration, device, processes, cache, the plan in the log; and supervise its steps.
 
-Supervision detects hangs, takes requests to stop, and writes status.json.
+Supervision detects hangs, handles stop signals, and writes status.json.
 """
 
 import argparse
 import faulthandler
+import importlib.util
 import logging
 import os
 import platform
@@ -27,35 +28,35 @@ import dinov2
 from dinov2 import distributed
 from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.distributed import Launch, any_rank, get_rank, get_world_size, is_lost_connection, name_missing_ranks
-from dinov2.fsdp.precision import resolve_dtype, resolve_precision
 from dinov2.hub.downloads import RELEASES
 from dinov2.logging import MetricLogger, log_file
 from dinov2.models import fixed_settings
 from dinov2.train.batches import build_balance, resolve_batch_size
-from dinov2.train.finetuning import count_learned, weights_of
+from dinov2.train.finetuning import configured_weights, count_learned
 from dinov2.train.run_folder import RunFolder
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.utils.command import StopSignals
 from dinov2.utils.config import load_run_config, missing_keys
-from dinov2.utils.matmul import fast_matmul
 from dinov2.utils.memory import keep_freed_memory
 from dinov2.utils.parallel import available_cores
-from dinov2.utils.stop_signals import StopSignals
+from dinov2.utils.precision import fast_matmul, resolve_dtype, resolve_precision
 
 logger = logging.getLogger("dinov2")
 
 N_SETS_SHOWN = 12
-HANG_EXIT_CODE = 76  # differs from the 75 of a run that was interrupted after it had written its checkpoint
-GROUP_FIRST_SECONDS = 20.0  # the time-outs of the process groups come first: they are raised where a rank waits
-TIMER_FIRST_SECONDS = 80.0  # then the timer, then faulthandler, which also ends a process that holds Python's lock
-WAIT_FOREVER_SECONDS = 7 * 24 * 3600.0  # what train.hang_timeout_seconds=0 means between ranks
+HANG_EXIT_CODE = 76  # differs from 75, that of a run that was stopped after its checkpoint
+# Hangs are noticed in this order: by the timeouts of the process groups, raised in the rank that waits; by a timer;
+# by faulthandler, which also ends a process that holds Python's lock
+GROUP_FIRST_SECONDS, TIMER_FIRST_SECONDS = 20.0, 80.0
+WAIT_FOREVER_SECONDS = 7 * 24 * 3600.0  # timeout between ranks for train.hang_timeout_seconds=0
 
 
 def read_settings(args: argparse.Namespace, world_size: int) -> DictConfig:
-    """Read the configuration that the command's arguments describe, with every value resolved.
+    """Read the configuration of the command's arguments, with every value resolved.
 
     Raises:
-        FileNotFoundError, KeyError, ValueError: a setting that is missing, unknown or wrong.
+        FileNotFoundError, KeyError, ValueError: a setting is missing, unknown or wrong.
     """
 
     def resolve(cfg: DictConfig) -> None:
@@ -70,22 +71,30 @@ def read_settings(args: argparse.Namespace, world_size: int) -> DictConfig:
 
 
 def resolve_arch(cfg: DictConfig) -> None:
-    """Write what the name student.arch decides into the configuration."""
+    """Set the values that the name student.arch fixes."""
     for key, value in fixed_settings(cfg.student.arch).items():
         if cfg.student[key] != value:
-            logger.info("student.%s is %s, as student.arch=%s says", key, value, cfg.student.arch)
+            logger.info("student.%s is %s, the value of student.arch=%s", key, value, cfg.student.arch)
             cfg.student[key] = value
 
 
 def set_up_device(cfg: DictConfig, launch: Launch | None) -> torch.device:
-    """Choose the device and its number formats, and join the processes that were started together."""
+    """Choose the device and its floating-point types, and join the other processes.
+
+    Raises:
+        ValueError: there is no such device, or it lacks what torch.compile needs.
+        ConnectionError: the processes do not find each other.
+    """
     device = pick_device(cfg.train.device, launch)
+    for key in ("compile_blocks", "compile_loss"):
+        if cfg.train[key] and (obstacle := obstacle_to_compiling(device)):
+            raise ValueError(f"train.{key}=true: {obstacle}; set it to false")
     resolve_precision(cfg.compute_precision, device.type)
     fast_matmul(cfg.compute_precision.fp32_matmul == "fast", device)
     if device.type == "cpu":
         keep_freed_memory()
     if cfg.train.num_workers > available_cores():
-        logger.info("train.num_workers=%d becomes %d, the cores here", cfg.train.num_workers, available_cores())
+        logger.info("train.num_workers=%d becomes %d, the number of cores", cfg.train.num_workers, available_cores())
         cfg.train.num_workers = available_cores()
     if launch is not None:
         distributed.enable(launch, device, cfg.train.hang_timeout_seconds or WAIT_FOREVER_SECONDS)
@@ -93,7 +102,7 @@ def set_up_device(cfg: DictConfig, launch: Launch | None) -> torch.device:
 
 
 def pick_device(name: str, launch: Launch | None) -> torch.device:
-    """Return the device of this process: of several processes on a node, each takes the GPU of its number."""
+    """Return the device of this process; of several processes on a node, each takes the GPU of its local rank."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -110,7 +119,7 @@ def pick_device(name: str, launch: Launch | None) -> torch.device:
     elif device.index is not None and launch.local_world_size > 1:
         raise ValueError(f"train.device={name} is one GPU for {launch.local_world_size} processes; set it to auto")
     else:
-        # a SLURM step may show each of its processes only its own GPU
+        # in a SLURM step a process may see only its own GPU
         index = 0 if n_devices == 1 and launch.launcher == "slurm" else launch.local_rank
     if index >= n_devices:
         raise ValueError(
@@ -120,13 +129,26 @@ def pick_device(name: str, launch: Launch | None) -> torch.device:
     return torch.device("cuda", index)
 
 
-def fill_cache(dataset: HemaStandardDataset, signals: StopSignals, *, only_report: bool) -> bool:
-    """Write missing images into the data set's cache, if it has one; rank 0 does the work.
+def obstacle_to_compiling(device: torch.device) -> str | None:
+    """Return what torch.compile lacks on `device` and how to install it, or None."""
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is missing; `pip install triton` installs it"
+        if "CC" in os.environ or shutil.which("gcc") or shutil.which("clang"):
+            return None
+        return "no C compiler was found; install gcc, or name one in the variable CC"
+    if shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")):
+        return None
+    return "no C++ compiler was found; install g++, or name one in the variable CXX"
 
-    With `only_report` nothing is written, and images are decoded as if there were no cache.
+
+def fill_cache(dataset: HemaStandardDataset, signals: StopSignals, *, only_report: bool) -> bool:
+    """Write missing images into the data set's cache, if it has one, on rank 0.
+
+    With `only_report` nothing is written, and images are decoded without the cache.
 
     Returns:
-        False if a signal asked to stop.
+        False if a stop signal came.
     """
     if dataset.cache is None:
         return True
@@ -141,7 +163,7 @@ def fill_cache(dataset: HemaStandardDataset, signals: StopSignals, *, only_repor
 
 
 def describe_run(cfg: Any, model: SSLMetaArch, dataset: HemaStandardDataset) -> str:
-    """Return the plan as a few lines for the start of the log."""
+    """Return the plan of a run as lines for the start of the log."""
     schedules = Schedules(cfg)
     n_images = len(dataset)
     n, batch, epoch = schedules.n_iterations, schedules.global_batch_size, cfg.train.OFFICIAL_EPOCH_LENGTH
@@ -160,23 +182,23 @@ def describe_run(cfg: Any, model: SSLMetaArch, dataset: HemaStandardDataset) -> 
         f"schedule  {n:,} steps of {batch} images = {n * batch / n_images:,.1f} passes over the data "
         f"({cfg.optim.epochs:g} epochs of {epoch} steps)",
         f"processes {get_world_size()} x {cfg.train.batch_size_per_gpu} images at a time x "
-        f"{cfg.train.accumulation_steps} micro-batches; backbone {_spread(cfg)}",
+        f"{cfg.train.accumulation_steps} micro-batches; backbone {_describe_sharding(cfg)}",
         f"lr        peak {schedules.peak_lr:.3g} (optim.base_lr {cfg.optim.base_lr:g}, {cfg.optim.scaling_rule}) after "
         f"{schedules.n_warmup:,} warm-up steps, then cosine to {cfg.optim.min_lr:g}; last layers frozen for "
         f"{schedules.n_last_layer_frozen:,} steps, backbone for {schedules.n_backbone_frozen:,}",
         f"teacher   momentum {cfg.teacher.momentum_teacher:g} to {cfg.teacher.final_momentum_teacher:g}, temperature "
         f"{cfg.teacher.warmup_teacher_temp:g} to {cfg.teacher.teacher_temp:g}, {cfg.train.centering}",
         f"model     {cfg.student.arch}: {n_backbone / 1e6:.1f} backbone + {(n_parameters[''] - n_backbone) / 1e6:.1f} "
-        f"heads million parameters, {dtype} on {model.device}{_learned(cfg, model)}",
-        f"start     {weights_of(cfg) or random_start}",
+        f"heads million parameters, {dtype} on {model.device}{_describe_learning(cfg, model)}",
+        f"start     {configured_weights(cfg) or random_start}",
     ]
     return "\n".join(lines)
 
 
 def describe_sets(cfg: Any, dataset: HemaStandardDataset, n_seen: int) -> Iterator[str]:
-    """Yield a line for each set, with how often a run of `n_seen` images sees it; nothing where there is one set.
+    """Yield a line for each image set with its share and passes in a run of `n_seen` images; nothing for one set.
 
-    Of many sets, those with the largest shares have lines.
+    Of many sets, only those with the largest shares get a line.
     """
     names, sizes = dataset.source.set_names, dataset.source.set_sizes
     if len(names) == 1:
@@ -200,8 +222,8 @@ def describe_sets(cfg: Any, dataset: HemaStandardDataset, n_seen: int) -> Iterat
         )
 
 
-def _learned(cfg: Any, model: SSLMetaArch) -> str:
-    """Describe what of the backbone learns, where that is not all of it."""
+def _describe_learning(cfg: Any, model: SSLMetaArch) -> str:
+    """Describe the part of the backbone that learns; empty if all of it learns."""
     n_learned, n_plain = count_learned(model.student["backbone"])
     if n_learned == n_plain:
         return ""
@@ -209,14 +231,14 @@ def _learned(cfg: Any, model: SSLMetaArch) -> str:
     return f"; of the backbone {n_learned:,} parameters learn" + (f" (LoRA of rank {rank})" if rank else "")
 
 
-def _spread(cfg: Any) -> str:
+def _describe_sharding(cfg: Any) -> str:
     strategy, share = cfg.compute_precision.student.backbone.sharding_strategy, cfg.train.activation_checkpointing
-    how = strategy if distributed.is_enabled() else "on one device"
-    return how + (f", activations of {share:.0%} of the blocks computed again in backward" if share else "")
+    strategy = strategy if distributed.is_enabled() else "on one device"
+    return strategy + (f", activations of {share:.0%} of the blocks computed again in backward" if share else "")
 
 
 def run_environment(cfg: Any) -> dict[str, str]:
-    """Return the seed and the versions of code and libraries, without which a result cannot be repeated."""
+    """Return the seed and the versions of code and libraries, which are needed to repeat a result."""
     commit = ""
     if shutil.which("git"):
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
@@ -231,22 +253,21 @@ def run_environment(cfg: Any) -> dict[str, str]:
 
 
 def describe_environment(cfg: Any) -> str:
-    """Return `run_environment` as a line of the log."""
-    found = run_environment(cfg)
-    code = f"dinov2 {found['dinov2']}" + (f" at {found['commit']}" if found["commit"] else "")
-    return f"seed {found['seed']}; {code}; torch {found['torch']}; Python {found['python']}"
+    """Format `run_environment` as a line of the log."""
+    versions = run_environment(cfg)
+    code = f"dinov2 {versions['dinov2']}" + (f" at {versions['commit']}" if versions["commit"] else "")
+    return f"seed {versions['seed']}; {code}; torch {versions['torch']}; Python {versions['python']}"
 
 
 # --- supervision of the steps ----------------------------------------------------------------------------------------
 
 
 class Supervision:
-    """Watches over the steps of a run; a context manager around the loop.
+    """Supervises the steps of a run; a context manager around the loop.
 
-    A process that begins no step for `hang_timeout_seconds` (0: never mind) writes the stacks of its threads into its
-    log and ends. Ranks that wait so long for another one name it, and end with HANG_EXIT_CODE: as a rule because their
-    process group's time-out is over, or else by a timer. Evaluations and checkpoints may take longer: they go into
-    `pause`.
+    A process that begins no step for `hang_timeout_seconds` (0: no limit) writes the stacks of its threads into its log
+    and ends. Ranks that wait so long for another rank name it and end with HANG_EXIT_CODE, by the timeout of their
+    process group or by a timer. Evaluations and checkpoints may take longer: they run inside `pause`.
     """
 
     def __init__(
@@ -263,7 +284,7 @@ class Supervision:
         return self
 
     def begin_step(self) -> None:
-        """Start the clock of the hang detection again."""
+        """Restart the timers of the hang detection."""
         self._stop_clock()
         seconds = self.timeout_seconds
         if seconds > 0 and get_world_size() > 1:
@@ -282,7 +303,7 @@ class Supervision:
 
     @contextmanager
     def pause(self, state: str) -> Iterator[None]:
-        """Run something else than a step: it may take long, and its time does not count in speed and ETA."""
+        """Run something other than a step: it has no time limit and does not count in speed and ETA."""
         self._stop_clock()
         with self.metrics.interruption():
             self.folder.write_status(state)
@@ -292,13 +313,13 @@ class Supervision:
         self.begin_step()
 
     def report(self, rows: Sequence[Mapping[str, float]], collapse: list[str]) -> None:
-        """Write the newest rows of training_metrics.json and the present signs of a collapse into status.json."""
+        """Write the newest rates and losses and the present signs of a collapse into status.json."""
         self.folder.status.take_rates(rows[-1], len(rows))
         self.folder.status.collapse = collapse
         self.folder.write_status("running")
 
     def must_stop(self) -> bool:
-        """Return whether a signal asked any rank to stop."""
+        """Return whether any rank has received a stop signal."""
         return any_rank(self.signals.received is not None)
 
     def __exit__(
@@ -312,7 +333,7 @@ class Supervision:
         self._stacks.close()
 
     def _end_hanging_run(self, error: BaseException) -> None:
-        """Name the rank that did not arrive, and end at once: to clean up would hang, too."""
+        """Name the rank that did not arrive, and end at once: cleaning up would hang too."""
         message = (
             f"training hangs: {name_missing_ranks()} did not arrive, and this rank waited for "
             f"train.hang_timeout_seconds={self.timeout_seconds:g} s or lost the connection. That process is stopped, "
@@ -320,7 +341,7 @@ class Supervision:
             "its last checkpoint: start the same command again"
         )
         logger.error("%s", message, exc_info=error)
-        if get_rank() != 0:  # whose log goes to stderr already
+        if get_rank() != 0:  # the log of rank 0 goes to stderr already
             print(message, file=sys.stderr)
         self.folder.write_status("failed", message)
         faulthandler.dump_traceback(self._stacks, all_threads=True)

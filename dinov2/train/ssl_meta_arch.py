@@ -1,9 +1,9 @@
 """Student and teacher, and one step of self-distillation between them: DINO + iBOT + KoLeo (DINOv2, arXiv 2304.07193).
 
-A step's global batch is spread over W processes, and over A micro-batches that a process takes one after the other
-(train/micro_batches.py). Neither changes the loss: Sinkhorn-Knopp and centering see the teacher's logits of all of
-them, and KoLeo finds each feature's neighbour among all features (with dino.koleo_loss_distributed: false within each
-micro-batch, as upstream does within each GPU). All else is a mean over images, and gradients are averaged.
+A step's global batch is divided over W processes and, in each process, over A micro-batches (train/micro_batches.py).
+Neither changes the loss: Sinkhorn-Knopp and centering use the teacher's logits of the global batch, and KoLeo searches
+each feature's neighbour in it (with dino.koleo_loss_distributed: false in each micro-batch, as upstream does on each
+GPU). The other terms are means over images, and gradients are averaged.
 
 Dimension key:  W processes, A micro-batches of a process, B images in one, N = W*A*B images in the global batch,
                 L local crops, P patches per global crop, M masked patches, D embedding dim, K prototypes of a head,
@@ -20,22 +20,21 @@ from torch import Tensor, nn
 
 from dinov2.data.augmentations import N_GLOBAL_CROPS
 from dinov2.distributed import all_gather_rows, get_rank, is_enabled
-from dinov2.fsdp.precision import autocast, computes_in_fp16, resolve_dtype
 from dinov2.fsdp.sharding import SHARDED, lerp_, make_mesh, replicate, reshard, shard
-from dinov2.hub.adapters import lora_scaling
+from dinov2.hub.conversions import lora_scaling
 from dinov2.layers import Block, DINOHead
-from dinov2.logging.step_clock import StepClock
+from dinov2.logging.metrics import StepClock
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss, smooth_rank_loss
 from dinov2.models import build_model_from_cfg
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.train.finetuning import limit_learning, start_from_weights
 from dinov2.train.monitor import feature_statistics, prototype_use
 from dinov2.train.optimizer import LossScaler, fuse_params_groups, get_params_groups_with_decay
-from dinov2.utils.compilers import obstacle_to_compiling
+from dinov2.utils.precision import autocast, computes_in_fp16, resolve_dtype
 
 
 class HeadOutput(NamedTuple):
-    """Rows of a head: logits [R, K]; or embeddings [R, d] whose products with prototypes [K, d] are the logits."""
+    """Output of a head: logits [R, K]; or embeddings [R, d] and prototypes [K, d], whose products are the logits."""
 
     rows: Tensor
     prototypes: Tensor | None = None
@@ -43,7 +42,7 @@ class HeadOutput(NamedTuple):
 
 @dataclass
 class TeacherOutputs:
-    """What the teacher computes from a micro-batch, before centering."""
+    """Outputs of the teacher for a micro-batch, before centering."""
 
     cls_tokens: Tensor  # [2B, D]
     cls_logits: HeadOutput | None  # [2B, K], of the other view of each image
@@ -53,7 +52,7 @@ class TeacherOutputs:
 
 @dataclass
 class TeacherTargets:
-    """What the student has to predict; rows sum to 1."""
+    """Targets of the student's predictions; rows sum to 1."""
 
     cls: Tensor | None  # [2B, K]
     patches: Tensor | None  # [M, K]
@@ -61,7 +60,7 @@ class TeacherTargets:
 
 @dataclass
 class StudentOutputs:
-    """What the losses read of the student."""
+    """Outputs of the student that the losses use."""
 
     global_cls_tokens: Tensor  # [2B, D]
     cls: HeadOutput | None  # embeddings [2B + L*B, d]
@@ -73,18 +72,18 @@ class BatchFeatures:
     """The student's CLS tokens of the global crops of a global batch, without gradient."""
 
     all: Tensor  # [W*A, 2, B, D]
-    index: int  # which of the W*A is the present micro-batch
+    index: int  # number of the present micro-batch among the W*A
 
 
 class SSLMetaArch(nn.Module):
     """The two networks and their losses.
 
     `student` and `teacher` are ModuleDicts of `backbone`, `dino_head` and, with `ibot.separate_head`, `ibot_head`. They
-    start equal; the teacher gets no gradient and follows by `update_teacher`. What of the student's backbone learns,
-    and how, is in train/finetuning.py; while `backbone_is_frozen`, it gives features and gets no gradient either.
+    start equal; the teacher gets no gradient and follows the student by `update_teacher`. train/finetuning.py decides
+    which parameters of the student's backbone learn; while `backbone_is_frozen`, the backbone gets no gradient.
 
     Args:
-        load_weights: start from the weights that `cfg` names; False where a checkpoint replaces them at once.
+        load_weights: start from the weights that `cfg` names; False if a checkpoint replaces them at once.
     """
 
     def __init__(self, cfg: Any, load_weights: bool = True) -> None:
@@ -116,15 +115,15 @@ class SSLMetaArch(nn.Module):
             head = cfg.ibot if self.ibot_separate_head else cfg.dino
             self.ibot_patch_loss = iBOTPatchLoss(head.head_n_prototypes, compiled=cfg.train.compile_loss)
         blocks = list(student_backbone.each_block())
-        # From the first block on: when backward recomputes its inner values, those of all later blocks are freed
+        # The first blocks: when backward recomputes their inner values, those of all later blocks are freed already
         for block in blocks[: math.ceil(round(cfg.train.activation_checkpointing * len(blocks), 6))]:
             block.checkpoint_activations = True
         device_type = "cuda" if torch.cuda.is_available() and cfg.train.device != "cpu" else "cpu"
         needs_scaler = cfg.compute_precision.grad_scaler and computes_in_fp16(cfg.compute_precision, device_type)
         self.fp16_scaler = LossScaler() if needs_scaler else None
-        self.clock = StepClock("cpu")  # is told where a step's time goes; a loop sets one for its device
-        self.statistics: dict[str, Tensor] = {}  # of the last step's teacher: 0-d, on the device
-        # What forward calls: the networks themselves, or DDP around them
+        self.clock = StepClock("cpu")  # the training loop sets one for its device
+        self.statistics: dict[str, Tensor] = {}  # of the last step's teacher outputs: 0-d, on the device
+        # The modules that forward calls: the networks themselves, or DDP around them
         self.callables: dict[tuple[str, str], nn.Module] = {
             (role, part): module
             for role, networks in (("student", self.student), ("teacher", self.teacher))
@@ -133,17 +132,11 @@ class SSLMetaArch(nn.Module):
         self.train()
 
     def prepare_for_distributed_training(self, n_nodes: int = 1) -> None:
-        """Compile the blocks (`train.compile_blocks`) and spread the networks over the processes
-        (`compute_precision.*.*.sharding_strategy`).
+        """Compile blocks (`train.compile_blocks`), and shard or replicate networks over the processes.
 
-        To be called on the training device, before the optimizer is built.
-
-        Raises:
-            ValueError: the machine lacks what torch.compile needs.
+        Call it on the training device, before the optimizer is built. The strategies are those of
+        `compute_precision.*.*.sharding_strategy`.
         """
-        for key in ("compile_blocks", "compile_loss"):
-            if self.cfg.train[key] and (obstacle := obstacle_to_compiling(self.device)):
-                raise ValueError(f"train.{key}=true: {obstacle}; set it to false")
         if self.cfg.train.compile_blocks:
             for module in self.modules():
                 if isinstance(module, Block):
@@ -161,7 +154,7 @@ class SSLMetaArch(nn.Module):
                     mesh=make_mesh(settings.sharding_strategy, device_type, n_nodes),
                     param_dtype=resolve_dtype(settings.mixed_precision.param_dtype, device_type),
                     reduce_dtype=reduce_dtype,
-                    # The teacher has no backward after which its weights would be freed, and changes in between
+                    # The teacher has no backward that would free its weights, and changes between its forwards
                     reshard_after_forward=role == "teacher" or settings.sharding_strategy != "SHARD_GRAD_OP",
                 )
             elif role == "student":
@@ -184,7 +177,7 @@ class SSLMetaArch(nn.Module):
 
     @property
     def teacher_backbone(self) -> DinoVisionTransformer:
-        """The network that is kept and used after training."""
+        """Return the network that is used after training."""
         backbone = self.teacher["backbone"]
         assert isinstance(backbone, DinoVisionTransformer), "build_model_from_cfg builds nothing else"
         return backbone
@@ -195,7 +188,7 @@ class SSLMetaArch(nn.Module):
 
     @property
     def matmul_dtype(self) -> torch.dtype:
-        """What the student's backbone multiplies matrices in."""
+        """Return the type of the matrix products of the student's backbone."""
         name = self.cfg.compute_precision.student.backbone.mixed_precision.param_dtype
         return resolve_dtype(name, self.device.type)
 
@@ -215,7 +208,7 @@ class SSLMetaArch(nn.Module):
             teacher_temp: temperature of the teacher's targets.
 
         Returns:
-            the shown losses, see `losses`: detached scalars, means over this process's images.
+            the losses for the log, see `losses`: detached scalars, means over this process's images.
         """
         images = self.to_device(images)
         with self.clock.stage("teacher"):
@@ -231,28 +224,28 @@ class SSLMetaArch(nn.Module):
         """Run the teacher on the unmasked global crops."""
         tokens = self._backbone("teacher", images["collated_global_crops"])
         first, second = tokens["x_norm_clstoken"].chunk(N_GLOBAL_CROPS)
-        other_view = torch.cat([second, first])  # [2B, D]: each view is predicted from the other one
+        other_view = torch.cat([second, first])  # [2B, D]: each view predicts the other one
         patches = self._masked_patches(tokens, images)  # [M, D]
         cls_logits, patch_logits = self._heads("teacher", other_view, patches, with_logits=True)
         return TeacherOutputs(tokens["x_norm_clstoken"], cls_logits, patch_logits, images["n_masked_patches"])
 
     @torch.no_grad()
     def teacher_targets(self, outputs: Sequence[TeacherOutputs], teacher_temp: float) -> list[TeacherTargets]:
-        """Assign the teacher's outputs to prototypes: sharpened, and kept from collapsing by centering.
+        """Compute the targets of each micro-batch: sharpened assignments to prototypes, centred against a collapse.
 
-        The micro-batches of a step are balanced together, and give one entry each.
+        The micro-batches of a step are centred together.
         """
         n, centering = len(outputs), self.cfg.train.centering
         cls_targets: Sequence[Tensor | None] = [None] * n
         patch_targets: Sequence[Tensor | None] = [None] * n
         self.statistics = feature_statistics(all_gather_rows(torch.cat([output.cls_tokens for output in outputs])))
         if self.do_dino:
-            logits = _joined([output.cls_logits for output in outputs])  # [A * 2B, K]
+            logits = _concatenate_logits([output.cls_logits for output in outputs])  # [A * 2B, K]
             targets = self.dino_loss.targets(logits, teacher_temp, centering)
             self.statistics["prototype_use"] = prototype_use(targets.argmax(dim=1), targets.shape[1])
             cls_targets = targets.chunk(n)
         if self.do_ibot:
-            logits = _joined([output.patch_logits for output in outputs])  # [M of all, K]
+            logits = _concatenate_logits([output.patch_logits for output in outputs])  # [M of all, K]
             n_masked = torch.stack([output.n_masked_patches for output in outputs]).sum(dim=0)  # [1]
             targets = self.ibot_patch_loss.targets(logits, teacher_temp, centering, n_masked)
             self.statistics["patch_prototype_use"] = prototype_use(targets.argmax(dim=1), targets.shape[1])
@@ -266,21 +259,21 @@ class SSLMetaArch(nn.Module):
         features: BatchFeatures | None = None,
         n_micro_batches: int = 1,
     ) -> dict[str, Tensor]:
-        """Run the student on one micro-batch, forward and backward; gradients add up to the mean of `n_micro_batches`.
+        """Run forward and backward of one micro-batch; gradients add up to the mean over `n_micro_batches`.
 
         Args:
-            features: of the global batch, where there are several micro-batches and a loss compares images.
+            features: of the global batch, if there are several micro-batches and a loss compares images.
         """
         with self.clock.stage("student"):
             terms = self.losses(images, targets, self.student_outputs(images), features)
-            targets.cls = targets.patches = None  # as large as logits, and not needed in backward
+            targets.cls = targets.patches = None  # as large as logits; backward does not need them
         with self.clock.stage("backward"):
             total = torch.stack([weight * loss for weight, loss in terms.values()]).sum()
             self.backprop_loss(total / n_micro_batches)
         return {name: loss.detach() for name, (_, loss) in terms.items()}
 
     def student_outputs(self, images: Mapping[str, Any]) -> StudentOutputs:
-        """Run the student on the global crops with masks and the local crops without."""
+        """Run the student on masked global crops and unmasked local crops."""
         global_tokens, *local_tokens = self.student_tokens(images)
         global_cls = global_tokens["x_norm_clstoken"]  # [2B, D]
         cls_tokens = torch.cat([global_cls, *(tokens["x_norm_clstoken"] for tokens in local_tokens)])
@@ -288,7 +281,7 @@ class SSLMetaArch(nn.Module):
         return StudentOutputs(global_cls, *self._heads("student", cls_tokens, patches, with_logits=False))
 
     def student_tokens(self, images: Mapping[str, Any]) -> list[dict[str, Tensor]]:
-        """Run the student's backbone: features of the global crops and, if there are any, of the local crops."""
+        """Run the student's backbone; return the features of the global crops and, if there are any, local crops."""
         if "seed" in images:
             torch.manual_seed(images["seed"])
         crops, masks = [images["collated_global_crops"]], [images["collated_masks"]]
@@ -305,13 +298,13 @@ class SSLMetaArch(nn.Module):
         student: StudentOutputs,
         features: BatchFeatures | None = None,
     ) -> dict[str, tuple[float, Tensor]]:
-        """Compute the terms of the loss: by name, the weight of a term in the sum, and the term.
+        """Compute the terms of the loss: {name: (weight in the sum, term)}.
 
-        Names and scales of the terms are those that upstream logs: its koleo_loss, smooth_rank_loss and ibot_loss are
-        half of what it sums, and the first two already carry their weights.
+        Names and scales are those that upstream logs: koleo_loss, smooth_rank_loss and ibot_loss are half of the summed
+        terms, and the first two include their weights.
 
         Args:
-            features: of the global batch; None for those of this micro-batch and the other processes.
+            features: of the global batch; None to gather those of this micro-batch from all processes.
         """
         dino, ibot = self.cfg.dino, self.cfg.ibot
         terms: dict[str, tuple[float, Tensor]] = {}
@@ -333,8 +326,8 @@ class SSLMetaArch(nn.Module):
         if self.do_koleo or self.do_smooth_rank_loss:
             whole_batch = self._whole_batch(student.global_cls_tokens, features)  # [2, N, D]
         if self.do_koleo:
-            # within a view: the two views of an image are meant to be close
-            views = whole_batch if dino.koleo_loss_distributed else by_view(student.global_cls_tokens)
+            # within a view: the two views of an image should be close
+            views = whole_batch if dino.koleo_loss_distributed else split_views(student.global_cls_tokens)
             koleo = torch.stack([self.koleo_loss(view) for view in views]).mean()
             terms["koleo_loss"] = N_GLOBAL_CROPS, dino.koleo_loss_weight * koleo
         if self.do_smooth_rank_loss:
@@ -359,14 +352,14 @@ class SSLMetaArch(nn.Module):
         return self.do_smooth_rank_loss or (self.do_koleo and self.cfg.dino.koleo_loss_distributed)
 
     def _whole_batch(self, own: Tensor, features: BatchFeatures | None) -> Tensor:
-        """Put this micro-batch's CLS tokens [2B, D] among those of the global batch: [2, N, D], by view.
+        """Insert this micro-batch's CLS tokens [2B, D] into those of the global batch: [2, N, D], by view.
 
-        Averaging over n micro-batches and processes divides a gradient by n, but only one of them holds that of its
-        own images: it counts n times.
+        Averaging over n micro-batches and processes divides gradients by n, but only one of them has the gradient of
+        these tokens. So it is multiplied by n here.
         """
         if not self.compares_images:
-            return by_view(own)
-        own = by_view(own)  # [2, B, D]
+            return split_views(own)
+        own = split_views(own)  # [2, B, D]
         if features is None:
             features = BatchFeatures(all_gather_rows(own.unsqueeze(0)), get_rank())
         n, index = len(features.all), features.index
@@ -375,24 +368,24 @@ class SSLMetaArch(nn.Module):
         return torch.cat([part.to(own.dtype) for part in parts], dim=1)
 
     def backprop_loss(self, loss: Tensor) -> None:
-        """Gradients of `loss`, scaled where the student computes in fp16."""
+        """Compute the gradients of `loss`, which is scaled if the student computes in fp16."""
         (loss if self.fp16_scaler is None else self.fp16_scaler.scale(loss)).backward()
 
     @torch.no_grad()
     def update_teacher(self, m: float) -> None:
-        """teacher <- m * teacher + (1 - m) * student, for every parameter that learns."""
+        """Update every parameter that learns: teacher <- m * teacher + (1 - m) * student."""
         pairs = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
         learning = [(teacher, student) for teacher, student in pairs if student.requires_grad]
         lerp_([teacher for teacher, _ in learning], [student for _, student in learning], 1.0 - m)
 
     def apply_center_updates(self) -> None:
-        """Finish the moving centers that still wait for their update, so that a checkpoint holds them."""
+        """Apply queued updates of the moving centers, so that a checkpoint includes them."""
         for loss in (getattr(self, "dino_loss", None), getattr(self, "ibot_patch_loss", None)):
             if loss is not None:
                 loss.apply_center_update()
 
     def get_params_groups(self) -> list[dict[str, Any]]:
-        """What of the student learns, for the optimizer: groups of each sub-network, see train/optimizer.py."""
+        """Return the optimizer's parameter groups of each sub-network of the student, see train/optimizer.py."""
         groups: list[dict[str, Any]] = []
         for module in self.student.values():
             groups += fuse_params_groups(
@@ -405,13 +398,13 @@ class SSLMetaArch(nn.Module):
         with self._precision(role, "backbone"), torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             tokens = self.callables[role, "backbone"](crops, is_training=True, **kwargs)
         if frozen:
-            reshard(self.student["backbone"])  # there is no backward that would do it
+            reshard(self.student["backbone"])  # without a backward, nothing else frees the gathered weights
         return tokens
 
     def _heads(
         self, role: str, cls_tokens: Tensor, patches: Tensor, *, with_logits: bool
     ) -> tuple[HeadOutput | None, HeadOutput | None]:
-        """Apply the heads that the losses need to CLS tokens and masked patches; a shared head is called once."""
+        """Apply the heads to CLS tokens and masked patches, if a loss needs them; a shared head is called once."""
 
         def head(name: str, tokens: Tensor) -> HeadOutput:
             with self._precision(role, name):
@@ -428,7 +421,7 @@ class SSLMetaArch(nn.Module):
         )
 
     def _masked_patches(self, tokens: Mapping[str, Tensor], images: Mapping[str, Any]) -> Tensor:
-        """Select the patch tokens that the iBOT loss reads: [M, D], none without that loss."""
+        """Select the masked patch tokens [M, D]; none if there is no iBOT loss."""
         indices: Tensor = images["mask_indices_list"]
         return tokens["x_norm_patchtokens"].flatten(0, 1).index_select(0, indices if self.do_ibot else indices[:0])
 
@@ -437,12 +430,12 @@ class SSLMetaArch(nn.Module):
         return autocast(name, self.device.type)
 
 
-def by_view(cls_tokens: Tensor) -> Tensor:
-    """[2B, D] to [2, B, D]."""
+def split_views(cls_tokens: Tensor) -> Tensor:
+    """Reshape CLS tokens [2B, D] to [2, B, D]."""
     return cls_tokens.unflatten(0, (N_GLOBAL_CROPS, -1))
 
 
-def _joined(outputs: Sequence[HeadOutput | None]) -> Tensor:
-    """Concatenate the logits of all micro-batches; those of a single one are not copied."""
+def _concatenate_logits(outputs: Sequence[HeadOutput | None]) -> Tensor:
+    """Concatenate the logits of all micro-batches, without a copy if there is only one."""
     logits = [output.rows for output in outputs if output is not None]
     return logits[0] if len(logits) == 1 else torch.cat(logits)

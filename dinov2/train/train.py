@@ -3,9 +3,8 @@
     python dinov2/train/train.py --config-file dinov2/configs/train/custom.yaml \
         train.dataset_path=HemaStandardDataset:root=<folder with *.txt lists>:shuffle=1
 
-The same under `torchrun --nproc_per_node=N` and `srun` uses N processes. Ends with 0 when done, 1 when it failed, 2 for
-a wrong setting, and 75 when a signal (SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C) asked it to stop and its checkpoint is
-written: the same command then resumes.
+The same command under `torchrun --nproc_per_node=N` or `srun` uses N processes. Exit codes: 0 done, 1 failed, 2 a wrong
+setting, 75 stopped by a signal (SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C) after a checkpoint: the same command resumes.
 """
 
 import argparse
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
-import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
+import dinov2  # noqa: F401  # before torch: it limits how long OpenMP threads spin
 
 # isort: split
 import torch
@@ -25,8 +24,7 @@ from dinov2 import distributed
 from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.distributed import average_over_ranks
 from dinov2.logging import setup_logging
-from dinov2.logging.metrics import MetricLogger
-from dinov2.logging.step_clock import StepClock
+from dinov2.logging.metrics import MetricLogger, StepClock
 from dinov2.train.batches import TrainBatches, build_augmentation, build_dataset
 from dinov2.train.dry_run import count_step_flops, dry_run, find_batch_size, measured_matmul_rate
 from dinov2.train.evaluation import TeacherEvaluation
@@ -47,11 +45,10 @@ from dinov2.train.setup import (
 )
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.views import TrainingViews
-from dinov2.utils.command import REQUEUE_EXIT_CODE, USER_ERRORS, text_of
+from dinov2.utils.command import REQUEUE_EXIT_CODE, USER_ERRORS, StopSignals, error_text
 from dinov2.utils.config import load_run_config
-from dinov2.utils.matmul import matmul_setting_kept
+from dinov2.utils.precision import matmul_setting_kept
 from dinov2.utils.seeds import derive_seed
-from dinov2.utils.stop_signals import StopSignals
 
 logger = logging.getLogger("dinov2")
 
@@ -65,13 +62,10 @@ def train(
     signals: StopSignals,
     n_profiled: int = 0,
 ) -> int:
-    """Pre-train from where `state` is up to optim.epochs, profiling `n_profiled` steps; returns the exit code."""
+    """Pre-train from `state` up to optim.epochs, profiling `n_profiled` steps; return the exit code."""
     model, optimizer, guard, progress = state.model, state.optimizer, state.guard, state.progress
-    schedules, batches, views = (
-        Schedules(cfg),
-        TrainBatches(cfg, dataset, model.device),
-        TrainingViews(cfg, folder.path),
-    )
+    schedules, views = Schedules(cfg), TrainingViews(cfg, folder.path)
+    batches = TrainBatches(cfg, dataset, model.device)
     must_stop, teacher_is_written = False, True
 
     with (
@@ -121,7 +115,7 @@ def train(
                     metrics.roll_back(progress.iteration)
                     stream = batches.starting_at(progress.batch_number, progress.position)
                     continue
-            # The checkpoint comes last: a run that is killed in an evaluation repeats it
+            # The checkpoint comes last: a run that is killed during an evaluation repeats it
             is_last, must_stop = progress.iteration == schedules.n_iterations, supervision.must_stop()
             if is_last or (evaluation.is_due(progress.iteration) and not must_stop):
                 with supervision.pause("evaluating"):
@@ -135,10 +129,10 @@ def train(
 
 
 def finish(state: TrainState, folder: RunFolder, n_iterations: int, *, is_complete: bool) -> int:
-    """Report how the training ended, in the log and in status.json; returns the exit code."""
+    """Report the end of the training in the log and in status.json; return the exit code."""
     done, device = state.progress.iteration, state.model.device
     if done < n_iterations:
-        logger.warning("stopped after iteration %d, as asked; the same command goes on", done)
+        logger.warning("stopped after iteration %d, as asked; the same command resumes it", done)
         folder.write_status("stopped")
         return REQUEUE_EXIT_CODE
     if device.type == "cuda":
@@ -164,17 +158,19 @@ def measure_speed(model: SSLMetaArch, metrics: MetricLogger) -> tuple[StepClock,
     return model.clock, {frozen: count_step_flops(model.cfg, backbone_is_frozen=frozen) for frozen in (False, True)}
 
 
-def tell_batch_size(args: argparse.Namespace, cfg: DictConfig, model: SSLMetaArch, dataset: HemaStandardDataset) -> int:
-    """Print the override that sets the largest batch that fits; returns the exit code."""
-    # What follows from the batch size is open again, as the user left it
-    given, unsettled = load_run_config(args.config_file, args.overrides, resolve_arch), cfg.copy()
+def print_batch_size(
+    args: argparse.Namespace, cfg: DictConfig, model: SSLMetaArch, dataset: HemaStandardDataset
+) -> int:
+    """Print the override that sets the largest batch that fits; return the exit code."""
+    # settings that follow from the batch size get the user's values back
+    given, unresolved = load_run_config(args.config_file, args.overrides, resolve_arch), cfg.copy()
     for key in ("accumulation_steps", "global_batch_size"):
-        unsettled.train[key] = given.train[key]
-    batch_size = find_batch_size(unsettled, model, dataset)
+        unresolved.train[key] = given.train[key]
+    batch_size = find_batch_size(unresolved, model, dataset)
     if batch_size is None:
         logger.error(
             "train.batch_size_per_gpu: not even the smallest batch fits; train.activation_checkpointing=1, fewer "
-            "head_n_prototypes or a smaller student.arch make room"
+            "head_n_prototypes or a smaller student.arch need less memory"
         )
         return 1
     override = f"train.batch_size_per_gpu={batch_size}"
@@ -185,27 +181,24 @@ def tell_batch_size(args: argparse.Namespace, cfg: DictConfig, model: SSLMetaArc
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", metavar="F", help="YAML with what differs from ssl_default_config.yaml")
+    parser.add_argument("--config-file", metavar="F", help="YAML with values that replace ssl_default_config.yaml's")
     parser.add_argument("--output-dir", metavar="D", default="runs", help="folder of runs (default: %(default)s)")
     parser.add_argument(
         "--name", metavar="N", help="the run's folder in D; resumed if it holds a run (default: a new one)"
     )
-    parser.add_argument("--no-resume", action="store_true", help="start anew; a run that D/N holds is moved aside")
+    parser.add_argument("--no-resume", action="store_true", help="start a new run; an earlier one is moved aside")
     parser.add_argument("--eval-only", action="store_true", help="write and evaluate the newest teacher")
     parser.add_argument("--dry-run", action="store_true", help="describe the run, try a step, write nothing")
-    parser.add_argument(
-        "--find-batch-size",
-        action="store_true",
-        help="print the largest train.batch_size_per_gpu that fits into the memory, write nothing",
-    )
-    parser.add_argument(
-        "--profile", action="store_true", help="record some steps, as a trace and a table in the run's folder profile/"
-    )
-    parser.add_argument("--profile-steps", type=int, default=5, metavar="N", help="how many (default: %(default)s)")
+    find_help = "print the largest train.batch_size_per_gpu that fits into the memory, write nothing"
+    parser.add_argument("--find-batch-size", action="store_true", help=find_help)
+    profile_help = "record some steps as a trace and a table in the run's folder profile/"
+    parser.add_argument("--profile", action="store_true", help=profile_help)
+    steps_help = "number of steps to profile (default: %(default)s)"
+    parser.add_argument("--profile-steps", type=int, default=5, metavar="N", help=steps_help)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values, for instance optim.epochs=10")
     args = parser.parse_intermixed_args(argv)
     if args.dry_run + args.find_batch_size + args.eval_only > 1:
-        parser.error("--dry-run, --find-batch-size and --eval-only are three things to do; give one of them")
+        parser.error("--dry-run, --find-batch-size and --eval-only exclude each other; give one of them")
     if args.profile and (args.dry_run or args.find_batch_size or args.eval_only):
         parser.error("--profile records steps of a training; --dry-run, --find-batch-size and --eval-only do not train")
     if args.profile_steps < 1:
@@ -214,7 +207,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) -> int:
-    """Run the command; returns its exit code. `signals` then holds the signal that stopped it, if one did."""
+    """Run the command and return its exit code; `signals` then holds the signal that stopped it, if any."""
     args = parse_arguments(argv)
     try:
         with signals or StopSignals() as active, matmul_setting_kept():
@@ -224,7 +217,7 @@ def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) 
 
 
 def run(args: argparse.Namespace, signals: StopSignals) -> int:
-    """Set up, then train, evaluate or try a step; returns the exit code."""
+    """Set up, then train, evaluate or try a step; return the exit code."""
     folder: RunFolder | None = None
     only_tries = args.dry_run or args.find_batch_size
     try:
@@ -241,7 +234,7 @@ def run(args: argparse.Namespace, signals: StopSignals) -> int:
         folder = RunFolder(cfg, path)
         evaluation = TeacherEvaluation(cfg)
         dataset = None if args.eval_only else build_dataset(cfg)
-        build_augmentation(cfg)  # here its settings are checked
+        build_augmentation(cfg)  # checks its settings
         if not only_tries:
             folder.prepare(resume=not args.no_resume, eval_only=args.eval_only)
             setup_logging(folder.path)
@@ -249,11 +242,11 @@ def run(args: argparse.Namespace, signals: StopSignals) -> int:
         if not (only_tries or args.eval_only):
             folder.open_status(run_environment(cfg))
         if dataset is not None and not fill_cache(dataset, signals, only_report=only_tries):
-            logger.warning("stopped while the cache was being built, as asked; the same command goes on")
+            logger.warning("stopped while the cache was being built, as asked; the same command resumes it")
             folder.write_status("stopped")
             return REQUEUE_EXIT_CODE
         torch.manual_seed(derive_seed(cfg.train.seed, "weights"))
-        # A run that is resumed needs no pretrained weights, and they may be gone
+        # a resumed run needs no pretrained weights, which may no longer exist
         needs_weights = not args.find_batch_size and (args.dry_run or not folder.has_checkpoint())
         model = SSLMetaArch(cfg, load_weights=needs_weights).to(device)
         model.prepare_for_distributed_training(launch.n_nodes if launch else 1)
@@ -270,15 +263,15 @@ def run(args: argparse.Namespace, signals: StopSignals) -> int:
             )
             folder.restore(state)
     except USER_ERRORS as error:
-        logger.error("%s", text_of(error))
+        logger.error("%s", error_text(error))
         if folder is not None:
-            folder.write_status("failed", text_of(error))
+            folder.write_status("failed", error_text(error))
         return 2
     try:
         if dataset is None:
             return 0 if evaluation.run(model, folder.path, iteration) else 1
         if args.find_batch_size:
-            return tell_batch_size(args, cfg, model, dataset)
+            return print_batch_size(args, cfg, model, dataset)
         logger.info("%s", describe_run(cfg, model, dataset))
         if args.dry_run:
             return dry_run(cfg, model, dataset)

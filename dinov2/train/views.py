@@ -1,11 +1,10 @@
-"""Sheets of a training batch's crops and masks as the networks got them, to look at while the run goes on.
+"""Draw sheets of a training batch's crops and masks, to look at during the run.
 
-<run>/views/crops_<n>.png   an image a row: both global crops, then local ones; normalisation is undone
-            masks_<n>.png   the global crops of the same images, patches that the student did not see in green;
-                            not there where nothing was masked
+<run>/views/crops_<n>.png   one image per row: both global crops, then local ones, without the normalisation
+            masks_<n>.png   the global crops of the same images, with masked patches in green; absent if none is masked
 
-n is 0 for the run's first batch, and otherwise that of the evaluation training_<n>: the last batch before it. The first
-and the newest `N_KEPT` of them stay. Drawing them changes no number of the run.
+n is 0 for the run's first batch, else the number of the evaluation training_<n> after the batch. The first sheets and
+the newest `N_KEPT` are kept. Drawing them changes no number of the run.
 
 Letters: B images of a micro-batch, G global crops (2), L local crops, S side of a crop in pixels, P patches per global
 crop, R rows and C columns of a sheet
@@ -32,25 +31,25 @@ from dinov2.utils.files import atomic_write
 logger = logging.getLogger("dinov2")
 
 FOLDER_NAME = "views"
-N_KEPT = 4  # newest sheets, beside the first
-MOST_PIXELS = 900_000  # of a sheet: as a PNG it then stays below the 3 MB that a report takes in
+N_KEPT = 4  # newest sheets, besides the first
+MOST_PIXELS = 900_000  # of a sheet: its PNG then stays below the 3 MB that a report includes
 LARGEST_TILE, SMALLEST_TILE = 160, 84  # px, side of a crop on a sheet
 MOST_LOCAL_CROPS = 8  # of an image
 GAP = 4  # px between crops
-MASK_COLOUR, MASK_OPACITY = (0, 150, 70), 0.65  # a green that stains have not; what is below shines through
+MASK_COLOUR, MASK_OPACITY = (0, 150, 70), 0.65  # a green that no stain has, half transparent
 
 
 class TrainingViews:
-    """Writes the sheets of a run, on the main process; `train.views` images on each, 0 for no sheets."""
+    """Writes the sheets of a run on the main process, with `train.views` images each; 0 for no sheets."""
 
     def __init__(self, cfg: Any, run_folder: Path) -> None:
         self.n_images = int(cfg.train.views)
         self.folder = run_folder / FOLDER_NAME
 
     def write(self, micro_batches: list[dict[str, Any]], done: int, metrics: MetricLogger) -> None:
-        """Write the sheets of a batch after `done` iterations, and pass them on to the trackers.
+        """Write the sheets of a batch after `done` iterations, and send them to the trackers.
 
-        A sheet that cannot be written causes a warning: the run needs none.
+        If a sheet cannot be written, a warning says so and the run continues.
         """
         if self.n_images <= 0 or not is_main_process():
             return
@@ -69,21 +68,21 @@ class TrainingViews:
 
     def _remove_old(self, done: int) -> None:
         iterations = {path: int(path.stem.rpartition("_")[2]) for path in self.folder.glob("[cm]*_*.png")}
-        present = sorted({n for n in iterations.values() if n <= done})  # later ones are of a lost part of the run
+        present = sorted({n for n in iterations.values() if n <= done})  # later ones were rolled back
         for path, n in iterations.items():
             if n not in (present[0], *present[-N_KEPT:]):
                 path.unlink()
 
 
 def draw_sheets(batch: Mapping[str, Any], n_images: int) -> dict[str, np.ndarray]:
-    """Draw the first `n_images` of a batch; waits for its device.
+    """Draw the first images of a batch; waits for its device.
 
     Args:
         batch: batch dict of `dinov2.data.collate`.
-        n_images: the most rows that a sheet has.
+        n_images: maximum number of rows.
 
     Returns:
-        uint8 [height, width, 3] by `crops` and, where a patch of the batch is masked, `masks`.
+        {"crops": sheet} and, if a patch is masked, {"masks": sheet}: uint8 [height, width, 3].
     """
     crops = batch["collated_global_crops"].unflatten(0, (N_GLOBAL_CROPS, -1))[:, :n_images]  # [G, R, 3, S, S]
     masks = batch["collated_masks"].unflatten(0, (N_GLOBAL_CROPS, -1))[:, :n_images].cpu()  # [G, R, P]
@@ -95,29 +94,29 @@ def draw_sheets(batch: Mapping[str, Any], n_images: int) -> dict[str, np.ndarray
     n_tiles = n_rows * (N_GLOBAL_CROPS + n_local)
     most = min(max(crops.shape[-1], SMALLEST_TILE), LARGEST_TILE, math.isqrt(MOST_PIXELS // n_tiles) - GAP)
     size = max(most // side, 1) * side  # whole pixels for each patch
-    tiles = global_tiles = _tiles(crops, size)  # [G, R, 3, size, size]
+    tiles = global_tiles = _resize_crops(crops, size)  # [G, R, 3, size, size]
     if n_local:
         local_crops = local_crops.unflatten(0, (-1, batch_size))[:n_local, :n_rows]
-        tiles = torch.cat([global_tiles, _tiles(local_crops, size)])  # [C, R, 3, size, size]
-    sheets = {"crops": _sheet(tiles)}
+        tiles = torch.cat([global_tiles, _resize_crops(local_crops, size)])  # [C, R, 3, size, size]
+    sheets = {"crops": _arrange_tiles(tiles)}
     if bool(batch["collated_masks"].any()):
         grids = masks.unflatten(2, (side, side)).float()
         is_masked = F.interpolate(grids, size=(size, size), mode="nearest").bool().unsqueeze(2)
         colour = torch.tensor(MASK_COLOUR).view(3, 1, 1) / 255
         covered = (1 - MASK_OPACITY) * global_tiles + MASK_OPACITY * colour
-        sheets["masks"] = _sheet(torch.where(is_masked, covered, global_tiles))
+        sheets["masks"] = _arrange_tiles(torch.where(is_masked, covered, global_tiles))
     return sheets
 
 
-def _tiles(crops: Tensor, size: int) -> Tensor:
-    """Return crops [C, R, 3, S, S] as pixels in 0 to 1 of another size, on the CPU; NaN becomes white."""
+def _resize_crops(crops: Tensor, size: int) -> Tensor:
+    """Resize crops [C, R, 3, S, S], as pixels from 0 to 1 on the CPU; NaN becomes white."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     pixels = (crops.detach().cpu().float() * std + mean).nan_to_num(1.0).clamp(0, 1)
     resized = F.interpolate(pixels.flatten(0, 1), size=(size, size), mode="bilinear", antialias=True)
     return resized.unflatten(0, crops.shape[:2])
 
 
-def _sheet(tiles: Tensor) -> np.ndarray:
-    """Lay tiles [C, R, 3, size, size] out as one image, uint8 [height, width, 3]."""
+def _arrange_tiles(tiles: Tensor) -> np.ndarray:
+    """Arrange tiles [C, R, 3, size, size] in one image, uint8 [height, width, 3]."""
     rows = F.pad(tiles, (0, GAP, 0, GAP), value=1.0).permute(1, 3, 0, 4, 2)  # [R, size + GAP, C, size + GAP, 3]
     return (rows.flatten(2, 3).flatten(0, 1) * 255).round().byte().numpy()

@@ -1,4 +1,4 @@
-"""Helpers with more than one user: configuration, seeds, files, cores, how commands end.
+"""Functions that several packages use: configuration, seeds, files, precision, memory, processes, ends of commands.
 
-They import `configs` and `distributed` alone, so every package but those two and `layers` may use them.
+They import only `configs` and `distributed`.
 """

@@ -1,6 +1,6 @@
-"""Configuration of a run: defaults <- file <- command line, with strict keys, types and values.
+"""Read the configuration of a run: defaults <- file <- command line, with checked keys, types and values.
 
-Types are those of the defaults. A mistake is an error that names the key, what was found and what to write.
+Types are those of the defaults. The error of a mistake names the key, the value and what to write.
 """
 
 import difflib
@@ -18,12 +18,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dinov2.configs import CONFIG_FOLDER, dinov2_default_config
-from dinov2.utils.files import PathLike, atomic_write
-from dinov2.utils.paths import local_path
+from dinov2.utils.files import PathLike, atomic_write, local_path
 
 logger = logging.getLogger("dinov2")
 
-# Keys of earlier files that are read with a warning. DinoBloom's own has the last four under `train`.
+# keys of older files that are ignored with a warning; DinoBloom's own file has the last four under `train`
 _IGNORED = {
     "train.compile_augmentation": "the workers augment, in one implementation",
     "train.cache_dataset": "images are read from the lists; there is no metadata cache to switch",
@@ -34,10 +33,10 @@ _IGNORED = {
     },
 }
 
-# What a run fills in itself, and what a user sets instead.
+# keys that a run sets itself, and what a user sets instead
 _FILLED_IN = {"train.output_dir": "give --output-dir and --name", "optim.lr": "set optim.base_lr"}
 
-# Values whose types stand for those that a null or empty default does not tell.
+# example values for the types of keys with a null or empty default
 _EXAMPLES: dict[str, Any] = {
     **dict.fromkeys(("train.image_size", "train.accumulation_steps", "train.global_batch_size"), 1),
     **dict.fromkeys(("student.embed_dim", "student.depth", "student.num_heads", "evaluation.keep_teachers"), 1),
@@ -47,7 +46,7 @@ _EXAMPLES: dict[str, Any] = {
     "student.unfreeze": ["norm", "10-11"],
     "evaluation.datasets": [{"name": "pbc", "data": "/data/pbc"}],
 }
-_NULLABLE = {"MODEL.WEIGHTS", "student.pretrained_weights", "student.layerscale"}  # beside those with a null default
+_NULLABLE = {"MODEL.WEIGHTS", "student.pretrained_weights", "student.layerscale"}  # besides keys with a null default
 _SHARES = {"train.activation_checkpointing"}  # numbers that may also be false (none) or true (all)
 
 _TYPE_NAMES = {
@@ -56,7 +55,7 @@ _TYPE_NAMES = {
 }
 
 _DTYPES = ("auto", "fp32", "bf16", "fp16")
-_CHOICES: dict[str, Sequence[str]] = {  # by the end of the key
+_CHOICES: dict[str, Sequence[str]] = {  # by the key's ending
     "data_transform": ("default", "hema"),
     "compute_precision.fp32_matmul": ("fast", "exact"),
     "train.centering": ("centering", "sinkhorn_knopp"),
@@ -67,7 +66,7 @@ _CHOICES: dict[str, Sequence[str]] = {  # by the end of the key
     **dict.fromkeys((".param_dtype", ".reduce_dtype", ".buffer_dtype"), _DTYPES),
 }
 
-# Inclusive bounds of numbers and of the members of lists: (low, high, patterns of keys); no other number is negative.
+# inclusive bounds of numbers and of members of lists: (low, high, patterns of keys); the first match is used
 _BOUNDS: list[tuple[float, float, str]] = [
     (0, 1, "train.max_bad_fraction train.activation_checkpointing student.drop_path_rate student.lora.dropout"),
     (0, 1, "ibot.mask_* teacher.*momentum_teacher crops.*_crops_scale"),
@@ -88,9 +87,9 @@ def load_run_config(
     """Merge and check a run's configuration.
 
     Args:
-        config_file: path or URL of a YAML with what differs from the defaults; None for the defaults alone.
-        overrides: `key.subkey=value` texts of the command line, which win.
-        resolve: replaces merged values that follow from others, before they are checked against each other.
+        config_file: path or URL of a YAML with values that replace defaults; None for the defaults alone.
+        overrides: `key.subkey=value` texts of the command line, which replace both.
+        resolve: sets values that follow from others, before the values are checked against each other.
 
     Raises:
         FileNotFoundError, KeyError, ValueError: no such file; an unknown key; an unreadable file or wrong value.
@@ -102,10 +101,10 @@ def load_run_config(
     for origin, values in layers:
         for key, value in values.items():
             try:
-                checked = _checked(key, value)
+                checked = _check_value(key, value)
             except (KeyError, ValueError) as error:
                 raise type(error)(f"{origin}: {error.args[0]}") from error
-            OmegaConf.update(merged, key, _escaped(checked), force_add=False)
+            OmegaConf.update(merged, key, _escape(checked), force_add=False)
     if resolve is not None:
         resolve(merged)
     _check_together(merged)
@@ -125,7 +124,7 @@ def write_config(cfg: DictConfig, path: Path) -> None:
 
 def differences(ours: DictConfig, theirs: DictConfig, prefixes: Sequence[str] = ("",)) -> dict[str, tuple[Any, Any]]:
     """Find the keys below `prefixes` whose values differ: {key: (ours, theirs)}, None for a missing key."""
-    a, b = (dict(_leaves(OmegaConf.to_container(cfg, resolve=True), _defaults())) for cfg in (ours, theirs))
+    a, b = (dict(_iterate_values(OmegaConf.to_container(cfg, resolve=True), _defaults())) for cfg in (ours, theirs))
     keys = [key for key in sorted(a.keys() | b.keys()) if key.startswith(tuple(prefixes))]
     return {key: (a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)}
 
@@ -140,7 +139,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"--config-file: {path} is not readable as YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config-file: {path} must hold `section: key: value`, found a {type(content).__name__}")
-    values = dict(_leaves(content, _defaults()))
+    values = dict(_iterate_values(content, _defaults()))
     for key in sorted(values.keys() & _IGNORED.keys()):
         logger.warning("%s: %s=%s is ignored: %s", path, key, values.pop(key), _IGNORED[key])
     return values
@@ -153,46 +152,46 @@ def _read_override(text: str) -> tuple[str, Any]:
     if key in _FILLED_IN:
         raise ValueError(f"command line: {key} is filled in by the run; {_FILLED_IN[key]} instead")
     if isinstance(_defaults().get(key), str) and value != "null":
-        return key, value  # a path or name is taken literally, also with # or a leading zero
+        return key, value  # a path or name is not parsed: it may contain # or a leading zero
     if isinstance(_EXAMPLES.get(key), (list, dict)):
-        # {name:pbc} needs no quotes in a shell, but is a mapping to YAML only with a space
+        # {name:pbc} needs no quotes in a shell, but is a mapping in YAML only with a space
         value = re.sub(r"([{,]\s*[\w.-]+):(?=\S)", r"\1: ", value)
     try:
         content: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=True)
     except (YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"command line: cannot read {text!r}: {error}") from error
     mapping, _, name = key.rpartition(".")
-    if isinstance(_EXAMPLES.get(mapping), dict):  # one entry of a mapping of the user's own names
+    if isinstance(_EXAMPLES.get(mapping), dict):  # one entry of a mapping with the user's own names
         return mapping, {name: content["value"]}
     return key, content["value"]
 
 
-def _leaves(content: Any, known: Collection[str] = (), prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _iterate_values(content: Any, known: Collection[str] = (), prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) of all values that are no sections; without `known`, an empty mapping is a value."""
     for name, value in content.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and key not in known and (value or known):
-            yield from _leaves(value, known, f"{key}.")
+            yield from _iterate_values(value, known, f"{key}.")
         else:
             yield key, value
 
 
 @cache
 def _defaults() -> dict[str, Any]:
-    return dict(_leaves(OmegaConf.to_container(dinov2_default_config)))
+    return dict(_iterate_values(OmegaConf.to_container(dinov2_default_config)))
 
 
-def _escaped(value: Any) -> Any:
-    """Mark texts that look like interpolations, which were resolved before, as plain texts."""
+def _escape(value: Any) -> Any:
+    """Escape texts that look like interpolations, which are resolved already."""
     if isinstance(value, list):
-        return [_escaped(member) for member in value]
+        return [_escape(member) for member in value]
     if isinstance(value, dict):
-        return {key: _escaped(member) for key, member in value.items()}
+        return {key: _escape(member) for key, member in value.items()}
     return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
-def _checked(key: str, value: Any) -> Any:
-    """Return the value as the default's type, or raise an error that says what is wrong with it."""
+def _check_value(key: str, value: Any) -> Any:
+    """Check a value and return it as the default's type; the error describes the mistake."""
     if key not in _defaults():
         raise KeyError(_unknown_key_text(key))
     default = _defaults()[key]
@@ -202,11 +201,11 @@ def _checked(key: str, value: Any) -> Any:
         value = float(value)
     example = _EXAMPLES.get(key, default)
     try:
-        result = _converted(value, example)
+        result = _convert(value, example)
     except TypeError as error:
         like = f"like {example}".replace("'", "") if isinstance(example, list | dict) else f"(default: {default})"
-        found = "nothing (null)" if value is None else repr(value)
-        raise ValueError(f"{key} must be {_TYPE_NAMES[type(example)]} {like}, found {found}") from error
+        text = "nothing (null)" if value is None else repr(value)
+        raise ValueError(f"{key} must be {_TYPE_NAMES[type(example)]} {like}, found {text}") from error
     for ending, choices in _CHOICES.items():
         if key.endswith(ending) and result not in choices:
             raise ValueError(f"{key} must be one of {', '.join(choices)}, found {result!r}")
@@ -218,21 +217,21 @@ def _checked(key: str, value: Any) -> Any:
     return result
 
 
-def _converted(value: Any, example: Any) -> Any:
-    """Return `value` as the type of `example`; lists of fractional numbers must have its length.
+def _convert(value: Any, example: Any) -> Any:
+    """Convert `value` to the type of `example`; lists of fractional numbers must have its length.
 
     Raises:
-        TypeError: it is of another type.
+        TypeError: it has another type.
     """
     if type(value) is type(example):
         if isinstance(example, list):
             if isinstance(example[0], float) and len(value) != len(example):
                 raise TypeError
-            # in a list of words a number counts as one
+            # in a list of words a number is a word
             words = [str(member) if type(member) is int else member for member in value]
-            return [_converted(member, example[0]) for member in (words if isinstance(example[0], str) else value)]
+            return [_convert(member, example[0]) for member in (words if isinstance(example[0], str) else value)]
         if isinstance(example, dict) and isinstance(next(iter(example.values())), float):
-            return {str(name): _converted(number, 1.0) for name, number in value.items()}
+            return {str(name): _convert(number, 1.0) for name, number in value.items()}
         return value
     if isinstance(example, float) and type(value) is int:
         return float(value)
@@ -257,7 +256,7 @@ def _check_together(cfg: DictConfig) -> None:
     """Check the rules between keys."""
     if cfg.crops.local_crops_number == 1:
         logger.warning(
-            "crops.local_crops_number is 1: here that is one local crop. If 1 was meant as DinoBloom means it (none), "
+            "crops.local_crops_number is 1: here that is one local crop. If you mean none, as DinoBloom does with 1, "
             "set crops.local_crops_number=0 and dino.loss_weight=%s, its effective value",
             cfg.dino.loss_weight / 2,
         )
@@ -267,7 +266,7 @@ def _check_together(cfg: DictConfig) -> None:
 
 
 def _rules(cfg: DictConfig) -> Iterator[tuple[bool, str]]:
-    """Yield (whether a rule is broken, what to do about it)."""
+    """Yield (True if a rule is broken, its error message)."""
     patch, n_compared = cfg.student.patch_size, cfg.train.batch_size_per_gpu
     if cfg.dino.koleo_loss_distributed:
         n_compared = cfg.train.global_batch_size or n_compared * (cfg.train.accumulation_steps or 1)
@@ -289,7 +288,7 @@ def _rules(cfg: DictConfig) -> Iterator[tuple[bool, str]]:
     )
     yield (
         cfg.dino.loss_weight == cfg.ibot.loss_weight == 0,
-        "dino.loss_weight and ibot.loss_weight are both 0: nothing would be learned; set one of them",
+        "dino.loss_weight and ibot.loss_weight are both 0: nothing is learned; set one of them",
     )
     yield (
         cfg.dino.koleo_loss_weight > 0 and n_compared < 2,

@@ -1,21 +1,39 @@
-"""Files that exist whole or not at all, and their checksums."""
+"""Write files atomically, compute checksums, and resolve a user's paths and URLs to files on this machine.
+
+Paths may contain `~` and `$VARIABLES`. `http://` and `https://` URLs are downloaded once, and so are `s3://` URLs if
+boto3 is installed, by iopath. Downloads are stored in torch.hub's folder (TORCH_HOME moves it), each URL in its own
+folder. A URL may end in `#sha256=<64 digits>`, the checksum that its file must have.
+"""
 
 import hashlib
+import importlib.util
 import os
+import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any, TypeAlias
+from urllib.error import HTTPError
+from urllib.parse import unquote, urlsplit
+from urllib.request import urlopen
+
+import torch
+from iopath.common.file_io import PathManager, file_lock
+from tqdm import tqdm
 
 PathLike: TypeAlias = str | os.PathLike[str]
+
+SILENCE_SECONDS = 60.0  # of a server, after which a download fails
 
 
 @contextmanager
 def atomic_write(path: PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a temporary neighbour of `path`; rename it to `path` once the block has ended and the bytes are on disk.
+    """Open a temporary file beside `path`, and rename it to `path` after the block, when its bytes are on disk.
 
-    If the block raises, or the process dies inside it, whatever stood at `path` before still stands there.
+    If the block raises an error or the process is killed, an earlier file at `path` does not change.
 
     Args:
         path: the final name; its folder is made if missing.
@@ -38,7 +56,7 @@ def atomic_write(path: PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the rename itself durable; some file systems do not let folders be opened, and those need no sync."""
+    """Write a rename in `folder` to disk; file systems that do not open folders need no sync."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -48,7 +66,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def file_sha256(path: PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal; of a folder, that of the names and SHA-256 of the files in it."""
+    """Compute the SHA-256 of a file in hexadecimal; of a folder, that of the names and SHA-256 of its files."""
     if os.path.isdir(path):
         files = sorted(file for file in Path(path).rglob("*") if file.is_file())
         lines = [f"{file_sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in files]
@@ -58,3 +76,97 @@ def file_sha256(path: PathLike) -> str:
         while block := opened.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+# --- paths and URLs -------------------------------------------------------------------------------------------------
+
+
+def local_path(source: PathLike) -> Path:
+    """Return the local file or folder of a path or URL; a URL is downloaded once.
+
+    Raises:
+        FileNotFoundError: the server has no such file. A path is not checked.
+        ConnectionError: a URL cannot be downloaded; the message says where to put the file instead.
+        ValueError: the URL is of an unknown kind, or the download has another checksum or is a web page.
+    """
+    text = os.fspath(source)
+    url = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?=[^/])", text)
+    if url is None:
+        return Path(os.path.expanduser(os.path.expandvars(text)))
+    kind = url[1].lower()
+    text = f"{kind}://{text[url.end() :]}"  # pathlib turns two slashes into one
+    if kind in ("http", "https"):
+        text, _, sha256 = text.partition("#sha256=")
+        name = re.sub(r"[^\w.+-]", "_", unquote(urlsplit(text).path.rpartition("/")[2])).lstrip(".") or "file"
+        # a folder for each URL, since two URLs may end in the same name
+        folder = cache_folder() / f"url_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        return download(text, folder / name[-200:], sha256.lower())
+    if kind == "s3" and importlib.util.find_spec("boto3") is not None:
+        from iopath.common.s3 import S3PathHandler
+
+        manager = PathManager()
+        manager.set_logging(False)
+        manager.register_handler(S3PathHandler(cache_dir=str(cache_folder())))
+        return Path(manager.get_local_path(text))
+    hint = "; install boto3 for s3://" if kind == "s3" else ""
+    raise ValueError(f"{text}: only http://, https://, s3:// and paths can be read here{hint}")
+
+
+def cache_folder() -> Path:
+    """Return the folder of downloads."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def download(url: str, file: Path, sha256: str = "") -> Path:
+    """Download `url` to `file`, unless it exists; only one of several processes downloads it.
+
+    Args:
+        sha256: the checksum that the file must have; empty if it is unknown.
+
+    Raises:
+        FileNotFoundError, ConnectionError, ValueError: as `local_path`.
+    """
+    if file.is_file():
+        _check(file, sha256, f"remove it, and it is downloaded again from {url}")
+        return file
+    with file_lock(str(file)):
+        if not file.is_file():  # no other process has downloaded it meanwhile
+            part = file.with_name(f"{file.name}.part")
+            try:
+                _download(url, part, file)
+                _check(part, sha256, f"it came from {url} and is not kept; try again, or put the right file at {file}")
+                part.replace(file)
+            finally:
+                part.unlink(missing_ok=True)
+    return file
+
+
+def _check(file: Path, sha256: str, advice: str) -> None:
+    with open(file, "rb") as opened:
+        if opened.read(256).lstrip().startswith(b"<"):
+            raise ValueError(f"{file}: holds a web page, not what was asked for; {advice}")
+    if sha256 and (digest := file_sha256(file)) != sha256:
+        raise ValueError(f"{file}: has the sha256 {digest} instead of {sha256}; {advice}")
+
+
+def _download(url: str, part: Path, file: Path) -> None:
+    """Download with a progress bar; a connection that ends early or stays silent is an error."""
+    try:
+        with urlopen(url, timeout=SILENCE_SECONDS) as answer, open(part, "wb") as opened:
+            n_bytes = int(answer.headers.get("Content-Length", 0))
+            with tqdm.wrapattr(opened, "write", n_bytes or None, desc=file.name) as written:
+                shutil.copyfileobj(answer, written)
+        if part.stat().st_size < n_bytes:
+            raise ConnectionError(f"got only {part.stat().st_size} out of {n_bytes} bytes")
+    except HTTPError as error:
+        if error.code in (404, 410):
+            raise FileNotFoundError(f"{url}: the server has no such file ({error.code})") from error
+        raise ConnectionError(f"{url}: the server says {error.code} {error.reason}") from error
+    except (OSError, HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, TimeoutError):
+            reason = f"the server sent nothing for {SILENCE_SECONDS:g} s"
+        raise ConnectionError(
+            f"{url} cannot be downloaded ({reason}); without a network, fetch it elsewhere and put it at {file}, or "
+            "pass the path of your copy"
+        ) from error

@@ -1,4 +1,4 @@
-"""Measure the memory that a piece of work uses at its peak, and what there is for it, on a GPU or a CPU."""
+"""Measure used and available memory of a GPU or a CPU."""
 
 import ctypes
 import gc
@@ -13,7 +13,7 @@ import torch
 
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
-_RESET_PEAK = "5"  # what clear_refs takes to reset VmHWM, see proc(5)
+_RESET_PEAK = "5"  # resets VmHWM when written to clear_refs, see proc(5)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # see mallopt(3)
 _KEPT_BYTES = 2**27
 
@@ -21,10 +21,10 @@ _UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
 
 class PeakMemory:
-    """Measure the most memory in use while it is active; `.bytes` has it afterwards.
+    """Context that measures the peak memory while it is active; afterwards `.bytes` has it.
 
-    CUDA: what PyTorch's allocator gave out, the weights included. CPU: the resident memory of the whole process, which
-    is what a machine runs out of; where the kernel does not reset its peak, that since the process started.
+    On CUDA it is that of PyTorch's allocator, weights included. On a CPU it is the resident memory of the process; if
+    the kernel does not reset its peak, the peak since the process started.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,7 +36,7 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            with suppress(OSError):  # no such file, or not ours to write: the peak stays that of the whole process
+            with suppress(OSError):  # no such file, or no permission: the peak since the process started remains
                 (PROC / "self/clear_refs").write_text(_RESET_PEAK)
         return self
 
@@ -46,7 +46,7 @@ class PeakMemory:
 
 
 def release_free_memory(device: torch.device) -> None:
-    """Give memory that nothing uses any more back to the system."""
+    """Return unused memory to the system."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -55,10 +55,10 @@ def release_free_memory(device: torch.device) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's malloc keep freed pieces of up to 128 MiB for reuse, for the rest of the process.
+    """Let glibc's malloc keep freed blocks of up to 128 MiB for reuse, until the process ends.
 
-    By default large pieces go back to the system at once, and each page that a step then asks for anew costs about as
-    much as filling it (docs/benchmarks/step.md).
+    By default it returns large blocks to the system at once, and a new page costs about as much time as filling it
+    (docs/benchmarks/step.md).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -67,7 +67,7 @@ def keep_freed_memory() -> None:
 
 
 def resident_memory() -> int:
-    """Return the bytes of this process that lie in memory; without /proc, the most that there ever were."""
+    """Return the resident memory of this process in bytes; without /proc, its peak."""
     try:
         return int((PROC / "self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -78,11 +78,11 @@ def _peak_of_process() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def memory_room(device: torch.device) -> int:
-    """Return the bytes that this process can have in use on `device`: what it has and what is free.
+def memory_limit(device: torch.device) -> int:
+    """Return the bytes that this process can use on `device`: those it uses now and free ones.
 
-    On a CPU, free is what the kernel can give without swapping, within the limits of the process's cgroups (those of
-    containers and batch jobs).
+    On a CPU, free memory is what the kernel can give without swapping, within the limits of the process's cgroups
+    (containers and batch jobs).
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -92,11 +92,11 @@ def memory_room(device: torch.device) -> int:
     except OSError:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return resident_memory() + max(0, min([available, *_cgroup_room()]))
+    return resident_memory() + max(0, min([available, *_free_in_cgroups()]))
 
 
 def size_text(n_bytes: float) -> str:
-    """Format a number of bytes in a fitting unit: 14.9 GiB, 0.21 GiB, 11.8 KiB, 152 MiB."""
+    """Format a number of bytes with a unit: 14.9 GiB, 0.21 GiB, 11.8 KiB, 152 MiB."""
     for unit, size in _UNITS.items():
         value = n_bytes / size
         if value >= 0.1:
@@ -104,8 +104,8 @@ def size_text(n_bytes: float) -> str:
     return f"{n_bytes:.0f} bytes"
 
 
-def _cgroup_room() -> Iterator[int]:
-    """Yield the bytes that each limit of the process's cgroups (version 1 or 2) leaves; nothing without limits."""
+def _free_in_cgroups() -> Iterator[int]:
+    """Yield the free bytes within each limit of the process's cgroups (version 1 or 2)."""
     try:
         groups = [line.split(":", 2) for line in (PROC / "self/cgroup").read_text().splitlines()]
     except OSError:
@@ -118,7 +118,7 @@ def _cgroup_room() -> Iterator[int]:
             cached = "total_inactive_file"
         else:
             continue
-        # A container sees its own group as the top one, whatever the path says
+        # in a container, the container's group is the top one, whatever the path says
         own = top / path.lstrip("/")
         for group in [own, *(parent for parent in own.parents if parent.is_relative_to(top))]:
             try:

@@ -13,37 +13,37 @@ from typing import Any, TypeVar
 import cv2
 import torch
 
-from dinov2.utils.stop_signals import ignore_stop_signals
+from dinov2.utils.command import ignore_stop_signals
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def available_cores() -> int:
-    """Count the processors given to this process: a container or a batch job may have fewer than the machine."""
+    """Count the cores of this process: a container or a batch job may have fewer than the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def parallel_map(
     function: Callable[[Item], Result], items: Iterable[Item], n_workers: int, chunk: int = 16
 ) -> Generator[Result, None, None]:
-    """Yield `function(item)` for each item, in order; one worker is this process.
+    """Yield `function(item)` for each item, in order.
 
-    Call it under `if __name__ == "__main__":` for more than one worker. Ctrl-C drops the items that have not begun.
+    With several workers, call it under `if __name__ == "__main__":`. Ctrl-C drops the items that have not begun.
 
     Args:
-        function: of a module, or a method of an object that can be pickled; each process gets it once.
-        items: their arguments.
-        n_workers: processes.
-        chunk: items that a process takes at a time.
+        function: a function of a module, or a method of an object that can be pickled; each worker gets it once.
+        items: its arguments.
+        n_workers: number of worker processes; up to 1, this process works.
+        chunk: number of items that a worker gets at a time.
 
     Raises:
-        ValueError: if a process was killed.
+        ValueError: a worker was killed.
     """
     if n_workers <= 1:
         yield from map(function, items)
         return
-    # workers fork from a server that has imported the module: they start fast, without this process's threads and locks
+    # workers are forked from a server that has imported the module: a fast start without this process's threads
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
     pool = ProcessPoolExecutor(n_workers, context, initializer=_start_worker, initargs=(function,))
@@ -52,7 +52,7 @@ def parallel_map(
     except BrokenProcessPool as error:
         raise ValueError(
             f"workers: one of {n_workers} processes was killed, perhaps for lack of memory; start the same command "
-            f"again with fewer workers"
+            f"with fewer workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -64,7 +64,7 @@ _function: Callable[[Any], Any]  # of this worker process
 def _start_worker(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
-    ignore_stop_signals()  # a terminal and a batch system send them to all; the parent decides what they mean
+    ignore_stop_signals()  # a terminal and a batch system send them to all processes; the parent handles them
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     cv2.setNumThreads(1)
@@ -72,7 +72,7 @@ def _start_worker(function: Callable[[Any], Any]) -> None:
 
 
 def _end_with_parent() -> None:
-    # the workers of a pool wait for work for ever if their parent was killed
+    # a killed parent would leave its workers waiting forever
     parent = multiprocessing.parent_process()
     if parent is not None:
         with suppress(OSError):

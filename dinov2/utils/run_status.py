@@ -1,4 +1,4 @@
-"""status.json in a run's folder: how the run is doing. It is written whole or not at all, and read by anyone."""
+"""Write and read status.json in a run's folder, the progress of the run. It is written atomically."""
 
 import json
 import logging
@@ -15,12 +15,12 @@ logger = logging.getLogger("dinov2")
 
 STATUS_NAME, METRICS_NAME, CONFIG_NAME = "status.json", "training_metrics.json", "config.yaml"
 ENDED = ("finished", "stopped", "failed")  # states; the others are starting, running, evaluating and saving
-MOST_WARNINGS = 200  # different ones that are kept
+MOST_WARNINGS = 200  # different warnings that are kept
 
 
 @dataclass
 class RunStatus:
-    """How a run is doing."""
+    """Progress of a run."""
 
     state: str = "starting"  # or running, evaluating, saving, or one of ENDED
     reason: str = ""  # why it failed or stopped
@@ -29,19 +29,19 @@ class RunStatus:
     losses: dict[str, float | None] = field(default_factory=dict)  # of the newest logged iteration; None: not finite
     images_per_second: float | None = None  # this and the next two: the newest rates
     seconds_per_iteration: float | None = None
-    data_share: float | None = None  # of the time, for waiting for data
-    eta_seconds: float | None = None  # to the end of the run, evaluations and checkpoints left out
+    data_share: float | None = None  # share of the time spent waiting for data
+    eta_seconds: float | None = None  # to the end of the run, without evaluations and checkpoints
     evaluation: dict[str, float] = field(default_factory=dict)  # {"iteration": n, name: value} of the newest one
     skipped_steps: int = 0
     rollbacks: int = 0
     resumed: int = 0
     errors: int = 0
     collapse: list[str] = field(default_factory=list)  # signs of a collapse that hold now
-    warnings: dict[str, int] = field(default_factory=dict)  # {text: how often} of warnings and errors
+    warnings: dict[str, int] = field(default_factory=dict)  # {text: count} of warnings and errors
     starts: list[dict[str, Any]] = field(default_factory=list)  # seed and versions of each start or resume
     host: str = ""  # this and the next: of the main process
     pid: int = 0
-    time: float = 0.0  # when this was written, in seconds since 1970
+    time: float = 0.0  # of writing, in seconds since 1970
     seconds_between_reports: float = 0.0  # of the newest rates
 
     def take_rates(self, row: Mapping[str, float], n_rows: int) -> None:
@@ -63,19 +63,19 @@ def is_run(folder: Path) -> bool:
 
 
 def read_status(run_folder: Path) -> RunStatus | None:
-    """Read a run's status.json; None if it is not there or not readable."""
+    """Read a run's status.json; None if it is missing or not readable."""
     try:
-        found = json.loads((run_folder / STATUS_NAME).read_text(encoding="utf-8"))
+        content = json.loads((run_folder / STATUS_NAME).read_text(encoding="utf-8"))
         known = {each.name for each in fields(RunStatus)}
-        return RunStatus(**{name: value for name, value in found.items() if name in known})
+        return RunStatus(**{name: value for name, value in content.items() if name in known})
     except (OSError, ValueError, AttributeError):
         return None
 
 
 class StatusFile(logging.Handler):
-    """Writes status.json, and counts the warnings and errors of the package's log into it.
+    """Writes status.json, with counts of the warnings and errors of the package's log.
 
-    On a full disk the file stays as it was, and the run goes on. A run that is resumed keeps its counts.
+    On a full disk the file does not change, and the run continues. A resumed run keeps its counts.
     """
 
     def __init__(self, run_folder: Path, n_iterations: int, *, resumed: bool) -> None:
@@ -108,7 +108,7 @@ class StatusFile(logging.Handler):
         try:
             temporary = self.path.with_name(f".{STATUS_NAME}.tmp")
             temporary.write_text(json.dumps(asdict(self.status), indent=1), encoding="utf-8")
-            os.replace(temporary, self.path)  # not synced, which would cost a network file system too much time
+            os.replace(temporary, self.path)  # without a sync, which would be slow on a network file system
         except OSError as error:
             logger.debug("%s could not be written: %s", self.path, error)
 

@@ -1,13 +1,13 @@
-"""One seed decides everything: independent streams are derived from it by name."""
+"""Derive the seeds of independent random streams from one seed."""
 
 import hashlib
 
 
 def derive_seed(seed: int, *names: int | str) -> int:
-    """A 63-bit seed for the stream called `names` of the run seeded `seed`.
+    """Return the 63-bit seed of the stream `names` of a run with `seed`.
 
-    Streams with different names are unrelated, and a stream is a pure function of its arguments: what a step draws
-    depends on the step's number and not on what was drawn before, which is what makes a resumed run exact.
+    Streams with different names are independent. A step's random numbers depend on its number, not on earlier draws,
+    so a resumed run is exact.
     """
     text = "/".join(str(name) for name in (seed, *names))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

@@ -1,8 +1,8 @@
-"""Folders of torch.distributed.checkpoint, read without running anything that they hold.
+"""Read folders of torch.distributed.checkpoint without running code in them.
 
-torch unpickles a folder's `.metadata`, and values that are no tensors; a pickle can name any function to call. Here the
-metadata may hold nothing but descriptions of tensors, other values are refused, and the tensors themselves are read
-with `weights_only=True`.
+torch unpickles a folder's `.metadata` and values that are no tensors, and a pickle can call any function. Here the
+metadata may contain only descriptions of tensors, other values are errors, and tensors are read with
+`weights_only=True`.
 """
 
 import pickle
@@ -21,7 +21,7 @@ from torch.futures import Future
 
 METADATA_FILE = ".metadata"
 
-# Errors of unpickling bytes that are no pickle, or are only half of one
+# errors of unpickling bytes that are no pickle, or an incomplete one
 _UNREADABLE = (
     *(pickle.UnpicklingError, EOFError, OSError, RuntimeError),
     *(ValueError, AttributeError, LookupError, TypeError),
@@ -50,9 +50,9 @@ class _DescriptionUnpickler(pickle.Unpickler):
 
 
 class TensorReader(FileSystemReader):
-    """Read such folders, tensors only; anything else is a pickle.UnpicklingError.
+    """Reads only tensors; other content is a pickle.UnpicklingError.
 
-    `torch.distributed.checkpoint.load` wraps it into its CheckpointException.
+    `torch.distributed.checkpoint.load` wraps it in its CheckpointException.
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -70,10 +70,10 @@ class TensorReader(FileSystemReader):
 
 
 def read_tensors(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Read whole tensors whose dotted names are `wanted` to the CPU, however many processes wrote them.
+    """Read the whole tensors whose dotted names are `wanted` to the CPU, however many processes wrote them.
 
     Raises:
-        ValueError: the folder cannot be read, or holds anything that could run code.
+        ValueError: the folder cannot be read, or contains something that could run code.
     """
     try:
         entries = TensorReader(folder).read_metadata().state_dict_metadata
@@ -82,16 +82,16 @@ def read_tensors(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tenso
             for name, entry in entries.items()
             if isinstance(entry, TensorStorageMetadata) and wanted(name)
         }
-        with warnings.catch_warnings():  # of one process reading what many may have written, which is what is meant
+        with warnings.catch_warnings():  # torch warns that one process reads what many may have written
             warnings.filterwarnings("ignore", message="torch.distributed is disabled|TypedStorage is deprecated")
             dcp.load(dict(tensors), storage_reader=TensorReader(folder), no_dist=True)
     except (CheckpointException, *_UNREADABLE) as error:
-        raise ValueError(f"{folder}: {reason_of(error)}") from error
+        raise ValueError(f"{folder}: {first_error_line(error)}") from error
     return tensors
 
 
-def reason_of(error: BaseException) -> str:
-    """Return an error's first line; of an error that several processes had, that of the first."""
+def first_error_line(error: BaseException) -> str:
+    """Return an error's first line; of an error of several processes, that of the first process."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return (str(error).splitlines() or [type(error).__name__])[0]

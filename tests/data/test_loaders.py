@@ -14,10 +14,10 @@ from dinov2.data.samplers import Balance, SamplerType
 
 
 @pytest.fixture
-def dataset(picture_list):
+def dataset(image_list):
     """10 images of 28 px; the fifth cannot be decoded."""
-    folder = picture_list(n=10)
-    (folder / "pictures" / "004.png").write_bytes(b"junk")
+    folder = image_list(n=10)
+    (folder / "images" / "004.png").write_bytes(b"junk")
     return HemaStandardDataset(root=folder, image_size=14)
 
 
@@ -104,9 +104,9 @@ def test_a_size_or_advance_that_would_be_ignored_is_an_error(dataset):
             batches(dataset, 1, sampler_type=kind, sampler_advance=4)
 
 
-def test_a_balance_reaches_the_order(dataset, picture_list):
+def test_a_balance_reaches_the_order(dataset, image_list):
     root = dataset.root
-    (root / "few.txt").write_text("pictures/000.png\npictures/001.png\n")
+    (root / "few.txt").write_text("images/000.png\nimages/001.png\n")
     two = HemaStandardDataset(root=root, image_size=14, shuffle=True)
     sets = torch.from_numpy(two.sets())
     for balance, share in ((Balance({"few": 1000}), 0.9), (Balance({"few": 0}), 0.0)):
@@ -154,8 +154,8 @@ def test_samples_can_be_pickled(dataset):
     assert [sample.index for sample in again] == [4, 5]
 
 
-def test_dataset_strings(picture_list):
-    root = picture_list(n=6)
+def test_dataset_strings(image_list):
+    root = image_list(n=6)
     plain = make_dataset(f"HemaStandardDataset:root={root}")
     assert len(plain) == 6
     assert plain.image_size == 224
@@ -167,9 +167,9 @@ def test_dataset_strings(picture_list):
         assert [kept.path(i) for i in range(6)] == [plain.path(i) for i in range(6)]
 
 
-def test_tables_and_caches_in_dataset_strings(picture_list, tmp_path):
-    root = picture_list(n=3)
-    (root / "t.csv").write_text("file,path\npictures/001.png,pictures/002.png\n")
+def test_tables_and_caches_in_dataset_strings(image_list, tmp_path):
+    root = image_list(n=3)
+    (root / "t.csv").write_text("file,path\nimages/001.png,images/002.png\n")
     assert make_dataset(f"HemaStandardDataset:root={root}/t.csv").path(0).endswith("002.png")
     dataset = make_dataset(
         f"HemaStandardDataset:root={root}/t.csv:column=file:cache={tmp_path}/at 12:30", image_size=14
@@ -183,14 +183,14 @@ def test_tables_and_caches_in_dataset_strings(picture_list, tmp_path):
     )
 
 
-def test_the_string_wins_over_settings(picture_list):
-    dataset = make_dataset(f"HemaStandardDataset:root={picture_list()}:seed=3", seed=9, image_size=28, transform=len)
+def test_the_string_wins_over_settings(image_list):
+    dataset = make_dataset(f"HemaStandardDataset:root={image_list()}:seed=3", seed=9, image_size=28, transform=len)
     assert (dataset.seed, dataset.image_size, dataset.transform) == (3, 28, len)
 
 
-def test_colons_and_equal_signs_in_paths(picture_list, tmp_path):
+def test_colons_and_equal_signs_in_paths(image_list, tmp_path):
     for name in ("at 12:30", "k=v", "seed=3"):
-        root = picture_list(n=2, folder=tmp_path / name)
+        root = image_list(n=2, folder=tmp_path / name)
         assert len(make_dataset(f"HemaStandardDataset:root={root}:shuffle=1")) == 2
     with pytest.raises(FileNotFoundError, match=r"C:\\+cells"):
         make_dataset(r"HemaStandardDataset:root=C:\cells:shuffle=1")

@@ -11,11 +11,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from dinov2.data.datasets.decode import resize_image
+from dinov2.data.datasets.decode import UnreadableImageError, resize_image
 from dinov2.data.transforms import normalize_images
 from dinov2.hub import backbones
-from dinov2.hub.backbones import load_backbone
-from dinov2.hub.transform import ImageTransform
+from dinov2.hub.backbones import ImageTransform, load_backbone
 from dinov2.models import architecture, build_backbone
 
 TINY = {
@@ -139,7 +138,7 @@ def test_the_log_says_what_was_loaded(tiny, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "dinov2"):
         load_backbone(tmp_path / "w.pth", img_size=56)
     assert caplog.messages == [
-        f"{tmp_path / 'w.pth'}: ViT with dim 64, depth 2, 1 heads, patch 14; 35 tensors, all placed; position "
+        f"{tmp_path / 'w.pth'}: ViT with dim 64, depth 2, 1 heads, patch 14; all 35 tensors loaded; position "
         "embeddings resized from 5 x 5 to 4 x 4 patches; without its dino_head; without its ibot_head"
     ]
 
@@ -390,3 +389,41 @@ def test_an_untrained_backbone_follows_its_seed_and_not_the_weights(tiny, tmp_pa
     assert torch.equal(first[name], again[name])
     assert not torch.equal(first[name], other[name])
     assert not torch.equal(first[name], trained[name])
+
+
+def test_an_image_becomes_normalised_squares_by_formula():
+    levels = np.full((40, 60, 3), (51, 102, 204), dtype=np.uint8)
+    found = ImageTransform(28)(Image.fromarray(levels))
+    assert found.shape == (3, 28, 28)
+    assert found.dtype == torch.float32
+    expected = [(0.2 - 0.485) / 0.229, (0.4 - 0.456) / 0.224, (0.8 - 0.406) / 0.225]
+    torch.testing.assert_close(found.amax(dim=(1, 2)), torch.tensor(expected))
+    torch.testing.assert_close(found.amin(dim=(1, 2)), torch.tensor(expected))
+
+
+def test_the_centre_is_kept_with_its_proportions():
+    levels = np.zeros((30, 90, 3), dtype=np.uint8)
+    levels[:, 30:60] = 255
+    found = ImageTransform(30).resize(Image.fromarray(levels))
+    assert found.min() == 255
+
+
+def test_paths_and_images_give_the_same(tmp_path):
+    levels = np.random.default_rng(0).integers(0, 256, (33, 44, 3), dtype=np.uint8)
+    Image.fromarray(levels).save(tmp_path / "cell.png")
+    transform = ImageTransform(28)
+    expected = transform(Image.fromarray(levels))
+    assert torch.equal(transform(tmp_path / "cell.png"), expected)
+    assert torch.equal(transform(str(tmp_path / "cell.png")), expected)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with pytest.raises(UnreadableImageError, match=r"bad\.png"):
+        transform(tmp_path / "bad.png")
+
+
+def test_it_travels_between_processes_and_says_what_it_does():
+    transform = ImageTransform(224)
+    assert pickle.loads(pickle.dumps(transform)) == transform
+    assert transform != ImageTransform(112)
+    assert transform.mean == (0.485, 0.456, 0.406)
+    assert transform.std == (0.229, 0.224, 0.225)
+    assert "224 px" in str(transform)

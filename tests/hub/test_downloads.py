@@ -20,7 +20,7 @@ from dinov2.eval.extract_features import embedder_from, parse_arguments
 from dinov2.hub.backbones import load_backbone
 from dinov2.hub.downloads import RELEASES, resolve_weights
 from dinov2.models import build_backbone
-from dinov2.utils import paths
+from dinov2.utils import files as files_module
 from dinov2.utils.config import load_run_config
 
 CONTENT = bytes(range(256)) * 4000  # 1 MB
@@ -204,7 +204,7 @@ def test_no_server(cache, monkeypatch):
 
 @pytest.mark.parametrize("n_bytes", [0, 1000])
 def test_a_server_that_falls_silent_is_given_up(n_bytes, server, release, cache, monkeypatch):
-    monkeypatch.setattr(paths, "SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(files_module, "SILENCE_SECONDS", 0.3)
     server.silence_after = n_bytes
     with pytest.raises(
         ConnectionError, match=r"cannot be downloaded \(the server sent nothing for 0\.3 s\); .* put it"

@@ -313,7 +313,7 @@ def test_a_package_that_is_not_installed(release, tmp_path, monkeypatch, caplog)
     ("settings", "more", "formats", "message"),
     [
         ({"mlp_ratio": 2.5}, (), ["huggingface"], r"--formats huggingface: .*whole multiples"),
-        ({"in_chans": 1}, (), ["pth"], "takes 1 channels"),
+        ({"in_chans": 1}, (), ["pth"], "has 1 channels"),
         ({}, ("--image-size", 60), ["pth"], "60"),
         ({}, ("--results", "nowhere.json"), ["pth"], r"--results: no file 'nowhere\.json'"),
     ],

@@ -3,9 +3,10 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dinov2.layers import Block, LayerScale, NestedTensorBlock, SwiGLUFFNFused
+from dinov2.layers import Block, LayerNorm, LayerScale, NestedTensorBlock, SwiGLUFFNFused
 from dinov2.layers import block as block_module
 
 
@@ -143,3 +144,17 @@ def test_layer_scale_is_there_only_if_asked_for():
 
 def test_upstream_name():
     assert NestedTensorBlock is Block
+
+
+@pytest.mark.parametrize("weight_type", [torch.float32, torch.bfloat16])
+def test_half_precision_weights_serve_a_float32_stream(weight_type):
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    norm, reference = LayerNorm(6, eps=1e-6).to(weight_type), nn.LayerNorm(6, eps=1e-6)
+    with torch.no_grad():
+        for parameter, other in zip(norm.parameters(), reference.parameters(), strict=True):
+            other.copy_(torch.linspace(0.5, 2, 6).to(weight_type))
+            parameter.copy_(other)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = norm(x)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, reference(x))

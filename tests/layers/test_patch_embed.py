@@ -25,7 +25,7 @@ def test_unflattened_keeps_rows_and_columns():
 
 
 @pytest.mark.parametrize("size", [(30, 28), (28, 30), (7, 28)])
-def test_a_picture_that_patches_do_not_fill_is_an_error_that_says_so(size):
+def test_a_image_that_patches_do_not_fill_is_an_error_that_says_so(size):
     embed = PatchEmbed(img_size=28, patch_size=14, embed_dim=4)
     with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} px.*14 x 14 px.*multiple of the patch size"):
         embed(torch.zeros(1, 3, *size))

@@ -89,7 +89,7 @@ def test_the_other_processes_wait_for_rank_0(training, slurm, monkeypatch):
 
 
 def test_a_failed_process_does_not_wait_for_ever(training, slurm, monkeypatch):
-    monkeypatch.setattr(submit, "_HOLD_SECONDS", -1)
+    monkeypatch.setattr(submit, "_RANK_0_SECONDS", -1)
     monkeypatch.setenv("SLURM_PROCID", "1")
     training.code = 1
     with pytest.raises(SystemExit, match="1"):
@@ -126,7 +126,7 @@ def test_exit_codes_of_jobs(slurm, end, code):
 
 
 def test_waiting_gives_up_where_slurm_tells_nothing(slurm, monkeypatch):
-    monkeypatch.setattr(submit, "_PATIENCE_SECONDS", -1)
+    monkeypatch.setattr(submit, "_SILENCE_SECONDS", -1)
     (slurm.folder / "answers").write_text("")
     with pytest.raises(ConnectionError, match="see sacct -j 7"):
         wait("7")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dinov2.run import watch
-from dinov2.run.watch import find_runs, knn_of, main, row_of, table
+from dinov2.run.watch import find_runs, main, mean_knn, table, table_row
 from dinov2.utils.run_status import RunStatus, StatusFile, read_status
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "watch_run.py"
@@ -49,7 +49,7 @@ def ended_process() -> int:
 
 
 def test_a_run_that_is_still_going(make_run):
-    row = row_of(make_run())
+    row = table_row(make_run())
     assert (row["state"], row["step"], row["%"], row["health"]) == ("running", "10/100", "10", "ok")
     assert (row["loss"], row["terms"]) == ("11", "cls 10 ibot 0.5")
     assert (row["img/s"], row["wait"], row["eta"], row["kNN"]) == ("32", "25%", "3m00s", "")
@@ -68,7 +68,7 @@ def test_a_run_that_is_still_going(make_run):
     ],
 )
 def test_how_a_run_ended(make_run, settings, state, health):
-    row = row_of(make_run(**{"lives": False, **settings}))
+    row = table_row(make_run(**{"lives": False, **settings}))
     assert (row["state"], row["health"]) == (state, health)
 
 
@@ -76,16 +76,16 @@ def test_what_is_wrong_is_shown(make_run):
     losses = LOSSES | {"total_loss": None}
     folder = make_run(losses=losses, collapse=["the CLS loss"], skipped_steps=4, rollbacks=2)
     (folder / "bad_images.csv").write_text("path,reason\na.png,torn\nb.png,torn\n")
-    row = row_of(folder)
+    row = table_row(folder)
     assert row["health"] == "loss not finite, collapse?, 4 skipped, 2 rolled back, 2 bad images"
     assert row["loss"] == "nan"
 
 
 def test_a_run_on_another_machine_is_silent_after_a_while(make_run):
-    assert row_of(make_run("young", host="elsewhere", lives=False))["state"] == "running"
-    assert re.fullmatch(r"silent 1h0\dm", row_of(make_run("old", host="elsewhere", age=4000))["state"])
+    assert table_row(make_run("young", host="elsewhere", lives=False))["state"] == "running"
+    assert re.fullmatch(r"silent 1h0\dm", table_row(make_run("old", host="elsewhere", age=4000))["state"])
     slow = make_run("slow", host="elsewhere", age=4000, seconds_between_reports=1000.0)
-    assert row_of(slow)["state"] == "running"
+    assert table_row(slow)["state"] == "running"
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{ not", b"[]", b"\xff\xfe", b'{"iteration": 3'])
@@ -95,7 +95,7 @@ def test_a_folder_without_a_readable_status(make_run, content):
         file.unlink()
     else:
         file.write_bytes(content)
-    assert row_of(file.parent)["state"] == "unknown"
+    assert table_row(file.parent)["state"] == "unknown"
 
 
 def test_a_status_of_another_version_is_read_as_far_as_it_goes(tmp_path):
@@ -106,8 +106,8 @@ def test_a_status_of_another_version_is_read_as_far_as_it_goes(tmp_path):
 def test_knn_is_the_mean_over_sets_of_the_largest_k(make_run):
     found = {"iteration": 8, "evaluation/a/knn_1_balanced_accuracy": 0.1, "evaluation/a/knn_20_balanced_accuracy": 0.4}
     found |= {"evaluation/b/knn_5_balanced_accuracy": 0.6, "evaluation/b/linear_balanced_accuracy": 1.0}
-    assert knn_of(found) == 0.5
-    row = row_of(make_run(evaluation=found))
+    assert mean_knn(found) == 0.5
+    row = table_row(make_run(evaluation=found))
     assert (row["kNN"], row["of"]) == ("0.500", "@8")
 
 
@@ -139,7 +139,7 @@ def _record(text: str) -> logging.LogRecord:
 
 def test_eighty_columns_hold_the_main_numbers_and_nothing_is_longer(make_run):
     evaluation = {"iteration": 112500, "evaluation/a/knn_20_balanced_accuracy": 0.8423}
-    usual = row_of(
+    usual = table_row(
         make_run(
             *("small_from_scratch",),
             **{"iteration": 112500, "n_iterations": 125000, "eta_seconds": 97_320.0, "images_per_second": 1234.5},
@@ -152,12 +152,12 @@ def test_eighty_columns_hold_the_main_numbers_and_nothing_is_longer(make_run):
     for shown in ("small_from_scratch", "running", "112500/125000", " 90 ", "10.12", "1d03h", "0.842", "1234", "ok"):
         assert shown in line
     assert "ibot 0.5" in table([usual], 200)[1]
-    trouble = row_of(make_run("trouble", collapse=["a"], skipped_steps=12, losses={"total_loss": None}))
+    trouble = table_row(make_run("trouble", collapse=["a"], skipped_steps=12, losses={"total_loss": None}))
     trouble |= {"state": "silent 12m30s", "health": "collapse?, " + "x" * 300}
     for width in (20, 40, 80, 200):
         assert all(len(text) <= width for text in table([usual, trouble], width))
     assert "collapse?" in table([usual, trouble], 80)[2]
-    odd = row_of(make_run("a\x1b[2J", state="failed", reason="\x1b[31mred"))
+    odd = table_row(make_run("a\x1b[2J", state="failed", reason="\x1b[31mred"))
     assert "\x1b" not in table([odd], 80)[1]
 
 

@@ -146,7 +146,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def cells(tmp_path_factory) -> Path:
-    """Folder with labelled cells (two folders of random pictures below cells/), which lists/all.txt names too."""
+    """Folder with labelled cells (two folders of random images below cells/), which lists/all.txt names too."""
     folder = tmp_path_factory.mktemp("cells")
     rng = np.random.default_rng(0)
     for i in range(14):

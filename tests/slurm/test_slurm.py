@@ -119,7 +119,7 @@ def test_the_script_for_many_nodes(cluster, unbroken, training, tmp_path, readme
 
 
 def test_a_failing_job_is_failed_and_says_why(cluster, training, tmp_path):
-    (tmp_path / "such.png").write_text("no picture")
+    (tmp_path / "such.png").write_text("no image")
     (tmp_path / "all.txt").write_text("such.png\n")
     dataset = f"train.dataset_path=HemaStandardDataset:root={tmp_path}:shuffle=1"
     job = cluster.launch(train, *TWO_NODES, "--output-dir", tmp_path, *training, dataset)

@@ -1,4 +1,4 @@
-"""A run small enough for tests: a two-block ViT on 28-px pictures."""
+"""A run small enough for tests: a two-block ViT on 28-px images."""
 
 import pytest
 

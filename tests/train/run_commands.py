@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node=N tests/train/run_commands.py commands.json
 
-commands.json is a list of {arguments, stop_at (optional), local_world_size (optional), pictures (optional)}: the run
-is asked to stop in step `stop_at`; the processes count as nodes of `local_world_size`; the indices of the pictures that
-each rank takes are written to `pictures`.<rank>. Exit codes go to commands.json.codes.
+commands.json is a list of {arguments, stop_at (optional), local_world_size (optional), images (optional)}: the run
+is asked to stop in step `stop_at`; the processes count as nodes of `local_world_size`; the indices of the images that
+each rank takes are written to `images`.<rank>. Exit codes go to commands.json.codes.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dinov2 import distributed
 from dinov2.train import batches, train
-from dinov2.utils.stop_signals import StopSignals
+from dinov2.utils.command import StopSignals
 
 
 class StopIn(StopSignals):
@@ -70,8 +70,8 @@ def main(path: str) -> None:
     codes = []
     for command in json.loads(Path(path).read_text()):
         os.environ["LOCAL_WORLD_SIZE"] = str(command.get("local_world_size", os.environ.get("WORLD_SIZE", 1)))
-        if "pictures" in command:
-            record = Path(f"{command['pictures']}.{os.environ.get('RANK', 0)}")
+        if "images" in command:
+            record = Path(f"{command['images']}.{os.environ.get('RANK', 0)}")
             batches.make_data_loader = recording(make_data_loader, record)
         codes.append(train.main(command["arguments"], StopIn(command.get("stop_at"))))
         batches.make_data_loader = make_data_loader

@@ -18,10 +18,10 @@ def batches(cfg, start, n):
 
 
 @pytest.fixture
-def config(tmp_path, picture_list, tiny_overrides):
+def config(tmp_path, image_list, tiny_overrides):
     def make(n_images: int, *more: str, world_size: int = 1):
         if n_images not in folders:
-            folders[n_images] = picture_list(n=n_images)
+            folders[n_images] = image_list(n=n_images)
         cfg = load_run_config(None, tiny_overrides(folders[n_images], *more))
         resolve_batch_size(cfg.train, world_size)
         cfg.train.output_dir = str(tmp_path)
@@ -116,7 +116,7 @@ def test_crops_arrive_normalised(config):
 def test_failures_come_with_the_batch(config):
     cfg = config(4, "train.batch_size_per_gpu=4", "train.num_workers=1", "train.max_bad_fraction=1")
     lists = Path(cfg.train.dataset_path.split("root=")[1].split(":shuffle")[0])
-    (lists / "pictures" / "002.png").write_bytes(b"junk")
+    (lists / "images" / "002.png").write_bytes(b"junk")
     loader = TrainBatches(cfg, build_dataset(cfg), torch.device("cpu"))
     next(loader.starting_at())
     loader.bad_images.settle()
@@ -127,7 +127,7 @@ def test_failures_come_with_the_batch(config):
 def test_a_balance_is_kept_when_a_run_goes_on_with_more_processes(config, monkeypatch):
     cfg = config(8, "train.balance.weights={all:3,few:1}", "train.batch_size_per_gpu=4")
     lists = next(iter(Path(cfg.train.dataset_path.split("root=")[1].split(":shuffle")[0]).glob("all.txt"))).parent
-    (lists / "few.txt").write_text("pictures/000.png\n")
+    (lists / "few.txt").write_text("images/000.png\n")
     whole = batches(cfg, 0, 3)
     assert not torch.equal(whole[0]["collated_global_crops"], batches(config(8), 0, 1)[0]["collated_global_crops"])
     half = config(8, "train.balance.weights={all:3,few:1}", "train.batch_size_per_gpu=2", world_size=2)

@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 from dinov2.train.train import main
-from dinov2.utils.stop_signals import StopSignals
+from dinov2.utils.command import StopSignals
 
 
 @pytest.fixture
-def train(tmp_path, make_picture_list, make_tiny_overrides):
+def train(tmp_path, make_image_list, make_tiny_overrides):
     """Run on eight images, with a cache or without; returns the exit code and the rows of its metrics."""
-    lists = make_picture_list(tmp_path / "lists")
+    lists = make_image_list(tmp_path / "lists")
 
     def go(name: str, *, cached: bool, arguments: tuple[str, ...] = (), **settings) -> tuple[int, list[dict]]:
         dataset = f"train.dataset_path=HemaStandardDataset:root={lists}:shuffle=1"
@@ -51,7 +51,7 @@ def test_a_cache_changes_no_number(train):
 
 def test_images_that_changed_or_went_are_seen_by_the_next_run(train, tmp_path):
     _, before = train("before", cached=True)
-    images = tmp_path / "lists" / "pictures"
+    images = tmp_path / "lists" / "images"
     Image.fromarray(np.full((28, 28, 3), 200, np.uint8)).save(images / "001.png")
     (images / "002.png").unlink()
     (images / "003.png").write_bytes((images / "003.png").read_bytes()[:200])

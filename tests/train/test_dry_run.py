@@ -12,7 +12,7 @@ from dinov2.train.dry_run import (
     batch_sizes,
     count_step_flops,
     largest_by_extrapolation,
-    largest_by_trying,
+    largest_that_fits,
     measured_matmul_rate,
 )
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -23,9 +23,9 @@ MIB = 2**20
 
 
 @pytest.fixture
-def make(picture_list, tiny_overrides):
+def make(image_list, tiny_overrides):
     """Configuration, network and images of a tiny run."""
-    folder = picture_list()
+    folder = image_list()
 
     def build(*overrides):
         cfg = load_run_config(None, tiny_overrides(folder, *overrides), lambda cfg: resolve_batch_size(cfg.train, 1))
@@ -36,8 +36,8 @@ def make(picture_list, tiny_overrides):
 
 
 @pytest.fixture
-def run(picture_list, tiny_overrides, tmp_path):
-    folder = picture_list()
+def run(image_list, tiny_overrides, tmp_path):
+    folder = image_list()
 
     def go(*arguments):
         # the fixture's overrides first, so that a test's own win
@@ -146,7 +146,7 @@ def test_dry_run_logs_parameters_flops_memory_and_seconds(run, tmp_path, capfd, 
     assert "in matrix products of a step" in log
     (losses,) = [line for line in log.splitlines() if "one step works: " in line]
     assert all(f"{name}_loss " in losses for name in ("dino_global_crops", "koleo", "ibot"))
-    assert "s besides decoding, so the run at least" in log
+    assert "s without decoding, so the run at least" in log
     assert not (tmp_path / "out").exists()
 
 
@@ -156,7 +156,7 @@ def test_dry_run_does_not_try_on_a_cpu_what_would_not_fit(run, monkeypatch, capf
     monkeypatch.setattr(
         StepTrials, "step", lambda self, cfg: tried.append(cfg.train.batch_size_per_gpu) or step(self, cfg)
     )
-    monkeypatch.setattr(dry_run, "memory_room", lambda device: 1)
+    monkeypatch.setattr(dry_run, "memory_limit", lambda device: 1)
     assert run("--dry-run", "train.batch_size_per_gpu=64") == 1
     log = capfd.readouterr().err
     assert "train.batch_size_per_gpu=64 does not fit" in log
@@ -171,7 +171,7 @@ def test_dry_run_of_a_gpu_that_is_too_small_says_so(run, monkeypatch, capfd):
     monkeypatch.setattr(StepTrials, "step", step)
     assert run("--dry-run") == 1
     log = capfd.readouterr().err
-    assert "4 images do not fit, nor do fewer" in log
+    assert "4 images do not fit, and fewer do not either" in log
     assert "train.batch_size_per_gpu=4 does not fit; --find-batch-size" in log
 
 
@@ -237,26 +237,12 @@ def made_up_step(fixed, per_image, tried, limit=None):
     return step
 
 
-@pytest.mark.parametrize("right", [1, 2, 3, 7, 8, 9, 12, 31, 64, 100, 1000])
-def test_trying_finds_the_largest_batch(right):
-    tried = []
-    found = largest_by_trying(made_up_step(10, 1, tried, limit=10 + right), range(1, 2**16))
-    assert right - max(0, right // 32) <= found <= right
-    assert len(tried) == len(set(tried)) < 20
-    assert max(tried) <= max(8, 2 * right)
-
-
-def test_trying_finds_all_or_nothing_where_that_is_so():
-    assert largest_by_trying(made_up_step(10, 1, [], limit=5), range(1, 100)) is None
-    assert largest_by_trying(made_up_step(10, 1, [], limit=500), range(1, 100)) == 99
-    assert largest_by_trying(made_up_step(10, 1, [], limit=500), [4]) == 4
-
-
-def test_trying_keeps_to_the_sizes_that_there_are():
-    tried = []
-    sizes = [1, 2, 3, 5, 6, 10, 15, 30]
-    assert largest_by_trying(made_up_step(0, 1, tried, limit=14), sizes) == 10
-    assert set(tried) <= set(sizes)
+def test_a_size_that_does_not_fit_gives_way_to_smaller_ones():
+    assert largest_that_fits(made_up_step(10, 1, tried := [], limit=100), range(1, 121)) == 87
+    assert tried == [120, 108, 97, 87]
+    assert largest_that_fits(made_up_step(0, 1, [], limit=14), [1, 2, 3, 5, 6, 10, 15, 30]) == 10
+    assert largest_that_fits(made_up_step(10, 1, [], limit=5), range(1, 100)) is None
+    assert largest_that_fits(made_up_step(10, 1, [], limit=500), [4]) == 4
 
 
 def test_extrapolation_finds_the_largest_batch_from_small_steps():
@@ -310,28 +296,28 @@ def test_sizes_follow_from_what_the_run_has_to_keep():
     assert sizes("train.global_batch_size=12") == [1, 2, 3, 4, 6, 12]
     assert sizes("train.global_batch_size=12", "dino.koleo_loss_distributed=false") == [2, 3, 4, 6, 12]
     assert sizes("train.global_batch_size=12", "train.accumulation_steps=3") == [4]
-    cfg = dry_run._with_batch_size(load_run_config(None, ["train.global_batch_size=12"]), 4)
+    cfg = dry_run._set_batch_size(load_run_config(None, ["train.global_batch_size=12"]), 4)
     assert (cfg.train.batch_size_per_gpu, cfg.train.accumulation_steps) == (4, 3)
-    cfg = dry_run._with_batch_size(load_run_config(None, ["train.accumulation_steps=3"]), 4)
+    cfg = dry_run._set_batch_size(load_run_config(None, ["train.accumulation_steps=3"]), 4)
     assert (cfg.train.accumulation_steps, cfg.train.global_batch_size) == (3, 12)
 
 
 def test_the_command_prints_the_override_and_writes_nothing(run, tmp_path, monkeypatch, capfd):
     room = 4 * 2**30
-    monkeypatch.setattr(dry_run, "memory_room", lambda device: room)
+    monkeypatch.setattr(dry_run, "memory_limit", lambda device: room)
     assert run("--find-batch-size", "dino.head_n_prototypes=4096") == 0
     output = capfd.readouterr()
     key, _, found = output.out.strip().partition("=")
     assert key == "train.batch_size_per_gpu"
     assert 64 < int(found) < dry_run.MAX_IMAGES  # of a network this small
     assert f"add train.batch_size_per_gpu={found} to the command" in output.err
-    assert "images/s besides decoding" in output.err
+    assert "images/s without decoding" in output.err
     assert "10 % stay free" in output.err
     assert not (tmp_path / "out").exists()
 
 
 def test_the_command_says_so_when_nothing_fits(run, monkeypatch, capfd):
-    monkeypatch.setattr(dry_run, "memory_room", lambda device: MIB)
+    monkeypatch.setattr(dry_run, "memory_limit", lambda device: MIB)
     assert run("--find-batch-size") == 1
     output = capfd.readouterr()
     assert output.out == ""

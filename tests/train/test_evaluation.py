@@ -67,9 +67,9 @@ def evaluated(cells):
 
 
 @pytest.fixture
-def run(tmp_path, picture_list, tiny_overrides):
+def run(tmp_path, image_list, tiny_overrides):
     """Run train.py in this process on eight images; returns (exit code, run folder)."""
-    lists = picture_list()
+    lists = image_list()
 
     def go(*overrides: str, name: str = "run", arguments: tuple[str, ...] = ()) -> tuple[int, Path]:
         common = ["--output-dir", str(tmp_path / "out"), "--name", name, *arguments]
@@ -323,7 +323,7 @@ def test_no_teacher_goes_before_the_next_is_whole(run, monkeypatch):
 # --- several processes ----------------------------------------------------------------------------------------------
 
 
-def test_two_processes_find_what_one_finds(run, tmp_path, cells, evaluated, picture_list, tiny_overrides):
+def test_two_processes_find_what_one_finds(run, tmp_path, cells, evaluated, image_list, tiny_overrides):
     """Blocks add their full share (layer scale 1), so that images differ. One set has a single test cell."""
     single = cells / "single.csv"
     single.write_text("Image Path,Label\ntwo/test/dark/0.png,dark\n")

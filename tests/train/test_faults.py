@@ -91,9 +91,9 @@ def test_thirty_kills_lose_nothing(tmp_path):
 
 
 @pytest.fixture
-def run(tmp_path, picture_list, tiny_overrides):
+def run(tmp_path, image_list, tiny_overrides):
     """Run train.py in this process; returns (exit code, run folder)."""
-    lists = picture_list()
+    lists = image_list()
 
     def go(*overrides: str) -> tuple[int, Path]:
         arguments = ["--output-dir", str(tmp_path / "out"), "--name", "run"]
@@ -138,7 +138,7 @@ def test_a_poisoned_stretch_is_passed_over(run, poison):
     assert code == 0
     assert [row["iteration"] for row in rows(folder)] == list(range(12))
     assert all(row["total_loss"] is not None for row in rows(folder))
-    assert log(folder).count("went back to iteration 6, and passes over 3 batches") == 5
+    assert log(folder).count("rolled back to iteration 6; 3 batches are skipped") == 5
     numbers = json.loads((folder / "checkpoints" / "iteration_0000012" / "run.json").read_text())
     assert (numbers["iteration"], numbers["batch_number"], numbers["rollbacks"]) == (12, 12 + 15, 5)
     assert all(torch.equal(weights[6], later) for later in weights[7:22])  # they have seen none of it
@@ -149,14 +149,14 @@ def test_a_run_that_went_back_too_often_stops(run, poison):
     poison(range(6, 100), float("nan"))
     code, folder = run(*TWELVE_STEPS, "train.max_rollbacks=2")
     assert code == 1
-    assert log(folder).count("went back to iteration 6") == 2
-    assert "the run went back 2 times. Lower optim.base_lr" in log(folder)
+    assert log(folder).count("rolled back to iteration 6") == 2
+    assert "the run was rolled back 2 times. Lower optim.base_lr" in log(folder)
 
 
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (("train.max_rollbacks=0",), "the run went back 0 times"),
+        (("train.max_rollbacks=0",), "the run was rolled back 0 times"),
         (("train.saveckp_freq=0",), "there is no checkpoint from before to go back to"),
     ],
 )
@@ -175,4 +175,4 @@ def test_a_loss_that_spikes_is_skipped_and_then_gone_back_from(run, poison):
     assert [row["iteration"] for row in rows(folder)] == list(range(60))
     assert all(torch.equal(weights[52], weights[batch]) for batch in (53, 54, 55))
     assert torch.equal(weights[50], weights[56])  # of the checkpoint from before
-    assert "went back to iteration 50, and passes over 6 batches" in log(folder)
+    assert "rolled back to iteration 50; 6 batches are skipped" in log(folder)

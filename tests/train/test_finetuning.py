@@ -15,15 +15,15 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from dinov2.hub.adapters import lora_scaling, merged
 from dinov2.hub.backbones import load_backbone, without_chunk
+from dinov2.hub.conversions import lora_scaling, merge_adapters
 from dinov2.models.vision_transformer import DinoVisionTransformer, vit_small
 from dinov2.train.batches import resolve_batch_size
+from dinov2.train.evaluation import whole_teacher_backbone
 from dinov2.train.finetuning import choose_learned, count_learned, limit_learning
 from dinov2.train.optimizer import build_optimizer, get_params_groups_with_decay
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.teacher import whole_teacher_backbone
 from dinov2.train.train import main
 from dinov2.utils.config import load_run_config
 from dinov2.utils.seeds import derive_seed
@@ -47,9 +47,9 @@ def configured(tiny_overrides):
 
 
 @pytest.fixture
-def run(tmp_path, picture_list, tiny_overrides):
+def run(tmp_path, image_list, tiny_overrides):
     """Run train.py in this process on eight images; returns (exit code, run folder)."""
-    lists = picture_list()
+    lists = image_list()
 
     def go(*overrides: str, name: str = "run") -> tuple[int, Path]:
         arguments = ["--output-dir", str(tmp_path / "out"), "--name", name]
@@ -126,8 +126,8 @@ def test_what_the_words_mean(chunks):
     [
         (settings(["patch_embd"]), r"student\.freeze: 'patch_embd'.*did you mean patch_embed\?"),
         (settings(["atn.qkv"]), r"did you mean attn\.qkv\?"),
-        (settings(["0-2"]), r"student\.freeze: '0-2' means blocks that there are not; they are 0-1"),
-        (settings(["1-0"]), "means blocks that there are not"),
+        (settings(["0-2"]), r"student\.freeze: '0-2' names blocks that do not exist; blocks are 0-1"),
+        (settings(["1-0"]), "names blocks that do not exist"),
         (settings(["all"]), "leaves nothing of the backbone to learn"),
         (settings(unfreeze=["norm"]), r"student\.freeze, which is empty; set student\.freeze=\[all\]"),
         (settings(["all"], rank=4), r"no layer is left to adapt.*student\.lora\.rank=0"),
@@ -277,7 +277,7 @@ def test_adapters_are_under_five_percent_and_merge_into_a_plain_network(adapted)
     with torch.no_grad():
         plain.load_state_dict(untouched)
         before = plain(images)
-        plain.load_state_dict(merged(network.state_dict(), lora_scaling(settings)))
+        plain.load_state_dict(merge_adapters(network.state_dict(), lora_scaling(settings)))
         torch.testing.assert_close(plain(images), network(images), rtol=0, atol=1e-5)
         assert (plain(images) - before).abs().max() > 0.1
 
@@ -286,7 +286,7 @@ def test_merging_is_that_of_peft(adapted):
     network, settings = adapted(
         "student.lora.rank=2", "student.lora.alpha=3", "student.lora.targets=[mlp, attn.qkv]", depth=2
     )
-    ours = merged(network.state_dict(), lora_scaling(settings))
+    ours = merge_adapters(network.state_dict(), lora_scaling(settings))
     for name, module in network.named_modules():
         if hasattr(module, "base_layer"):
             module.merge()
@@ -317,7 +317,7 @@ def test_a_run_with_adapters_writes_a_plain_teacher(run, chunks):
 
     written = {name.removeprefix("backbone."): v for name, v in teacher(folder, 4).items() if "backbone." in name}
     assert not any("lora" in name or "base_layer" in name for name in written)
-    expected = merged(of("teacher", "backbone", last["model"]), 4.0)
+    expected = merge_adapters(of("teacher", "backbone", last["model"]), 4.0)
     assert expected.keys() == written.keys()
     assert all(torch.equal(written[name], value) for name, value in expected.items())
     layer = next(name for name in written if name.endswith("attn.qkv.weight"))
@@ -402,11 +402,11 @@ class CountingHandler(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def on_processes(tmp_path_factory, make_picture_list, make_tiny_overrides):
+def on_processes(tmp_path_factory, make_image_list, make_tiny_overrides):
     """Each of WAYS on two processes, which start from a URL, in folders of that name; the same on one, in `alone`."""
     pytest.importorskip("peft")
     folder = tmp_path_factory.mktemp("runs")
-    lists = make_picture_list(tmp_path_factory.mktemp("pictures"), n=29)
+    lists = make_image_list(tmp_path_factory.mktemp("images"), n=29)
 
     def arguments(name: str, *overrides: str) -> list[str]:
         tiny = make_tiny_overrides(lists, *SEEING, *LARGE_BATCH, *overrides)

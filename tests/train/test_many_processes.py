@@ -1,4 +1,4 @@
-"""The same run on one process and on several: equal losses, gradient norms, weights and pictures.
+"""The same run on one process and on several: equal losses, gradient norms, weights and images.
 
 Tolerances. In fp32 losses agree to 1e-5, gradient norms to 1e-3 and weights after three steps to 2e-4 of a step's size
 (Adam turns rounding into a step of full size where a gradient is about zero). Blocks add their full share (layer scale
@@ -98,8 +98,8 @@ def assert_same_run(ours: Path, theirs: Path, loss_rtol: float, norm_rtol: float
 
 
 @pytest.fixture(scope="module")
-def lists(tmp_path_factory, make_picture_list):
-    return make_picture_list(tmp_path_factory.mktemp("pictures"), n=29, size=28)
+def lists(tmp_path_factory, make_image_list):
+    return make_image_list(tmp_path_factory.mktemp("images"), n=29, size=28)
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +182,8 @@ def test_local_koleo_compares_the_images_of_one_micro_batch_only(runs, n_process
     assert local < whole - 0.001  # fewer images, farther neighbours
 
 
-def pictures(path: Path, n_processes: int) -> list[list[int]]:
-    """Pictures of each step in the order of the global stream."""
+def images(path: Path, n_processes: int) -> list[list[int]]:
+    """Images of each step in the order of the global stream."""
     by_rank = [
         [json.loads(line) for line in Path(f"{path}.{rank}").read_text().splitlines()] for rank in range(n_processes)
     ]
@@ -202,7 +202,7 @@ def resumed(tmp_path_factory, commands):
         longer = ("optim.epochs=3", "train.saveckp_freq=10")
         runs = [(recipe, f"{recipe} {name}") for recipe in RECIPES for name in names]
         return [
-            {"arguments": commands(folder, run, recipe, *longer), "pictures": str(folder / f"{run}-{n}"), **settings}
+            {"arguments": commands(folder, run, recipe, *longer), "images": str(folder / f"{run}-{n}"), **settings}
             for recipe, run in runs
         ]
 
@@ -216,8 +216,8 @@ def resumed(tmp_path_factory, commands):
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("way", RESUMED)
 def test_any_number_of_processes_goes_on_as_if_never_stopped(resumed, recipe, way):
-    seen = [step for n in RESUMED[way] for step in pictures(resumed / f"{recipe} {way}-{n}", n)]
-    assert seen == pictures(resumed / f"{recipe} unbroken-1", 1)
+    seen = [step for n in RESUMED[way] for step in images(resumed / f"{recipe} {way}-{n}", n)]
+    assert seen == images(resumed / f"{recipe} unbroken-1", 1)
     for ours, theirs in zip(rows(resumed / f"{recipe} {way}"), rows(resumed / f"{recipe} unbroken"), strict=True):
         names = [n for n in theirs if n.endswith("_loss")]
         assert {n: ours[n] for n in names} == pytest.approx({n: theirs[n] for n in names}, rel=1e-4, abs=1e-5)

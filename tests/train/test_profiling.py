@@ -14,8 +14,8 @@ STAGES = ("data", "teacher", "student", "backward", "optimizer", "teacher update
 
 
 @pytest.fixture
-def run(picture_list, tiny_overrides, tmp_path):
-    folder = picture_list()
+def run(image_list, tiny_overrides, tmp_path):
+    folder = image_list()
 
     def go(name, *arguments):
         command = ["--output-dir", str(tmp_path), "--name", name, *tiny_overrides(folder, "optim.epochs=3"), *arguments]

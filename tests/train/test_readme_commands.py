@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 
-def test_the_torchrun_command(tmp_path, picture_list, tiny_overrides, readme_command):
+def test_the_torchrun_command(tmp_path, image_list, tiny_overrides, readme_command):
     command = readme_command("torchrun")
     for there, here in (
         ("--nproc_per_node=8", "--nproc_per_node=2"),
         ("train.global_batch_size=960", "train.global_batch_size=8"),
-        ("/data/lists", str(picture_list())),
+        ("/data/lists", str(image_list())),
     ):
         assert there in " ".join(command)
         command = [word.replace(there, here) for word in command]

@@ -28,7 +28,7 @@ from dinov2.distributed import on_main_process
 from dinov2.logging import MetricLogger, setup_logging
 from dinov2.train.setup import Supervision
 from dinov2.utils.run_status import StatusFile
-from dinov2.utils.stop_signals import StopSignals
+from dinov2.utils.command import StopSignals
 
 folder, timeout, fault, who = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 launch = distributed.read_launch()

@@ -46,9 +46,9 @@ def losses(folder: Path) -> list[tuple]:
 
 
 @pytest.fixture
-def run(tmp_path, picture_list, tiny_overrides):
-    """Run train.py in this process on eight pictures; returns (exit code, run folder)."""
-    lists = picture_list()
+def run(tmp_path, image_list, tiny_overrides):
+    """Run train.py in this process on eight images; returns (exit code, run folder)."""
+    lists = image_list()
 
     def go(*overrides: str, name: str = "run", arguments: tuple[str, ...] = ()) -> tuple[int, Path]:
         common = ["--output-dir", str(tmp_path / "out"), "--name", name, *arguments]
@@ -194,8 +194,8 @@ KILLED = ["train.log_period=1", "train.saveckp_freq=1.5", "optim.epochs=6", "stu
 
 
 @pytest.mark.parametrize("centering", ["sinkhorn_knopp", "centering"])
-def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(tmp_path, picture_list, tiny_overrides, centering):
-    lists = picture_list(n=13)
+def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(tmp_path, image_list, tiny_overrides, centering):
+    lists = image_list(n=13)
     overrides = tiny_overrides(lists, *KILLED, f"train.centering={centering}")
 
     def command(name):
@@ -302,7 +302,7 @@ def test_a_run_without_a_name_under_slurm_is_found_again_by_its_job(tmp_path, mo
     path = run_folder_path(str(tmp_path), None, str(CUSTOM))
     assert path == tmp_path / "custom_7"
     path.mkdir()
-    with pytest.raises(ValueError, match="holds a run of this SLURM job already"):
+    with pytest.raises(ValueError, match="already holds a run of this SLURM job"):
         run_folder_path(str(tmp_path), None, str(CUSTOM))
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert run_folder_path(str(tmp_path), None, str(CUSTOM)) == path
@@ -339,7 +339,7 @@ def test_lists_that_cannot_be_used(failing, tmp_path):
 
 
 @pytest.mark.parametrize("blocker", ["a file where the folder should be", "a read-only file system"])
-def test_an_output_folder_that_cannot_be_written(tmp_path, picture_list, tiny_overrides, capfd, monkeypatch, blocker):
+def test_an_output_folder_that_cannot_be_written(tmp_path, image_list, tiny_overrides, capfd, monkeypatch, blocker):
     output = tmp_path / "place"
     if blocker.startswith("a file"):
         output.write_text("")
@@ -349,14 +349,14 @@ def test_an_output_folder_that_cannot_be_written(tmp_path, picture_list, tiny_ov
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
         monkeypatch.setattr("dinov2.train.run_folder.tempfile.TemporaryFile", refuse)
-    code = main(["--output-dir", str(output), "--name", "x", *tiny_overrides(picture_list())])
+    code = main(["--output-dir", str(output), "--name", "x", *tiny_overrides(image_list())])
     assert code == 2
     assert "choose another --output-dir" in capfd.readouterr().err
 
 
 def test_two_commands_do_not_train_in_one_folder(run, failing, monkeypatch):
     _, folder = run("optim.epochs=1")
-    monkeypatch.setattr("dinov2.train.run_folder._LOCK_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("dinov2.train.run_folder._LOCK_TIMEOUT_SECONDS", 0.1)
     before = (folder / "training_metrics.json").read_bytes()
     script = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
     command = [sys.executable, "-c", script, str(folder / ".lock")]
@@ -387,9 +387,9 @@ def test_eval_only_without_a_run(failing):
     assert "no checkpoint" in failing(arguments=("--eval-only",), name="never")
 
 
-def test_unreadable_pictures_are_replaced_and_reported(tmp_path, picture_list, tiny_overrides):
-    lists = picture_list(n=8)
-    (lists / "pictures" / "003.png").write_bytes(b"not a picture")
+def test_unreadable_images_are_replaced_and_reported(tmp_path, image_list, tiny_overrides):
+    lists = image_list(n=8)
+    (lists / "images" / "003.png").write_bytes(b"not an image")
     common = ["--output-dir", str(tmp_path), "--name", "run"]
     assert main([*common, *tiny_overrides(lists, "train.max_bad_fraction=0.2")]) == 0
     with open(tmp_path / "run" / "bad_images.csv", newline="") as file:
@@ -398,7 +398,7 @@ def test_unreadable_pictures_are_replaced_and_reported(tmp_path, picture_list, t
     assert bad["reason"]
 
 
-def test_the_record_of_unreadable_pictures_outlives_a_full_disk(tmp_path, monkeypatch, caplog):
+def test_the_record_of_unreadable_images_outlives_a_full_disk(tmp_path, monkeypatch, caplog):
     record = BadImages(tmp_path / "bad_images.csv", n_listed=99, max_fraction=0.5)
     record.record([("a.png", "it is empty")])
 
@@ -415,30 +415,28 @@ def test_the_record_of_unreadable_pictures_outlives_a_full_disk(tmp_path, monkey
     assert record.path.read_text() == "path,reason\na.png,it is empty\n"
 
 
-def test_too_many_unreadable_pictures_stop_the_run_until_they_are_mended(tmp_path, picture_list, tiny_overrides):
-    lists = picture_list(n=8)
+def test_too_many_unreadable_images_stop_the_run_until_they_are_mended(tmp_path, image_list, tiny_overrides):
+    lists = image_list(n=8)
     for i in (1, 3, 5):
-        (lists / "pictures" / f"00{i}.png").write_bytes(b"")
+        (lists / "images" / f"00{i}.png").write_bytes(b"")
     overrides = tiny_overrides(lists, "train.max_bad_fraction=0.2")
     assert main(["--output-dir", str(tmp_path), "--name", "run", *overrides]) == 1
     log = (tmp_path / "run" / "logs" / "log.txt").read_text()
     assert re.search(r"train\.max_bad_fraction: \d of 8 listed images", log)
     assert (tmp_path / "run" / "bad_images.csv").is_file()
-    for i in (1, 3, 5):  # mended pictures no longer count
-        shutil.copy(lists / "pictures" / "000.png", lists / "pictures" / f"00{i}.png")
+    for i in (1, 3, 5):  # mended images no longer count
+        shutil.copy(lists / "images" / "000.png", lists / "images" / f"00{i}.png")
     assert main(["--output-dir", str(tmp_path), "--name", "run", *overrides]) == 0
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "L", "LA", "P", "CMYK", "1", "I;16"])
-def test_every_mode_of_picture_trains(tmp_path, picture_list, tiny_overrides, mode):
-    lists = picture_list(n=4)
-    for path in (lists / "pictures").iterdir():
-        picture = Image.open(path)
+def test_every_mode_of_image_trains(tmp_path, image_list, tiny_overrides, mode):
+    lists = image_list(n=4)
+    for path in (lists / "images").iterdir():
+        image = Image.open(path)
         suffix = ".tif" if mode == "CMYK" else ".png"
-        (picture.convert("L").convert("I;16") if mode == "I;16" else picture.convert(mode)).save(
-            path.with_suffix(suffix)
-        )
-    names = "\n".join(f"pictures/{i:03d}{suffix}" for i in range(4))
+        (image.convert("L").convert("I;16") if mode == "I;16" else image.convert(mode)).save(path.with_suffix(suffix))
+    names = "\n".join(f"images/{i:03d}{suffix}" for i in range(4))
     (lists / "all.txt").write_text(names)
     once = ("optim.epochs=0.5", "optim.warmup_epochs=0", "teacher.warmup_teacher_temp_epochs=0")
     assert main(["--output-dir", str(tmp_path), "--name", "run", *tiny_overrides(lists, *once)]) == 0

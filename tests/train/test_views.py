@@ -37,8 +37,8 @@ def batch(size=56, local_size=28, n_local=3):
 
 
 @pytest.fixture
-def run(tmp_path, picture_list, tiny_overrides):
-    lists = picture_list()
+def run(tmp_path, image_list, tiny_overrides):
+    lists = image_list()
 
     def go(*overrides, name="run", arguments=()):
         common = ["--output-dir", str(tmp_path / "out"), "--name", name, *arguments]

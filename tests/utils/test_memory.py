@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dinov2.utils import memory
-from dinov2.utils.memory import PeakMemory, memory_room, resident_memory, size_text
+from dinov2.utils.memory import PeakMemory, memory_limit, resident_memory, size_text
 
 MIB = 2**20
 CPU = torch.device("cpu")
@@ -61,7 +61,7 @@ print(-(work() - work()))
 
 
 def test_there_is_room_for_this_process_and_more():
-    assert memory_room(CPU) > resident_memory() > 10 * MIB
+    assert memory_limit(CPU) > resident_memory() > 10 * MIB
 
 
 def test_where_the_system_tells_nothing(monkeypatch, tmp_path):
@@ -69,7 +69,7 @@ def test_where_the_system_tells_nothing(monkeypatch, tmp_path):
     with PeakMemory(CPU) as peak:
         pass
     assert peak.bytes > 10 * MIB
-    assert memory_room(CPU) > 10 * MIB
+    assert memory_limit(CPU) > 10 * MIB
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def machine(monkeypatch, tmp_path):
             file = tmp_path / "groups" / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(str(text))
-        return memory_room(CPU) // MIB
+        return memory_limit(CPU) // MIB
 
     return set_up
 

@@ -21,8 +21,7 @@ from dinov2.data.datasets.tables import (
     read_list,
 )
 from dinov2.data.splits import PART_COLUMN
-from dinov2.utils.files import PathLike
-from dinov2.utils.paths import local_path
+from dinov2.utils.files import PathLike, local_path
 
 TRAINING, LABELS, EVALUATION = "training", "labels", "evaluation"
 SETTINGS = {TRAINING: "check lists", LABELS: "--labels", EVALUATION: "--eval-splits"}

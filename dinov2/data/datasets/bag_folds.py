@@ -15,8 +15,7 @@ import pandas as pd
 from dinov2.data.datasets.bags import OTHER_NAMES, PatientBags, list_names, one_label_each
 from dinov2.data.datasets.tables import read_table
 from dinov2.data.splits import make_folds
-from dinov2.utils.files import PathLike, atomic_write
-from dinov2.utils.paths import local_path
+from dinov2.utils.files import PathLike, atomic_write, local_path
 
 logger = logging.getLogger("dinov2")
 

@@ -23,8 +23,7 @@ import numpy as np
 import pandas as pd
 
 from dinov2.data.datasets.tables import check_files_exist, is_folder, read_table
-from dinov2.utils.files import PathLike
-from dinov2.utils.paths import local_path
+from dinov2.utils.files import PathLike, local_path
 
 logger = logging.getLogger("dinov2")
 

@@ -20,7 +20,7 @@ from dinov2.data.datasets.tables import (
     is_folder,
     read_table,
 )
-from dinov2.utils.paths import local_path
+from dinov2.utils.files import local_path
 
 logger = logging.getLogger("dinov2")
 

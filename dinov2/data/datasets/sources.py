@@ -24,7 +24,7 @@ from braceexpand import braceexpand
 
 from dinov2.data.datasets.decode import IMAGE_SUFFIXES, UnreadableImageError, is_image_name, walk_images
 from dinov2.data.datasets.tables import PATH_COLUMNS, SET_COLUMN, TABLE_SUFFIXES, open_table, read_list
-from dinov2.utils.paths import local_path
+from dinov2.utils.files import local_path
 
 logger = logging.getLogger("dinov2")
 

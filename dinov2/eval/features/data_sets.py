@@ -15,7 +15,7 @@ import numpy as np
 from dinov2.data.datasets.tables import open_table
 from dinov2.data.splits import Fold, leave_one_dataset_out, make_folds, without_copies
 from dinov2.eval.features.store import Features, check_finite, check_same_network, read_features
-from dinov2.utils.paths import local_path
+from dinov2.utils.files import local_path
 
 logger = logging.getLogger("dinov2")
 

@@ -17,8 +17,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from dinov2.utils.files import atomic_write
-from dinov2.utils.paths import local_path
+from dinov2.utils.files import atomic_write, local_path
 
 logger = logging.getLogger("dinov2")
 

@@ -22,7 +22,7 @@ from dinov2.eval.extract_features import CELLS_HELP
 from dinov2.eval.features.encoders import check_divisible
 from dinov2.eval.features.extract import Embedder
 from dinov2.eval.maps import patch_maps
-from dinov2.hub.transform import ImageTransform
+from dinov2.hub.backbones import ImageTransform
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.progress import progress_bar
 

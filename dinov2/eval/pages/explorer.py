@@ -22,7 +22,7 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
 from dinov2.eval.features import Features
-from dinov2.eval.features.join import check_same_network
+from dinov2.eval.features.store import check_same_network
 from dinov2.eval.pages.cell_table import cell_table
 from dinov2.eval.pages.charts import COLOURS
 from dinov2.eval.pages.page import GREY, Section, embed, render

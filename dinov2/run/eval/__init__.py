@@ -1,4 +1,4 @@
-"""Evaluations as SLURM jobs of one process."""
+"""Submit evaluation commands as SLURM jobs of one process."""
 
 import argparse
 from collections.abc import Sequence
@@ -6,21 +6,20 @@ from importlib import import_module
 
 from dinov2.logging import setup_logging
 from dinov2.run.submit import EvaluationTask, add_cluster_arguments, describe, submit, wait
-from dinov2.utils.command import USER_ERRORS, logger, text_of
+from dinov2.utils.command import USER_ERRORS, error_text, logger
 
 __all__ = ["launch"]
 
 
 def launch(module: str, argv: Sequence[str] | None = None) -> int:
-    """Submit the evaluation command `module`; returns the launcher's exit code.
+    """Submit the evaluation command `module`; return the launcher's exit code.
 
-    The command's own `parse_arguments` checks the job's arguments before it waits in a queue.
-
-    The inputs need not exist yet: with --dependency afterok:<job id> the job waits for the training that writes them.
+    The command's own `parse_arguments` checks the job's arguments before the job is queued. The inputs need not exist
+    yet: with --dependency afterok:<job id> the job waits for the training that writes them.
     """
     name = module.rpartition(".")[2]
     parser = argparse.ArgumentParser(
-        description=f"Submit dinov2/eval/{name}.py to a SLURM cluster. All arguments that are not listed here are its.",
+        description=f"Submit dinov2/eval/{name}.py to a SLURM cluster. Other arguments are passed to it.",
         allow_abbrev=False,
     )
     add_cluster_arguments(parser, ngpus=1, minutes=2800, many_tasks=False, max_timeouts=3)
@@ -34,5 +33,5 @@ def launch(module: str, argv: Sequence[str] | None = None) -> int:
         print(describe(job, args, output_dir), flush=True)
         return wait(job.job_id) if args.wait else 0
     except USER_ERRORS as error:
-        logger.error("%s", text_of(error))
+        logger.error("%s", error_text(error))
         return 2

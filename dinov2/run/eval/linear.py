@@ -1,14 +1,11 @@
 """Submit dinov2/eval/linear.py to a SLURM cluster."""
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 
 from dinov2.run.eval import launch
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return launch("dinov2.eval.linear", argv)
-
+main = partial(launch, "dinov2.eval.linear")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,1 +1,1 @@
-"""Training as a SLURM job."""
+"""Submit training as a SLURM job."""

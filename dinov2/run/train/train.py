@@ -1,10 +1,10 @@
-r"""Submit dinov2/train/train.py to a SLURM cluster, one process a GPU.
+r"""Submit dinov2/train/train.py to a SLURM cluster, one process per GPU.
 
     python dinov2/run/train/train.py --nodes 2 --ngpus 8 --partition gpu \
         --config-file dinov2/configs/train/custom.yaml --output-dir runs train.dataset_path=...
 
-All arguments that are not listed here are those of train.py. A job that reaches its time limit, is preempted or is
-requeued continues by itself from its last checkpoint.
+Other arguments are passed to train.py. A job that reaches its time limit, is preempted or is requeued resumes from its
+last checkpoint.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
+import dinov2  # noqa: F401  # before torch: it limits how long OpenMP threads spin
 
 # isort: split
 import torch
@@ -25,8 +25,8 @@ from dinov2.train.evaluation import TeacherEvaluation
 from dinov2.train.finetuning import choose_learned, locate_weights
 from dinov2.train.schedules import Schedules
 from dinov2.train.train import parse_arguments, read_settings
-from dinov2.utils.command import USER_ERRORS, logger, text_of
-from dinov2.utils.paths import local_path
+from dinov2.utils.command import USER_ERRORS, error_text, logger
+from dinov2.utils.files import local_path
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,17 +38,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_settings(args: argparse.Namespace, world_size: int) -> None:
-    """Find the mistakes in train.py's arguments that would end the job as soon as it starts.
+    """Check train.py's arguments for mistakes that would end the job at its start.
 
     Raises:
-        FileNotFoundError, KeyError, ValueError: what is wrong.
+        FileNotFoundError, KeyError, ValueError: a mistake.
     """
     cfg = read_settings(args, world_size)
     Schedules(cfg)
     with torch.device("meta"):
         backbone, _ = build_model_from_cfg(cfg, only_teacher=True)
     choose_learned(backbone, cfg.student)
-    locate_weights(cfg)  # downloads what has a name or URL: compute nodes often have no way out
+    locate_weights(cfg)  # downloads a name or URL here: compute nodes often have no internet
     build_augmentation(cfg)
     TeacherEvaluation(cfg)
     if not args.eval_only:
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(describe(job, args, output_dir / (train_args.name or f"{config}_{job.job_id}")), flush=True)
         return wait(job.job_id) if args.wait else 0
     except USER_ERRORS as error:
-        logger.error("%s", text_of(error))
+        logger.error("%s", error_text(error))
         return 2
 
 

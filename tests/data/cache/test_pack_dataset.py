@@ -27,10 +27,10 @@ def pack():
 
 
 @pytest.fixture
-def arguments(picture_list, tmp_path):
+def arguments(image_list, tmp_path):
     """A dataset of eight images, one of them broken, and where to pack it."""
-    folder = picture_list(8)
-    (folder / "pictures" / "003.png").write_bytes(b"no image")
+    folder = image_list(8)
+    (folder / "images" / "003.png").write_bytes(b"no image")
     return [f"HemaStandardDataset:root={folder}", "--cache", str(tmp_path / "cache"), "--workers", "0"]
 
 

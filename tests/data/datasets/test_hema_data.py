@@ -31,8 +31,8 @@ def value_of(sample):
     return sample.image.unique().item()
 
 
-def test_samples_in_list_order(picture_list):
-    dataset = HemaStandardDataset(root=picture_list(n=5), image_size=56)
+def test_samples_in_list_order(image_list):
+    dataset = HemaStandardDataset(root=image_list(n=5), image_size=56)
     assert len(dataset) == 5
     samples = list(dataset)
     assert [sample.index for sample in samples] == [0, 1, 2, 3, 4]
@@ -155,8 +155,8 @@ def test_wrong_settings_are_seen_at_once(tmp_path):
         HemaStandardDataset(root=tmp_path, seed=-1)
 
 
-def test_with_a_transform_items_are_pairs_as_upstream(picture_list):
-    root = picture_list(n=2, size=30)
+def test_with_a_transform_items_are_pairs_as_upstream(image_list):
+    root = image_list(n=2, size=30)
     dataset = HemaStandardDataset(root=root, transform=lambda image: (image.mode, image.size))
     assert dataset[1] == (("RGB", (30, 30)), ())
     dataset = HemaStandardDataset(root=root, transform=np.asarray, target_transform=lambda target: (target, 1))

@@ -8,7 +8,7 @@ from sklearn.metrics import roc_auc_score
 from dinov2.data.sample_cells import write_sample_cells
 from dinov2.eval.maps.cells import PALETTE, choose_images, levels, make_cell_maps
 from dinov2.eval.maps.patch_maps import patch_tokens, similarity_maps
-from dinov2.hub.transform import ImageTransform
+from dinov2.hub.backbones import ImageTransform
 from dinov2.models import build_backbone
 
 SIZE, PATCH = 56, 14

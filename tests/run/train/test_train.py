@@ -7,10 +7,10 @@ from dinov2.run.train.train import main
 
 
 @pytest.fixture
-def launch(slurm, picture_list, tmp_path, monkeypatch):
+def launch(slurm, image_list, tmp_path, monkeypatch):
     """Run the launcher from `tmp_path`; returns its exit code."""
     monkeypatch.chdir(tmp_path)
-    dataset = f"train.dataset_path=HemaStandardDataset:root={picture_list()}:shuffle=1"
+    dataset = f"train.dataset_path=HemaStandardDataset:root={image_list()}:shuffle=1"
     return lambda *arguments: main([*arguments, dataset])
 
 
@@ -107,7 +107,7 @@ def test_mistakes_are_found_before_the_job_waits(launch, slurm, capsys, argument
     assert slurm.submitted() is None
 
 
-def test_pictures_must_be_named(slurm, capsys):
+def test_images_must_be_named(slurm, capsys):
     assert main([]) == 2
     assert "no value for train.dataset_path" in capsys.readouterr().err
     assert slurm.submitted() is None

@@ -1,4 +1,4 @@
-"""What the start of the log says about the data."""
+"""The device with what it lacks, and what the start of the log says about the data."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from dinov2.train.setup import describe_sets
+from dinov2.train.setup import describe_sets, set_up_device
+from dinov2.utils.config import load_run_config
 
 
 def lines(sizes, n_seen, weights=(), temperature=1.0):
@@ -44,3 +45,11 @@ def test_of_many_sets_the_most_seen_have_lines(n_sets):
         assert rows[-1].strip().startswith(f"and {n_sets - 12} more: ")
         shown = [float(row.split("images, ")[1].split("%")[0]) for row in rows]
         assert sum(shown) == pytest.approx(100, abs=0.1)
+
+
+@pytest.mark.parametrize("key", ["train.compile_blocks", "train.compile_loss"])
+def test_a_missing_compiler_is_named_with_the_setting(key, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    cfg = load_run_config(None, [f"{key}=true", "train.device=cpu"])
+    with pytest.raises(ValueError, match=rf"{key}=true: no C\+\+ compiler was found; install g\+\+.*set it to false"):
+        set_up_device(cfg, None)

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from dinov2.utils.stop_signals import StopSignals
+from dinov2.utils.command import StopSignals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])

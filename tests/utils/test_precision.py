@@ -1,4 +1,4 @@
-"""The fast path of float32 matrix products: chosen only where it is as accurate, and undone where that was promised."""
+"""Types of the networks' computations; the fast path of float32 products: chosen only where it is accurate."""
 
 import logging
 from collections.abc import Iterator
@@ -6,16 +6,25 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dinov2.utils import matmul
-from dinov2.utils.matmul import EXACT, FAST, TOLERANCE, fast_matmul, fast_matmul_within, largest_error
+from dinov2.utils import precision
+from dinov2.utils.precision import (
+    EXACT,
+    FAST,
+    TOLERANCE,
+    autocast,
+    fast_matmul,
+    fast_matmul_within,
+    largest_error,
+    resolve_dtype,
+)
 
 
 @pytest.fixture(autouse=True)
 def own_setting() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    matmul._is_fast_path_accurate.cache_clear()
+    precision._is_fast_path_accurate.cache_clear()
     yield
-    matmul._is_fast_path_accurate.cache_clear()
+    precision._is_fast_path_accurate.cache_clear()
     torch.set_float32_matmul_precision(before)
 
 
@@ -61,5 +70,22 @@ def test_the_setting_before_comes_back_even_after_an_error():
 def test_the_check_is_exact_float32_under_autocast_too():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under_autocast = fast_matmul(True)
-    matmul._is_fast_path_accurate.cache_clear()
+    precision._is_fast_path_accurate.cache_clear()
     assert under_autocast == fast_matmul(True)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float32)],
+)
+def test_on_a_cpu(name, dtype):
+    assert resolve_dtype(name, "cpu") == dtype
+    with autocast(name, "cpu"):
+        assert torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == dtype
+
+
+def test_auto_on_a_gpu_that_only_emulates_bf16_is_fp16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    resolve_dtype.cache_clear()
+    assert resolve_dtype("auto", "cuda") == torch.float16
+    resolve_dtype.cache_clear()
