@@ -101,7 +101,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         # depending on its version, Pillow opens 16-bit PNGs in mode I (32 bits) or I;16
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError(f"its grey values go from {grey.min()} to {grey.max()}; save it with 8 or 16 bits")
+            raise ValueError(f"its grey values, {grey.min()} to {grey.max()}, go beyond 16 bits; save it with 8 or 16")
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
