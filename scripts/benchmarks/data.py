@@ -39,7 +39,7 @@ from dinov2.utils.memory import keep_freed_memory
 N_IMAGES, N_LISTED, SIZE, LOCAL_SIZE = 64, 1_000_000, 224, 98
 SCALE, LOCAL_SCALE = (0.32, 1.0), (0.05, 0.32)
 RECIPES = {"default": DataAugmentationDINO, "hema": DataAugmentationHEMA}
-FORMATS = {"JPEG": (360, 363, ".jpg"), "BMP": (300, 300, ".bmp"), "PNG": (400, 400, ".png"), "TIFF": (250, 250, ".tif")}
+FORMATS = {"JPEG": (360, 363, ".jpg"), "BMP": (120, 120, ".bmp"), "PNG": (256, 256, ".png"), "TIFF": (400, 400, ".tif")}
 PACKAGES = ("torchvision", "pillow", "opencv-python-headless")
 
 
