@@ -11,19 +11,21 @@ uses. Everything runs on one core, as in one worker of the DataLoader.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
-import time
+import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
+
+# isort: split
 import cv2
 import torch
-from harness import Worker, finish, memory_mib, ratio, serve, table, take_turns
+from harness import Part, Worker, make_parser, memory_mib, ratio, run_parts, seconds_of, table, take_turns
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms as tv
@@ -36,11 +38,10 @@ from dinov2.data.sample_cells import write_sample_cells
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_images
 from dinov2.utils.memory import keep_freed_memory
 
-N_IMAGES, N_LISTED, SIZE, LOCAL_SIZE = 64, 1_000_000, 224, 98
+N_IMAGES, SIZE, LOCAL_SIZE = 64, 224, 98
 SCALE, LOCAL_SCALE = (0.32, 1.0), (0.05, 0.32)
 RECIPES = {"default": DataAugmentationDINO, "hema": DataAugmentationHEMA}
 FORMATS = {"JPEG": (360, 363, ".jpg"), "BMP": (120, 120, ".bmp"), "PNG": (256, 256, ".png"), "TIFF": (400, 400, ".tif")}
-PACKAGES = ("torchvision", "pillow", "opencv-python-headless")
 
 
 def our_augmentation(recipe: str, n_local_crops: int = 0) -> Any:
@@ -88,107 +89,123 @@ def upstream_batch(views: Sequence[Any], images: Sequence[Image.Image]) -> list[
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def measure_files(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def measure_files(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
     write_formats(args.folder, args.images)
-    numbers, rows = {}, []
+    works: dict[str, dict[str, Callable[[], Any]]] = {}
     for recipe in RECIPES:
         for kind in FORMATS:
             dataset = f"HemaStandardDataset:root={args.folder / kind / 'list.txt'}"
             plain = make_dataset(dataset, image_size=SIZE)
             packed = make_dataset(f"{dataset}:cache={args.folder / 'cache'}", image_size=SIZE)
             packed.cache.build(n_workers=1)
-            views, paths = upstream_transforms(recipe, 1), [plain.path(i) for i in range(len(plain))]
-
-            def upstream(views: Any = views, paths: Any = paths) -> None:
-                images = [
-                    Image.open(path).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS) for path in paths
-                ]
-                upstream_batch(views, images)
-
-            def ours(dataset: Any, recipe: str = recipe) -> None:
-                our_batch(recipe, 0, [dataset[i].image for i in range(len(dataset))])
-
-            ways = {"upstream": upstream, "no cache": partial(ours, plain), "cache": partial(ours, packed)}
-            seconds = numbers[f"{recipe} {kind}"] = take_turns(ways, args.rounds, f"{recipe}, {kind}")
-            rows.append([f"{recipe} {kind}", *rates(seconds, len(paths))])
-    return numbers, table(["recipe, images", "upstream: images/s", "no cache", "cache"], rows)
+            works[f"{recipe} {kind}"] = {
+                "upstream": partial(upstream_files, recipe, [plain.path(i) for i in range(N_IMAGES)]),
+                "no cache": partial(our_files, recipe, plain),
+                "cache": partial(our_files, recipe, packed),
+            }
+    return compare("images/s and core", works, args.rounds)
 
 
-def measure_augmentation(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def upstream_files(recipe: str, paths: Sequence[Path]) -> list[Tensor]:
+    images = [Image.open(path).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS) for path in paths]
+    return upstream_batch(upstream_transforms(recipe, 1), images)
+
+
+def our_files(recipe: str, dataset: Any) -> list[Tensor]:
+    return our_batch(recipe, 0, [dataset[i].image for i in range(len(dataset))])
+
+
+def measure_augmentation(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
     squares = [resize_image(decode_image(path), SIZE, "crop") for path in chosen_images(args.folder, args.images)]
     images = [Image.fromarray(square.permute(1, 2, 0).numpy()) for square in squares]
+    works: dict[str, dict[str, Callable[[], Any]]] = {
+        f"{recipe}, {n_local_crops or 'no'} local crops": {
+            "upstream": partial(upstream_batch, upstream_transforms(recipe, n_local_crops), images),
+            "ours": partial(our_batch, recipe, n_local_crops, squares),
+        }
+        for recipe in RECIPES
+        for n_local_crops in (0, 8)
+    }
+    return compare("augmentation alone", works, args.rounds)
+
+
+def compare(
+    title: str, works: dict[str, dict[str, Callable[[], Any]]], rounds: int
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Measure each case: upstream's images/s, and how many times as fast each other way is."""
     numbers, rows = {}, []
-    for recipe in RECIPES:
-        for n_local_crops in (0, 8):
-            ways = {
-                "upstream": partial(upstream_batch, upstream_transforms(recipe, n_local_crops), images),
-                "ours": partial(our_batch, recipe, n_local_crops, squares),
-            }
-            case = f"{recipe}, {n_local_crops or 'no'} local crops"
-            seconds = numbers[case] = take_turns(ways, args.rounds, case)
-            rows.append([case, *rates(seconds, len(images))])
-    return numbers, table(["recipe", "upstream: images/s", "ours"], rows)
+    for case, ways in works.items():
+        seconds = take_turns({way: partial(seconds_of, work) for way, work in ways.items()}, rounds, case)
+        upstream, *ours = seconds.values()
+        rows.append(
+            [case, f"{N_IMAGES / statistics.median(upstream):.0f}", *(f"{ratio(upstream, each)}x" for each in ours)]
+        )
+        numbers[case] = seconds
+    _, *names = next(iter(works.values()))
+    return numbers, {title: table(["recipe", "upstream: images/s", *names], rows)}
 
 
-def rates(seconds: dict[str, list[float]], n_images: int) -> list[str]:
-    """Return upstream's images/s, and the ratio of each other way to it."""
-    upstream, *others = seconds.values()
-    return [f"{n_images / sorted(upstream)[len(upstream) // 2]:.0f}", *(f"{ratio(upstream, each)}x" for each in others)]
-
-
-def measure_lists(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def measure_lists(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
     folder = args.folder / "million"
     folder.mkdir(exist_ok=True)
-    lines = [f"/data/prepared/set_{i % 15:02d}/slide_{i // 500:04d}/cell_{i:07d}.png\n" for i in range(N_LISTED)]
+    lines = [f"/data/prepared/set_{i % 15:02d}/slide_{i // 500:04d}/cell_{i:07d}.png\n" for i in range(args.n_listed)]
     lines[0] = f"{Path(__file__).absolute()}\n"  # a few of the files are looked for
     (folder / "all.txt").write_text("".join(lines))
     numbers, rows = {}, []
-    for way in LISTS:
-        worker = Worker(__file__, {"way": way, "folder": str(folder)})
-        seconds, added, own = numbers[way] = worker.ask("open")
+    for way in (StringList, OurList):
+        worker = Worker(OpenedList, way, folder)
+        opened = numbers[way.__name__] = worker.call("costs")
         worker.close()
-        rows.append([way, f"{seconds:.1f} s", f"{added:.0f} MiB", f"{own:.0f} MiB"])
-    return numbers, table([f"a list of {N_LISTED:,} paths", "opened in", "memory", "memory of a worker"], rows)
+        rows.append(
+            [way.__name__, f"{opened['seconds']:.1f} s", f"{opened['mib']:.0f} MiB", f"{opened['worker_mib']:.0f} MiB"]
+        )
+    header = [f"a list of {args.n_listed:,} paths", "opened in", "memory", "memory of each worker"]
+    return numbers, {"start-up": table(header, rows)}
 
 
 class StringList:
     """Upstream's way: a Python list with a string an image."""
 
-    def __init__(self, folder: str) -> None:
-        self.paths = [line.strip() for file in sorted(Path(folder).glob("*.txt")) for line in file.open()]
+    def __init__(self, folder: Path) -> None:
+        self.paths = [line.strip() for file in sorted(folder.glob("*.txt")) for line in file.open()]
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def path(self, index: int) -> str:
-        return self.paths[index]
+    def read_all(self) -> None:
+        for index in range(len(self.paths)):
+            _ = self.paths[index]
 
 
-def our_list(folder: str) -> Any:
-    return make_dataset(f"HemaStandardDataset:root={folder}:shuffle=1")
+class OurList:
+    def __init__(self, folder: Path) -> None:
+        self.dataset: Any = make_dataset(f"HemaStandardDataset:root={folder}:shuffle=1")
+
+    def read_all(self) -> None:
+        for index in range(len(self.dataset)):
+            self.dataset.path(index)
 
 
-LISTS: dict[str, Callable[[str], Any]] = {"upstream": StringList, "ours": our_list}
+class OpenedList:
+    """A list in a process of its own, with a worker that looks up every path, as the DataLoader has."""
+
+    def __init__(self, way: Callable[[Path], StringList | OurList], folder: Path) -> None:
+        self.way, self.folder = way, folder
+
+    def costs(self) -> dict[str, float]:
+        """Return the seconds to open the list, and the MiB that it adds to this process and to a worker."""
+        before, lists = memory_mib(), []
+        seconds = seconds_of(lambda: lists.append(self.way(self.folder)))
+        added = memory_mib() - before
+        context = multiprocessing.get_context("fork")
+        receiver, sender = context.Pipe()
+        worker = context.Process(target=send_memory, args=(lists[0], sender))
+        worker.start()
+        return {"seconds": seconds, "mib": added, "worker_mib": receiver.recv()}
 
 
-def open_list(way: str, folder: str) -> tuple[float, float, float]:
-    """Return the seconds to open a list, and the MiB that it adds to this process and to a worker that reads it."""
-    before, started = memory_mib(), time.perf_counter()
-    dataset = LISTS[way](folder)
-    opened, added = time.perf_counter() - started, memory_mib() - before
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-    worker = context.Process(target=read_all, args=(dataset, theirs))
-    worker.start()
-    return opened, added, ours.recv()
-
-
-def read_all(dataset: Any, pipe: Any) -> None:
-    """Look every path up, and send the MiB that became this process's own."""
+def send_memory(opened: StringList | OurList, sender: Any) -> None:
+    """Look up every path, and send the MiB that became this process's own."""
     before = private_mib()
-    for index in range(len(dataset)):
-        dataset.path(index)
-    pipe.send(private_mib() - before)
+    opened.read_all()
+    sender.send(private_mib() - before)
 
 
 def private_mib() -> float:
@@ -223,29 +240,18 @@ def write_formats(folder: Path, source: Path | None) -> None:
         (folder / kind / "list.txt").write_text("".join(f"{number:03d}{suffix}\n" for number in range(N_IMAGES)))
 
 
-PARTS = {"files": measure_files, "augmentation": measure_augmentation, "lists": measure_lists}
+PARTS: dict[str, Part] = {"files": measure_files, "augmentation": measure_augmentation, "lists": measure_lists}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--folder", type=Path, default=Path("bench"), help="of images and tables (default: %(default)s)"
-    )
+    parser = make_parser(__doc__, PARTS, list(PARTS))
     parser.add_argument("--images", type=Path, help=f"folder of cells, of which {N_IMAGES} are taken; else drawn cells")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--n-listed", type=int, default=1_000_000, help="paths of lists (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.worker:
-        serve({"open": lambda: open_list(**args.worker)})
-        return
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     keep_freed_memory()  # as training does
-    args.folder.mkdir(parents=True, exist_ok=True)
-    for part in args.only:
-        numbers, text = PARTS[part](args)
-        finish(args.folder, part, {part: text}, numbers, *PACKAGES)
+    run_parts(args, PARTS, "torchvision", "pillow", "opencv-python-headless")
 
 
 if __name__ == "__main__":

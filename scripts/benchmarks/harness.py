@@ -1,88 +1,73 @@
 """Measure ways to do the same work in turns, each in a process of its own, and write tables of ratios."""
 
+import argparse
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+_MADE: list[Any] = []  # in a worker: its object
+
 
 class Worker:
-    """A process of its own for one way, so that its memory and threads are no other's concern.
+    """An object `make(*arguments)` in a process of its own, so that memory and threads are not shared."""
 
-    Args:
-        task: for the process, which runs `script` with `--worker <task>`.
-        script: whose main ends in `serve` there.
-        command: what starts the script; default: this Python.
-        environment: variables of the process beside those of this one; None removes one.
-    """
+    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _make, (make, arguments))
 
-    def __init__(
-        self,
-        script: str,
-        task: Mapping[str, Any],
-        command: Sequence[str] = (sys.executable,),
-        environment: Mapping[str, str | None] | None = None,
-    ) -> None:
-        variables = {**os.environ, **(environment or {})}
-        self.process = subprocess.Popen(
-            [*command, script, "--worker", json.dumps(task)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={name: value for name, value in variables.items() if value is not None},
-        )
-
-    def ask(self, question: str) -> Any:
-        """Return the answer of the process.
-
-        Raises:
-            RuntimeError: if it ended instead.
-        """
-        assert self.process.stdin is not None, "opened with pipes"
-        assert self.process.stdout is not None, "opened with pipes"
-        try:
-            self.process.stdin.write(f"{question}\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # then there is no answer either
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"a process ended with {self.process.wait()} when asked for {question}")
-        return json.loads(answer)
+    def call(self, method: str) -> Any:
+        """Call a method of the object and return its result."""
+        return self.pool.submit(_call, method).result()
 
     def close(self) -> None:
-        self.process.communicate()  # the end of its input ends it
+        self.pool.shutdown()
 
 
-def serve(answers: Mapping[str, Callable[[], Any]]) -> None:
-    """Answer each line of the input with a line of JSON, until the input ends."""
-    for line in sys.stdin:
-        print(json.dumps(answers[line.strip()]()), flush=True)
+def _make(make: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    _MADE.append(make(*arguments))
 
 
-def take_turns(ways: Mapping[str, Callable[[], Any]], rounds: int, title: str = "") -> dict[str, list[float]]:
+def _call(method: str) -> Any:
+    return getattr(_MADE[0], method)()
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """Return the seconds that `work` takes, with what it started on a GPU."""
+    started = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def take_turns(ways: Mapping[str, Callable[[], float]], rounds: int, title: str) -> dict[str, list[float]]:
     """Return the seconds of each way in each round; every other round runs them in reverse order.
 
-    One more round comes first and does not count: it fills caches and compiles. A way that returns a number measures
-    itself, for instance in a process of its own; for others the time of the call counts.
+    One more round comes first and does not count: it fills caches and compiles.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     started = time.monotonic()
-    for number in range(-1, rounds):
-        for name in list(ways) if number % 2 == 0 else reversed(list(ways)):
-            begin = time.perf_counter()
-            result = ways[name]()
-            if number >= 0:
-                seconds[name].append(result if isinstance(result, float) else time.perf_counter() - begin)
-        left = (time.monotonic() - started) / (number + 2) * (rounds - number - 1)
-        print(f"{title}: round {max(number + 1, 0)} of {rounds}, {left:.0f} s to go", file=sys.stderr)
-    return seconds
+    for number in range(rounds + 1):
+        for name in list(ways) if number % 2 else reversed(list(ways)):
+            seconds[name].append(ways[name]())
+        left = (time.monotonic() - started) / (number + 1) * (rounds - number)
+        print(f"{title}: round {number} of {rounds}, {left:.0f} s to go", file=sys.stderr)
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def time_workers(workers: Mapping[Any, Worker], rounds: int, title: str) -> dict[str, list[float]]:
+    """Return the seconds of each worker's method `seconds` in each round."""
+    return take_turns({name: partial(worker.call, "seconds") for name, worker in workers.items()}, rounds, title)
 
 
 def ratio(slow: Sequence[float] | None, fast: Sequence[float]) -> str:
@@ -99,22 +84,35 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def finish(folder: Path, title: str, tables: Mapping[str, str], numbers: Any, *packages: str) -> None:
-    """Print the tables with the machine's name, and write them with all numbers to <folder>/<title>.{md,json}."""
-    parts = [f"{name}:\n\n{text}" for name, text in tables.items()]
-    text = "\n\n".join([*parts, f"Machine: {machine(*packages)}."]) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{title}.md").write_text(text, encoding="utf-8")
-    (folder / f"{title}.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
-    print(text)
+Part = Callable[[argparse.Namespace], tuple[Any, dict[str, str]]]
+
+
+def make_parser(description: str | None, parts: Mapping[str, Part], default: Sequence[str]) -> argparse.ArgumentParser:
+    """Return a parser of the flags that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("bench"), help="for images and tables (default: bench)")
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(default), help=f"default: {' '.join(default)}")
+    parser.add_argument("--rounds", type=int, default=7, help="which count (default: 7)")
+    return parser
+
+
+def run_parts(args: argparse.Namespace, parts: Mapping[str, Part], *packages: str) -> None:
+    """Measure each part, print its tables, and write them with all numbers to <folder>/<part>.{md,json}."""
+    args.folder.mkdir(parents=True, exist_ok=True)
+    for part in args.only:
+        numbers, tables = parts[part](args)
+        sections = [f"{name}:\n\n{text}" for name, text in tables.items()]
+        text = "\n\n".join([*sections, f"Machine: {machine(*packages)}."]) + "\n"
+        (args.folder / f"{part}.md").write_text(text, encoding="utf-8")
+        (args.folder / f"{part}.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+        print(text)
 
 
 def machine(*packages: str) -> str:
     """Return processor or GPU, cores, and the versions of packages."""
-    torch = sys.modules.get("torch")
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     name = names[0].split(":")[1].strip() if names else "CPU"
-    if torch is not None and torch.cuda.is_available():
+    if torch.cuda.is_available():
         name = f"{torch.cuda.get_device_name()}, {name}"
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("torch", *packages))
     return f"{name}, {os.cpu_count()} cores; {versions}"

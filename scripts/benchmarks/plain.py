@@ -114,15 +114,12 @@ class PlainStep:
     Args:
         model: with Sinkhorn-Knopp, separate heads, no registers and no stochastic depth, as in custom.yaml.
         dtype: float32, or what autocast computes in.
-        with_unused_local_crop: without local crops, send the one that DinoBloom's recipe has through the student.
 
     Raises:
         ValueError: for another recipe.
     """
 
-    def __init__(
-        self, model: SSLMetaArch, dtype: torch.dtype = torch.float32, with_unused_local_crop: bool = True
-    ) -> None:
+    def __init__(self, model: SSLMetaArch, dtype: torch.dtype = torch.float32) -> None:
         cfg = model.cfg
         is_as_in_recipe = {
             "train.centering": cfg.train.centering == "sinkhorn_knopp",
@@ -136,7 +133,6 @@ class PlainStep:
             raise ValueError(f"plain step: {wrong} must be as in custom.yaml")
         self.cfg, self.dtype, self.device = cfg, dtype, model.device
         self.n_local_crops = cfg.crops.local_crops_number
-        self.with_unused_local_crop = with_unused_local_crop and self.n_local_crops == 0
         self.student, self.teacher = copy.deepcopy(model.student), copy.deepcopy(model.teacher)
         groups = []
         for module in self.student.children():
@@ -175,11 +171,11 @@ class PlainStep:
         batches, masks = [crops], [images["collated_masks"], None]
         if self.n_local_crops > 0:
             batches.append(images["collated_local_crops"])
-        elif self.with_unused_local_crop:
+        else:
             size = min(UNUSED_CROP_PX, crops.shape[-1]) // self.cfg.student.patch_size * self.cfg.student.patch_size
             batches.append(crops[: len(crops) // N_GLOBAL_CROPS, :, :size, :size])
         with self._autocast():
-            outputs = embed(student["backbone"], batches, masks[: len(batches)])
+            outputs = embed(student["backbone"], batches, masks)
             global_cls, global_patches = outputs[0]
             all_logits = _logits(student["dino_head"], torch.cat([cls_tokens for cls_tokens, _ in outputs]))
             student_patches = _logits(student["ibot_head"], _padded(global_patches, images, upperbound))[:n_masked]

@@ -1,36 +1,36 @@
 """Measure the training step against upstream's: seconds, memory, sharding, kernels of attention, busy machines.
 
-    python scripts/benchmarks/step.py --folder bench [--only speed attention contention] [--rounds 7]
+    python scripts/benchmarks/step.py --folder bench [--only speed agreement attention contention] [--rounds 7]
     python scripts/benchmarks/step.py --folder bench --only speed --networks S=152 B=120 L=56          # on a GPU
 
 `ours` is the step of train.py, `plain` that of plain.py, both with custom.yaml's recipe, the same random weights and
 the same made-up crops.
 
-  speed       each way in a process of its own, in turns; where the time of ours goes; losses and gradients against
-              plain fp32; the most memory of each process (CPU: VmHWM, and what the step added to the imports; GPU:
-              what PyTorch's allocator gave out)
+  speed       each way in a process of its own, in turns; the stages of ours; the most memory of each process (CPU:
+              VmHWM, and what the step added to the imports; GPU: what PyTorch's allocator gave out)
+  agreement   losses and gradients against plain fp32
   attention   each kernel by type and number of tokens
   contention  steps of ours beside busy processes, by OpenMP spin count (GOMP_SPINCOUNT); on a CPU
 """
 
 import argparse
-import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
 
 # isort: split
 import torch
 import torch.nn.functional as F
-from harness import Worker, finish, memory_mib, ratio, serve, table, take_turns
+from harness import Part, Worker, make_parser, memory_mib, ratio, run_parts, seconds_of, table, take_turns, time_workers
 from omegaconf import DictConfig
 from plain import PlainStep
 from torch import Tensor
@@ -119,68 +119,61 @@ class OurStep:
             self.model.update_teacher(momentum)
 
 
-def make_step(way: str, device: torch.device, overrides: Sequence[str]) -> tuple[OurStep | PlainStep, dict[str, Any]]:
-    """Return the step of a way (`ours bf16`, `plain fp32`, `ours bf16 FULL_SHARD`) and its batch."""
-    whose, precision, *sharding = way.split()
-    strategy = [f"compute_precision.{role}.sharding_strategy={name}" for name in sharding for role in ROLES]
-    cfg = load_recipe(device, precision if whose == "ours" else "fp32", [*overrides, *strategy])
-    model = build_model(cfg, device)
-    if whose == "ours" and (sharding or cfg.train.compile_blocks):
-        model.prepare_for_distributed_training()
-    step: OurStep | PlainStep = OurStep(model) if whose == "ours" else PlainStep(model, DTYPES[precision])
-    for group in step.optimizer.param_groups:
-        group["lr"] = LR
-    return step, make_batch(cfg, device)
+class Way:
+    """Model, step and batch of a way, such as `ours bf16`, `plain fp32` or `ours bf16 FULL_SHARD`."""
 
+    def __init__(self, way: str, device: str, overrides: Sequence[str]) -> None:
+        whose, precision, *sharding = way.split()
+        self.is_ours, self.dtype, self.device = whose == "ours", DTYPES[precision], torch.device(device)
+        self.start_mib = memory_mib()
+        if self.is_ours and device == "cpu":
+            keep_freed_memory()  # as train.py does
+        if sharding:
+            distributed.enable(distributed.Launch(0, 1, 0, 1, "localhost", 0, "alone"), self.device, 600)
+        settings = [
+            *overrides,
+            *(f"compute_precision.{role}.sharding_strategy={sharding[0]}" for role in ROLES if sharding),
+        ]
+        self.cfg = load_recipe(self.device, precision if self.is_ours else "fp32", settings)
+        self.model: SSLMetaArch | PlainStep = build_model(self.cfg, self.device)
+        if sharding or (self.is_ours and self.cfg.train.compile_blocks):
+            self.model.prepare_for_distributed_training()
+        if not self.is_ours:
+            self.model = PlainStep(self.model, self.dtype)
+        self.step = OurStep(self.model) if isinstance(self.model, SSLMetaArch) else self.model
+        for group in self.step.optimizer.param_groups:
+            group["lr"] = LR
+        self.images = make_batch(self.cfg, self.device)
 
-def work(task: Mapping[str, Any]) -> None:
-    """Take steps of one way in this process when asked."""
-    way, device, overrides = task["way"], torch.device(task["device"]), task["overrides"]
-    is_ours, is_cuda, at_start = way.startswith("ours"), device.type == "cuda", memory_mib()
-    if is_ours and not is_cuda:
-        keep_freed_memory()  # as train.py does
-    if len(way.split()) > 2:
-        distributed.enable(distributed.Launch(0, 1, 0, 1, "localhost", 0, "alone"), device, 600)
-    step, images = make_step(way, device, overrides)
+    def seconds(self) -> float:
+        with fast_matmul_within(self.is_ours, self.device):
+            return seconds_of(lambda: self.step(self.images, TEACHER_TEMP, MOMENTUM, MAX_NORM))
 
-    def seconds() -> float:
-        started = time.perf_counter()
-        with fast_matmul_within(is_ours, device):
-            step(images, TEACHER_TEMP, MOMENTUM, MAX_NORM)
-        if is_cuda:
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
-    def stages() -> dict[str, float]:
-        assert isinstance(step, OurStep), "only our step has a clock"
-        step.model.clock = clock = StepClock(device)
+    def stages(self) -> dict[str, float]:
+        """Return the mean seconds of each stage of our step."""
+        assert isinstance(self.model, SSLMetaArch), "only our step has a clock"
+        self.model.clock = StepClock(self.device)
         for _ in range(2):
-            clock.restart()
-            seconds()
-        return clock.means()
+            self.model.clock.restart()
+            self.seconds()
+        return self.model.clock.means()
 
-    def costs() -> dict[str, float]:
-        peak = torch.cuda.max_memory_allocated(device) / 2**20 if is_cuda else memory_mib("VmHWM")
-        with fast_matmul_within(is_ours, device):
-            rate = measured_matmul_rate(device, DTYPES[way.split()[1]])
-        flops = count_step_flops(load_recipe(device, "fp32", overrides))
-        return {"peak": peak, "added": peak - (0 if is_cuda else at_start), "rate": rate, "flops": flops}
+    def costs(self) -> dict[str, float]:
+        """Return the most memory, what the step added to the imports, the rate of matrix products, and the FLOPs."""
+        is_cuda = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.device) / 2**20 if is_cuda else memory_mib("VmHWM")
+        with fast_matmul_within(self.is_ours, self.device):
+            rate = measured_matmul_rate(self.device, self.dtype)
+        added = peak if is_cuda else peak - self.start_mib
+        return {"peak": peak, "added": added, "rate": rate, "flops": count_step_flops(self.cfg)}
 
-    serve({"step": seconds, "stages": stages, "costs": costs, "gradients": partial(_gradients, step, images, is_ours)})
-
-
-def _gradients(step: OurStep | PlainStep, images: Mapping[str, Any], is_ours: bool) -> str:
-    """Write losses and gradients of the first step to a file, and return its name."""
-    model = step.model if isinstance(step, OurStep) else step
-    with fast_matmul_within(is_ours, model.device):
-        losses = model.forward_backward(images, TEACHER_TEMP)
-    named = sorted(model.student.named_parameters())
-    gradient = torch.cat(
-        [parameter.grad.flatten().float().cpu() for _, parameter in named if parameter.grad is not None]
-    )
-    file = Path(f"/tmp/gradients_{time.time_ns()}.pt")
-    torch.save(({name: value.item() for name, value in losses.items()}, gradient), file)
-    return str(file)
+    def losses_and_gradient(self) -> tuple[dict[str, float], Tensor]:
+        """Return the losses of the first step, and all gradients in one vector."""
+        with fast_matmul_within(self.is_ours, self.device):
+            losses = self.model.forward_backward(self.images, TEACHER_TEMP)
+        parameters = [parameter for _, parameter in sorted(self.model.student.named_parameters())]
+        gradients = [parameter.grad.flatten().double().cpu() for parameter in parameters if parameter.grad is not None]
+        return {name: value.item() for name, value in losses.items()}, torch.cat(gradients)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -190,71 +183,56 @@ def measure_speed(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, s
     numbers: dict[str, Any] = {}
     tables: dict[str, str] = {}
     for network, batch in args.networks.items():
-        workers = {way: start(args, way, network, batch) for way in args.ways}
-        gradients = {} if args.device == "cuda" else {way: each.ask("gradients") for way, each in workers.items()}
-        steps = {way: partial(each.ask, "step") for way, each in workers.items()}
-        seconds = take_turns(steps, args.rounds, network)
-        costs = {way: each.ask("costs") for way, each in workers.items()}
-        stages = {way: each.ask("stages") for way, each in workers.items() if way.startswith("ours")}
-        for each in workers.values():
-            each.close()
+        workers = {way: Worker(Way, way, args.device, settings_of(args, network, batch)) for way in args.ways}
+        seconds = time_workers(workers, args.rounds, network)
+        costs = {way: worker.call("costs") for way, worker in workers.items()}
+        stages = {way: worker.call("stages") for way, worker in workers.items() if way.startswith("ours")}
+        for worker in workers.values():
+            worker.close()
         name = f"ViT-{network}, batch {batch}"
-        agreement = compare_gradients(gradients)
-        numbers[name] = {"seconds": seconds, "costs": costs, "stages": stages, "agreement": agreement}
+        numbers[name] = {"seconds": seconds, "costs": costs, "stages": stages}
         tables[name] = speed_table(seconds, costs, batch)
-        tables[f"{name}: seconds of each stage"] = stages_table(stages)
-        if agreement:
-            header = ["against plain fp32", "largest relative error of a loss", "cosine of gradients"]
-            rows = [[way, f"{loss:.1e}", f"{cosine:.6f}"] for way, (loss, cosine) in agreement.items()]
-            tables[f"{name}: agreement"] = table(header, rows)
+        rows = [[way, *(f"{value:.3f}" for value in each.values())] for way, each in stages.items()]
+        tables[f"{name}, seconds of each stage"] = table(["way", *next(iter(stages.values()), {})], rows)
     return numbers, tables
 
 
-def start(args: argparse.Namespace, way: str, network: str, batch: int, **environment: str | None) -> Worker:
-    overrides = [f"student.arch={ARCHS[network]}", f"train.batch_size_per_gpu={batch}", *args.set]
-    task = {"way": way, "device": args.device, "overrides": overrides}
-    return Worker(__file__, task, environment=environment)
-
-
-def compare_gradients(files: Mapping[str, str]) -> dict[str, tuple[float, float]]:
-    """Return the largest relative error of a loss and the cosine of the gradients, of each way to plain fp32."""
-    results = {way: torch.load(file) for way, file in files.items()}
-    for file in files.values():
-        Path(file).unlink()
-    if REFERENCE not in results:
-        return {}
-    wanted_losses, wanted = results.pop(REFERENCE)
-    return {
-        way: (
-            max(abs(losses[name] / value - 1) for name, value in wanted_losses.items()),
-            F.cosine_similarity(gradient.double(), wanted.double(), dim=0).item(),
-        )
-        for way, (losses, gradient) in results.items()
-    }
+def settings_of(args: argparse.Namespace, network: str, batch: int) -> list[str]:
+    return [f"student.arch={ARCHS[network]}", f"train.batch_size_per_gpu={batch}", *args.set]
 
 
 def speed_table(seconds: Mapping[str, Sequence[float]], costs: Mapping[str, Mapping[str, float]], batch: int) -> str:
     header = ["way", "seconds a step", "images/s", f"{REFERENCE} / it", "same type / it", "share of matmul rate"]
-    header += ["of 800 TFLOP/s", "peak memory, MiB", "added to the imports, MiB", f"added / {REFERENCE}"]
+    header += ["of 800 TFLOP/s", "peak memory, MiB", "added to the imports, MiB"]
     rows = []
     for way, times in seconds.items():
-        middle, cost = statistics.median(times), costs[way]
-        rate, of_reference = cost["flops"] / middle, costs.get(REFERENCE, {}).get("added")
-        rows.append(
-            [
-                *(way, f"{middle:.3f}", f"{batch / middle:.2f}", ratio(seconds.get(REFERENCE), times)),
-                *(ratio(seconds.get(f"plain {way.split()[1]}"), times), f"{rate / cost['rate']:.0%}"),
-                *(f"{rate / PEAK_FLOPS:.1%}", f"{cost['peak']:.0f}", f"{cost['added']:.0f}"),
-                f"{cost['added'] / of_reference:.2f}" if of_reference else "",
-            ]
-        )
+        median, cost = statistics.median(times), costs[way]
+        rate, same_type = cost["flops"] / median, seconds.get(f"plain {way.split()[1]}")
+        speed = [
+            f"{median:.3f}",
+            f"{batch / median:.2f}",
+            ratio(seconds.get(REFERENCE), times),
+            ratio(same_type, times),
+        ]
+        shares = [f"{rate / cost['rate']:.0%}", f"{rate / PEAK_FLOPS:.1%}"]
+        rows.append([way, *speed, *shares, f"{cost['peak']:.0f}", f"{cost['added']:.0f}"])
     return table(header, rows)
 
 
-def stages_table(stages: Mapping[str, Mapping[str, float]]) -> str:
-    names = list(dict.fromkeys(name for each in stages.values() for name in each))
-    rows = [[way, *(f"{each.get(name, 0):.3f}" for name in names)] for way, each in stages.items()]
-    return table(["way", *names], rows)
+def measure_agreement(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
+    """Compare losses and gradients of the first step with those of plain fp32."""
+    numbers: dict[str, Any] = {}
+    for network, batch in args.networks.items():
+        settings = settings_of(args, network, batch)
+        wanted_losses, wanted = Way(REFERENCE, args.device, settings).losses_and_gradient()
+        for way in args.ways:
+            losses, gradient = Way(way, args.device, settings).losses_and_gradient()
+            error = max(abs(losses[name] / value - 1) for name, value in wanted_losses.items())
+            cosine = F.cosine_similarity(gradient, wanted, dim=0).item()
+            numbers[f"{network}, {way}"] = {"loss_error": error, "gradient_cosine": cosine}
+    rows = [[name, f"{each['loss_error']:.1e}", f"{each['gradient_cosine']:.6f}"] for name, each in numbers.items()]
+    header = [f"against {REFERENCE}", "largest relative error of a loss", "cosine of gradients"]
+    return numbers, {"Losses and gradients of one step": table(header, rows)}
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -264,47 +242,35 @@ def explicit(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return (query * query.shape[-1] ** -0.5 @ key.transpose(2, 3)).softmax(dim=-1) @ value
 
 
-def sdpa(backend: SDPBackend | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    with nullcontext() if backend is None else sdpa_kernel(backend):
+def attend_by(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
         return F.scaled_dot_product_attention(query, key, value)
 
 
 def measure_attention(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Time each kernel on six heads of 64, forward and backward; kernels that lack a type are left out."""
-    device = torch.device(args.device)
-    kernels: dict[str, Kernel] = {"explicit": explicit, "sdpa": partial(sdpa, None)}
-    kernels["math"] = partial(sdpa, SDPBackend.MATH)
-    if device.type == "cuda":
-        backends = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
-        kernels |= {backend.name.lower(): partial(sdpa, backend) for backend in backends}
-    else:
+    """Time each kernel on six heads of 64, forward and backward."""
+    device, numbers, rows = torch.device(args.device), [], []
+    kernels: dict[str, Kernel] = {"explicit": explicit, "sdpa": F.scaled_dot_product_attention}
+    kernels["sdpa math"] = partial(attend_by, SDPBackend.MATH)
+    if device.type == "cpu":
         keep_freed_memory()
-    numbers, rows = [], []
-    for dtype in ("bf16", "fp16", "fp32") if device.type == "cuda" else ("fp32", "bf16"):
+    for dtype in ("fp32", "bf16"):
         for n_tokens in args.tokens:
             shape = (3, max(1, ROWS_OF_TOKENS // n_tokens), 6, n_tokens, 64)
             qkv = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, DTYPES[dtype])
 
-            def once(kernel: Kernel, qkv: Tensor = qkv) -> None:
+            def once(kernel: Kernel, qkv: Tensor = qkv) -> float:
                 inputs = qkv.detach().requires_grad_()
                 with fast_matmul_within(True, device):
-                    kernel(*inputs.unbind(0)).sum().backward()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
+                    return seconds_of(lambda: kernel(*inputs.unbind(0)).sum().backward())
 
-            usable = {}
-            for name, kernel in kernels.items():
-                try:
-                    once(kernel)
-                except (RuntimeError, NotImplementedError, ValueError):  # no such kernel for this type or device
-                    continue
-                usable[name] = partial(once, kernel)
-            seconds = take_turns(usable, args.rounds, f"attention, {dtype}, {n_tokens} tokens")
+            ways = {name: partial(once, kernel) for name, kernel in kernels.items()}
+            seconds = take_turns(ways, args.rounds, f"attention, {dtype}, {n_tokens} tokens")
             medians = {name: statistics.median(times) for name, times in seconds.items()}
             numbers.append({"dtype": dtype, "tokens": n_tokens, "seconds": medians})
-            cells = [f"{1000 * medians[name]:.2f}" if name in medians else "" for name in kernels]
-            rows.append([dtype, n_tokens, *cells, min(medians, key=medians.__getitem__)])
-    header = ["type", "tokens", *(f"{name}, ms" for name in kernels), "fastest"]
+            cells = [f"{1000 * median:.2f}" for median in medians.values()]
+            rows.append([f"{device}, {dtype}, {n_tokens}", *cells, min(medians, key=medians.__getitem__)])
+    header = ["device, type, tokens", *(f"{name}, ms" for name in kernels), "fastest"]
     return numbers, {"Attention, forward and backward": table(header, rows)}
 
 
@@ -322,58 +288,51 @@ def busy_processes(n: int) -> Iterator[None]:
 
 
 def measure_contention(args: argparse.Namespace) -> tuple[dict[int, Any], dict[str, str]]:
-    """Time steps of `ours fp32` beside busy processes, for each spin count in a process of its own."""
+    """Time steps of `ours fp32` beside busy processes, for each spin count."""
     ((network, batch),) = args.networks.items()
-    own = {"OMP_WAIT_POLICY": None, "KMP_BLOCKTIME": None}
-    workers = {
-        count: start(args, "ours fp32", network, batch, GOMP_SPINCOUNT=str(count), **own) for count in args.spin_counts
-    }
+    workers: dict[int, Worker] = {}
+    for count in args.spin_counts:
+        with mock.patch.dict(os.environ, {"GOMP_SPINCOUNT": str(count)}):  # the new process reads it
+            os.environ.pop("OMP_WAIT_POLICY", None)
+            workers[count] = Worker(Way, "ours fp32", args.device, settings_of(args, network, batch))
+            workers[count].call("seconds")
     seconds = {}
     for load in args.loads:
         with busy_processes(load):
-            steps = {str(count): partial(each.ask, "step") for count, each in workers.items()}
-            seconds[load] = take_turns(steps, args.rounds, f"load {load}")
-    for each in workers.values():
-        each.close()
-    first = str(args.spin_counts[0])
-    rows = [
-        [
-            f"{count:,}",
-            *(
-                f"{batch / statistics.median(at[str(count)]):.1f}, {ratio(at[first], at[str(count)])}"
-                for at in seconds.values()
-            ),
+            seconds[load] = time_workers(workers, args.rounds, f"load {load}")
+    for worker in workers.values():
+        worker.close()
+    rows = []
+    for count in args.spin_counts:
+        cells = [
+            f"{batch / statistics.median(times[count]):.1f}, {ratio(times[args.spin_counts[0]], times[count])}"
+            for times in seconds.values()
         ]
-        for count in args.spin_counts
-    ]
+        rows.append([f"{count:,}", *cells])
     header = ["spin count", *(f"load {load}: images/s, ratio to the first" for load in args.loads)]
     return seconds, {"Steps beside busy processes": table(header, rows)}
 
 
-PARTS = {"speed": measure_speed, "attention": measure_attention, "contention": measure_contention}
+PARTS: dict[str, Part] = {
+    "speed": measure_speed,
+    "agreement": measure_agreement,
+    "attention": measure_attention,
+    "contention": measure_contention,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("bench"), help="of the tables (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=["speed", "attention"])
+    parser = make_parser(__doc__, PARTS, ["speed", "agreement", "attention"])
     parser.add_argument("--networks", nargs="+", default=["S=8"], metavar="S=8", help="networks and images a step")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), help="such as `ours bf16 FULL_SHARD`; default: all")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--ways", nargs="+", default=WAYS, help="such as `ours bf16 FULL_SHARD` (default: all)")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="of attention")
     parser.add_argument("--loads", type=int, nargs="+", default=(0, 2, 4), help="busy processes of contention")
     parser.add_argument("--spin-counts", type=int, nargs="+", default=SPIN_COUNTS, help="of contention")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="config values for every step")
-    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.worker:
-        work(args.worker)
-        return
     args.networks = {name: int(batch) for name, _, batch in (each.partition("=") for each in args.networks)}
-    for part in args.only:
-        numbers, tables = PARTS[part](args)
-        finish(args.folder, part, tables, numbers)
+    run_parts(args, PARTS)
 
 
 if __name__ == "__main__":
