@@ -220,8 +220,7 @@ def chosen_images(folder: Path, source: Path | None) -> list[Path]:
     """Return N_IMAGES files of a folder, or drawn cells."""
     if source is None:
         source = folder / "cells"
-        if not source.is_dir():
-            write_sample_cells(source, N_IMAGES, 10, 10, 2, seed=0, size=360, n_workers=os.cpu_count() or 1)
+        write_sample_cells(source, N_IMAGES, 10, 10, 2, seed=0, size=360, n_workers=os.cpu_count() or 1)
     paths = find_images(source)
     if len(paths) < N_IMAGES:
         raise SystemExit(f"--images: {source} has {len(paths)} images; {N_IMAGES} are needed")

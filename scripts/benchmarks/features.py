@@ -39,8 +39,8 @@ from dinov2.data.datasets import LabelledCells, find_images
 from dinov2.data.sample_cells import write_sample_cells
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_images
 from dinov2.eval import knn
+from dinov2.eval.features.encoders import DinoEncoder
 from dinov2.eval.features.extract import Embedder, embed_images
-from dinov2.eval.features.named_encoders import DinoEncoder
 from dinov2.eval.linear import fit_linear_probe
 from dinov2.eval.protocol import EvaluationData
 from dinov2.hub.backbones import load_backbone
@@ -185,7 +185,7 @@ class Files:
 
 def measure_files(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
     images = args.images or args.folder / f"cells_{args.n_images}"
-    if not images.is_dir():
+    if args.images is None:
         write_sample_cells(images, args.n_images, 10, 10, 2, seed=0, size=360, n_workers=os.cpu_count() or 1)
     paths = find_images(images)[: args.n_images]
     numbers, tables = {}, {}
