@@ -31,7 +31,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,35 +81,20 @@ class Skipped(Exception):
     """This machine cannot run a part."""
 
 
-@dataclass
-class Part:
-    """The outcome of one part, a to e."""
-
-    title: str
-    checks: list[dict[str, Any]] = field(default_factory=list)  # what, held, detail
-    skipped: str = ""
-    seconds: float = 0.0
-
-    @property
-    def held(self) -> bool:
-        return all(check["held"] for check in self.checks)
-
-
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
-def process_state(pid: int) -> tuple[str, int] | None:
-    """Return state and parent of a process from /proc; None if it has ended."""
-    try:
-        state, parent = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[:2]
-    except OSError:
-        return None
-    return None if state == "Z" else (state, int(parent))
+def is_alive(pid: int) -> bool:
+    """Return whether a process runs: it is there and not a zombie."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return False
 
 
 def children_of(pid: int) -> list[int]:
-    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-    return [child for child in pids if (state := process_state(child)) and state[1] == pid]
+    with suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
 
 
 def rank_of(pid: int) -> int | None:
@@ -134,10 +118,9 @@ class Run:
         self.processes, self.folder, self._log = processes, folder, log
         self._offset = log.stat().st_size if log.exists() else 0
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
         with open(log, "ab") as output:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
-            )
+            self.process = subprocess.Popen(command, stdout=output, env=environment, **streams)
 
     @property
     def lines(self) -> list[str]:
@@ -197,7 +180,7 @@ class Run:
         for pid in tree:
             send(pid, signal.SIGKILL)
         self.process.wait()
-        while any(map(process_state, tree)):
+        while any(map(is_alive, tree)):
             time.sleep(0.005)
 
     def last_lines(self) -> str:
@@ -270,10 +253,11 @@ def largest_difference(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, to
 class Drill:
     """Starts runs on the same images, compares them with undisturbed ones and keeps the checks."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path, n_starts: int) -> None:
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.folder, self.processes, self.short = args, folder, args.processes, args.short
-        self.parts = {letter: Part(PARTS[letter][0]) for letter in args.letters}
-        self._n_starts, self._began = n_starts, time.monotonic()
+        self.checks: dict[str, list[dict[str, Any]]] = {letter: [] for letter in args.letters}
+        self.skipped = dict.fromkeys(args.letters, "")
+        self._began = time.monotonic()
         self._runs: list[Run] = []
         self._is_over = False
         self._references: dict[tuple[int, int], Path] = {}
@@ -292,13 +276,11 @@ class Drill:
         return random.Random(f"{self.args.seed} {letter}")
 
     def say(self, letter: str, text: str) -> None:
-        elapsed = time.monotonic() - self._began
-        left = elapsed / max(1, len(self._runs)) * max(0, self._n_starts - len(self._runs))
-        print(f"[{elapsed:.0f} s, {left:.0f} s to go] {letter}  {text}", flush=True)
+        print(f"[{time.monotonic() - self._began:.0f} s] {letter}  {text}", flush=True)
 
     def check(self, letter: str, what: str, held: bool, detail: object = "") -> bool:
-        self.parts[letter].checks.append({"what": what, "held": bool(held), "detail": str(detail)})
-        self.say(letter, f"{'ok     ' if held else 'FAILED '} {what}{f' ({detail})' if str(detail) else ''}")
+        self.checks[letter].append({"what": what, "held": bool(held), "detail": str(detail)})
+        self.say(letter, f"{'ok    ' if held else 'FAILED'}  {what}  {detail}")
         return held
 
     def start(
@@ -458,7 +440,7 @@ class RankKiller:
             run.kill()
         else:
             send(ranks[rank], signal.SIGKILL)
-            run.until(lambda: not any(map(process_state, ranks.values())), "the other ranks ended", pause=0.01)
+            run.until(lambda: not any(map(is_alive, ranks.values())), "the other ranks ended", pause=0.01)
         unfinished = [path.name for path in checkpoints.being_written(self.since_ns)]
         self.n_unfinished += bool(unfinished)
         after, damaged = checkpoints.iterations(), checkpoints.damaged()
@@ -658,7 +640,7 @@ def stop_a_rank(drill: Drill) -> None:
     message = run.until(lambda: run.find(HANGS), "the others named the rank that hangs")[0]
     is_right = (int(message[1]), int(message[2])) == (rank, ranks[rank])
     drill.check("e", "the others name the rank that stands still", is_right, message[0])
-    run.until(lambda: not any(map(process_state, ranks.values())), "torchrun ended all ranks", pause=0.02)
+    run.until(lambda: not any(map(is_alive, ranks.values())), "torchrun ended all ranks", pause=0.02)
     newest, since = Checkpoints(run.folder).iterations()[-1], len(run.lines)
     drill.check_end("e", run, reference)
     drill.check_resumed("e", run, newest, since)
@@ -676,15 +658,13 @@ PARTS: dict[str, tuple[str, Callable[[Drill], None]]] = {
 
 
 def run_part(letter: str, drill: Drill) -> None:
-    part, began = drill.parts[letter], time.monotonic()
     try:
         PARTS[letter][1](drill)
     except Skipped as reason:
-        part.skipped = str(reason)
+        drill.skipped[letter] = str(reason)
         drill.say(letter, f"skipped: {reason}")
     except Failed as error:
         drill.check(letter, "the part ran to its end", False, error)
-    part.seconds = time.monotonic() - began
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -716,8 +696,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs end, too
     folder = (args.folder or Path(tempfile.mkdtemp(prefix="fault_drill_"))).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    starts = {"a": 4, "b": 2 if args.short else 3, "c": 1 if args.short else 3, "d": 0 if args.short else 4, "e": 1}
-    drill = Drill(args, folder, 4 + sum(starts[letter] for letter in args.letters))
+    drill = Drill(args, folder)
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
             for done in [pool.submit(run_part, letter, drill) for letter in args.letters]:
@@ -725,13 +704,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             drill.end_all()
-    is_held = all(part.held for part in drill.parts.values())
-    report = {letter: {"held": part.held, **asdict(part)} for letter, part in drill.parts.items()}
+    report = {
+        letter: {"held": all(check["held"] for check in checks), "skipped": drill.skipped[letter], "checks": checks}
+        for letter, checks in drill.checks.items()
+    }
     (folder / "report.json").write_text(json.dumps(report, indent=1))
-    for letter, part in drill.parts.items():
-        n_failed = sum(not check["held"] for check in part.checks)
-        outcome = f"skipped: {part.skipped}" if part.skipped else f"{len(part.checks)} checks, {n_failed} failed"
-        print(f"{letter}  {part.title:24}  {outcome}, {part.seconds:.0f} s")
+    for letter, part in report.items():
+        n_failed = sum(not check["held"] for check in part["checks"])
+        print(f"{letter}  {PARTS[letter][0]}: {part['skipped'] or f'{len(part["checks"])} checks, {n_failed} failed'}")
+    is_held = all(part["held"] for part in report.values())
     if is_held and args.folder is None:
         shutil.rmtree(folder)
     else:

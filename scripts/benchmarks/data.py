@@ -103,7 +103,7 @@ def measure_files(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, s
                 "no cache": partial(our_files, recipe, plain),
                 "cache": partial(our_files, recipe, packed),
             }
-    return compare("images/s and core", works, args.rounds)
+    return compare("Images a second and core", works, args.rounds)
 
 
 def upstream_files(recipe: str, paths: Sequence[Path]) -> list[Tensor]:
@@ -126,7 +126,7 @@ def measure_augmentation(args: argparse.Namespace) -> tuple[dict[str, Any], dict
         for recipe in RECIPES
         for n_local_crops in (0, 8)
     }
-    return compare("augmentation alone", works, args.rounds)
+    return compare("Augmentation alone", works, args.rounds)
 
 
 def compare(
@@ -152,15 +152,13 @@ def measure_lists(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, s
     lines[0] = f"{Path(__file__).absolute()}\n"  # a few of the files are looked for
     (folder / "all.txt").write_text("".join(lines))
     numbers, rows = {}, []
-    for way in (StringList, OurList):
+    for way in LISTS:
         worker = Worker(OpenedList, way, folder)
-        opened = numbers[way.__name__] = worker.call("costs")
+        numbers[way] = seconds, mib, worker_mib = worker.call("costs")
         worker.close()
-        rows.append(
-            [way.__name__, f"{opened['seconds']:.1f} s", f"{opened['mib']:.0f} MiB", f"{opened['worker_mib']:.0f} MiB"]
-        )
-    header = [f"a list of {args.n_listed:,} paths", "opened in", "memory", "memory of each worker"]
-    return numbers, {"start-up": table(header, rows)}
+        rows.append([way, f"{seconds:.1f} s", f"{mib:.0f} MiB", f"{worker_mib:.0f} MiB"])
+    header = [f"a list of {args.n_listed:,} paths", "opened in", "memory of the process", "memory of each worker"]
+    return numbers, {"Start-up": table(header, rows)}
 
 
 class StringList:
@@ -169,42 +167,42 @@ class StringList:
     def __init__(self, folder: Path) -> None:
         self.paths = [line.strip() for file in sorted(folder.glob("*.txt")) for line in file.open()]
 
-    def read_all(self) -> None:
-        for index in range(len(self.paths)):
-            _ = self.paths[index]
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, index: int) -> str:
+        return self.paths[index]
 
 
-class OurList:
-    def __init__(self, folder: Path) -> None:
-        self.dataset: Any = make_dataset(f"HemaStandardDataset:root={folder}:shuffle=1")
+def our_list(folder: Path) -> Any:
+    return make_dataset(f"HemaStandardDataset:root={folder}:shuffle=1")
 
-    def read_all(self) -> None:
-        for index in range(len(self.dataset)):
-            self.dataset.path(index)
+
+LISTS: dict[str, Callable[[Path], Any]] = {"upstream": StringList, "ours": our_list}
 
 
 class OpenedList:
     """A list in a process of its own, with a worker that looks up every path, as the DataLoader has."""
 
-    def __init__(self, way: Callable[[Path], StringList | OurList], folder: Path) -> None:
+    def __init__(self, way: str, folder: Path) -> None:
         self.way, self.folder = way, folder
 
-    def costs(self) -> dict[str, float]:
+    def costs(self) -> tuple[float, float, float]:
         """Return the seconds to open the list, and the MiB that it adds to this process and to a worker."""
-        before, lists = memory_mib(), []
-        seconds = seconds_of(lambda: lists.append(self.way(self.folder)))
+        before, opened = memory_mib(), []
+        seconds = seconds_of(lambda: opened.append(LISTS[self.way](self.folder)))
         added = memory_mib() - before
         context = multiprocessing.get_context("fork")
         receiver, sender = context.Pipe()
-        worker = context.Process(target=send_memory, args=(lists[0], sender))
-        worker.start()
-        return {"seconds": seconds, "mib": added, "worker_mib": receiver.recv()}
+        context.Process(target=send_memory, args=(opened[0], sender)).start()
+        return seconds, added, receiver.recv()
 
 
-def send_memory(opened: StringList | OurList, sender: Any) -> None:
+def send_memory(dataset: Any, sender: Any) -> None:
     """Look up every path, and send the MiB that became this process's own."""
     before = private_mib()
-    opened.read_all()
+    for index in range(len(dataset)):
+        dataset.path(index)
     sender.send(private_mib() - before)
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from dinov2.layers import DINOHead
@@ -121,16 +122,16 @@ class PlainStep:
 
     def __init__(self, model: SSLMetaArch, dtype: torch.dtype = torch.float32) -> None:
         cfg = model.cfg
-        is_as_in_recipe = {
-            "train.centering": cfg.train.centering == "sinkhorn_knopp",
-            "ibot.separate_head": cfg.ibot.separate_head,
-            "student.drop_path_rate": cfg.student.drop_path_rate == 0,
-            "student.num_register_tokens": cfg.student.num_register_tokens == 0,
-            "dino.smooth_rank_loss_weight": cfg.dino.smooth_rank_loss_weight == 0,
+        wanted = {
+            "train.centering": "sinkhorn_knopp",
+            "ibot.separate_head": True,
+            "student.drop_path_rate": 0,
+            "student.num_register_tokens": 0,
+            "dino.smooth_rank_loss_weight": 0,
         }
-        if not all(is_as_in_recipe.values()):
-            wrong = ", ".join(name for name, is_right in is_as_in_recipe.items() if not is_right)
-            raise ValueError(f"plain step: {wrong} must be as in custom.yaml")
+        wrong = [f"{key}={value}" for key, value in wanted.items() if OmegaConf.select(cfg, key) != value]
+        if wrong:
+            raise ValueError(f"plain step: set {', '.join(wrong)}, as in custom.yaml")
         self.cfg, self.dtype, self.device = cfg, dtype, model.device
         self.n_local_crops = cfg.crops.local_crops_number
         self.student, self.teacher = copy.deepcopy(model.student), copy.deepcopy(model.teacher)

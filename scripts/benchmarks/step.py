@@ -18,10 +18,10 @@ import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -34,7 +34,6 @@ from harness import Part, Worker, make_parser, memory_mib, ratio, run_parts, sec
 from omegaconf import DictConfig
 from plain import PlainStep
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dinov2 import distributed
 from dinov2.configs import CONFIG_FOLDER
@@ -235,56 +234,30 @@ def measure_agreement(args: argparse.Namespace) -> tuple[dict[str, Any], dict[st
     return numbers, {"Losses and gradients of one step": table(header, rows)}
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
 def explicit(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return (query * query.shape[-1] ** -0.5 @ key.transpose(2, 3)).softmax(dim=-1) @ value
 
 
-def attend_by(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(query, key, value)
-
-
-def measure_attention(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Time each kernel on six heads of 64, forward and backward."""
-    device, numbers, rows = torch.device(args.device), [], []
-    kernels: dict[str, Kernel] = {"explicit": explicit, "sdpa": F.scaled_dot_product_attention}
-    kernels["sdpa math"] = partial(attend_by, SDPBackend.MATH)
-    if device.type == "cpu":
+def measure_attention(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
+    """Time two kernels on six heads of 64, forward and backward."""
+    kernels, numbers, rows = {"explicit": explicit, "sdpa": F.scaled_dot_product_attention}, {}, []
+    if args.device == "cpu":
         keep_freed_memory()
-    for dtype in ("fp32", "bf16"):
-        for n_tokens in args.tokens:
-            shape = (3, max(1, ROWS_OF_TOKENS // n_tokens), 6, n_tokens, 64)
-            qkv = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, DTYPES[dtype])
+    for dtype, n_tokens in product(("fp32", "bf16"), args.tokens):
+        shape = (3, max(1, ROWS_OF_TOKENS // n_tokens), 6, n_tokens, 64)
+        qkv = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(args.device, DTYPES[dtype])
 
-            def once(kernel: Kernel, qkv: Tensor = qkv) -> float:
-                inputs = qkv.detach().requires_grad_()
-                with fast_matmul_within(True, device):
-                    return seconds_of(lambda: kernel(*inputs.unbind(0)).sum().backward())
+        def once(kernel: Any, qkv: Tensor = qkv) -> float:
+            inputs = qkv.detach().requires_grad_()
+            with fast_matmul_within(True, qkv.device):
+                return seconds_of(lambda: kernel(*inputs.unbind(0)).sum().backward())
 
-            ways = {name: partial(once, kernel) for name, kernel in kernels.items()}
-            seconds = take_turns(ways, args.rounds, f"attention, {dtype}, {n_tokens} tokens")
-            medians = {name: statistics.median(times) for name, times in seconds.items()}
-            numbers.append({"dtype": dtype, "tokens": n_tokens, "seconds": medians})
-            cells = [f"{1000 * median:.2f}" for median in medians.values()]
-            rows.append([f"{device}, {dtype}, {n_tokens}", *cells, min(medians, key=medians.__getitem__)])
+        case = f"{args.device}, {dtype}, {n_tokens}"
+        numbers[case] = take_turns({name: partial(once, kernel) for name, kernel in kernels.items()}, args.rounds, case)
+        medians = {name: 1000 * statistics.median(times) for name, times in numbers[case].items()}
+        rows.append([case, *(f"{median:.2f}" for median in medians.values()), min(medians, key=medians.__getitem__)])
     header = ["device, type, tokens", *(f"{name}, ms" for name in kernels), "fastest"]
     return numbers, {"Attention, forward and backward": table(header, rows)}
-
-
-@contextmanager
-def busy_processes(n: int) -> Iterator[None]:
-    """Run `n` processes that compute without pause."""
-    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
-    try:
-        time.sleep(0.5 * bool(n))  # until they have started
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 def measure_contention(args: argparse.Namespace) -> tuple[dict[int, Any], dict[str, str]]:
@@ -298,27 +271,24 @@ def measure_contention(args: argparse.Namespace) -> tuple[dict[int, Any], dict[s
             workers[count].call("seconds")
     seconds = {}
     for load in args.loads:
-        with busy_processes(load):
+        with ExitStack() as stack:
+            for _ in range(load):
+                busy = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+                stack.callback(busy.kill)
             seconds[load] = time_workers(workers, args.rounds, f"load {load}")
     for worker in workers.values():
         worker.close()
     rows = []
     for count in args.spin_counts:
-        cells = [
-            f"{batch / statistics.median(times[count]):.1f}, {ratio(times[args.spin_counts[0]], times[count])}"
-            for times in seconds.values()
-        ]
-        rows.append([f"{count:,}", *cells])
+        rates = [f"{batch / statistics.median(times[count]):.1f}" for times in seconds.values()]
+        ratios = [ratio(times[args.spin_counts[0]], times[count]) for times in seconds.values()]
+        rows.append([f"{count:,}", *map(", ".join, zip(rates, ratios, strict=True))])
     header = ["spin count", *(f"load {load}: images/s, ratio to the first" for load in args.loads)]
     return seconds, {"Steps beside busy processes": table(header, rows)}
 
 
-PARTS: dict[str, Part] = {
-    "speed": measure_speed,
-    "agreement": measure_agreement,
-    "attention": measure_attention,
-    "contention": measure_contention,
-}
+PARTS: dict[str, Part] = {"speed": measure_speed, "agreement": measure_agreement}
+PARTS |= {"attention": measure_attention, "contention": measure_contention}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
