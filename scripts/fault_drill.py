@@ -81,9 +81,6 @@ class Skipped(Exception):
     """This machine cannot run a part."""
 
 
-# --- processes -------------------------------------------------------------------------------------------------------
-
-
 def is_alive(pid: int) -> bool:
     """Return whether a process runs: it is there and not a zombie."""
     with suppress(OSError):
@@ -125,9 +122,7 @@ class Run:
     @property
     def lines(self) -> list[str]:
         """The complete lines of output."""
-        with open(self._log, "rb") as log:
-            log.seek(self._offset)
-            return log.read().decode(errors="replace").split("\n")[:-1]
+        return self._log.read_bytes()[self._offset :].decode(errors="replace").split("\n")[:-1]
 
     def find(self, pattern: re.Pattern[str], since: int = 0) -> list[re.Match[str]]:
         """Return the matches in the lines from number `since` on."""
@@ -150,10 +145,9 @@ class Run:
             has_ended = self.process.poll() is not None
             if result := condition():
                 return result
-            if has_ended:
-                raise Failed(f"the run ended with code {self.process.returncode} before {what}; {self.last_lines()}")
-            if time.monotonic() > deadline:
-                raise Failed(f"waited {PATIENCE_SECONDS:.0f} s for {what}; {self.last_lines()}")
+            if has_ended or time.monotonic() > deadline:
+                reason = f"ended with code {self.process.returncode}" if has_ended else "took too long"
+                raise Failed(f"the run {reason} before {what}; {self.last_lines()}")
             time.sleep(pause)
 
     def until_iteration(self, iteration: int) -> None:
@@ -187,9 +181,6 @@ class Run:
         return "its last lines:\n    " + "\n    ".join([line for line in self.lines if line.strip()][-12:])
 
 
-# --- what a run leaves -----------------------------------------------------------------------------------------------
-
-
 class Checkpoints:
     """The checkpoints of a run, read from outside."""
 
@@ -199,19 +190,16 @@ class Checkpoints:
 
     def iterations(self) -> list[int]:
         """Return the iterations of the complete checkpoints, ascending."""
-        return [int(path.name.rsplit("_", 1)[1]) for path in self._checkpointer.paths()]
+        return [iteration_of(path) for path in self._checkpointer.paths()]
 
     def damaged(self) -> list[int]:
         """Return the iterations of complete checkpoints whose files differ from what was written."""
-        damaged = []
-        for iteration, path in zip(self.iterations(), self._checkpointer.paths(), strict=True):
-            try:
+        whole = set()
+        for iteration in self.iterations():
+            with suppress(ValueError):  # none up to this one can be read
                 newest = self._checkpointer.newest(before=iteration)
-            except ValueError:
-                newest = None
-            if newest is None or newest[0] != path:
-                damaged.append(iteration)
-        return damaged
+                whole |= {newest[0]} if newest else set()
+        return [iteration_of(path) for path in self._checkpointer.paths() if path not in whole]
 
     def are_whole(self) -> bool:
         return bool(self.iterations()) and not self.damaged()
@@ -219,6 +207,10 @@ class Checkpoints:
     def being_written(self, since_ns: int = 0) -> list[Path]:
         """Return the hidden folders of unfinished checkpoints that changed after `since_ns`."""
         return [path for path in self.folder.glob(".iteration_*.tmp") if changed_after(path, since_ns)]
+
+
+def iteration_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("_", 1)[1])
 
 
 def changed_after(path: Path, time_ns: int) -> bool:
@@ -335,12 +327,9 @@ class Drill:
         weight_tolerance, loss_tolerance = (0.0, 0.0) if same_number else (WEIGHT_TOLERANCE, LOSS_TOLERANCE)
         losses = largest_difference(losses_of(rows, same_number), losses_of(expected, same_number))
         weights = largest_difference(read_teacher(run.folder, len(due)), read_teacher(reference, len(due)))
-        self.check(
-            letter,
-            f"{name}: losses and weights equal those of the undisturbed run",
-            losses <= loss_tolerance and weights <= weight_tolerance,
-            "bit for bit" if losses == weights == 0 else f"losses differ by {losses:.1g}, weights by {weights:.1g}",
-        )
+        is_equal = losses <= loss_tolerance and weights <= weight_tolerance
+        detail = f"losses differ by {losses:.1g}, weights by {weights:.1g}"
+        self.check(letter, f"{name}: losses and weights equal those of the undisturbed run", is_equal, detail)
         unfinished = [path.name for path in run.folder.rglob(".*.tmp")]
         self.check(letter, f"{name}: no unfinished file is left", not unfinished, ", ".join(unfinished))
 
@@ -358,9 +347,6 @@ class Drill:
         for run in self._runs:
             if run.process.poll() is None and (within is None or within in run.folder.parents):
                 run.kill()
-
-
-# --- a: ranks are killed ---------------------------------------------------------------------------------------------
 
 
 class RankKiller:
@@ -422,9 +408,8 @@ class RankKiller:
             return f"evaluation, {pattern}"
         checkpoints = Checkpoints(run.folder)
         # if no kill has hit a checkpoint yet, the machine is busy: kill as soon as the next one begins
-        pattern = FILES_WHILE_WRITING[
-            int(fraction * len(FILES_WHILE_WRITING)) if self.n_unfinished or not number else 0
-        ]
+        stage = int(fraction * len(FILES_WHILE_WRITING)) if self.n_unfinished or not number else 0
+        pattern = FILES_WHILE_WRITING[stage]
 
         def is_at_stage() -> bool:
             return any(not pattern or next(path.glob(pattern), None) for path in checkpoints.being_written(now))
@@ -446,18 +431,13 @@ class RankKiller:
         after, damaged = checkpoints.iterations(), checkpoints.damaged()
         is_kept = not damaged and len(after) >= min(KEEP, len(before)) and after[-1:] >= before[-1:]
         victim = "everything" if everything else f"rank {rank}"
-        detail = f"{before} before, {after} after, {damaged} damaged" + (
-            f", torn {unfinished[0]}" if unfinished else ""
-        )
+        detail = f"{before} before, {after} after, {damaged} damaged" + "".join(f", torn {n}" for n in unfinished[:1])
         what = f"kill {number + 1}/{self.kills}: {victim} at iteration {run.iteration}, {where}: checkpoints are whole"
         self.drill.check("a", what, is_kept, detail)
         self.newest, self.has_restarted, self.since_ns = after[-1] if after else None, True, time.time_ns()
         self.since_line = len(run.lines)
         if everything:
             self.run, self.since_line = self.start("killed", run.processes), 0
-
-
-# --- b: the disk is full ---------------------------------------------------------------------------------------------
 
 
 def fill(ballast: Path) -> bool:
@@ -551,9 +531,6 @@ def fill_disk(drill: Drill) -> None:
         drill.check_resumed("b", run, newest)
 
 
-# --- c: a checkpoint is damaged --------------------------------------------------------------------------------------
-
-
 def cut_short(checkpoint: Path) -> None:
     file = max(checkpoint.glob("__*.distcp"))
     os.truncate(file, file.stat().st_size // 2)
@@ -592,9 +569,6 @@ def damage_checkpoints(drill: Drill) -> None:
         drill.check_end("c", run, reference)
 
 
-# --- d: signals ------------------------------------------------------------------------------------------------------
-
-
 def send_signals(drill: Drill) -> None:
     """Runs that are asked to stop, first by SIGTERM, then by SIGUSR1."""
     for processes in sorted({1, drill.processes}):
@@ -622,9 +596,6 @@ def check_stop(drill: Drill, run: Run, what: str) -> None:
     drill.check("d", f"{what}: stopped once, with a checkpoint of that step", is_saved, f"{stopped}, {written}")
 
 
-# --- e: a rank stands still ------------------------------------------------------------------------------------------
-
-
 def stop_a_rank(drill: Drill) -> None:
     """A rank gets SIGSTOP; the others name it, and torchrun restarts all."""
     processes = drill.processes
@@ -645,8 +616,6 @@ def stop_a_rank(drill: Drill) -> None:
     drill.check_end("e", run, reference)
     drill.check_resumed("e", run, newest, since)
 
-
-# --- the command -----------------------------------------------------------------------------------------------------
 
 PARTS: dict[str, tuple[str, Callable[[Drill], None]]] = {
     "a": ("ranks are killed", lambda drill: RankKiller(drill).go()),
@@ -711,7 +680,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     (folder / "report.json").write_text(json.dumps(report, indent=1))
     for letter, part in report.items():
         n_failed = sum(not check["held"] for check in part["checks"])
-        print(f"{letter}  {PARTS[letter][0]}: {part['skipped'] or f'{len(part["checks"])} checks, {n_failed} failed'}")
+        outcome = part["skipped"] or f"{len(part['checks'])} checks, {n_failed} failed"
+        print(f"{letter}  {PARTS[letter][0]}: {outcome}")
     is_held = all(part["held"] for part in report.values())
     if is_held and args.folder is None:
         shutil.rmtree(folder)
