@@ -52,8 +52,6 @@ setup(
             "py.typed",
             "configs/**/*.yaml",
             "eval/pages/templates/*",
-            "eval/assets/*.css",
-            "eval/assets/*.js",
             "hub/*.jinja",
         ]
     },

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from typing import Any
 from PIL import Image
 
 from dinov2.eval import report
-from dinov2.eval.cell_maps import choose_pictures, make_cell_maps, sheets
-from dinov2.eval.explorer import explorer_section
+from dinov2.eval.cell_maps import sheets
 from dinov2.eval.features import read_features
-from dinov2.eval.pages import write_page
+from dinov2.eval.maps.cells import choose_images, make_cell_maps
+from dinov2.eval.pages.explorer import explorer_section
+from dinov2.eval.pages.page import write_page
 from dinov2.hub.backbones import load_backbone
 from dinov2.logging import setup_logging
 from dinov2.utils.files import atomic_write
@@ -31,6 +33,16 @@ logger = logging.getLogger("dinov2")
 
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-background-networking")
 CELL = 12  # of the explorer, which is clicked
+# where in the window the cell and one of its neighbours are
+PLACES_OF_CELLS = """
+const data = JSON.parse(document.querySelector(".explorer [data-part=data]").textContent);
+const figure = Bokeh.documents[0].get_model_by_name("explorer");
+const view = Bokeh.index.roots.find((root) => root.model === figure);
+const box = view.canvas_view.el.getBoundingClientRect();
+const { x, y } = data.projections[0];
+return [arguments[0], data.neighbours[arguments[0]][3]].map((i) => [
+  Math.round(box.x + view.frame.x_scale.compute(x[i])), Math.round(box.y + view.frame.y_scale.compute(y[i]))]);
+"""
 MAPS_SIZE = 196  # px, a side that shows more patches than the network was trained with
 
 
@@ -68,27 +80,23 @@ def picture_of_report(browser: Any, page: Path) -> bytes:
 def picture_of_explorer(browser: Any, page: Path) -> bytes:
     """A cell with its neighbours, one of which is under the mouse."""
     from selenium.webdriver.common.actions.action_builder import ActionBuilder
+    from selenium.webdriver.support.ui import WebDriverWait
 
     browser.set_window_size(1400, 1000)
     browser.get(page.resolve().as_uri())
-    browser.execute_script(
-        """
-        document.querySelector(".explorer-plot").scrollIntoView({behavior: "instant"});
-        explorer.setProjection("umap");
-        explorer.goTo(arguments[0]);
-        """,
-        CELL,
-    )
-    x, y = browser.execute_script("return explorer.place(explorer.neighbours(arguments[0])[3])", CELL)
+    WebDriverWait(browser, 30).until(lambda _: browser.execute_script("return document.documentElement.dataset.charts"))
+    browser.execute_script("document.querySelector('.explorer-plot').scrollIntoView({behavior: 'instant'})")
+    cell, neighbour = browser.execute_script(PLACES_OF_CELLS, CELL)
     mouse = ActionBuilder(browser)
-    mouse.pointer_action.move_to_location(round(x), round(y))
+    mouse.pointer_action.move_to_location(*cell).click().move_to_location(*neighbour)
     mouse.perform()
+    time.sleep(1)  # the plot is drawn again
     return browser.get_screenshot_as_png()
 
 
 def picture_of_cells(quickstart: Path) -> bytes:
     """A cell of each class, through the trained network."""
-    paths, names = choose_pictures(quickstart / "cells" / "probe" / "test", 10)
+    paths, names = choose_images(quickstart / "cells" / "probe" / "test", 10)
     names = [name.partition("/")[0].replace("_", " ") for name in names]
     sheet = sheets(make_cell_maps(load_backbone(quickstart / "run", MAPS_SIZE), paths, MAPS_SIZE, names=names))["cells"]
     content = io.BytesIO()

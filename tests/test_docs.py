@@ -179,10 +179,10 @@ def test_lower_precision_and_many_pictures(after):
         exact = page["model"](page["batch"])
     deviation = (page["features"] - exact).norm(dim=1) / exact.norm(dim=1)
     assert 0 < deviation.max() < 0.03  # the page says up to about 1 %
-    found = after("extract(")
-    assert found["kept_paths"] == found["paths"]
-    assert found["features"].shape == found["found"].of_kinds["mean"].shape == (N_PICTURES, 384)
-    np.testing.assert_allclose(found["features"][:4], page["features"].numpy(), atol=0.2)
+    many = after("extract(")
+    assert many["kept_paths"] == many["paths"]
+    assert many["features"].shape == many["extraction"].by_kind["mean"].shape == (N_PICTURES, 384)
+    np.testing.assert_allclose(many["features"][:4], page["features"].numpy(), atol=0.2)
 
 
 # --- all pages ------------------------------------------------------------------------------------------------------

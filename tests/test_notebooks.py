@@ -36,7 +36,7 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def cells(tmp_path):
-    """Eleven pictures of two classes."""
+    """Eleven images of two classes."""
     rng = np.random.default_rng(0)
     for n in range(11):
         file = tmp_path / "cells" / ("blast", "platelet")[n % 2] / f"{n:02d}.png"
@@ -159,7 +159,7 @@ def test_train_on_your_cells_draws_trains_and_finds_neighbours(place, tmp_path, 
     settings = ["student.depth=1", "train.tensorboard=false"]
     output = tmp_path / "output"
     names, n_figures = run_here(
-        TRAIN_ON_YOUR_CELLS, STEPS=4, PICTURES_A_STEP=4, OUTPUT=str(output), MORE_SETTINGS=settings
+        TRAIN_ON_YOUR_CELLS, STEPS=4, IMAGES_PER_STEP=4, OUTPUT=str(output), MORE_SETTINGS=settings
     )
     assert names["code"] == 0
     assert n_figures == 3
@@ -167,14 +167,14 @@ def test_train_on_your_cells_draws_trains_and_finds_neighbours(place, tmp_path, 
     assert [result["iteration"] for result in names["results"]] == [0, 1, 2, 3, 4]
     assert names["features"].shape == (300, 192)
     assert names["positions"][:, 0].tolist() == names["asked"].tolist()
-    assert "dino_global_crops_loss" in (output / "report.html").read_text(encoding="utf-8")
+    assert "DINO, global crops. run: from " in (output / "report.html").read_text(encoding="utf-8")
     assert list(place.iterdir()) == []
 
 
 def test_train_on_your_cells_takes_a_folder_without_labels(place, cells, run_here):
     settings = ["student.depth=1", "train.tensorboard=false"]
     names, n_figures = run_here(
-        TRAIN_ON_YOUR_CELLS, CELLS=str(cells), STEPS=1, PICTURES_A_STEP=2, MORE_SETTINGS=settings
+        TRAIN_ON_YOUR_CELLS, CELLS=str(cells), STEPS=1, IMAGES_PER_STEP=2, MORE_SETTINGS=settings
     )
     assert names["code"] == 0
     assert n_figures == 3

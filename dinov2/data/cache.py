@@ -26,13 +26,13 @@ from typing import Any, NamedTuple
 
 import filelock
 import numpy as np
-from tqdm import tqdm
 
 from dinov2.data.datasets.decode import UnreadableImageError, decode_image, resize_image
 from dinov2.data.datasets.sources import ImageSource
 from dinov2.distributed import all_gather_objects, on_main_process
 from dinov2.utils.memory import size_text
 from dinov2.utils.parallel import available_cores, parallel_map
+from dinov2.utils.progress import progress_bar
 
 logger = logging.getLogger("dinov2")
 
@@ -48,7 +48,6 @@ ENTRY = np.dtype(
     [("key", "S16"), ("size", "<i8"), ("mtime_ns", "<i8"), ("crc32", "<u4"), ("status", "<u4"), ("unused", "V24")]
 )
 ShouldStop = Callable[[], bool]
-show_progress = partial(tqdm, unit="image", mininterval=2)  # seconds; in a log file each update is a line
 
 
 class Plan(NamedTuple):
@@ -245,7 +244,7 @@ class PackedCache:
             entries_file.truncate(row * ENTRY.itemsize)  # first, so that no old entry gets a new record
             pixels_file.truncate((row + len(todo)) * self.record_bytes)
         with closing(parallel_map(self._pack_image, jobs, n_workers, IMAGES_PER_JOB)) as packed:
-            rest = takewhile(lambda _: not should_stop(), show_progress(packed, "packing", len(jobs)))
+            rest = takewhile(lambda _: not should_stop(), progress_bar(packed, "packing", len(jobs)))
             while batch := list(islice(rest, IMAGES_PER_ROUND)):
                 with open(self.pixels_file, "rb+") as file:
                     os.fsync(file.fileno())  # before their entries are written
@@ -277,7 +276,7 @@ class PackedCache:
         """
         n_checked, damaged = 0, []
         used = np.flatnonzero(self._entries["status"] != FREE).tolist()
-        for row in takewhile(lambda _: not should_stop(), show_progress(used, "checking")):
+        for row in takewhile(lambda _: not should_stop(), progress_bar(used, "checking")):
             n_checked += 1
             if _checksum(self._entries[row]["key"], self._read_record(row)) != self._entries[row]["crc32"]:
                 damaged.append(row)

@@ -16,10 +16,10 @@ import numpy as np
 
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.data.splits import Fold
-from dinov2.eval.baselines import BASELINES
-from dinov2.eval.embedding import Embedder
 from dinov2.eval.extract_features import CELLS_HELP
 from dinov2.eval.features import Features, read_features
+from dinov2.eval.features.baselines import BASELINES
+from dinov2.eval.features.extract import Embedder
 from dinov2.hub.backbones import file_sha256, untrained_backbone
 
 logger = logging.getLogger("dinov2")
@@ -285,7 +285,7 @@ def baseline_features(
             f"--baseline untrained: {len(extraction.unreadable)} pictures can no longer be read, for instance "
             f"{next(iter(extraction.unreadable))}; put them back, or extract again with --overwrite"
         )
-    return {kind: extraction.of_kinds[kind] for kind in kinds}
+    return {kind: extraction.by_kind[kind] for kind in kinds}
 
 
 def input_hashes(args: argparse.Namespace) -> dict[str, str]:

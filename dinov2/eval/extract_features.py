@@ -1,15 +1,15 @@
-"""Embed labelled cells and keep the features in one file, which every protocol reads with `--features`.
+"""Extract features of labelled cells into one file, which every protocol reads with `--features`.
 
     python dinov2/eval/extract_features.py --checkpoint DinoBloom-S.pth --data cells/ --output-dir features/
 
-The same under `torchrun --nproc_per_node=N` and `srun` uses N processes, one GPU each. Killed, it goes on from its last
-finished part when it is started again, with any number of processes.
+The same under `torchrun --nproc_per_node=N` and `srun` uses N processes, one GPU each. A killed extraction continues
+from its last finished part when it is started again, with any number of processes.
 """
 
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -21,10 +21,11 @@ import torch
 from dinov2 import distributed
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.distributed import Launch
-from dinov2.eval.embedding import Embedder, Fp32Matmul, Precision
-from dinov2.eval.encoders import KINDS_HELP, UNTRAINED, Kind, encoder_name
 from dinov2.eval.features import DEFAULT_KIND
-from dinov2.eval.patient_files import extract_patient_files
+from dinov2.eval.features.encoders import KINDS_HELP, Kind
+from dinov2.eval.features.extract import Embedder, Fp32Matmul, Precision
+from dinov2.eval.features.named_encoders import UNTRAINED, encoder_name
+from dinov2.eval.features.patient_files import extract_patient_files
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
 from dinov2.utils.memory import keep_freed_memory
@@ -32,18 +33,18 @@ from dinov2.utils.parallel import available_cores
 
 logger = logging.getLogger("dinov2")
 
-CELLS_HELP = "a folder with one folder of pictures per class, or a CSV with the columns `Image Path,Label[,patient]`"
-# Processes wait for the slowest at the end, which may have a part of large pictures more to do on a CPU. One that dies
-# is noticed at once: its connections close.
+CELLS_HELP = "a folder with one folder of images per class, or a CSV with the columns `Image Path,Label[,patient]`"
+# Processes wait for the slowest one at the end, which may have one more part of large images. A process that dies is
+# noticed at once: its connections close.
 TIMEOUT_SECONDS = 24 * 3600.0
 
 
 def add_embedder_arguments(parser: argparse.ArgumentParser, checkpoint_required: bool) -> None:
-    """The flags that say which network embeds the pictures, and how; the same in every command.
+    """Add the flags of the network and of the extraction, which are the same in every command.
 
     Args:
         parser: of the command.
-        checkpoint_required: whether there must be a --checkpoint or an --encoder.
+        checkpoint_required: require a --checkpoint or an --encoder.
     """
     network = parser.add_mutually_exclusive_group(required=checkpoint_required)
     network.add_argument(
@@ -55,40 +56,38 @@ def add_embedder_arguments(parser: argparse.ArgumentParser, checkpoint_required:
     )
     network.add_argument(
         "--encoder",
-        type=_checked_encoder,
+        type=_checked_by(encoder_name),
         help="another network to compare with: timm:<model>, torchvision:<model>; or a baseline: pixels, histogram",
     )
     parser.add_argument(
         "--encoder-weights",
         default="",
         metavar="FILE",
-        help=f"its state dict, where the library cannot download it; or the word {UNTRAINED}; empty: the library's own",
+        help=f"its state dict, if the library cannot download it; or the word {UNTRAINED}; empty: the library's own",
     )
     parser.add_argument(
         "--kinds",
-        type=_checked_kind,
+        type=_checked_by(lambda text: Kind.parse(text).name),
         nargs="+",
         default=[DEFAULT_KIND],
         metavar="KIND",
-        help=f"of features: {KINDS_HELP}; the first one is what protocols take",
+        help=f"of features: {KINDS_HELP}; protocols take the first one",
     )
     parser.add_argument(
         "--image-size",
         type=positive_int,
         default=0,
-        help="side of the network's input in pixels, a multiple of its patch size; 0: as in its training run where the "
-        "file says so, else 224, or an --encoder's own",
+        help="side of the network's input in pixels, a multiple of its patch size; 0: as in its training run if the "
+        "file states it, else 224, or an --encoder's own",
     )
-    parser.add_argument("--batch-size", type=positive_int, default=64, help="pictures in one forward")
+    parser.add_argument("--batch-size", type=positive_int, default=64, help="images in one forward")
     parser.add_argument(
         "--num-workers",
         type=int,
-        default=_default_workers(),
-        help="processes that decode pictures; 0: a thread of this one does",
+        default=min(available_cores(), 16),
+        help="processes that decode images; 0: a thread of this process",
     )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one"
-    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
     parser.add_argument(
         "--precision", choices=get_args(Precision), default="fp32", help="bf16 is faster on recent GPUs and CPUs"
     )
@@ -96,13 +95,13 @@ def add_embedder_arguments(parser: argparse.ArgumentParser, checkpoint_required:
         "--fp32-matmul",
         choices=get_args(Fp32Matmul),
         default="fast",
-        help="how a CPU multiplies float32 matrices; fast: a library that was seen to be as accurate, on this machine",
+        help="how a CPU multiplies float32 matrices; fast: by a faster library, if it is as accurate on this machine",
     )
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="compile the network on CUDA: a minute at the start, which many thousand pictures repay",
+        help="compile the network on CUDA: a minute at the start, worth it for many thousand images",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="extract again even if the output folder has features already"
@@ -110,16 +109,16 @@ def add_embedder_arguments(parser: argparse.ArgumentParser, checkpoint_required:
 
 
 def has_embedder(args: argparse.Namespace) -> bool:
-    """Whether the flags of `add_embedder_arguments` name a network."""
+    """Return whether the flags of `add_embedder_arguments` name a network."""
     return bool(args.checkpoint or args.encoder)
 
 
 def embedder_from(args: argparse.Namespace, launch: Launch | None = None) -> Embedder:
-    """What `add_embedder_arguments` describes; on a CPU, this process keeps memory for it from now on.
+    """Build the embedder from the flags of `add_embedder_arguments`; on a CPU, keep freed memory from now on.
 
     Args:
-        args: with a network named (`has_embedder`).
-        launch: where this process stands among several.
+        args: that name a network (`has_embedder`).
+        launch: rank and device number of this process, if there are several.
 
     Raises:
         ValueError, FileNotFoundError, ConnectionError: as `device_of` and `Embedder`.
@@ -143,10 +142,10 @@ def embedder_from(args: argparse.Namespace, launch: Launch | None = None) -> Emb
 
 
 def device_of(args: argparse.Namespace, launch: Launch | None = None) -> str:
-    """The device that `--device` means for this process: of several on a node, each takes the GPU of its number.
+    """Return the device for this process; several processes on a node take one GPU each.
 
     Raises:
-        ValueError: for `--device cuda` on a machine without one, or more processes on a node than GPUs.
+        ValueError: for --device cuda on a machine without one, or more processes on a node than GPUs.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here; pass --device cpu, or install a CUDA build")
@@ -165,41 +164,35 @@ def device_of(args: argparse.Namespace, launch: Launch | None = None) -> str:
 
 
 def positive_int(text: str) -> int:
-    """For argparse: a number of at least 1."""
+    """Parse a number of at least 1, for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number
 
 
-def _checked_encoder(text: str) -> str:
-    try:
-        return encoder_name(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+def _checked_by(parse: Callable[[str], str]) -> Callable[[str], str]:
+    """Let argparse print the message of a ValueError of `parse`."""
 
+    def checked(text: str) -> str:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
 
-def _checked_kind(text: str) -> str:
-    try:
-        return Kind.parse(text).name
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _default_workers() -> int:
-    return min(available_cores(), 16)
+    return checked
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Embed labelled cells with a network and write <output-dir>/features.h5, or a file for each "
-        "patient. What is there already is kept if it holds just these features, and is an error otherwise. A command "
-        "that was killed goes on where it was. torchrun and srun share the work between processes.",
+        description="Extract features of labelled cells with a network and write <output-dir>/features.h5, or a file "
+        "for each patient. An existing file with the same features is kept; one with others is an error. A killed "
+        "command continues when it is started again. torchrun and srun share the work between processes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_embedder_arguments(parser, checkpoint_required=True)
     parser.add_argument("--data", type=Path, required=True, help=CELLS_HELP)
-    parser.add_argument("--output-dir", type=Path, required=True, help="where the files go; made if missing")
+    parser.add_argument("--output-dir", type=Path, required=True, help="of the files; made if missing")
     parser.add_argument(
         "--layout",
         choices=("file", "genbloom"),
@@ -215,22 +208,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(rank=launch.rank if launch else 0)
     try:
         if launch is not None:
-            _share_machine(args, launch)
-        _run(args, launch)
+            _join_group(args, launch)
+        _extract(args, launch)
     finally:
         distributed.disable()
 
 
-def _share_machine(args: argparse.Namespace, launch: Launch) -> None:
-    """Join the other processes, and leave them their cores."""
-    share = max(1, available_cores() // launch.local_world_size)
-    if args.num_workers > share:
-        logger.info("--num-workers %d becomes %d, this process's share of the cores", args.num_workers, share)
-        args.num_workers = share
+def _join_group(args: argparse.Namespace, launch: Launch) -> None:
+    """Join the group of processes and divide the cores between them."""
+    n_cores = max(1, available_cores() // launch.local_world_size)
+    if args.num_workers > n_cores:
+        logger.info("--num-workers %d becomes %d, the number of cores per process", args.num_workers, n_cores)
+        args.num_workers = n_cores
     distributed.enable(launch, torch.device(device_of(args, launch)), TIMEOUT_SECONDS)
 
 
-def _run(args: argparse.Namespace, launch: Launch | None) -> None:
+def _extract(args: argparse.Namespace, launch: Launch | None) -> None:
     cells = LabelledCells.from_path(args.data)
     embedder = embedder_from(args, launch)
     if args.layout == "genbloom":

@@ -13,9 +13,9 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 
+from dinov2.utils.progress import duration_text
 from dinov2.utils.run_status import ENDED, RunStatus, is_run, read_status
 
 SILENT_SECONDS = 300.0  # without a new status for so long a run is called silent: a checkpoint may well take minutes
@@ -36,7 +36,7 @@ def state_of(run_folder: Path, status: RunStatus | None) -> str:
         return "killed"
     age = time.time() - status.time
     if age > max(SILENT_SECONDS, 10 * status.seconds_between_reports):
-        return f"silent {_duration(age)}"
+        return f"silent {duration_text(age)}"
     return status.state
 
 
@@ -102,7 +102,7 @@ def row_of(run_folder: Path) -> dict[str, str]:
         "terms": " ".join(terms),
         "img/s": _number(status.images_per_second, ".0f"),
         "wait": _number(status.data_share, ".0%"),
-        "eta": "" if status.eta_seconds is None or status.state in ENDED else _duration(status.eta_seconds),
+        "eta": "" if status.eta_seconds is None or status.state in ENDED else duration_text(status.eta_seconds),
         "kNN": _number(knn, ".3f"),
         "of": "" if knn is None else f"@{status.evaluation['iteration']:.0f}",
         "health": _printable(", ".join(health_of(run_folder, status))) or "ok",
@@ -116,14 +116,6 @@ def _number(value: float | None, form: str) -> str:
 def _printable(text: str) -> str:
     """Replace what would steer the terminal in folder names and messages."""
     return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def _duration(seconds: float) -> str:
-    whole = timedelta(seconds=round(seconds))
-    hours, minutes = whole.seconds // 3600, whole.seconds // 60 % 60
-    if whole.days:
-        return f"{whole.days}d{hours:02d}h"
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{whole.seconds % 60:02d}s"
 
 
 def table(rows: Sequence[Mapping[str, str]], width: int) -> list[str]:

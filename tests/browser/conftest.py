@@ -33,7 +33,18 @@ class Browser:
         self.driver, self.downloads = driver, downloads
 
     def open(self, page: Path) -> None:
+        """Open a page and wait until it is loaded and its charts are drawn."""
         self.driver.get(page.resolve().as_uri())
+        self.wait_until_loaded()
+
+    def wait_until_loaded(self) -> None:
+        """Wait until the page is loaded and, where scripts run, its charts are drawn."""
+        self.wait("document.readyState === 'complete' && document.documentElement.dataset.charts !== 'pending'")
+
+    def reload(self) -> None:
+        """Load the page again, as `open` does."""
+        self.driver.refresh()
+        self.wait_until_loaded()
 
     def js(self, script: str, *arguments: Any) -> Any:
         """What `return ...` in the page gives."""

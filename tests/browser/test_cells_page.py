@@ -1,10 +1,11 @@
-"""Cells in a browser: heads to choose from, and the similarity to a patch by mouse and by keyboard."""
+"""Cells in a browser: the choice of a head, and the similarity to a patch by mouse and by keyboard."""
 
 import numpy as np
 import pytest
 
-from dinov2.eval.cell_maps import CellMaps, levels, maps_section, palette
-from dinov2.eval.pages import write_page
+from dinov2.eval.maps.cells import PALETTE, CellMaps, levels
+from dinov2.eval.pages.cells import maps_section
+from dinov2.eval.pages.page import write_page
 
 ROWS, COLUMNS = 4, 5
 EVIL = "</script><img src=x onerror=alert(1)>"
@@ -39,7 +40,7 @@ def maps():
     similarity[:, range(n), range(n)] = 255
     return CellMaps(
         names=[f"class/{EVIL}.png", "class/b.png"],
-        pictures=rng.integers(0, 255, (2, 40, 50, 3), dtype=np.uint8),
+        images=rng.integers(0, 255, (2, 40, 50, 3), dtype=np.uint8),
         pca=rng.integers(0, 255, (2, ROWS, COLUMNS, 3), dtype=np.uint8),
         attention=rng.random((2, 3, ROWS, COLUMNS)).astype(np.float32),
         rollout=rng.random((2, ROWS, COLUMNS)).astype(np.float32),
@@ -61,7 +62,7 @@ def shown(browser, cell, row, column):
 
 def expected(maps, cell, marked, row, column):
     of_marked = maps.similarity[cell, marked[0] * COLUMNS + marked[1]].reshape(ROWS, COLUMNS)
-    return palette()[levels(of_marked.astype(np.float64))[row, column]].tolist()
+    return PALETTE[levels(of_marked.astype(np.float64))[row, column]].tolist()
 
 
 def test_a_click_shows_what_is_like_that_patch(browser, maps, page):
@@ -76,8 +77,8 @@ def test_a_click_shows_what_is_like_that_patch(browser, maps, page):
     for row, column in np.ndindex(ROWS, COLUMNS):
         np.testing.assert_allclose(shown(browser, 1, row, column), expected(maps, 1, (3, 1), row, column), atol=2)
     cosine = maps.similarity[1, 3 * COLUMNS + 1, 4] / 127.5 - 1
-    told = browser.js("return document.querySelectorAll('.cells-card output')[1].textContent")
-    assert told == f"marked: row 4, column 2; row 1, column 5: {cosine:.2f}"
+    text = browser.js("return document.querySelectorAll('.cells-card output')[1].textContent")
+    assert text == f"marked: row 4, column 2; row 1, column 5: {cosine:.2f}"
     untouched = expected(maps, 0, middle, 0, 0)
     np.testing.assert_allclose(shown(browser, 0, 0, 0), untouched, atol=2)
 
@@ -97,7 +98,7 @@ def test_a_head_can_be_chosen(browser, maps, page, head):
     browser.js(f"{select}.value = '{head}'; {select}.dispatchEvent(new Event('change'))")
     of_head = maps.attention[0].mean(axis=0) if head < 0 else maps.attention[0, head]
     pixels = browser.driver.execute_async_script(PIXELS_OF_ATTENTION)
-    np.testing.assert_array_equal(np.reshape(pixels, (ROWS, COLUMNS, 3)), palette()[levels(of_head)])
+    np.testing.assert_array_equal(np.reshape(pixels, (ROWS, COLUMNS, 3)), PALETTE[levels(of_head)])
     words = "mean of heads" if head < 0 else f"head {head + 1}"
     assert browser.find(".cells-attention").get_attribute("alt") == f"CLS attention, {words} of class/{EVIL}.png"
 
@@ -107,4 +108,4 @@ def test_dark_and_on_a_phone(browser, page, phone, dark_system):
     phone()
     browser.open(page)
     assert browser.js("return document.documentElement.scrollWidth") <= 390
-    assert browser.js("return document.images.length") == 2 * 4, "the class's name is no picture"
+    assert browser.js("return document.images.length") == 2 * 4, "the class's name is not an image"

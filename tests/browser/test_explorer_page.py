@@ -5,52 +5,153 @@ import csv
 import io
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.data.sample_cells import CELL_CLASSES, write_sample_cells
-from dinov2.eval.baselines import colour_histogram
-from dinov2.eval.explorer import ExplorerSettings, explorer_section
-from dinov2.eval.explorer_columns import Predictions
 from dinov2.eval.features import Features
-from dinov2.eval.pages import write_page
+from dinov2.eval.features.baselines import colour_histogram
+from dinov2.eval.pages.explorer import ExplorerSettings, explorer_section
+from dinov2.eval.pages.page import write_page
 
 HTML_NAME = '<img src=x onerror="window.wasRun=1">, "blood" & </script><script>window.wasRun=1</script>'
 N_CELLS = 120
-PLOT_BOX = """
-const { x, y, width, height } = document.querySelector(".explorer-plot").getBoundingClientRect();
-return [x, y, width, height];
+MODELS = """
+const figure = Bokeh.documents.map((document) => document.get_model_by_name("explorer")).find(Boolean);
+const model = (name) => figure.document.get_model_by_name(name);
+const part = (name) => document.querySelector(`.explorer [data-part="${name}"]`);
+const view = Bokeh.index.roots.find((root) => root.model === figure);
+const box = view.canvas_view.el.getBoundingClientRect();
 """
-# from a copy: Chromium warns of reading from a canvas that is drawn for the screen
-PIXELS = """
-const copy = document.createElement("canvas");
-Object.assign(copy, { width: explorer.canvas.width, height: explorer.canvas.height });
-const pen = copy.getContext("2d", { willReadFrequently: true });
-pen.drawImage(explorer.canvas, 0, 0);
-const pixels = pen.getImageData(0, 0, copy.width, copy.height).data;
+# Bokeh's elements are in shadow trees
+DEEP = """
+const deep = (root, css) => [...root.querySelectorAll(css), ...[...root.querySelectorAll("*")].flatMap(
+  (element) => (element.shadowRoot ? deep(element.shadowRoot, css) : []))];
 """
 
 
-def points_of(data: dict, projection: int = 0) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(data["projections"][projection]["points"]), "<f4").reshape(-1, 2)
+class Explorer:
+    """The explorer of an open page; cells are named by their rows in the features."""
+
+    def __init__(self, browser: Any) -> None:
+        self.browser = browser
+        browser.wait("document.documentElement.dataset.charts")
+        self.data = browser.js("return JSON.parse(document.querySelector('[data-part=data]').textContent)")
+        self.rows = np.array(self.data["rows"])
+        self.browser.js(
+            "document.querySelector('.explorer-plot').scrollIntoView({block: 'center', behavior: 'instant'})"
+        )
+        time.sleep(0.2)  # the plot is laid out again
+
+    def js(self, script: str, *arguments: Any) -> Any:
+        return self.browser.js(MODELS + DEEP + script, *arguments)
+
+    def wait(self, script: str) -> Any:
+        return self.browser.wait(f"(() => {{ {MODELS} {DEEP} return {script} }})()")
+
+    def part(self, name: str) -> Any:
+        return self.browser.find(f".explorer [data-part='{name}']")
+
+    def click(self, element: Any) -> None:
+        self.js("arguments[0].click()", element)
+
+    @property
+    def points(self) -> np.ndarray:
+        """Coordinates of the first projection, [N, 2] by row."""
+        projection = self.data["projections"][0]
+        return np.stack([projection["x"], projection["y"]], axis=1)[np.argsort(self.rows)]
+
+    def place(self, row: int) -> tuple[float, float]:
+        """Where a cell is in the window."""
+        x, y = self.points[row]
+        scales = "view.frame.x_scale.compute(arguments[0]), view.frame.y_scale.compute(arguments[1])"
+        sx, sy, left, top = self.js(f"return [{scales}, box.x, box.y]", x, y)
+        return sx + left, sy + top
+
+    def corners(self, *shares: tuple[float, float]) -> list[tuple[float, float]]:
+        """Places in the window of shares of the plot's width and height."""
+        left, top, width, height = self.js(
+            "const { left, top, width, height } = view.frame.bbox; return [box.x + left, box.y + top, width, height]"
+        )
+        return [(left + u * width, top + v * height) for u, v in shares]
+
+    @property
+    def current(self) -> int:
+        return int(self.js("return part('cell').dataset.row || -1"))
+
+    def _rows(self, script: str) -> list[int]:
+        return sorted(self.rows[self.js(f"return [...{script}]")].tolist())
+
+    @property
+    def shown(self) -> list[int]:
+        return self._rows("model('cells').view.filter.indices")
+
+    @property
+    def selection(self) -> list[int]:
+        return self._rows("model('cells').data_source.selected.indices")
+
+    @property
+    def span(self) -> float:
+        """Width of the view in units of the projection."""
+        return self.js("return figure.x_range.end - figure.x_range.start")
+
+    def colour_by(self, column: str) -> None:
+        number = [found["id"] for found in self.data["columns"]].index(column)
+        script = "part('colour').value = arguments[0]; part('colour').dispatchEvent(new Event('change'))"
+        self.js(script, number)
+
+    def search(self, text: str) -> None:
+        self.js("part('search').value = arguments[0]; part('search').dispatchEvent(new Event('input'))", text)
+
+    def go_to(self, row: int) -> None:
+        """Make a cell the current one by keys: search it, and step to it."""
+        self.search(self.data["paths"][list(self.rows).index(row)])
+        self.press("ESCAPE", "ARROW_RIGHT")
+        self.search("")
+        assert self.current == row
+
+    def press(self, *keys: str) -> None:
+        self.js("part('plot').focus({preventScroll: true})")
+        self.browser.press(*keys)
+
+    def legend(self) -> list:
+        return self.browser.driver.find_elements("css selector", "[data-part=legend] li")
+
+    def picture(self) -> np.ndarray:
+        """The plot as pixels [H, W, 3]."""
+        png = base64.b64decode(self.part("plot").screenshot_as_base64)
+        return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+    def n_colours(self) -> int:
+        return len(np.unique(self.picture().reshape(-1, 3), axis=0))
+
+    def lonely(self) -> int:
+        """A cell with no other near it, so that the pointer meets it alone."""
+        points = self.points
+        apart = np.linalg.norm(points[:, None] - points[None], axis=-1)
+        np.fill_diagonal(apart, np.inf)
+        apart[[5, 7]] = 0  # these have no image
+        return int(apart.min(axis=1).argmax())
 
 
-def inside(points: np.ndarray, polygon: list) -> np.ndarray:
+def inside(points: np.ndarray, polygon: list) -> list[int]:
     """Positions of the points inside, by the number of crossings."""
-    found = np.zeros(len(points), dtype=bool)
-    x, y = points.astype(np.float64).T
+    is_inside = np.zeros(len(points), dtype=bool)
+    x, y = points.T
     for (x1, y1), (x2, y2) in zip(polygon, polygon[1:] + polygon[:1], strict=True):
         if y1 != y2:
-            found ^= ((y1 > y) != (y2 > y)) & (x < (x2 - x1) * (y - y1) / (y2 - y1) + x1)
-    return np.flatnonzero(found)
+            is_inside ^= ((y1 > y) != (y2 > y)) & (x < (x2 - x1) * (y - y1) / (y2 - y1) + x1)
+    return np.flatnonzero(is_inside).tolist()
 
 
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory) -> Features:
-    """Drawn cells with colour histograms; two pictures are missing, a class and a path are hard to write."""
+    """Drawn cells with colour histograms; two images are missing, a class and a path are hard to write."""
     root = tmp_path_factory.mktemp("cells")
     write_sample_cells(root, n_train=0, n_probe_train=0, n_probe_test=N_CELLS, n_patients=0, size=40)
     listed = LabelledCells.from_path(root / "probe" / "test.csv")
@@ -63,17 +164,15 @@ def cells(tmp_path_factory) -> Features:
 
 
 @pytest.fixture(scope="module")
-def predictions(cells) -> Predictions:
+def predictions(cells) -> pd.DataFrame:
     """Of half of the cells; every tenth is wrong."""
-    known = range(0, N_CELLS, 2)
-    guesses = [int(cells.labels[i] + (i % 10 == 0)) % len(cells.class_names) for i in known]
-    return Predictions(
-        "path",
-        {cells.paths[i]: cells.class_names[cells.labels[i]] for i in known},
-        {cells.paths[i]: cells.class_names[guess] for i, guess in zip(known, guesses, strict=True)},
-        {cells.paths[i]: np.full(len(cells.class_names), 0.1) for i in known},
-        cells.class_names,
-    )
+    rows = []
+    for i in range(0, N_CELLS, 2):
+        guess = int(cells.labels[i] + (i % 10 == 0)) % len(cells.class_names)
+        rows.append((cells.paths[i], cells.class_names[cells.labels[i]], cells.class_names[guess]))
+    table = pd.DataFrame(rows, columns=["path", "label", "prediction"]).set_index("path")
+    probabilities = np.linspace(0, 0.9, len(table))
+    return table.assign(**{f"p_{name}": probabilities for name in cells.class_names})
 
 
 @pytest.fixture(scope="module")
@@ -86,47 +185,27 @@ def page(cells, predictions, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def opened(browser, page):
+def explorer(browser, page) -> Explorer:
     """The page, its plot in the middle of the window."""
     browser.open(page)
-    show_plot(browser)
-    return browser
+    return Explorer(browser)
 
 
-def show_plot(browser) -> None:
-    browser.js("document.querySelector('.explorer-plot').scrollIntoView({block: 'center', behavior: 'instant'})")
-    browser.wait("explorer.view().scale !== 1")
+def test_the_page_makes_no_request(explorer):
+    assert explorer.js("return performance.getEntriesByType('resource').map((entry) => entry.name)") == []
 
 
-def lonely(browser, points: np.ndarray) -> int:
-    """A cell with no other near it, so that the pointer meets it alone."""
-    apart = np.linalg.norm(points[:, None] - points[None], axis=-1)
-    np.fill_diagonal(apart, np.inf)
-    apart[[5, 7]] = 0  # these have no picture
-    return int(apart.min(axis=1).argmax())
-
-
-def n_colours(browser) -> int:
-    """Different colours of the points' canvas."""
-    return browser.js(PIXELS + "return new Set(new Uint32Array(pixels.buffer)).size")
-
-
-def background(browser) -> list[int]:
-    """Red, green and blue of its corner."""
-    return browser.js(PIXELS + "return Array.from(pixels.slice(0, 3))")
-
-
-def test_hover_shows_the_cells_picture_and_what_is_known_of_it(opened, page, cells):
-    i = lonely(opened, points_of(opened.data(page, "explorer")))
-    opened.mouse(tuple(opened.js("return explorer.place(arguments[0])", i)))
-    opened.wait(f"explorer.hovered() === {i}")
-    tip = opened.find(".explorer-tip")
-    assert tip.is_displayed()
-    assert cells.class_names[cells.labels[i]] in tip.text
-    assert cells.patients[i] in tip.text
-    assert cells.paths[i] in tip.text.replace("\n", "")
-    # the picture is that of the cell: looked at as the page shows it, against the file
-    png = base64.b64decode(tip.find_element("css selector", ".explorer-picture").screenshot_as_base64)
+def test_hover_shows_the_cells_image_and_what_is_known_of_it(explorer, cells):
+    i = explorer.lonely()
+    explorer.browser.mouse(explorer.place(i))
+    explorer.wait("deep(document, '.bk-tooltip-content img').length === 1")
+    image = explorer.js("return deep(document, '.bk-tooltip-content img')[0]")
+    text = explorer.js("return deep(document, '.bk-tooltip-content img')[0].nextElementSibling.textContent")
+    assert f"Class: {cells.class_names[cells.labels[i]]}" in text
+    assert f"Patient: {cells.patients[i]}" in text
+    assert f"Image: {cells.paths[i]}" in text
+    # the image is that of the cell: as the page shows it, against the file
+    png = base64.b64decode(image.screenshot_as_base64)
     seen = np.asarray(Image.open(io.BytesIO(png)).convert("RGB").resize((40, 40), Image.Resampling.BOX), dtype=float)
     errors = {
         path: np.abs(seen - np.asarray(Image.open(path), dtype=float)).mean()
@@ -134,172 +213,196 @@ def test_hover_shows_the_cells_picture_and_what_is_known_of_it(opened, page, cel
         if Path(path).is_file()
     }
     assert min(errors, key=errors.get) == cells.paths[i]
-    opened.mouse((5, 5))
-    opened.wait("explorer.hovered() === -1")
-    assert not tip.is_displayed()
+    explorer.browser.mouse((5, 5))
+    explorer.wait("deep(document, '.bk-tooltip-content img').every((image) => !image.checkVisibility())")
 
 
-def test_click_shows_the_nearest_cells_in_feature_space(opened, page, cells):
-    i = lonely(opened, points_of(opened.data(page, "explorer")))
-    opened.mouse(tuple(opened.js("return explorer.place(arguments[0])", i)), "down", "up")
-    opened.wait(f"explorer.current() === {i}")
+def test_click_shows_the_nearest_cells_in_feature_space(explorer, cells):
+    i = explorer.lonely()
+    explorer.browser.mouse(explorer.place(i), "down", "up")
+    explorer.wait(f"part('cell').dataset.row === '{i}'")
     distances = np.linalg.norm(cells.features.astype(np.float64) - cells.features[i].astype(np.float64), axis=1)
     distances[i] = np.inf
     expected = np.argsort(distances, kind="stable")[:12]
-    buttons = opened.driver.find_elements("css selector", "[aria-label='Nearest neighbours'] button")
-    assert [int(button.get_attribute("data-cell")) for button in buttons] == expected.tolist()
-    shown = [float(button.find_element("css selector", ".number").text) for button in buttons]
+    buttons = explorer.browser.driver.find_elements("css selector", "[aria-label='Nearest neighbours'] button")
+    assert [int(button.get_attribute("data-row")) for button in buttons] == expected.tolist()
+    shown = [float(button.text.split()[0]) for button in buttons]
     np.testing.assert_allclose(shown, distances[expected], rtol=5e-3)
-    opened.js("arguments[0].click()", buttons[3])
-    assert opened.js("return explorer.current()") == expected[3]
+    for button, j in zip(buttons, expected, strict=True):
+        assert cells.class_names[cells.labels[j]] in button.text
+        assert ("differs" in button.get_attribute("class")) == (cells.labels[j] != cells.labels[i])
+    explorer.click(buttons[3])
+    assert explorer.current == expected[3]
+    explorer.browser.mouse(explorer.corners((0.02, 0.02))[0], "down", "up")  # where no cell is
+    explorer.wait("part('cell').dataset.row === ''")
 
 
-def test_lasso_exports_exactly_the_cells_inside(opened, page, cells, predictions):
-    points = points_of(opened.data(page, "explorer"))
-    opened.js("arguments[0].click()", opened.button("Lasso"))
-    x, y, width, height = opened.js(PLOT_BOX)
-    corners = ((0.5, 0.1), (0.9, 0.5), (0.6, 0.55), (0.3, 0.9), (0.1, 0.3))
-    at = [(x + u * width, y + v * height) for u, v in corners]
-    opened.mouse(at[0], "down", *at[1:], "up")
-    polygon = opened.wait("explorer.lastLasso()")
-    expected = inside(points, polygon)
+def test_lasso_exports_exactly_the_cells_inside(explorer, cells, predictions):
+    explorer.press("l")
+    explorer.js(
+        "figure.js_event_callbacks = {...figure.js_event_callbacks, selectiongeometry: ["
+        "({geometry}) => { window.lassoed = geometry; }]}"
+    )
+    at = explorer.corners((0.5, 0.1), (0.9, 0.5), (0.6, 0.55), (0.3, 0.9), (0.1, 0.3))
+    explorer.browser.mouse(at[0], "down", *at[1:], "up")
+    geometry = explorer.wait("window.lassoed")
+    expected = inside(explorer.points, list(zip(geometry["x"], geometry["y"], strict=True)))
     assert 10 < len(expected) < N_CELLS - 10
-    assert opened.js("return explorer.selection()") == expected.tolist()
-    opened.js("arguments[0].click()", opened.button("Export CSV"))
-    raw = opened.downloaded("selected_cells.csv")
+    assert explorer.selection == expected
+    explorer.click(explorer.browser.button("Export CSV"))
+    raw = explorer.browser.downloaded("selected_cells.csv")
     assert raw.startswith(b"\xef\xbb\xbf")
     assert raw.count(b"\r\n") == len(expected) + 1
     rows = list(csv.DictReader(io.StringIO(raw.decode("utf-8-sig"), newline="")))
     assert list(rows[0]) == ["index", "path", "label", "patient", "data_set", "prediction", "x", "y"]
-    assert [int(row["index"]) for row in rows] == expected.tolist()
+    assert [int(row["index"]) for row in rows] == expected
+    guesses = predictions["prediction"].to_dict()
     for i, row in zip(expected, rows, strict=True):
-        label, guess = cells.class_names[cells.labels[i]], predictions.predictions.get(cells.paths[i], "")
+        label, guess = cells.class_names[cells.labels[i]], guesses.get(cells.paths[i], "")
         # what a spreadsheet would calculate has an apostrophe before it
         guarded = [f"'{text}" if text.startswith("=") else text for text in (label, guess)]
         assert [row["label"], row["prediction"]] == guarded
         assert row["path"] == cells.paths[i]
         assert row["patient"] == cells.patients[i]
         assert row["data_set"] == ("one" if i < 70 else "two")
-        assert (np.float32(row["x"]), np.float32(row["y"])) == tuple(points[i])
+        assert (float(row["x"]), float(row["y"])) == tuple(explorer.points[i])
 
 
-def test_names_with_html_are_text(opened, cells):
-    opened.js("explorer.goTo(7); explorer.select([5, 7])")
-    assert opened.js("return window.wasRun") is None
-    assert HTML_NAME in opened.find(".explorer-legend").text
-    assert "Zelle <b>é</b>.png" in opened.find(".explorer-current").text.replace("\n", "")
-    lines = opened.js("return explorer.csv()")
-    (first, second) = list(csv.reader(io.StringIO(lines, newline="")))[1:]
+def test_names_with_html_are_text(explorer, cells):
+    explorer.go_to(7)
+    assert explorer.js("return window.wasRun") is None
+    assert HTML_NAME in explorer.part("legend").text
+    assert "Zelle <b>é</b>.png" in explorer.part("cell").text.replace("\n", "")
+    explorer.press(" ")
+    explorer.go_to(5)
+    explorer.press(" ")
+    assert explorer.selection == [5, 7]
+    explorer.click(explorer.browser.button("Export CSV"))
+    text = explorer.browser.downloaded("selected_cells.csv").decode("utf-8-sig")
+    (first, second) = list(csv.reader(io.StringIO(text, newline="")))[1:]
     assert first[1].endswith("not there/=1+1.png")
     assert second[1] == cells.paths[7]
 
 
-def test_a_missing_picture_has_a_placeholder_that_says_why(opened):
-    opened.js("explorer.goTo(5)")
-    assert "No such file" in opened.find(".explorer-current .explorer-absent").text
+def test_a_missing_image_has_a_placeholder_and_a_reason(explorer):
+    explorer.go_to(5)
+    assert "No image: No such file" in explorer.part("cell").text
 
 
-def test_filters_and_search_show_what_they_say(opened, cells):
+def test_filters_and_search_show_what_they_say(explorer, cells):
     everyone = list(range(N_CELLS))
-    assert opened.js("return explorer.shown()") == everyone
-    entries = opened.driver.find_elements("css selector", ".explorer-legend li")
+    assert explorer.shown == everyone
+    entries = explorer.legend()
     assert len(entries) == len(CELL_CLASSES)
-    opened.js("arguments[0].click()", entries[0].find_element("css selector", "input"))
-    assert opened.js("return explorer.shown()") == np.flatnonzero(cells.labels != 0).tolist()
-    opened.js("arguments[0].click()", entries[2].find_element("css selector", "button"))  # only
-    assert opened.js("return explorer.shown()") == np.flatnonzero(cells.labels == 2).tolist()
-    opened.js("arguments[0].click()", opened.button("All"))
+    explorer.click(entries[0].find_element("css selector", "input"))
+    assert explorer.shown == np.flatnonzero(cells.labels != 0).tolist()
+    assert "filtered by Class" in explorer.part("status").text
+    explorer.click(entries[2].find_element("css selector", "button"))  # only
+    assert explorer.shown == np.flatnonzero(cells.labels == 2).tolist()
+    explorer.click(explorer.browser.button("All"))
 
     patient = cells.patients[30]
-    field = opened.find(".explorer-bar input[type=search]")
+    field = explorer.part("search")
     field.send_keys(patient.upper())
     expected = [i for i in everyone if patient in cells.patients[i] or patient in cells.paths[i]]
-    assert opened.js("return explorer.shown()") == expected
-    opened.js("arguments[0].click()", opened.button("Select all shown"))
-    assert opened.js("return explorer.selection()") == expected
+    assert explorer.shown == expected
+    explorer.click(explorer.browser.button("Select all shown"))
+    assert explorer.selection == expected
     field.send_keys("\ue003" * len(patient))  # backspace
-    assert opened.js("return explorer.shown()") == everyone
+    assert explorer.shown == everyone
 
-    opened.js("explorer.setColumn('right')")
-    wrong = opened.driver.find_elements("css selector", ".explorer-legend li")[1]
-    assert "wrong" in wrong.text
-    opened.js("arguments[0].click()", wrong.find_element("css selector", "button"))
-    assert opened.js("return explorer.shown()") == list(range(0, N_CELLS, 10))
+    explorer.colour_by("right")
+    wrong = next(entry for entry in explorer.legend() if "wrong" in entry.text)
+    explorer.click(wrong.find_element("css selector", "button"))
+    assert explorer.shown == list(range(0, N_CELLS, 10))
     # what is filtered out can be neither met by the pointer nor caught by the lasso
-    opened.js("explorer.selectInside([[-9, -9], [9, -9], [9, 9], [-9, 9]])")
-    assert opened.js("return explorer.selection()") == list(range(0, N_CELLS, 10))
-    assert opened.js("return explorer.pick(...explorer.place(1))") != 1
+    explorer.browser.mouse(explorer.place(1), "down", "up")
+    assert explorer.current != 1
+    explorer.press("l")
+    at = explorer.corners((0.01, 0.01), (0.99, 0.01), (0.99, 0.99), (0.01, 0.99))
+    explorer.browser.mouse(at[0], "down", *at[1:], "up")
+    assert explorer.selection == list(range(0, N_CELLS, 10))
 
 
-def test_numbers_are_coloured_by_a_scale_and_filtered_by_a_range(opened):
-    opened.js("explorer.setColumn('probability')")
-    boxes = opened.driver.find_elements("css selector", ".explorer-range input")
-    assert len(boxes) == 2
-    without = opened.driver.find_elements("css selector", ".explorer-side .card:first-child input[type=checkbox]")[0]
-    opened.js("arguments[0].click()", without)
-    assert opened.js("return explorer.shown()") == list(range(0, N_CELLS, 2))
-    boxes[0].clear()
-    boxes[0].send_keys("0.5", "\t")
-    assert opened.js("return explorer.shown()") == []
+def test_numbers_are_coloured_by_a_scale_and_filtered_by_ranges(explorer):
+    explorer.colour_by("probability")
+    entries = explorer.legend()
+    assert ["0 to 0.1" in entries[0].text, "0.1 to 0.2" in entries[1].text] == [True, True]
+    explorer.click(entries[-1].find_element("css selector", "input"))
+    assert "not known" in entries[-1].text
+    assert explorer.shown == list(range(0, N_CELLS, 2))
+    explorer.click(entries[0].find_element("css selector", "button"))  # only
+    low = [i for i, p in zip(range(0, N_CELLS, 2), np.linspace(0, 0.9, 60), strict=True) if p <= 0.1]
+    assert explorer.shown == low
+    colours = explorer.js("return model('cells').data_source.data.colour")
+    assert len(set(colours)) == len(entries)
 
 
-def test_the_plot_works_by_keyboard(opened, page):
-    points = points_of(opened.data(page, "explorer"))
-    opened.js("document.querySelector('.explorer-plot').focus()")
-    opened.press("ARROW_RIGHT")
-    first = opened.js("return explorer.current()")
+def test_the_plot_works_by_keyboard(explorer):
+    points = explorer.points
+    explorer.press("ARROW_RIGHT")
+    first = explorer.current
     assert first >= 0
-    opened.press("ARROW_RIGHT")
-    second = opened.js("return explorer.current()")
+    explorer.press("ARROW_RIGHT")
+    second = explorer.current
     assert points[second, 0] > points[first, 0]
-    near = opened.js("return explorer.neighbours(arguments[0])", second)
-    opened.press("n")
-    assert opened.js("return explorer.current()") == near[0]
-    opened.press("n")
-    assert opened.js("return explorer.current()") == near[1]
-    opened.press(" ")
-    assert opened.js("return explorer.selection()") == [near[1]]
-    scale = opened.js("return explorer.view().scale")
-    opened.press("+")
-    assert opened.js("return explorer.view().scale") > scale
-    opened.press("0")
-    assert opened.js("return explorer.view().scale") == pytest.approx(scale)
-    opened.press("ESCAPE")
-    assert opened.js("return explorer.current()") == -1
+    near = explorer.rows[explorer.data["neighbours"][list(explorer.rows).index(second)]].tolist()
+    explorer.press("n")
+    assert explorer.current == near[0]
+    explorer.press("n")
+    assert explorer.current == near[1]
+    explorer.press("p", "n")
+    assert explorer.current == near[1]
+    explorer.press(" ")
+    assert explorer.selection == [near[1]]
+    explorer.press(" ")
+    assert explorer.selection == []
+    span = explorer.span
+    explorer.press("+")
+    assert explorer.span < span
+    explorer.press("0")
+    assert explorer.span == pytest.approx(span)
+    explorer.press("ESCAPE")
+    assert explorer.current == -1
 
 
-def test_dragging_moves_and_the_wheel_zooms_at_the_pointer(opened):
-    x, y = opened.js("return explorer.place(3)")
-    opened.mouse((x + 30, y + 30), "down", (x + 60, y + 40), (x + 90, y + 50), "up")
-    moved = opened.js("return explorer.place(3)")
+def test_dragging_moves_and_the_wheel_zooms_at_the_pointer(explorer):
+    middle = int(np.linalg.norm(explorer.points - np.median(explorer.points, axis=0), axis=1).argmin())
+    x, y = explorer.place(middle)
+    explorer.browser.mouse((x + 30, y + 30), "down", (x + 60, y + 40), (x + 90, y + 50), "up")
+    moved = explorer.place(middle)
     np.testing.assert_allclose(moved, [x + 60, y + 20], atol=2)
-    scale = opened.js("return explorer.view().scale")
-    opened.js(
-        "document.querySelector('.explorer-plot').dispatchEvent(new WheelEvent('wheel', {deltaY: -200, clientX: "
-        "arguments[0], clientY: arguments[1], bubbles: true, cancelable: true}))",
-        *moved,
+    span = explorer.span
+    wheel = (
+        "view.canvas_view.events_el.dispatchEvent(new WheelEvent('wheel', {view: window, deltaY: -200, "
+        "clientX: arguments[0], clientY: arguments[1], bubbles: true, cancelable: true, composed: true}))"
     )
-    assert opened.js("return explorer.view().scale") > 1.2 * scale
-    np.testing.assert_allclose(opened.js("return explorer.place(3)"), moved, atol=1)  # of whole pixels
+    explorer.js("part('plot').blur()")
+    explorer.js(wheel, *moved)
+    assert explorer.span == span  # a page that scrolls does not get stuck on the plot
+    explorer.js("part('plot').focus({preventScroll: true})")
+    explorer.js(wheel, *moved)
+    assert explorer.span < span / 1.2
+    np.testing.assert_allclose(explorer.place(middle), moved, atol=2)
 
 
 def test_both_colour_schemes_draw_and_follow_the_button(browser, page, dark_system):
     dark_system()
     browser.open(page)
-    show_plot(browser)
-    assert max(background(browser)) < 64
-    assert n_colours(browser) > 20
-    browser.js("document.getElementById('theme').click(); explorer.draw()")
-    assert min(background(browser)) > 192
-    assert n_colours(browser) > 20
+    explorer = Explorer(browser)
+    assert explorer.picture()[20, 10].max() < 64
+    assert explorer.n_colours() > 20
+    browser.js("document.getElementById('theme').click()")
+    assert explorer.picture()[20, 10].min() > 192
+    assert explorer.n_colours() > 20
     browser.js("window.localStorage.clear()")  # where the page remembers the choice
 
 
-def test_pictures_stand_for_points_when_near(opened):
-    before = n_colours(opened)
-    opened.js("arguments[0].click()", opened.button("Pictures when near"))
+def test_images_stand_for_points_when_near(explorer):
+    before = explorer.n_colours()
+    explorer.click(explorer.part("near"))
     deadline = time.monotonic() + 10
-    while n_colours(opened) < 5 * before:  # the sheet is decoded first
+    while explorer.n_colours() < 5 * before:
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -307,10 +410,9 @@ def test_pictures_stand_for_points_when_near(opened):
 def test_the_page_fits_a_phone(browser, page, phone):
     phone()
     browser.open(page)
-    show_plot(browser)
+    explorer = Explorer(browser)
     assert browser.js("return document.documentElement.scrollWidth") <= 390
-    assert browser.js("return explorer.canvas.width") > 600  # sharp: two pixels for each of the page's
-    assert n_colours(browser) > 20
+    assert explorer.n_colours() > 20
 
 
 def test_three_cells_of_one_class_without_patients(browser, tmp_path):
@@ -320,11 +422,13 @@ def test_three_cells_of_one_class_without_patients(browser, tmp_path):
     page = tmp_path / "three.html"
     write_page(page, "Three", [explorer_section(features)])
     browser.open(page)
-    show_plot(browser)
-    assert browser.js("return explorer.neighbours(0)") == [1, 2]
-    browser.js("explorer.goTo(2); explorer.select([0, 1, 2])")
-    assert browser.js("return explorer.csv().split('\\r\\n').length") == 5
-    assert "(no name)" in browser.find(".explorer-legend").text
+    explorer = Explorer(browser)
+    assert explorer.data["neighbours"][list(explorer.rows).index(0)] == [list(explorer.rows).index(i) for i in (1, 2)]
+    explorer.go_to(2)
+    explorer.click(browser.button("Select all shown"))
+    explorer.click(browser.button("Export CSV"))
+    assert browser.downloaded("selected_cells.csv").count(b"\r\n") == 4
+    assert "not known" in explorer.part("legend").text
 
 
 def test_equal_cells_and_one_cell_are_drawn(browser, tmp_path):
@@ -332,9 +436,10 @@ def test_equal_cells_and_one_cell_are_drawn(browser, tmp_path):
         features = Features(np.ones((n, 3), np.float32), np.zeros(n, dtype=np.int64), ["x"], ["a.png"] * n)
         write_page(tmp_path / f"{n}.html", "Equal", [explorer_section(features)])
         browser.open(tmp_path / f"{n}.html")
-        browser.wait("explorer.draw() > 0 || explorer.canvas.width > 300")
-        assert n_colours(browser) > 1
-        browser.js("explorer.goTo(0); explorer.select([0])")
+        explorer = Explorer(browser)
+        explorer.press("ARROW_RIGHT", " ")
+        assert len(explorer.selection) == 1
+        assert explorer.n_colours() > 20
 
 
 def test_twenty_thousand_cells(browser, tmp_path, record_property, capsys):
@@ -351,46 +456,30 @@ def test_twenty_thousand_cells(browser, tmp_path, record_property, capsys):
     settings = ExplorerSettings(thumbnail_size=8, with_umap=False)
     write_page(page, "Many", [explorer_section(cells, settings=settings)])
     browser.open(page)
-    show_plot(browser)
-    box = browser.js(PLOT_BOX)
-    polygon = browser.js(
-        "const v = explorer.view(); const r = 200 / v.scale;"
-        "return Array.from({length: 100}, (_, i) => [v.x + r * Math.cos(i / 15.9), v.y + r * Math.sin(i / 15.9)])"
-    )
-    milliseconds = browser.js(
-        """
-        const [polygon, [left, top, width, height]] = arguments;
-        const median = (times, action) => {
-          const found = Array.from({ length: times }, (_, i) => {
-            const start = performance.now();
-            action(i);
-            return performance.now() - start;
-          });
-          return found.sort((a, b) => a - b)[times >> 1];
-        };
-        return {
-          redraw: median(21, () => explorer.draw()),
-          pick: median(21, (i) => {
-            for (let j = 0; j < 100; j += 1) {
-              explorer.pick(left + ((37 * j * (i + 1)) % width), top + ((53 * j + 7 * i) % height));
-            }
-          }) / 100,
-          lasso: median(5, () => explorer.selectInside(polygon)),
-          search: median(5, (i) => explorer.search(i % 2 ? "patient 1" : "")),
-        };
-        """,
-        polygon,
-        box,
-    )
-    record_property("milliseconds", milliseconds)
+    explorer = Explorer(browser)
+
+    def milliseconds(action: Any) -> float:
+        """Until the next frame after the action is drawn."""
+        start = time.monotonic()
+        action()
+        browser.driver.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0]))")
+        return 1000 * (time.monotonic() - start)
+
+    took = {
+        "colour": milliseconds(lambda: explorer.colour_by("patient")),
+        "search": milliseconds(lambda: explorer.search("patient 1")),
+        "zoom": milliseconds(lambda: explorer.press("+")),
+        "next cell": milliseconds(lambda: explorer.press("ARROW_RIGHT")),
+        "select": milliseconds(lambda: explorer.click(browser.button("Select all shown"))),
+    }
+    record_property("milliseconds", took)
     with capsys.disabled():
-        print("\n20,000 cells, milliseconds:", {name: round(value, 3) for name, value in milliseconds.items()})
-    assert n_colours(browser) > 100
-    points = points_of(browser.data(page, "explorer"))
-    expected = inside(points, polygon)
-    assert len(expected) > 1000
-    assert browser.js("return explorer.selection()") == expected.tolist()
-    browser.js("explorer.search(''); explorer.setColumn('patient'); explorer.select([])")
-    assert len(browser.driver.find_elements("css selector", ".explorer-legend li")) == 300  # and a field to find others
-    assert browser.find("[aria-label='Find an entry']").is_displayed()
-    assert n_colours(browser) > 100
+        print("\n20,000 cells, milliseconds:", {name: round(value) for name, value in took.items()})
+    expected = [i for i in range(n) if "patient 1" in patients[i]]
+    assert explorer.shown == explorer.selection == expected
+    assert explorer.current in expected
+    assert len(explorer.legend()) == 700
+    explorer.search("")
+    explorer.click(browser.button("Clear"))
+    assert len(explorer.shown) == n
+    assert explorer.n_colours() > 100

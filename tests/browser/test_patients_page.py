@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2.eval.pages import write_page
-from dinov2.eval.patients_section import patients_section
+from dinov2.eval.pages.page import write_page
+from dinov2.eval.pages.patients import patients_section
 
 EVIL = "<img src=x onerror=alert(1)>"
 NAMES = ["APL", EVIL]
@@ -52,9 +52,9 @@ def page(browser, tmp_path):
 
 def choose(browser, control, value):
     browser.js(
-        "const e = document.getElementById(arguments[0]); e.value = arguments[1];"
-        "e.dispatchEvent(new Event('change')); e.dispatchEvent(new Event('input'))",
-        f"patients-{control}",
+        "const field = document.getElementById('patients-controls').elements[arguments[0]];"
+        "field.value = arguments[1]; field.dispatchEvent(new Event('input', { bubbles: true }))",
+        control,
         value,
     )
 
@@ -69,14 +69,15 @@ def test_order_filters_and_search(browser, page):
     assert browser.js(SHOWN) == ["p10", "wrong", "p9", EVIL]
     choose(browser, "class", "1")
     assert browser.js(SHOWN) == ["wrong", EVIL]
-    browser.find("#patients-wrong").click()
+    browser.find("#patients-controls [name=wrong]").click()
+    browser.wait("document.querySelector('#patients-controls output').textContent === '1 of 4 shown'")
     assert browser.js(SHOWN) == ["wrong"]
-    assert browser.js("return document.getElementById('patients-count').textContent") == "1 of 4 shown"
-    browser.find("#patients-wrong").click()
+    browser.find("#patients-controls [name=wrong]").click()
     choose(browser, "class", "")
-    browser.find("#patients-search").send_keys("P1\n")
+    browser.find("#patients-controls [name=search]").send_keys("P1\n")
+    browser.wait("document.querySelector('#patients-controls output').textContent === '1 of 4 shown'")
     assert browser.js(SHOWN) == ["p10"]
-    assert browser.js("return document.images.length") == 0
+    assert browser.js("return document.querySelectorAll('img[src=x]').length") == 0
 
 
 def test_a_patient_opens_by_keyboard_and_shows_the_cells(browser, page, tmp_path):
@@ -85,12 +86,12 @@ def test_a_patient_opens_by_keyboard_and_shows_the_cells(browser, page, tmp_path
     assert browser.wait("document.querySelector('.patients-card').open")
     order = browser.js("return [...document.querySelector('.patients-cells').children].map((e) => e.dataset.cell)")
     assert order == ["1", "0", "2"]
-    first = browser.find(".patients-cells .patients-thumb")
+    first = browser.find(".patients-cells img")
     browser.js("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", first)
     first.screenshot(str(tmp_path / "thumb.png"))
     colour = np.asarray(Image.open(tmp_path / "thumb.png").convert("RGB"))[10:-10, 10:-10].mean(axis=(0, 1))
     assert colour[2] > 200 > 100 > colour[0], "the most attended cell is the blue one"
-    assert "no picture" in browser.find(".patients-none").get_attribute("title")
+    assert "no image" in browser.find(".patients-none").get_attribute("title")
 
 
 def test_dark_and_on_a_phone(browser, page, phone, dark_system):

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dinov2.eval import knn, report
 from dinov2.eval.features import Features, write_features
@@ -48,14 +49,23 @@ def test_dark_colours_follow_the_system_and_the_button(browser, dark_system, pag
     dark = browser.wait(f"{BACKGROUND} !== '{light}' && {BACKGROUND}")
     browser.wait("document.getElementById('theme').textContent === 'Light colours'")
     browser.button("Light colours").click()
-    assert browser.js(f"return {BACKGROUND}") == light
-    browser.driver.refresh()
-    assert browser.js(f"return {BACKGROUND}") == light  # the choice is kept
+    browser.wait(f"{BACKGROUND} === '{light}'")
+    browser.reload()
+    browser.wait(f"{BACKGROUND} === '{light}'")  # the choice is kept
     browser.button("Dark colours").click()
-    assert browser.js(f"return {BACKGROUND}") == dark
-    line = browser.js("return getComputedStyle(document.querySelector('.chart path')).stroke")
-    assert line == "rgb(111, 183, 245)"  # --series-1 of the dark scheme
+    browser.wait(f"{BACKGROUND} === '{dark}'")
     browser.js("localStorage.clear()")
+
+
+def test_charts_are_drawn_on_the_page_s_background_and_name_their_numbers(browser, page, tmp_path):
+    browser.open(page)
+    chart = browser.find("#curves .chart")
+    browser.js("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", chart)
+    chart.screenshot(str(tmp_path / "chart.png"))
+    pixels = np.asarray(Image.open(tmp_path / "chart.png").convert("RGB")).reshape(-1, 3)
+    assert (pixels == 255).all(axis=1).mean() > 0.5, "the page's white shows through"
+    assert (np.abs(pixels - np.array([0x2F, 0x86, 0xD6])).max(axis=1) < 30).sum() > 50, "the line"
+    assert "from 10 to 0.2, lowest 0.2, highest 10" in chart.get_attribute("aria-label")
 
 
 def test_a_phone_shows_all_of_the_width(browser, phone, page):
@@ -87,6 +97,7 @@ def test_the_keyboard_reaches_contents_tables_and_folded_parts(browser, page):
 def test_nothing_of_a_file_became_an_element(browser, page):
     browser.open(page)
     assert browser.js("return document.querySelectorAll('img').length") == 0
+    assert browser.js("return document.querySelectorAll('.matrix').length") > 0
     captions = browser.js("return [...document.querySelectorAll('th')].map((cell) => cell.textContent)")
     assert EVIL in captions
     assert browser.js("return JSON.parse(document.getElementById('data-results').textContent).results[0].name") == "knn"
@@ -112,6 +123,7 @@ def test_without_javascript_everything_static_is_there(browser, page):
         texts = [element.text for element in browser.driver.find_elements("css selector", "h2")]
         assert {"At a glance", "Results", "Training curves", "Settings"} <= set(texts)
         assert not browser.find("#theme").is_displayed()
-        assert browser.find(".chart").size["width"] > 100
+        assert browser.find(".matrix").size["width"] > 100
+        assert "need JavaScript" in browser.find("noscript").text
     finally:
         browser.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})

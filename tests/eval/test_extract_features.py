@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
-    """A working folder with weights.pth, and cells/ with two classes of three pictures."""
+    """A working folder with weights.pth, and cells/ with two classes of three images."""
     monkeypatch.chdir(tmp_path)
     save_weights(0)
     rng = np.random.default_rng(0)
@@ -76,7 +76,7 @@ def other_weights(work):
     save_weights(1)
 
 
-def one_picture_less(work):
+def one_image_less(work):
     (work / "cells" / "blast" / "0.png").unlink()
 
 
@@ -84,12 +84,12 @@ def one_picture_less(work):
     ("change", "flags", "message"),
     [
         (other_weights, [], "checkpoint_sha256 is"),
-        (one_picture_less, [], "the pictures or their order differ: 6 there and 5 here"),
+        (one_image_less, [], "the images or their order differ: 6 there and 5 here"),
         (None, ["--image-size", "42"], "transform is .*28 px.* there and .*42 px.* here"),
         (None, ["--precision", "bf16"], "precision is 'fp32' there and 'bf16' here"),
     ],
 )
-def test_other_features_are_not_passed_off_as_these(change, flags, message, work):
+def test_a_file_with_other_features_is_refused(change, flags, message, work):
     before = extract()
     if change:
         change(work)
@@ -162,13 +162,13 @@ def test_other_encoders_and_kinds(work):
         (["--checkpoint", "c", "--kinds", "cls", "pooled"], "'pooled' is unknown; there are cls, mean"),
     ],
 )
-def test_flags_that_are_wrong_or_do_not_go_together(flags, message, capsys):
+def test_wrong_flags_are_refused(flags, message, capsys):
     with pytest.raises(SystemExit):
         parse_arguments([*flags, "--data", "d", "--output-dir", "o"])
     assert message in capsys.readouterr().err
 
 
-def test_what_names_a_network(work):
+def test_the_flags_name_a_network(work):
     required = ["--data", "d", "--output-dir", "o"]
     args = parse_arguments(["--encoder", "histogram", *required])
     assert has_embedder(args)

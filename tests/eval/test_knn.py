@@ -20,8 +20,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from dinov2.data.splits import Split, leave_one_dataset_out, make_folds, write_split
 from dinov2.eval import linear
 from dinov2.eval.cell_sets import baseline_features
-from dinov2.eval.embedding import Embedder
 from dinov2.eval.features import Features, read_features, write_features
+from dinov2.eval.features.extract import Embedder
 from dinov2.eval.knn import evaluate_knn, evaluate_knn_folds, knn_predict, knn_probabilities, main, usable_ks
 from dinov2.eval.metrics import classification_metrics
 from dinov2.models import architecture, build_backbone

@@ -22,10 +22,10 @@ import cv2
 import numpy as np
 import pandas as pd
 from PIL import Image
-from tqdm import tqdm
 
 from dinov2.data.datasets.decode import UnreadableImageError, decode_image
 from dinov2.utils.parallel import parallel_map
+from dinov2.utils.progress import progress_bar
 
 VERSION = 3  # raise it whenever the same file would give other facts
 READABLE, MISSING, UNREADABLE = "readable", "missing", "unreadable"
@@ -71,7 +71,8 @@ def scan_images(paths: list[str], folder: Path, with_pixels: bool = True, n_work
         todo = [i for i, key in enumerate(keys) if key not in known]
         jobs = [(paths[i], with_pixels) for i in todo]
         stream.write("\n")  # ends a line that was cut off
-        for i, facts in zip(todo, tqdm(parallel_map(read_facts, jobs, n_workers), "reading", len(jobs)), strict=True):
+        bar = progress_bar(parallel_map(read_facts, jobs, n_workers), "reading", len(jobs))
+        for i, facts in zip(todo, bar, strict=True):
             known[keys[i]] = facts
             if facts.digest:
                 stream.write(json.dumps([keys[i], *facts]) + "\n")

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from PIL import Image
-from tqdm import tqdm
 
 from dinov2.data.check.scan import READABLE, ImageFacts, read_facts
 from dinov2.data.datasets.decode import UnreadableImageError, load_image
@@ -32,6 +31,7 @@ from dinov2.data.datasets.tables import LABEL_COLUMN, PATH_COLUMN, PATIENT_COLUM
 from dinov2.data.prepare.base import Box, Cell, DataSet, Notes, find_cells, image_size
 from dinov2.data.splits import PART_COLUMN, PARTS
 from dinov2.utils.files import atomic_write
+from dinov2.utils.progress import progress_bar
 
 logger = logging.getLogger("dinov2")
 
@@ -104,7 +104,7 @@ def _read_images(images: Sequence[Path], notes: Notes, n_workers: int) -> dict[P
     """Read the facts of all images; note and leave out the unreadable ones."""
     with ThreadPoolExecutor(n_workers) as pool:  # decoding and hashing release the GIL
         results = pool.map(read_facts, [(str(image), True) for image in images])
-        facts = dict(zip(images, tqdm(results, "reading", len(images), unit=" images"), strict=True))
+        facts = dict(zip(images, progress_bar(results, "reading", len(images)), strict=True))
     for image, fact in facts.items():
         if fact.status != READABLE:
             notes.add("unreadable images and masks", image, fact.reason or fact.status)
@@ -189,7 +189,7 @@ def _cut_out(
     folder, margin = output / "cells", dataset.margin if options.margin is None else options.margin
     _check_settings(folder, {"source": str(notes.top), "margin": margin, "size": options.size}, options.overwrite)
     load = lru_cache(maxsize=1)(load_image)  # the cells of one image follow each other
-    for number, cell in tqdm(cells, "cutting out", unit=" cells"):
+    for number, cell in progress_bar(cells, "cutting out", unit=" cells"):
         if cell.box is None:
             yield str(cell.image), cell
             continue

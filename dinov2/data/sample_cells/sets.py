@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from dinov2.data.datasets.tables import LABEL_COLUMN, PATH_COLUMN, PATIENT_COLUMN
 from dinov2.data.sample_cells.drawing import DEFAULT_SIZE_PX, draw_cell
 from dinov2.data.sample_cells.forms import CELL_CLASSES, Slide
 from dinov2.utils.files import atomic_write
 from dinov2.utils.parallel import parallel_map
+from dinov2.utils.progress import progress_bar
 
 logger = logging.getLogger("dinov2")
 
@@ -111,7 +111,7 @@ def write_sample_cells(
     for folder in {os.path.dirname(path) for path in plan["path"]}:
         (output / folder).mkdir(parents=True, exist_ok=True)
     jobs = [(output, cell, size, seed) for cell in cells]
-    for _ in tqdm(parallel_map(draw_file, jobs, min(n_workers, len(jobs))), "drawing", len(jobs), unit=" images"):
+    for _ in progress_bar(parallel_map(draw_file, jobs, min(n_workers, len(jobs))), "drawing", len(jobs)):
         pass
     _write_tables(output, plan)
     (output / UNFINISHED).replace(output / SUMMARY)

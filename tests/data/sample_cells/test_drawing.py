@@ -5,7 +5,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from dinov2.data.sample_cells import CELL_CLASSES, Slide, draw_cell
-from dinov2.eval.baselines import colour_histogram
+from dinov2.eval.features.baselines import colour_histogram
 
 SIZE = 96
 

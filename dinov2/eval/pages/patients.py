@@ -1,0 +1,221 @@
+"""Write a report's section about the patients of an ABMIL result: predictions, their ranges, and attended cells.
+
+A patient's prediction is the mean probability of the networks that predicted it. Its range goes from the lowest to the
+highest probability that one of these networks gives the predicted class: how far the answer moves when the training is
+repeated from other random weights and on other patients (an ensemble as in Lakshminarayanan et al. 2017, arXiv
+1612.01474). It is no confidence interval, and says nothing about how the cells were sampled.
+
+Attention is the weight of a whole cell's feature and sums to 1 over a patient's cells. It says what a prediction was
+made from, not that it was right.
+
+Letters: N cells of a patient, C classes
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from dinov2.data.datasets.tables import open_table
+from dinov2.eval.pages.page import Section, data_value, render
+from dinov2.eval.pages.thumbnails import make_thumbnails
+from dinov2.eval.results import PROBABILITY_PREFIX, RESULTS_NAME, read_predictions, read_report
+
+MOST_PATIENTS = 500
+MOST_THUMBNAILS = 6000  # of all patients together: some 10 MB of the page
+THUMBNAIL_PX = 56
+DEFAULT_N_CELLS = 6
+NO_CELLS = pd.DataFrame({"source": [], "attention": []}, dtype=object)
+
+
+class Cell(NamedTuple):
+    """A cell of a patient: its position, where it is from, and its attention."""
+
+    position: int
+    source: str
+    attention: float
+
+
+@dataclass(frozen=True, eq=False)
+class Patient:
+    """One predicted patient.
+
+    Attributes:
+        id: as in the predictions.
+        label: the true class; None where it is unknown.
+        prediction: the predicted class.
+        probabilities: float64 [C].
+        of_networks: float64 [networks, C]; empty where the result does not have them.
+        sources: where each of N cells is from; empty without attention.
+        attention: float64 [N, 1 or C]; a column per class where classes have their own.
+        class_names: C names.
+    """
+
+    id: str
+    label: str | None
+    prediction: str
+    probabilities: np.ndarray
+    of_networks: np.ndarray
+    sources: Sequence[str]
+    attention: np.ndarray
+    class_names: Sequence[str]
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether the label is known and another class."""
+        return self.label is not None and self.label != self.prediction
+
+    @property
+    def predicted(self) -> int:
+        """The position of the predicted class."""
+        return self.class_names.index(self.prediction)
+
+    @property
+    def n_agreeing(self) -> int:
+        """Networks whose highest probability is that of the predicted class."""
+        return int((self.of_networks.argmax(axis=1) == self.predicted).sum())
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Attention [N] of the predicted class."""
+        return self.attention[:, self.predicted if self.attention.shape[1] > 1 else 0]
+
+    @property
+    def n_effective(self) -> float:
+        """Cells that the attention is spread over: 1 / the sum of squared weights."""
+        return 1 / float(np.square(self.weights).sum()) if self.weights.any() else 0.0
+
+    def range_of(self, column: int) -> tuple[float, float] | None:
+        """Return the lowest and highest probability of a class among several networks."""
+        values = self.of_networks[:, column]
+        return (float(values.min()), float(values.max())) if len(values) > 1 else None
+
+    def cell_groups(self, n_cells: int) -> dict[str, list[Cell]]:
+        """Return the most and the least attended cells, no cell in both, and the most attended of each class."""
+        order = np.argsort(-self.weights, kind="stable")
+        groups = {
+            "Most attended": self._cells(order[:n_cells], self.weights),
+            "Least attended": self._cells(order[n_cells:][::-1][:n_cells], self.weights),
+        }
+        if self.attention.shape[1] > 1:
+            for name, weights in zip(self.class_names, self.attention.T, strict=True):
+                most = np.argsort(-weights, kind="stable")[:n_cells]
+                groups[f"Most attended for {name}"] = self._cells(most, weights)
+        return {title: cells for title, cells in groups.items() if cells}
+
+    def _cells(self, positions: np.ndarray, weights: np.ndarray) -> list[Cell]:
+        return [Cell(i, self.sources[i], float(weights[i])) for i in positions.tolist()]
+
+
+def read_patients(folder: Path) -> list[Patient]:
+    """Read what `abmil.py` wrote into a folder, with --apply or without.
+
+    Raises:
+        FileNotFoundError: if there are no predictions of patients.
+        ValueError: if files lack columns, hold no numbers, or are from different runs.
+    """
+    file, report = folder / "predictions.csv", folder / RESULTS_NAME
+    if report.is_file() and not str(protocol := read_report(report).get("protocol")).startswith("abmil"):
+        raise ValueError(f"patients: {str(report)!r} is of protocol {protocol!r}; give the folder of an ABMIL result")
+    predicted = read_predictions(file)
+    names, probabilities = list(predicted.class_names), predicted.probabilities
+    is_known = predicted.key_column == "patient" and set(predicted.predictions) <= set(names)
+    if not is_known or probabilities is None or not np.isfinite(probabilities).all():
+        raise ValueError(
+            f"patients: {str(file)!r} needs the column patient, and a probability of each predicted class for each "
+            f"patient; run dinov2/eval/abmil.py again"
+        )
+    networks = _read(
+        folder / "predictions_of_networks.csv", [PROBABILITY_PREFIX + name for name in names], predicted.keys
+    )
+    attention = _read(folder / "attention.csv", ["attention"], predicted.keys)
+    of_classes = [f"attention_{name}" for name in names]
+    patients = []
+    for i, (patient, prediction) in enumerate(zip(predicted.keys, predicted.predictions, strict=True)):
+        of_networks = (
+            networks[patient].filter(regex=f"^{PROBABILITY_PREFIX}").to_numpy()
+            if networks
+            else np.empty((0, len(names)))
+        )
+        cells = attention.get(patient, NO_CELLS)
+        columns = of_classes if set(of_classes) <= set(cells) else ["attention"]
+        patients.append(
+            Patient(
+                id=patient,
+                label=None if predicted.labels is None else predicted.labels[i],
+                prediction=prediction,
+                probabilities=probabilities[i],
+                of_networks=of_networks,
+                sources=cells["source"].tolist(),
+                attention=cells[columns].to_numpy(dtype=np.float64),
+                class_names=names,
+            )
+        )
+    return patients
+
+
+def _read(file: Path, required: Sequence[str], patients: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """Read the rows of each patient; columns of probabilities and attention are numbers. Empty without the file."""
+    if not file.is_file():
+        return {}
+    table = open_table(file, "patients")
+    if missing := {"patient", *required} - set(table.columns):
+        raise ValueError(f"patients: {str(file)!r} has no column {', '.join(sorted(missing))}; run abmil.py again")
+    frame = pd.DataFrame([row for _, row in table.records()], columns=table.columns, dtype=object)
+    for column in (name for name in frame if name.startswith((PROBABILITY_PREFIX, "attention"))):
+        try:
+            frame[column] = frame[column].astype(np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"patients: {str(file)!r} has no number in the column {column} ({error}); the file is cut or was "
+                f"edited: run abmil.py again"
+            ) from error
+    groups = dict(iter(frame.groupby("patient", sort=False)))
+    if set(groups) != set(patients):
+        raise ValueError(
+            f"patients: {file.name} and predictions.csv in {str(file.parent)!r} name different patients, so they are "
+            f"from different runs; run abmil.py again into an empty folder"
+        )
+    return groups
+
+
+def patients_section(folder: Path, n_cells: int = DEFAULT_N_CELLS) -> Section:
+    """Return the patients of an ABMIL result, wrong ones first.
+
+    The page stays small however many patients there are: of more than `MOST_PATIENTS` the first in that order are
+    shown, and with many of them fewer cells of each.
+
+    Args:
+        folder: --output-dir of abmil.py, with --apply or without.
+        n_cells: most and least attended cells to show of each patient, at most.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_patients`.
+    """
+    patients = read_patients(folder)
+    shown = sorted(patients, key=lambda patient: (not patient.is_wrong, patient.probabilities.max()))[:MOST_PATIENTS]
+    n_columns = shown[0].attention.shape[1]
+    n_groups = 2 + (n_columns if n_columns > 1 else 0)
+    n_cells = max(1, min(n_cells, MOST_THUMBNAILS // (len(shown) * n_groups)))
+    groups = {patient.id: patient.cell_groups(n_cells) for patient in shown}
+    sources = list(
+        {cell.source: None for of_patient in groups.values() for cells in of_patient.values() for cell in cells}
+    )
+    thumbnails = make_thumbnails(sources, THUMBNAIL_PX)
+    html = render(
+        "patients.html",
+        patients=shown,
+        class_names=shown[0].class_names,
+        n_patients=len(patients),
+        n_labelled=sum(patient.label is not None for patient in patients),
+        n_wrong=sum(patient.is_wrong for patient in patients),
+        groups=groups,
+        percent=lambda value: data_value(float(value), f"{100 * value:.1f} %"),
+        thumbnails=dict(zip(sources, thumbnails.uris, strict=True)),
+        missing={sources[position]: reason for position, reason in thumbnails.missing.items()},
+        size=THUMBNAIL_PX,
+    )
+    return Section("patients", "Patients", html)

@@ -1,0 +1,183 @@
+"""Pages: well-formed, self-contained, and no text of a file becomes markup or a script."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bokeh.plotting import figure
+from markupsafe import Markup
+
+from dinov2.eval.pages import page as module
+from dinov2.eval.pages.page import Section, data_value, embed, image_uri, macros, page_html, render, table, write_page
+
+CSS = Path(module.__file__).parent / "templates" / "page.css"
+EVIL = "</script><img src=x onerror=alert(1)> \"quoted\", \u2028 'ü' & <b>"
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Elements in order, and whether all of them are closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open, self.elements, self.texts = [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        names = [name for name, _ in attrs]
+        assert len(names) == len(set(names)), (tag, names)
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+    def of(self, tag):
+        return [attrs for name, attrs in self.elements if name == tag]
+
+
+def contents(page: str) -> list[tuple[dict, str]]:
+    """Attributes and content of each script."""
+    found = re.findall(r"<script([^>]*)>(.*?)</script>", page, re.DOTALL)
+    return [(dict(re.findall(r'([\w-]+)="([^"]*)"', attributes)), text) for attributes, text in found]
+
+
+def test_a_page_is_well_formed_and_says_where_things_are():
+    sections = [Section("first", EVIL, Markup("<p>text</p>")), Section("second-2", "Second", Markup("<h3>below</h3>"))]
+    page = Page(page_html(EVIL, sections, subtitle=EVIL))
+    assert page.open == []
+    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert [tag for tag, _ in page.elements if tag in ("header", "nav", "main")] == ["header", "nav", "main"]
+    assert [tag for tag, _ in page.elements if re.fullmatch(r"h\d", tag)] == ["h1", "h2", "h2", "h3"]
+    assert page.of("html") == [{"lang": "en"}]
+    targets = {attrs["href"].removeprefix("#") for attrs in page.of("a")}
+    assert targets == {"content", "first", "second-2"}
+    assert targets <= set(ids)
+    assert all(attrs["aria-labelledby"] in ids for attrs in page.of("section"))
+    assert {"h1", "h2", "title"} <= {tag for tag, text in page.texts if EVIL in text}
+    assert page.of("img") == []
+
+
+def test_a_page_loads_nothing_and_runs_only_its_own_scripts():
+    text = page_html("t", [Section("s", "S", embed(figure(name="chart"), "a chart"))])
+    page = Page(re.sub(r"(<script nonce[^>]*>).*?</script>", r"\1</script>", text, flags=re.S))
+    loaded = [attrs.get("src") or attrs.get("href") for tag in ("link", "script", "img") for attrs in page.of(tag)]
+    assert [address for address in loaded if address and not address.startswith("data:")] == []
+    (policy,) = [attrs["content"] for attrs in page.of("meta") if "http-equiv" in attrs]
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    assert rules["default-src"] == "'none'"
+    assert {name for name, value in rules.items() if "data:" in value} == {"img-src", "font-src"}
+    programs = [attributes for attributes, _ in contents(text) if attributes.get("type") != "application/json"]
+    assert len(programs) == 2, "bokeh's and the page's"
+    assert {f"'nonce-{attributes['nonce']}'" for attributes in programs} == {rules["script-src"]}
+
+
+def test_bokeh_is_inside_only_where_a_figure_is():
+    assert len(page_html("t", [Section("s", "S", Markup("<p>text</p>"))])) < 50_000
+    assert len(page_html("t", [Section("s", "S", embed(figure(), "a chart"))])) > 1_000_000
+
+
+def test_a_figure_has_a_name_and_its_data():
+    plot = figure()
+    plot.line([1, 2], [0.1 + 0.2, float("nan")], name=EVIL)
+    text = embed(plot, EVIL)
+    assert Page(text).of("div")[0] == {"class": "chart", "role": "img", "aria-label": EVIL}
+    ((_, item),) = contents(text)
+    assert json.loads(item)["target_id"] == Page(text).of("div")[1]["id"]
+    assert "0.30000000000000004" in item
+    assert not re.search("[<>&]", item)
+    assert "role" not in Page(embed(figure())).of("div")[0]
+
+
+def test_data_comes_back_with_all_digits():
+    data = {"b": [0.1 + 0.2, 1e-300, 3, True, None, "</script>", "\u2029", "\udcff"], "a": EVIL}
+    ((attributes, text),) = contents(macros().data("s", data))
+    assert attributes["id"] == "data-s"
+    assert json.loads(text) == data
+    assert not re.search("[<>&\u2028\u2029]", text)
+
+
+def test_values_are_escaped_and_markup_stays():
+    text = macros().text(EVIL, EVIL) + macros().text(Markup("<b>bold</b>")) + data_value(0.5, "<i>")
+    page = Page(text)
+    assert page.of("p")[0] == {"class": EVIL}
+    assert ("p", EVIL) in page.texts
+    assert len(page.of("b")) == 1
+    assert page.of("i") == []
+    assert EVIL not in render("page.html", title=EVIL, subtitle=EVIL, sections=[], bokeh="")
+
+
+def test_a_table_names_rows_columns_and_itself():
+    rows = [{"what": "row <1>", "a": data_value(0.25, "25.0")}, {"what": "row 2", "a": "x", "b": "y"}]
+    page = Page(table(rows, EVIL))
+    assert [attrs["scope"] for attrs in page.of("th")] == ["col"] * 3 + ["row"] * 2
+    assert [attrs.get("class") for attrs in page.of("td")] == ["number"] * 4
+    assert page.of("data") == [{"value": "0.25"}]
+    assert [text for tag, text in page.texts if tag == "caption"] == [EVIL]
+    (region,) = page.of("div")
+    assert region["aria-label"] == EVIL
+    assert region["tabindex"] == "0"
+    assert table([], "nothing") == ""
+    folded = Page(table(rows, "caption", folded=EVIL))
+    assert [text for tag, text in folded.texts if tag == "summary"] == [EVIL]
+
+
+def test_fields_of_a_matrix_are_coloured_by_share():
+    page = Page(macros().matrix(["a", EVIL], ["a", "b"], [["3", "1"], ["", ""]], [[1.0, 0.25], [None, 0.0]], EVIL))
+    shares = [attrs["style"] for attrs in page.of("td") if "style" in attrs]
+    assert shares == ["--share: 100.0%", "--share: 25.0%", "--share: 0.0%", "--share: 0.0%"]
+    assert [attrs["scope"] for attrs in page.of("th")] == ["col", "col", "row", "row"]
+    assert page.of("div")[0]["aria-label"] == EVIL
+
+
+def test_images_are_inside():
+    assert image_uri(b"\x89PNG", "png") == "data:image/png;base64," + base64.b64encode(b"\x89PNG").decode()
+
+
+def test_a_page_is_written_whole_or_not_at_all(tmp_path):
+    write_page(tmp_path / "new" / "page.html", "t", [Section("s", "\udcff", Markup())])
+    before = (tmp_path / "new" / "page.html").read_bytes()
+    assert before.decode("utf-8").startswith("<!DOCTYPE html>")
+    with pytest.raises(AssertionError):
+        write_page(tmp_path / "new" / "page.html", "other", [Section("not an id", "S", Markup())])
+    assert (tmp_path / "new" / "page.html").read_bytes() == before
+
+
+def variables(side: int) -> dict[str, str]:
+    """Colours of the light (0) or dark (1) scheme."""
+    found = re.findall(r"--([\w-]+): light-dark\((#[0-9a-f]{6}), (#[0-9a-f]{6})\);", CSS.read_text())
+    return {name: colours[side] for name, *colours in found}
+
+
+def luminance(colour: str) -> float:
+    parts = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def contrast(a: str, b: str) -> float:
+    dark, light = sorted((luminance(a), luminance(b)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_text_stands_out_in_each_colour_scheme(side):
+    colours = variables(side)
+    grounds = [colours[name] for name in ("background", "surface", "warning")]
+    for name in ("ink", "muted", "accent", "good", "bad"):
+        assert min(contrast(colours[name], ground) for ground in grounds) >= 4.5, name
+    assert contrast(colours["ink"], colours["scale"]) >= 4.5  # counts on coloured fields
+    assert contrast(module.GREY, colours["background"]) >= 4  # axes of charts, which don't change with the scheme
