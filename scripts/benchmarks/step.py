@@ -56,7 +56,7 @@ WAYS = ("ours fp32", "ours bf16", REFERENCE, "plain bf16")
 ROLES = [f"{role}.{part}" for role in ("student", "teacher") for part in ("backbone", "dino_head", "ibot_head")]
 TEACHER_TEMP, MOMENTUM, MAX_NORM, LR = 0.05, 0.994, 3.0, 1e-5
 PEAK_FLOPS = 800e12  # dense bf16 of an H100, in practice
-TOKENS = (50, 257, 1025)  # crops of 98, 224 and 448 px
+TOKENS = (50, 257, 530, 1025)
 ROWS_OF_TOKENS = 4112  # tokens at a time: 16 crops of 224 px
 SPIN_COUNTS = (300_000, 100_000, 10_000, 1_000, 0)  # the first is libgomp's own
 
