@@ -1,12 +1,13 @@
-"""Measure embedding and kNN against the plain way.
+"""Measure embedding, kNN and the linear probe against the plain way.
 
     python scripts/benchmarks/features.py --folder bench [--only network files protocols] [--rounds 7]
 
   network    a batch of uint8 images in memory to CLS features. `plain` is plain.py's ViT with the same weights, eager
              and with PyTorch's own settings; `exact` is --fp32-matmul exact
   files      image files to features.h5; `plain` is a loader with one worker, Pillow and torchvision's transforms
-  protocols  kNN (k = 1 and 20) of 40,000 x 384 features, 10,000 to test, ten classes; `plain` is scikit-learn's
-             KNeighborsClassifier for each k
+  protocols  kNN (k = 1 and 20) and the linear probe of 40,000 x 384 features, 10,000 to test, ten classes. `plain` is
+             scikit-learn: a KNeighborsClassifier for each k, and LogisticRegression with its defaults, which stops
+             early, or with a tolerance that reaches the optimum
 
 Each way to embed has a process of its own. Weights are random with layer scale 1 unless --weights is given.
 """
@@ -14,7 +15,7 @@ Each way to embed has a process of its own. Weights are random with layer scale 
 import argparse
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from harness import Part, Worker, make_parser, ratio, run_parts, seconds_of, table, take_turns, time_workers
 from PIL import Image
 from plain import embed
+from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -39,6 +41,7 @@ from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_images
 from dinov2.eval import knn
 from dinov2.eval.features.encoders import DinoEncoder
 from dinov2.eval.features.extract import Embedder, embed_images
+from dinov2.eval.linear import fit_linear_probe
 from dinov2.eval.protocol import EvaluationData
 from dinov2.hub.backbones import load_backbone
 from dinov2.models import architecture, vision_transformer
@@ -82,8 +85,10 @@ class Way:
         if self.is_ours:
             cells = LabelledCells(list(self.paths), np.zeros(len(self.paths), dtype=np.int64), ["cell"])
             return self.embedder.features_of(cells, self.file, overwrite=True)
-        loader = DataLoader(Images(self.paths, self.size), self.batch, num_workers=1)
-        return [self.embed_plainly(images.to(self.device)).cpu() for images in loader]
+        images = Images(self.paths, self.size)
+        # this process was spawned, and its own processes would be, too; upstream forks
+        loader = DataLoader(images, self.batch, num_workers=1, multiprocessing_context="fork")
+        return [self.embed_plainly(batch.to(self.device)).cpu() for batch in loader]
 
     @torch.no_grad()
     def embed_plainly(self, images: Tensor) -> Tensor:
@@ -173,7 +178,7 @@ def measure_embedding(
 
 
 def measure_protocols(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
-    """Measure kNN of features of overlapping classes whose deviations fall from 6 in a few directions to 0.02."""
+    """Measure protocols on features of overlapping classes whose deviations fall from 6 in a few directions to 0.02."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, N_CLASSES, args.n_cells)
     centres = 0.6 * rng.standard_normal((N_CLASSES, DIM))
@@ -181,20 +186,32 @@ def measure_protocols(args: argparse.Namespace) -> tuple[dict[str, Any], dict[st
     features = (scattered @ np.linalg.qr(rng.standard_normal((DIM, DIM)))[0]).astype(np.float32)
     test, train = np.split(np.arange(args.n_cells), [args.n_cells // 5])
     data = EvaluationData({"cls": features}, labels, list(map(str, range(N_CLASSES))), [(train, test)])
-    predictions: dict[str, Any] = {}
+    known, tested = (features[train], labels[train]), features[test]
 
-    def ours() -> None:
+    def our_knn() -> np.ndarray:
         rows = knn.evaluate(data, knn.KnnOptions(k=KS))
-        predictions["ours"] = [rows[f"knn_{k}"].predictions[test] for k in KS]
+        return np.stack([rows[f"knn_{k}"].predictions[test] for k in KS])
 
-    def plain() -> None:
-        models = [KNeighborsClassifier(k).fit(features[train], labels[train]) for k in KS]
-        predictions["plain"] = [model.predict(features[test]) for model in models]
+    def plain_knn() -> np.ndarray:
+        return np.stack([KNeighborsClassifier(k).fit(*known).predict(tested) for k in KS])
 
-    seconds = take_turns({"ours": partial(seconds_of, ours), "plain": partial(seconds_of, plain)}, args.rounds, "kNN")
-    equal = np.mean(np.array(predictions["ours"]) == np.array(predictions["plain"]))
-    row = ["kNN, k = 1 and 20", ratio(seconds["plain"], seconds["ours"]), f"{equal:.2%}"]
-    return seconds, {"Protocols": table(["what", "plain / ours, time", "equal predictions"], [row])}
+    def our_probe() -> np.ndarray:
+        return fit_linear_probe(*known, N_CLASSES).predict_proba(tested).argmax(axis=1)
+
+    def plain_probe(**limits: Any) -> np.ndarray:
+        return LogisticRegression(C=DIM * N_CLASSES / 100, **limits).fit(*known).predict(tested)
+
+    pairs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "kNN, k = 1 and 20": (our_knn, plain_knn),
+        "linear probe, scikit-learn's defaults": (our_probe, partial(plain_probe, max_iter=1000)),
+        "linear probe, both to the optimum": (our_probe, partial(plain_probe, max_iter=100_000, tol=1e-7)),
+    }
+    numbers, rows = {}, []
+    for name, (ours, plain) in pairs.items():
+        ways = {"ours": partial(seconds_of, ours), "plain": partial(seconds_of, plain)}
+        seconds = numbers[name] = take_turns(ways, args.rounds, name)
+        rows.append([name, ratio(seconds["plain"], seconds["ours"]), f"{np.mean(ours() == plain()):.2%}"])
+    return numbers, {"Protocols": table(["what", "plain / ours, time", "equal predictions"], rows)}
 
 
 PARTS: dict[str, Part] = {"network": measure_network, "files": measure_files, "protocols": measure_protocols}

@@ -1,7 +1,5 @@
 """The benchmark of embedding: its plain network is ours, and each part writes its table."""
 
-import json
-
 import pytest
 import torch
 
@@ -35,5 +33,6 @@ def test_each_part_has_a_table(script, tmp_path, rows_of, write_images):
         assert min(rates) > 0
         assert differences[0] < 1e-4
         assert 0.999 < cosines[1] <= 1
-    assert json.loads((tmp_path / "protocols.json").read_text()).keys() == {"ours", "plain"}
-    assert rows_of(tmp_path / "protocols.md")[1][2] == "100.00%"
+    _, knn, _, linear = rows_of(tmp_path / "protocols.md")
+    assert knn[2] == "100.00%"
+    assert float(linear[2].strip("%")) > 95
