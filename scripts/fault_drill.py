@@ -15,7 +15,6 @@ Exit code 0: all checks held. report.json in the folder has every check.
 """
 
 import argparse
-import errno
 import json
 import math
 import os
@@ -70,7 +69,11 @@ UNWRITTEN = re.compile(r"checkpoint after iteration (\d+) could not be written \
 STOPPED = re.compile(r"stopped after iteration (\d+), as asked")
 DAMAGED = re.compile(r"checkpoint \S*iteration_(\d+) is damaged \((.*?)\); trying the one before")
 HANGS = re.compile(r"training hangs: rank (\d+) \(host .*?, pid (\d+)\)")
-FILES_WHILE_WRITING = ("", "__*.distcp", ".metadata", "run.json", "checksums_all.json")  # in the order they appear
+UNFINISHED = "checkpoints/.iteration_*.tmp"
+FILES = {  # that appear in this order
+    "checkpoint": [UNFINISHED, *(f"{UNFINISHED}/{name}" for name in ("__*.distcp", ".metadata", "run.json", "check*"))],
+    "evaluation": ["eval/training_*/*.tmp", "eval/training_*/teacher_checkpoint.pth"],
+}
 
 
 class Failed(Exception):
@@ -89,8 +92,10 @@ def is_alive(pid: int) -> bool:
 
 
 def children_of(pid: int) -> list[int]:
-    with suppress(OSError):
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    with suppress(OSError):  # it has ended
+        return [
+            int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()
+        ]
     return []
 
 
@@ -185,8 +190,7 @@ class Checkpoints:
     """The checkpoints of a run, read from outside."""
 
     def __init__(self, run_folder: Path) -> None:
-        self.folder = run_folder / "checkpoints"
-        self._checkpointer = Checkpointer(self.folder, KEEP)
+        self.run_folder, self._checkpointer = run_folder, Checkpointer(run_folder / "checkpoints", KEEP)
 
     def iterations(self) -> list[int]:
         """Return the iterations of the complete checkpoints, ascending."""
@@ -206,7 +210,7 @@ class Checkpoints:
 
     def being_written(self, since_ns: int = 0) -> list[Path]:
         """Return the hidden folders of unfinished checkpoints that changed after `since_ns`."""
-        return [path for path in self.folder.glob(".iteration_*.tmp") if changed_after(path, since_ns)]
+        return [path for path in self.run_folder.glob(UNFINISHED) if changed_after(path, since_ns)]
 
 
 def iteration_of(checkpoint: Path) -> int:
@@ -224,14 +228,13 @@ def read_metrics(run_folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run_folder / "training_metrics.json").read_text().splitlines()]
 
 
-def read_teacher(run_folder: Path, iteration: int) -> dict[str, torch.Tensor]:
-    path = run_folder / "eval" / f"training_{iteration}" / "teacher_checkpoint.pth"
-    return torch.load(path, map_location="cpu", weights_only=True)["teacher"]
-
-
-def losses_of(rows: Sequence[Mapping[str, float]], with_norms: bool) -> dict[str, torch.Tensor]:
+def numbers_of(run_folder: Path, with_norms: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return the losses of all iterations, and the teacher's weights after the last."""
+    rows = read_metrics(run_folder)
     names = [name for name in rows[0] if name.endswith("_loss") or (with_norms and name.startswith("grad_norm"))]
-    return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in names}
+    losses = {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in names}
+    teacher = run_folder / "eval" / f"training_{len(rows)}" / "teacher_checkpoint.pth"
+    return losses, torch.load(teacher, map_location="cpu", weights_only=True)["teacher"]
 
 
 def largest_difference(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> float:
@@ -320,23 +323,21 @@ class Drill:
         name, code = run.folder.name, run.code()
         if not self.check(letter, f"{name}: ended with code 0", code == 0, "" if code == 0 else run.last_lines()):
             return
-        rows, expected = read_metrics(run.folder), read_metrics(reference)
-        logged, due = [row["iteration"] for row in rows], [row["iteration"] for row in expected]
+        logged, due = ([row["iteration"] for row in read_metrics(folder)] for folder in (run.folder, reference))
         if not self.check(letter, f"{name}: each iteration is logged once", logged == due, len(logged)):
             return
-        weight_tolerance, loss_tolerance = (0.0, 0.0) if same_number else (WEIGHT_TOLERANCE, LOSS_TOLERANCE)
-        losses = largest_difference(losses_of(rows, same_number), losses_of(expected, same_number))
-        weights = largest_difference(read_teacher(run.folder, len(due)), read_teacher(reference, len(due)))
-        is_equal = losses <= loss_tolerance and weights <= weight_tolerance
+        pairs = zip(numbers_of(run.folder, same_number), numbers_of(reference, same_number), strict=True)
+        losses, weights = (largest_difference(ours, theirs) for ours, theirs in pairs)
+        is_equal = losses == weights == 0 if same_number else losses <= LOSS_TOLERANCE and weights <= WEIGHT_TOLERANCE
         detail = f"losses differ by {losses:.1g}, weights by {weights:.1g}"
         self.check(letter, f"{name}: losses and weights equal those of the undisturbed run", is_equal, detail)
         unfinished = [path.name for path in run.folder.rglob(".*.tmp")]
         self.check(letter, f"{name}: no unfinished file is left", not unfinished, ", ".join(unfinished))
 
-    def check_resumed(self, letter: str, run: Run, iteration: int | None, since: int = 0) -> None:
+    def check_resumed(self, letter: str, run: Run, iterations: list[int], since: int = 0) -> None:
+        """Check that a run continued from the only one of `iterations`, or from the start if there is none."""
         resumed = [int(match[1]) for match in run.find(RESUMED, since)]
-        wanted = [] if iteration is None else [iteration]
-        self.check(letter, f"{run.folder.name}: continued from checkpoint {iteration}", resumed == wanted, resumed)
+        self.check(letter, f"{run.folder.name}: continued from checkpoint {iterations}", resumed == iterations, resumed)
 
     def copy(self, run: Run, name: str) -> None:
         shutil.copytree(run.folder, self.folder / "runs" / name)
@@ -358,7 +359,7 @@ class RankKiller:
         self.reference = drill.reference(drill.processes, self.iterations)
         self.n_unfinished = 0  # checkpoints that a kill hit while they were written
         self.since_line, self.since_ns = 0, 0  # of the ranks that run now
-        self.newest: int | None = None  # the checkpoint they must continue from
+        self.newest: list[int] = []  # the checkpoint they must continue from, if there is one
         self.has_restarted = False
         self.run = self.start("killed", drill.processes)
 
@@ -401,21 +402,11 @@ class RankKiller:
         if kind == "step":
             time.sleep(0.1 * fraction)
             return "a step"
-        if kind == "evaluation":
-            pattern = "*.tmp" if fraction < 0.5 else "teacher_checkpoint.pth"
-            files = f"eval/training_*/{pattern}"
-            run.until(lambda: any(changed_after(path, now) for path in run.folder.glob(files)), files, pause=0.0005)
-            return f"evaluation, {pattern}"
-        checkpoints = Checkpoints(run.folder)
+        files = FILES[kind]
         # if no kill has hit a checkpoint yet, the machine is busy: kill as soon as the next one begins
-        stage = int(fraction * len(FILES_WHILE_WRITING)) if self.n_unfinished or not number else 0
-        pattern = FILES_WHILE_WRITING[stage]
-
-        def is_at_stage() -> bool:
-            return any(not pattern or next(path.glob(pattern), None) for path in checkpoints.being_written(now))
-
-        run.until(is_at_stage, f"{pattern or 'the folder'} of a checkpoint", pause=0.0003)
-        return f"checkpoint, {pattern or 'empty folder'}"
+        pattern = files[0 if is_behind and number and not self.n_unfinished else int(fraction * len(files))]
+        run.until(lambda: any(changed_after(path, now) for path in run.folder.glob(pattern)), pattern, pause=0.0003)
+        return pattern
 
     def kill(self, number: int, where: str, *, everything: bool) -> None:
         run, checkpoints = self.run, Checkpoints(self.run.folder)
@@ -434,7 +425,7 @@ class RankKiller:
         detail = f"{before} before, {after} after, {damaged} damaged" + "".join(f", torn {n}" for n in unfinished[:1])
         what = f"kill {number + 1}/{self.kills}: {victim} at iteration {run.iteration}, {where}: checkpoints are whole"
         self.drill.check("a", what, is_kept, detail)
-        self.newest, self.has_restarted, self.since_ns = after[-1] if after else None, True, time.time_ns()
+        self.newest, self.has_restarted, self.since_ns = after[-1:], True, time.time_ns()
         self.since_line = len(run.lines)
         if everything:
             self.run, self.since_line = self.start("killed", run.processes), 0
@@ -442,15 +433,9 @@ class RankKiller:
 
 def fill(ballast: Path) -> bool:
     """Write a file until the disk has no room left."""
-    size = 1 << 20
-    with open(ballast, "ab", buffering=0) as file:
-        while size:
-            try:
-                file.write(bytes(size))
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                size //= 16
+    with open(ballast, "ab", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(1 << 20)):
+            pass
     return True
 
 
@@ -526,7 +511,7 @@ def fill_disk(drill: Drill) -> None:
             drill.check("b", "started on a full disk: fails and says why", code != 0 and bool(messages), f"code {code}")
             drill.check("b", "the last good checkpoint is still whole", checkpoints.are_whole())
         ballast.unlink()
-        newest, run = checkpoints.iterations()[-1], start()
+        newest, run = checkpoints.iterations()[-1:], start()
         drill.check_end("b", run, reference)
         drill.check_resumed("b", run, newest)
 
@@ -559,13 +544,13 @@ def damage_checkpoints(drill: Drill) -> None:
         iterations = checkpoints.iterations()
         good, bad = iterations[-len(case) - 1], iterations[-len(case) :][::-1]
         for iteration, damage in zip(bad, case, strict=True):
-            damage(checkpoints.folder / f"iteration_{iteration:07d}")
+            damage(checkpoints.run_folder / "checkpoints" / f"iteration_{iteration:07d}")
         run = drill.start(name, processes)
         run.until_iteration(good + 1)
         messages = run.find(DAMAGED)
         is_named = [int(match[1]) for match in messages] == bad
         drill.check("c", f"{name}: names {bad} and the damage", is_named, "; ".join(match[2] for match in messages))
-        drill.check_resumed("c", run, good)
+        drill.check_resumed("c", run, [good])
         drill.check_end("c", run, reference)
 
 
@@ -612,7 +597,7 @@ def stop_a_rank(drill: Drill) -> None:
     is_right = (int(message[1]), int(message[2])) == (rank, ranks[rank])
     drill.check("e", "the others name the rank that stands still", is_right, message[0])
     run.until(lambda: not any(map(is_alive, ranks.values())), "torchrun ended all ranks", pause=0.02)
-    newest, since = Checkpoints(run.folder).iterations()[-1], len(run.lines)
+    newest, since = Checkpoints(run.folder).iterations()[-1:], len(run.lines)
     drill.check_end("e", run, reference)
     drill.check_resumed("e", run, newest, since)
 
