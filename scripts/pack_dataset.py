@@ -42,7 +42,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.verify:
             code = _verify(cache, signals)
         elif args.dry_run:
-            code = _dry_run(cache, signals)
+            plan = cache.plan(lambda: signals.received is not None)
+            if signals.received is None:
+                print(plan)
+            else:
+                code = REQUEUE_EXIT_CODE
         else:
             summary = cache.build(args.workers, should_stop=lambda: signals.received is not None)
             code = 0 if summary.is_complete else REQUEUE_EXIT_CODE
@@ -59,25 +63,13 @@ def _open(args: argparse.Namespace) -> PackedCache:
     dataset = make_dataset(args.dataset, **given)
     if dataset.cache is None:
         raise ValueError("--cache: missing; give the folder for the cache, on a fast disk")
-    stated = {
-        "cache": str(dataset.cache.folder.parent),
-        "image_size": dataset.image_size,
-        "fit": dataset.fit,
-    }
+    stated = {"cache": str(dataset.cache.folder.parent), "image_size": dataset.image_size, "fit": dataset.fit}
     for name, value in given.items():
         value = os.path.abspath(value) if name == "cache" else value
         if value != stated[name]:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} {value}: {args.dataset!r} says {stated[name]}; leave one of the two out")
     return dataset.cache
-
-
-def _dry_run(cache: PackedCache, signals: StopSignals) -> int:
-    plan = cache.plan(lambda: signals.received is not None)
-    if signals.received is not None:
-        return REQUEUE_EXIT_CODE
-    print(plan)
-    return 0
 
 
 def _verify(cache: PackedCache, signals: StopSignals) -> int:

@@ -13,7 +13,6 @@ Each way to embed has a process of its own. Weights are random with layer scale 
 """
 
 import argparse
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,7 +25,18 @@ import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from harness import Part, Worker, make_parser, ratio, run_parts, seconds_of, table, take_turns, time_workers
+from harness import (
+    Part,
+    Worker,
+    choose_images,
+    make_parser,
+    ratio,
+    run_parts,
+    seconds_of,
+    table,
+    take_turns,
+    time_workers,
+)
 from PIL import Image
 from plain import embed
 from sklearn.linear_model import LogisticRegression
@@ -35,8 +45,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as tv
 
-from dinov2.data.datasets import LabelledCells, find_images
-from dinov2.data.sample_cells import write_sample_cells
+from dinov2.data.datasets import LabelledCells
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_images
 from dinov2.eval import knn
 from dinov2.eval.features.encoders import DinoEncoder
@@ -143,11 +152,7 @@ def measure_network(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str,
 
 
 def measure_files(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
-    images = args.images or args.folder / f"cells_{args.n_images}"
-    if args.images is None:
-        write_sample_cells(images, args.n_images, 10, 10, 2, seed=0, size=360, n_workers=os.cpu_count() or 1)
-    paths = find_images(images)[: args.n_images]
-    return measure_embedding(args, paths, len(paths))
+    return measure_embedding(args, choose_images(args, args.n_images), args.n_images)
 
 
 def measure_embedding(

@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 
+from dinov2.data.datasets import find_images
+from dinov2.data.sample_cells import write_sample_cells
+
 _MADE: list[Any] = []  # in a worker: its object
 
 
@@ -106,6 +109,21 @@ def run_parts(args: argparse.Namespace, parts: Mapping[str, Part], *packages: st
         (args.folder / f"{part}.md").write_text(text, encoding="utf-8")
         (args.folder / f"{part}.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
         print(text)
+
+
+def choose_images(args: argparse.Namespace, n: int) -> list[Path]:
+    """Return `n` files of the folder args.images, or drawn cells.
+
+    Raises:
+        SystemExit: if the folder has fewer images.
+    """
+    folder = args.images or args.folder / f"cells_{n}"
+    if args.images is None:
+        write_sample_cells(folder, n, 10, 10, 2, seed=0, size=360, n_workers=os.cpu_count() or 1)
+    paths = find_images(folder)
+    if len(paths) < n:
+        raise SystemExit(f"--images: {folder} has {len(paths)} images; {n} are needed")
+    return paths[:: len(paths) // n][:n]
 
 
 def machine(*packages: str) -> str:

@@ -61,9 +61,6 @@ ROWS_OF_TOKENS = 4112  # tokens at a time: 16 crops of 224 px
 SPIN_COUNTS = (300_000, 100_000, 10_000, 1_000, 0)  # the first is libgomp's own
 
 
-# --- one step --------------------------------------------------------------------------------------------------------
-
-
 def load_recipe(device: torch.device, precision: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Return custom.yaml from random weights, with all networks in one `param_dtype`, changed by `overrides`."""
     settings = [
@@ -173,9 +170,6 @@ class Way:
         parameters = [parameter for _, parameter in sorted(self.model.student.named_parameters())]
         gradients = [parameter.grad.flatten().double().cpu() for parameter in parameters if parameter.grad is not None]
         return {name: value.item() for name, value in losses.items()}, torch.cat(gradients)
-
-
-# --- parts -----------------------------------------------------------------------------------------------------------
 
 
 def measure_speed(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:

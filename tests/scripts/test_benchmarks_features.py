@@ -22,9 +22,22 @@ def test_the_plain_network_computes_what_ours_does(settings, script, formulas):
 
 def test_each_part_has_a_table(script, tmp_path, rows_of, write_images):
     write_images({tmp_path / "images" / f"{number}.png": number for number in range(4)})
-    flags = ["--archs", "Ti", "--batch", "2", "--image-size", "28", "--rounds", "1", "--n-cells", "300"]
+    flags = [
+        "--archs",
+        "Ti",
+        "--batch",
+        "2",
+        "--image-size",
+        "28",
+        "--rounds",
+        "1",
+        "--n-cells",
+        "300",
+        "--n-images",
+        "4",
+    ]
     ways = ["ours fp32", "plain fp32"]
-    flags += ["--images", str(tmp_path / "images"), "--device", "cpu", "--ways", *ways]
+    flags += ["--images", str(tmp_path / "images"), "--n-images", "4", "--device", "cpu", "--ways", *ways]
     script("features").main(["--folder", str(tmp_path), *flags])
     for part in ("network", "files"):
         header, *rows = rows_of(tmp_path / f"{part}.md")

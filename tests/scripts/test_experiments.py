@@ -60,10 +60,21 @@ def test_patients_have_planted_cells_or_none(script):
     patients = real_cells.make_patients(cells)
     assert patients["Image Path"].is_unique
     assert patients["patient"].value_counts().eq(20).all()
-    classes = cells.set_index("Image Path")["Label"]
-    planted = patients["Image Path"].map(classes).eq("erythroblast").groupby(patients["Label"]).sum()
-    assert planted["without"] == 0
-    assert 2 * 30 <= planted["with"] <= 4 * 30
+    planted = patients["Image Path"].map(cells.set_index("Image Path")["Label"]).eq("erythroblast")
+    assert planted.tolist() == patients["cell"].eq("erythroblast").tolist()
+    per_patient = planted.groupby([patients["Label"], patients["patient"]]).sum()
+    assert per_patient["without"].eq(0).all()
+    assert per_patient["with"].between(2, 4).all()
+
+
+def test_attention_on_planted_cells_counts_the_patients_that_have_them(script, tmp_path, capsys):
+    cells = ["erythroblast", "other", "other", "other"]
+    patients = pd.DataFrame({"Image Path": list("abcd"), "patient": ["1", "1", "2", "2"], "cell": cells})
+    patients.to_csv(tmp_path / "patients.csv", index=False)
+    attention = pd.DataFrame({"source": list("abcd"), "patient": list("1122"), "attention": [0.9, 0.1, 0.5, 0.5]})
+    attention.to_csv(tmp_path / "attention.csv", index=False)
+    script("real_cells").main(["--output-dir", str(tmp_path), "--attention", str(tmp_path / "attention.csv")])
+    assert capsys.readouterr().out == "planted cells get 90% of the attention; they are 50% of the cells\n"
 
 
 def test_ssl_cells_are_those_that_are_there(script, tmp_path, write_images):
@@ -71,27 +82,7 @@ def test_ssl_cells_are_those_that_are_there(script, tmp_path, write_images):
     write_images({repository / "Dataset 1" / "001.bmp": 1, repository / "Dataset 1" / "003.bmp": 3})
     labels = "image ID,class label\n1,1\n2,2\n3,5\n"
     (repository / "Class Labels of Dataset 1.csv").write_text(labels, encoding="utf-8-sig")
-    script("real_cells").write_ssl_cells(repository, tmp_path / "out" / "ssl.csv")
-    cells = pd.read_csv(tmp_path / "out" / "ssl.csv")
+    script("real_cells").main(["--ssl", str(repository), "--output-dir", str(tmp_path / "out")])
+    cells = pd.read_csv(tmp_path / "out" / "ssl_seg.csv")
     assert cells["Label"].tolist() == ["neutrophil", "basophil"]
     assert [path.rsplit("/", 1)[1] for path in cells["Image Path"]] == ["001.bmp", "003.bmp"]
-
-
-@pytest.mark.slow
-def test_all_protocols_on_real_cells(script, tmp_path, rows_of, write_images, monkeypatch):
-    learn, real_cells = script("learn"), script("real_cells")
-    monkeypatch.setattr(real_cells, "N_PATIENTS", 10)
-    stages = {"BA": "basophil", "MO": "monocyte", "ERB": "erythroblast"}
-    names = [(kind, f"{stage}_{number}.png") for stage, kind in stages.items() for number in range(110)]
-    write_images({tmp_path / "PBC" / kind / name: content for content, (kind, name) in enumerate(names)})
-    flags = ["--pbc", str(tmp_path / "PBC"), "--seeds", "0", "--output-dir", str(tmp_path / "runs")]
-    learn.main([*flags, *TINY])
-    repository = tmp_path / "segmentation_WBC"
-    write_images({repository / "Dataset 1" / f"{number:03d}.bmp": 1000 + number for number in range(1, 41)})
-    rows = "".join(f"{number},{1 + number % 2}\n" for number in range(1, 41))
-    (repository / "Class Labels of Dataset 1.csv").write_text(f"image ID,class label\n{rows}")
-    split = ["--split", str(tmp_path / "runs"), "--run", str(tmp_path / "runs" / "from_scratch" / "seed0")]
-    real_cells.main([*split, "--ssl", str(repository), "--output-dir", str(tmp_path / "out")])
-    rows = rows_of(tmp_path / "out" / "results.md")
-    assert sum(row[:2] == ["model", "linear-sgd"] for row in rows) == 2
-    assert [row[0] for row in rows[-4:]] == ["classwise", "gated", "mean", "max"]
