@@ -324,11 +324,6 @@ def test_the_walk_names_each_file_once():
     assert all((ROOT / file).is_file() for file in files)
 
 
-def example(name: str) -> str:
-    (code,) = [block for block in blocks(ROOT / "docs" / "extending.md", "python") if block.startswith(f"# {name}\n")]
-    return code
-
-
 def test_the_example_of_a_loss_trains(tmp_path):
     """A copy of the package with the page's three edits, and nothing else, trains with the new loss."""
     page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -370,7 +365,15 @@ def test_the_example_of_a_loss_trains(tmp_path):
     assert names["ViewDistanceLoss"]()(apart).item() == pytest.approx(2.0)
 
 
-def test_the_example_of_a_protocol_judges(tmp_path, capsys):
+def test_the_example_of_a_protocol_runs_as_one_of_all_and_alone(tmp_path):
+    """A copy of the package with the page's file and its lines in evaluate.py, and nothing else."""
+    code, on_top, line = blocks(ROOT / "docs" / "extending.md", "python")[-3:]
+    name = re.match("# (.*)", code)[1]
+    shutil.copytree(ROOT / "dinov2", tmp_path / "dinov2", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / name).write_text(code)
+    command = tmp_path / "dinov2/eval/evaluate.py"
+    text = command.read_text().replace("from dinov2.eval import", f"{on_top}from dinov2.eval import", 1)
+    command.write_text(text.replace("PROTOCOLS = {\n", f"PROTOCOLS = {{\n{line}", 1))
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 1, 2], 10)
     stored = Features(
@@ -380,17 +383,24 @@ def test_the_example_of_a_protocol_judges(tmp_path, capsys):
         [f"/cells/{n}.png" for n in range(30)],
     )
     write_features(tmp_path / "features.h5", stored)
-    names: dict = {"__name__": "example"}
-    exec(compile(example("nearest_mean.py"), "nearest_mean.py", "exec"), names)
-    names["main"](["--features", str(tmp_path / "features.h5"), "--output-dir", str(tmp_path / "results")])
-    results = json.loads((tmp_path / "results" / "results.json").read_text())
-    found = results["results"]["model"]["nearest-mean_euclidean"]
+
+    def run(*command):
+        subprocess.run(
+            [sys.executable, *command, "--features", "features.h5", "--output-dir", "results", "--few-shot", "2"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            check=True,
+            timeout=300,
+        )
+        return json.loads((tmp_path / "results" / "results.json").read_text())["results"]
+
     reference = NearestCentroid()
-    folds = make_folds(labels, None, 5, 0)
     right = sum(
         (reference.fit(stored.features[train], labels[train]).predict(stored.features[test]) == labels[test]).sum()
-        for train, test in folds
+        for train, test in make_folds(labels, None, 5, 0)
     )
-    assert found["accuracy"] == pytest.approx(right / 30)
-    assert found["accuracy"] > 0.9
-    assert "Nearest class mean" in capsys.readouterr().out
+    among_all = run("dinov2/eval/evaluate.py", "--protocols", "nearest-mean", "knn")
+    assert list(among_all) == ["nearest-mean", "knn_1", "knn_20"]
+    assert among_all["nearest-mean"]["model"]["accuracy"] == pytest.approx(right / 30)
+    assert right > 27
+    assert run(name)["model"]["nearest-mean_euclidean"] == among_all["nearest-mean"]["model"]

@@ -1,68 +1,76 @@
-"""How well a method does with a few cells a class: drawn again and again, so that luck shows as spread.
+"""Few-shot protocol: another protocol, trained on a few cells of each class, drawn repeatedly so that the spread shows.
 
 Letters: N cells, C classes
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from dinov2.data.splits import Fold, few_shot_draws
+from dinov2.data.splits import few_shot_draws
 from dinov2.eval.metrics import classification_metrics
+from dinov2.eval.protocol import EvaluationData, Protocol
 
-# training features [n, D], their labels [n], features to classify [m, D] -> labels [m]
-Predict: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+logger = logging.getLogger("dinov2")
 
 REPORTED = ("accuracy", "balanced_accuracy", "weighted_f1", "macro_f1")
 
 
-def evaluate_few_shot(
-    features: np.ndarray,
-    labels: np.ndarray,
-    class_names: Sequence[str],
-    folds: Sequence[Fold],
-    predict: Predict,
-    numbers: Sequence[int] = (1, 5, 10, 20),
-    n_repeats: int = 10,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Learn from n cells a class of each fold's training side, and classify its whole test side.
+@dataclass(frozen=True)
+class FewShotOptions:
+    """Which protocol is trained on how many cells.
 
-    Args:
-        features: [N, D].
-        labels: int64 [N], 0 to C - 1.
-        class_names: C names.
-        folds: training and test positions each.
-        predict: the method, such as `partial(knn_predict, k=1, n_classes=C)`.
-        numbers: of cells a class; a class with fewer gives all it has.
-        n_repeats: draws for each fold and number.
-        seed: of the draws (`few_shot_draws`).
+    Attributes:
+        protocol: the protocol, with its options.
+        numbers: of cells per class; a class with fewer gives all it has.
+        repeats: draws for each fold and number.
+    """
+
+    protocol: Protocol
+    numbers: Sequence[int] = (1, 5, 10, 20)
+    repeats: int = 10
+
+
+def evaluate(data: EvaluationData, options: FewShotOptions) -> dict[str, dict[str, Any]]:
+    """Train on n cells of each class of each fold's training side, and test on its whole test side.
 
     Returns:
-        {n: {"n_draws", and for each metric {"mean", "sd"} over draws and folds}}; sd (with n - 1) is None for one draw.
+        {row of the protocol: {n: {"n_draws", and for each metric {"mean", "sd"} over draws and folds}}}; sd (with
+        n - 1) is None for one draw. Numbers with too few cells for the protocol are left out.
 
     Raises:
-        ValueError: if n is below 1 or more than even the largest class has, or as `predict`.
+        ValueError: if n is below 1 or above the size of the largest class, or as the protocol.
     """
-    results: dict[str, Any] = {}
-    for number in numbers:
-        found = []
-        for train, test in folds:
-            for draw in few_shot_draws(labels[train], number, n_repeats, seed):
-                shown = train[draw]
-                predictions = predict(features[shown], labels[shown], features[test])
-                metrics = classification_metrics(labels[test], predictions, class_names)
-                found.append([metrics[name] for name in REPORTED])
-        values = np.array(found)  # [draws, metrics]
-        spread = values.std(axis=0, ddof=1).tolist() if len(values) > 1 else [None] * len(REPORTED)
-        results[str(number)] = {"n_draws": len(values)} | {
-            name: {"mean": mean, "sd": sd}
-            for name, mean, sd in zip(REPORTED, values.mean(axis=0).tolist(), spread, strict=True)
-        }
-    return results
+    protocol, results = options.protocol, defaultdict[str, dict[str, Any]](dict)
+    for number in sorted(set(options.numbers)):
+        n_train = min(size_of_draw(data.labels[train], number) for train, _ in data.folds)
+        protocol_options = protocol.options if protocol.few_shot_options is None else protocol.few_shot_options(n_train)
+        if protocol_options is None:
+            logger.info("few-shot, %d per class: %s is left out, %d cells are too few", number, protocol.name, n_train)
+            continue
+        scores = defaultdict[str, list[list[float]]](list)
+        for train, test in data.folds:
+            for draw in few_shot_draws(data.labels[train], number, options.repeats, data.seed):
+                predicted = protocol.evaluate(replace(data, folds=[(train[draw], test)]), protocol_options)
+                for row, predictions in predicted.items():
+                    metrics = classification_metrics(data.labels[test], predictions.predictions[test], data.class_names)
+                    scores[row].append([metrics[name] for name in REPORTED])
+        for row, values in scores.items():
+            results[row][str(number)] = _mean_and_spread(np.array(values))
+    return dict(results)
 
 
 def size_of_draw(labels: np.ndarray, number: int) -> int:
-    """How many cells a draw of `number` a class has, given the labels int64 [N] to draw from."""
+    """Return how many cells a draw of `number` per class has, for the labels int64 [N] to draw from."""
     return int(np.minimum(np.bincount(labels), number).sum())
+
+
+def _mean_and_spread(scores: np.ndarray) -> dict[str, Any]:
+    """Summarize the metrics of all draws, [draws, metrics]."""
+    spread = scores.std(axis=0, ddof=1).tolist() if len(scores) > 1 else [None] * len(REPORTED)
+    means = zip(REPORTED, scores.mean(axis=0).tolist(), spread, strict=True)
+    return {"n_draws": len(scores)} | {name: {"mean": mean, "sd": sd} for name, mean, sd in means}

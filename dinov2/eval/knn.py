@@ -1,101 +1,98 @@
 """k-nearest-neighbour classification of cells.
 
-Protocol `dinobloom`: k = 1 and 20, Euclidean distance between features as they are, plain vote.
+Protocol `dinobloom`: k = 1 and 20, Euclidean distance between features as they are, each neighbour has one vote.
 
-Protocol `dino`: k = 10, 20, 100 and 200, cosine similarity, and each neighbour's vote weighs exp(similarity / T) with
-T = 0.07 (Wu et al. 2018, arXiv 1805.01978; Caron et al. 2021, arXiv 2104.14294).
+Protocol `dino`: k = 10, 20, 100 and 200, cosine similarity, and each neighbour's vote has the weight exp(similarity /
+T) with T = 0.07 (Wu et al. 2018, arXiv 1805.01978; Caron et al. 2021, arXiv 2104.14294).
 
-A test cell gets the class with the most votes among its k nearest training cells. Between classes with equally many
-votes (to a share of 1e-9 where votes are weighed) the one with the smaller id, the first in `class_names`, wins, as in
-scikit-learn's KNeighborsClassifier; between training cells at equal distance the earlier one counts. Probabilities are
-shares of the votes. Nothing is tuned: each k is reported.
+A test cell gets the class with the most votes among its k nearest training cells. Of classes with equal votes (to a
+share of 1e-9 where votes are weighted) the one with the smaller id, the first in `class_names`, wins, as in
+scikit-learn's KNeighborsClassifier; of training cells at equal distance the earlier one counts. Probabilities are
+shares of the votes. Nothing is tuned: each k is reported. Split, metrics and intervals: `protocol.py`, `runner.py`.
 
-Split. As the linear probe's (`judged_set`): the same folds for the same seed. Averages are those of
-`metrics.classification_metrics`, over all test cells together with bootstrap intervals, and over folds.
+Distances are computed in float64 with the mean of the training cells at 0, chunk by chunk, on any device. Distances
+that differ by rounding only count as equal, so chunk sizes and the order of test cells never change a result.
 
-Dimension key:  N training cells, M test cells, D embedding dim, C classes
+Dimension key:  N training cells, M test cells, D embedding dim, C classes, m and n cells of a chunk
 """
 
 import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias, get_args
 
 import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
 
 # isort: split
 import numpy as np
 import torch
+from torch import Tensor
 
-from dinov2.data.splits import Fold
-from dinov2.eval.extract_features import device_of, positive_int
-from dinov2.eval.judged_report import FewShotMethod, ReportStyle, few_shot_rows, format_report, write_results
-from dinov2.eval.judged_set import JudgedSet, add_judging_arguments, complete_arguments, load_judged_set
+from dinov2.eval.extract_features import positive_int
 from dinov2.eval.metrics import classification_metrics
-from dinov2.eval.neighbours import ArrayLike, nearest_neighbours
+from dinov2.eval.protocol import EvaluationData, Predictions, Protocol
 from dinov2.eval.results import FoldPredictions
-from dinov2.logging import setup_logging
+from dinov2.eval.runner import run_command
 from dinov2.utils.command import exit_code
 
 logger = logging.getLogger("dinov2")
 
-Protocol = Literal["dinobloom", "dino"]
-DEFAULT_KS: dict[Protocol, tuple[int, ...]] = {"dinobloom": (1, 20), "dino": (10, 20, 100, 200)}
+ArrayLike: TypeAlias = np.ndarray | Tensor
+ProtocolName = Literal["dinobloom", "dino"]
+DEFAULT_KS: dict[str, tuple[int, ...]] = {"dinobloom": (1, 20), "dino": (10, 20, 100, 200)}
 TEMPERATURE = 0.07  # T
 VOTE_TOLERANCE = 1e-9  # rounding of weights must not decide between classes
+# Distances closer to each other than this share of the squared lengths involved are equal: the rounding of a matrix
+# product depends on its shape, and must not decide between copies of one cell.
+TIE_TOLERANCE = 1e-11
+CHUNK = 2048  # training or test cells at a time: 32 MiB of distances
 
 
-def knn_predict(
-    train_features: ArrayLike,
-    train_labels: ArrayLike,
-    test_features: ArrayLike,
-    k: int,
-    n_classes: int,
-    chunk_size: int | None = None,
-    protocol: Protocol = "dinobloom",
-    temperature: float = TEMPERATURE,
-) -> np.ndarray:
-    """The class with the most votes among each test cell's k nearest training cells.
+@dataclass(frozen=True)
+class KnnOptions:
+    """Options of the protocol.
 
-    Args:
-        train_features: [N, D], array or tensor; distances are computed where the tensor is.
-        train_labels: int64 [N], 0 to C - 1.
-        test_features: [M, D].
-        k: number of neighbours.
-        n_classes: C.
-        chunk_size: test cells at a time; None for as many as is fast. The result does not depend on it.
-        protocol: "dinobloom" or "dino".
+    Attributes:
+        protocol: `dinobloom` (Euclidean distance, plain votes) or `dino` (cosine similarity, weighted votes).
+        k: numbers of neighbours; None for the protocol's, as far as there are enough training cells.
         temperature: T of `dino`.
 
-    Returns:
-        int64 [M].
+    Raises:
+        ValueError: for an unknown protocol or a temperature that is not above 0.
+    """
+
+    protocol: ProtocolName = "dinobloom"
+    k: Sequence[int] | None = None
+    temperature: float = TEMPERATURE
+
+    def __post_init__(self) -> None:
+        if self.protocol not in DEFAULT_KS:
+            raise ValueError(f"protocol: {self.protocol!r} is unknown; choose one of {', '.join(DEFAULT_KS)}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: {self.temperature}; choose one above 0")
+
+
+def evaluate(data: EvaluationData, options: KnnOptions) -> Predictions:
+    """Classify the test cells of each fold by its training cells; one row, knn_<k>, for each k.
 
     Raises:
-        ValueError: if k is not between 1 and N, shapes do not fit, a label is no position of a class, a feature is
-            infinite or NaN, the protocol is unknown or T is not above 0; with `dino` also if all features of a cell
-            are 0.
+        ValueError: as `usable_ks` and `vote_shares`.
     """
-    return _winners(
-        knn_probabilities(train_features, train_labels, test_features, k, n_classes, chunk_size, protocol, temperature)
-    )
-
-
-def knn_probabilities(
-    train_features: ArrayLike,
-    train_labels: ArrayLike,
-    test_features: ArrayLike,
-    k: int,
-    n_classes: int,
-    chunk_size: int | None = None,
-    protocol: Protocol = "dinobloom",
-    temperature: float = TEMPERATURE,
-) -> np.ndarray:
-    """Each class's share of the votes, float64 [M, C]; arguments and errors are those of `knn_predict`."""
-    return _vote_shares(
-        train_features, train_labels, test_features, (k,), n_classes, protocol, temperature, chunk_size
-    )[k]
+    features, n_classes = data.main_features, len(data.class_names)
+    ks = usable_ks(options, min(len(train) for train, _ in data.folds))
+    shares = {k: np.full((len(data.labels), n_classes), np.nan) for k in ks}
+    predictions = {k: np.full(len(data.labels), -1, dtype=np.int64) for k in ks}
+    for train, test in data.folds:
+        train_features, test_features = (torch.as_tensor(features[side], device=data.device) for side in (train, test))
+        shares_of_fold = vote_shares(
+            train_features, data.labels[train], test_features, n_classes, replace(options, k=ks)
+        )
+        for k in ks:
+            shares[k][test], predictions[k][test] = shares_of_fold[k], _winners(shares_of_fold[k])
+    settings: list[dict[str, Any]] = [{} for _ in data.folds]
+    return {f"knn_{k}": FoldPredictions(list(data.folds), predictions[k], shares[k], settings) for k in ks}
 
 
 def evaluate_knn(
@@ -105,151 +102,221 @@ def evaluate_knn(
     test_labels: ArrayLike,
     class_names: Sequence[str],
     ks: Sequence[int] | None = None,
-    protocol: Protocol = "dinobloom",
-    temperature: float = TEMPERATURE,
 ) -> dict[str, dict[str, Any]]:
-    """The protocol on given features.
+    """Return {knn_<k>: classification_metrics} of protocol `dinobloom` for a training and a test set.
 
     Args:
-        train_features, train_labels, test_features: as for `knn_predict`.
+        train_features: [N, D], array or tensor; distances are computed on its device.
+        train_labels: int64 [N], positions in `class_names`.
+        test_features: [M, D].
         test_labels: int64 [M].
         class_names: C names.
-        ks: numbers of neighbours; None for `usable_ks`.
-        protocol, temperature: as for `knn_predict`.
-
-    Returns:
-        {"knn_<k>": classification_metrics} for each k.
+        ks: numbers of neighbours; None for the protocol's.
 
     Raises:
-        ValueError: as `knn_predict`.
+        ValueError: as `usable_ks` and `vote_shares`.
     """
-    ks = usable_ks(None, protocol, len(train_features)) if ks is None else ks
-    shares = _vote_shares(train_features, train_labels, test_features, ks, len(class_names), protocol, temperature)
+    options = KnnOptions(k=usable_ks(KnnOptions(k=ks), len(train_features)))
+    shares = vote_shares(train_features, train_labels, test_features, len(class_names), options)
     labels = torch.as_tensor(test_labels).cpu().numpy()
-    return {f"knn_{k}": classification_metrics(labels, _winners(shares[k]), class_names) for k in ks}
+    return {f"knn_{k}": classification_metrics(labels, _winners(of_k), class_names) for k, of_k in shares.items()}
 
 
-def evaluate_knn_folds(
-    features: np.ndarray,
-    labels: np.ndarray,
-    n_classes: int,
-    folds: Sequence[Fold],
-    ks: Sequence[int],
-    protocol: Protocol = "dinobloom",
-    temperature: float = TEMPERATURE,
-    device: str | torch.device = "cpu",
-) -> dict[int, FoldPredictions]:
-    """The protocol on folds of one set.
+def knn_predict(
+    train_features: ArrayLike, train_labels: ArrayLike, test_features: ArrayLike, k: int, n_classes: int
+) -> np.ndarray:
+    """Return the predicted classes int64 [M] of protocol `dinobloom`; arguments and errors as in `vote_shares`."""
+    return _winners(vote_shares(train_features, train_labels, test_features, n_classes, KnnOptions(k=[k]))[k])
+
+
+def usable_ks(options: KnnOptions, n_train: int) -> list[int]:
+    """Return the numbers of neighbours to report, ascending.
 
     Args:
-        features: [N, D] of all cells.
-        labels: int64 [N].
-        n_classes: C.
-        folds: training and test positions each.
-        ks: numbers of neighbours.
-        protocol, temperature: as for `knn_predict`.
-        device: where distances are computed.
-
-    Returns:
-        predictions and shares of the votes for each k.
+        options: with the numbers asked for, or None for the protocol's.
+        n_train: size of the smallest training side.
 
     Raises:
-        ValueError: as `knn_predict`.
+        ValueError: if a number asked for, or each of the protocol's, is larger than `n_train`.
     """
-    shares = {k: np.full((len(labels), n_classes), np.nan) for k in ks}
-    predictions = {k: np.full(len(labels), -1, dtype=np.int64) for k in ks}
-    for train, test in folds:
-        learned, judged = (torch.as_tensor(features[side], device=device) for side in (train, test))
-        of_fold = _vote_shares(learned, labels[train], judged, ks, n_classes, protocol, temperature)
-        for k in ks:
-            shares[k][test], predictions[k][test] = of_fold[k], _winners(of_fold[k])
-    return {k: FoldPredictions(list(folds), predictions[k], shares[k], [{} for _ in folds]) for k in ks}
-
-
-def usable_ks(asked: Sequence[int] | None, protocol: Protocol, n_train: int) -> list[int]:
-    """The numbers of neighbours to report, ascending: those asked for, or the protocol's as far as there are cells.
-
-    Args:
-        asked: numbers; None for the protocol's.
-        protocol: "dinobloom" or "dino".
-        n_train: of the smallest training side.
-
-    Raises:
-        ValueError: if one that was asked for, or each of the protocol's, is more than there are training cells, or for
-            an unknown protocol.
-    """
-    if asked is not None:
-        if max(asked) > n_train:
+    if options.k is not None:
+        if max(options.k) > n_train:
             raise ValueError(
-                f"k: {max(asked)} neighbours asked of {n_train} training cells; choose k between 1 and {n_train}"
+                f"k: {max(options.k)} neighbours asked of {n_train} training cells; choose k between 1 and {n_train}"
             )
-        return sorted(set(asked))
-    defaults = _known(DEFAULT_KS, protocol)
+        return sorted(set(options.k))
+    defaults = DEFAULT_KS[options.protocol]
     usable = [k for k in defaults if k <= n_train]
     left_out = ", ".join(str(k) for k in defaults if k > n_train)
     if not usable:
         raise ValueError(
-            f"k: protocol {protocol} asks for {left_out} neighbours of {n_train} training cells; choose k (--k) "
-            f"between 1 and {n_train}"
+            f"k: protocol {options.protocol} asks for {left_out} neighbours of {n_train} training cells; choose k "
+            f"(--k) between 1 and {n_train}"
         )
     if left_out:
         logger.warning("k = %s left out: there are %d training cells", left_out, n_train)
     return usable
 
 
-def _vote_shares(
-    train_features: ArrayLike,
-    train_labels: ArrayLike,
-    test_features: ArrayLike,
-    ks: Sequence[int],
-    n_classes: int,
-    protocol: Protocol,
-    temperature: float,
-    chunk_size: int | None = None,
+def vote_shares(
+    train_features: ArrayLike, train_labels: ArrayLike, test_features: ArrayLike, n_classes: int, options: KnnOptions
 ) -> dict[int, np.ndarray]:
-    """`knn_probabilities` for several k, from one search."""
-    _known(DEFAULT_KS, protocol)
-    if not temperature > 0:
-        raise ValueError(f"temperature: {temperature}; choose one above 0")
+    """Return each class's share of the votes, {k: float64 [M, C]}, from one search for all k of `options.k`.
+
+    Args:
+        train_features: [N, D], array or tensor; distances are computed on its device.
+        train_labels: int64 [N], 0 to C - 1.
+        test_features: [M, D].
+        n_classes: C.
+        options: with `k` given.
+
+    Raises:
+        ValueError: for labels that do not fit, and as `nearest_neighbours`.
+    """
     labels = torch.as_tensor(train_labels).cpu().numpy()
     if labels.shape != (len(train_features),):
         raise ValueError(f"{list(labels.shape)} labels for {len(train_features)} training cells: expected one each")
     if len(labels) and not 0 <= labels.min() <= labels.max() < n_classes:
         raise ValueError(f"labels: from {labels.min()} to {labels.max()}, but there are {n_classes} classes")
-    found = nearest_neighbours(train_features, test_features, max(ks), protocol == "dino", chunk_size)
-    # of features of length 1 the squared distance is 2 - 2 similarity; weights are relative to the nearest one's
-    surplus = (found.distances - found.distances[:, :1]) / 2
-    weights = np.exp(-surplus / temperature) if protocol == "dino" else np.ones_like(surplus)  # [M, max k]
-    votes = np.zeros((len(surplus), n_classes))
-    everyone, shares = np.arange(len(votes)), {}
-    for number, (voters, of_voters) in enumerate(zip(labels[found.positions].T, weights.T, strict=True), start=1):
-        votes[everyone, voters] += of_voters
-        if number in ks:
-            shares[number] = votes / votes.sum(axis=1, keepdims=True)
+    assert options.k is not None, "callers choose the numbers of neighbours"
+    is_cosine = options.protocol == "dino"
+    neighbours = nearest_neighbours(train_features, test_features, max(options.k), is_cosine)
+    # the squared distance of features of length 1 is 2 - 2 similarity; weights are relative to the nearest cell's
+    farther = (neighbours.distances - neighbours.distances[:, :1]) / 2
+    weights = np.exp(-farther / options.temperature) if is_cosine else np.ones_like(farther)  # [M, max k]
+    votes, rows, shares = np.zeros((len(farther), n_classes)), np.arange(len(farther)), {}
+    for k, (classes, weights_of_kth) in enumerate(zip(labels[neighbours.positions].T, weights.T, strict=True), start=1):
+        votes[rows, classes] += weights_of_kth
+        if k in options.k:
+            shares[k] = votes / votes.sum(axis=1, keepdims=True)
     return shares
 
 
 def _winners(shares: np.ndarray) -> np.ndarray:
-    """The first class that no other surpasses: int64 [M] of shares [M, C]."""
+    """Return the first class with the largest share: int64 [M] of shares [M, C]."""
     return (shares >= shares.max(axis=1, keepdims=True) * (1 - VOTE_TOLERANCE)).argmax(axis=1)
 
 
-def _known(of_protocols: dict[Protocol, tuple[int, ...]], protocol: Protocol) -> tuple[int, ...]:
-    if protocol not in of_protocols:
-        raise ValueError(f"protocol: {protocol!r} is unknown; choose one of {', '.join(of_protocols)}")
-    return of_protocols[protocol]
+# --- search ----------------------------------------------------------------------------------------------------------
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Classify cells by their nearest neighbours among features; print a table and write results.json, "
-        "predictions_knn_<k>.csv, split.csv, confusion.png, curves.png to <output-dir>. Give --checkpoint or --encoder "
-        "with --train and --test or with --data, or else --features, with or without --test-features.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+@dataclass(frozen=True)
+class Neighbours:
+    """The k nearest training cells of each test cell, nearest first.
+
+    Attributes:
+        positions: int64 [M, k], in the training set.
+        distances: float64 [M, k], squared.
+    """
+
+    positions: np.ndarray
+    distances: np.ndarray
+
+
+@torch.no_grad()
+def nearest_neighbours(
+    train_features: ArrayLike, test_features: ArrayLike, k: int, is_cosine: bool = False
+) -> Neighbours:
+    """Find the nearest training cells on the device of the training features, with about 200 MiB beside the inputs.
+
+    Args:
+        train_features: [N, D], array or tensor.
+        test_features: [M, D].
+        k: number of neighbours.
+        is_cosine: scale features to length 1 first.
+
+    Raises:
+        ValueError: if k is not between 1 and N, shapes do not fit, a feature is infinite or NaN, or with `is_cosine`
+            all features of a cell are 0.
+    """
+    train = torch.as_tensor(train_features)
+    test = torch.as_tensor(test_features, device=train.device)
+    if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1]:
+        raise ValueError(
+            f"features of {list(train.shape)} (train) and {list(test.shape)} (test): expected [N, D] and [M, D]"
+        )
+    if not 1 <= k <= len(train):
+        raise ValueError(f"k: {k} neighbours asked of {len(train)} training cells; choose k between 1 and {len(train)}")
+    if not len(test):
+        return Neighbours(np.empty((0, k), dtype=np.int64), np.empty((0, k)))
+    for features in (train, test):
+        _check_features(features, is_cosine)
+    centre = train.new_zeros(train.shape[1], dtype=torch.float64)  # [D]
+    centre = sum((_coordinates(chunk, centre, is_cosine).sum(dim=0) for chunk in train.split(CHUNK)), centre)
+    centre = centre / len(train)
+    parts = []
+    for test_chunk in test.split(CHUNK):
+        cells = _coordinates(test_chunk, centre, is_cosine)  # [m, D]
+        squares = cells.square().sum(dim=1, keepdim=True)  # [m, 1]
+        distances, positions = cells.new_empty(len(cells), 0), train.new_empty(len(cells), 0, dtype=torch.int64)
+        for start, train_chunk in zip(range(0, len(train), CHUNK), train.split(CHUNK), strict=True):
+            others = _coordinates(train_chunk, centre, is_cosine)  # [n, D]
+            to_others = torch.addmm(others.square().sum(dim=1), cells, others.T, alpha=-2).add_(squares)  # [m, n]
+            here = torch.arange(start, start + len(others), device=train.device).expand(len(cells), -1)
+            distances, positions = torch.cat([distances, to_others], dim=1), torch.cat([positions, here], dim=1)
+            columns = _nearest_columns(distances, squares, min(k, distances.shape[1]))
+            distances, positions = distances.gather(1, columns), positions.gather(1, columns)  # [m, k]
+        parts.append((positions.cpu(), distances.clamp_min(0).cpu()))
+    return Neighbours(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))
+
+
+def _check_features(features: Tensor, is_cosine: bool) -> None:
+    if not torch.stack(features.aminmax()).isfinite().all():  # NaN is both ends of a set that has one
+        raise ValueError("features: some are infinite or NaN, so their distances mean nothing; check the weights")
+    n_zero = sum(int((chunk == 0).all(dim=1).sum()) for chunk in features.split(CHUNK)) if is_cosine else 0
+    if n_zero:
+        raise ValueError(
+            f"features: all numbers of {n_zero} cells are 0, so they have no direction to compare; leave these cells "
+            f"out, or compare distances (protocol dinobloom)"
+        )
+
+
+def _coordinates(features: Tensor, centre: Tensor, is_cosine: bool) -> Tensor:
+    """Return float64 [n, D], scaled to length 1 if `is_cosine`, minus the centre: products then keep more digits."""
+    coordinates = features.double()
+    if is_cosine:
+        coordinates = coordinates / torch.linalg.vector_norm(coordinates, dim=1, keepdim=True)
+    return coordinates - centre
+
+
+def _nearest_columns(distances: Tensor, squares: Tensor, k: int) -> Tensor:
+    """Return the columns of the k smallest distances, int64 [m, k], nearest first and of equal ones the first column.
+
+    Args:
+        distances: float64 [m, columns], squared.
+        squares: float64 [m, 1], squared lengths of the test cells.
+        k: number of neighbours.
+    """
+    farthest = distances.topk(k, dim=1, largest=False).values[:, -1:]  # [m, 1]
+    tolerance = TIE_TOLERANCE * (squares + farthest.clamp_min(0))  # [m, 1]
+    is_nearer = distances < farthest - tolerance
+    is_tied = (distances <= farthest + tolerance) & ~is_nearer
+    n_open = k - is_nearer.sum(dim=1, keepdim=True)  # [m, 1]
+    is_tied &= is_tied.cumsum(dim=1, dtype=torch.int32) <= n_open  # the first ones
+    columns = (is_nearer | is_tied).nonzero()[:, 1].view(-1, k)  # ascending
+    ascending, order = distances.gather(1, columns).sort(dim=1)
+    steps = torch.nn.functional.pad((ascending.diff(dim=1) > tolerance).long(), (1, 0))
+    ranks = torch.empty_like(columns).scatter_(1, order, steps.cumsum(dim=1))  # the same for equal distances
+    return columns.gather(1, ranks.argsort(dim=1, stable=True))
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def protocol(options: KnnOptions) -> Protocol:
+    """Return the protocol with its options, for `runner.run` and the list in `evaluate.py`."""
+
+    def few_shot_options(n_train: int) -> KnnOptions | None:
+        ks = [k for k in options.k or DEFAULT_KS[options.protocol] if k <= n_train]
+        return replace(options, k=ks) if ks else None
+
+    return Protocol("knn", f"kNN ({options.protocol})", "k", evaluate, options, few_shot_options, has_many_rows=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--protocol",
-        choices=get_args(Protocol),
+        choices=get_args(ProtocolName),
         default="dinobloom",
         help="dinobloom: Euclidean distance, plain vote; dino: cosine similarity, votes weighed by exp(similarity / T)",
     )
@@ -257,38 +324,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--k", type=positive_int, nargs="+", help="numbers of neighbours; without it 1 20, or 10 20 100 200 of dino"
     )
     parser.add_argument("--temperature", type=float, default=TEMPERATURE, help="T of dino")
-    add_judging_arguments(parser)
-    args = parser.parse_args(argv)
-    complete_arguments(parser, args)
-    if not args.temperature > 0:
-        parser.error(f"--temperature {args.temperature}: choose one above 0")
-    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    setup_logging()
-    report = judge(args, load_judged_set(args))
-    print(format_report(report, _style(args)))
-
-
-def judge(args: argparse.Namespace, judged: JudgedSet) -> dict[str, Any]:
-    """Judge cells as `args` of `parse_arguments` say, and write the results; returns the content of results.json."""
-    ks = usable_ks(args.k, args.protocol, min(len(train) for train, _ in judged.folds))
-    settings: dict[str, Any] = {"protocol": args.protocol, "temperature": args.temperature}
-    n_classes = len(judged.cells.class_names)
-    predicted = {}
-    for name, features in judged.main_features.items():
-        found = evaluate_knn_folds(
-            features, judged.cells.labels, n_classes, judged.folds, ks, device=device_of(args), **settings
-        )
-        predicted[name] = {f"knn_{k}": of_k for k, of_k in found.items()}
-    methods = {f"knn_{k}": FewShotMethod(partial(knn_predict, k=k, n_classes=n_classes, **settings), k) for k in ks}
-    return write_results(args, judged, predicted, few_shot_rows(args, judged, methods), _style(args))
-
-
-def _style(args: argparse.Namespace) -> ReportStyle:
-    return ReportStyle("knn", "k", f"kNN ({args.protocol})", has_file_per_row=True)
+    run_command(
+        "Classify cells by their nearest neighbours among features; print a table and write results.json, "
+        "predictions_knn_<k>.csv, split.csv, confusion.png, curves.png to <output-dir>.",
+        lambda args: protocol(KnnOptions(args.protocol, args.k, args.temperature)),
+        add_arguments,
+        argv,
+    )
 
 
 if __name__ == "__main__":

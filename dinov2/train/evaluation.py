@@ -27,10 +27,10 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from dinov2.data.copies import without_copies
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.data.splits import make_folds
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, on_main_process
-from dinov2.eval.cell_sets import without_copies
 from dinov2.eval.features.extract import extract
 from dinov2.eval.knn import evaluate_knn
 from dinov2.eval.linear import fit_linear_probe

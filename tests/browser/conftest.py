@@ -129,12 +129,12 @@ def browser(_driver):
     driver, downloads = _driver
     for file in downloads.iterdir():
         file.unlink()
-    found = Browser(driver, downloads)
-    found.messages()
-    yield found
+    opened = Browser(driver, downloads)
+    opened.messages()
+    yield opened
     driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-    assert found.messages() == []
+    assert opened.messages() == []
 
 
 @pytest.fixture

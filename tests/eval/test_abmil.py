@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov2.data.datasets.fold_files import read_fold_files
 from dinov2.eval.abmil import TrainedAggregator, format_report, main
 from dinov2.eval.features import Features, write_features
 from dinov2.eval.results import read_predictions
@@ -67,7 +66,7 @@ def features_of(numbers=range(18), cell_labels=None, with_patients=True, **attri
         np.concatenate(arrays),
         np.array([i % 2 for i, _ in rows] if cell_labels is None else [cell_labels[c % 2] for _, c in rows]),
         NAMES,
-        [f"/pictures/p{i:02d}_{cell}.png" for i, cell in rows],
+        [f"/images/p{i:02d}_{cell}.png" for i, cell in rows],
         [f"p{i:02d}" for i, _ in rows] if with_patients else None,
         attributes={**NETWORK, **attributes},
     )
@@ -81,6 +80,10 @@ def run(output: Path, *arguments) -> dict:
 def rows_of(file: Path) -> list[dict[str, str]]:
     with open(file, newline="") as stream:
         return list(csv.DictReader(stream))
+
+
+def patients_in_test(output: Path) -> list[str]:
+    return sorted({row["patient"] for row in rows_of(output / "folds.csv") if row["part"] == "test"})
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +112,7 @@ def test_what_a_training_leaves(trained, capsys):
     assert "mean of 4 networks" in table
 
 
-def test_each_epoch_of_each_network_is_told(trained):
+def test_each_epoch_of_each_network_is_in_the_history(trained):
     _, output, report = trained
     epochs = rows_of(output / "history.csv")
     assert len(epochs) == sum(network["epochs"] for network in report["results"]["classwise"]["networks"])
@@ -120,9 +123,8 @@ def test_each_epoch_of_each_network_is_told(trained):
 
 def test_predictions_are_of_test_patients_and_agree_with_the_metrics(trained):
     _, output, report = trained
-    folds = read_fold_files(output / "folds.csv")
     table = read_predictions(output / "predictions.csv")
-    assert table.keys == sorted(folds.folds[0]["test"])
+    assert table.keys == patients_in_test(output)
     accuracy = np.mean([label == guess for label, guess in zip(table.labels, table.predictions, strict=True)])
     assert report["results"]["classwise"]["together"]["accuracy"] == accuracy
     of_networks = rows_of(output / "predictions_of_networks.csv")
@@ -163,9 +165,8 @@ def test_the_same_inputs_give_the_same_bytes_but_for_the_date(trained, tmp_path)
 
 def test_a_saved_aggregator_says_the_same_again(trained, tmp_path, caplog):
     bags, output, _ = trained
-    test_patients = read_fold_files(output / "folds.csv").folds[0]["test"]
     new = tmp_path / "new"
-    for patient in test_patients:
+    for patient in patients_in_test(output):
         label = NAMES[int(patient[1:]) % 2]
         (new / label).mkdir(parents=True, exist_ok=True)
         shutil.copy(bags / label / f"{patient}.h5", new / label)
@@ -190,7 +191,7 @@ def test_a_saved_aggregator_says_the_same_again(trained, tmp_path, caplog):
     assert report["counts"]["seen_in_training"] == 0
 
 
-def test_patients_without_labels_are_judged(trained, tmp_path, capsys):
+def test_patients_without_labels_are_predicted(trained, tmp_path, capsys):
     _, output, _ = trained
     bags = write_bags(tmp_path / "bags", range(20, 23), flat=True)
     report = run(tmp_path / "applied", "--bags", bags, "--apply", output / "aggregator.pth")
@@ -198,13 +199,13 @@ def test_patients_without_labels_are_judged(trained, tmp_path, capsys):
     rows = rows_of(tmp_path / "applied" / "predictions.csv")
     assert [row["patient"] for row in rows] == ["p20", "p21", "p22"]
     assert list(rows[0]) == ["patient", "prediction", "p_NPM1", "p_control"]
-    assert "3 patients judged" in capsys.readouterr().out
+    assert "predictions for 3 patients" in capsys.readouterr().out
     labels = write_labels(tmp_path / "labels.csv", range(20, 23))
     report = run(tmp_path / "again", "--bags", bags, "--labels", labels, "--apply", output / "aggregator.pth")
     assert report["results"]["classwise"]["together"]["per_class"]["NPM1"]["support"] == 2
 
 
-def test_judging_patients_of_the_training_is_told(trained, tmp_path):
+def test_patients_of_the_training_are_counted(trained, tmp_path):
     bags, output, _ = trained
     report = run(tmp_path, "--bags", bags, "--apply", output / "aggregator.pth")
     assert report["counts"]["seen_in_training"] == 12
@@ -252,15 +253,15 @@ def test_files_that_are_no_aggregators(trained, tmp_path):
 
 
 def test_features_with_patients_are_bags(trained, tmp_path):
-    """The same cells from one file give the same networks; sources are pictures then."""
+    """The same cells from one file give the same networks; sources are image files then."""
     write_features(tmp_path / "features.h5", features_of())
     report = run(tmp_path / "out", "--features", tmp_path / "features.h5", *QUICK)
     assert report["results"] == trained[2]["results"]
     assert set(report["hashes"]) == {"bags", "features"}
-    assert rows_of(tmp_path / "out" / "top_cells.csv")[0]["source"].startswith("/pictures/p")
+    assert rows_of(tmp_path / "out" / "top_cells.csv")[0]["source"].startswith("/images/p")
 
 
-def test_from_pictures_and_a_checkpoint(tmp_path):
+def test_from_images_and_a_checkpoint(tmp_path):
     """The features are kept, and the aggregator knows the network it belongs to."""
     model = build_backbone({"embed_dim": 64, "depth": 1, "num_heads": 1, "patch_size": 14, "img_size": 28})
     state = {f"backbone.{name}": value for name, value in model.state_dict().items()}
@@ -303,7 +304,7 @@ def test_a_test_set_of_its_own(tmp_path):
         run(tmp_path / "out2", "--bags", bags, "--test-bags", bags, *QUICK)
 
 
-def test_cross_validation_judges_all_patients(tmp_path):
+def test_cross_validation_tests_all_patients(tmp_path):
     bags = write_bags(tmp_path / "bags")
     report = run(tmp_path / "out", "--bags", bags, "--protocol", "crossval", *QUICK, "--folds", "3", "--runs", "1")
     assert report["counts"]["tested"] == 18

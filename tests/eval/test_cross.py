@@ -1,4 +1,4 @@
-"""Across data sets: who learns from whom, what is left out and said, and a planted batch effect that is found."""
+"""Data sets against each other: which cells train and test, what is left out and reported, a planted batch effect."""
 
 import csv
 import json
@@ -13,20 +13,9 @@ import numpy as np
 import pytest
 
 from dinov2.eval import cross
-from dinov2.eval.cross import (
-    ALL_OTHERS,
-    Comparison,
-    Method,
-    batch_effect,
-    batch_folds,
-    drop_copies,
-    gather,
-    judge,
-    left_out,
-    main,
-    pairs,
-)
+from dinov2.eval.cross import CrossOptions, batch_effect, evaluate, evaluate_comparison, main
 from dinov2.eval.features import Features, write_features
+from dinov2.eval.features.data_sets import ALL_OTHERS, prepare
 from dinov2.eval.linear import fit_linear_probe
 
 REPOSITORY = Path(__file__).parents[2]
@@ -34,7 +23,7 @@ NAMES = ["basophil", "blast", "monocyte"]
 DIM = 8
 CLASS_CENTRES = 5 * np.eye(DIM)
 BATCH_AXIS = np.eye(DIM)[-1]
-NEAREST = Method("knn", 1)
+NEAREST = CrossOptions("knn", 1)
 
 
 def cells_of(folder, labels, seed=0, offset=0.0, class_names=NAMES, patients=None, **changes):
@@ -42,7 +31,7 @@ def cells_of(folder, labels, seed=0, offset=0.0, class_names=NAMES, patients=Non
     labels = np.asarray(labels)
     rng = np.random.default_rng(seed)
     features = CLASS_CENTRES[labels] + rng.normal(size=(len(labels), DIM)) + offset * BATCH_AXIS
-    found = {
+    result = {
         "features": features.astype(np.float32),
         "labels": labels,
         "class_names": list(class_names),
@@ -50,77 +39,75 @@ def cells_of(folder, labels, seed=0, offset=0.0, class_names=NAMES, patients=Non
         "patients": patients,
         "attributes": {"checkpoint_sha256": "ab", "model": "ViT", "transform": "28 px"},
     }
-    return Features(**{**found, **changes})
+    return Features(**{**result, **changes})
 
 
 def data_of(common=None, **sets):
-    return gather(list(sets), list(sets.values()), common or {})
+    return prepare(list(sets), list(sets.values()), common or {})[0]
 
 
-def entry(data, train, test, method=NEAREST, n_folds=5):
-    comparisons = [*pairs(data, n_folds), *left_out(data)]
-    (wanted,) = [found for found in comparisons if (found.train, found.test) == (train, test)]
-    return judge(data, wanted, method)
+def entry(data, train, test, options=NEAREST):
+    (wanted,) = [one for one in data.comparisons if (one.train, one.test) == (train, test)]
+    return evaluate_comparison(data, wanted, options)
 
 
 # --- which data set is it?
 
 
-def effect_of(data, n_folds=5):
-    folds, reason = batch_folds(data, n_folds)
-    assert reason == ""
-    return batch_effect(data, folds)
+def effect_of(data):
+    assert data.batch.reason == ""
+    return batch_effect(data, CrossOptions())
 
 
 @pytest.mark.parametrize(("offset", "low", "high"), [(8.0, 0.99, 1.0), (0.0, 0.4, 0.6)])
 def test_a_planted_offset_is_found_and_none_where_there_is_none(offset, low, high):
     labels = np.arange(360) % 3
-    found = effect_of(data_of(a=cells_of("a", labels), b=cells_of("b", labels, seed=1, offset=offset)))
-    assert list(found["per_class"]) == NAMES
-    for row in (found["overall"], *found["per_class"].values()):
+    result = effect_of(data_of(a=cells_of("a", labels), b=cells_of("b", labels, seed=1, offset=offset)))
+    assert list(result["per_class"]) == NAMES
+    for row in (result["overall"], *result["per_class"].values()):
         assert row["data_sets"] == ["a", "b"]
         assert row["chance"] == 0.5
     for method in ("linear", "knn_1", "knn_20"):
-        mean = found["mean_over_classes"][method]
+        mean = result["mean_over_classes"][method]
         assert low <= mean["balanced_accuracy"] <= high, method
         assert (mean["chance"], mean["n_classes"]) == (0.5, 3)
-        assert low <= found["overall"][method]["balanced_accuracy"] <= high, method
-        below, above = found["per_class"]["blast"][method]["interval"]
-        assert below <= found["per_class"]["blast"][method]["balanced_accuracy"] <= above
+        assert low <= result["overall"][method]["balanced_accuracy"] <= high, method
+        below, above = result["per_class"]["blast"][method]["interval"]
+        assert below <= result["per_class"]["blast"][method]["balanced_accuracy"] <= above
 
 
 def test_another_mixture_of_classes_is_no_batch_effect_within_them():
-    """A set of blasts is told from one of basophils by what cells they are: the number over all cells misleads."""
+    """A set of blasts differs from one of basophils in its cells: the number over all cells misleads."""
     a, b = np.repeat([0, 1], [180, 40]), np.repeat([0, 1], [40, 180])
-    found = effect_of(data_of(a=cells_of("a", a), b=cells_of("b", b, seed=1)))
-    assert found["overall"]["linear"]["balanced_accuracy"] > 0.75
-    assert 0.35 < found["mean_over_classes"]["linear"]["balanced_accuracy"] < 0.65
+    result = effect_of(data_of(a=cells_of("a", a), b=cells_of("b", b, seed=1)))
+    assert result["overall"]["linear"]["balanced_accuracy"] > 0.75
+    assert 0.35 < result["mean_over_classes"]["linear"]["balanced_accuracy"] < 0.65
 
 
 def test_a_large_set_does_not_hide_the_effect_on_a_small_one():
     """Two standard deviations apart, the best answer is right in 84 %; most neighbours are of the large set anyway."""
     a = cells_of("a", np.zeros(600, dtype=np.int64))
     b = cells_of("b", np.zeros(60, dtype=np.int64), seed=1, offset=2.0)
-    found = effect_of(data_of(a=a, b=b))["per_class"]["basophil"]
+    result = effect_of(data_of(a=a, b=b))["per_class"]["basophil"]
     for method in ("linear", "knn_20"):
-        assert 0.75 < found[method]["balanced_accuracy"] < 0.92, method
+        assert 0.75 < result[method]["balanced_accuracy"] < 0.92, method
 
 
 def test_folds_have_each_set_and_class_in_equal_parts():
     data = data_of(a=cells_of("a", np.repeat([0, 1], [50, 10])), b=cells_of("b", np.repeat([1, 2], [20, 40]), seed=1))
-    for _, test in batch_folds(data)[0]:
+    for _, test in data.batch.folds:
         assert np.bincount(data.sets[test] * 3 + data.labels[test]).tolist() == [10, 2, 0, 0, 4, 8]
 
 
 def test_classes_that_too_few_sets_have_enough_of_are_not_compared():
     a = np.repeat([0, 1, 2], [60, 12, 4])
     b = np.repeat([0, 1, 2], [60, 12, 60])
-    found = effect_of(data_of(a=cells_of("a", a), b=cells_of("b", b, seed=1)))
-    assert list(found["per_class"]) == ["basophil", "blast"]
-    blast = found["per_class"]["blast"]
+    result = effect_of(data_of(a=cells_of("a", a), b=cells_of("b", b, seed=1)))
+    assert list(result["per_class"]) == ["basophil", "blast"]
+    blast = result["per_class"]["blast"]
     assert blast["knn_20"] == {"balanced_accuracy": None, "interval": None}  # 20 neighbours of some 10 cells a set
     assert blast["knn_1"]["balanced_accuracy"] is not None
-    assert found["mean_over_classes"]["knn_20"]["n_classes"] == 1
+    assert result["mean_over_classes"]["knn_20"]["n_classes"] == 1
 
 
 def test_a_set_of_one_patient_cannot_be_told_from_others():
@@ -129,8 +116,8 @@ def test_a_set_of_one_patient_cannot_be_told_from_others():
     many = [f"p{i % 10}" for i in range(60)]
     sets = {name: cells_of(name, labels, patients=many, seed=ord(name)) for name in "ab"}
     single = cells_of("c", labels, patients=["p0"] * 60, seed=9, offset=9.0)
-    found = effect_of(data_of(**sets, c=single))
-    assert found["overall"]["data_sets"] == ["a", "b"]
+    result = effect_of(data_of(**sets, c=single))
+    assert result["overall"]["data_sets"] == ["a", "b"]
     assert effect_of(data_of(a=sets["a"], c=single))["overall"] is None
 
 
@@ -139,8 +126,8 @@ def test_folds_keep_patients_whole_and_equal_ids_in_two_sets_are_two_patients():
     sets = {name: cells_of(name, labels, patients=[f"p{i // 6}" for i in range(120)]) for name in "ab"}
     data = data_of(**sets)
     assert len(set(data.patients)) == 40
-    folds, _ = batch_folds(data)
-    folds += [fold for comparison in pairs(data) for fold in comparison.folds]
+    pairs = [comparison for comparison in data.comparisons if comparison.train != ALL_OTHERS]
+    folds = [fold for comparison in (data.batch, *pairs) for fold in comparison.folds]
     assert len(folds) == 5 + 2 + 2 * 5
     for train, test in folds:
         assert not {data.patients[i] for i in train} & {data.patients[i] for i in test}
@@ -151,11 +138,12 @@ def test_intervals_are_by_patient_where_patients_are_known():
     features = (0.3 * CLASS_CENTRES[labels] + np.random.default_rng(1).normal(size=(120, DIM))).astype(np.float32)
     a, b = (cells_of(name, labels, patients=patients, features=features) for name in "ab")
     unknown = cells_of("b", labels, features=features)
-    by_patient, by_cell = (entry(data_of(a=a, b=judged), "a", "b", Method("knn", 50)) for judged in (b, unknown))
+    by_patient, by_cell = (entry(data_of(a=a, b=tested), "a", "b", CrossOptions("knn", 50)) for tested in (b, unknown))
     assert by_patient["accuracy"] == by_cell["accuracy"] < 1
     assert by_patient["intervals"] != by_cell["intervals"]
-    folds, _ = batch_folds(data_of(a=a, b=b))
-    known, cells = (batch_effect(data_of(a=a, b=judged), folds)["overall"]["knn_1"] for judged in (b, unknown))
+    batch = data_of(a=a, b=b).batch
+    with_same_folds = (replace(data_of(a=a, b=tested), batch=batch) for tested in (b, unknown))
+    known, cells = (effect_of(data)["overall"]["knn_1"] for data in with_same_folds)
     assert known["balanced_accuracy"] == cells["balanced_accuracy"]
     assert known["interval"] != cells["interval"]
 
@@ -163,14 +151,14 @@ def test_intervals_are_by_patient_where_patients_are_known():
 # --- the matrix
 
 
-def test_who_saw_more_kinds_of_cells_teaches_better():
+def test_a_set_with_more_kinds_of_cells_is_better_to_train_on():
     """A has each class in two places, B in one: A knows B's, B does not know A's other one."""
     labels, far = np.arange(200) % 2, np.arange(200) // 2 % 2 == 1
     a, b = cells_of("a", labels), cells_of("b", labels, seed=1)
     rng = np.random.default_rng(2)
     a.features[far] = rng.normal(size=(100, DIM)) + 10 * np.eye(DIM)[4 + labels[far]]
     data = data_of(a=a, b=b)
-    for method in (Method("knn", 5), Method("linear")):
+    for method in (CrossOptions("knn", 5), CrossOptions("linear")):
         there, back = entry(data, "a", "b", method), entry(data, "b", "a", method)
         assert there["balanced_accuracy"] > 0.95 > 0.85 > back["balanced_accuracy"], method
         low, high = there["intervals"]["balanced_accuracy"]
@@ -178,13 +166,13 @@ def test_who_saw_more_kinds_of_cells_teaches_better():
         assert set(there["intervals"]) == {"accuracy", "balanced_accuracy", "weighted_f1", "macro_f1"}
 
 
-def test_a_set_does_not_judge_itself_by_what_it_learned():
+def test_a_set_is_not_tested_on_its_training_cells():
     labels = np.arange(150) % 3
     noise = np.random.default_rng(3).normal(size=(150, DIM)).astype(np.float32)
     data = data_of(a=cells_of("a", labels, features=noise), b=cells_of("b", labels))
-    found = entry(data, "a", "a")
-    assert 0.2 < found["accuracy"] < 0.5  # each cell is its own nearest neighbour
-    assert (found["n_train"], found["n_test"]) == (150, 150)
+    result = entry(data, "a", "a")
+    assert 0.2 < result["accuracy"] < 0.5  # each cell is its own nearest neighbour
+    assert (result["n_train"], result["n_test"]) == (150, 150)
 
 
 def test_classes_are_matched_by_name_and_others_counted():
@@ -192,12 +180,12 @@ def test_classes_are_matched_by_name_and_others_counted():
     b = cells_of("b", np.repeat([0, 1, 2], [20, 10, 7]), class_names=["monocyte", "smudge", "basophil"], seed=1)
     data = data_of(a=a, b=b)
     assert data.class_names == ["basophil", "blast", "monocyte", "smudge"]
-    found = entry(data, "a", "b")
-    assert found["classes"] == ["basophil", "monocyte"]
-    assert found["left_out"] == {"smudge": 10}
-    assert (found["n_train"], found["n_test"]) == (65, 27)
-    assert {name: row["support"] for name, row in found["per_class"].items()} == {"basophil": 7, "monocyte": 20}
-    assert found["balanced_accuracy"] == 0.0  # b's monocytes lie where a's basophils do
+    result = entry(data, "a", "b")
+    assert result["classes"] == ["basophil", "monocyte"]
+    assert result["left_out"] == {"smudge": 10}
+    assert (result["n_train"], result["n_test"]) == (65, 27)
+    assert {name: row["support"] for name, row in result["per_class"].items()} == {"basophil": 7, "monocyte": 20}
+    assert result["balanced_accuracy"] == 0.0  # b's monocytes lie where a's basophils do
     assert entry(data, "b", "a")["left_out"] == {"blast": 30}
 
 
@@ -207,10 +195,10 @@ def test_a_map_renames_and_drops_labels():
     common = {("b", "BAS"): "basophil", ("b", "blast cell"): "blast", ("b", "LYB"): "blast", ("b", "?"): ""}
     data = data_of(common, a=a, b=b)
     assert data.class_names == NAMES
-    assert data.per_class(data.of_set("b")) == {"basophil": 20, "blast": 17}
-    found = entry(data, "a", "b")
-    assert found["left_out"] == {}
-    assert found["per_class"]["basophil"]["recall"] == 1.0
+    assert data.per_class(data.positions("b")) == {"basophil": 20, "blast": 17}
+    result = entry(data, "a", "b")
+    assert result["left_out"] == {}
+    assert result["per_class"]["basophil"]["recall"] == 1.0
     with pytest.raises(ValueError, match="drops all 30 cells of 'a'"):
         data_of({("a", "basophil"): ""}, a=a.select(np.arange(30)), b=b)
 
@@ -221,32 +209,32 @@ def test_an_entry_that_cannot_be_says_why():
     b = cells_of("b", labels, class_names=["basophil", "smudge"], seed=1)
     c = cells_of("c", np.zeros(30, dtype=np.int64))
     data = data_of(a=a, b=b, c=c, d=cells_of("d", np.array([0, 1, 0])))
-    assert entry(data, "a", "b")["reason"].startswith("1 classes to judge (basophil on both sides)")
-    assert entry(data, "c", "a")["reason"].startswith("0 classes to judge")
-    assert entry(data, "c", "c")["reason"].startswith("0 classes to judge")
+    assert entry(data, "a", "b")["reason"].startswith("1 classes to test (basophil on both sides)")
+    assert entry(data, "c", "a")["reason"].startswith("0 classes to test")
+    assert entry(data, "c", "c")["reason"].startswith("0 classes to test")
     assert "fewer than the 5 parts" in entry(data, "d", "d")["reason"]
-    found = entry(data, "d", "a", Method("knn", 4))
-    assert found["reason"] == "3 training cells, fewer than the k = 4 neighbours asked for"
+    result = entry(data, "d", "a", CrossOptions("knn", 4))
+    assert result["reason"] == "3 training cells, fewer than the k = 4 neighbours asked for"
     for name in ("accuracy", "balanced_accuracy", "weighted_f1", "macro_f1"):
-        assert found[name] is None
-    assert (found["n_test"], found["intervals"]) == (30, {})
-    assert entry(data, "d", "a", Method("knn", 3))["reason"] is None
+        assert result[name] is None
+    assert (result["n_test"], result["intervals"]) == (30, {})
+    assert entry(data, "d", "a", CrossOptions("knn", 3))["reason"] is None
 
 
-def test_a_class_with_one_cell_is_not_judged_by_its_own_set():
+def test_a_class_with_one_cell_is_not_tested_in_its_own_set():
     data = data_of(a=cells_of("a", [2, *[0, 1] * 20]), b=cells_of("b", np.arange(40) % 3))
-    found = entry(data, "a", "a")
-    assert found["left_out"] == {"monocyte": 1}
-    assert found["n_test"] == 40
+    result = entry(data, "a", "a")
+    assert result["left_out"] == {"monocyte": 1}
+    assert result["n_test"] == 40
 
 
 def test_leave_one_out_learns_on_all_others():
     labels = np.arange(60) % 2
     sets = {"a": cells_of("a", labels), "b": cells_of("b", labels + 1, seed=1), "c": cells_of("c", labels * 2, seed=2)}
-    found = entry(data_of(**sets), ALL_OTHERS, "c")
-    assert found["classes"] == ["basophil", "monocyte"]  # one from each of the others
-    assert (found["n_train"], found["n_test"], found["left_out"]) == (120, 60, {})
-    assert found["accuracy"] > 0.95
+    result = entry(data_of(**sets), ALL_OTHERS, "c")
+    assert result["classes"] == ["basophil", "monocyte"]  # one from each of the others
+    assert (result["n_train"], result["n_test"], result["left_out"]) == (120, 60, {})
+    assert result["accuracy"] > 0.95
 
 
 def test_the_probe_counts_the_classes_that_it_learns(monkeypatch):
@@ -260,11 +248,11 @@ def test_the_probe_counts_the_classes_that_it_learns(monkeypatch):
     monkeypatch.setattr(cross, "fit_linear_probe", fit)
     sets = {name: cells_of(name, np.arange(40) % 2 + 1, seed=ord(name)) for name in "ab"}
     third = cells_of("c", np.arange(40) % 8, class_names=[f"class {i}" for i in range(8)])
-    assert entry(data_of(**sets, c=third), "a", "b", Method("linear"))["accuracy"] > 0.9
+    assert entry(data_of(**sets, c=third), "a", "b", CrossOptions("linear"))["accuracy"] > 0.9
     assert seen == [(2, 1, 40)]
 
 
-def test_copies_in_two_sets_teach_nothing_and_are_counted(tmp_path):
+def test_copies_in_two_sets_are_dropped_from_training_and_counted(tmp_path):
     sets = {}
     for name in "ab":
         (tmp_path / name).mkdir()
@@ -272,19 +260,26 @@ def test_copies_in_two_sets_teach_nothing_and_are_counted(tmp_path):
         for i, path in enumerate(paths):
             path.write_bytes(b"both" if i == 0 else f"{name}{i:03d}".encode())
         sets[name] = cells_of(name, np.arange(40) % 2, seed=ord(name), paths=[str(path) for path in paths])
-    data = data_of(**sets)
-    wanted = [*pairs(data), *left_out(data), Comparison("", "", batch_folds(data)[0])]
-    kept, counts = drop_copies(wanted, data.paths)
-    assert counts["not_checked"] == 0
-    assert counts["dropped_identical_bytes"] == 2
-    for comparison in kept[:-1]:
-        found = judge(data, comparison, NEAREST)
+    data, counts = prepare(list(sets), list(sets.values()), {})
+    assert counts == {"dropped_identical_bytes": 2, "not_checked": 0}
+    for comparison in data.comparisons:
+        result = evaluate_comparison(data, comparison, NEAREST)
         n_copies = int(comparison.train != comparison.test)
-        assert found["dropped_identical_bytes"] == comparison.n_copies == n_copies
-        assert found["n_train"] == 40 - n_copies
-        assert found["n_test"] == 40
+        assert result["dropped_identical_bytes"] == comparison.n_copies == n_copies
+        assert result["n_train"] == 40 - n_copies
+        assert result["n_test"] == 40
     copies = {0, 40}
-    assert all(len(copies & {*train, *test}) < 2 or copies <= {*train} for train, test in kept[-1].folds)
+    assert all(len(copies & {*train, *test}) < 2 or copies <= {*train} for train, test in data.batch.folds)
+
+
+def test_the_function_needs_no_files():
+    labels = np.arange(60) % 3
+    data = data_of(a=cells_of("a", labels), b=cells_of("b", labels, seed=1))
+    results = evaluate(data, CrossOptions(k=5))
+    assert results["matrix"]["a"]["b"] == entry(data, "a", "b", CrossOptions(k=5))
+    assert results["leave_one_out"]["b"] == entry(data, ALL_OTHERS, "b", CrossOptions(k=5))
+    assert results["batch_effect"] == batch_effect(data, CrossOptions(k=5))
+    assert results["batch_effect_reason"] is None
 
 
 # --- the command
@@ -338,17 +333,21 @@ def test_from_files_to_results(files, tmp_path, capsys):
     rows = rows_of(output / "matrix.csv")
     assert [(row["train"], row["test"]) for row in rows] == [(a, b) for a in names for b in names]
     for row in rows:
-        found = results["matrix"][row["train"]][row["test"]]
-        assert float(row["balanced_accuracy"]) == pytest.approx(found["balanced_accuracy"], abs=1e-7)
-        low, high = found["intervals"]["macro_f1"]
+        result = results["matrix"][row["train"]][row["test"]]
+        assert float(row["balanced_accuracy"]) == pytest.approx(result["balanced_accuracy"], abs=1e-7)
+        low, high = result["intervals"]["macro_f1"]
         assert [float(row[f"macro_f1_{end}"]) for end in ("low", "high")] == pytest.approx([low, high], abs=1e-7)
-        assert int(row["n_left_out"]) == sum(found["left_out"].values())
+        assert int(row["n_left_out"]) == sum(result["left_out"].values())
         assert row["reason"] == ""
     assert [row["test"] for row in rows_of(output / "leave_one_out.csv")] == names
     effect = rows_of(output / "batch_effect.csv")
     assert {row["cells"] for row in effect} == {"all", "mean over classes", *(f"class {name}" for name in NAMES)}
     table = capsys.readouterr().out
-    for part in ("kNN, k = 5", "all others", "bm -> pbc: 20 cells are not judged, of classes not learned: monocyte"):
+    for part in (
+        "kNN, k = 5",
+        "all others",
+        "bm -> pbc: 20 cells are not tested, their classes are not trained: monocyte",
+    ):
         assert part in table
     assert re.search(r"within a class, mean of 3 +\d", table)
 
@@ -369,13 +368,13 @@ def test_the_same_inputs_give_the_same_bytes_but_for_the_date(files, tmp_path, m
 
 def test_sets_without_common_classes_are_reported_and_no_crash(files, tmp_path, capsys):
     report = run(tmp_path / "out", "--features", *files, "--k", 5, "--folds", 2)
-    found = report["results"]["matrix"]["pbc"]["bm"]
-    assert (found["n_test"], found["balanced_accuracy"]) == (0, None)
-    assert found["left_out"] == {"BAS": 20, "BLA": 20, "artefact": 20}
+    result = report["results"]["matrix"]["pbc"]["bm"]
+    assert (result["n_test"], result["balanced_accuracy"]) == (0, None)
+    assert result["left_out"] == {"BAS": 20, "BLA": 20, "artefact": 20}
     (row,) = [row for row in rows_of(tmp_path / "out" / "matrix.csv") if (row["train"], row["test"]) == ("pbc", "bm")]
     assert row["accuracy"] == ""
-    assert row["reason"] == found["reason"]
-    assert "pbc -> bm: 0 classes to judge (none on both sides)" in capsys.readouterr().out
+    assert row["reason"] == result["reason"]
+    assert "pbc -> bm: 0 classes to test (none on both sides)" in capsys.readouterr().out
 
 
 def test_another_kind_of_features(tmp_path):
@@ -439,22 +438,6 @@ def test_files_that_do_not_go_together_are_refused_and_leave_nothing(files, tmp_
     expect_nothing(tmp_path, message, "--features", files[0], tmp_path / "broken.h5")
     write_features(tmp_path / "again.h5", cells_of("pbc", labels))
     expect_nothing(tmp_path, "train and test share", "--features", files[0], tmp_path / "again.h5")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("label,common\nx,y\n", r"has the columns \['label', 'common'\]; expected dataset,label,common"),
-        ("dataset,label,common\nmll,blast,x\n", "line 2: no data set is called 'mll'; there are pbc, ssl, bm"),
-        ("dataset,label,common\npbc,Blast,x\n", "line 2: pbc has no label 'Blast'; it has basophil, blast, monocyte"),
-        ("dataset,label,common\npbc,blast,x\npbc,blast,y\n", "line 3: 'blast' of pbc has a row already"),
-    ],
-)
-def test_maps_that_are_wrong(text, message, files, tmp_path):
-    (tmp_path / "map.csv").write_text(text)
-    expect_nothing(tmp_path, message, "--features", *files, "--classes-map", tmp_path / "map.csv")
-    with pytest.raises(FileNotFoundError, match="--classes-map: no file"):
-        run(tmp_path / "out", "--features", *files, "--classes-map", tmp_path / "absent.csv")
 
 
 def test_runs_as_a_script_from_any_folder(files, tmp_path):

@@ -1,4 +1,4 @@
-"""All protocols in one command: the same numbers as by their own commands, patients where they can be judged."""
+"""All protocols in one command: the same numbers as by their own commands, patients where they have one label each."""
 
 import csv
 import json
@@ -8,14 +8,15 @@ import pytest
 
 from dinov2.eval import abmil, evaluate, knn, linear
 from dinov2.eval.features import Features, write_features
+from dinov2.eval.linear import LinearOptions
 
 NAMES = ["control", "NPM1"]
 
 
 @pytest.fixture(autouse=True)
 def short_trainings(monkeypatch):
-    monkeypatch.setattr(abmil.TrainingSettings, "epochs", 6)
-    monkeypatch.setattr(abmil.TrainingSettings, "learning_rate", 0.05)
+    short = abmil.TrainingSettings(epochs=6, learning_rate=0.05)
+    monkeypatch.setattr(abmil, "DEFAULTS", abmil.AbmilOptions(training=short))
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ def test_the_same_inputs_give_the_same_bytes_but_for_the_date(features, tmp_path
         ({"label_of_cell": np.arange(120) % 2}, "have several labels; give the patients' own with --patient-labels"),
     ],
 )
-def test_patients_that_cannot_be_judged_are_left_out_with_the_reason(features, tmp_path, capsys, cells, reason):
+def test_patients_without_one_label_are_left_out_with_the_reason(features, tmp_path, capsys, cells, reason):
     file = features(**cells)
     report = run(tmp_path / "out", "--features", file)
     assert list(report["left_out"]) == ["abmil"]
@@ -124,7 +125,8 @@ def test_labels_of_patients_from_a_file(features, tmp_path):
 
 
 def test_two_sets_and_the_choice_among_kinds(features, tmp_path, monkeypatch):
-    monkeypatch.setattr(linear, "SGD_ITERATIONS", 20)
+    short = linear.protocol(LinearOptions("sgd", sgd_iterations=20))
+    monkeypatch.setitem(evaluate.PROTOCOLS, "linear-sgd", short)
     train, test = features("train.h5", others=["mean"]), features("test.h5", seed=1, others=["mean"])
     report = run(
         *(tmp_path / "out", "--features", train, "--test-features", test),

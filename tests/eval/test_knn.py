@@ -1,34 +1,44 @@
-"""kNN against scikit-learn, and the command from pictures to results.json."""
+"""kNN against scikit-learn, its search against brute force in little memory, and the command."""
 
-import csv
-import json
 import os
-import re
-import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-from dinov2.data.splits import Split, leave_one_dataset_out, make_folds, write_split
-from dinov2.eval import linear
-from dinov2.eval.cell_sets import baseline_features
-from dinov2.eval.features import Features, read_features, write_features
-from dinov2.eval.features.extract import Embedder
-from dinov2.eval.knn import evaluate_knn, evaluate_knn_folds, knn_predict, knn_probabilities, main, usable_ks
+from dinov2.data.splits import Split, make_folds, write_split
+from dinov2.eval import knn
+from dinov2.eval.features import Features, write_features
+from dinov2.eval.knn import (
+    KnnOptions,
+    evaluate,
+    evaluate_knn,
+    knn_predict,
+    nearest_neighbours,
+    usable_ks,
+    vote_shares,
+)
 from dinov2.eval.metrics import classification_metrics
-from dinov2.models import architecture, build_backbone
-from dinov2.utils.command import exit_code
+from dinov2.eval.protocol import EvaluationData
 
 REPOSITORY = Path(__file__).parents[2]
-COLOURS = {"basophil": (150, 60, 160), "eosinophil": (220, 120, 90), "lymphocyte": (90, 90, 200)}
+
+
+def shares_of(train, labels, test, k, n_classes, **options):
+    return vote_shares(train, labels, test, n_classes, KnnOptions(k=[k], **options))[k]
+
+
+def predict(train, labels, test, k, n_classes, **options):
+    """Predict the test cells through `evaluate`."""
+    features, n = np.concatenate([train, test]), len(train)
+    fold = np.arange(n), np.arange(n, len(features))
+    labels = np.concatenate([labels, np.zeros(len(test), dtype=np.int64)])
+    data = EvaluationData({"cls": features}, labels, list("abcdefgh"[:n_classes]), [fold])
+    return evaluate(data, KnnOptions(k=[k], **options))[f"knn_{k}"].predictions[n:]
 
 
 def random_cells(n_train=300, n_test=100, dim=16, n_classes=5, seed=0):
@@ -52,7 +62,7 @@ def test_agrees_with_scikit_learn(k, mean):
 def test_probabilities_are_scikit_learns_shares_of_the_votes(k):
     train, labels, test = random_cells()
     reference = KNeighborsClassifier(k, algorithm="brute").fit(train.astype(np.float64), labels)
-    np.testing.assert_allclose(knn_probabilities(train, labels, test, k, 5), reference.predict_proba(test), atol=1e-12)
+    np.testing.assert_allclose(shares_of(train, labels, test, k, 5), reference.predict_proba(test), atol=1e-12)
 
 
 def dino_by_brute_force(train, labels, test, k, n_classes, temperature):
@@ -73,9 +83,9 @@ def test_dinos_protocol_is_cosines_and_weights(k, temperature, n_train):
     train, test = train + np.float32(0.5), test * np.float32(3) + 1  # lengths differ, and must not matter
     expected = dino_by_brute_force(train, labels, test, k, 5, temperature)
     settings = {"protocol": "dino", "temperature": temperature}
-    np.testing.assert_allclose(knn_probabilities(train, labels, test, k, 5, **settings), expected, atol=1e-9)
-    np.testing.assert_array_equal(knn_predict(train, labels, test, k, 5, **settings), expected.argmax(axis=1))
-    np.testing.assert_array_equal(knn_predict(train, labels, test * 7, k, 5, **settings), expected.argmax(axis=1))
+    np.testing.assert_allclose(shares_of(train, labels, test, k, 5, **settings), expected, atol=1e-9)
+    np.testing.assert_array_equal(predict(train, labels, test, k, 5, **settings), expected.argmax(axis=1))
+    np.testing.assert_array_equal(predict(train, labels, test * 7, k, 5, **settings), expected.argmax(axis=1))
 
 
 def test_weights_outvote_numbers_and_equal_weights_do_not():
@@ -83,18 +93,18 @@ def test_weights_outvote_numbers_and_equal_weights_do_not():
     train = np.array([[1, 0.05], [1, 1], [1, -1]], dtype=np.float32)
     labels, test = np.array([2, 1, 1]), np.array([[1, 0]], dtype=np.float32)
     assert knn_predict(train, labels, test, 3, 3).tolist() == [1]
-    assert knn_predict(train, labels, test, 3, 3, protocol="dino").tolist() == [2]
+    assert predict(train, labels, test, 3, 3, protocol="dino").tolist() == [2]
     angles = np.array([0.3, -0.3, 0.7, -0.7]) + 1.1
     mirrored = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     middle = np.array([[np.cos(1.1), np.sin(1.1)]])
     for labels in ([0, 1, 0, 1], [1, 0, 1, 0]):
-        assert knn_predict(mirrored, np.array(labels), middle, 4, 2, protocol="dino").tolist() == [0]
+        assert predict(mirrored, np.array(labels), middle, 4, 2, protocol="dino").tolist() == [0]
 
 
 def test_small_temperatures_do_not_overflow():
     train, labels, test = random_cells(n_train=50)
-    nearest = knn_predict(train, labels, test, 1, 5, protocol="dino")
-    found = knn_probabilities(train, labels, test, 20, 5, protocol="dino", temperature=1e-4)
+    nearest = predict(train, labels, test, 1, 5, protocol="dino")
+    found = shares_of(train, labels, test, 20, 5, protocol="dino", temperature=1e-4)
     np.testing.assert_array_equal(found.argmax(axis=1), nearest)
     assert np.isfinite(found).all()
 
@@ -102,23 +112,24 @@ def test_small_temperatures_do_not_overflow():
 def test_folds_predict_their_own_test_cells():
     features, labels, _ = random_cells()
     folds = make_folds(labels, n_folds=3)
-    found = evaluate_knn_folds(features, labels, 5, folds, (1, 6))
+    rows = evaluate(EvaluationData({"cls": features}, labels, list("abcde"), folds), KnnOptions(k=(1, 6)))
+    assert list(rows) == ["knn_1", "knn_6"]
     for k in (1, 6):
         for train, test in folds:
-            expected = knn_probabilities(features[train], labels[train], features[test], k, 5)
-            np.testing.assert_array_equal(found[k].probabilities[test], expected)
-            np.testing.assert_array_equal(found[k].predictions[test], expected.argmax(axis=1))
+            expected = shares_of(features[train], labels[train], features[test], k, 5)
+            np.testing.assert_array_equal(rows[f"knn_{k}"].probabilities[test], expected)
+            np.testing.assert_array_equal(rows[f"knn_{k}"].predictions[test], expected.argmax(axis=1))
 
 
 def test_numbers_of_neighbours_are_the_protocols_or_those_asked_for(caplog):
-    assert usable_ks(None, "dinobloom", 20) == [1, 20]
-    assert usable_ks(None, "dino", 150) == [10, 20, 100]
+    assert usable_ks(KnnOptions("dinobloom"), 20) == [1, 20]
+    assert usable_ks(KnnOptions("dino"), 150) == [10, 20, 100]
     assert "k = 200 left out: there are 150 training cells" in caplog.text
-    assert usable_ks([7, 1, 7], "dino", 7) == [1, 7]
+    assert usable_ks(KnnOptions("dino", [7, 1, 7]), 7) == [1, 7]
     with pytest.raises(ValueError, match="8 neighbours asked of 7 training cells"):
-        usable_ks([8], "dino", 7)
+        usable_ks(KnnOptions("dino", [8]), 7)
     with pytest.raises(ValueError, match="protocol dino asks for 10, 20, 100, 200 neighbours of 7 training cells"):
-        usable_ks(None, "dino", 7)
+        usable_ks(KnnOptions("dino"), 7)
 
 
 def test_votes_tie_to_the_smallest_class():
@@ -129,7 +140,7 @@ def test_votes_tie_to_the_smallest_class():
 
 
 @pytest.mark.parametrize("k", [1, 3, 10])
-def test_equal_distances_go_to_the_earlier_cell_in_any_chunks(k):
+def test_equal_distances_go_to_the_earlier_cell_in_any_chunks(k, monkeypatch):
     rng = np.random.default_rng(0)
     train = rng.normal(size=(40, 33)).astype(np.float32)[rng.integers(0, 40, 200)] + 50  # each some five times
     labels = rng.integers(0, 4, 200)
@@ -137,8 +148,9 @@ def test_equal_distances_go_to_the_earlier_cell_in_any_chunks(k):
     squared = np.square(train[None].astype(np.float64) - test[:, None]).sum(axis=2)  # [60, 200]
     nearest = np.argsort(squared, axis=1, kind="stable")[:, :k]
     expected = [np.bincount(labels[row], minlength=4).argmax() for row in nearest]
-    for chunk_size in (1, 7, 60, None):
-        assert knn_predict(train, labels, test, k, 4, chunk_size).tolist() == expected, chunk_size
+    for size in (1, 7, 60, 200):
+        monkeypatch.setattr(knn, "CHUNK", size)
+        assert knn_predict(train, labels, test, k, 4).tolist() == expected, size
 
 
 def test_tensors_do_as_well_as_arrays():
@@ -169,106 +181,18 @@ def test_what_makes_no_sense_is_refused():
     with pytest.raises(ValueError, match="labels: from 0 to 4, but there are 2 classes"):
         knn_predict(train, np.arange(10) % 5, test, 1, 2)
     with pytest.raises(ValueError, match="protocol: 'cosine' is unknown; choose one of dinobloom, dino"):
-        knn_predict(train, labels, test, 1, 5, protocol="cosine")
+        KnnOptions("cosine")
     with pytest.raises(ValueError, match="temperature: 0; choose one above 0"):
-        knn_predict(train, labels, test, 1, 5, protocol="dino", temperature=0)
+        KnnOptions("dino", temperature=0)
     test[0, 0] = np.inf
     with pytest.raises(ValueError, match="infinite or NaN"):
         knn_predict(train, labels, test, 1, 5)
 
 
-# --- the command ----------------------------------------------------------------------------------------------------
-
-
-def features_file(file, n=80, patients=None, prefix="/cells", **changes):
-    """Cells of two classes, a dozen numbers each; far enough apart to be told from each other most of the time."""
-    rng = np.random.default_rng(0)
-    labels = changes.pop("labels", np.arange(n) % 2)
-    cells = {
-        "features": (rng.normal(size=(n, 12)) + labels[:, None]).astype(np.float32),
-        "labels": labels,
-        "class_names": ["blast", "monocyte"],
-        "paths": [f"{prefix}/{i}.png" for i in range(n)],
-        "patients": patients,
-        "attributes": {"checkpoint_sha256": "ab", "transform": "28 px"},
-    }
-    write_features(file, Features(**{**cells, **changes}))
-    return file
-
-
-def rows_of(file):
-    with open(file, newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    settings = {"embed_dim": 64, "depth": 2, "num_heads": 1, "patch_size": 14, "img_size": 28, "layerscale": 1.0}
-    torch.manual_seed(0)
-    model = build_backbone({**settings, "block_chunks": 0})
-    file = tmp_path / "teacher_checkpoint.pth"
-    state = {f"backbone.{name}": value for name, value in model.state_dict().items()}
-    torch.save({"teacher": state, "architecture": architecture(model)}, file)
-    return file
-
-
-def draw_cells(folder, n, seed):
-    """n noisy 30-px pictures a class, coloured by class."""
-    rng = np.random.default_rng(seed)
-    for name, colour in COLOURS.items():
-        (folder / name).mkdir(parents=True)
-        for i in range(n):
-            noisy = np.array(colour) + rng.integers(-15, 15, (30, 30, 3))
-            Image.fromarray(noisy.astype(np.uint8)).save(folder / name / f"{i:02d}.png")
-    return folder
-
-
-def run(capsys, tmp_path, *flags):
-    main([*map(str, flags), "--output-dir", str(tmp_path / "out"), "--num-workers", "0", "--device", "cpu"])
-    return capsys.readouterr().out, json.loads((tmp_path / "out" / "results.json").read_text())
-
-
-def test_one_set_from_pictures_to_results(checkpoint, tmp_path, capsys):
-    data = draw_cells(tmp_path / "cells", n=12, seed=0)
-    blind = torch.load(checkpoint, weights_only=True)
-    blind["teacher"]["backbone.patch_embed.proj.weight"].zero_()
-    torch.save(blind, checkpoint)
-    flags = ("--checkpoint", checkpoint, "--data", data, "--image-size", 28, "--k", 20, 1, "--folds", 4)
-    table, report = run(capsys, tmp_path, *flags, "--baseline", "untrained", "histogram", "pixels")
-    assert list(report["results"]) == ["model", "untrained", "histogram", "pixels"]
-    assert list(report["results"]["model"]) == ["knn_1", "knn_20"]
-    assert report["results"]["histogram"]["knn_20"]["accuracy"] == 1.0  # the classes are colours
-    assert report["results"]["model"]["knn_1"]["accuracy"] == pytest.approx(1 / 3)  # all its features are equal
-    assert report["results"]["untrained"]["knn_1"]["accuracy"] > 0.5
-    assert report["class_names"] == sorted(COLOURS)
-    assert report["counts"]["cells"] == report["counts"]["tested"] == 36
-    assert report["split"]["train_sizes"] == [27] * 4
-    assert report["counts"]["train_per_class"] == dict.fromkeys(sorted(COLOURS), 9)
-    assert len(report["checkpoint"]["checkpoint_sha256"]) == 64
-    assert report["settings"]["seed"] == 0
-    assert report["settings"]["image_size"] == 28
-    for part in (
-        "36 of 36 cells tested, 4 fold(s)",
-        "balanced acc.",
-        "model, k = 20",
-        "AUROC",
-    ):
-        assert part in table
-    assert re.search(r"histogram +20 +100\.0 \(100\.0-100\.0\)", table)
-    assert {path.name for path in (tmp_path / "out").glob("predictions*")} == {
-        f"predictions_{name}knn_{k}.csv" for name in ("", "untrained_", "histogram_", "pixels_") for k in (1, 20)
-    }
-
-    time = (tmp_path / "out" / "features.h5").stat().st_mtime_ns
-    _, again = run(capsys, tmp_path, *flags)
-    assert again["results"]["model"] == report["results"]["model"]
-    assert (tmp_path / "out" / "features.h5").stat().st_mtime_ns == time
-
-
-def test_from_features_to_results(tmp_path, capsys):
+def test_from_features_to_results(tmp_path, features_file, rows_of, run_knn):
     file = features_file(tmp_path / "f.h5", labels=np.array([0, 0, 1, 0] * 20))
     flags = ("--features", file, "--few-shot", 8, 2, "--repeats", 3)
-    table, report = run(capsys, tmp_path, *flags)
+    table, report = run_knn(*flags)
     written = {"results.json", "predictions_knn_1.csv", "predictions_knn_20.csv", "split.csv"}
     assert written <= {path.name for path in (tmp_path / "out").iterdir()} <= written | {"confusion.png", "curves.png"}
     for k in (1, 20):
@@ -296,7 +220,7 @@ def test_from_features_to_results(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["dinobloom", "dino"])
 def test_a_large_set_fits_in_four_gib(tmp_path, protocol):
-    """The whole command, with 200,000 training cells of 1536 numbers; 300 are judged."""
+    """The whole command, with 200,000 training cells of 1536 numbers; 300 are tested."""
     rng = np.random.default_rng(0)
     n_train, n_test = 200_000, 300
     paths = [f"/cells/{i}.png" for i in range(n_train + n_test)]
@@ -322,240 +246,116 @@ def test_a_large_set_fits_in_four_gib(tmp_path, protocol):
     assert int(done.stdout.splitlines()[-1]) / 2**20 < 4
 
 
-@pytest.mark.parametrize("protocol", ["dinobloom", "dino"])
-def test_the_same_inputs_give_the_same_bytes_but_for_the_date(tmp_path, capsys, protocol):
-    file = features_file(tmp_path / "f.h5", patients=[f"p{i % 20}" for i in range(80)])
-    flags = ("--features", file, "--protocol", protocol, "--few-shot", 2, "--repeats", 2, "--folds", 2)
-    texts = []
-    for name in ("a", "b"):
-        main([*map(str, flags), "--output-dir", str(tmp_path / name), "--device", "cpu"])
-        text = (tmp_path / name / "results.json").read_text()
-        texts.append(re.sub(r'"date": "[^"]+"', "", text))
-        assert text != texts[-1]
-    assert texts[0] == texts[1]
-    assert (
-        list(json.loads(text)["results"]["model"])
-        == {"dinobloom": ["knn_1", "knn_20"], "dino": ["knn_10", "knn_20"]}[protocol]
-    )
-    for file in (tmp_path / "a").glob("*.csv"):
-        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+# --- search ------------------------------------------------------------------------------------------------------
 
 
-def test_knn_and_the_linear_probe_judge_the_same_split(tmp_path, capsys):
-    file = features_file(tmp_path / "f.h5", patients=[f"p{i % 20}" for i in range(80)])
-    for flags in ((), ("--seed", "3"), ("--folds", "4"), ("--test-fraction", "0.25")):
-        splits = []
-        for name, command in {"knn": main, "linear": linear.main}.items():
-            command(["--features", str(file), *flags, "--output-dir", str(tmp_path / name), "--device", "cpu"])
-            splits.append((tmp_path / name / "split.csv").read_bytes())
-        assert splits[0] == splits[1], flags
-    assert len(rows_of(tmp_path / "knn" / "predictions_knn_1.csv")) == 20  # one split
+def brute_force(train, test, k, is_cosine=False):
+    train, test = (x.astype(np.float64) for x in (train, test))
+    if is_cosine:
+        train, test = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, test))
+    squared = np.stack([np.square(train - cell).sum(axis=1) for cell in test])  # [M, N]
+    nearest = np.argsort(squared, axis=1, kind="stable")[:, :k]
+    return nearest, np.take_along_axis(squared, nearest, axis=1)
 
 
-def test_a_written_split_can_be_used_again(tmp_path, capsys):
-    file = features_file(tmp_path / "f.h5", patients=[f"p{i % 20}" for i in range(80)])
-    _, report = run(capsys, tmp_path, "--features", file, "--folds", 4, "--seed", 3)
-    split = (tmp_path / "out" / "split.csv").rename(tmp_path / "split.csv")
-    _, again = run(capsys, tmp_path, "--features", file, "--split", split, "--seed", 3)
-    assert again["results"] == report["results"]
-    assert len(again["hashes"]["split"]) == 64
-    assert (tmp_path / "out" / "split.csv").read_bytes() == split.read_bytes()
+def draw(n=3000, dim=24, offset=0.0, n_test=40, seed=0):
+    rng = np.random.default_rng(seed)
+    return [(rng.normal(size=(size, dim)) + offset).astype(np.float32) for size in (n, n_test)]
 
 
-def test_whole_data_sets_can_be_left_out(tmp_path, capsys):
-    datasets = np.repeat(["acevedo", "matek", "own"], [30, 30, 20])
-    paths = [f"/{name}/{i}.png" for i, name in enumerate(datasets)]
-    file = features_file(tmp_path / "f.h5", paths=paths)
-    folds = leave_one_dataset_out(datasets)
-    write_split(tmp_path / "split.csv", paths, Split(list(folds.values())))
-    _, report = run(capsys, tmp_path, "--features", file, "--split", tmp_path / "split.csv", "--k", 5)
-    assert report["split"]["test_sizes"] == [30, 30, 20]
-    rows = rows_of(tmp_path / "out" / "predictions_knn_5.csv")
-    assert {(row["path"].split("/")[1], row["fold"]) for row in rows} == {
-        ("acevedo", "0"),
-        ("matek", "1"),
-        ("own", "2"),
-    }
-
-
-def test_the_kind_of_features_can_be_chosen(tmp_path, capsys):
-    labels = np.arange(80) % 2
-    mean = np.stack([labels, labels], axis=1).astype(np.float32)
-    file = features_file(tmp_path / "f.h5", others={"mean": mean})
-    _, report = run(capsys, tmp_path, "--features", file, "--k", 1, "--kind", "mean")
-    assert report["results"]["model"]["knn_1"]["accuracy"] == 1.0
-    assert report["kinds"] == ["mean"]
-    _, report = run(capsys, tmp_path, "--features", file, "--k", 1)
-    assert report["results"]["model"]["knn_1"]["accuracy"] < 1.0
-    with pytest.raises(ValueError, match="none of kind 'last4', only cls, mean"):
-        run(capsys, tmp_path, "--features", file, "--kind", "last4")
-
-
-def test_a_network_is_asked_for_the_kind_to_judge(checkpoint, tmp_path, capsys):
-    data = draw_cells(tmp_path / "cells", n=6, seed=0)
-    flags = ("--checkpoint", checkpoint, "--data", data, "--image-size", 28, "--k", 1, "--folds", 2)
-    _, alone = run(capsys, tmp_path, *flags, "--kind", "mean", "--baseline", "untrained")
-    assert alone["kinds"] == ["mean"]
-    assert read_features(tmp_path / "out" / "features.h5").kinds == ["mean"]
-    both = ("--kinds", "cls", "mean", "--overwrite", "--baseline", "untrained")
-    _, among = run(capsys, tmp_path, *flags, *both, "--kind", "mean")
-    assert among["results"] == alone["results"]
-    embedder = Embedder(checkpoint, image_size=28, kinds=("cls", "mean"))
-    paths = read_features(tmp_path / "out" / "features.h5").paths
-    alone, among = (baseline_features("untrained", paths, embedder, 1, kinds) for kinds in (["mean"], ["mean", "cls"]))
-    assert (list(alone), list(among)) == (["mean"], ["mean", "cls"])
-    np.testing.assert_array_equal(alone["mean"], among["mean"])
-    assert not np.allclose(among["mean"], among["cls"])
-
-
-def test_two_sets_with_a_copy_between_them(checkpoint, tmp_path, capsys):
-    train, test = draw_cells(tmp_path / "train", n=8, seed=0), draw_cells(tmp_path / "test", n=3, seed=1)
-    shutil.copy(train / "basophil" / "00.png", test / "eosinophil" / "copy.png")
-    (test / "lymphocyte" / "00.png").write_bytes(b"")
-    flags = ("--checkpoint", checkpoint, "--train", train, "--test", test, "--image-size", 28, "--k", 3)
-    _, report = run(capsys, tmp_path, *flags)
-    assert report["counts"]["dropped_identical_bytes"] == 1
-    assert (report["split"]["train_sizes"], report["split"]["test_sizes"]) == ([23], [9])
-    assert report["counts"]["unreadable"] == 1
-    assert report["patients_kept_apart"] is None  # unknown
-    stored = {name: tmp_path / "out" / f"features_{name}.h5" for name in ("train", "test")}
-    assert len(read_features(stored["train"])) == 24
-    _, from_files = run(capsys, tmp_path, "--features", stored["train"], "--test-features", stored["test"], "--k", 3)
-    assert from_files["results"] == report["results"]
-    assert from_files["checkpoint"] == report["checkpoint"]
-
-
-def test_patients_of_a_csv_stay_on_one_side(checkpoint, tmp_path, capsys):
-    data = draw_cells(tmp_path / "cells", n=8, seed=0)
-    with open(tmp_path / "cells.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["Image Path", "Label", "patient"])
-        for i, path in enumerate(sorted(data.rglob("*.png"))):
-            writer.writerow([path.relative_to(tmp_path), path.parent.name, f"p{i % 6}"])
-    flags = ("--checkpoint", checkpoint, "--data", tmp_path / "cells.csv", "--image-size", 28, "--k", 1, "--folds", 3)
-    _, report = run(capsys, tmp_path, *flags)
-    assert report["patients_kept_apart"] is True
-    fold_of = {}
-    for row in rows_of(tmp_path / "out" / "predictions_knn_1.csv"):
-        assert fold_of.setdefault(row["patient"], row["fold"]) == row["fold"]
-    assert sorted(Counter(fold_of.values()).values()) == [2, 2, 2]
-
-
-def expect_nothing(tmp_path, capsys, message, *flags, error=ValueError):
-    with pytest.raises(error, match=message):
-        run(capsys, tmp_path, *flags)
-    assert not (tmp_path / "out").exists()
-
-
-def test_sets_that_make_no_sense_are_refused_and_leave_nothing(tmp_path, capsys):
-    good = features_file(tmp_path / "good.h5")
-    other = features_file(tmp_path / "other.h5", prefix="/o", attributes={"checkpoint_sha256": "cd"})
-    flags = ("--features", good, "--test-features", other)
-    expect_nothing(tmp_path, capsys, "checkpoint_sha256 differs, 'ab' and 'cd'", *flags)
-    mean = features_file(tmp_path / "mean.h5", prefix="/o", kind="mean")
-    flags = ("--features", good, "--test-features", mean)
-    expect_nothing(tmp_path, capsys, "features are 'cls' in one and 'mean' in the other", *flags)
-    one = features_file(tmp_path / "one.h5", labels=np.ones(80, dtype=np.int64))
-    expect_nothing(tmp_path, capsys, "all 80 cells are of class 'monocyte'", "--features", one)
-    broken = features_file(tmp_path / "broken.h5", features=np.full((80, 12), np.nan, dtype=np.float32))
-    expect_nothing(tmp_path, capsys, "80 of 80 in '.*broken.h5' are infinite or NaN", "--features", broken)
-    broken = features_file(tmp_path / "broken.h5", others={"mean": np.full((80, 2), np.inf, dtype=np.float32)})
-    flags = ("--features", broken, "--kind", "mean")
-    expect_nothing(tmp_path, capsys, "80 of 80 in '.*broken.h5' are infinite or NaN", *flags)
-    twice = features_file(tmp_path / "twice.h5", paths=["/cells/a.png"] * 80)
-    expect_nothing(tmp_path, capsys, "'/cells/a.png' is listed twice", "--features", twice)
-    message = "65 neighbours asked of 64 training cells; choose k between 1 and 64"
-    expect_nothing(tmp_path, capsys, message, "--features", good, "--k", 1, 65)
-    expect_nothing(
-        tmp_path, capsys, "40 cells in its largest class, fewer than the 41", "--features", good, "--folds", 41
-    )
-    expect_nothing(tmp_path, capsys, "--test-fraction 0.7: choose a share", "--features", good, "--test-fraction", 0.7)
-    expect_nothing(tmp_path, capsys, "33 cells a class asked", "--features", good, "--few-shot", 33)
-    expect_nothing(tmp_path, capsys, "no file '.*gone.csv'", "--features", good, "--split", "gone.csv", error=OSError)
-
-
-def test_features_without_labels_are_refused(tmp_path, capsys):
-    with h5py.File(tmp_path / "f.h5", "w") as file:
-        file["features"] = np.zeros((4, 3), dtype=np.float32)
-    message = "has no dataset labels, class_names, paths; dinov2/eval/extract_features.py writes a file that has"
-    expect_nothing(tmp_path, capsys, message, "--features", tmp_path / "f.h5")
-
-
-def test_splits_that_make_no_sense_are_refused_and_leave_nothing(tmp_path, capsys):
-    file = features_file(tmp_path / "f.h5", patients=[f"p{i // 2}" for i in range(80)])
-
-    def split(parts):
-        lines = [f"/cells/{i}.png,{part}" for i, part in enumerate(parts)]
-        (tmp_path / "split.csv").write_text("\n".join(["path,part", *lines]) + "\n")
-        return "--features", file, "--split", tmp_path / "split.csv"
-
-    expect_nothing(tmp_path, capsys, "40 of 40 patients have cells on two sides", *split(["train", "test"] * 40))
-    without = ["train" if i < 40 and i % 2 else "unused" if i < 40 else "test" for i in range(80)]
-    message = "1 classes are tested without a training cell, for instance 'blast' in fold 0"
-    expect_nothing(tmp_path, capsys, message, *split(without))
-
-
-def test_mistakes_in_lists_show_before_anything_is_embedded(checkpoint, tmp_path, capsys):
-    data = draw_cells(tmp_path / "cells", n=2, seed=0)
-    network = ("--checkpoint", checkpoint, "--image-size", 28)
-
-    def listed(*lines):
-        (tmp_path / "cells.csv").write_text("\n".join(lines) + "\n")
-        return *network, "--data", tmp_path / "cells.csv"
-
-    message = r"lacks the column\(s\) 'Label'; its first line has \['Image Path', 'Class'\]"
-    expect_nothing(tmp_path, capsys, message, *listed("Image Path,Class", "cells/basophil/00.png,basophil"))
-    flags = listed("Image Path,Label", "cells/basophil/00.png,basophil", "gone.png,eosinophil")
-    expect_nothing(tmp_path, capsys, "1 of the 2 images in .* do not exist", *flags, error=FileNotFoundError)
-    flags = listed("Image Path,Label", "cells/basophil/00.png,basophil", "cells/basophil/01.png,")
-    expect_nothing(tmp_path, capsys, "line 3: no value for 'Label'", *flags)
-    flags = listed("Image Path,Label", *(f"cells/basophil/{i:02d}.png,basophil" for i in range(2)))
-    expect_nothing(tmp_path, capsys, "all 2 cells are of class 'basophil'", *flags)
-    message = "2 cells in its largest class, fewer than the 5 parts"
-    expect_nothing(tmp_path, capsys, message, *network, "--data", data)
-
-
+@pytest.mark.parametrize("is_cosine", [False, True])
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("k", "settings"),
     [
-        ([], "got no cells"),
-        (["--checkpoint", "c", "--train", "t"], "got --checkpoint --train; give"),
-        (["--checkpoint", "c", "--features", "f"], "got --checkpoint --features; give"),
-        (["--features", "f", "--baseline", "untrained"], "untrained needs --checkpoint"),
-        (["--features", "f", "--k", "0"], "0 is not at least 1"),
-        (["--features", "f", "--temperature", "0"], "--temperature 0.0: choose one above 0"),
-        (["--features", "f", "--folds", "3", "--split", "s"], "not allowed with argument --folds"),
-        (["--features", "f", "--test-features", "g", "--split", "s"], "--split divides one set"),
-        (["--features", "f", "--test-features", "g", "--test-fraction", "0.2"], "--test-fraction divides one set"),
-        (["--checkpoint", "c", "--data", "d", "--kinds", "cls", "--kind", "mean"], "mean is not among --kinds cls"),
+        (1, {}),
+        (20, {"offset": 50}),  # float32 keeps five digits of what differs
+        (5, {"offset": 1e3, "dim": 8, "n": 6000}),
+        (7, {"n": 50}),
+        (50, {"n": 50}),
     ],
 )
-def test_flags_that_do_not_go_together(flags, message, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main([*flags, "--output-dir", str(tmp_path)])
-    assert message in capsys.readouterr().err
+def test_it_is_what_brute_force_finds(k, settings, is_cosine):
+    train, test = draw(**settings)
+    found = nearest_neighbours(train, test, k, is_cosine)
+    positions, distances = brute_force(train, test, k, is_cosine)
+    np.testing.assert_array_equal(found.positions, positions)
+    np.testing.assert_allclose(found.distances, distances, rtol=1e-9)
 
 
-def test_runs_as_a_script_from_any_folder(tmp_path):
-    """A script's own folder comes first on the module path: none of its files may hide a module of that name."""
-    features_file(tmp_path / "features.h5", n=12)
-    script = [
-        sys.executable,
-        str(REPOSITORY / "dinov2" / "eval" / "knn.py"),
-        "--features",
-        "features.h5",
-        "--folds",
-        "3",
-    ]
-    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(REPOSITORY)}, "text": True}
-    done = subprocess.run([*script, "--output-dir", "out", "--k", "1"], capture_output=True, **options)
+@pytest.mark.parametrize("n_distinct", [1, 40, 400])
+def test_copies_are_found_in_order_in_any_chunks(n_distinct, monkeypatch):
+    pool, others = draw(n=n_distinct, dim=33, offset=50, n_test=10)
+    train = pool[np.random.default_rng(1).integers(0, n_distinct, 3000)]
+    test = np.concatenate([train[:20], others])
+    expected = brute_force(train, test, 20)[0]
+    for size in (7, 500, 4000):
+        monkeypatch.setattr(knn, "CHUNK", size)
+        np.testing.assert_array_equal(nearest_neighbours(train, test, 20).positions, expected, str(size))
+
+
+@pytest.mark.parametrize("exponent", [-18, 0, 18])
+def test_scale_and_an_outlier_do_not_matter(exponent):
+    train, test = draw()
+    expected = brute_force(train, test, 5)[0]
+    train, test = (x * np.float32(10.0**exponent) for x in (train, test))
+    train[-1] = train[-1] * 1e6
+    np.testing.assert_array_equal(nearest_neighbours(train, test, 5).positions, expected)
+
+
+def test_inputs_are_left_as_they_are():
+    for dtype in (np.float16, np.float32, np.float64):
+        train, test = (x.astype(dtype) for x in draw(n=100))
+        before = train.copy(), test.copy()
+        nearest_neighbours(train, test, 3, is_cosine=True)
+        np.testing.assert_array_equal(train, before[0])
+        np.testing.assert_array_equal(test, before[1])
+
+
+def test_no_test_cell_has_no_neighbours():
+    train, test = draw(n=100)
+    assert nearest_neighbours(train, test[:0], 3).positions.shape == (0, 3)
+
+
+def test_features_that_cannot_be_compared_are_refused():
+    train, test = draw(n=10)
+    with pytest.raises(ValueError, match="11 neighbours asked of 10 training cells; choose k between 1 and 10"):
+        nearest_neighbours(train, test, 11)
+    with pytest.raises(
+        ValueError, match=r"\[10, 24\] \(train\) and \[40, 3\] \(test\): expected \[N, D\] and \[M, D\]"
+    ):
+        nearest_neighbours(train, test[:, :3], 1)
+    test[3] = 0
+    nearest_neighbours(train, test, 1)
+    with pytest.raises(ValueError, match="all numbers of 1 cells are 0"):
+        nearest_neighbours(train, test, 1, is_cosine=True)
+    for value in (np.nan, np.inf):
+        test[3, 2] = value
+        with pytest.raises(ValueError, match="some are infinite or NaN"):
+            nearest_neighbours(train, test, 1)
+
+
+def test_no_copy_of_the_training_features_is_made():
+    """400 MiB of float32: a float64 copy, or one of all distances, would show."""
+    program = """
+        import resource, torch
+        from dinov2.eval.knn import nearest_neighbours
+        torch.set_num_threads(1)
+        train, test = torch.rand(400_000, 256), torch.rand(400, 256)
+        nearest_neighbours(train[:4000], test[:40], 20)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        nearest_neighbours(train, test, 20, is_cosine=True)
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+    """
+    lines = "\n".join(line.strip() for line in program.splitlines())
+    done = subprocess.run([sys.executable, "-c", lines], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "12 of 12 cells tested, 3 fold(s), 2 classes" in done.stdout
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["protocol"] == "knn"
+    assert int(done.stdout) < 300
 
 
-def test_a_mistake_ends_with_code_2(tmp_path):
-    file = features_file(tmp_path / "f.h5", n=12)
-    flags = ["--features", str(file), "--k", "99", "--output-dir", str(tmp_path / "out")]
-    assert exit_code(lambda: main(flags)) == 2
-    assert not (tmp_path / "out").exists()
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_cosine", [False, True])
+def test_a_gpu_finds_the_same(is_cosine):
+    train, test = draw(n=20_000, dim=64, offset=3)
+    here = nearest_neighbours(train, test, 20, is_cosine)
+    there = nearest_neighbours(torch.from_numpy(train).cuda(), test, 20, is_cosine)
+    np.testing.assert_array_equal(there.positions, here.positions)

@@ -2,10 +2,7 @@
 
 import csv
 import json
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -19,15 +16,16 @@ from dinov2.data.splits import make_folds
 from dinov2.eval.features import Features, write_features
 from dinov2.eval.linear import (
     LAMBDAS,
+    LinearOptions,
     choose_lambda,
     dinobloom_lambda,
-    evaluate_linear,
+    evaluate,
     fit_linear_probe,
     main,
-    parse_arguments,
+    protocol,
 )
 from dinov2.eval.metrics import classification_metrics, log_losses
-from dinov2.utils.command import exit_code
+from dinov2.eval.protocol import EvaluationData
 
 REPOSITORY = Path(__file__).parents[2]
 NAMES = ["basophil", "blast", "eosinophil", "monocyte"]
@@ -37,6 +35,13 @@ def draw(n=160, dim=8, n_classes=4, apart=1.0, seed=0):
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % n_classes)
     return (rng.normal(size=(n, dim)) + apart * 2 * np.eye(n_classes, dim)[labels]).astype(np.float32), labels
+
+
+def run_protocol(features, labels, folds, name="dinobloom", patients=None, validation=None, **options):
+    """Return the predictions of `evaluate`; features are an array or {kind: array}."""
+    kinds = features if isinstance(features, dict) else {"cls": features}
+    data = EvaluationData(kinds, labels, NAMES, folds, patients, validation)
+    return evaluate(data, LinearOptions(name, **options))[f"linear_{name}"]
 
 
 def reference(features, labels, lam):
@@ -101,7 +106,7 @@ def test_what_cannot_be_fitted_is_refused():
     with pytest.raises(ValueError, match="'cuml' is unknown; choose one of torch, sklearn"):
         fit_linear_probe(features, labels, 4, backend="cuml")
     with pytest.raises(ValueError, match="'knn' is unknown; choose one of dinobloom, sweep, sgd"):
-        evaluate_linear(features, labels, 4, make_folds(labels), protocol="knn")
+        LinearOptions("knn")
     features[3, 2] = np.nan
     with pytest.raises(ValueError, match="1 of 160 cells have infinite or NaN ones"):
         fit_linear_probe(features, labels, 4)
@@ -122,26 +127,26 @@ def test_lambda_has_the_least_validation_loss():
     assert LAMBDAS[0] > lam > LAMBDAS[-1]
 
 
-@pytest.mark.parametrize("protocol", ["dinobloom", "sweep", "sgd"])
-def test_test_cells_choose_nothing(protocol):
+@pytest.mark.parametrize("name", ["dinobloom", "sweep", "sgd"])
+def test_test_cells_choose_nothing(name):
     """Other test features and labels change neither what is chosen nor any other cell's probabilities."""
     features, labels = draw(apart=0.5)
     patients = [f"p{i % 40}" for i in range(160)]
     (train, test), *_ = make_folds(labels, patients, 4)
-    run = {"folds": [(train, test)], "patients": patients, "protocol": protocol, "sgd_iterations": 30}
-    found = evaluate_linear(features, labels, 4, **run)
+    settings = {"folds": [(train, test)], "name": name, "patients": patients, "sgd_iterations": 30}
+    found = run_protocol(features, labels, **settings)
     changed, relabelled = features.copy(), labels.copy()
     changed[test[1:]] += 5
     relabelled[test] = (labels[test] + 1) % 4
-    again = evaluate_linear(changed, relabelled, 4, **run)
+    again = run_protocol(changed, relabelled, **settings)
     assert again.settings == found.settings
     np.testing.assert_array_equal(again.probabilities[test[0]], found.probabilities[test[0]])
     assert np.isnan(found.probabilities[train]).all()
     assert (found.predictions[train] == -1).all()
 
 
-@pytest.mark.parametrize("protocol", ["sweep", "sgd"])
-def test_validation_folds_keep_patients_whole(protocol, monkeypatch):
+@pytest.mark.parametrize("name", ["sweep", "sgd"])
+def test_validation_folds_keep_patients_whole(name, monkeypatch):
     features, labels = draw()
     patients = [f"p{i % 20}" for i in range(160)]
     seen = []
@@ -152,7 +157,7 @@ def test_validation_folds_keep_patients_whole(protocol, monkeypatch):
         return folds
 
     monkeypatch.setattr("dinov2.eval.linear.make_folds", spy)
-    evaluate_linear(features, labels, 4, make_folds(labels, patients, 2), patients, protocol=protocol, sgd_iterations=5)
+    run_protocol(features, labels, make_folds(labels, patients, 2), name, patients, sgd_iterations=5)
     assert len(seen) == 2 * 5
     for of_patients, (fitted, validated) in seen:
         assert not {of_patients[i] for i in fitted} & {of_patients[i] for i in validated}
@@ -162,7 +167,7 @@ def test_each_fold_predicts_its_own_test_cells():
     """Probabilities are those of the test rows, from a probe that never saw them."""
     features, labels = draw(apart=0.5)
     folds = make_folds(labels, n_folds=4)
-    found = evaluate_linear(features, labels, 4, folds)
+    found = run_protocol(features, labels, folds)
     for train, test in folds:
         expected = fit_linear_probe(features[train], labels[train], 4).predict_proba(features[test])
         np.testing.assert_array_equal(found.probabilities[test], expected)
@@ -175,7 +180,7 @@ def test_given_validation_cells_are_used():
     features, labels = draw()
     train, validation, test = np.arange(80), np.arange(80, 120), np.arange(120, 160)
     lam, losses = choose_lambda(features, labels, 4, [(train, validation)])
-    found = evaluate_linear(features, labels, 4, [(train, test)], validation=validation, protocol="sweep")
+    found = run_protocol(features, labels, [(train, test)], "sweep", validation=validation)
     assert found.settings[0]["lambda"] == lam
     assert list(found.settings[0]["validation_log_loss"].values()) == list(losses.values())
 
@@ -184,18 +189,24 @@ def test_sgd_chooses_among_kinds_of_features():
     features, labels = draw(apart=2)
     noise = np.random.default_rng(4).normal(size=features.shape).astype(np.float32)
     kinds = {"noise": noise, "cls_1": features}
-    found = evaluate_linear(kinds, labels, 4, make_folds(labels, n_folds=2), protocol="sgd", sgd_iterations=60)
+    found = run_protocol(kinds, labels, make_folds(labels, n_folds=2), "sgd", sgd_iterations=60)
     assert [chosen["features"] for chosen in found.settings] == ["cls_1", "cls_1"]
     assert (found.predictions == labels).mean() > 0.8
-    with pytest.raises(ValueError, match="takes one array of features, got noise, cls_1"):
-        evaluate_linear(kinds, labels, 4, make_folds(labels))
+    first = run_protocol(kinds, labels, make_folds(labels, n_folds=2))
+    alone = run_protocol(noise, labels, make_folds(labels, n_folds=2))
+    np.testing.assert_array_equal(first.probabilities, alone.probabilities)  # the others take the first kind
 
 
 def test_shuffled_labels_stay_at_chance():
     features, labels = draw(n=400, apart=2)
     shuffled = np.random.default_rng(1).permutation(labels)
-    found = evaluate_linear(features, shuffled, 4, make_folds(shuffled))
+    found = run_protocol(features, shuffled, make_folds(shuffled))
     assert 0.15 < (found.predictions == shuffled).mean() < 0.35
+
+
+def test_only_sgd_takes_several_kinds_of_features():
+    assert protocol(LinearOptions("sgd")).kinds == ("cls", "cls+mean", "last4", "last4+mean")
+    assert protocol(LinearOptions("sweep")).kinds == ("cls",)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -232,7 +243,7 @@ def test_from_features_to_results(tmp_path, capsys):
     assert written <= {path.name for path in (tmp_path / "out").iterdir()} <= written | {"confusion.png", "curves.png"}
     found = report["results"]["model"]["linear_dinobloom"]
     rows = rows_of(tmp_path / "out" / "predictions.csv")
-    # pictures of one name in two folders keep their own rows, and no fold overwrites another's
+    # images of one name in two folders keep their own rows, and no fold overwrites another's
     assert Counter(row["path"] for row in rows).most_common(1)[0][1] == 1
     assert len(rows) == 120
     assert Counter(row["fold"] for row in rows) == dict.fromkeys("01234", 24)
@@ -258,10 +269,10 @@ def test_from_features_to_results(tmp_path, capsys):
         assert part in table
 
 
-@pytest.mark.parametrize("protocol", ["dinobloom", "sweep", "sgd"])
-def test_the_same_inputs_give_the_same_bytes_but_for_the_date(tmp_path, capsys, protocol):
+@pytest.mark.parametrize("name_of_protocol", ["dinobloom", "sweep", "sgd"])
+def test_the_same_inputs_give_the_same_bytes_but_for_the_date(tmp_path, capsys, name_of_protocol):
     file = features_file(tmp_path / "f.h5", n=80, patients=[f"p{i % 20}" for i in range(80)])
-    flags = ("--features", file, "--protocol", protocol, "--folds", 2, "--sgd-iterations", 20, "--few-shot", 2)
+    flags = ("--features", file, "--protocol", name_of_protocol, "--folds", 2, "--sgd-iterations", 20, "--few-shot", 2)
     texts = []
     for name in ("a", "b"):
         run(capsys, tmp_path / name, *flags)
@@ -286,7 +297,7 @@ def test_patients_stay_whole_and_the_split_can_be_used_again(tmp_path, capsys):
     assert (tmp_path / "b" / "split.csv").read_bytes() == (tmp_path / "a" / "split.csv").read_bytes()
 
 
-def test_a_class_with_one_picture_is_reported(tmp_path, capsys):
+def test_a_class_with_one_image_is_reported(tmp_path, capsys):
     labels = np.array([3, *([0, 1, 2] * 40)])[:120]
     file = features_file(tmp_path / "f.h5", labels=labels)
     table, report = run(capsys, tmp_path / "out", "--features", file)
@@ -306,35 +317,24 @@ def test_sgd_chooses_among_the_kinds_of_a_file_and_the_others_take_one(tmp_path,
     found = report["results"]["model"]["linear_sgd"]
     assert report["kinds"] == ["cls", "last4"]
     assert [fold["features"] for fold in found["folds"]] == ["last4", "last4"]
-    for protocol, kind, is_right in (("sweep", "last4", True), ("sgd", "cls", False), ("dinobloom", None, False)):
+    for name, kind, is_right in (("sweep", "last4", True), ("sgd", "cls", False), ("dinobloom", None, False)):
         chosen = () if kind is None else ("--kind", kind)
-        _, report = run(capsys, tmp_path / protocol, *flags, "--protocol", protocol, *chosen)
-        accuracy = report["results"]["model"][f"linear_{protocol}"]["accuracy"]
+        _, report = run(capsys, tmp_path / name, *flags, "--protocol", name, *chosen)
+        accuracy = report["results"]["model"][f"linear_{name}"]["accuracy"]
         assert report["kinds"] == [kind or "cls"]
         assert (accuracy > 0.8) == is_right
 
 
-def test_sgd_asks_a_checkpoint_for_dinov2s_kinds(tmp_path):
-    def kinds(*flags):
-        return parse_arguments([*flags, "--data", "d", "--output-dir", str(tmp_path)]).kinds
-
-    network = ("--checkpoint", "c")
-    assert kinds(*network, "--protocol", "sgd") == ["cls", "cls+mean", "last4", "last4+mean"]
-    assert kinds(*network, "--protocol", "sgd", "--kinds", "mean", "cls") == ["mean", "cls"]
-    assert kinds(*network, "--protocol", "sweep", "--kind", "cls+mean") == ["cls+mean"]
-    assert kinds("--encoder", "histogram", "--protocol", "sgd") == kinds(*network) == ["cls"]
-
-
 def test_two_sets_and_a_baseline(tmp_path, capsys):
     rng = np.random.default_rng(0)
-    paths = [tmp_path / "pictures" / f"{i:03d}.png" for i in range(60)]
+    paths = [tmp_path / "images" / f"{i:03d}.png" for i in range(60)]
     paths[0].parent.mkdir()
     labels = np.arange(60) % 4
     for path, label in zip(paths, labels, strict=True):
         noisy = np.array([60, 120, 180]) * (label + 1) / 4 + rng.integers(-15, 15, (24, 24, 3))
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path)
     paths[59].write_bytes(paths[0].read_bytes())
-    features = rng.normal(size=(60, 8)).astype(np.float32)  # that know nothing
+    features = rng.normal(size=(60, 8)).astype(np.float32)  # without information
     for name, part in (("train", slice(0, 40)), ("test", slice(40, 60))):
         names = [str(path) for path in paths[part]]
         features_file(tmp_path / f"{name}.h5", features=features[part], labels=labels[part], paths=names)
@@ -349,81 +349,17 @@ def test_two_sets_and_a_baseline(tmp_path, capsys):
     assert parts == {"train": 40, "test": 20}
 
 
-def expect_nothing(tmp_path, capsys, message, *flags):
-    with pytest.raises(ValueError, match=message):
-        run(capsys, tmp_path / "out", *flags)
-    assert not (tmp_path / "out").exists()
-
-
-def test_sets_that_make_no_sense_are_refused_and_leave_nothing(tmp_path, capsys):
-    one = features_file(tmp_path / "one.h5", labels=np.ones(120, dtype=np.int64))
-    expect_nothing(tmp_path, capsys, "all 120 cells are of class 'blast'", "--features", one)
-    broken = features_file(tmp_path / "broken.h5", features=np.full((120, 8), np.nan, dtype=np.float32))
-    message = r"120 of 120 in '.*broken.h5' are infinite or NaN, for instance those of '/cells/a/0.png'"
-    expect_nothing(tmp_path, capsys, message, "--features", broken)
-    good = features_file(tmp_path / "good.h5")
-    other = features_file(
-        tmp_path / "other.h5", attributes={"checkpoint_sha256": "cd"}, paths=[f"/o/{i}" for i in range(120)]
-    )
-    flags = ("--features", good, "--test-features", other)
-    expect_nothing(tmp_path, capsys, "checkpoint_sha256 differs, 'ab' and 'cd'", *flags)
-    twice = features_file(tmp_path / "twice.h5", paths=["/cells/a.png"] * 120)
-    expect_nothing(tmp_path, capsys, "'/cells/a.png' is listed twice", "--features", twice)
-    expect_nothing(
-        tmp_path, capsys, "30 cells in its largest class, fewer than the 40", "--features", good, "--folds", 40
-    )
-    expect_nothing(tmp_path, capsys, "31 cells a class asked", "--features", good, "--few-shot", 31)
-
-
-def test_splits_that_make_no_sense_are_refused_and_leave_nothing(tmp_path, capsys):
-    file = features_file(tmp_path / "f.h5", patients=[f"p{i % 24}" for i in range(120)])
-    labels = draw(n=120, apart=0.6)[1]
-    paths = [f"/cells/{name}/{i // 2}.png" for i, name in enumerate(["a", "b"] * 60)]
-
-    def split(parts):
-        lines = [f"{path},{part}" for path, part in zip(paths, parts, strict=True)]
-        (tmp_path / "split.csv").write_text("\n".join(["path,part", *lines]) + "\n")
-        return "--features", file, "--split", tmp_path / "split.csv"
-
-    message = "of 24 patients have cells on two sides, for instance 'p0'"
-    expect_nothing(tmp_path, capsys, message, *split(["train", "test"] * 30 + ["test", "train"] * 30))
-    by_patient = np.array(["train" if i % 24 < 12 else "val" if i % 24 < 16 else "test" for i in range(120)])
-    run(capsys, tmp_path / "fine", *split(by_patient))
-    assert len(rows_of(tmp_path / "fine" / "predictions.csv")) == 40
-    without = np.where((labels == 1) & (by_patient == "train"), "unused", by_patient)
-    message = "1 classes are tested without a training cell, for instance 'blast' in fold 0"
-    expect_nothing(tmp_path, capsys, message, *split(without))
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "got no cells"),
-        (["--features", "f", "--test-features", "g", "--split", "s"], "--split divides one set"),
         (["--features", "f", "--protocol", "knn"], "invalid choice: 'knn'"),
-        (["--features", "f", "--few-shot", "0"], "0 is not at least 1"),
-        (["--features", "f", "--baseline", "untrained"], "untrained needs --checkpoint"),
+        (["--features", "f", "--sgd-iterations", "0"], "0 is not at least 1"),
     ],
 )
 def test_flags_that_do_not_go_together(flags, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*flags, "--output-dir", str(tmp_path)])
     assert message in capsys.readouterr().err
-
-
-def test_runs_as_a_script_from_any_folder(tmp_path):
-    features_file(tmp_path / "f.h5", n=40)
-    script = [sys.executable, str(REPOSITORY / "dinov2" / "eval" / "linear.py"), "--features", "f.h5"]
-    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(REPOSITORY)}, "text": True}
-    done = subprocess.run([*script, "--output-dir", "out", "--folds", "2"], capture_output=True, **options)
-    assert done.returncode == 0, done.stderr
-    assert "40 of 40 cells tested, 2 fold(s)" in done.stdout
-
-
-def test_a_mistake_ends_with_code_2(tmp_path):
-    file = features_file(tmp_path / "f.h5", n=40, labels=np.zeros(40, dtype=np.int64))
-    assert exit_code(lambda: main(["--features", str(file), "--output-dir", str(tmp_path / "out")])) == 2
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.gpu

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov2.eval import abmil, explorer, report
+from dinov2.eval import abmil, report
 from dinov2.eval.features import Features, write_features
+from dinov2.eval.pages import projection
 from dinov2.models.vision_transformer import vit_small
 from dinov2.utils.command import exit_code
 
@@ -18,7 +19,7 @@ NAMES = [EVIL, 'lymphocyte, "large"', "Zelle ü β"]
 
 @pytest.fixture(autouse=True)
 def short_trainings(monkeypatch):
-    monkeypatch.setattr(abmil.TrainingSettings, "epochs", 2)
+    monkeypatch.setattr(abmil, "DEFAULTS", abmil.AbmilOptions(training=abmil.TrainingSettings(epochs=2)))
 
 
 def read(folder):
@@ -122,7 +123,7 @@ def test_cells_without_a_network_say_what_to_add(write, tmp_path):
 
 
 def test_features_beside_results_are_shown_in_an_explorer(write, results, monkeypatch):
-    monkeypatch.setattr(explorer, "has_umap", lambda: False)  # which takes long to import
+    monkeypatch.setattr(projection, "has_umap", lambda: False)  # which takes long to import
     page = write(results, "--max-cells", "20")
     assert ("h2", "Embedding explorer") in page.headings
     assert "20" in page.words

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dinov2.data.collate import assemble_batch
 from dinov2.data.transforms import normalize_images
-from dinov2.eval.run_records import read_run
+from dinov2.eval.pages.runs import read_run
 from dinov2.logging.metrics import is_time
 from dinov2.train import views
 from dinov2.train.train import main
@@ -49,11 +49,8 @@ def run(tmp_path, picture_list, tiny_overrides):
 
 
 def shown(folder) -> dict[str, list[int]]:
-    """Iterations of the sheets by kind, as a report finds them."""
-    found: dict[str, list[int]] = {}
-    for view in read_run(folder, "run").views:
-        found.setdefault(view.kind, []).append(view.iteration)
-    return found
+    """Return the iterations of the sheets by kind, as a report reads them."""
+    return {kind: list(files) for kind, files in read_run(folder, "run").views.items()}
 
 
 def rows(folder) -> list[dict]:

@@ -19,10 +19,13 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
+import pandas as pd
 
 from dinov2.data.datasets.tables import check_files_exist, is_folder, read_table
 from dinov2.utils.paths import local_path
@@ -74,14 +77,7 @@ class PatientBags:
                     f"bags: {n_bad} of the {len(cells)} cells of patient {patient!r} have infinite or NaN features; "
                     f"extract again, or drop these cells"
                 )
-        dims = Counter(cells.shape[1] for cells in self.features)
-        if len(dims) > 1:
-            usual = dims.most_common(1)[0][0]
-            odd = [p for p, cells in zip(self.patients, self.features, strict=True) if cells.shape[1] != usual]
-            raise ValueError(
-                f"bags: features of {', '.join(map(str, sorted(dims)))} dimensions are mixed, so they are from "
-                f"different networks ({list_names(odd)} differ from most); extract all with one checkpoint"
-            )
+        _check_dims(self.patients, self.features)
 
     def __len__(self) -> int:
         return len(self.patients)
@@ -90,6 +86,29 @@ class PatientBags:
     def dim(self) -> int:
         """D."""
         return int(self.features[0].shape[1])
+
+    def known_labels(self) -> np.ndarray:
+        """Return the labels; raise a ValueError if there are none."""
+        if self.labels is None:
+            raise ValueError("--bags: the bags have no labels; give a CSV with the columns patient,label as --labels")
+        return self.labels
+
+    def per_class(self, positions: np.ndarray) -> dict[str, int]:
+        """Return {class: number} of the labelled bags at these positions."""
+        counts = np.bincount(self.known_labels()[positions], minlength=len(self.class_names))
+        return dict(zip(self.class_names, counts.tolist(), strict=True))
+
+    def counts(self) -> dict[str, Any]:
+        """Return the numbers of patients and cells, and of patients of each class where there are labels."""
+        sizes = [len(cells) for cells in self.features]
+        counts: dict[str, Any] = {
+            "patients": len(self),
+            "cells": sum(sizes),
+            "cells_of_a_patient": {"min": min(sizes), "median": float(np.median(sizes)), "max": max(sizes)},
+        }
+        if self.labels is not None:
+            counts["patients_per_class"] = self.per_class(np.arange(len(self)))
+        return counts
 
     @classmethod
     def from_cells(
@@ -110,14 +129,11 @@ class PatientBags:
                 "bags: the features name no patients; extract them from a CSV with the columns "
                 "`Image Path,Label,patient`, where Label is the patient's class"
             )
-        rows: dict[str, list[int]] = defaultdict(list)
-        for row, patient in enumerate(patients):
-            rows[patient].append(row)
-        names = sorted(rows)
+        rows = pd.Series(range(len(patients))).groupby(list(patients)).indices  # {patient: rows}
         bags = cls(
-            patients=names,
-            features=[np.asarray(features[rows[name]], dtype=np.float32) for name in names],
-            cells=[[cells[row] for row in rows[name]] for name in names],
+            patients=sorted(rows),
+            features=[np.asarray(features[rows[name]], dtype=np.float32) for name in sorted(rows)],
+            cells=[[cells[row] for row in rows[name]] for name in sorted(rows)],
             attributes=dict(attributes or {}),
         )
         if cell_labels is None:
@@ -155,11 +171,7 @@ class PatientBags:
                     f"{', '.join(sorted(map(repr, values)))}; extract all bags with one checkpoint and one image size"
                 )
         for patient, parts in contents.items():
-            if len({features.shape[1] for features, _, _ in parts}) > 1:
-                raise ValueError(
-                    f"bags: the files of patient {patient!r} have features of different dimensions; extract all with "
-                    f"one checkpoint"
-                )
+            _check_dims([patient] * len(parts), [features for features, _, _ in parts])
         return cls(
             list(contents),
             [np.concatenate([features for features, _, _ in parts]) for parts in contents.values()],
@@ -185,13 +197,8 @@ class PatientBags:
                 f"labels: {len(without_bag)} of {len(labels)} labelled patients have no bag "
                 f"({list_names(without_bag)}); extract their cells, or drop them from the labels"
             )
-        names = sorted(set(labels.values()))
-        ids = {name: i for i, name in enumerate(names)}
-        return replace(
-            self,
-            labels=np.array([ids[labels[patient]] for patient in self.patients], dtype=np.int64),
-            class_names=names,
-        )
+        names, ids = np.unique([labels[patient] for patient in self.patients], return_inverse=True)
+        return replace(self, labels=ids.astype(np.int64), class_names=names.tolist())
 
     def select(self, positions: np.ndarray) -> "PatientBags":
         """Return the bags at these positions, in ascending order; classes keep their ids."""
@@ -218,13 +225,12 @@ class PatientBags:
                 f"bags: {len(both)} patients are in the training and in the test set ({list_names(both)}); remove them "
                 f"from one, or rename them if they are different people"
             )
-        check_same_network(self.attributes, other.attributes, "the training set", "the test set")
-        features = dict(zip([*self.patients, *other.patients], [*self.features, *other.features], strict=True))
-        cells = dict(zip([*self.patients, *other.patients], [*self.cells, *other.cells], strict=True))
-        patients = sorted(features)
-        bags = PatientBags(
-            patients, [features[p] for p in patients], [cells[p] for p in patients], attributes=self.attributes
+        check_same_attributes(self.attributes, other.attributes, "the training set", "the test set")
+        sets = zip(
+            self.patients + other.patients, self.features + other.features, self.cells + other.cells, strict=True
         )
+        patients, features, cells = map(list, zip(*sorted(sets, key=itemgetter(0)), strict=True))
+        bags = PatientBags(patients, features, cells, attributes=self.attributes)
         if self.labels is not None:
             bags = bags.with_labels(self.label_of() | other.label_of())
         return bags, bags.positions(other.patients, "test set")
@@ -264,6 +270,17 @@ class PatientBags:
         return np.array(sorted(where[patient] for patient in patients), dtype=np.int64)
 
 
+def _check_dims(patients: Sequence[str], features: Sequence[np.ndarray]) -> None:
+    dims = Counter(cells.shape[1] for cells in features)
+    if len(dims) > 1:
+        usual = dims.most_common(1)[0][0]
+        odd = [patient for patient, cells in zip(patients, features, strict=True) if cells.shape[1] != usual]
+        raise ValueError(
+            f"bags: features of {', '.join(map(str, sorted(dims)))} dimensions are mixed, so they are from "
+            f"different networks ({list_names(odd)} differ from most); extract all with one checkpoint"
+        )
+
+
 def check_no_bag_twice(bags: PatientBags) -> None:
     """Refuse one bag under two names: such a patient could be in train and in test.
 
@@ -273,14 +290,14 @@ def check_no_bag_twice(bags: PatientBags) -> None:
     names: dict[str, list[str]] = defaultdict(list)
     for patient, digest in zip(bags.patients, bags.bag_hashes(), strict=True):
         names[digest].append(patient)
-    twice = [patients for patients in names.values() if len(patients) > 1]
-    if twice:
+    repeated = [patients for patients in names.values() if len(patients) > 1]
+    if repeated:
         raise ValueError(
-            f"bags: {list_names(twice[0])} have the same cells, so one patient is there under several names; keep one"
+            f"bags: {list_names(repeated[0])} have the same cells, so one patient has several names; keep one"
         )
 
 
-def check_same_network(a: Mapping[str, str], b: Mapping[str, str], name_a: str, name_b: str) -> None:
+def check_same_attributes(a: Mapping[str, str], b: Mapping[str, str], name_a: str, name_b: str) -> None:
     """Check that two sets' attributes name the same network; an attribute that one lacks is only warned of.
 
     Raises:
@@ -308,10 +325,10 @@ def one_label_each(pairs: Iterable[tuple[str, str]], source: str) -> dict[str, s
     Raises:
         ValueError: if a patient has two labels.
     """
-    found: dict[str, set[str]] = defaultdict(set)
+    labels_of: dict[str, set[str]] = defaultdict(set)
     for patient, label in pairs:
-        found[patient].add(label)
-    wrong = {patient: sorted(labels) for patient, labels in found.items() if len(labels) > 1}
+        labels_of[patient].add(label)
+    wrong = {patient: sorted(labels) for patient, labels in labels_of.items() if len(labels) > 1}
     if wrong:
         patient, labels = next(iter(sorted(wrong.items())))
         raise ValueError(
@@ -319,7 +336,7 @@ def one_label_each(pairs: Iterable[tuple[str, str]], source: str) -> dict[str, s
             f"{' and '.join(map(repr, labels))}; a bag has one: correct it, or, if these are classes of cells, give "
             f"the patients' with --labels"
         )
-    return {patient: next(iter(labels)) for patient, labels in found.items()}
+    return {patient: next(iter(labels)) for patient, labels in labels_of.items()}
 
 
 # patient, label or None, file
@@ -333,27 +350,28 @@ def _rows_of_table(file: Path) -> list[Row]:
 
 
 def _rows_of_folder(folder: Path) -> list[Row]:
+    """Find <patient>.h5, <class>/<patient>.h5 and <class>/<patient>/*.h5; patients of the first have no label."""
     flat: list[Row] = [(file.stem, None, file) for file in _visible(folder, "*.[hH]5")]
     whole: list[Row] = [(file.stem, file.parent.name, file) for file in _visible(folder, "*/*.[hH]5")]
     parts: list[Row] = [(file.parent.name, file.parent.parent.name, file) for file in _visible(folder, "*/*/*.[hH]5")]
-    twice = {row[:2] for row in whole} & {row[:2] for row in parts}
-    if twice:
-        names = list_names(sorted(patient for patient, _ in twice))
-        raise ValueError(f"bags: {str(folder)!r} has both a file and a folder of {names}; keep one")
-    bags = {(label, patient) for patient, label, _ in whole + parts}
-    classes = {label for label, _ in bags}
-    if flat and bags:
-        raise ValueError(
-            f"bags: {str(folder)!r} has .h5 files ({flat[0][2].name}, ...) beside folders with .h5 files "
-            f"({list_names(sorted(map(str, classes)))}); keep either one file per patient or one folder per class"
-        )
-    if not flat and not bags:
+    if not flat + whole + parts:
         raise ValueError(
             f"bags: no .h5 file in {str(folder)!r} and the folders inside; expected <patient>.h5, "
             f"<class>/<patient>.h5 or <class>/<patient>/*.h5"
         )
-    inside = [entry for entry in _visible(folder, "*/*") if entry.is_dir() and entry.parent.name in classes]
-    empty = [f"{entry.parent.name}/{entry.name}" for entry in inside if (entry.parent.name, entry.name) not in bags]
+    bags = {(label, patient) for patient, label, _ in whole + parts}
+    classes = {str(label) for label, _ in bags}
+    if flat and bags:
+        raise ValueError(
+            f"bags: {str(folder)!r} has .h5 files ({flat[0][2].name}, ...) beside folders with .h5 files "
+            f"({list_names(sorted(classes))}); keep either one file per patient or one folder per class"
+        )
+    both = {row[:2] for row in whole} & {row[:2] for row in parts}
+    if both:
+        names = list_names(sorted(patient for patient, _ in both))
+        raise ValueError(f"bags: {str(folder)!r} has both a file and a folder of {names}; keep one")
+    folders = [entry for entry in _visible(folder, "*/*") if entry.is_dir() and entry.parent.name in classes]
+    empty = [f"{entry.parent.name}/{entry.name}" for entry in folders if (entry.parent.name, entry.name) not in bags]
     if empty:
         raise ValueError(
             f"bags: folders without an .h5 file are bags without cells: {list_names(empty)}; extract these patients' "
@@ -387,8 +405,11 @@ def _read_file(path: Path) -> tuple[np.ndarray, list[str], dict[str, str]]:
 
 def _visible(folder: Path, pattern: str) -> list[Path]:
     """Find what matches a pattern in `folder`, sorted; hidden names, also of a folder on the way, are left out."""
-    found = sorted(folder.glob(pattern))
-    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    return [
+        path
+        for path in sorted(folder.glob(pattern))
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
 
 
 def list_names(names: Iterable[str]) -> str:

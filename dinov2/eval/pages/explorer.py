@@ -6,44 +6,26 @@ plot is a 2D canvas, because hospital computers often have no graphics accelerat
 Letters: N cells, D numbers each, k neighbours
 """
 
-import logging
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from bokeh.models import (
-    CDSView,
-    ColumnDataSource,
-    HoverTool,
-    IndexFilter,
-    LassoSelectTool,
-    PanTool,
-    Range1d,
-    WheelZoomTool,
-)
+from bokeh import models
 from bokeh.palettes import viridis
 from bokeh.plotting import figure
 from matplotlib.ticker import MaxNLocator
 
 from dinov2.eval.features import Features
-from dinov2.eval.pages.cell_table import cell_table, read_cell_predictions
+from dinov2.eval.pages.cell_table import cell_table
+from dinov2.eval.pages.charts import COLOURS
 from dinov2.eval.pages.page import GREY, Section, embed, render
-from dinov2.eval.pages.projection import (
-    MIN_CELLS_FOR_UMAP,
-    UMAP_MISSING,
-    has_umap,
-    nearest_cells,
-    pca_projection,
-    umap_projection,
-)
-from dinov2.eval.pages.thumbnails import Thumbnails, make_thumbnails
-from dinov2.eval.results import PROBABILITY_PREFIX
-
-logger = logging.getLogger("dinov2")
+from dinov2.eval.pages.projection import nearest_cells, projections
+from dinov2.eval.pages.thumbnails import make_thumbnails
+from dinov2.eval.results import PROBABILITY_PREFIX, PredictionTable, read_predictions
 
 Metric = Literal["euclidean", "cosine"]
 METRIC_TITLES: dict[Metric, str] = {"euclidean": "Euclidean distance", "cosine": "cosine distance, 1 - similarity"}
@@ -56,21 +38,11 @@ COLUMN_TITLES = {
     "probability": "Probability of the predicted class",
     "label_probability": "Probability of the label",
 }
-COLOURS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#882255",
-    "#6a5acd",
-)
 MARKERS = {"circle": "●", "square": "■", "triangle": "▲", "diamond": "◆", "plus": "✚"}
-LOOKS = [{"colour": colour, "marker": marker, "sign": MARKERS[marker]} for marker in MARKERS for colour in COLOURS]
+LOOKS = [{"colour": colour, "marker": marker, "sign": MARKERS[marker]} for marker in MARKERS for colour in COLOURS[:7]]
 OTHER = LOOKS[0] | {"colour": GREY}  # of cells without a value, and of groups beyond the number of looks
-TOOLTIP = '<div style="display:flex;gap:8px;max-width:360px;overflow-wrap:anywhere"><img src="@thumbnail" width="96" '
-TOOLTIP += 'height="96" alt=""><div style="white-space:pre-line">@facts</div></div>'
+TOOLTIP = """<div style="display: flex; gap: 8px; max-width: 360px; overflow-wrap: anywhere">
+<img src="@thumbnail" width="96" height="96" alt=""><div style="white-space: pre-line">@facts</div></div>"""
 
 
 @dataclass(frozen=True)
@@ -98,7 +70,7 @@ class ExplorerSettings:
 
 def explorer_section(
     features: Features,
-    predictions: pd.DataFrame | str | os.PathLike[str] | None = None,
+    predictions: PredictionTable | Path | None = None,
     data_sets: Sequence[str] | None = None,
     columns: pd.DataFrame | None = None,
     settings: ExplorerSettings | None = None,
@@ -122,30 +94,33 @@ def explorer_section(
         raise ValueError("features: some are infinite or NaN; extract again, with weights that did not diverge")
     if settings.metric == "cosine" and not features.features.any(axis=1).all():
         raise ValueError("features: some cells have only zeros and no direction; use the metric euclidean")
-    if predictions is not None and not isinstance(predictions, pd.DataFrame):
-        predictions = read_cell_predictions(predictions)
+    if isinstance(predictions, Path):
+        predictions = read_predictions(predictions / "predictions.csv" if predictions.is_dir() else predictions)
     table = cell_table(features, data_sets, predictions, columns)
     rows = sample_by_class(features.labels, settings.max_cells, settings.seed)
     cells, table = features.select(rows), table.iloc[rows].dropna(axis="columns", how="all")
-    projections, missing_umap = _projections(cells.features, settings)
-    k = min(settings.n_neighbours, len(cells) - 1)
-    logger.info("explorer: %d neighbours of each of %s cells", k, f"{len(cells):,}")
-    neighbours, distances = nearest_cells(cells.features, k, settings.metric)
+    planes, missing_umap = projections(cells.features, settings.with_umap, settings.metric, settings.seed)
+    neighbours, distances = nearest_cells(cells.features, min(settings.n_neighbours, len(cells) - 1), settings.metric)
     thumbnails = make_thumbnails(cells.paths, settings.thumbnail_size, settings.n_workers)
     data = {
         "rows": rows.tolist(),
         "paths": cells.paths,
         "thumbnails": thumbnails.uris,
         "missing": thumbnails.missing,
-        "columns": [_column(str(name), values, features.class_names) for name, values in table.items()],
-        "projections": projections,
+        "columns": [page_column(str(name), values, features.class_names) for name, values in table.items()],
+        "projections": [
+            {"title": plane.title, "axes": plane.axes} | dict(zip("xy", map(_rounded, plane.points.T), strict=True))
+            for plane in planes
+        ],
         "neighbours": neighbours.tolist(),
         "distances": [_rounded(row, 3) for row in distances],
         "metric": METRIC_TITLES[settings.metric],
     }
-    plot = embed(_figure(projections[0]["x"], projections[0]["y"]))
-    note = _note(features, cells, thumbnails, settings, missing_umap)
-    return Section("explorer", "Embedding explorer", render("explorer.html", note=note, plot=plot, data=data))
+    notes = [_note(features, len(cells), settings), missing_umap]
+    if thumbnails.missing:
+        notes.append(f"{len(thumbnails.missing):,} images cannot be read and are grey.")
+    html = render("explorer.html", note=" ".join(filter(None, notes)), plot=embed(_figure(len(cells))), data=data)
+    return Section("explorer", "Embedding explorer", html)
 
 
 def sample_by_class(labels: np.ndarray, max_cells: int, seed: int = 0) -> np.ndarray:
@@ -167,39 +142,20 @@ def sample_by_class(labels: np.ndarray, max_cells: int, seed: int = 0) -> np.nda
     return order[np.argsort(depth.to_numpy(), kind="stable")[:max_cells]]
 
 
-def _projections(features: np.ndarray, settings: ExplorerSettings) -> tuple[list[dict[str, Any]], str]:
-    """Compute the projections for the page, and the reason if UMAP is not among them."""
-    logger.info("explorer: PCA")
-    points, shares = pca_projection(features)
-    axes = [f"Component {i + 1} ({share:.1%} of the variance)" for i, share in enumerate(shares)]
-    pca = {"title": "PCA", "axes": axes, "x": _rounded(points[:, 0]), "y": _rounded(points[:, 1])}
-    if settings.with_umap is False:
-        return [pca], ""
-    if len(features) < MIN_CELLS_FOR_UMAP:
-        return [pca], f"UMAP needs at least {MIN_CELLS_FOR_UMAP} cells."
-    if settings.with_umap is None and not has_umap():
-        logger.warning("explorer: %s", UMAP_MISSING)
-        return [pca], "No UMAP, because umap-learn was not installed where this page was made."
-    logger.info("explorer: UMAP, which may take minutes")
-    points = umap_projection(features, settings.metric, settings.seed)
-    umap = {"title": "UMAP", "axes": ["UMAP 1", "UMAP 2"], "x": _rounded(points[:, 0]), "y": _rounded(points[:, 1])}
-    return [umap, pca], ""
-
-
 def _rounded(values: np.ndarray, digits: int = 6) -> list[float]:
     """Round to significant digits, which keeps the page small."""
     return [float(f"{value:.{digits}g}") for value in values.tolist()]
 
 
-def _column(name: str, values: "pd.Series[Any]", class_names: Sequence[str]) -> dict[str, Any]:
+def page_column(name: str, values: "pd.Series[Any]", class_names: Sequence[str]) -> dict[str, Any]:
     """Convert a column for the page: groups with their looks, the group of each cell, and the texts of numbers."""
     probability_of = name.removeprefix(PROBABILITY_PREFIX)
     title = COLUMN_TITLES.get(name, name if probability_of == name else f"Probability of {probability_of}")
     column: dict[str, Any] = {"id": name, "title": title}
     if pd.api.types.is_float_dtype(values):
-        column["values"] = ["" if math.isnan(value) else f"{value:.3g}" for value in values]
-        edges = MaxNLocator(10).tick_values(values.min(), values.max())
-        names = [f"{low:.4g} to {high:.4g}" for low, high in zip(edges, edges[1:], strict=False)]
+        column["values"] = ["" if math.isnan(value) else f"{value:g}" for value in _rounded(values.to_numpy(), 3)]
+        edges = MaxNLocator(10, steps=[1, 2, 5, 10]).tick_values(values.min(), values.max())
+        names = [f"{low:.12g} to {high:.12g}" for low, high in zip(edges, edges[1:], strict=False)]
         looks = [OTHER | {"colour": colour} for colour in viridis(len(names))]
         values = pd.cut(values, edges, labels=names, include_lowest=True).astype(object).fillna("")
         counts = values.value_counts()
@@ -210,37 +166,41 @@ def _column(name: str, values: "pd.Series[Any]", class_names: Sequence[str]) -> 
         if len(names) > len(looks):
             names = list(counts.index)  # the largest groups get a look
     look_of = dict(zip(filter(None, names), looks, strict=False))
-    shown = [*(name for name in names if name and name in counts), *([""] if "" in counts else [])]
-    column["groups"] = [{"name": name, "count": int(counts[name]), **look_of.get(name, OTHER)} for name in shown]
-    column["codes"] = pd.Index(shown).get_indexer(values).tolist()
+    present = [*(name for name in names if name and name in counts), *([""] if "" in counts else [])]
+    column["groups"] = [{"name": name, "count": int(counts[name]), **look_of.get(name, OTHER)} for name in present]
+    column["codes"] = pd.Index(present).get_indexer(values).tolist()
     return column
 
 
-def _figure(x: Sequence[float], y: Sequence[float]) -> figure:
+def _figure(n: int) -> figure:
     """Build the scatter plot; `explorer.js` finds its parts by their names."""
-    n = len(x)
-    points = ColumnDataSource({"x": x, "y": y, "colour": ["gray"] * n, "marker": ["circle"] * n})
+    points = models.ColumnDataSource({name: [] for name in ("x", "y", "colour", "marker", "thumbnail", "facts")})
+    links = models.ColumnDataSource({name: [] for name in ("x0", "y0", "x1", "y1")}, name="links")
+    images = models.ColumnDataSource({name: [] for name in ("x", "y", "url", "colour")}, name="images")
     plot = figure(
         name="explorer",
-        tools=[PanTool(name="pan"), WheelZoomTool(name="wheel"), LassoSelectTool(name="lasso", continuous=False)],
+        tools=[
+            models.PanTool(name="pan"),
+            models.WheelZoomTool(name="wheel"),
+            models.LassoSelectTool(name="lasso", continuous=False),
+        ],
         toolbar_location="above",
-        x_range=Range1d(start=0, end=1),
-        y_range=Range1d(start=0, end=1),
+        x_range=models.Range1d(start=0, end=1),
+        y_range=models.Range1d(start=0, end=1),
         height=620,
+        min_border_left=80,  # the labels of the axis don't change the width of the plot
         sizing_mode="stretch_width",
     )
     plot.toolbar.logo = None
     plot.toolbar.active_scroll = None  # a page that scrolls must not get stuck on the plot
     plot.grid.visible = False
-    links = ColumnDataSource({name: [] for name in ("x0", "y0", "x1", "y1")}, name="links")
-    images = ColumnDataSource({name: [] for name in ("x", "y", "url")}, name="images")
     plot.segment("x0", "y0", "x1", "y1", source=links, line_color=GREY)
     cells = plot.scatter(
         "x",
         "y",
         source=points,
         name="cells",
-        view=CDSView(filter=IndexFilter(indices=list(range(n)))),
+        view=models.CDSView(filter=models.IndexFilter(indices=[])),
         marker="marker",
         size=6 if n > 5000 else 8 if n > 800 else 11,
         fill_color="colour",
@@ -250,25 +210,21 @@ def _figure(x: Sequence[float], y: Sequence[float]) -> figure:
         nonselection_line_alpha=0,
     )
     plot.image_url("url", "x", "y", 44, 44, source=images, anchor="center", w_units="screen", h_units="screen")
+    plot.scatter("x", "y", source=images, marker="square", size=47, fill_color=None, line_color="colour", line_width=3)
     plot.scatter("x1", "y1", source=links, size=16, fill_color=None, line_color="#1f8fe5", line_width=2)
     plot.scatter("x0", "y0", source=links, size=20, fill_color=None, line_color="#e5391f", line_width=3)
-    plot.add_tools(HoverTool(renderers=[cells], tooltips=TOOLTIP, limit=1))
+    plot.add_tools(models.HoverTool(renderers=[cells], tooltips=TOOLTIP, limit=1))
     return plot
 
 
-def _note(features: Features, cells: Features, thumbnails: Thumbnails, settings: ExplorerSettings, umap: str) -> str:
-    """Describe in a paragraph what is shown."""
-    network, dim = features.attributes.get("model", ""), features.features.shape[1]
-    text = [
-        f"{len(cells):,} cells, features of kind {features.kind} with {dim:,} numbers{network and f' of {network}'}."
-    ]
-    if len(cells) < len(features):
-        text.append(
-            f"Sampled at random from {len(features):,} cells, each class with its share (seed {settings.seed}); "
-            f"projections and neighbours are of these cells alone."
+def _note(features: Features, n_shown: int, settings: ExplorerSettings) -> str:
+    """Describe what is shown."""
+    n, dim = features.features.shape
+    network = f" of {features.attributes['model']}" if features.attributes.get("model") else ""
+    note = f"{n_shown:,} cells, features of kind {features.kind} with {dim:,} numbers{network}."
+    if n_shown < n:
+        note += (
+            f" Sampled at random from {n:,} cells, each class with its share (seed {settings.seed}); projections and "
+            f"neighbours are of these cells alone."
         )
-    text += [umap] if umap else []
-    text.append(f"Neighbours are nearest in all {dim:,} numbers ({METRIC_TITLES[settings.metric]}), not in the plot.")
-    if thumbnails.missing:
-        text.append(f"{len(thumbnails.missing):,} images cannot be read and are grey.")
-    return " ".join(text)
+    return f"{note} Neighbours are nearest in all {dim:,} numbers ({METRIC_TITLES[settings.metric]}), not in the plot."

@@ -14,7 +14,6 @@ Letters: N cells of a patient, C classes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,14 +28,6 @@ MOST_THUMBNAILS = 6000  # of all patients together: some 10 MB of the page
 THUMBNAIL_PX = 56
 DEFAULT_N_CELLS = 6
 NO_CELLS = pd.DataFrame({"source": [], "attention": []}, dtype=object)
-
-
-class Cell(NamedTuple):
-    """A cell of a patient: its position, where it is from, and its attention."""
-
-    position: int
-    source: str
-    attention: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,21 +84,19 @@ class Patient:
         values = self.of_networks[:, column]
         return (float(values.min()), float(values.max())) if len(values) > 1 else None
 
-    def cell_groups(self, n_cells: int) -> dict[str, list[Cell]]:
-        """Return the most and the least attended cells, no cell in both, and the most attended of each class."""
+    def cell_groups(self, n_cells: int) -> dict[str, list[tuple[int, str, float]]]:
+        """Return (position, source, attention) of the most and least attended cells, and of each class's most."""
         order = np.argsort(-self.weights, kind="stable")
-        groups = {
-            "Most attended": self._cells(order[:n_cells], self.weights),
-            "Least attended": self._cells(order[n_cells:][::-1][:n_cells], self.weights),
+        groups = {"Most attended": (order[:n_cells], self.weights)}
+        if len(order) > n_cells:
+            groups["Least attended"] = (order[n_cells:][::-1][:n_cells], self.weights)
+        for name, weights in zip(self.class_names, self.attention.T, strict=False):
+            if self.attention.shape[1] > 1:
+                groups[f"Most attended for {name}"] = (np.argsort(-weights, kind="stable")[:n_cells], weights)
+        return {
+            title: [(i, self.sources[i], float(weights[i])) for i in positions.tolist()]
+            for title, (positions, weights) in groups.items()
         }
-        if self.attention.shape[1] > 1:
-            for name, weights in zip(self.class_names, self.attention.T, strict=True):
-                most = np.argsort(-weights, kind="stable")[:n_cells]
-                groups[f"Most attended for {name}"] = self._cells(most, weights)
-        return {title: cells for title, cells in groups.items() if cells}
-
-    def _cells(self, positions: np.ndarray, weights: np.ndarray) -> list[Cell]:
-        return [Cell(i, self.sources[i], float(weights[i])) for i in positions.tolist()]
 
 
 def read_patients(folder: Path) -> list[Patient]:
@@ -201,9 +190,8 @@ def patients_section(folder: Path, n_cells: int = DEFAULT_N_CELLS) -> Section:
     n_groups = 2 + (n_columns if n_columns > 1 else 0)
     n_cells = max(1, min(n_cells, MOST_THUMBNAILS // (len(shown) * n_groups)))
     groups = {patient.id: patient.cell_groups(n_cells) for patient in shown}
-    sources = list(
-        {cell.source: None for of_patient in groups.values() for cells in of_patient.values() for cell in cells}
-    )
+    cells = [cell for of_patient in groups.values() for of_group in of_patient.values() for cell in of_group]
+    sources = list(dict.fromkeys(source for _, source, _ in cells))
     thumbnails = make_thumbnails(sources, THUMBNAIL_PX)
     html = render(
         "patients.html",

@@ -64,7 +64,10 @@ def class_tables(metrics: Mapping[str, Any], name: str, n_train: Mapping[str, An
         rows.append({"class": class_name, **trained, "support": count(row.get("support")), **scores})
     parts = table(rows, f"Classes, {name}")
     confusion = metrics.get("confusion")
-    if not rows or not isinstance(confusion, list) or [len(row) for row in confusion] != [len(rows)] * len(rows):
+    confusion = confusion if isinstance(confusion, list) else []
+    if not len(confusion) == len(rows) > 0 or any(
+        [number(n) is None for n in row] != [False] * len(rows) for row in confusion
+    ):
         return parts + macros().text(f"{name}: numbers of classes are missing, or do not fit each other.", "note")
     shares = [[n / max(sum(row), 1) for n in row] for row in confusion]
     cells = [[count(n) for n in row] for row in confusion]
@@ -178,10 +181,11 @@ def origins_section(records: Sequence[ResultRecord], starts: Mapping[str, Sequen
             "result": record.name,
             "date": record.report.get("date", MISSING),
             "seed": mapping(record.report.get("settings")).get("seed", MISSING),
-            "versions": ", ".join(map(" ".join, mapping(record.report.get("versions")).items())) or MISSING,
+            "versions": ", ".join(f"{name} {version}" for name, version in versions.items()) or MISSING,
             "sha256 of the weights": mapping(record.report.get("checkpoint")).get("checkpoint_sha256") or NONE,
         }
         for record in records
+        for versions in [mapping(record.report.get("versions"))]
     ]
     parts.append(table(rows, "Results: date, seed, versions, weights", numbers_from=5))
     for record in records:

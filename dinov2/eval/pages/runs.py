@@ -20,7 +20,7 @@ from dinov2.configs import dinov2_default_config
 from dinov2.data.datasets.tables import open_table
 from dinov2.eval.pages.charts import line_chart
 from dinov2.eval.pages.page import Section, data_value, image_uri, macros, table
-from dinov2.eval.pages.results import METRIC_TITLES, class_tables, count, metric_columns, percent
+from dinov2.eval.pages.results import METRIC_TITLES, NONE, class_tables, count, metric_columns, percent
 from dinov2.eval.results import RESULTS_NAME, mapping, number
 from dinov2.utils.config import differences
 from dinov2.utils.run_status import CONFIG_NAME, METRICS_NAME, RunStatus, read_status
@@ -214,10 +214,21 @@ def teachers_section(runs: Sequence[RunRecord]) -> Section | None:
                 if iteration == max(run.evaluations):
                     name = f"{run.name}, {dataset}: {method}, iteration {iteration}"
                     classes.append(macros().folded(name, class_tables(metrics, name)))
+    best = [
+        {
+            "run": run.name,
+            "iterations": count(run.best.get("iteration")),
+            "metric": run.best.get("metric", NONE),
+            "score, %": percent(run.best.get("score")),
+            "weights": str(run.path / "eval" / str(run.best.get("checkpoint", ""))),
+        }
+        for run in runs
+        if run.best
+    ]
     caption = "Newest and best teachers (without intervals: those are for evaluations after the training)"
     warning = "Data sets of one name differ between the runs, and their numbers do not compare:"
     parts = [
-        macros().listing("The best teacher of each run:", [_best_teacher(run) for run in runs]),
+        table(best, "Best teacher of each run that is kept", numbers_from=5),
         macros().listing(warning, _different_datasets(runs), "warning"),
         table(rows, caption, numbers_from=4),
         macros().heading(3, "Over iterations"),
@@ -259,15 +270,11 @@ def health_section(runs: Sequence[RunRecord]) -> Section:
             }
         )
         parts.append(macros().listing(f"{run.name}: not all could be read.", run.notes))
-        caption = f"{run.name}: warnings of the log"
-        if len(warnings) > MOST_WARNINGS:
-            caption += f", the last {MOST_WARNINGS} of {len(warnings)} different ones"
         lines = [{"warning": text, "times": times} for text, times in warnings[-MOST_WARNINGS:]]
+        caption = f"{run.name}: warnings of the log, the last {len(lines)} of {len(warnings)} different ones"
         parts.append(table(lines, caption, folded=caption if len(lines) > 5 else ""))
-        caption = f"{run.name}: unreadable images"
-        if bad_images and len(bad_images) > MOST_BAD_IMAGES:
-            caption += f", the first {MOST_BAD_IMAGES} of {len(bad_images)} (all are in bad_images.csv)"
         images = [{"image": path, "reason": reason} for path, reason in (bad_images or [])[:MOST_BAD_IMAGES]]
+        caption = f"{run.name}: unreadable images, the first {len(images)} (all are in bad_images.csv)"
         parts.append(table(images, caption, numbers_from=2, folded=caption))
     state = table(rows, "State and faults", numbers_from=2)
     return Section("health", "Health of the runs", Markup().join([state, *parts]))
@@ -350,19 +357,6 @@ def _methods(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[
         for method, metrics in methods.items():
             if isinstance(metrics, Mapping):
                 yield dataset, method, metrics
-
-
-def _best_teacher(run: RunRecord) -> Markup:
-    score, iteration = number(run.best.get("score")), number(run.best.get("iteration"))
-    if score is None or iteration is None:
-        return Markup("{}: no teacher of this run is kept and evaluated yet").format(run.name)
-    return Markup("{}: after {} iterations, {} {} % (<code>{}</code>)").format(
-        run.name,
-        data_value(run.best["iteration"], f"{iteration:.0f}"),
-        run.best.get("metric", "score"),
-        percent(score),
-        run.path / "eval" / str(run.best.get("checkpoint", "")),
-    )
 
 
 def _different_datasets(runs: Sequence[RunRecord]) -> list[str]:

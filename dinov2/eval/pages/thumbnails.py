@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from PIL import Image
-from tqdm import tqdm
 
 from dinov2.data.datasets.decode import UnreadableImageError, decode_image, resize_image
+from dinov2.utils.progress import progress_bar
 
 logger = logging.getLogger("dinov2")
 
@@ -57,7 +57,7 @@ def make_thumbnails(paths: Sequence[str | os.PathLike[str]], size: int, n_worker
 
     with ThreadPoolExecutor(n_workers) as pool:
         results = pool.map(thumbnail, range(len(paths)))
-        uris = list(tqdm(results, "thumbnails", len(paths), unit=" images", mininterval=2, disable=len(paths) < 1000))
+        uris = list(progress_bar(results, "thumbnails", len(paths)))
     if missing:
         first = min(missing)
         message = "thumbnails: %d of %d images cannot be read, for example %s: %s"

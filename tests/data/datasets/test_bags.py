@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from dinov2.data.datasets.bags import PatientBags, read_patient_labels
-from dinov2.data.datasets.fold_files import read_fold_files
 
 DIM = 4
 
@@ -207,65 +206,3 @@ def test_tables_with_gaps(tmp_path, text, message):
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         read_patient_labels(file)
-
-
-@pytest.fixture
-def fold_folder(tmp_path):
-    """Two folds in GenBloom's layout, in which labels are ids."""
-    folds = {"data_fold_10": ("a,0\nb,1", "c,0", "d,1"), "data_fold_9": ("c,0\nb,1", "a,0", "d,1")}
-    for name, parts in folds.items():
-        (tmp_path / name).mkdir()
-        for part, rows in zip(("train", "val", "test"), parts, strict=True):
-            (tmp_path / name / f"{part}.csv").write_text(f"patient_name,labels\n{rows}\n")
-    (tmp_path / "label_to_diagnose.csv").write_text("label_name,label_id\nNPM1,0\ncontrol,1\n")
-    return tmp_path
-
-
-def test_official_folds(fold_folder):
-    found = read_fold_files(fold_folder)
-    assert found.names == ["data_fold_9", "data_fold_10"]
-    assert found.folds[0] == {"train": ["c", "b"], "val": ["a"], "test": ["d"]}
-    assert found.labels == {"a": "NPM1", "b": "control", "c": "NPM1", "d": "control"}
-
-
-def test_official_folds_may_share_a_test_set(fold_folder):
-    (fold_folder / "data_fold_9" / "test.csv").rename(fold_folder / "test.csv")
-    assert read_fold_files(fold_folder).folds[0]["test"] == ["d"]
-    (fold_folder / "test.csv").unlink()
-    with pytest.raises(FileNotFoundError, match="data_fold_9' has no test.csv"):
-        read_fold_files(fold_folder)
-
-
-def test_official_folds_that_leak_or_contradict_themselves(fold_folder):
-    test = fold_folder / "data_fold_9" / "test.csv"
-    test.write_text("patient,label\nb,1\n")
-    with pytest.raises(ValueError, match="fold 'data_fold_9' of .* 'b' stand twice among train, val and test"):
-        read_fold_files(fold_folder)
-    test.write_text("patient,label\nd,0\n")
-    with pytest.raises(ValueError, match="'d' 'NPM1' and 'control'"):
-        read_fold_files(fold_folder)
-    test.write_text("patient,label\nd,2\n")
-    with pytest.raises(ValueError, match="the label '2', which label_to_diagnose.csv does not name"):
-        read_fold_files(fold_folder)
-    with pytest.raises(FileNotFoundError, match=r"no folder in .* has a train.csv"):
-        read_fold_files(fold_folder / "data_fold_9")
-
-
-def test_folds_are_written_and_read_back(tmp_path, fold_folder):
-    found = read_fold_files(fold_folder)
-    found.write(tmp_path / "folds.csv")
-    assert read_fold_files(tmp_path / "folds.csv") == found
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ("0,train,a,x\n0,val,b,x\n0,tset,c,y\n", "has the part 'tset'; write train, val, test"),
-        ("0,train,a,x\n0,val,b,x\n", "fold '0' of .* has no patient in test"),
-        ("0,train,a,x\n0,val,b,x\n0,test,a,x\n", "'a' stand twice"),
-    ],
-)
-def test_fold_tables_that_make_no_folds(tmp_path, rows, message):
-    (tmp_path / "folds.csv").write_text("fold,part,patient,label\n" + rows)
-    with pytest.raises(ValueError, match=message):
-        read_fold_files(tmp_path / "folds.csv")

@@ -3,7 +3,8 @@ import pandas as pd
 import pytest
 
 from dinov2.eval.features import Features
-from dinov2.eval.pages.cell_table import cell_table, join_sets, prediction_columns, read_cell_predictions, read_columns
+from dinov2.eval.pages.cell_table import cell_table, join_sets, prediction_columns, read_columns
+from dinov2.eval.results import read_predictions
 
 NAMES = ["x", "y", "z"]
 
@@ -21,7 +22,7 @@ def make_cells(n: int = 12, **changes) -> Features:
 
 def test_predictions_of_patients_go_to_their_cells(tmp_path):
     (tmp_path / "p.csv").write_text("patient,label,prediction,fold,p_x,p_y\np0,x,x,0,0.9,0.1\np3,x,y,0,0.2,0.8\n")
-    table = prediction_columns(make_cells(), read_cell_predictions(tmp_path / "p.csv"))
+    table = prediction_columns(make_cells(), read_predictions(tmp_path / "p.csv"))
     assert table["prediction"].tolist() == ["x", "", "", "y"] * 3
     assert table["right"].tolist() == ["right", "", "", "wrong"] * 3
     np.testing.assert_allclose(table["probability"][:4], [0.9, np.nan, np.nan, 0.8])
@@ -31,25 +32,19 @@ def test_predictions_of_patients_go_to_their_cells(tmp_path):
 
 def test_a_patients_label_is_not_the_class_of_its_cells(tmp_path):
     (tmp_path / "p.csv").write_text("patient,prediction\np0,x\n")
-    assert list(prediction_columns(make_cells(), read_cell_predictions(tmp_path / "p.csv"))) == ["prediction"]
+    assert list(prediction_columns(make_cells(), read_predictions(tmp_path / "p.csv"))) == ["prediction"]
     (tmp_path / "p.csv").write_text("path,prediction\n/images/1.png,y\n/images/2.png,x\n")
-    table = prediction_columns(make_cells(), read_cell_predictions(tmp_path / "p.csv"))
+    table = prediction_columns(make_cells(), read_predictions(tmp_path / "p.csv"))
     assert table["right"].tolist() == ["", "right", "wrong", *[""] * 9]
 
 
 def test_predictions_that_fit_no_cell_are_an_error(tmp_path):
-    (tmp_path / "predictions.csv").write_text("path,label,prediction\n/images/1.png,x,x\n/images/2.png,x,x\n")
+    (tmp_path / "p.csv").write_text("path,label,prediction\n/images/1.png,x,x\n/images/2.png,x,x\n")
     with pytest.raises(ValueError, match="none of the 2 is for a cell"):
-        prediction_columns(make_cells(paths=[f"/other/{i}" for i in range(12)]), read_cell_predictions(tmp_path))
+        prediction_columns(make_cells(paths=[f"/other/{i}" for i in range(12)]), read_predictions(tmp_path / "p.csv"))
     (tmp_path / "p.csv").write_text("patient,prediction\nz,x\n")
     with pytest.raises(ValueError, match="by patient"):
-        prediction_columns(make_cells(patients=None), read_cell_predictions(tmp_path / "p.csv"))
-    (tmp_path / "bad.csv").write_text("name,guess\nz,x\n")
-    with pytest.raises(ValueError, match="expected `path` or `patient` first"):
-        read_cell_predictions(tmp_path / "bad.csv")
-    (tmp_path / "bad.csv").write_text("path,prediction,p_x\na,x,many\n")
-    with pytest.raises(ValueError, match="no number"):
-        read_cell_predictions(tmp_path / "bad.csv")
+        prediction_columns(make_cells(patients=None), read_predictions(tmp_path / "p.csv"))
 
 
 def test_more_columns_come_from_a_csv(tmp_path):

@@ -90,7 +90,7 @@ def test_odd_values_are_drawn_or_left_out(values, log_y):
         assert "No number to draw" in chart
 
 
-def test_a_point_alone_is_marked_and_no_number_is_said():
+def test_single_points_are_marked_and_empty_charts_say_so():
     ((_, data),) = glyphs(line_chart({"a": ([1], [2.0])}, "T", "x", "y"), Scatter)
     assert data["y"] == [2.0]
     for nothing in (line_chart({"a": ([], [])}, "T", "x", "y"), line_chart({}, "T", "x", "y")):

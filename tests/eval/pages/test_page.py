@@ -50,8 +50,8 @@ class Page(HTMLParser):
 
 def contents(page: str) -> list[tuple[dict, str]]:
     """Attributes and content of each script."""
-    found = re.findall(r"<script([^>]*)>(.*?)</script>", page, re.DOTALL)
-    return [(dict(re.findall(r'([\w-]+)="([^"]*)"', attributes)), text) for attributes, text in found]
+    scripts = re.findall(r"<script([^>]*)>(.*?)</script>", page, re.DOTALL)
+    return [(dict(re.findall(r'([\w-]+)="([^"]*)"', attributes)), text) for attributes, text in scripts]
 
 
 def test_a_page_is_well_formed_and_says_where_things_are():
@@ -158,8 +158,8 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path):
 
 def variables(side: int) -> dict[str, str]:
     """Colours of the light (0) or dark (1) scheme."""
-    found = re.findall(r"--([\w-]+): light-dark\((#[0-9a-f]{6}), (#[0-9a-f]{6})\);", CSS.read_text())
-    return {name: colours[side] for name, *colours in found}
+    pairs = re.findall(r"--([\w-]+): light-dark\((#[0-9a-f]{6}), (#[0-9a-f]{6})\);", CSS.read_text())
+    return {name: colours[side] for name, *colours in pairs}
 
 
 def luminance(colour: str) -> float:

@@ -1,4 +1,4 @@
-"""The page of an ABMIL result: its numbers are the result's, planted cells come first, and odd results are told."""
+"""The page of an ABMIL result: its numbers are the result's, planted cells come first, and odd files are named."""
 
 import csv
 import html
@@ -22,7 +22,7 @@ COLOURS = {"planted": (200, 20, 20), "other": (20, 20, 200)}
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    """A result on patients whose class is decided by one kind of cell, and its features; pictures tell the kind."""
+    """A result on patients whose class is decided by one kind of cell, and its features; images show the kind."""
     folder = tmp_path_factory.mktemp("evaluated")
     for kind, colour in COLOURS.items():
         Image.new("RGB", (20, 24), colour).save(folder / f"{kind}.png")
@@ -54,8 +54,8 @@ def rows_of(file):
 
 
 def cards_of(section):
-    found = re.findall(r'<details class="card patients-card" data-name="([^"]*)"(.*?)</details>', section.html, re.S)
-    return {html.unescape(name): card for name, card in found}
+    cards = re.findall(r'<details class="card patients-card" data-name="([^"]*)"(.*?)</details>', section.html, re.S)
+    return {html.unescape(name): card for name, card in cards}
 
 
 def values_of(card):

@@ -40,7 +40,7 @@ def test_numbers_of_results_come_back_out_of_the_page(page, results):
         assert [[row[name].values[0] for name in NAMES] for row in confusion.values()] == metrics["confusion"]
 
 
-def test_origins_are_told(page, results):
+def test_origins_are_listed(page, results):
     row = page.table("Results: date")["knn"]
     written = read(results)
     assert row["date"].text == written["date"]
@@ -77,7 +77,7 @@ def test_paired_difference_is_that_of_compare(write, make_results, results):
 
 
 @pytest.mark.parametrize("change", ["cells", "split", "predictions"])
-def test_other_cells_or_splits_are_not_compared_in_silence(write, make_results, results, tmp_path, change):
+def test_other_cells_or_splits_are_compared_only_with_a_warning(write, make_results, results, tmp_path, change):
     if change == "predictions":  # of which nobody knows whether they belong to results.json
         other = tmp_path / "other"
         shutil.copytree(results, other)
@@ -92,7 +92,7 @@ def test_other_cells_or_splits_are_not_compared_in_silence(write, make_results, 
     assert list(page.table("knn_5 (2 of 2): side by side")) == ["other"]
 
 
-def test_other_settings_are_told(write, results, tmp_path):
+def test_different_settings_are_listed(write, results, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(results, other)
     content = read(other)

@@ -37,8 +37,10 @@ def test_numbers_of_a_run_come_back_out_of_the_page(page, run_folder):
             assert cell.values == [row["total_loss"]]
             assert cell.shown == [f"{row['total_loss']:.5g}"]
     newest = json.loads((run_folder / "eval" / "training_8" / "results.json").read_text())["datasets"][EVIL]["knn"]
-    found = {(row[2].text, row[3].text): row for row in page.tables[next(c for c in page.tables if "Newest" in c)][1:]}
-    assert found[EVIL, "knn_5"][4].values == [newest["knn_5"]["accuracy"]]
+    rows_of = {
+        (row[2].text, row[3].text): row for row in page.tables[next(c for c in page.tables if "Newest" in c)][1:]
+    }
+    assert rows_of[EVIL, "knn_5"][4].values == [newest["knn_5"]["accuracy"]]
     assert page.table("State and faults")["run, first"]["skipped steps"].values == [1]
     assert page.charts[f"{EVIL}: accuracy"]["knn_5"][0] == [0, 4, 8]
     assert page.charts[f"{EVIL}: accuracy"]["knn_5"][1][-1] == newest["knn_5"]["accuracy"]
@@ -84,7 +86,7 @@ def test_a_run_that_has_written_nothing_yet(write, make_run):
     assert "No iteration has been written yet" in page.words
 
 
-def test_faults_of_a_run_are_told(write, make_run):
+def test_faults_of_a_run_are_listed(write, make_run):
     folder = make_run("faulty")
     status = RunStatus(
         rollbacks=1,
@@ -97,8 +99,8 @@ def test_faults_of_a_run_are_told(write, make_run):
     (folder / "config.yaml").write_text("train: [unclosed")
     page = write(folder)
     row = page.table("State and faults")["faulty"]
-    found = [row[name].text for name in ("rollbacks", "resumed", "unreadable images", "warnings")]
-    assert found == ["1", "1", "1", "3"]
+    counts = [row[name].text for name in ("rollbacks", "resumed", "unreadable images", "warnings")]
+    assert counts == ["1", "1", "1", "3"]
     assert page.table("faulty: warnings of the log")[f"cannot read {EVIL}"]["times"].text == "2"
     assert page.table("faulty: unreadable images")['a, "b".png']["reason"].text == EVIL
     assert page.table("Training runs: what")["faulty"]["commit"].text == "abc123"
@@ -113,9 +115,9 @@ def test_crops_and_masks_are_shown_from_the_first_and_the_newest(write, make_run
         (folder / "views" / f"{name}.png").write_bytes(png + name.encode())
     (folder / "views" / "huge_1.png").write_bytes(bytes(4_000_000))
     page = write(folder)
-    pictures = [attrs["alt"] for tag, attrs in page.elements if tag == "img"]
+    images = [attrs["alt"] for tag, attrs in page.elements if tag == "img"]
     shown = ("Crops, iteration 0", "Crops, iteration 12", "Masks, iteration 4")
-    assert pictures == [f"{what} of a training batch" for what in shown]
+    assert images == [f"{what} of a training batch" for what in shown]
     assert "too many for the page" in page.words
 
 

@@ -16,14 +16,14 @@ document.addEventListener("chartsready", () => {
     return element;
   };
   const button = (content, onclick, properties) => make("button", { type: "button", onclick, ...properties }, content);
-  const columnOf = (id) => data.columns.find((found) => found.id === id);
+  const columnOf = (id) => data.columns.find((one) => one.id === id);
   const valueOf = (from, i) => (from ? from.values?.[i] ?? from.groups[from.codes[i]].name : "");
   const label = columnOf("label"), right = columnOf("right");
   const searched = ["label", "patient", "data_set", "prediction"].map(columnOf);
-  const textsOf = (i) => [data.paths[i], ...searched.map((found) => valueOf(found, i))];
+  const textsOf = (i) => [data.paths[i], ...searched.map((one) => valueOf(one, i))];
   const factsOf = (i) => {
-    const shown = data.columns.filter((found) => found === column || !found.id.startsWith("p_"));
-    const lines = shown.map((found) => [found.title, valueOf(found, i)]);
+    const columns = data.columns.filter((one) => one === column || !one.id.startsWith("p_"));
+    const lines = columns.map((one) => [one.title, valueOf(one, i)]);
     lines.push(["Image", data.paths[i]], ["No image", data.missing[i] ?? ""]);
     return lines.filter(([, value]) => value !== "").map((line) => line.join(": ")).join("\n");
   };
@@ -89,7 +89,7 @@ document.addEventListener("chartsready", () => {
     if (!part("near").checked && !images.data.x.length) return;
     const near = part("near").checked ? filter.indices.filter(isInView) : [], drawn = near.length <= 250 ? near : [];
     const [x, y, url] = [projection.x, projection.y, data.thumbnails].map((values) => drawn.map((i) => values[i]));
-    images.data = { x, y, url };
+    images.data = { x, y, url, colour: drawn.map((i) => column.groups[column.codes[i]].colour) };
   };
   const showProjection = () => {
     [figure.below[0].axis_label, figure.left[0].axis_label] = projection.axes;
@@ -156,11 +156,11 @@ document.addEventListener("chartsready", () => {
       const text = `${name}: ${n} (${percent(n, chosen.length)}), ${percent(n, count)} of its class`;
       return [n, right ? `${text}, ${nRight} right` : text];
     }).filter(([n]) => n).sort((a, b) => b[0] - a[0]);
-    const some = chosen.filter((_, i) => i % Math.ceil(chosen.length / 24) === 0);
+    const sample = chosen.filter((_, i) => i % Math.ceil(chosen.length / 24) === 0);
     part("export").disabled = part("clear").disabled = !chosen.length;
     part("selection").textContent = chosen.length ? `${chosen.length} selected.` : "No cell is selected.";
     part("selected").replaceChildren(make("ul", {}, ...classes.map(([, text]) => make("li", {}, text))),
-      imageList("Selected cells", some.map((i) => imageButton(i, ""))));
+      imageList("Selected cells", sample.map((i) => imageButton(i, ""))));
   };
   const csvField = (text) => { // RFC 4180; an apostrophe stops spreadsheets from calculating formulas
     const safe = /^[=+\-@\t\r\uff1d\uff0b\uff0d\uff20]/.test(text) ? `'${text}` : text;
@@ -178,8 +178,8 @@ document.addEventListener("chartsready", () => {
     select.append(...items.map(({ title }, i) => make("option", { value: i }, title)));
     select.onchange = () => action(items[select.value]);
   };
-  choose(part("projection"), data.projections, (found) => { projection = found; showProjection(); });
-  choose(part("colour"), data.columns, (found) => { column = found; draw(); showLegend(); });
+  choose(part("projection"), data.projections, (choice) => { projection = choice; showProjection(); });
+  choose(part("colour"), data.columns, (choice) => { column = choice; draw(); showLegend(); });
   part("search").oninput = applyFilters;
   part("near").onchange = showImages;
   part("fit").onclick = fit;
@@ -211,7 +211,7 @@ document.addEventListener("chartsready", () => {
   figure.js_event_callbacks = { tap: [tap], doubletap: [tap] };
   selected.change.connect(showSelection);
   [figure.x_range, figure.y_range].forEach((range) => range.change.connect(showImages));
-  figure.properties.inner_width.change.connect(fit);
+  figure.properties.inner_width.change.connect(() => setView(...view()));
   showLegend();
   showSelection();
   showProjection();

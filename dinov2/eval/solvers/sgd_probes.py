@@ -1,7 +1,7 @@
-"""DINOv2's linear probe: softmax layers for many learning rates and kinds of features, trained side by side by SGD.
+"""DINOv2's linear probe: softmax layers for many learning rates and kinds of features, trained on the same batches.
 
-Momentum 0.9, cosine schedule to 0, no weight decay, batches of 128; weights begin normal with deviation 0.01, biases at
-0 (Oquab et al. 2023, arXiv 2304.07193).
+SGD with momentum 0.9, cosine schedule to 0, no weight decay, batches of 128. Weights start normal with standard
+deviation 0.01, biases at 0 (Oquab et al. 2023, arXiv 2304.07193).
 
 Dimension key:  N cells, D numbers a cell, C classes, L learning rates, B cells in a batch
 """
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from dinov2.data.splits import Fold
-from dinov2.eval.linear_solver import LinearProbe, check_cells
 from dinov2.eval.metrics import log_losses
+from dinov2.eval.solvers.logistic import LinearProbe, check_cells
 from dinov2.utils.seeds import derive_seed
 
 # for batches of 256
@@ -34,26 +34,26 @@ def fit_sgd_probes(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> dict[tuple[str, float], LinearProbe]:
-    """A softmax layer for each kind of features and learning rate, trained as protocol `sgd` says, without a choice.
+    """Train a softmax layer for each kind of features and each learning rate.
 
     Args:
         features: {kind: [N, D]}.
         labels: int64 [N].
         n_classes: C.
         learning_rates: L, for 256 cells a batch; scaled by batch_size / 256.
-        n_iterations: batches; cells come in a new random order each time all have been seen.
-        batch_size: B; all cells where there are fewer.
+        n_iterations: number of batches; each pass over the cells has a new random order.
+        batch_size: B; all cells if there are fewer.
         seed: of weights and order.
-        device: where it is computed, in float32.
+        device: where the layers are trained, in float32.
 
     Returns:
-        {(kind, learning rate): probe}; `has_converged` is False where the weights came out infinite or NaN.
+        {(kind, learning rate): probe}; `has_converged` is False where weights are infinite or NaN.
 
     Raises:
-        ValueError: as `fit_linear_probe`.
+        ValueError: for unusable cells (`check_cells`).
     """
-    for of_kind in features.values():
-        _, labels = check_cells(of_kind, labels, n_classes)
+    for values in features.values():
+        _, labels = check_cells(values, labels, n_classes)
     order_rng = torch.Generator().manual_seed(derive_seed(seed, "order"))
     n_cells, batch_size = len(labels), min(batch_size, len(labels))
     rates = torch.tensor(learning_rates, device=device)[:, None, None] * batch_size / 256  # [L, 1, 1]
@@ -61,7 +61,7 @@ def fit_sgd_probes(
     one_hot = torch.nn.functional.one_hot(torch.as_tensor(labels, device=device), n_classes).float()  # [N, C]
     weights, momenta = {}, {}
     for kind, x in inputs.items():
-        # of its own name: a kind's result does not depend on which others are tried
+        # seeded by the kind's name: its result does not depend on the other kinds
         rng = torch.Generator().manual_seed(derive_seed(seed, "weights", kind))
         start = torch.randn(n_classes, x.shape[1], generator=rng) * 0.01
         start = torch.cat([start, torch.zeros(n_classes, 1)], dim=1)  # the bias is the last column
@@ -75,12 +75,12 @@ def fit_sgd_probes(
         step = rates * (1 + math.cos(math.pi * iteration / n_iterations)) / 2
         for kind, x in inputs.items():
             cells = torch.nn.functional.pad(x[batch], (0, 1), value=1.0)  # [B, D + 1]
-            surplus = (cells @ weights[kind].mT).softmax(dim=2) - one_hot[batch]  # [L, B, C]
-            momenta[kind].mul_(SGD_MOMENTUM).add_(surplus.mT @ cells, alpha=1 / batch_size)
+            gradient = (cells @ weights[kind].mT).softmax(dim=2) - one_hot[batch]  # [L, B, C], by the logits
+            momenta[kind].mul_(SGD_MOMENTUM).add_(gradient.mT @ cells, alpha=1 / batch_size)
             weights[kind] -= step * momenta[kind]
     probes = {}
-    for kind, of_rates in weights.items():
-        for rate, trained in zip(learning_rates, of_rates.double().cpu().numpy(), strict=True):
+    for kind, weights_of_rates in weights.items():
+        for rate, trained in zip(learning_rates, weights_of_rates.double().cpu().numpy(), strict=True):
             is_finite = bool(np.isfinite(trained).all())
             probes[kind, rate] = LinearProbe(trained[:, :-1], trained[:, -1], n_iterations, is_finite)
     return probes
@@ -92,25 +92,27 @@ def choose_sgd_probe(
     fold: Fold,
     fit: Callable[[Mapping[str, np.ndarray], np.ndarray], dict[tuple[str, float], LinearProbe]],
 ) -> tuple[str, float, float]:
-    """The kind of features and the learning rate with the highest validation accuracy, and that accuracy.
+    """Return the kind of features and the learning rate with the highest validation accuracy, and that accuracy.
+
+    Of equal accuracies the one with the lower log loss counts.
 
     Args:
         features: {kind: [N, D]}.
         labels: int64 [N].
-        fold: positions to fit and to validate on; nothing else is looked at.
+        fold: positions to fit and to validate on; other cells are not used.
         fit: `fit_sgd_probes` with its settings.
 
     Raises:
-        ValueError: as `fit_sgd_probes`, and if no probe has finite weights.
+        ValueError: for unusable cells (`check_cells`), and if no probe has finite weights.
     """
-    fitted, validated = fold
+    train, validation = fold
     scores = {}
-    for (kind, rate), probe in fit({kind: x[fitted] for kind, x in features.items()}, labels[fitted]).items():
+    for (kind, rate), probe in fit({kind: x[train] for kind, x in features.items()}, labels[train]).items():
         if probe.has_converged:
-            probabilities = probe.predict_proba(features[kind][validated])
-            accuracy = float((probabilities.argmax(axis=1) == labels[validated]).mean())
-            scores[kind, rate] = accuracy, -float(log_losses(labels[validated], probabilities).mean())
+            probabilities = probe.predict_proba(features[kind][validation])
+            accuracy = float((probabilities.argmax(axis=1) == labels[validation]).mean())
+            scores[kind, rate] = accuracy, -float(log_losses(labels[validation], probabilities).mean())
     if not scores:
         raise ValueError("sgd: all learning rates led to infinite weights; normalise the features, or lower the rates")
-    best = max(scores, key=lambda which: scores[which])
+    best = max(scores, key=lambda kind_and_rate: scores[kind_and_rate])
     return (*best, scores[best][0])

@@ -1,12 +1,10 @@
-"""Sets of cells: copies between them that would flatter a method, classes by name, features that do not go together."""
-
-import shutil
+"""Features of two sets: one network, classes by name, joined."""
 
 import numpy as np
 import pytest
 
-from dinov2.eval.cell_sets import align_classes, check_finite, check_same_network, join, without_copies
 from dinov2.eval.features import Features
+from dinov2.eval.features.join import align_classes, check_finite, check_same_network, join
 
 
 def features_of(paths, patients=None, labels=None):
@@ -15,37 +13,12 @@ def features_of(paths, patients=None, labels=None):
     return Features(np.arange(n, dtype=np.float32)[:, None], labels, ["a", "b"], [str(p) for p in paths], patients)
 
 
-def test_one_file_on_both_sides_is_an_error(tmp_path):
-    (tmp_path / "cell.png").write_bytes(b"x")
-    (tmp_path / "link.png").symlink_to(tmp_path / "cell.png")
-    shutil.copy(tmp_path / "cell.png", tmp_path / "copy.png")
-    fold = np.array([0]), np.array([1])
-    with pytest.raises(ValueError, match="share 1 picture files, for instance .*cell.png"):
-        without_copies([str(tmp_path / "cell.png"), str(tmp_path / "link.png")], [fold])
-    with pytest.raises(ValueError, match="every picture is a copy"):
-        without_copies([str(tmp_path / "cell.png"), str(tmp_path / "copy.png")], [fold])
-
-
 def test_classes_are_matched_by_name():
     test = features_of(["1", "2", "3"], labels=np.array([1, 0, 1]))
     assert align_classes(test, ["b", "c", "a"]).labels.tolist() == [0, 2, 0]
     assert align_classes(test.select([0, 2]), ["b"]).labels.tolist() == [0, 0]  # no cell of class a: nothing is lost
     with pytest.raises(ValueError, match="'b' are not among the training set's 'a', 'c'"):
         align_classes(test, ["a", "c"])
-
-
-def test_copies_are_dropped_from_the_folds_that_test_them(tmp_path):
-    for name, content in {"a": b"same", "b": b"same", "c": b"else", "d": b"othr", "e": b"longer"}.items():
-        (tmp_path / name).write_bytes(content)
-    folds = [(np.array([2, 3, 4, 1]), np.array([0])), (np.array([0, 1, 4]), np.array([2, 3]))]
-    kept, counts = without_copies([str(tmp_path / name) for name in "abcde"], folds)
-    assert [fold[0].tolist() for fold in kept] == [[2, 3, 4], [0, 1, 4]]  # in the second both copies are trained on
-    assert [fold[1].tolist() for fold in kept] == [[0], [2, 3]]
-    assert counts == {"dropped_identical_bytes": 1, "not_checked": 0}
-    _, counts = without_copies(
-        [str(tmp_path / name) for name in ("a", "gone", "b")], [(np.array([0, 1]), np.array([2]))]
-    )
-    assert counts == {"dropped_identical_bytes": 1, "not_checked": 1}
 
 
 def test_two_sets_become_one():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinov2.eval.linear_sgd import choose_sgd_probe, fit_sgd_probes
+from dinov2.eval.solvers.sgd_probes import choose_sgd_probe, fit_sgd_probes
 
 
 def draw(n=240, dim=6, n_classes=3, seed=0):

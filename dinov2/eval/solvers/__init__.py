@@ -1,0 +1,1 @@
+"""Solvers that fit classifiers to features."""
