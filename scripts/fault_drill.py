@@ -447,15 +447,13 @@ def small_disk(drill: Drill, n_bytes: int) -> Iterator[Path]:
         Skipped: neither is possible.
     """
     given = drill.args.full_disk
-    if given is not None:
-        free = shutil.disk_usage(given).free
-        if not n_bytes <= free <= LARGEST_DISK_BYTES:
-            limits = f"{n_bytes >> 20} to {LARGEST_DISK_BYTES >> 20} MiB"
-            raise Skipped(f"--full-disk {given}: {free >> 20} MiB are free there; give one with {limits}")
-        disk = Path(tempfile.mkdtemp(dir=given, prefix="fault_drill_"))
-    else:
-        disk = drill.folder / "small_disk"
-        disk.mkdir()
+    if given is not None and not n_bytes <= shutil.disk_usage(given).free <= LARGEST_DISK_BYTES:
+        limits = f"{n_bytes >> 20} to {LARGEST_DISK_BYTES >> 20} MiB"
+        raise Skipped(
+            f"--full-disk {given}: {shutil.disk_usage(given).free >> 20} MiB are free; give one with {limits}"
+        )
+    disk = Path(tempfile.mkdtemp(dir=given or drill.folder, prefix="small_disk_"))
+    if given is None:
         mount = ["mount", "-t", "tmpfs", "-o", f"size={n_bytes}", "fault_drill", str(disk)]
         if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode != 0:
             raise Skipped("a tmpfs cannot be mounted here; give --full-disk FOLDER on a small disk")
@@ -465,9 +463,7 @@ def small_disk(drill: Drill, n_bytes: int) -> Iterator[Path]:
         drill.end_all(within=disk)
         if given is None:
             subprocess.run(["umount", str(disk)], check=True)
-            disk.rmdir()
-        else:
-            shutil.rmtree(disk)
+        shutil.rmtree(disk)
 
 
 def fill_disk(drill: Drill) -> None:

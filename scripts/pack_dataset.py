@@ -1,7 +1,7 @@
 """Decode and resize all images of a dataset once, into a packed cache that training reads without decoding.
 
-Give the same folder to training with `:cache=FOLDER` in train.dataset_path. Killed or stopped, the same command goes
-on; of several at once, one packs and the others wait for it.
+Give the same folder to training with `:cache=FOLDER` in train.dataset_path. After a stop the same command resumes. Of
+several commands at once, one packs and the others wait for it.
 """
 
 import argparse
@@ -28,9 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fit", choices=FITS, help="how an image becomes square (default: the dataset's)")
     parser.add_argument("--workers", type=int, help="processes that decode; 0 or 1: this one (default: one a core)")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="say what is to do and the space it takes, write nothing")
+    what.add_argument("--dry-run", action="store_true", help="print what is left to pack and its size, write nothing")
     what.add_argument(
-        "--verify", action="store_true", help="pack nothing, check all that is stored; 1 if it is damaged"
+        "--verify", action="store_true", help="pack nothing, check all stored images; exit code 1 if some are damaged"
     )
     args = parser.parse_args(argv)
     setup_logging()

@@ -4,7 +4,7 @@
 #
 #   bash scripts/quickstart.sh [folder]     # default folder: quickstart
 #
-# Run again, it goes on where it was stopped. After the install (2 to 10 minutes) it takes 3 to 8 minutes on two cores.
+# Started again, it resumes where it was stopped. After the install (2 to 10 minutes) it takes 3 to 8 minutes on two cores.
 set -euo pipefail
 called_from=$PWD
 CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.."

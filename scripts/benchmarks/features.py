@@ -22,21 +22,10 @@ from typing import Any
 import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
 
 # isort: split
+import harness
 import numpy as np
 import torch
 import torch.nn.functional as F
-from harness import (
-    Part,
-    Worker,
-    choose_images,
-    make_parser,
-    ratio,
-    run_parts,
-    seconds_of,
-    table,
-    take_turns,
-    time_workers,
-)
 from PIL import Image
 from plain import embed
 from sklearn.linear_model import LogisticRegression
@@ -106,7 +95,7 @@ class Way:
             return embed(self.model, [images], [None])[0][0]
 
     def seconds(self) -> float:
-        return seconds_of(self.embed_files if self.paths else self.embed)
+        return harness.seconds_of(self.embed_files if self.paths else self.embed)
 
 
 class Images(Dataset[Tensor]):
@@ -152,7 +141,7 @@ def measure_network(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str,
 
 
 def measure_files(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
-    return measure_embedding(args, choose_images(args, args.n_images), args.n_images)
+    return measure_embedding(args, harness.choose_images(args, args.n_images), args.n_images)
 
 
 def measure_embedding(
@@ -162,15 +151,15 @@ def measure_embedding(
     numbers, tables = {}, {}
     for arch in args.archs:
         settings = save_weights(args, arch), paths, args.image_size, args.batch, args.device
-        workers = {way: Worker(Way, way, *settings) for way in args.ways}
+        workers = {way: harness.Worker(Way, way, *settings) for way in args.ways}
         features = {way: worker.call("features") for way, worker in workers.items()}
-        seconds = time_workers(workers, args.rounds, arch)
+        seconds = harness.time_workers(workers, args.rounds, arch)
         for worker in workers.values():
             worker.close()
         rows = []
         for way, times in seconds.items():
-            row = [way, f"{n_images / statistics.median(times):.1f}", ratio(seconds.get(REFERENCE), times)]
-            row.append(ratio(seconds.get(f"plain {way.split()[1]}"), times))
+            row = [way, f"{n_images / statistics.median(times):.1f}", harness.ratio(seconds.get(REFERENCE), times)]
+            row.append(harness.ratio(seconds.get(f"plain {way.split()[1]}"), times))
             if REFERENCE in features:
                 ours, wanted = features[way], features[REFERENCE]
                 cosines = (ours * wanted).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(wanted, axis=1)
@@ -178,7 +167,7 @@ def measure_embedding(
             rows.append(row)
         header = ["way", "images/s", f"{REFERENCE} / it", "same type / it", "least cosine", "largest difference"]
         name = f"ViT-{arch}/14, {args.image_size} px, {f'{n_images} files, ' if paths else ''}batch {args.batch}"
-        numbers[name], tables[name] = seconds, table(header, rows)
+        numbers[name], tables[name] = seconds, harness.table(header, rows)
     return numbers, tables
 
 
@@ -213,17 +202,17 @@ def measure_protocols(args: argparse.Namespace) -> tuple[dict[str, Any], dict[st
     }
     numbers, rows = {}, []
     for name, (ours, plain) in pairs.items():
-        ways = {"ours": partial(seconds_of, ours), "plain": partial(seconds_of, plain)}
-        seconds = numbers[name] = take_turns(ways, args.rounds, name)
-        rows.append([name, ratio(seconds["plain"], seconds["ours"]), f"{np.mean(ours() == plain()):.2%}"])
-    return numbers, {"Protocols": table(["what", "plain / ours, time", "equal predictions"], rows)}
+        ways = {"ours": partial(harness.seconds_of, ours), "plain": partial(harness.seconds_of, plain)}
+        seconds = numbers[name] = harness.take_turns(ways, args.rounds, name)
+        rows.append([name, harness.ratio(seconds["plain"], seconds["ours"]), f"{np.mean(ours() == plain()):.2%}"])
+    return numbers, {"Protocols": harness.table(["what", "plain / ours, time", "equal predictions"], rows)}
 
 
-PARTS: dict[str, Part] = {"network": measure_network, "files": measure_files, "protocols": measure_protocols}
+PARTS: dict[str, harness.Part] = {"network": measure_network, "files": measure_files, "protocols": measure_protocols}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser(__doc__, PARTS, list(PARTS))
+    parser = harness.make_parser(__doc__, PARTS, list(PARTS))
     parser.add_argument("--archs", nargs="+", choices=ARCHS, default=["S", "B"])
     parser.add_argument("--ways", nargs="+", default=WAYS, help="also `ours bf16 compiled`")
     parser.add_argument("--batch", type=int, default=32, help="images in one forward (default: %(default)s)")
@@ -235,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     args.weights = dict(each.partition("=")[::2] for each in args.weights)
-    run_parts(args, PARTS, "scikit-learn")
+    harness.run_parts(args, PARTS, "scikit-learn")
 
 
 if __name__ == "__main__":
