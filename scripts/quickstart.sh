@@ -31,11 +31,11 @@ python dinov2/train/train.py \
     optim.epochs=16 evaluation.eval_period_iterations=80
 
 say "3/3 Features of labelled cells, and kNN on them"
-python dinov2/eval/knn.py \
+results=$(python dinov2/eval/knn.py \
     --checkpoint "$output/run" \
     --train "$output/cells/probe/train" --test "$output/cells/probe/test" \
     --baseline untrained histogram \
-    --output-dir "$output/knn" --overwrite >"$output/knn.txt"
+    --output-dir "$output/knn" --overwrite)
 
 say "Done in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"
 cat <<END
@@ -54,4 +54,4 @@ Results: nearest neighbours (k = 1 and 20) among the features of the trained net
 before training ("untrained") and of colour histograms. Test cells are from slides that training never saw.
 
 END
-cat "$output/knn.txt"
+printf '%s\n' "$results"
