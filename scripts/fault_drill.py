@@ -1,4 +1,4 @@
-"""Kill, stop, starve and damage tiny training runs, and compare each with an undisturbed run.
+"""Kill, stop and damage tiny training runs and fill their disk, and compare each with an undisturbed run.
 
     python scripts/fault_drill.py [--kills 30] [--processes 2] [--seed 0] [--only a,c] [--folder F] [key=value ...]
 
@@ -171,7 +171,7 @@ class Run:
         return {rank: pid for rank, pid in ranks.items() if rank is not None}
 
     def kill(self) -> None:
-        """Kill the launcher and all ranks. The launcher stands still first, so that it restarts nothing."""
+        """Kill the launcher and all ranks. The launcher is stopped first, so that it restarts nothing."""
         send(self.process.pid, signal.SIGSTOP)
         tree = [self.process.pid]
         for pid in tree:
@@ -467,7 +467,7 @@ def small_disk(drill: Drill, n_bytes: int) -> Iterator[Path]:
 
 
 def fill_disk(drill: Drill) -> None:
-    """One run on a small disk that fills up, is cleared, and fills up again until the end."""
+    """Fill the disk of a run, clear it, and fill it again until the end."""
     rng, processes = drill.random("b"), drill.processes
     reference = drill.reference(processes)
     size = sum(path.stat().st_size for path in reference.rglob("*") if path.is_file())
@@ -529,7 +529,7 @@ def lose_index(checkpoint: Path) -> None:
 
 
 def damage_checkpoints(drill: Drill) -> None:
-    """Copies of a stopped run, with the newest checkpoints damaged; the short form damages three in one copy."""
+    """Damage the newest checkpoint in copies of a stopped run; the short form damages three in one copy."""
     processes = 1 if drill.short else drill.processes
     reference, stopped = drill.reference(processes), drill.stopped(processes)
     damages = (cut_short, flip_bit, lose_index)
@@ -551,7 +551,7 @@ def damage_checkpoints(drill: Drill) -> None:
 
 
 def send_signals(drill: Drill) -> None:
-    """Runs that are asked to stop, first by SIGTERM, then by SIGUSR1."""
+    """Ask runs to stop, first by SIGTERM, then by SIGUSR1."""
     for processes in sorted({1, drill.processes}):
         name, stopped = f"signalled_{processes}", drill.stopped(processes)
         check_stop(drill, stopped, f"SIGTERM to {'the process' if processes == 1 else f'torchrun of {processes}'}")
@@ -578,7 +578,7 @@ def check_stop(drill: Drill, run: Run, what: str) -> None:
 
 
 def stop_a_rank(drill: Drill) -> None:
-    """A rank gets SIGSTOP; the others name it, and torchrun restarts all."""
+    """Stop a rank with SIGSTOP: the others name it, and torchrun restarts all."""
     processes = drill.processes
     if processes == 1:
         raise Skipped("needs --processes 2 or more")

@@ -48,7 +48,7 @@ def seconds_of(work: Callable[[], Any]) -> float:
     """Return the seconds that `work` takes, with what it started on a GPU."""
     started = time.perf_counter()
     work()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter() - started
 

@@ -4,7 +4,7 @@
     python scripts/benchmarks/step.py --folder bench --only speed --networks S=152 B=120 L=56          # on a GPU
 
 `ours` is the step of train.py, `plain` that of plain.py, both with custom.yaml's recipe, the same random weights and
-the same made-up crops.
+the same synthetic crops.
 
   speed       each way in a process of its own, in turns; the stages of ours; the most memory of each process (CPU:
               VmHWM, and what the step added to the imports; GPU: what PyTorch's allocator gave out)
@@ -82,7 +82,7 @@ def build_model(cfg: DictConfig, device: torch.device) -> SSLMetaArch:
 
 
 def make_batch(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
-    """Make crops of noise, and masks as a run draws them."""
+    """Return crops of noise, and masks as a run draws them."""
     n, crops, generator = cfg.train.batch_size_per_gpu, cfg.crops, torch.Generator().manual_seed(0)
     side = crops.global_crops_size // cfg.student.patch_size
     masking = MaskingGenerator((side, side), max_num_patches=side * side // 2)
