@@ -2,7 +2,7 @@
 
 A source is a .txt list, a folder with lists, a folder of images (searched with all folders in it; hidden files with an
 image's suffix are reported), or a CSV with the columns `Image Path[,Label][,patient][,dataset]`. The input files are
-never changed. Started again, the same command goes on where it was stopped.
+never changed. After a stop the same command resumes.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = exit_code(run)
     except KeyboardInterrupt:
-        logger.error("stopped; the scan is kept: the same command goes on from there")
+        logger.error("stopped; the scan is kept: the same command resumes there")
         return 130
     return code or int(n_faults > 0)
 

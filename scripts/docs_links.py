@@ -1,6 +1,6 @@
-"""A hook of MkDocs: links from docs/ to files of the repository that are not pages become their paths as text.
+"""Turn links from docs/ to files of the repository that are not pages into text: a hook of MkDocs.
 
-Read in the repository such a link leads to the file; the site holds docs/ alone, so there it would lead nowhere.
+On GitHub such a link opens the file. The site has only docs/, so there the link would be broken.
 """
 
 import posixpath
@@ -13,7 +13,7 @@ LINK = re.compile(r"\[([^\[\]]+)\]\(((?:\.\./)+[^()\s]+)\)")
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """The page's text with `[text](../file)` as `text`, and the file's path in brackets where the text is another.
+    """Return the page with `[text](../file)` as `text`, followed by the file's path unless the text is the path.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -1,21 +1,20 @@
-"""Is a run ever lost? Tiny runs of train.py are killed, stopped, starved of disk and damaged, and their ends compared.
+"""Kill, stop and damage tiny training runs and fill their disk, and compare each with an undisturbed run.
 
     python scripts/fault_drill.py [--kills 30] [--processes 2] [--seed 0] [--only a,c] [--folder F] [key=value ...]
 
-  a  ranks of a torchrun job are killed, half of them while a checkpoint is being written; once all, as in a power cut
+  a  ranks of a torchrun job are killed, half of them while a checkpoint is written; once all ranks, as in a power cut
   b  the disk fills up (a small tmpfs, which only root can mount; or --full-disk FOLDER on a small disk of yours)
-  c  the newest checkpoint is cut short, or has a flipped bit, or lacks a file
-  d  SIGTERM and SIGUSR1 come
+  c  the newest checkpoint is cut short, has a flipped bit, or lacks a file
+  d  SIGTERM and SIGUSR1 arrive
   e  a rank stands still
 
-After each fault: no complete checkpoint is lost or damaged, and the run goes on from the newest one. At the end: each
-iteration is in training_metrics.json once, and losses and teacher are bit for bit those of an undisturbed run on as
-many processes (where another number finished it: weights within 1e-4). `key=value` go to train.py: train.device=cuda
-tries it on GPUs. Needs Linux. Ends with 0 if all of it held; report.json in the folder has every check.
+After each fault no complete checkpoint is lost or damaged, and the run continues from the newest one. At the end each
+iteration is in training_metrics.json once, and losses and teacher equal those of an undisturbed run on as many
+processes bit for bit (on another number of processes: weights within 1e-4). `key=value` go to train.py. Needs Linux.
+Exit code 0: all checks held. report.json in the folder has every check.
 """
 
 import argparse
-import errno
 import json
 import math
 import os
@@ -23,7 +22,6 @@ import random
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,9 +30,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
 
@@ -45,21 +42,13 @@ import dinov2.train.train as train_command
 from dinov2.data.sample_cells import write_sample_cells
 from dinov2.fsdp.checkpoint import Checkpointer
 from dinov2.utils.command import REQUEUE_EXIT_CODE
-from dinov2.utils.files import atomic_write
 
-Found = TypeVar("Found")
-
-TRAIN = str(Path(train_command.__file__))
-KEEP = 4  # checkpoints
-PERIOD = 4  # iterations between two of them
-EVALUATION_PERIOD = 8  # iterations
-ITERATIONS = 40  # of a run that meets one fault
-ITERATIONS_PER_KILL = 6  # by which a run gets longer
-# Where another number of processes finishes a run, sums round otherwise; Adam and KoLeo magnify that step by step
-WEIGHT_TOLERANCE, LOSS_TOLERANCE = 1e-4, 5e-3
-PATIENCE_SECONDS = 300.0  # for anything to happen
-HANG_SECONDS = 8.0  # train.hang_timeout_seconds for a rank that stands still
-LARGEST_DISK_BYTES = 1 << 30  # that is filled up: a larger one is hardly meant
+T = TypeVar("T")
+KEEP, PERIOD, EVALUATION_PERIOD = 4, 4, 8  # checkpoints kept; iterations between checkpoints, between evaluations
+ITERATIONS, ITERATIONS_PER_KILL = 40, 6
+WEIGHT_TOLERANCE, LOSS_TOLERANCE = 1e-4, 5e-3  # sums round differently on another number of processes
+PATIENCE_SECONDS, HANG_SECONDS = 300.0, 8.0
+LARGEST_DISK_BYTES = 1 << 30  # a larger disk is hardly meant to be filled up
 
 TINY = [
     *("student.arch=vit_small", "student.embed_dim=32", "student.depth=2", "student.num_heads=2"),
@@ -80,166 +69,78 @@ UNWRITTEN = re.compile(r"checkpoint after iteration (\d+) could not be written \
 STOPPED = re.compile(r"stopped after iteration (\d+), as asked")
 DAMAGED = re.compile(r"checkpoint \S*iteration_(\d+) is damaged \((.*?)\); trying the one before")
 HANGS = re.compile(r"training hangs: rank (\d+) \(host .*?, pid (\d+)\)")
-
-# What can be seen of a checkpoint that is being written, in the order in which it appears
-STAGES = {
-    "its folder is made": "",
-    "tensors are being written": "__*.distcp",
-    "the index is there": ".metadata",
-    "the numbers are there": "run.json",
-    "it is about to get its name": "checksums_all.json",
+UNFINISHED = "checkpoints/.iteration_*.tmp"
+FILES = {  # that appear in this order
+    "checkpoint": [UNFINISHED, *(f"{UNFINISHED}/{name}" for name in ("__*.distcp", ".metadata", "run.json", "check*"))],
+    "evaluation": ["eval/training_*/*.tmp", "eval/training_*/teacher_checkpoint.pth"],
 }
 
 
 class Failed(Exception):
-    """Something that a run must do did not happen."""
+    """A run did not do what it must."""
 
 
 class Skipped(Exception):
-    """This machine cannot show it."""
+    """This machine cannot run a part."""
 
 
-@dataclass
-class Check:
-    """One thing that must hold."""
-
-    what: str
-    held: bool
-    detail: str = ""
-
-
-@dataclass
-class Part:
-    """What came out of one of the parts a to e."""
-
-    title: str
-    checks: list[Check] = field(default_factory=list)
-    skipped: str = ""
-    seconds: float = 0.0
-    note: str = ""
-
-    @property
-    def held(self) -> bool:
-        return all(check.held for check in self.checks)
-
-
-class Report:
-    """Prints a line an event, with the time left, and keeps every check."""
-
-    def __init__(self, parts: dict[str, Part], n_starts: int) -> None:
-        self.parts, self.n_starts = parts, n_starts  # of training, restarts too: they take most of the time
-        self.n_started = 0
-        self._began = time.monotonic()
-        self._lock = threading.Lock()
-
-    def started(self) -> None:
-        with self._lock:
-            self.n_started += 1
-
-    def say(self, letter: str, text: str) -> None:
-        with self._lock:
-            elapsed = time.monotonic() - self._began
-            left = elapsed / max(1, self.n_started) * max(0, self.n_starts - self.n_started)
-            print(f"[{_clock(elapsed)}, eta {_clock(left)}] {letter}  {text}", flush=True)
-
-    def check(self, letter: str, what: str, held: bool, detail: str = "", *, quiet: bool = False) -> bool:
-        """Keep a check; one that held can be left out of what is printed."""
-        self.parts[letter].checks.append(Check(what, held, detail))
-        if not held or not quiet:
-            self.say(letter, f"{'ok     ' if held else 'FAILED '} {what}{f' ({detail})' if detail else ''}")
-        return held
-
-    def table(self) -> str:
-        rows = [("", "what happened", "checks", "failed", "seconds", "")]
-        for letter, part in self.parts.items():
-            failed = [check for check in part.checks if not check.held]
-            note = f"skipped: {part.skipped}" if part.skipped else part.note
-            rows.append(
-                (letter, part.title, str(len(part.checks)), str(len(failed)), f"{part.seconds:.0f}", note),
-            )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-
-    def write(self, path: Path) -> None:
-        whole = {letter: {"held": part.held, **asdict(part)} for letter, part in self.parts.items()}
-        with atomic_write(path, "w") as file:
-            json.dump(whole, file, indent=1)
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-# --- processes ------------------------------------------------------------------------------------------------------
+def is_alive(pid: int) -> bool:
+    """Return whether a process runs: it is there and not a zombie."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return False
 
 
 def children_of(pid: int) -> list[int]:
-    """Running children of a process."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                state, parent = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:2]
-            except OSError:  # it has ended
-                continue
-            if int(parent) == pid and state != "Z":
-                found.append(int(entry.name))
-    return found
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
+    with suppress(OSError):  # it has ended
+        return [
+            int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()
+        ]
+    return []
 
 
 def rank_of(pid: int) -> int | None:
-    """The rank that a launcher gave to a process; None for one that is no rank."""
-    try:
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return None
-    ranks = [variable[5:] for variable in variables if variable.startswith(b"RANK=")]
-    return int(ranks[0]) if ranks else None
+    """Return the rank that torchrun gave to a process; None for another process."""
+    with suppress(OSError):
+        for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if variable.startswith(b"RANK="):
+                return int(variable[5:])
+    return None
 
 
 def send(pid: int, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):  # it was faster
+    with suppress(ProcessLookupError):  # it has ended
         os.kill(pid, number)
 
 
 class Run:
-    """One start of the training command, and what it has said so far."""
+    """One start of train.py and its output so far."""
 
     def __init__(self, command: Sequence[str], processes: int, folder: Path, log: Path) -> None:
-        self.processes, self.folder = processes, folder
-        self.lines: list[str] = []
-        self.iteration = 0  # as last said
-        self._log = open(log, "a+b")  # noqa: SIM115  # read as long as the run is looked at
-        self._offset = self._log.seek(0, os.SEEK_END)
-        self._unfinished = b""
+        self.processes, self.folder, self._log = processes, folder, log
+        self._offset = log.stat().st_size if log.exists() else 0
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, env=environment
-        )
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+        with open(log, "ab") as output:
+            self.process = subprocess.Popen(command, stdout=output, env=environment, **streams)
 
-    def read(self) -> None:
-        """Take up what was said since the last time."""
-        while said := os.pread(self._log.fileno(), 1 << 16, self._offset):
-            self._offset += len(said)
-            *lines, self._unfinished = (self._unfinished + said).split(b"\n")
-            for line in lines:
-                self.lines.append(line.decode(errors="replace"))
-                if found := ITERATION.search(self.lines[-1]):
-                    self.iteration = int(found[1])
+    @property
+    def lines(self) -> list[str]:
+        """The complete lines of output."""
+        return self._log.read_bytes()[self._offset :].decode(errors="replace").split("\n")[:-1]
 
     def find(self, pattern: re.Pattern[str], since: int = 0) -> list[re.Match[str]]:
-        """Where it said so, from line `since` on."""
-        return [found for found in map(pattern.search, self.lines[since:]) if found]
+        """Return the matches in the lines from number `since` on."""
+        return [match for match in map(pattern.search, self.lines[since:]) if match]
 
-    def until(self, condition: Callable[[], Found], what: str, pause: float = 0.002) -> Found:
-        """Wait until `condition` gives something; what it gives.
+    @property
+    def iteration(self) -> int:
+        """The iteration that was logged last."""
+        matches = self.find(ITERATION)
+        return int(matches[-1][1]) if matches else 0
+
+    def until(self, condition: Callable[[], T], what: str, pause: float = 0.005) -> T:
+        """Wait until `condition` returns something true, and return it.
 
         Raises:
             Failed: the run ended before, or it took too long.
@@ -247,32 +148,30 @@ class Run:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             has_ended = self.process.poll() is not None
-            self.read()
-            if found := condition():
-                return found
-            if has_ended:
-                raise Failed(f"the run ended with code {self.process.returncode} before {what}; {self.last_words()}")
-            if time.monotonic() > deadline:
-                raise Failed(f"waited {PATIENCE_SECONDS:.0f} s for {what}; {self.last_words()}")
+            if result := condition():
+                return result
+            if has_ended or time.monotonic() > deadline:
+                reason = f"ended with code {self.process.returncode}" if has_ended else "took too long"
+                raise Failed(f"the run {reason} before {what}; {self.last_lines()}")
             time.sleep(pause)
 
     def until_iteration(self, iteration: int) -> None:
         self.until(lambda: self.iteration >= iteration, f"iteration {iteration}")
 
     def code(self) -> int:
-        """Wait for its end; the exit code."""
+        """Wait for the end; return the exit code."""
         self.until(lambda: self.process.poll() is not None, "its end", pause=0.02)
         return self.process.returncode
 
     def ranks(self) -> dict[int, int]:
-        """The process ids by rank, of those that run."""
+        """Return {rank: process id} of the ranks that run."""
         if self.processes == 1:
             return {0: self.process.pid} if self.process.poll() is None else {}
-        found = {rank_of(pid): pid for pid in children_of(self.process.pid)}
-        return {rank: pid for rank, pid in found.items() if rank is not None}
+        ranks = {rank_of(pid): pid for pid in children_of(self.process.pid)}
+        return {rank: pid for rank, pid in ranks.items() if rank is not None}
 
     def kill(self) -> None:
-        """All of it at once: the launcher stands still first, so that it starts nothing again."""
+        """Kill the launcher and all ranks. The launcher is stopped first, so that it restarts nothing."""
         send(self.process.pid, signal.SIGSTOP)
         tree = [self.process.pid]
         for pid in tree:
@@ -280,153 +179,135 @@ class Run:
         for pid in tree:
             send(pid, signal.SIGKILL)
         self.process.wait()
-        while any(map(is_running, tree)):
+        while any(map(is_alive, tree)):
             time.sleep(0.005)
-        self.read()
 
-    def last_words(self) -> str:
-        said = [line for line in self.lines if line.strip()][-12:]
-        return "it said last:\n    " + "\n    ".join(said)
-
-
-# --- runs and what becomes of them ----------------------------------------------------------------------------------
+    def last_lines(self) -> str:
+        return "its last lines:\n    " + "\n    ".join([line for line in self.lines if line.strip()][-12:])
 
 
 class Checkpoints:
-    """The complete checkpoints of a run, seen from outside."""
+    """The checkpoints of a run, read from outside."""
 
     def __init__(self, run_folder: Path) -> None:
-        self.folder = run_folder / "checkpoints"
-        self._checkpointer = Checkpointer(self.folder, KEEP)
+        self.run_folder, self._checkpointer = run_folder, Checkpointer(run_folder / "checkpoints", KEEP)
 
     def iterations(self) -> list[int]:
-        """What stands there under its final name, oldest first."""
-        return [_number(path) for path in self._checkpointer.paths()]
+        """Return the iterations of the complete checkpoints, ascending."""
+        return [iteration_of(path) for path in self._checkpointer.paths()]
 
     def damaged(self) -> list[int]:
-        """Those that differ from what was written."""
-        found = []
-        for path in self._checkpointer.paths():
-            try:
-                newest = self._checkpointer.newest(before=_number(path))
-            except ValueError:
-                newest = None
-            if newest is None or newest[0] != path:
-                found.append(_number(path))
-        return found
+        """Return the iterations of complete checkpoints whose files differ from what was written."""
+        whole = set()
+        for iteration in self.iterations():
+            with suppress(ValueError):  # none up to this one can be read
+                newest = self._checkpointer.newest(before=iteration)
+                whole |= {newest[0]} if newest else set()
+        return [iteration_of(path) for path in self._checkpointer.paths() if path not in whole]
 
-    def newest(self) -> Path:
-        return self._checkpointer.paths()[-1]
+    def are_whole(self) -> bool:
+        return bool(self.iterations()) and not self.damaged()
 
     def being_written(self, since_ns: int = 0) -> list[Path]:
-        """Hidden folders of checkpoints that are not complete, changed after `since_ns`."""
-        found = []
-        for path in self.folder.glob(".iteration_*.tmp"):
-            try:
-                if path.stat().st_mtime_ns > since_ns:
-                    found.append(path)
-            except FileNotFoundError:  # it has its final name now
-                continue
-        return found
+        """Return the hidden folders of unfinished checkpoints that changed after `since_ns`."""
+        return [path for path in self.run_folder.glob(UNFINISHED) if changed_after(path, since_ns)]
 
 
-def _number(path: Path) -> int:
-    return int(path.name.rsplit("_", 1)[1])
+def iteration_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("_", 1)[1])
+
+
+def changed_after(path: Path, time_ns: int) -> bool:
+    try:
+        return path.stat().st_mtime_ns > time_ns
+    except FileNotFoundError:  # it has its final name now
+        return False
+
+
+def read_metrics(run_folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_folder / "training_metrics.json").read_text().splitlines()]
+
+
+def numbers_of(run_folder: Path, with_norms: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return the losses of all iterations, and the teacher's weights after the last."""
+    rows = read_metrics(run_folder)
+    names = [name for name in rows[0] if name.endswith("_loss") or (with_norms and name.startswith("grad_norm"))]
+    losses = {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in names}
+    teacher = run_folder / "eval" / f"training_{len(rows)}" / "teacher_checkpoint.pth"
+    return losses, torch.load(teacher, map_location="cpu", weights_only=True)["teacher"]
+
+
+def largest_difference(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> float:
+    """Return the largest difference of two numbers: 0 is bit for bit, infinite is other names."""
+    if ours.keys() != theirs.keys():
+        return math.inf
+    differences = [(ours[name].double() - value.double()).abs().max().item() for name, value in theirs.items()]
+    return 0.0 if all(torch.equal(ours[name], value) for name, value in theirs.items()) else max(differences)
 
 
 class Drill:
-    """Starts runs on the same pictures and compares their ends with those of undisturbed ones."""
+    """Starts runs on the same images, compares them with undisturbed ones and keeps the checks."""
 
-    def __init__(
-        self, folder: Path, report: Report, processes: int, kills: int, seed: int, short: bool, overrides: Sequence[str]
-    ) -> None:
-        self.folder, self.report, self.processes, self.kills, self.short = folder, report, processes, kills, short
-        self.seed = seed
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.args, self.folder, self.processes, self.short = args, folder, args.processes, args.short
+        self.checks: dict[str, list[dict[str, Any]]] = {letter: [] for letter in args.letters}
+        self.skipped = dict.fromkeys(args.letters, "")
+        self._began = time.monotonic()
         self._runs: list[Run] = []
         self._is_over = False
         self._references: dict[tuple[int, int], Path] = {}
         self._stopped: dict[int, Run] = {}
         self._lock = threading.RLock()
-        pictures = folder / "pictures"
-        write_sample_cells(pictures, n_train=50, n_probe_train=24, n_probe_test=12, n_patients=0, seed=seed, size=28)
-        probe = {"name": "drawn", **{split: str(pictures / "probe" / split) for split in ("train", "test")}}
+        cells = folder / "cells"
+        write_sample_cells(cells, n_train=50, n_probe_train=24, n_probe_test=12, n_patients=0, seed=args.seed, size=28)
+        probe = {"name": "drawn", **{split: str(cells / "probe" / split) for split in ("train", "test")}}
         self._overrides = [
-            f"train.dataset_path=HemaStandardDataset:root={pictures / 'lists'}:shuffle=1",
-            f"evaluation.datasets={json.dumps([probe])}",
-            *(f"train.seed={seed}", *TINY, *overrides),
+            f"train.dataset_path=HemaStandardDataset:root={cells / 'lists'}:shuffle=1",
+            *(f"evaluation.datasets={json.dumps([probe])}", f"train.seed={args.seed}", *TINY, *args.overrides),
         ]
 
     def random(self, letter: str) -> random.Random:
-        """The same for a seed whichever parts are run."""
-        return random.Random(f"{self.seed} {letter}")
+        """Return a generator that depends on the seed and the part alone."""
+        return random.Random(f"{self.args.seed} {letter}")
+
+    def say(self, letter: str, text: str) -> None:
+        print(f"[{time.monotonic() - self._began:.0f} s] {letter}  {text}", flush=True)
+
+    def check(self, letter: str, what: str, held: bool, detail: object = "") -> bool:
+        self.checks[letter].append({"what": what, "held": bool(held), "detail": str(detail)})
+        self.say(letter, f"{'ok    ' if held else 'FAILED'}  {what}  {detail}")
+        return held
 
     def start(
-        self,
-        name: str,
-        processes: int,
-        *overrides: str,
-        iterations: int = ITERATIONS,
-        restarts: int = 0,
-        output_dir: Path | None = None,
+        self, name: str, processes: int, *overrides: str, iterations: int = ITERATIONS, restarts: int = 0, within=None
     ) -> Run:
-        """The training command; on several processes under torchrun, which starts all again up to `restarts` times."""
-        output_dir = output_dir or self.folder / "runs"
+        """Start train.py; on several processes under torchrun, which restarts all ranks up to `restarts` times."""
         if self._is_over:
             raise Failed("the drill was stopped")
-        command = [sys.executable]
-        if processes > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-            command += [f"--max-restarts={restarts}"]
-        command += [TRAIN, "--output-dir", str(output_dir), "--name", name]
+        output_dir = within or self.folder / "runs"
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [sys.executable, *([*torchrun, f"--max-restarts={restarts}"] if processes > 1 else [])]
+        command += [train_command.__file__, "--output-dir", str(output_dir), "--name", name]
         command += [*self._overrides, f"optim.epochs={iterations / 10}", *overrides]
-        logs = self.folder / "said"
+        logs = self.folder / "logs"
         logs.mkdir(exist_ok=True)
         run = Run(command, processes, output_dir / name, logs / f"{name}.txt")
         self._runs.append(run)
-        self.report.started()
         return run
 
     def reference(self, processes: int, iterations: int = ITERATIONS) -> Path:
-        """The folder of an undisturbed run.
-
-        Raises:
-            Failed: it does not even end well when nothing disturbs it.
-        """
+        """Return the folder of an undisturbed run."""
         with self._lock:
             key = processes, iterations
             if key not in self._references:
                 run = self.start(f"undisturbed_{processes}x{iterations}", processes, iterations=iterations)
                 if run.code() != 0:
-                    raise Failed(f"a run that nothing disturbs ended with code {run.code()}; {run.last_words()}")
+                    raise Failed(f"an undisturbed run ended with code {run.code()}; {run.last_lines()}")
                 self._references[key] = run.folder
             return self._references[key]
 
-    def check_end(self, letter: str, run: Run, reference: Path, *, same_number: bool = True) -> None:
-        """The run must end well and as the undisturbed one did: bit for bit, where both had the same processes."""
-
-        def check(what: str, held: bool, detail: str = "", quiet: bool = False) -> bool:
-            return self.report.check(letter, f"{run.folder.name}: {what}", held, detail, quiet=quiet)
-
-        code = run.code()
-        if not check("ended with code 0", code == 0, "" if code == 0 else run.last_words(), quiet=True):
-            return
-        rows, expected = metrics_of(run.folder), metrics_of(reference)
-        seen, due = [row["iteration"] for row in rows], [row["iteration"] for row in expected]
-        if not check("each iteration is logged once", seen == due, "" if seen == due else f"{seen}", quiet=True):
-            return
-        weight_tolerance, loss_tolerance = (0.0, 0.0) if same_number else (WEIGHT_TOLERANCE, LOSS_TOLERANCE)
-        losses = largest_difference(losses_of(rows, same_number), losses_of(expected, same_number))
-        weights = largest_difference(teacher_of(run.folder, len(due)), teacher_of(reference, len(due)))
-        check(
-            f"{len(rows)} iterations, losses and weights as undisturbed",
-            losses <= loss_tolerance and weights <= weight_tolerance,
-            "bit for bit" if losses == weights == 0 else f"losses differ by {losses:.1g}, weights by {weights:.1g}",
-        )
-        torn = [path.name for path in run.folder.rglob(".*.tmp")]
-        check("nothing half-written is left", not torn, ", ".join(torn), quiet=True)
-
     def stopped(self, processes: int) -> Run:
-        """A run that was asked by SIGTERM to stop, as a batch system does; with several processes, the launcher was."""
+        """Return a run that stopped on SIGTERM to the process or the launcher, as a batch system sends it."""
         with self._lock:
             if processes not in self._stopped:
                 run = self.start(f"stopped_{processes}", processes)
@@ -437,334 +318,198 @@ class Drill:
                 self._stopped[processes] = run
             return self._stopped[processes]
 
+    def check_end(self, letter: str, run: Run, reference: Path, *, same_number: bool = True) -> None:
+        """Check that a run ended well and as the undisturbed run: bit for bit with the same number of processes."""
+        name, code = run.folder.name, run.code()
+        if not self.check(letter, f"{name}: ended with code 0", code == 0, "" if code == 0 else run.last_lines()):
+            return
+        logged, due = ([row["iteration"] for row in read_metrics(folder)] for folder in (run.folder, reference))
+        if not self.check(letter, f"{name}: each iteration is logged once", logged == due, len(logged)):
+            return
+        pairs = zip(numbers_of(run.folder, same_number), numbers_of(reference, same_number), strict=True)
+        losses, weights = (largest_difference(ours, theirs) for ours, theirs in pairs)
+        is_equal = losses == weights == 0 if same_number else losses <= LOSS_TOLERANCE and weights <= WEIGHT_TOLERANCE
+        detail = f"losses differ by {losses:.1g}, weights by {weights:.1g}"
+        self.check(letter, f"{name}: losses and weights equal those of the undisturbed run", is_equal, detail)
+        unfinished = [path.name for path in run.folder.rglob(".*.tmp")]
+        self.check(letter, f"{name}: no unfinished file is left", not unfinished, ", ".join(unfinished))
+
+    def check_resumed(self, letter: str, run: Run, iterations: list[int], since: int = 0) -> None:
+        """Check that a run continued from the only one of `iterations`, or from the start if there is none."""
+        resumed = [int(match[1]) for match in run.find(RESUMED, since)]
+        self.check(letter, f"{run.folder.name}: continued from checkpoint {iterations}", resumed == iterations, resumed)
+
     def copy(self, run: Run, name: str) -> None:
         shutil.copytree(run.folder, self.folder / "runs" / name)
 
     def end_all(self, within: Path | None = None) -> None:
-        """End whatever still runs, for good; or only what writes to a folder `within`."""
+        """Kill all runs and allow no more; or only the runs in a folder."""
         self._is_over = self._is_over or within is None
         for run in self._runs:
             if run.process.poll() is None and (within is None or within in run.folder.parents):
                 run.kill()
 
 
-def metrics_of(run_folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run_folder / "training_metrics.json").read_text().splitlines()]
-
-
-def losses_of(rows: Sequence[Mapping[str, float]], with_norms: bool) -> dict[str, torch.Tensor]:
-    names = [name for name in rows[0] if name.endswith("_loss") or (with_norms and name.startswith("grad_norm"))]
-    return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in names}
-
-
-def teacher_of(run_folder: Path, iteration: int) -> dict[str, torch.Tensor]:
-    path = run_folder / "eval" / f"training_{iteration}" / "teacher_checkpoint.pth"
-    return torch.load(path, map_location="cpu", weights_only=True)["teacher"]
-
-
-def largest_difference(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> float:
-    """Of any two numbers; infinite where names differ. 0 means bit for bit."""
-    if ours.keys() != theirs.keys():
-        return math.inf
-    return max(
-        0.0 if torch.equal(ours[name], value) else float((ours[name].double() - value.double()).abs().max())
-        for name, value in theirs.items()
-    )
-
-
-# --- a: ranks are killed --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Moment:
-    """When a process is to be killed."""
-
-    kind: str  # step, checkpoint, restart or evaluation
-    iteration: int  # not before
-    fraction: float  # of how long such a thing takes; decides where inside it
-
-
-class RanksKilled:
-    """One run, killed again and again."""
+class RankKiller:
+    """Kills ranks of one run again and again."""
 
     def __init__(self, drill: Drill) -> None:
-        self.drill, self.report, self.kills = drill, drill.report, drill.kills
-        self.rng = drill.random("a")
+        self.drill, self.kills, self.rng = drill, drill.args.kills, drill.random("a")
         self.iterations = ITERATIONS + ITERATIONS_PER_KILL * max(0, self.kills - 4)
         self.reference = drill.reference(drill.processes, self.iterations)
-        self.torn = 0
-        self.restart_seconds: list[float] = []
+        self.n_unfinished = 0  # checkpoints that a kill hit while they were written
+        self.since_line, self.since_ns = 0, 0  # of the ranks that run now
+        self.newest: list[int] = []  # the checkpoint they must continue from, if there is one
+        self.has_restarted = False
         self.run = self.start("killed", drill.processes)
-        self.startup_seconds = 0.0
-        self.killed_at = time.monotonic()
-        self.quiet_ns = 0  # when the processes before had ended
-        self.expected: int | None = None  # iteration to go on from
-        self.mark = 0  # lines before it were said by processes that are gone
-        self.is_up = False
-
-    def go(self) -> str:
-        drill, processes = self.drill, self.drill.processes
-        power_cut = self.rng.randrange(self.kills)
-        for number in range(self.kills):
-            moment = self.next_moment(number)
-            where = self.wait_for(moment)
-            self.strike(number, where, everywhere=number == power_cut)
-            if number == self.kills - 1:
-                shutil.copytree(self.run.folder, self.run.folder.with_name("killed_then_another_number"))
-        self.wait_until_up()
-        drill.check_end("a", self.run, self.reference)
-        self.report.check(
-            "a", "kills hit checkpoints that were being written", self.torn > 0 or self.kills < 2, f"{self.torn}"
-        )
-        other = self.start("killed_then_another_number", 1 if processes > 1 else 2)
-        drill.check_end("a", other, self.reference, same_number=False)
-        return (
-            f"{self.kills} kills, {self.torn} in a checkpoint; trains again after "
-            f"{statistics.median(self.restart_seconds):.1f} s, {max(self.restart_seconds):.1f} at most"
-        )
 
     def start(self, name: str, processes: int) -> Run:
         return self.drill.start(name, processes, iterations=self.iterations, restarts=self.kills + 1)
 
-    def next_moment(self, number: int) -> _Moment:
-        kind = "checkpoint" if 2 * self.torn <= number else self.rng.choice(["step", "restart", "evaluation"])
-        last = self.iterations - 2 * EVALUATION_PERIOD
-        iteration = round(last * (number + self.rng.random()) / self.kills)
-        fraction = self.rng.random()
-        if kind == "checkpoint" and number and not self.torn:
-            fraction = 0.0  # those before came too late on a busy machine: strike as soon as one begins
-        return _Moment(kind, iteration, fraction)
+    def go(self) -> None:
+        power_cut = self.rng.randrange(self.kills)
+        for number in range(self.kills):
+            where = self.wait_for_moment(number)
+            self.kill(number, where, everything=number == power_cut or self.run.processes == 1)
+            if number == self.kills - 1:
+                shutil.copytree(self.run.folder, self.run.folder.with_name("killed_then_another_number"))
+        self.wait_until_training()
+        self.drill.check_end("a", self.run, self.reference)
+        is_enough = self.n_unfinished > 0 or self.kills < 2
+        self.drill.check("a", "kills hit checkpoints that were being written", is_enough, self.n_unfinished)
+        other = self.start("killed_then_another_number", 1 if self.drill.processes > 1 else 2)
+        self.drill.check_end("a", other, self.reference, same_number=False)
 
-    def wait_until_up(self) -> None:
-        """Until the processes that were started again train; they must have gone on where they should."""
-        if self.is_up:
-            return
-        run = self.run
+    def wait_until_training(self) -> None:
+        self.run.until(lambda: self.run.find(ITERATION, self.since_line), "it trained again")
+        if self.has_restarted:
+            self.has_restarted = False
+            self.drill.check_resumed("a", self.run, self.newest, self.since_line)
 
-        def says_iteration() -> int | None:
-            found = run.find(ITERATION, self.mark)
-            return int(found[0][1]) if found else None
-
-        first = run.until(says_iteration, "it trained again")
-        self.is_up = True
-        seconds = time.monotonic() - self.killed_at
-        if not self.startup_seconds:
-            self.startup_seconds = seconds
-        if not self.quiet_ns:
-            return
-        self.restart_seconds.append(seconds)
-        resumed = [int(found[1]) for found in run.find(RESUMED, self.mark)]
-        wanted = [] if self.expected is None else [self.expected]
-        self.report.check(
-            "a",
-            f"went on from the newest checkpoint, {self.expected}" if wanted else "began anew, without a checkpoint",
-            resumed == wanted and first == (self.expected or 0) + 1,
-            f"after {seconds:.1f} s" if resumed == wanted else f"went on from {resumed}, first iteration {first}",
-            quiet=True,
-        )
-
-    def wait_for(self, moment: _Moment) -> str:
-        """Until `moment` has come; where the run is then."""
-        run = self.run
-        if moment.kind == "restart":
-            if not self.startup_seconds:
-                self.wait_until_up()
+    def wait_for_moment(self, number: int) -> str:
+        """Wait until the next kill is due; return where the run is then."""
+        is_behind = 2 * self.n_unfinished <= number
+        kind = "checkpoint" if is_behind else self.rng.choice(["step", "restart", "evaluation"])
+        run, fraction = self.run, self.rng.random()
+        iteration = round((self.iterations - 2 * EVALUATION_PERIOD) * (number + self.rng.random()) / self.kills)
+        if kind == "restart":
             run.until(lambda: len(run.ranks()) == run.processes, "all ranks were started", pause=0.01)
-            since = time.monotonic()
-            # at times before they train and at times after
-            run.until(
-                lambda: time.monotonic() - since >= 1.2 * moment.fraction * self.startup_seconds, "a while", pause=0.005
-            )
-            run.read()
-            return f"{time.monotonic() - since:.1f} s after its start"
-        self.wait_until_up()
-        run.until_iteration(moment.iteration)
-        now_ns = time.time_ns()
-        if moment.kind == "checkpoint":
-            checkpoints = Checkpoints(run.folder)
-            stage, pattern = list(STAGES.items())[int(moment.fraction * len(STAGES))]
+            time.sleep(8 * fraction)  # before the first step at times, and at times after it
+            return f"{8 * fraction:.1f} s after the start"
+        self.wait_until_training()
+        run.until_iteration(iteration)
+        now = time.time_ns()
+        if kind == "step":
+            time.sleep(0.1 * fraction)
+            return "a step"
+        files = FILES[kind]
+        # if no kill has hit a checkpoint yet, the machine is busy: kill as soon as the next one begins
+        pattern = files[0 if is_behind and number and not self.n_unfinished else int(fraction * len(files))]
+        run.until(lambda: any(changed_after(path, now) for path in run.folder.glob(pattern)), pattern, pause=0.0003)
+        return pattern
 
-            def is_written() -> bool:
-                folders = checkpoints.being_written(now_ns)
-                return any(not pattern or next(path.glob(pattern), None) for path in folders)
-
-            run.until(is_written, f"a checkpoint was written ({stage})", pause=0.0003)
-            return f"checkpoint: {stage}"
-        if moment.kind == "evaluation":
-            pattern = "*.tmp" if moment.fraction < 0.5 else "teacher_checkpoint.pth"
-
-            def is_judged() -> bool:
-                return any(_changed_after(path, now_ns) for path in run.folder.glob(f"eval/training_*/{pattern}"))
-
-            run.until(is_judged, "an evaluation", pause=0.0005)
-            return "evaluation: teacher being written" if moment.fraction < 0.5 else "evaluation: teacher written"
-        time.sleep(0.1 * moment.fraction)
-        return "step"
-
-    def strike(self, number: int, where: str, *, everywhere: bool) -> None:
-        """Kill a rank, or everything; nothing that was complete may be lost."""
+    def kill(self, number: int, where: str, *, everything: bool) -> None:
         run, checkpoints = self.run, Checkpoints(self.run.folder)
-        ranks = run.ranks()
+        ranks, before = run.ranks(), checkpoints.iterations()
         rank = self.rng.choice(sorted(ranks)) if ranks else 0
-        before = checkpoints.iterations()
-        self.killed_at = time.monotonic()
-        if everywhere or run.processes == 1:
+        if everything:
             run.kill()
-            victim = "everything" if everywhere else "the process"
         else:
             send(ranks[rank], signal.SIGKILL)
-            victim = f"rank {rank}"
-            run.until(lambda: not any(map(is_running, ranks.values())), "the other ranks ended", pause=0.01)
-        ended = time.monotonic() - self.killed_at
-        run.read()
-        iteration, torn = run.iteration, [_number_of_hidden(path) for path in checkpoints.being_written(self.quiet_ns)]
-        self.torn += bool(torn)
+            run.until(lambda: not any(map(is_alive, ranks.values())), "the other ranks ended", pause=0.01)
+        unfinished = [path.name for path in checkpoints.being_written(self.since_ns)]
+        self.n_unfinished += bool(unfinished)
         after, damaged = checkpoints.iterations(), checkpoints.damaged()
-        kept = not damaged and len(after) >= min(KEEP, len(before)) and after[-1:] >= before[-1:]
-        self.expected, self.is_up, self.quiet_ns = (after[-1] if after else None), False, time.time_ns()
-        self.report.check(
-            "a",
-            f"kill {number + 1}/{self.kills}: {victim} at iteration {iteration}, {where}: checkpoints whole",
-            kept,
-            f"{' '.join(map(str, after)) or 'none yet'}{f', torn {torn[0]}' if torn else ''}"
-            f"{f', before {before}, damaged {damaged}' if not kept else ''}; all had ended after {ended:.1f} s",
-        )
-        if everywhere or run.processes == 1:
-            self.run = self.start("killed", run.processes)
-        else:
-            self.report.started()
-        self.mark = len(self.run.lines)
+        is_kept = not damaged and len(after) >= min(KEEP, len(before)) and after[-1:] >= before[-1:]
+        victim = "everything" if everything else f"rank {rank}"
+        detail = f"{before} before, {after} after, {damaged} damaged" + "".join(f", torn {n}" for n in unfinished[:1])
+        what = f"kill {number + 1}/{self.kills}: {victim} at iteration {run.iteration}, {where}: checkpoints are whole"
+        self.drill.check("a", what, is_kept, detail)
+        self.newest, self.has_restarted, self.since_ns = after[-1:], True, time.time_ns()
+        self.since_line = len(run.lines)
+        if everything:
+            self.run, self.since_line = self.start("killed", run.processes), 0
 
 
-def _changed_after(path: Path, time_ns: int) -> bool:
-    try:
-        return path.stat().st_mtime_ns > time_ns
-    except FileNotFoundError:  # it has its final name now
-        return False
-
-
-def _number_of_hidden(path: Path) -> int:
-    return int(path.name.split("_")[1].split(".")[0])
-
-
-# --- b: the disk is full --------------------------------------------------------------------------------------------
-
-
-class Ballast:
-    """A file that takes all room on a disk."""
-
-    def __init__(self, disk: Path) -> None:
-        self.path = disk / "ballast"
-
-    def fill(self) -> bool:
-        size = 1 << 20
-        with open(self.path, "ab", buffering=0) as file:
-            while size:
-                try:
-                    file.write(bytes(size))
-                except OSError as error:
-                    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                        raise
-                    size //= 16
-        return True
-
-    def remove(self) -> None:
-        self.path.unlink()
+def fill(ballast: Path) -> bool:
+    """Write a file until the disk has no room left."""
+    with open(ballast, "ab", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(1 << 20)):
+            pass
+    return True
 
 
 @contextmanager
-def small_disk(drill: Drill, given: Path | None, n_bytes: int) -> Iterator[Path]:
-    """A disk that can be filled up: an empty folder on `given`, or else on a tmpfs of `n_bytes`.
+def small_disk(drill: Drill, n_bytes: int) -> Iterator[Path]:
+    """Yield an empty folder on --full-disk, or on a tmpfs of `n_bytes`.
 
     Raises:
-        Skipped: there is none, and none can be mounted.
+        Skipped: neither is possible.
     """
+    given = drill.args.full_disk
+    if given is not None and not n_bytes <= shutil.disk_usage(given).free <= LARGEST_DISK_BYTES:
+        limits = f"{n_bytes >> 20} to {LARGEST_DISK_BYTES >> 20} MiB"
+        raise Skipped(
+            f"--full-disk {given}: {shutil.disk_usage(given).free >> 20} MiB are free; give one with {limits}"
+        )
+    disk = Path(tempfile.mkdtemp(dir=given or drill.folder, prefix="small_disk_"))
     if given is None:
-        disk = drill.folder / "small_disk"
-        disk.mkdir()
         mount = ["mount", "-t", "tmpfs", "-o", f"size={n_bytes}", "fault_drill", str(disk)]
-        try:
-            mounted = subprocess.run(mount, capture_output=True, text=True)
-        except FileNotFoundError as error:
-            raise Skipped("there is no `mount` here; give --full-disk FOLDER on a small disk") from error
-        if mounted.returncode != 0:
-            raise Skipped(f"{mounted.stderr.strip() or 'mount failed'}; give --full-disk FOLDER on a small disk")
-    else:
-        free = shutil.disk_usage(given).free
-        if not n_bytes <= free <= LARGEST_DISK_BYTES:
-            raise Skipped(
-                f"--full-disk {given}: {free >> 20} MiB are free there; give one with {n_bytes >> 20} to "
-                f"{LARGEST_DISK_BYTES >> 20} MiB, since it is filled up"
-            )
-        disk = Path(tempfile.mkdtemp(dir=given, prefix="fault_drill_"))
+        if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode != 0:
+            raise Skipped("a tmpfs cannot be mounted here; give --full-disk FOLDER on a small disk")
     try:
         yield disk
     finally:
         drill.end_all(within=disk)
         if given is None:
             subprocess.run(["umount", str(disk)], check=True)
-            disk.rmdir()
-        else:
-            shutil.rmtree(disk)
+        shutil.rmtree(disk)
 
 
-def full_disk(drill: Drill, given: Path | None) -> str:
-    """One run on a small disk that fills up, is cleared, and fills up again until the end."""
-    report, rng, processes = drill.report, drill.random("b"), drill.processes
+def fill_disk(drill: Drill) -> None:
+    """Fill the disk of a run, clear it, and fill it again until the end."""
+    rng, processes = drill.random("b"), drill.processes
     reference = drill.reference(processes)
     size = sum(path.stat().st_size for path in reference.rglob("*") if path.is_file())
-    with small_disk(drill, given, 2 * size + (4 << 20)) as disk:
-        run = drill.start("full_disk", processes, "train.tensorboard=true", output_dir=disk)
-        checkpoints, ballast = Checkpoints(run.folder), Ballast(disk)
+    with small_disk(drill, 2 * size + (4 << 20)) as disk:
 
-        def stands() -> bool:
-            return bool(checkpoints.iterations()) and not checkpoints.damaged()
+        def start() -> Run:
+            return drill.start("full_disk", processes, "train.tensorboard=true", within=disk)
 
+        run, ballast = start(), disk / "ballast"
+        checkpoints = Checkpoints(run.folder)
         moment = 2 * PERIOD + rng.randrange(PERIOD)
         run.until(lambda: run.iteration >= moment and checkpoints.iterations(), f"iteration {moment}")
-        ballast.fill()
-        report.say("b", f"no room is left on the disk at iteration {run.iteration}")
-        run.until(
-            lambda: ballast.fill() and len(run.find(UNWRITTEN)) >= 2,
-            "it had said twice that a checkpoint could not be written",
-            pause=0.01,
-        )
-        iteration, good, told = run.iteration, checkpoints.iterations(), run.find(UNWRITTEN)[-1]
-        report.check("b", "the log says so", "No space left" in told[2] or "quota" in told[2], told[0])
-        report.check("b", "and names the last good checkpoint", any(f"_{n:07d} is" in told[3] for n in good), told[3])
-        report.check("b", "the checkpoints from before are whole", stands(), " ".join(map(str, good)))
+        fill(ballast)
+        drill.say("b", f"the disk is full at iteration {run.iteration}")
+        run.until(lambda: fill(ballast) and len(run.find(UNWRITTEN)) >= 2, "two checkpoints could not be written")
+        iteration, good, message = run.iteration, checkpoints.iterations(), run.find(UNWRITTEN)[-1]
+        drill.check("b", "the log gives the reason", "No space left" in message[2] or "quota" in message[2], message[0])
+        drill.check("b", "and names the last good checkpoint", any(f"_{n:07d} is" in message[3] for n in good))
+        drill.check("b", "the checkpoints from before are whole", checkpoints.are_whole(), good)
         run.until(lambda: run.iteration > iteration, "training went on")
-        report.check("b", "training goes on meanwhile", True, f"iteration {run.iteration}")
-        ballast.remove()
-        mark = len(run.lines)
-        run.until(lambda: run.find(COMMITTED, mark), "a checkpoint was written, since there is room again")
-        report.check("b", "there is room again, and the next checkpoint is written", stands())
+        drill.check("b", "training goes on meanwhile", True, f"iteration {run.iteration}")
+        ballast.unlink()
+        since = len(run.lines)
+        run.until(lambda: run.find(COMMITTED, since), "a checkpoint was written, since there is room again")
+        drill.check("b", "with room, the next checkpoint is written", checkpoints.are_whole())
 
-        moment = run.iteration + rng.randrange(PERIOD)
-        run.until_iteration(moment)
-        ballast.fill()
-        report.say("b", f"no room is left on the disk from iteration {run.iteration} to the end")
-        run.until(lambda: ballast.fill() and run.process.poll() is not None, "its end", pause=0.01)
-        said = run.find(re.compile("trained to the end, but its last files could not be written"))
-        report.check("b", "its end: code 1 and a message", run.code() == 1 and len(said) == 1, f"code {run.code()}")
-        report.check("b", "the last good checkpoint is whole", stands(), f"{checkpoints.newest().name}")
+        run.until_iteration(run.iteration + rng.randrange(PERIOD))
+        drill.say("b", f"the disk is full from iteration {run.iteration} to the end")
+        run.until(lambda: fill(ballast) and run.process.poll() is not None, "its end", pause=0.01)
+        messages = run.find(re.compile("trained to the end, but its last files could not be written"))
+        drill.check("b", "its end: code 1 and a message", run.code() == 1 and len(messages) == 1, f"code {run.code()}")
+        drill.check("b", "the last good checkpoint is whole", checkpoints.are_whole(), checkpoints.iterations())
         if not drill.short:
-            ballast.fill()
-            run = drill.start("full_disk", processes, "train.tensorboard=true", output_dir=disk)
-            code = run.code()
-            said = run.find(re.compile(r"cannot write to .* \((No space left|.*quota).*"))
-            report.check("b", "started while it is full: fails and says why", code != 0 and bool(said), f"code {code}")
-            report.check("b", "the last good checkpoint is whole", stands(), f"{checkpoints.newest().name}")
-        ballast.remove()
-        newest = checkpoints.iterations()[-1]
-        run = drill.start("full_disk", processes, "train.tensorboard=true", output_dir=disk)
+            fill(ballast)
+            run = start()
+            code, messages = run.code(), run.find(re.compile(r"cannot write to .* \((No space left|.*quota).*"))
+            drill.check("b", "started on a full disk: fails and says why", code != 0 and bool(messages), f"code {code}")
+            drill.check("b", "the last good checkpoint is still whole", checkpoints.are_whole())
+        ballast.unlink()
+        newest, run = checkpoints.iterations()[-1:], start()
         drill.check_end("b", run, reference)
-        resumed = [int(found[1]) for found in run.find(RESUMED)]
-        report.check("b", "with room, the same command goes on from there", resumed == [newest], f"{resumed}")
-    return f"a disk of {(2 * size >> 20) + 4} MiB" if given is None else ""
-
-
-# --- c: a checkpoint is damaged -------------------------------------------------------------------------------------
+        drill.check_resumed("b", run, newest)
 
 
 def cut_short(checkpoint: Path) -> None:
@@ -783,146 +528,100 @@ def lose_index(checkpoint: Path) -> None:
     (checkpoint / ".metadata").unlink()
 
 
-DAMAGES = {"cut_short": cut_short, "flipped_bit": flip_bit, "lost_index": lose_index}
-
-
-def damaged_checkpoint(drill: Drill) -> str:
-    """Copies of a stopped run, with damage done to its newest checkpoints."""
+def damage_checkpoints(drill: Drill) -> None:
+    """Damage the newest checkpoint in copies of a stopped run; the short form damages three in one copy."""
     processes = 1 if drill.short else drill.processes
     reference, stopped = drill.reference(processes), drill.stopped(processes)
-    if drill.short:
-        cases = {"_and_".join(DAMAGES): list(DAMAGES.values())}  # the newest, the one before, and the one before that
-    else:
-        cases = {name: [damage] for name, damage in DAMAGES.items()}
-    for name, damages in cases.items():
+    damages = (cut_short, flip_bit, lose_index)
+    for case in [damages] if drill.short else [(damage,) for damage in damages]:
+        name = "_and_".join(damage.__name__ for damage in case)
         drill.copy(stopped, name)
         checkpoints = Checkpoints(drill.folder / "runs" / name)
-        *_, good = whole = checkpoints.iterations()[: -len(damages)]
-        bad = checkpoints.iterations()[len(whole) :]
-        for iteration, damage in zip(reversed(bad), damages, strict=True):
-            damage(checkpoints.folder / f"iteration_{iteration:07d}")
+        iterations = checkpoints.iterations()
+        good, bad = iterations[-len(case) - 1], iterations[-len(case) :][::-1]
+        for iteration, damage in zip(bad, case, strict=True):
+            damage(checkpoints.run_folder / "checkpoints" / f"iteration_{iteration:07d}")
         run = drill.start(name, processes)
         run.until_iteration(good + 1)
-        told = run.find(DAMAGED)
-        drill.report.check(
-            "c",
-            f"{name}: says that {bad} cannot be used, and why",
-            [int(found[1]) for found in told] == bad[::-1],
-            "; ".join(found[2] for found in told),
-        )
-        resumed = [int(found[1]) for found in run.find(RESUMED)]
-        drill.report.check("c", f"{name}: goes on from {good}, the one before", resumed == [good], f"{resumed}")
+        messages = run.find(DAMAGED)
+        is_named = [int(match[1]) for match in messages] == bad
+        drill.check("c", f"{name}: names {bad} and the damage", is_named, "; ".join(match[2] for match in messages))
+        drill.check_resumed("c", run, [good])
         drill.check_end("c", run, reference)
-    return ""
 
 
-# --- d: signals -----------------------------------------------------------------------------------------------------
-
-
-def stop_signals(drill: Drill) -> str:
-    """Runs that are asked to stop, first by SIGTERM, then by SIGUSR1."""
+def send_signals(drill: Drill) -> None:
+    """Ask runs to stop, first by SIGTERM, then by SIGUSR1."""
     for processes in sorted({1, drill.processes}):
         name, stopped = f"signalled_{processes}", drill.stopped(processes)
-        _check_stop(drill, stopped, f"SIGTERM to {'the process' if processes == 1 else f'torchrun of {processes}'}")
-        if drill.short:  # parts c and e go on from there
+        check_stop(drill, stopped, f"SIGTERM to {'the process' if processes == 1 else f'torchrun of {processes}'}")
+        if drill.short:  # parts c and e continue from there
             continue
         drill.copy(stopped, name)
         run, rng = drill.start(name, processes), drill.random(f"d {processes}")
-        moment = ITERATIONS * 3 // 4 + rng.randrange(ITERATIONS // 6)
-        run.until_iteration(moment)
+        run.until_iteration(ITERATIONS * 3 // 4 + rng.randrange(ITERATIONS // 6))
         rank = rng.randrange(processes)
         send(run.ranks()[rank], signal.SIGUSR1)
-        _check_stop(drill, run, f"SIGUSR1 to rank {rank} of {processes}")
+        check_stop(drill, run, f"SIGUSR1 to rank {rank} of {processes}")
         drill.check_end("d", drill.start(name, processes), drill.reference(processes))
-    return ""
 
 
-def _check_stop(drill: Drill, run: Run, what: str) -> None:
-    code, stopped = run.code(), [int(found[1]) for found in run.find(STOPPED)]
+def check_stop(drill: Drill, run: Run, what: str) -> None:
+    code, stopped = run.code(), [int(match[1]) for match in run.find(STOPPED)]
     checkpoints = Checkpoints(run.folder)
+    # torchrun has an exit code of its own
+    is_right = code == REQUEUE_EXIT_CODE if run.processes == 1 else code != 0
+    drill.check("d", f"{what}: the exit code asks for a restart", is_right, code)
     written = checkpoints.iterations()
-    if run.processes == 1:
-        drill.report.check("d", f"{what}: ended with code {REQUEUE_EXIT_CODE}", code == REQUEUE_EXIT_CODE, f"{code}")
-    else:  # torchrun has a code of its own for whatever its processes ended with
-        drill.report.check("d", f"{what}: torchrun says that it is not done", code != 0, f"code {code}")
-    drill.report.check(
-        "d",
-        f"{what}: stopped once, with a checkpoint of that step",
-        len(stopped) == 1 and stopped == written[-1:] and not checkpoints.damaged(),
-        f"stopped after {stopped}, checkpoints {written}",
-    )
+    is_saved = len(stopped) == 1 and stopped == written[-1:] and not checkpoints.damaged()
+    drill.check("d", f"{what}: stopped once, with a checkpoint of that step", is_saved, f"{stopped}, {written}")
 
 
-# --- e: a rank stands still -----------------------------------------------------------------------------------------
-
-
-def standing_rank(drill: Drill) -> str:
-    """A run goes on from where SIGTERM stopped it, and a rank gets SIGSTOP; the others name it, and torchrun starts all
-    again."""
+def stop_a_rank(drill: Drill) -> None:
+    """Stop a rank with SIGSTOP: the others name it, and torchrun restarts all."""
     processes = drill.processes
     if processes == 1:
         raise Skipped("needs --processes 2 or more")
     reference, rng = drill.reference(processes), drill.random("e")
     drill.copy(drill.stopped(processes), "standing")
     run = drill.start("standing", processes, f"train.hang_timeout_seconds={HANG_SECONDS}", restarts=1)
-    moment = ITERATIONS * 3 // 4 + rng.randrange(ITERATIONS // 6)
-    run.until_iteration(moment)
+    run.until_iteration(ITERATIONS * 3 // 4 + rng.randrange(ITERATIONS // 6))
     rank, ranks = rng.randrange(processes), run.ranks()
     send(ranks[rank], signal.SIGSTOP)
-    since = time.monotonic()
-    drill.report.say("e", f"rank {rank} (pid {ranks[rank]}) stands still at iteration {run.iteration}")
-    found = run.until(lambda: run.find(HANGS), "the others said that it hangs", pause=0.01)[0]
-    seconds = time.monotonic() - since
-    drill.report.check(
-        "e",
-        "the others name the rank that stands still",
-        (int(found[1]), int(found[2])) == (rank, ranks[rank]),
-        f"after {seconds:.1f} s with train.hang_timeout_seconds={HANG_SECONDS:g}: {found[0]}",
-    )
-    run.until(lambda: not any(map(is_running, ranks.values())), "torchrun ended all ranks", pause=0.02)
-    newest = Checkpoints(run.folder).iterations()[-1]
-    drill.report.started()
+    drill.say("e", f"rank {rank} (pid {ranks[rank]}) stands still at iteration {run.iteration}")
+    message = run.until(lambda: run.find(HANGS), "the others named the rank that hangs")[0]
+    is_right = (int(message[1]), int(message[2])) == (rank, ranks[rank])
+    drill.check("e", "the others name the rank that stands still", is_right, message[0])
+    run.until(lambda: not any(map(is_alive, ranks.values())), "torchrun ended all ranks", pause=0.02)
+    newest, since = Checkpoints(run.folder).iterations()[-1:], len(run.lines)
     drill.check_end("e", run, reference)
-    resumed = [int(found[1]) for found in run.find(RESUMED)][1:]
-    drill.report.check("e", "torchrun starts all again, from the newest checkpoint", resumed == [newest], f"{resumed}")
-    return f"named after {seconds:.0f} s"
+    drill.check_resumed("e", run, newest, since)
 
 
-# --- the whole ------------------------------------------------------------------------------------------------------
-
-PARTS: dict[str, tuple[str, Callable[[Drill, argparse.Namespace], str]]] = {
-    "a": ("ranks are killed", lambda drill, args: RanksKilled(drill).go()),
-    "b": ("the disk is full", lambda drill, args: full_disk(drill, args.full_disk)),
-    "c": ("checkpoints are damaged", lambda drill, args: damaged_checkpoint(drill)),
-    "d": ("signals ask to stop", lambda drill, args: stop_signals(drill)),
-    "e": ("a rank stands still", lambda drill, args: standing_rank(drill)),
+PARTS: dict[str, tuple[str, Callable[[Drill], None]]] = {
+    "a": ("ranks are killed", lambda drill: RankKiller(drill).go()),
+    "b": ("the disk is full", fill_disk),
+    "c": ("checkpoints are damaged", damage_checkpoints),
+    "d": ("signals ask to stop", send_signals),
+    "e": ("a rank stands still", stop_a_rank),
 }
 
 
-def n_starts(letters: Sequence[str], kills: int, short: bool) -> int:
-    """How often training is started, for the time left; near enough."""
-    each = {"a": kills + 2, "b": 2 if short else 3, "c": 1 if short else 3, "d": 0 if short else 4, "e": 2}
-    return 4 + sum(each[letter] for letter in letters)
-
-
-def run_part(letter: str, drill: Drill, args: argparse.Namespace) -> None:
-    """Run a part, and keep what came of it."""
-    part, began = drill.report.parts[letter], time.monotonic()
+def run_part(letter: str, drill: Drill) -> None:
     try:
-        part.note = PARTS[letter][1](drill, args)
+        PARTS[letter][1](drill)
     except Skipped as reason:
-        part.skipped = str(reason)
-        drill.report.say(letter, f"skipped: {reason}")
+        drill.skipped[letter] = str(reason)
+        drill.say(letter, f"skipped: {reason}")
     except Failed as error:
-        drill.report.check(letter, "what had to happen did", False, str(error))
-    part.seconds = time.monotonic() - began
+        drill.check(letter, "the part ran to its end", False, error)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30, metavar="N", help="of part a (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="of torchrun jobs (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="decides when and whom faults hit (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and ranks (default: %(default)s)")
     parser.add_argument("--only", default="a,b,c,d,e", metavar="a,b", help="parts to run (default: %(default)s)")
     parser.add_argument("--folder", type=Path, metavar="F", help="new folder to keep the runs in (default: none)")
     parser.add_argument("--full-disk", type=Path, metavar="F", help="folder on a small disk, which is filled up")
@@ -938,35 +637,39 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.folder is not None and args.folder.is_dir() and any(args.folder.iterdir()):
         parser.error(f"--folder: {args.folder} is not empty; give a new one")
     if not Path("/proc/self/stat").is_file():
-        parser.error("this needs Linux, whose /proc tells which processes are ranks")
+        parser.error("this needs Linux, whose /proc lists processes")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the parts; 0 if all held."""
     args = parse_arguments(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs are ended, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs end, too
     folder = (args.folder or Path(tempfile.mkdtemp(prefix="fault_drill_"))).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {letter: Part(PARTS[letter][0]) for letter in args.letters}
-    report = Report(parts, n_starts(args.letters, args.kills, args.short))
-    drill = Drill(folder, report, args.processes, args.kills, args.seed, args.short, args.overrides)
+    drill = Drill(args, folder)
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
-            for done in [pool.submit(run_part, letter, drill, args) for letter in args.letters]:
+            for done in [pool.submit(run_part, letter, drill) for letter in args.letters]:
                 done.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             drill.end_all()
-    held = all(part.held for part in parts.values())
-    report.write(folder / "report.json")
-    print(f"\n{report.table()}\n")
-    if held and args.folder is None:
+    report = {
+        letter: {"held": all(check["held"] for check in checks), "skipped": drill.skipped[letter], "checks": checks}
+        for letter, checks in drill.checks.items()
+    }
+    (folder / "report.json").write_text(json.dumps(report, indent=1))
+    for letter, part in report.items():
+        n_failed = sum(not check["held"] for check in part["checks"])
+        outcome = part["skipped"] or f"{len(part['checks'])} checks, {n_failed} failed"
+        print(f"{letter}  {PARTS[letter][0]}: {outcome}")
+    is_held = all(part["held"] for part in report.values())
+    if is_held and args.folder is None:
         shutil.rmtree(folder)
     else:
-        print(f"runs, what they said and report.json are in {folder}")
-    print("all held" if held else "FAILED: see the lines above")
-    return 0 if held else 1
+        print(f"runs, logs and report.json are in {folder}")
+    print("all held" if is_held else "FAILED: see the lines above")
+    return 0 if is_held else 1
 
 
 if __name__ == "__main__":

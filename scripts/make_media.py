@@ -1,4 +1,4 @@
-"""Make the pictures that the README shows: pages of a quickstart's results in Chromium, and what its network sees.
+"""Make the images that the README shows: pages of a quickstart's results in Chromium, and maps of its network.
 
     bash scripts/quickstart.sh && python scripts/make_media.py --quickstart quickstart --output media
 
@@ -7,8 +7,6 @@ shown are drawn ones.
 """
 
 import argparse
-import io
-import logging
 import os
 import shutil
 import tempfile
@@ -27,9 +25,6 @@ from dinov2.eval.pages.explorer import explorer_section
 from dinov2.eval.pages.page import write_page
 from dinov2.hub.backbones import load_backbone
 from dinov2.logging import setup_logging
-from dinov2.utils.files import atomic_write
-
-logger = logging.getLogger("dinov2")
 
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-background-networking")
 CELL = 12  # of the explorer, which is clicked
@@ -54,54 +49,50 @@ def main(argv: list[str] | None = None) -> None:
     setup_logging()
     args.quickstart, args.output = args.quickstart.absolute(), args.output.absolute()
     args.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        report_page, explorer_page = Path(scratch) / "report.html", Path(scratch) / "explorer.html"
-        given = [str(args.quickstart / name) for name in ("run", "knn")]
-        if report.main([*given, "--no-explorer", "--title", "Report", "--output", str(report_page)]):
-            raise SystemExit(f"no report of {' and '.join(given)}: run scripts/quickstart.sh first")
+    with tempfile.TemporaryDirectory() as scratch, open_browser(Path(scratch)) as browser:
+        page = Path(scratch) / "report.html"
+        sources = [str(args.quickstart / name) for name in ("run", "knn")]
+        if report.main([*sources, "--no-explorer", "--title", "Report", "--output", str(page)]):
+            raise SystemExit(f"no report of {' and '.join(sources)}: run scripts/quickstart.sh first")
+        open_page(browser, page, (1200, 900), "#curves")
+        browser.save_screenshot(args.output / "report.png")
+
         features = read_features(args.quickstart / "knn" / "features_test.h5")
-        # where the quickstart lies is nobody's business
-        shown = replace(features, paths=[os.path.relpath(path, args.quickstart.parent) for path in features.paths])
+        # the images need not show where the quickstart's folder is
+        paths = [os.path.relpath(path, args.quickstart.parent) for path in features.paths]
         os.chdir(args.quickstart.parent)
-        write_page(explorer_page, "Cells of the quickstart", [explorer_section({"": shown})])
-        with open_browser(Path(scratch)) as browser:
-            save(args.output / "report.png", picture_of_report(browser, report_page))
-            save(args.output / "explorer.png", picture_of_explorer(browser, explorer_page))
-    save(args.output / "cell_maps.png", picture_of_cells(args.quickstart))
+        page = Path(scratch) / "explorer.html"
+        write_page(page, "Cells of the quickstart", [explorer_section({"": replace(features, paths=paths)})])
+        open_page(browser, page, (1400, 1000), ".explorer-plot")
+        show_neighbour(browser)
+        browser.save_screenshot(args.output / "explorer.png")
+
+    # a cell of each class, through the trained network
+    paths, names = choose_images(args.quickstart / "cells" / "probe" / "test", 10)
+    names = [name.partition("/")[0].replace("_", " ") for name in names]
+    maps = make_cell_maps(load_backbone(args.quickstart / "run", MAPS_SIZE), paths, MAPS_SIZE, names=names)
+    Image.fromarray(sheets(maps)["cells"]).save(args.output / "cell_maps.png", optimize=True)
 
 
-def picture_of_report(browser: Any, page: Path) -> bytes:
-    browser.set_window_size(1200, 900)
-    browser.get(page.resolve().as_uri())
-    browser.execute_script("document.getElementById('curves').scrollIntoView({behavior: 'instant'})")
-    return browser.get_screenshot_as_png()
-
-
-def picture_of_explorer(browser: Any, page: Path) -> bytes:
-    """A cell with its neighbours, one of which is under the mouse."""
-    from selenium.webdriver.common.actions.action_builder import ActionBuilder
+def open_page(browser: Any, page: Path, size: tuple[int, int], selector: str) -> None:
+    """Open a page, wait for its charts, and scroll to an element."""
     from selenium.webdriver.support.ui import WebDriverWait
 
-    browser.set_window_size(1400, 1000)
+    browser.set_window_size(*size)
     browser.get(page.resolve().as_uri())
     WebDriverWait(browser, 30).until(lambda _: browser.execute_script("return document.documentElement.dataset.charts"))
-    browser.execute_script("document.querySelector('.explorer-plot').scrollIntoView({behavior: 'instant'})")
-    cell, neighbour = browser.execute_script(PLACES_OF_CELLS, CELL)
+    browser.execute_script("document.querySelector(arguments[0]).scrollIntoView({behavior: 'instant'})", selector)
+
+
+def show_neighbour(browser: Any) -> None:
+    """Click on a cell and move the mouse to one of its neighbours."""
+    from selenium.webdriver.common.actions.action_builder import ActionBuilder
+
     mouse = ActionBuilder(browser)
+    cell, neighbour = browser.execute_script(PLACES_OF_CELLS, CELL)
     mouse.pointer_action.move_to_location(*cell).click().move_to_location(*neighbour)
     mouse.perform()
     time.sleep(1)  # the plot is drawn again
-    return browser.get_screenshot_as_png()
-
-
-def picture_of_cells(quickstart: Path) -> bytes:
-    """A cell of each class, through the trained network."""
-    paths, names = choose_images(quickstart / "cells" / "probe" / "test", 10)
-    names = [name.partition("/")[0].replace("_", " ") for name in names]
-    sheet = sheets(make_cell_maps(load_backbone(quickstart / "run", MAPS_SIZE), paths, MAPS_SIZE, names=names))["cells"]
-    content = io.BytesIO()
-    Image.fromarray(sheet).save(content, "PNG", optimize=True)
-    return content.getvalue()
 
 
 def open_browser(scratch: Path) -> Any:
@@ -115,12 +106,6 @@ def open_browser(scratch: Path) -> Any:
     for flag in (*FLAGS, f"--user-data-dir={scratch / 'profile'}"):
         options.add_argument(flag)
     return webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-
-
-def save(path: Path, content: bytes) -> None:
-    with atomic_write(path) as file:
-        file.write(content)
-    logger.info("%s", path)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write a training list: the path of every picture below some folders, one a line."""
+"""Write a training list: the path of every image below some folders, one a line."""
 
 import argparse
 import sys
@@ -18,10 +18,10 @@ def main() -> int:
         parser.error(f"not a folder: {', '.join(absent)}")
     paths = [path.resolve() for folder in args.folders for path in find_images(folder)]
     if not paths:
-        parser.error(f"no pictures below {', '.join(map(str, args.folders))}")
+        parser.error(f"no images below {', '.join(map(str, args.folders))}")
     with atomic_write(args.output, "w") as file:
         file.writelines(f"{path}\n" for path in paths)
-    print(f"{args.output}: {len(paths)} pictures")
+    print(f"{args.output}: {len(paths)} images")
     return 0
 
 

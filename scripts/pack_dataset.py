@@ -1,7 +1,7 @@
 """Decode and resize all images of a dataset once, into a packed cache that training reads without decoding.
 
-Give the same folder to training with `:cache=FOLDER` in train.dataset_path. Killed or stopped, the same command goes
-on; of several at once, one packs and the others wait for it.
+Give the same folder to training with `:cache=FOLDER` in train.dataset_path. After a stop the same command resumes. Of
+several commands at once, one packs and the others wait for it.
 """
 
 import argparse
@@ -27,9 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fit", choices=FITS, help="how an image becomes square (default: the dataset's)")
     parser.add_argument("--workers", type=int, help="processes that decode; 0 or 1: this one (default: one a core)")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="say what is to do and the space it takes, write nothing")
+    what.add_argument("--dry-run", action="store_true", help="print what is left to pack and its size, write nothing")
     what.add_argument(
-        "--verify", action="store_true", help="pack nothing, check all that is stored; 1 if it is damaged"
+        "--verify", action="store_true", help="pack nothing, check all stored images; exit code 1 if some are damaged"
     )
     args = parser.parse_args(argv)
     setup_logging()
@@ -41,7 +41,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.verify:
             code = _verify(cache, signals)
         elif args.dry_run:
-            code = _dry_run(cache, signals)
+            plan = cache.plan(lambda: signals.received is not None)
+            if signals.received is None:
+                print(plan)
+            else:
+                code = REQUEUE_EXIT_CODE
         else:
             summary = cache.build(args.workers, should_stop=lambda: signals.received is not None)
             code = 0 if summary.is_complete else REQUEUE_EXIT_CODE
@@ -58,25 +62,13 @@ def _open(args: argparse.Namespace) -> PackedCache:
     dataset = make_dataset(args.dataset, **given)
     if dataset.cache is None:
         raise ValueError("--cache: missing; give the folder for the cache, on a fast disk")
-    stated = {
-        "cache": str(dataset.cache.folder.parent),
-        "image_size": dataset.image_size,
-        "fit": dataset.fit,
-    }
+    stated = {"cache": str(dataset.cache.folder.parent), "image_size": dataset.image_size, "fit": dataset.fit}
     for name, value in given.items():
         value = os.path.abspath(value) if name == "cache" else value
         if value != stated[name]:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} {value}: {args.dataset!r} says {stated[name]}; leave one of the two out")
     return dataset.cache
-
-
-def _dry_run(cache: PackedCache, signals: StopSignals) -> int:
-    plan = cache.plan(lambda: signals.received is not None)
-    if signals.received is not None:
-        return REQUEUE_EXIT_CODE
-    print(plan)
-    return 0
 
 
 def _verify(cache: PackedCache, signals: StopSignals) -> int:

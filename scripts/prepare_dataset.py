@@ -1,6 +1,6 @@
 """Turn a public data set's unpacked archive into a training list, labels, splits and cells cut out of smears.
 
-Nothing is fetched: `--list` says where each archive can be downloaded, `--table` prints the table of the documents.
+Nothing is downloaded: `--list` prints where each archive is, `--table` prints the table of the documentation.
 """
 
 import argparse

@@ -4,7 +4,7 @@
 #
 #   bash scripts/quickstart.sh [folder]     # default folder: quickstart
 #
-# Run again, it goes on where it was stopped. After the install (2 to 10 minutes) it takes up to 6 minutes on two cores.
+# Started again, it resumes where it was stopped. After the install (2 to 10 minutes) it takes 3 to 8 minutes on two cores.
 set -euo pipefail
 called_from=$PWD
 CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -31,17 +31,14 @@ python dinov2/train/train.py \
     optim.epochs=16 evaluation.eval_period_iterations=80
 
 say "3/3 Features of labelled cells, and kNN on them"
-python dinov2/eval/knn.py \
+results=$(python dinov2/eval/knn.py \
     --checkpoint "$output/run" \
     --train "$output/cells/probe/train" --test "$output/cells/probe/test" \
     --baseline untrained histogram \
-    --output-dir "$output/knn" --overwrite
+    --output-dir "$output/knn" --overwrite)
 
 say "Done in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"
 cat <<END
-The table compares nearest neighbours (k = 1 and 20) among the features of the trained network ("model"), of the same
-network before training ("untrained") and of colour histograms; test cells come from slides that training never saw.
-
   $output/cells/                  the drawn cells: lists/ to train on, probe/ labelled, patients/ in bags
   $output/run/                    config.yaml, training_metrics.json, checkpoints/ to resume from
   $output/run/eval/training_*/    teacher_checkpoint.pth, the network to use, and its kNN along the way
@@ -52,4 +49,9 @@ Next: your own images. Write their paths into a .txt file, one a line, and start
   source .venv/bin/activate
   python dinov2/train/train.py --config-file dinov2/configs/train/small_from_scratch.yaml \\
       train.dataset_path=HemaStandardDataset:root=<folder with the .txt file>:shuffle=1
+
+Results: nearest neighbours (k = 1 and 20) among the features of the trained network ("model"), of the same network
+before training ("untrained") and of colour histograms. Test cells are from slides that training never saw.
+
 END
+printf '%s\n' "$results"

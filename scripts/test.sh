@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks style and types, then runs the tests; makes the virtual environment first if there is none.
+# Checks style and types, then runs the tests; creates the virtual environment first if it is missing.
 #
 #   bash scripts/test.sh [--slow] [pytest arguments ...]
 #

@@ -1,11 +1,11 @@
-# Makes the project's virtual environment, brings it up to date and puts it first on PATH. Sourced by the other scripts:
+# Creates or updates the project's virtual environment and puts it first on PATH. The other scripts source it:
 #
 #   source scripts/venv.sh requirements.txt        # what the package needs
 #   source scripts/venv.sh requirements-dev.txt    # and what tests and linters need
 #
-# It lies in .venv at the repository root, or where DINOBLOOM_VENV says (a relative path counts from the root). PYTHON
-# names the interpreter to make it from (default: python3). pip runs only if the requirement files, setup.py, the Python
-# version or the repository's place changed since its last success: stamps in the environment, written last, tell.
+# The environment is .venv at the repository root, or DINOBLOOM_VENV (a relative path counts from the root). PYTHON names
+# the interpreter to create it with (default: python3). pip runs only if the requirement files, setup.py, the Python
+# version or the repository's path changed since its last success, which a file in the environment records.
 
 _dinobloom_require_python() { # interpreter
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
@@ -41,7 +41,7 @@ _dinobloom_venv() { # requirements file
     [[ $venv == /* ]] || venv=$root/$venv
     python=$venv/bin/python
 
-    if ! "$python" -c 'import pip' 2>/dev/null; then # none yet, half made, or its interpreter is gone
+    if ! "$python" -c 'import pip' 2>/dev/null; then # missing, incomplete, or without its interpreter
         base=$(command -v "${PYTHON:-python3}") || {
             echo "scripts/venv.sh: no '${PYTHON:-python3}' on PATH; install Python 3.10 or newer or set PYTHON" >&2
             return 1

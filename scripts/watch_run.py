@@ -1,4 +1,4 @@
-"""How training runs are doing, a line each: python scripts/watch_run.py RUN [RUN ...] [--follow] [--interval S]"""
+"""Print a line on the state of each run: python scripts/watch_run.py RUN [RUN ...] [--follow] [--interval S]"""
 
 import sys
 

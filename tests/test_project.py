@@ -158,6 +158,7 @@ def test_a_list_is_made_from_folders_of_pictures(tmp_path):
 def test_quickstart_ends_with_features_better_than_untrained(tmp_path):
     environment = {**os.environ, "DINOBLOOM_VENV": sys.prefix}
     command = ["bash", str(ROOT / "scripts" / "quickstart.sh"), str(tmp_path / "out put")]
-    subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+    done = subprocess.run(command, check=True, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert "histogram" in done.stdout.rsplit("Results:", 1)[1]  # the table is printed last
     results = json.loads((tmp_path / "out put" / "knn" / "results.json").read_text())["results"]
     assert results["model"]["knn_20"]["accuracy"] > results["untrained"]["knn_20"]["accuracy"] + 0.05
