@@ -157,7 +157,7 @@ def test_a_run_that_went_back_too_often_stops(run, poison):
     ("overrides", "told"),
     [
         (("train.max_rollbacks=0",), "the run was rolled back 0 times"),
-        (("train.saveckp_freq=0",), "there is no checkpoint from before to go back to"),
+        (("train.saveckp_freq=0",), "there is no earlier checkpoint to roll back to"),
     ],
 )
 def test_a_run_that_cannot_go_back_stops(run, poison, overrides, told):
