@@ -117,7 +117,10 @@ def read_features(path: PathLike) -> Features:
     with _opened(path) as file:
         missing = [name for name in ("features", "labels", "class_names", "paths") if name not in file]
         if missing:
-            raise ValueError(f"features: {str(path)!r} has no dataset {', '.join(missing)}; extract again")
+            raise ValueError(
+                f"features: {str(path)!r} has no dataset {', '.join(missing)}; "
+                f"dinov2/eval/extract_features.py writes a file that has"
+            )
         attributes = {name: str(value) for name, value in file.attrs.items()}
         features = Features(
             features=file["features"][:].astype(np.float32, copy=False),
