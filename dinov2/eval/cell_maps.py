@@ -5,14 +5,16 @@
 writes a PNG per kind, `cells.png` with all kinds, and the page `cells.html`, in which a click on a patch shows similar
 patches. `dinov2.eval.maps.patch_maps` has the formulas.
 
-Dimension key:  N images, h x w patches of each
+Dimension key:  N images, h x w patches of each, P = h * w
 """
 
 import argparse
+import io
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
 
@@ -21,24 +23,33 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dinov2.eval.extract_features import CELLS_HELP, add_embedder_arguments, embedder_from, positive_int
-from dinov2.eval.maps.cells import TITLES, CellMaps, backbone_of, choose_images, colour_map, make_cell_maps
-from dinov2.eval.pages.cells import maps_section
-from dinov2.eval.pages.page import write_page
+from dinov2.eval.features.extract import Embedder
+from dinov2.eval.maps.cells import (
+    PALETTE,
+    TITLES,
+    CellMaps,
+    backbone_of,
+    choose_images,
+    colour_map,
+    levels,
+    make_cell_maps,
+)
+from dinov2.eval.maps.patch_maps import border_share
+from dinov2.eval.pages.page import Section, html, image_uri, render, write_page
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
 from dinov2.utils.files import atomic_write
 
 DEFAULT_N = 12
 TILE_PX, TITLE_PX, HEADER_PX, GAP_PX = 140, 150, 34, 4
+IMAGE_PX = 280  # on the page
 LETTERS = 22  # of a line of text, about the width of a tile
 
 
 def sheet(rows: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
     """Return one image, uint8 [height, width, 3], of titled rows, with the images of a cell below each other.
 
-    Args:
-        rows: {title: uint8 [N, any, any, 3]}; patches are enlarged without smoothing.
-        names: of the N cells, in two lines divided by the first slash.
+    The images are uint8 [N, any, any, 3]; patches are enlarged without smoothing. The first slash divides a name.
     """
     step = TILE_PX + GAP_PX
     canvas = Image.new("RGB", (TITLE_PX + len(names) * step, HEADER_PX + len(rows) * step), "white")
@@ -78,6 +89,55 @@ def sheets(maps: CellMaps) -> dict[str, np.ndarray]:
     content = {**kinds, "similarity": similarity, "cells": every_kind | similarity}
     content["attention"] |= {f"head {i + 1}": colour_map(head) for i, head in enumerate(maps.attention.swapaxes(0, 1))}
     return {name: sheet({"image": maps.images, **rows}, maps.names) for name, rows in content.items()}
+
+
+def cells_section(embedder: Embedder, paths: Sequence[Path], names: Sequence[str] | None = None) -> Section:
+    """Return the `maps_section` of image files by a network; for the arguments and errors see `make_cell_maps`."""
+    network = backbone_of(embedder)
+    return maps_section(make_cell_maps(network, paths, embedder.image_size, names=names, device=embedder.device))
+
+
+def maps_section(maps: CellMaps) -> Section:
+    """Return maps as a section; without JavaScript it shows all but single heads and similarities."""
+    rows, columns = maps.grid
+    colours = maps.colours()
+    cards = []
+    for i, name in enumerate(maps.names):
+        image = Image.fromarray(maps.images[i])
+        image.thumbnail((IMAGE_PX, IMAGE_PX), Image.Resampling.LANCZOS)  # never enlarges
+        images = [("image", "image", _uri(image, "jpeg"))]
+        images += [(kind, TITLES[kind], _uri(Image.fromarray(of_kind[i]))) for kind, of_kind in colours.items()]
+        attention = np.stack([maps.attention[i].mean(axis=0), *maps.attention[i]])  # [1 + heads, h, w]
+        heads = [_uri(Image.fromarray(head)) for head in colour_map(attention)]
+        similarity = _uri(similarity_sheet(maps.similarity[i], rows, columns))
+        cards.append({"name": name, "images": images, "heads": heads, "similarity": similarity})
+    unreadable = [f"{path}: {reason}" for path, reason in maps.unreadable.items()]
+    content = render(
+        "cells.html",
+        maps=maps,
+        rows=rows,
+        columns=columns,
+        heads=["mean of heads", *(f"head {head + 1}" for head in range(maps.attention.shape[1]))],
+        cards=cards,
+        border=f"{border_share(maps.attention.mean(axis=1)).mean():.0%}",
+        even=f"{border_share(np.ones(maps.grid)):.0%}",
+        unreadable=html.listing("Left out, because they cannot be read:", unreadable, "warning"),
+    )
+    return Section("cells", "Cells", content)
+
+
+def similarity_sheet(similarity: np.ndarray, rows: int, columns: int) -> Image.Image:
+    """Return one image [h * h, w * w] with the map of similarities (uint8 [P, P]) to each patch, at its place."""
+    maps = levels(similarity.reshape(rows, columns, rows, columns).astype(np.float32))  # [h, w, h, w]
+    sheet = Image.fromarray(maps.transpose(0, 2, 1, 3).reshape(rows * rows, columns * columns))
+    sheet.putpalette(PALETTE.tobytes())
+    return sheet
+
+
+def _uri(image: Image.Image, kind: Literal["png", "jpeg"] = "png") -> str:
+    stream = io.BytesIO()
+    image.save(stream, kind, quality=88)  # of JPEG
+    return image_uri(stream.getvalue(), kind)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

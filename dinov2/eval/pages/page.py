@@ -16,12 +16,16 @@ What sections can use:
 """
 
 import base64
+import io
+import logging
+import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from bokeh.core.types import ID
 from bokeh.embed import json_item
@@ -30,10 +34,20 @@ from bokeh.resources import Resources
 from bokeh.themes import Theme
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
 
+from dinov2.data.datasets.decode import UnreadableImageError, decode_image, resize_image
 from dinov2.eval.results import number
 from dinov2.utils.files import atomic_write
+from dinov2.utils.progress import progress_bar
 
+logger = logging.getLogger("dinov2")
+
+QUALITY = 75  # WebP: about 450 bytes for a cell at 40 px, half of a JPEG
+PLACEHOLDER = (
+    "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 10 10'%3E"
+    "%3Crect width='10' height='10' fill='%23808080'/%3E%3C/svg%3E"
+)
 NONE = "–"  # in place of a number that is not there
 GREY = "#7b7b7b"  # contrast 4.2 on both backgrounds, as a chart's colours don't change with the scheme
 _CLEAR = {"background_fill_color": None, "border_fill_color": None, "outline_line_color": None}
@@ -56,17 +70,11 @@ html: Any = _TEMPLATES.get_template("macros.html").module
 
 @dataclass(frozen=True)
 class Section:
-    """One part of a page.
+    """One part of a page."""
 
-    Attributes:
-        id: of its element: lower-case letters, digits and hyphens; unique in the page.
-        title: its heading (`<h2>`).
-        html: the content. Its headings begin at `<h3>`, and its ids begin with the section's id.
-    """
-
-    id: str
+    id: str  # lower-case letters, digits and hyphens; unique in the page
     title: str
-    html: Markup
+    html: Markup  # its headings begin at <h3>, and its ids begin with the section's id
 
 
 def section(name: str, title: str, parts: Sequence[Markup]) -> Section | None:
@@ -83,17 +91,45 @@ def render(template: str, **values: Any) -> Markup:
 def embed(figure: Plot, label: str = "") -> Markup:
     """Return a bokeh figure as HTML in the colours of pages, drawn when the page is opened.
 
-    Args:
-        figure: a bokeh figure or layout.
-        label: text for screen readers, to which the figure then is one image; leave it out where readers work in it.
+    With a label, the figure is one image to screen readers; leave it out where readers work in the figure.
     """
     target = f"chart-{figure.id}"
     return html.figure(target, label, json_item(figure, ID(target), THEME))
 
 
-def image_uri(content: bytes, kind: Literal["png", "jpeg"]) -> str:
+def image_uri(content: bytes, kind: Literal["png", "jpeg", "webp"]) -> str:
     """Return an encoded image as the `src` of an `<img>`."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+class Thumbnails(NamedTuple):
+    """Thumbnails of N images: data URIs, and {position: reason} of those that are grey, `PLACEHOLDER`."""
+
+    uris: list[str]
+    missing: dict[int, str]
+
+
+def make_thumbnails(paths: Sequence[str | os.PathLike[str]], size: int, n_workers: int = 1) -> Thumbnails:
+    """Read images with `n_workers` threads, crop the centre square and scale it to `size` x `size` pixels."""
+    missing: dict[int, str] = {}
+
+    def thumbnail(position: int) -> str:
+        try:
+            pixels = resize_image(decode_image(paths[position]), size).permute(1, 2, 0).numpy()
+        except UnreadableImageError as error:
+            missing[position] = error.reason
+            return PLACEHOLDER
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, "WEBP", quality=QUALITY)
+        return image_uri(stream.getvalue(), "webp")
+
+    with ThreadPoolExecutor(n_workers) as pool:
+        uris = list(progress_bar(pool.map(thumbnail, range(len(paths))), "thumbnails", len(paths)))
+    if missing:
+        first = min(missing)
+        message = "thumbnails: %d of %d images cannot be read, for example %s: %s"
+        logger.warning(message, len(missing), len(paths), paths[first], missing[first])
+    return Thumbnails(uris, dict(sorted(missing.items())))
 
 
 def rounded(value: Any, form: str = ",.0f", scale: float = 1) -> str:
@@ -109,13 +145,7 @@ def percent(value: Any) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]], caption: str, *, is_folded: bool = False) -> Markup:
-    """Return a table with a column for each key, whose first column names the rows; nothing without rows.
-
-    Args:
-        rows: {header: text or `Markup`}.
-        caption: what the table shows.
-        is_folded: whether a click unfolds the table.
-    """
+    """Return a table of rows {header: text or `Markup`}, whose first column names them; nothing without rows."""
     if not rows:
         return Markup()
     headers = list(dict.fromkeys(header for row in rows for header in row))
@@ -124,13 +154,7 @@ def table(rows: Sequence[Mapping[str, Any]], caption: str, *, is_folded: bool = 
 
 
 def page_html(title: str, sections: Sequence[Section], subtitle: str = "") -> str:
-    """Return the whole page.
-
-    Args:
-        title: its heading, and the title of the window.
-        sections: in the order shown.
-        subtitle: a line below the title.
-    """
+    """Return the whole page, with a line (`subtitle`) below its title."""
     ids = [section.id for section in sections]
     assert len(set(ids)) == len(ids) and all(re.fullmatch(r"[a-z][a-z0-9-]*", name) for name in ids), ids
     has_figures = any('class="chart-data"' in section.html for section in sections)

@@ -19,8 +19,7 @@ import numpy as np
 import pandas as pd
 
 from dinov2.data.datasets.tables import open_table
-from dinov2.eval.pages.page import Section, percent, render
-from dinov2.eval.pages.thumbnails import make_thumbnails
+from dinov2.eval.pages.page import Section, make_thumbnails, percent, render
 from dinov2.eval.results import PROBABILITY_PREFIX, RESULTS_NAME, read_predictions, read_report
 
 MOST_PATIENTS = 500

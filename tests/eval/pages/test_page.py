@@ -1,6 +1,7 @@
 """Pages: well-formed, self-contained, and no text of a file becomes markup or a script."""
 
 import base64
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -10,14 +11,18 @@ import numpy as np
 import pytest
 from bokeh.plotting import figure
 from markupsafe import Markup
+from PIL import Image
 
+from dinov2.data.datasets.decode import load_image, resize_image
 from dinov2.eval.pages import page as module
 from dinov2.eval.pages.page import (
     NONE,
+    PLACEHOLDER,
     Section,
     embed,
     html,
     image_uri,
+    make_thumbnails,
     page_html,
     percent,
     render,
@@ -203,3 +208,26 @@ def test_text_stands_out_in_each_colour_scheme(side):
         assert min(contrast(colours[name], ground) for ground in grounds) >= 4.5, name
     assert contrast(colours["ink"], colours["scale"]) >= 4.5  # counts on coloured fields
     assert contrast(module.GREY, colours["background"]) >= 4  # axes of charts, which don't change with the scheme
+
+
+def test_thumbnails_are_the_scaled_images_and_missing_ones_have_a_reason(tmp_path):
+    rng = np.random.default_rng(0)
+    paths = []
+    for i in range(7):
+        colours = rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)
+        Image.fromarray(colours).resize((64, 48), Image.Resampling.BICUBIC).save(tmp_path / f"{i}.png")
+        paths.append(tmp_path / f"{i}.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    paths[3:3] = [tmp_path / "gone.png", tmp_path / "broken.png"]
+    thumbnails = make_thumbnails(paths, 24, n_workers=2)
+    assert thumbnails.missing == {3: "No such file or directory", 4: "not a known image format"}
+    for i, (path, uri) in enumerate(zip(paths, thumbnails.uris, strict=True)):
+        if i in thumbnails.missing:
+            assert uri == PLACEHOLDER
+            continue
+        kind, _, content = uri.partition(",")
+        assert kind == "data:image/webp;base64"
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB"), dtype=float)
+        expected = resize_image(load_image(path), 24).permute(1, 2, 0).numpy()
+        assert np.abs(pixels - expected).mean() < 10  # lossy
+    assert make_thumbnails(paths, 24) == thumbnails
