@@ -46,15 +46,7 @@ SOURCES = (
 
 
 def find_sources(paths: Sequence[Path]) -> list[Path]:
-    """Find folders of runs and files of results, each once and in order.
-
-    Args:
-        paths: folders, results.json files, or a run's training_metrics.json.
-
-    Raises:
-        FileNotFoundError: if one of them does not exist.
-        ValueError: if one of them has neither.
-    """
+    """Return folders of runs and files of results, each once and in order."""
     sources: dict[Path, Path] = {}
     for path in paths:
         if not path.exists():
@@ -108,16 +100,12 @@ def explorer_of(records: Sequence[ResultRecord], max_cells: int) -> Section | No
         candidates = [record.path.parent / FEATURES_NAME, *([Path(named)] if isinstance(named, str) else [])]
         if file := next((file for file in candidates if file.is_file()), None):
             rows = [row for row in record.rows if row.source == MODEL and predictions_belong(record, row)]
+            predictions = rows[-1].predictions if rows else None
             try:
-                return explore(file, rows[-1].predictions if rows else None, max_cells)
+                return explorer_section({"": read_features(file)}, predictions, max_cells=max_cells)
             except (OSError, ValueError) as error:
                 logger.warning("%s: no explorer (%s)", file, error)
     return None
-
-
-def explore(file: Path, predictions: Path | None, max_cells: int) -> Section:
-    """Return the explorer of a features file."""
-    return explorer_section({"": read_features(file)}, predictions, max_cells=max_cells)
 
 
 def patients_of(records: Sequence[ResultRecord]) -> Section | None:
@@ -132,11 +120,7 @@ def patients_of(records: Sequence[ResultRecord]) -> Section | None:
 
 
 def weights_of(runs: Sequence[run_pages.RunRecord], records: Sequence[ResultRecord]) -> str:
-    """Return the weights for maps of cells: those of the first run, or else of the first result.
-
-    Raises:
-        ValueError: if no run or result names weights.
-    """
+    """Return the weights for maps of cells: those of the first run, or else of the first result that names any."""
     named = [mapping(record.report.get("checkpoint")).get("checkpoint") for record in records]
     known = [*(str(run.path) for run in runs), *(name for name in named if isinstance(name, str))]
     if not known:
@@ -175,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = [read_result(source, name) for source, name in zip(sources, names, strict=True) if source.is_file()]
     explorer = cells = None
     if args.features is not None:
-        explorer = explore(args.features, None, args.max_cells)
+        explorer = explorer_section({"": read_features(args.features)}, max_cells=args.max_cells)
     elif args.explorer:
         explorer = explorer_of(records, args.max_cells)
     if args.cells is not None:

@@ -40,14 +40,7 @@ def thinned(ys: np.ndarray, n_buckets: int = N_BUCKETS) -> np.ndarray:
 
 
 def line_chart(lines: Mapping[str, "pd.Series[float]"], title: str, x_label: str, log_y: bool = False) -> Markup:
-    """Return lines over a common axis.
-
-    Args:
-        lines: {name: values by place on the axis, ascending}; with `log_y`, values up to 0 leave a gap, too.
-        title: over the chart.
-        x_label: of the horizontal axis.
-        log_y: whether the vertical axis is logarithmic.
-    """
+    """Return lines {name: values by place on the axis, ascending}; with `log_y`, values up to 0 leave a gap, too."""
     plot = figure(x_axis_label=x_label, height=240, y_axis_type="log" if log_y else "linear", **LAYOUT)
     words, legend = [title], []
     for i, (name, series) in enumerate(lines.items()):
@@ -72,12 +65,7 @@ def line_chart(lines: Mapping[str, "pd.Series[float]"], title: str, x_label: str
 
 
 def interval_chart(intervals: Mapping[str, Sequence[float | None]], title: str) -> Markup:
-    """Return a dot with its interval for each name, in percent.
-
-    Args:
-        intervals: {name: share, and the ends of its interval}; None for what there is not.
-        title: over the chart.
-    """
+    """Return a chart in percent of {name: share, and the ends of its interval}; None for what there is not."""
     numbers = 100 * np.array(list(intervals.values()), dtype=np.float64).reshape(-1, 3)  # NaN for None
     if not np.isfinite(numbers).any():
         return html.chart(NOTHING, title)

@@ -75,7 +75,7 @@ def explorer_section(
         predictions, columns: CSV files about cells, see `cell_table`.
         max_cells: of more cells, this many are sampled (`sample_by_class`).
         thumbnail_size: side in pixels; images that cannot be read get a grey placeholder.
-        metric: of neighbours and UMAP, one of `METRICS`; the kNN protocol `dino` has cosine.
+        metric: of neighbours and UMAP, one of `METRICS`.
         with_umap: None for: if umap-learn is installed.
         seed: of the sampling and of UMAP.
         n_workers: threads that read images.

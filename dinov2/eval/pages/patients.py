@@ -1,12 +1,8 @@
 """Write a report's section about the patients of an ABMIL result: predictions, their ranges, and attended cells.
 
-A patient's prediction is the mean probability of the networks that predicted it. Its range goes from the lowest to the
-highest probability that one of these networks gives the predicted class: how far the answer moves when the training is
-repeated from other random weights and on other patients (an ensemble as in Lakshminarayanan et al. 2017, arXiv
-1612.01474). It is no confidence interval, and says nothing about how the cells were sampled.
-
-Attention is the weight of a whole cell's feature and sums to 1 over a patient's cells. It says what a prediction was
-made from, not that it was right.
+A patient's prediction is the mean probability of the networks that predicted it (an ensemble as in Lakshminarayanan et
+al. 2017, arXiv 1612.01474). Its range goes from the lowest to the highest probability that one of these networks gives
+the predicted class. It is no confidence interval, and says nothing about how the cells were sampled.
 
 Letters: N cells of a patient, C classes
 """
@@ -56,16 +52,6 @@ class Patient:
         """Attention [N] of the predicted class."""
         return self.attention[:, self.predicted if self.attention.shape[1] > 1 else 0]
 
-    @property
-    def n_effective(self) -> float:
-        """Cells that the attention is spread over: 1 / the sum of squared weights."""
-        return 1 / float(np.square(self.weights).sum()) if self.weights.any() else 0.0
-
-    @property
-    def n_agreeing(self) -> int:
-        """Networks whose highest probability is that of the predicted class."""
-        return int((self.of_networks.argmax(axis=1) == self.predicted).sum())
-
     def range_of(self, column: int) -> tuple[float, float] | None:
         """Return the lowest and highest probability of a class among several networks."""
         values = self.of_networks[:, column]
@@ -95,12 +81,7 @@ class Patient:
 
 
 def read_patients(folder: Path) -> list[Patient]:
-    """Read what `abmil.py` wrote into a folder, with --apply or without.
-
-    Raises:
-        FileNotFoundError: if there are no predictions of patients.
-        ValueError: if files lack columns, hold no numbers, or are from different runs.
-    """
+    """Read what `abmil.py` wrote into a folder, with --apply or without."""
     file, report = folder / "predictions.csv", folder / RESULTS_NAME
     if report.is_file() and not str(protocol := read_report(report).get("protocol")).startswith("abmil"):
         raise ValueError(f"patients: {str(report)!r} is of protocol {protocol!r}; give the folder of an ABMIL result")
@@ -136,13 +117,7 @@ def read_patients(folder: Path) -> list[Patient]:
 
 
 def _read(file: Path, numbers: Sequence[str], patients: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """Read the rows of each patient; without the file, a patient has no rows.
-
-    Args:
-        file: the CSV.
-        numbers: columns that it must have.
-        patients: that it must have.
-    """
+    """Read the rows of each patient, with these columns of numbers; without the file, a patient has no rows."""
     if not file.is_file():
         return dict.fromkeys(patients, pd.DataFrame(columns=numbers, dtype=np.float64))
     frame = pd.DataFrame([row for _, row in open_table(file, "patients").records()])
@@ -152,10 +127,8 @@ def _read(file: Path, numbers: Sequence[str], patients: Sequence[str]) -> dict[s
         try:
             frame[column] = frame[column].map(float)
         except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"patients: {str(file)!r} has no number in the column {column} ({error}); the file is cut or was "
-                f"edited: run abmil.py again"
-            ) from error
+            message = f"patients: {str(file)!r} has no number in the column {column} ({error}); run abmil.py again"
+            raise ValueError(message) from error
     groups = dict(iter(frame.groupby("patient", sort=False)))
     if set(groups) != set(patients):
         raise ValueError(
@@ -170,12 +143,6 @@ def patients_section(folder: Path) -> Section:
 
     The page stays small however many patients there are: of more than `MOST_PATIENTS` the first in that order are
     shown, and with many of them fewer cells of each.
-
-    Args:
-        folder: --output-dir of abmil.py, with --apply or without.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_patients`.
     """
     patients = read_patients(folder)
     verdicts = [patient.verdict for patient in patients]

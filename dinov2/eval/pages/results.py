@@ -42,7 +42,6 @@ def _with_interval(value: Any, ends: Sequence[float] | None, form: str = ".1f", 
 
 
 def _with_spread(mean: Any, spread: Any) -> str:
-    """Return a mean and a standard deviation in percent."""
     return percent(mean) if number(spread) is None else Markup("{} ± {}").format(percent(mean), percent(spread))
 
 
@@ -96,13 +95,7 @@ def results_section(records: Sequence[ResultRecord]) -> Section | None:
 
 
 def class_tables(row: Row, name: str, n_train: Mapping[str, Any]) -> Markup:
-    """Return the numbers of each class and the confusion matrix, its fields as strong as their share of the label.
-
-    Args:
-        row: with metrics of classes.
-        name: what the metrics are of.
-        n_train: {class: training cells}; a column if it has any.
-    """
+    """Return the numbers of each class, with those of its training cells, and the confusion matrix."""
     rows = []
     for of_class, metrics in row.classes.items():
         counts = {"training cells": rounded(n_train.get(of_class))} if n_train else {}
@@ -158,7 +151,11 @@ def comparison_section(records: Sequence[ResultRecord]) -> Section | None:
         if len({record.name for members in groups.values() for record, _ in members}) < 2:
             continue
         text = "Not all of these compare. They were evaluated on other cells or by another split, so they stand apart:"
-        different = [_describe(members) for members in groups.values()] if len(groups) > 1 else []
+        different = []
+        for members in groups.values() if len(groups) > 1 else []:
+            names, row = ", ".join(dict.fromkeys(record.name for record, _ in members)), members[0][1]
+            n_tested = row.n_tested or "an unknown number"
+            different.append(f"{names}: {n_tested} tested, {len(row.classes)} classes")
         parts += [html.heading(method), html.listing(text, different, "warning")]
         for place, ((cells, _), members) in enumerate(groups.items(), start=1):
             title = method + (f" ({place} of {len(groups)})" if len(groups) > 1 else "")
@@ -176,11 +173,6 @@ def _groups(records: Sequence[ResultRecord], method: str) -> dict[Evaluated, Mem
             if row.source == MODEL or (row.source, row.metrics) not in [(r.source, r.metrics) for _, r in members]:
                 members.append((record, row))
     return groups
-
-
-def _describe(members: Members) -> str:
-    names = ", ".join(dict.fromkeys(record.name for record, _ in members))
-    return f"{names}: {members[0][1].n_tested or 'an unknown number'} tested, {len(members[0][1].classes)} classes"
 
 
 def _side_by_side(title: str, members: Members, is_paired: bool) -> list[Markup]:
@@ -234,10 +226,8 @@ def cross_section(records: Sequence[ResultRecord]) -> Section | None:
         if others := mapping(results.get("leave_one_out")):
             pairs["all others"] = others
         columns = list(dict.fromkeys(name for row in pairs.values() for name in row))
-        fields = {}
-        for name, row in pairs.items():
-            shares = [mapping(row.get(test)).get(COMPARED) for test in columns]
-            fields[name] = [(percent(share), share) for share in shares]
+        shares = {name: [mapping(row.get(test)).get(COMPARED) for test in columns] for name, row in pairs.items()}
+        fields = {name: [(percent(share), share) for share in of_row] for name, of_row in shares.items()}
         title = f"{record.name}: {METRIC_TITLES[COMPARED]} in percent (rows: trained on; columns: tested on)"
         rows = [
             {
@@ -279,8 +269,7 @@ def _batch_effect(name: str, results: Mapping[str, Any]) -> Markup:
 def origins_section(runs: Mapping[str, Sequence[dict[str, Any]]], records: Sequence[ResultRecord]) -> Section | None:
     """Return the versions, seeds, hashes and settings of each run, {name: its starts}, and of each result."""
     kinds = ("checkpoint", "features", "settings", "versions", "hashes", "files")
-    origins: list[tuple[str, str, Any]] = []
-    origins += [(name, f"start {n}", start) for name, starts in runs.items() for n, start in enumerate(starts, 1)]
+    origins = [(name, f"start {n}", start) for name, starts in runs.items() for n, start in enumerate(starts, 1)]
     origins += [(record.name, kind, record.report.get(kind)) for record in records for kind in kinds]
     rows = [
         {"run or result": name, "part": part, "name": key, "value": str(value)}

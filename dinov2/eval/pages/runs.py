@@ -78,12 +78,7 @@ class RunRecord:
 
 
 def read_run(path: Path, name: str) -> RunRecord:
-    """Read a run's folder; what is missing or broken is named in `notes`.
-
-    Args:
-        path: the folder.
-        name: for the report.
-    """
+    """Read a run's folder; what is missing or broken is named in `notes`."""
     notes: list[str] = [f"{name}: no {file}" for file in (CONFIG_NAME, METRICS_NAME) if not (path / file).is_file()]
 
     def read(file: Path, reader: Callable[[Path], Any], default: Any) -> Any:
@@ -108,18 +103,18 @@ def read_run(path: Path, name: str) -> RunRecord:
         metrics=metrics,
         evaluations={n: evaluations[n] for n in sorted(evaluations) if evaluations[n]},
         best=read(path / "eval" / "best.json", read_report, {}),
-        bad_images=read(path / "bad_images.csv", _read_bad_images, []),
+        bad_images=read(
+            path / "bad_images.csv", lambda file: [row for _, row in open_table(file, "bad images").records()], []
+        ),
         status=read_status(path) or RunStatus(),
         notes=notes,
     )
 
 
 def read_metrics(file: Path) -> tuple[pd.DataFrame, int]:
-    """Read training_metrics.json, one JSON object a line; of a repeated iteration the later line counts.
+    """Return training_metrics.json, a row per iteration, and the number of broken lines, which a killed run may leave.
 
-    Returns:
-        float64, a row per iteration, ascending; and the number of broken lines, which a killed run may leave. The text
-        after the last line's end is still being written and does not count.
+    Of a repeated iteration the later line counts. The text after the last line's end is still being written.
     """
     rows: dict[int, dict[str, float]] = {}
     n_broken = 0
@@ -139,10 +134,6 @@ def _read_config(file: Path) -> DictConfig:
         raise ValueError("it has no keys")
     OmegaConf.resolve(config)
     return config
-
-
-def _read_bad_images(file: Path) -> list[dict[str, str]]:
-    return [row for _, row in open_table(file, "bad images").records()]
 
 
 def runs_table(runs: Sequence[RunRecord]) -> Markup:
@@ -174,21 +165,17 @@ def curves_section(runs: Sequence[RunRecord]) -> Section | None:
     known = {name: title for name, title in TITLES.items() if name in names}
     titles = known | {name: name.replace("_", " ").capitalize() for name in sorted(names - known.keys())}
     charts = []
+    rows: dict[str, list[dict[str, str]]] = {run.name: [] for run in runs}
     for name, title in titles.items():
         lines = {run.name: run.metrics[name] for run in runs if name in run.metrics}
         charts.append(line_chart(lines, title, "iteration", log_y=name.startswith("grad_norm")))
-    tables = [table(_number_rows(run, titles), f"{run.name}: numbers of the training", is_folded=True) for run in runs]
+        for run_name, values in ((run_name, line.dropna()) for run_name, line in lines.items()):
+            if len(values):
+                numbers = {"newest": values.iloc[-1], "lowest": values.min(), "highest": values.max()}
+                cells = {header: rounded(value, ".5g") for header, value in numbers.items()}
+                rows[run_name].append({"number": title, **cells, "iterations that have it": rounded(len(values))})
+    tables = [table(of_run, f"{name}: numbers of the training", is_folded=True) for name, of_run in rows.items()]
     return section("curves", "Training curves", [html.cards(charts), *tables])
-
-
-def _number_rows(run: RunRecord, titles: dict[str, str]) -> list[dict[str, str]]:
-    rows = []
-    for name in (name for name in titles if run.newest(name) is not None):
-        values = run.metrics[name].dropna()
-        numbers = {"newest": values.iloc[-1], "lowest": values.min(), "highest": values.max()}
-        cells = {header: rounded(value, ".5g") for header, value in numbers.items()}
-        rows.append({"number": titles[name], **cells, "iterations that have it": rounded(len(values))})
-    return rows
 
 
 def teachers_section(runs: Sequence[RunRecord]) -> Section | None:
@@ -207,10 +194,12 @@ def teachers_section(runs: Sequence[RunRecord]) -> Section | None:
                     rows.append(which | metric_columns(row))
             for title, value in numbers.items():
                 lines.setdefault(title, {}).setdefault(run.name, {})[done] = value
-    charts = []
-    for title, of_runs in lines.items():
-        columns = {name: pd.Series(values, dtype=np.float64) for name, values in of_runs.items()}
-        charts.append(line_chart(columns, title, "iterations done"))
+    charts = [
+        line_chart(
+            {name: pd.Series(values, dtype=np.float64) for name, values in of_runs.items()}, title, "iterations done"
+        )
+        for title, of_runs in lines.items()
+    ]
     sizes: dict[str, dict[str, str]] = {run.name: {} for run in runs}
     for run in runs:
         for name, of_set in mapping(run.evaluations[max(run.evaluations)].report.get("datasets")).items():
@@ -236,17 +225,13 @@ def config_section(runs: Sequence[RunRecord]) -> Section | None:
     runs = [run for run in runs if run.config]
     changed = {run.name: differences(run.config, dinov2_default_config) for run in runs}  # {run: {key: (own, default)}}
     defaults = {key: default for of_run in changed.values() for key, (_, default) in of_run.items()}
-    rows = [
-        [key, *map(_setting, [default, *(of_run.get(key, (default,))[0] for of_run in changed.values())])]
-        for key, default in sorted(defaults.items())
-    ]
+    rows = []
+    for key, default in sorted(defaults.items()):
+        values = [default, *(of_run.get(key, (default,))[0] for of_run in changed.values())]
+        rows.append([key, *(json.dumps(value, ensure_ascii=False, default=str) for value in values)])
     caption = "Settings that differ from the default (null: nothing, or a key that one side does not have)"
     parts = [html.table(["key", "default", *changed], rows, caption)] if runs else []
     for run in runs:
         yaml = Markup("<pre>{}</pre>").format(OmegaConf.to_yaml(run.config))
         parts.append(html.folded(f"All settings of {run.name} (config.yaml)", yaml))
     return section("config", "Settings", parts)
-
-
-def _setting(value: Any) -> str:
-    return "null" if value is None else json.dumps(value, ensure_ascii=False, default=str)
