@@ -48,10 +48,6 @@ COLUMN_TITLES = {
 MARKERS = {"circle": "●", "square": "■", "triangle": "▲", "diamond": "◆", "plus": "✚"}
 LOOKS = [{"colour": colour, "marker": marker, "sign": MARKERS[marker]} for marker in MARKERS for colour in COLOURS[:7]]
 OTHER = LOOKS[0] | {"colour": GREY}  # of cells without a value, and of groups beyond the number of looks
-LAYOUT: Any = {"toolbar_location": "above", "sizing_mode": "stretch_width", "height": 620, "x_range": (0, 1)}
-LAYOUT |= {"y_range": (0, 1), "min_border_left": 80}  # px; the labels of the axis don't change the width of the plot
-STYLE: Any = {"marker": "marker", "fill_color": "colour", "line_color": "#80808080"}
-STYLE |= {"nonselection_fill_color": GREY, "nonselection_fill_alpha": 0.2, "nonselection_line_alpha": 0}
 TOOLTIP = """<div style="display: flex; gap: 8px; max-width: 360px; overflow-wrap: anywhere">
 <img src="@thumbnail" width="96" height="96" alt=""><div style="white-space: pre-line">@facts</div></div>"""
 
@@ -136,7 +132,15 @@ def cell_table(
     table["patient"] = patients.mask(is_shared & is_known, patients + " (" + table["data_set"] + ")")
     table = table.drop(columns=["patient"] * (not is_known.any()) + ["data_set"] * (len(sets) == 1))
     if predictions is not None:
-        table = _join_predictions(table, predictions)
+        file = predictions / "predictions.csv" if predictions.is_dir() else predictions
+        predicted = read_predictions(file)
+        rows = pd.DataFrame({"prediction": predicted.predictions}, index=predicted.keys)
+        if predicted.labels is not None:
+            rows["right"] = np.where(rows["prediction"] == predicted.labels, "right", "wrong")
+        if predicted.probabilities is not None:
+            rows["probability"] = [f"{value:.3g}" for value in predicted.probabilities.max(axis=1)]
+        keys = "path" if predicted.key_column == "path" else "patient"
+        table = _join(table, rows, table.get(keys, pd.Series("", table.index)), file)
     if columns is not None:
         source = open_table(columns, "columns")
         values = [row for _, row in source.rows()]
@@ -144,19 +148,6 @@ def cell_table(
         rows = pd.DataFrame(values, paths, source.columns, dtype=object).iloc[:, 1:]
         table = _join(table, rows[~rows.index.duplicated()], table["path"].map(os.path.abspath), columns)
     return table.fillna("")
-
-
-def _join_predictions(table: pd.DataFrame, file: Path) -> pd.DataFrame:
-    """Add the predicted class, and whether it is right and its probability if the file has labels and probabilities."""
-    file = file / "predictions.csv" if file.is_dir() else file
-    predicted = read_predictions(file)
-    rows = pd.DataFrame({"prediction": predicted.predictions}, index=predicted.keys)
-    if predicted.labels is not None:
-        rows["right"] = np.where(rows["prediction"] == predicted.labels, "right", "wrong")
-    if predicted.probabilities is not None:
-        rows["probability"] = [f"{value:.3g}" for value in predicted.probabilities.max(axis=1)]
-    keys = "path" if predicted.key_column == "path" else "patient"
-    return _join(table, rows, table.get(keys, pd.Series("", table.index)), file)
 
 
 def _join(table: pd.DataFrame, rows: pd.DataFrame, keys: "pd.Series[str]", file: Path) -> pd.DataFrame:
@@ -264,14 +255,17 @@ def _figure(n_cells: int) -> figure:
     links = models.ColumnDataSource({name: [] for name in ("x0", "y0", "x1", "y1")}, name="links")
     lasso = models.LassoSelectTool(name="lasso", continuous=False)
     tools = [models.PanTool(name="pan"), models.WheelZoomTool(name="wheel"), lasso]
-    plot = figure(name="explorer", tools=tools, **LAYOUT)
+    size: Any = {"sizing_mode": "stretch_width", "height": 620, "min_border_left": 80}  # px; room for the axis's labels
+    plot = figure(name="explorer", tools=tools, toolbar_location="above", x_range=(0, 1), y_range=(0, 1), **size)
     plot.toolbar.logo = None
     plot.toolbar.active_scroll = None  # a page that scrolls must not get stuck on the plot
     plot.grid.visible = False
     plot.segment("x0", "y0", "x1", "y1", source=links, line_color=GREY)
     view = models.CDSView(filter=models.IndexFilter(indices=[]))
-    size = 6 if n_cells > 5000 else 8 if n_cells > 800 else 11
-    cells = plot.scatter("x", "y", source=points, view=view, name="cells", size=size, **STYLE)
+    style: Any = {"marker": "marker", "fill_color": "colour", "line_color": "#80808080"}
+    style |= {"nonselection_fill_color": GREY, "nonselection_fill_alpha": 0.2, "nonselection_line_alpha": 0}
+    style["size"] = 6 if n_cells > 5000 else 8 if n_cells > 800 else 11
+    cells = plot.scatter("x", "y", source=points, view=view, name="cells", **style)
     plot.scatter("x1", "y1", source=links, size=16, fill_color=None, line_color="#1f8fe5", line_width=2)
     plot.scatter("x0", "y0", source=links, size=20, fill_color=None, line_color="#e5391f", line_width=3)
     plot.add_tools(models.HoverTool(renderers=[cells], tooltips=TOOLTIP, limit=1))
