@@ -9,12 +9,10 @@ Dimension key:  N images, h x w patches of each, P = h * w
 """
 
 import argparse
-import io
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
 
@@ -105,11 +103,11 @@ def maps_section(maps: CellMaps) -> Section:
     for i, name in enumerate(maps.names):
         image = Image.fromarray(maps.images[i])
         image.thumbnail((IMAGE_PX, IMAGE_PX), Image.Resampling.LANCZOS)  # never enlarges
-        images = [("image", "image", _uri(image, "jpeg"))]
-        images += [(kind, TITLES[kind], _uri(Image.fromarray(of_kind[i]))) for kind, of_kind in colours.items()]
+        images = [("image", "image", image_uri(image, "jpeg", 88))]
+        images += [(kind, TITLES[kind], image_uri(Image.fromarray(of_kind[i]))) for kind, of_kind in colours.items()]
         attention = np.stack([maps.attention[i].mean(axis=0), *maps.attention[i]])  # [1 + heads, h, w]
-        heads = [_uri(Image.fromarray(head)) for head in colour_map(attention)]
-        similarity = _uri(similarity_sheet(maps.similarity[i], rows, columns))
+        heads = [image_uri(Image.fromarray(head)) for head in colour_map(attention)]
+        similarity = image_uri(similarity_sheet(maps.similarity[i], rows, columns))
         cards.append({"name": name, "images": images, "heads": heads, "similarity": similarity})
     unreadable = [f"{path}: {reason}" for path, reason in maps.unreadable.items()]
     content = render(
@@ -134,12 +132,6 @@ def similarity_sheet(similarity: np.ndarray, rows: int, columns: int) -> Image.I
     return sheet
 
 
-def _uri(image: Image.Image, kind: Literal["png", "jpeg"] = "png") -> str:
-    stream = io.BytesIO()
-    image.save(stream, kind, quality=88)  # of JPEG
-    return image_uri(stream.getvalue(), kind)
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Show what a network sees in cells: PCA of patch tokens, attention, rollout, occlusion and "
@@ -150,18 +142,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", type=Path, help=f"{CELLS_HELP}; classes are taken in turn")
     source.add_argument("--pictures", type=Path, nargs="+", metavar="FILE", help="image files, instead of --data")
-    parser.add_argument("--n", type=positive_int, default=DEFAULT_N, help="number of images of --data")
-    parser.add_argument("--output-dir", type=Path, required=True, help="folder of the results; made if missing")
-    parser.add_argument(
-        "--occlusion",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="cover parts of each image in turn, the slow part",
-    )
-    parser.add_argument("--pca-per-picture", action="store_true", help="fit the PCA to each image alone")
-    parser.add_argument(
-        "--pca-foreground", action="store_true", help="show the background white, by the sign of the first component"
-    )
+    flag = parser.add_argument
+    flag("--n", type=positive_int, default=DEFAULT_N, help="number of images of --data")
+    flag("--output-dir", type=Path, required=True, help="folder of the results; made if missing")
+    occlusion_help = "cover parts of each image in turn, the slow part"
+    flag("--occlusion", action=argparse.BooleanOptionalAction, default=True, help=occlusion_help)
+    flag("--pca-per-picture", action="store_true", help="fit the PCA to each image alone")
+    foreground_help = "show the background white, by the sign of the first component"
+    flag("--pca-foreground", action="store_true", help=foreground_help)
     return parser.parse_args(argv)
 
 

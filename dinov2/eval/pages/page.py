@@ -97,9 +97,11 @@ def embed(figure: Plot, label: str = "") -> Markup:
     return html.figure(target, label, json_item(figure, ID(target), THEME))
 
 
-def image_uri(content: bytes, kind: Literal["png", "jpeg", "webp"]) -> str:
-    """Return an encoded image as the `src` of an `<img>`."""
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+def image_uri(image: Image.Image, kind: Literal["png", "jpeg", "webp"] = "png", quality: int = QUALITY) -> str:
+    """Encode an image as the `src` of an `<img>`; `quality` is not for PNG."""
+    stream = io.BytesIO()
+    image.save(stream, kind, quality=quality)
+    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
 
 
 class Thumbnails(NamedTuple):
@@ -119,9 +121,7 @@ def make_thumbnails(paths: Sequence[str | os.PathLike[str]], size: int, n_worker
         except UnreadableImageError as error:
             missing[position] = error.reason
             return PLACEHOLDER
-        stream = io.BytesIO()
-        Image.fromarray(pixels).save(stream, "WEBP", quality=QUALITY)
-        return image_uri(stream.getvalue(), "webp")
+        return image_uri(Image.fromarray(pixels), "webp")
 
     with ThreadPoolExecutor(n_workers) as pool:
         uris = list(progress_bar(pool.map(thumbnail, range(len(paths))), "thumbnails", len(paths)))

@@ -171,7 +171,10 @@ def test_fields_of_a_matrix_are_coloured_by_share():
 
 
 def test_images_are_inside():
-    assert image_uri(b"\x89PNG", "png") == "data:image/png;base64," + base64.b64encode(b"\x89PNG").decode()
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    kind, _, content = image_uri(Image.fromarray(pixels)).partition(",")
+    assert kind == "data:image/png;base64"
+    np.testing.assert_array_equal(Image.open(io.BytesIO(base64.b64decode(content))), pixels)
 
 
 def test_a_page_is_written_whole_or_not_at_all(tmp_path):
