@@ -4,15 +4,9 @@ A page is a list of `Section`s under one heading, with a table of contents. jinj
 policy of a page forbids all requests, and all scripts without its nonce: a template writes its own script as
 `<script nonce="{{ nonce }}">`, and its styles as `<style>`.
 
-What sections can use:
-- `html`, the macros of `templates/macros.html`;
-- CSS variables that follow the colour scheme: `--background`, `--surface`, `--ink`, `--muted`, `--line`, `--accent`,
-  `--good`, `--bad`, `--warning`, `--scale` (the strong end of a colour scale that begins at `--surface`);
-- classes: `grid` (cards beside each other), `card`, `controls` (a row of form fields), `note`, `warning`, `muted`,
-  `scroll` (a wide part that scrolls by itself), `pixels` (an image whose pixels stay sharp), `only-with-script`
-  (hidden without JavaScript), `no-print`;
-- events of `document`: `themechange` after the colours changed, `chartsready` after all bokeh figures were drawn
-  (then `Bokeh.documents` has them).
+Sections can use `html`, the macros of `templates/macros.html`, and the CSS variables and classes of `templates/page.css`,
+such as `only-with-script` (hidden without JavaScript) and `no-print`. The event `chartsready` of `document` comes after
+all bokeh figures were drawn; then `Bokeh.documents` has them.
 """
 
 import base64

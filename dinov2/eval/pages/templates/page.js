@@ -10,7 +10,6 @@
   const show = (theme) => {
     if (theme) root.dataset.theme = theme;
     button.textContent = isDark() ? "Light colours" : "Dark colours";
-    document.dispatchEvent(new CustomEvent("themechange"));
   };
   button.addEventListener("click", () => {
     show(isDark() ? "light" : "dark");
