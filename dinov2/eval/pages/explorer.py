@@ -70,11 +70,9 @@ def explorer_section(
         sets: {name of a data set: its features}, all of one network and kind.
         predictions, columns: CSV files about cells, see `cell_table`.
         max_cells: of more cells, this many are sampled (`sample_by_class`).
-        thumbnail_size: side in pixels; images that cannot be read get a grey placeholder.
-        metric: of neighbours and UMAP, one of `METRICS`.
+        thumbnail_size: side in pixels.
+        metric: of neighbours and UMAP, one of `METRICS`; the kNN protocol `dino` has cosine.
         with_umap: None for: if umap-learn is installed.
-        seed: of the sampling and of UMAP.
-        n_workers: threads that read images.
     """
     first, *others = sets.values()
     for other in others:

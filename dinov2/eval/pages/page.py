@@ -4,9 +4,9 @@ A page is a list of `Section`s under one heading, with a table of contents. jinj
 policy of a page forbids all requests, and all scripts without its nonce: a template writes its own script as
 `<script nonce="{{ nonce }}">`, and its styles as `<style>`.
 
-Sections can use `html`, the macros of `templates/macros.html`, and the CSS variables and classes of `templates/page.css`,
-such as `only-with-script` (hidden without JavaScript) and `no-print`. The event `chartsready` of `document` comes after
-all bokeh figures were drawn; then `Bokeh.documents` has them.
+Sections can use `html`, the macros of `templates/macros.html`, and the CSS variables and classes of
+`templates/page.css`, such as `only-with-script` (hidden without JavaScript) and `no-print`. The event `chartsready` of
+`document` comes after all bokeh figures were drawn; then `Bokeh.documents` has them.
 """
 
 import base64
