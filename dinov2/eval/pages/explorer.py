@@ -88,12 +88,12 @@ def explorer_section(
     planes = projections(features, with_umap, metric, seed)
     search = NearestNeighbors(n_neighbors=min(N_NEIGHBOURS, len(rows) - 1), metric=metric, algorithm="brute")
     distances, neighbours = search.fit(features).kneighbors()  # of the fitted cells, each without itself
-    thumbnails = make_thumbnails(table["path"].tolist(), thumbnail_size, n_workers)
+    uris, missing = make_thumbnails(table["path"].tolist(), thumbnail_size, n_workers)
     data = {
         "rows": rows.tolist(),
         "paths": table["path"].tolist(),
-        "thumbnails": thumbnails.uris,
-        "missing": thumbnails.missing,
+        "thumbnails": uris,
+        "missing": missing,
         "columns": page_columns(table.drop(columns="path")),
         "projections": planes,
         "neighbours": neighbours.tolist(),

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from bokeh.core.types import ID
 from bokeh.embed import json_item
@@ -98,15 +98,14 @@ def image_uri(image: Image.Image, kind: Literal["png", "jpeg", "webp"] = "png", 
     return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
 
 
-class Thumbnails(NamedTuple):
-    """Thumbnails of N images: data URIs, and {position: reason} of those that are grey, `PLACEHOLDER`."""
+def make_thumbnails(
+    paths: Sequence[str | os.PathLike[str]], size: int, n_workers: int = 1
+) -> tuple[list[str], dict[int, str]]:
+    """Read images with `n_workers` threads, crop the centre square and scale it to `size` x `size` pixels.
 
-    uris: list[str]
-    missing: dict[int, str]
-
-
-def make_thumbnails(paths: Sequence[str | os.PathLike[str]], size: int, n_workers: int = 1) -> Thumbnails:
-    """Read images with `n_workers` threads, crop the centre square and scale it to `size` x `size` pixels."""
+    Returns:
+        data URIs, and {position: reason} of the images that cannot be read and are grey, `PLACEHOLDER`.
+    """
     missing: dict[int, str] = {}
 
     def thumbnail(position: int) -> str:
@@ -123,7 +122,7 @@ def make_thumbnails(paths: Sequence[str | os.PathLike[str]], size: int, n_worker
         first = min(missing)
         message = "thumbnails: %d of %d images cannot be read, for example %s: %s"
         logger.warning(message, len(missing), len(paths), paths[first], missing[first])
-    return Thumbnails(uris, dict(sorted(missing.items())))
+    return uris, dict(sorted(missing.items()))
 
 
 def rounded(value: Any, form: str = ",.0f", scale: float = 1) -> str:

@@ -154,7 +154,7 @@ def patients_section(folder: Path) -> Section:
     groups = {patient.id: patient.cell_groups(n_cells) for patient in shown}
     cells = [cell for of_patient in groups.values() for of_group in of_patient.values() for cell in of_group]
     sources = list(dict.fromkeys(source for _, source, _ in cells))
-    thumbnails = make_thumbnails(sources, THUMBNAIL_PX)
+    uris, missing = make_thumbnails(sources, THUMBNAIL_PX)
     content = render(
         "patients.html",
         patients=shown,
@@ -163,8 +163,8 @@ def patients_section(folder: Path) -> Section:
         n_wrong=verdicts.count("wrong"),
         groups=groups,
         percent=percent,
-        thumbnails=dict(zip(sources, thumbnails.uris, strict=True)),
-        missing={sources[position]: reason for position, reason in thumbnails.missing.items()},
+        thumbnails=dict(zip(sources, uris, strict=True)),
+        missing={sources[position]: reason for position, reason in missing.items()},
         size=THUMBNAIL_PX,
     )
     return Section("patients", "Patients", content)

@@ -222,10 +222,10 @@ def test_thumbnails_are_the_scaled_images_and_missing_ones_have_a_reason(tmp_pat
         paths.append(tmp_path / f"{i}.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
     paths[3:3] = [tmp_path / "gone.png", tmp_path / "broken.png"]
-    thumbnails = make_thumbnails(paths, 24, n_workers=2)
-    assert thumbnails.missing == {3: "No such file or directory", 4: "not a known image format"}
-    for i, (path, uri) in enumerate(zip(paths, thumbnails.uris, strict=True)):
-        if i in thumbnails.missing:
+    uris, missing = make_thumbnails(paths, 24, n_workers=2)
+    assert missing == {3: "No such file or directory", 4: "not a known image format"}
+    for i, (path, uri) in enumerate(zip(paths, uris, strict=True)):
+        if i in missing:
             assert uri == PLACEHOLDER
             continue
         kind, _, content = uri.partition(",")
@@ -233,4 +233,4 @@ def test_thumbnails_are_the_scaled_images_and_missing_ones_have_a_reason(tmp_pat
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB"), dtype=float)
         expected = resize_image(load_image(path), 24).permute(1, 2, 0).numpy()
         assert np.abs(pixels - expected).mean() < 10  # lossy
-    assert make_thumbnails(paths, 24) == thumbnails
+    assert make_thumbnails(paths, 24) == (uris, missing)
