@@ -253,8 +253,9 @@ def _figure(n_cells: int) -> figure:
     links = models.ColumnDataSource({name: [] for name in ("x0", "y0", "x1", "y1")}, name="links")
     lasso = models.LassoSelectTool(name="lasso", continuous=False)
     tools = [models.PanTool(name="pan"), models.WheelZoomTool(name="wheel"), lasso]
-    size: Any = {"sizing_mode": "stretch_width", "height": 620, "min_border_left": 80}  # px; room for the axis's labels
-    plot = figure(name="explorer", tools=tools, toolbar_location="above", x_range=(0, 1), y_range=(0, 1), **size)
+    layout: Any = {"sizing_mode": "stretch_width", "height": 620, "x_range": (0, 1), "y_range": (0, 1)}
+    layout["min_border_left"] = 80  # px; the labels of the axis don't change the width of the plot
+    plot = figure(name="explorer", tools=tools, toolbar_location="above", **layout)
     plot.toolbar.logo = None
     plot.toolbar.active_scroll = None  # a page that scrolls must not get stuck on the plot
     plot.grid.visible = False

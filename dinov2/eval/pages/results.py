@@ -269,7 +269,8 @@ def _batch_effect(name: str, results: Mapping[str, Any]) -> Markup:
 def origins_section(runs: Mapping[str, Sequence[dict[str, Any]]], records: Sequence[ResultRecord]) -> Section | None:
     """Return the versions, seeds, hashes and settings of each run, {name: its starts}, and of each result."""
     kinds = ("checkpoint", "features", "settings", "versions", "hashes", "files")
-    origins = [(name, f"start {n}", start) for name, starts in runs.items() for n, start in enumerate(starts, 1)]
+    origins: list[tuple[str, str, Any]] = []
+    origins += [(name, f"start {n}", start) for name, starts in runs.items() for n, start in enumerate(starts, 1)]
     origins += [(record.name, kind, record.report.get(kind)) for record in records for kind in kinds]
     rows = [
         {"run or result": name, "part": part, "name": key, "value": str(value)}
