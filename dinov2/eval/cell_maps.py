@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dinov2.eval.extract_features import CELLS_HELP, add_embedder_arguments, embedder_from, positive_int
-from dinov2.eval.maps.cells import TITLES, CellMaps, backbone_of, choose_images, colour_map, make_cell_maps
+from dinov2.eval.maps.patch_maps import TITLES, CellMaps, backbone_of, choose_images, colour_map, make_cell_maps
 from dinov2.eval.pages.cells import maps_section
 from dinov2.eval.pages.page import write_page
 from dinov2.logging import setup_logging

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2.eval.maps.cells import PALETTE, CellMaps, levels
+from dinov2.eval.maps.patch_maps import PALETTE, CellMaps, levels
 from dinov2.eval.pages.cells import maps_section
 from dinov2.eval.pages.page import write_page
 

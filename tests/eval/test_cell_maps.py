@@ -7,7 +7,7 @@ from PIL import Image
 
 from dinov2.data.sample_cells import write_sample_cells
 from dinov2.eval.cell_maps import main, sheet
-from dinov2.eval.maps.cells import TITLES
+from dinov2.eval.maps.patch_maps import TITLES
 from dinov2.models import architecture, build_backbone
 
 SIZE, PATCH = 56, 14

@@ -12,8 +12,16 @@ import numpy as np
 from PIL import Image
 
 from dinov2.eval.features.extract import Embedder
-from dinov2.eval.maps.cells import PALETTE, TITLES, CellMaps, backbone_of, colour_map, levels, make_cell_maps
-from dinov2.eval.maps.patch_maps import border_share
+from dinov2.eval.maps.patch_maps import (
+    PALETTE,
+    TITLES,
+    CellMaps,
+    backbone_of,
+    border_share,
+    colour_map,
+    levels,
+    make_cell_maps,
+)
 from dinov2.eval.pages.page import Section, html, image_uri, render
 
 IMAGE_PX = 280

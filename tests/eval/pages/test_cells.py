@@ -11,7 +11,7 @@ from markupsafe import escape
 from PIL import Image
 
 from dinov2.eval.features.extract import Embedder
-from dinov2.eval.maps.cells import CellMaps, colour_map, make_cell_maps
+from dinov2.eval.maps.patch_maps import CellMaps, colour_map, make_cell_maps
 from dinov2.eval.pages.cells import cells_section, maps_section
 from dinov2.eval.pages.page import page_html
 from dinov2.models import architecture, build_backbone
