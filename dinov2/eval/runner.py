@@ -60,11 +60,7 @@ def run_command(
 ) -> None:
     """Run the command of a protocol: read the flags, evaluate, write the results and print tables.
 
-    Args:
-        description: of the command, for --help.
-        protocol_of: return the protocol with the options of the flags.
-        add_arguments: add the protocol's own flags.
-        argv: flags; None for those of the command line.
+    `protocol_of` returns the protocol with the options of the flags; `add_arguments` adds the protocol's own flags.
     """
     setup_logging()
     args = parse_arguments(description, protocol_of, add_arguments, argv)

@@ -37,35 +37,23 @@ N_EXAMPLES = 5
 
 @dataclass(frozen=True, eq=False)
 class PatientBags:
-    """P patients with the features of their cells.
+    """P patients with the features of their cells."""
 
-    Attributes:
-        patients: P different ids, sorted.
-        features: P arrays, float32 [N, D] with the same D; every N is at least 1 and every number finite.
-        cells: P lists of N texts, where each cell is from: its image where that is known, else file and row.
-        labels: int64 [P], positions in `class_names`, or None where the source has no labels.
-        class_names: C names; empty without labels.
-        attributes: what is known of the network that made the features: `checkpoint_sha256`, `transform`, ...
-    """
-
-    patients: list[str]
-    features: list[np.ndarray]
-    cells: list[list[str]]
-    labels: np.ndarray | None = None
-    class_names: list[str] = field(default_factory=list)
-    attributes: dict[str, str] = field(default_factory=dict)
+    patients: list[str]  # different ids, sorted
+    features: list[np.ndarray]  # P times float32 [N, D] with the same D; every N is at least 1, every number finite
+    cells: list[list[str]]  # P times N texts, where each cell is from: its image where that is known, else file and row
+    labels: np.ndarray | None = None  # int64 [P], positions in `class_names`
+    class_names: list[str] = field(default_factory=list)  # empty without labels
+    attributes: dict[str, str] = field(default_factory=dict)  # of the network: `checkpoint_sha256`, `transform`, ...
 
     def __post_init__(self) -> None:
         if not self.patients:
             raise ValueError("bags: there is no patient; give at least one bag of cells")
         for patient, cells in zip(self.patients, self.features, strict=True):
             if cells.ndim != 2 or not len(cells):
-                raise ValueError(
-                    f"bags: patient {patient!r} has features of shape {list(cells.shape)}; expected [cells, dim], not "
-                    f"a bag without cells: drop the patient or extract again"
-                )
-            n_bad = int((~np.isfinite(cells).all(axis=1)).sum())
-            if n_bad:
+                what = f"patient {patient!r} has features of shape {list(cells.shape)}; expected [cells, dim]"
+                raise ValueError(f"bags: {what}, not a bag without cells: drop the patient or extract again")
+            if n_bad := int((~np.isfinite(cells).all(axis=1)).sum()):
                 what = f"{n_bad} of the {len(cells)} cells of patient {patient!r} have infinite or NaN features"
                 raise ValueError(f"bags: {what}; extract again, or drop these cells")
         _check_dims(self.patients, self.features)
@@ -117,7 +105,7 @@ class PatientBags:
                 "bags: the features name no patients; extract them from a CSV with the columns "
                 "`Image Path,Label,patient`, where Label is the patient's class"
             )
-        rows = pd.Series(range(len(patients))).groupby(list(patients)).indices  # {patient: rows}
+        rows = rows_by_patient(patients)
         bags = cls(
             patients=sorted(rows),
             features=[np.asarray(features[rows[name]], dtype=np.float32) for name in sorted(rows)],
@@ -184,12 +172,9 @@ class PatientBags:
             what = f"{len(both)} patients are in the training and in the test set ({list_names(both)})"
             raise ValueError(f"bags: {what}; remove them from one, or rename them if they are different people")
         check_same_attributes(self.attributes, other.attributes, "the training set", "the test set")
-        patients, features, cells = (
-            self.patients + other.patients,
-            self.features + other.features,
-            self.cells + other.cells,
-        )
-        bags = PatientBags(patients, features, cells, attributes=self.attributes).select(np.arange(len(patients)))
+        patients, features = self.patients + other.patients, self.features + other.features
+        bags = PatientBags(patients, features, self.cells + other.cells, attributes=self.attributes)
+        bags = bags.select(np.arange(len(bags)))
         labels = self.label_of() | other.label_of()
         bags = bags.with_labels(labels) if labels else bags
         return bags, bags.positions(other.patients, "test set")
@@ -236,6 +221,11 @@ def check_same_attributes(a: Mapping[str, str], b: Mapping[str, str], name_a: st
                 f"features: {name} of {name_a} is {a[name]!r} and of {name_b} {b[name]!r}; extract both with one "
                 f"checkpoint and one image size"
             )
+
+
+def rows_by_patient(patients: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return {patient: positions of their cells}."""
+    return pd.Series(range(len(patients))).groupby(list(patients)).indices
 
 
 def read_patient_labels(file: PathLike) -> dict[str, str]:

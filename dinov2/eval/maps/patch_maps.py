@@ -209,7 +209,6 @@ def occlusion_map(
     Args:
         score: `likeness_to`, or any other function of images, such as the probability of a class.
         image: [3, H, W].
-        patch_size: in pixels.
         window: side of the square in patches; 0 for about a seventh of the shorter side.
         stride: patches between two squares; 0 for half the window.
         fill: [3], normalised colour of the square; None for the mean of the image's outermost pixels, because a grey
@@ -311,11 +310,8 @@ def make_cell_maps(
     """Compute all maps of image files; unreadable files are left out and logged.
 
     Args:
-        model: the backbone; it is moved to `device` and put in eval mode.
-        paths: image files, at least one.
         image_size: S; more patches than in training show finer detail, by interpolated position embeddings.
         names: N texts to show; None for folder and file name.
-        device: of the network.
         with_occlusion: also compute occlusion, which is slow: about a hundred forward passes per image.
         per_image, foreground: see `pca_colours`.
     """

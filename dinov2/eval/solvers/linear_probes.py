@@ -66,10 +66,8 @@ def check_cells(features: np.ndarray, labels: np.ndarray) -> None:
     """Raise ValueError if features [N, D] are infinite or NaN, or labels int64 [N] are of one class only."""
     n_broken = int((~np.isfinite(features).all(axis=1)).sum())
     if n_broken:
-        raise ValueError(
-            f"features: {n_broken} of {len(features)} cells have infinite or NaN ones; extract again, with weights "
-            f"that did not diverge"
-        )
+        what = f"{n_broken} of {len(features)} cells have infinite or NaN ones"
+        raise ValueError(f"features: {what}; extract again, with weights that did not diverge")
     if len(np.unique(labels)) < 2:
         raise ValueError(
             f"labels: all {len(labels)} training cells are of one class (number {labels[0]}); a probe needs two or more"
@@ -84,18 +82,10 @@ def fit_logistic(
     device: str | torch.device = "cpu",
     backend: Backend = "torch",
 ) -> list[LinearProbe]:
-    """Fit one probe for each lambda, on features as they are, and warn about fits that did not converge.
+    """Fit one probe for each lambda, on features [N, D] as they are, and warn about fits that did not converge.
 
-    Args:
-        features: [N, D].
-        labels: int64 [N], 0 to C - 1; classes without a cell get probability 0.
-        n_classes: C.
-        lams: penalties, above 0.
-        device: where `torch` computes.
-        backend: `torch` (the optimum) or `sklearn` (its defaults, 1000 iterations at most).
-
-    Raises:
-        ValueError: for unusable cells (`check_cells`) or penalties.
+    Labels are int64 [N]; classes without a cell get probability 0. Backend `torch` finds the optimum on `device`;
+    `sklearn` has its defaults, and 1000 iterations at most.
     """
     check_cells(features, labels)
     if not min(lams) > 0:
