@@ -281,7 +281,7 @@ def describe_networks(networks: Sequence[Network], labels: np.ndarray, class_nam
     for network in networks:
         training, probabilities = network.training, network.probabilities
         metrics = classification_metrics(labels[network.test], probabilities.argmax(axis=1), class_names, probabilities)
-        row = {"fold": network.fold, "run": network.run, "best_epoch": training.best_epoch}
+        row: dict[str, Any] = {"fold": network.fold, "run": network.run, "best_epoch": training.best_epoch}
         row |= {"epochs": len(training.history), "val_loss": training.history[training.best_epoch].val_loss}
         rows.append(row | {name: metrics[name] for name in AVERAGED_METRICS})
     values = pd.DataFrame(rows)[list(AVERAGED_METRICS)].astype(float)
