@@ -43,7 +43,9 @@ def sheet(rows: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
     step = TILE_PX + GAP_PX
     canvas = Image.new("RGB", (TITLE_PX + len(names) * step, HEADER_PX + len(rows) * step), "white")
     for column, name in enumerate(names):
-        lines = "\n".join(map(_shortened, name.split("/", 1)))
+        half = LETTERS // 2 - 2
+        parts = name.split("/", 1)
+        lines = "\n".join(part if len(part) <= LETTERS else f"{part[:half]}...{part[-half:]}" for part in parts)
         canvas.paste(_text(lines, TILE_PX, HEADER_PX), (TITLE_PX + column * step, 0))
     for row, (title, images) in enumerate(rows.items()):
         top = HEADER_PX + row * step
@@ -60,12 +62,6 @@ def _text(text: str, width: int, height: int) -> Image.Image:
     image = Image.new("RGB", (width, height), "white")
     ImageDraw.Draw(image).text((0, 2), text, fill="black", font_size=12)
     return image
-
-
-def _shortened(name: str) -> str:
-    """Return a name without its middle letters if it is too long for a tile."""
-    half = LETTERS // 2 - 2
-    return name if len(name) <= LETTERS else f"{name[:half]}...{name[-half:]}"
 
 
 def sheets(maps: CellMaps) -> dict[str, np.ndarray]:

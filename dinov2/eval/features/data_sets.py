@@ -159,8 +159,7 @@ def _folds_within(
 def _drop_copies(comparisons: Sequence[Comparison], paths: Sequence[str]) -> tuple[list[Comparison], dict[str, int]]:
     """Drop training images with the bytes of a test image; return the comparisons and the counts."""
     kept, counts = without_copies(paths, [fold for comparison in comparisons for fold in comparison.folds])
-    remaining = iter(kept)
-    without = []
+    remaining, without = iter(kept), []
     for comparison in comparisons:
         folds = [next(remaining) for _ in comparison.folds]
         pairs = zip(comparison.folds, folds, strict=True)

@@ -13,10 +13,7 @@ N_CALIBRATION_BINS = 15
 
 
 def classification_metrics(
-    labels: np.ndarray,
-    predictions: np.ndarray,
-    class_names: Sequence[str],
-    probabilities: np.ndarray | None = None,
+    labels: np.ndarray, predictions: np.ndarray, class_names: Sequence[str], probabilities: np.ndarray | None = None
 ) -> dict[str, Any]:
     """Compare predictions [N] with labels [N], positions in `class_names`; probabilities are [N, C].
 
