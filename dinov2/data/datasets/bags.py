@@ -273,10 +273,8 @@ def _rows_of_folder(folder: Path) -> list[Row]:
     rows: list[Row] = [(file.stem, file.parent.name, file) for file in in_classes]
     rows += [(file.parent.name, file.parent.parent.name, file) for file in in_patients]
     if not flat and not rows:
-        raise ValueError(
-            f"bags: no .h5 file in {str(folder)!r} and the folders inside; expected <patient>.h5, "
-            f"<class>/<patient>.h5 or <class>/<patient>/*.h5"
-        )
+        expected = "<patient>.h5, <class>/<patient>.h5 or <class>/<patient>/*.h5"
+        raise ValueError(f"bags: no .h5 file in {str(folder)!r} and the folders inside; expected {expected}")
     bags = {f"{label}/{patient}" for patient, label, _ in rows}
     classes = {str(label) for _, label, _ in rows}
     if flat and rows:
@@ -304,10 +302,8 @@ def _read_file(path: Path) -> tuple[np.ndarray, list[str], dict[str, str]]:
             cells = file["paths"].asstr()[:].tolist() if "paths" in file else []
             attributes = {name: str(value) for name, value in file.attrs.items()}
     except (OSError, RuntimeError, KeyError) as error:  # h5py's, for other files, broken parts and absent names
-        raise ValueError(
-            f"bags: {str(path)!r} is not an HDF5 file or is damaged, or has no dataset `features` ({error}); extract "
-            f"it again"
-        ) from error
+        what = f"{str(path)!r} is not an HDF5 file or is damaged, or has no dataset `features` ({error})"
+        raise ValueError(f"bags: {what}; extract it again") from error
     if len(cells) != len(features):
         cells = [str(path)] if len(features) == 1 else [f"{path}:{row}" for row in range(len(features))]
     return features, cells, attributes
