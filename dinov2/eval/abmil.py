@@ -102,11 +102,7 @@ def evaluate(data: FoldedBags, options: AbmilOptions) -> tuple[BagPredictions, l
 
 
 def run(
-    data: FoldedBags,
-    options: AbmilOptions,
-    output_dir: Path,
-    settings: Mapping[str, Any],
-    hashes: Mapping[str, str],
+    data: FoldedBags, options: AbmilOptions, output_dir: Path, settings: Mapping[str, Any], hashes: Mapping[str, str]
 ) -> dict[str, Any]:
     """Evaluate, write all files of the protocol, and return the content of results.json.
 
@@ -349,20 +345,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         bags = bags.with_labels(read_patient_labels(args.labels)) if args.labels else bags
         report = run_trained(aggregator, bags, options, args.output_dir, settings_of(args), hashes)
     else:
-        report = run(_load_data(args), options, args.output_dir, settings_of(args), hashes)
+        bags, test = _load_bags(args, args.features, args.bags), None
+        if args.test_features or args.test_bags:
+            bags, test = bags.joined(_load_bags(args, args.test_features, args.test_bags))
+        bags = bags.with_labels(read_patient_labels(args.labels)) if args.labels else bags
+        if args.fold_files:
+            data = folds_from_files(bags, args.fold_files)
+        else:
+            data = draw_folds(bags, args.protocol, args.folds, args.seed, test)
+        report = run(data, options, args.output_dir, settings_of(args), hashes)
     print(format_report(report))
-
-
-def _load_data(args: argparse.Namespace) -> FoldedBags:
-    """Read the bags, their labels and their folds."""
-    bags, test = _load_bags(args, args.features, args.bags), None
-    if args.test_features or args.test_bags:
-        bags, test = bags.joined(_load_bags(args, args.test_features, args.test_bags))
-    if args.labels:
-        bags = bags.with_labels(read_patient_labels(args.labels))
-    if args.fold_files:
-        return folds_from_files(bags, args.fold_files)
-    return draw_folds(bags, args.protocol, args.folds, args.seed, test)
 
 
 def _load_bags(

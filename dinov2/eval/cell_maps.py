@@ -22,17 +22,17 @@ from PIL import Image, ImageDraw
 
 from dinov2.eval.extract_features import CELLS_HELP, add_embedder_arguments, embedder_from, positive_int
 from dinov2.eval.features.extract import Embedder
-from dinov2.eval.maps.cells import (
+from dinov2.eval.maps.patch_maps import (
     PALETTE,
     TITLES,
     CellMaps,
     backbone_of,
+    border_share,
     choose_images,
     colour_map,
     levels,
     make_cell_maps,
 )
-from dinov2.eval.maps.patch_maps import border_share
 from dinov2.eval.pages.page import Section, html, image_uri, render, write_page
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
@@ -52,7 +52,9 @@ def sheet(rows: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
     step = TILE_PX + GAP_PX
     canvas = Image.new("RGB", (TITLE_PX + len(names) * step, HEADER_PX + len(rows) * step), "white")
     for column, name in enumerate(names):
-        lines = "\n".join(map(_shortened, name.split("/", 1)))
+        half = LETTERS // 2 - 2
+        parts = name.split("/", 1)
+        lines = "\n".join(part if len(part) <= LETTERS else f"{part[:half]}...{part[-half:]}" for part in parts)
         canvas.paste(_text(lines, TILE_PX, HEADER_PX), (TITLE_PX + column * step, 0))
     for row, (title, images) in enumerate(rows.items()):
         top = HEADER_PX + row * step
@@ -69,12 +71,6 @@ def _text(text: str, width: int, height: int) -> Image.Image:
     image = Image.new("RGB", (width, height), "white")
     ImageDraw.Draw(image).text((0, 2), text, fill="black", font_size=12)
     return image
-
-
-def _shortened(name: str) -> str:
-    """Return a name without its middle letters if it is too long for a tile."""
-    half = LETTERS // 2 - 2
-    return name if len(name) <= LETTERS else f"{name[:half]}...{name[-half:]}"
 
 
 def sheets(maps: CellMaps) -> dict[str, np.ndarray]:

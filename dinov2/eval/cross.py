@@ -117,7 +117,10 @@ def evaluate_comparison(data: CrossData, comparison: Comparison, options: CrossO
         with `intervals` (95 %, by patient where known), `per_class` (of the tested classes), and `reason`: why there
         are no metrics (fewer than two classes to test, too few cells), or None.
     """
-    folds = _testable_folds(data.labels, comparison.folds)
+    # without test cells of classes that the training side lacks, and folds that then test nothing
+    labels = data.labels
+    testable = [(train, test[np.isin(labels[test], labels[train])]) for train, test in comparison.folds]
+    folds = [(train, test) for train, test in testable if len(test) and len(np.unique(labels[train])) > 1]
     none = np.empty(0, dtype=np.int64)
     trained, tested = (np.unique(np.concatenate([none, *(fold[side] for fold in folds)])) for side in (0, 1))
     classes = list(data.per_class(tested))
@@ -138,8 +141,8 @@ def evaluate_comparison(data: CrossData, comparison: Comparison, options: CrossO
     if reason:
         return {**entry, **dict.fromkeys(TABLE_METRICS), "intervals": {}, "per_class": {}, "reason": reason}
 
-    known = np.unique(data.labels[trained])  # lambda and votes count these classes, not those of all data sets
-    labels = np.searchsorted(known, data.labels)
+    known = np.unique(labels[trained])  # lambda and votes count these classes, not those of all data sets
+    labels = np.searchsorted(known, labels)
     predictions = np.full(len(labels), -1, dtype=np.int64)
     for train, test in folds:
         predictions[test] = options.predict(data.features[train], labels[train], data.features[test], len(known))
@@ -155,17 +158,11 @@ def evaluate_comparison(data: CrossData, comparison: Comparison, options: CrossO
     }
 
 
-def _testable_folds(labels: np.ndarray, folds: Sequence[Fold]) -> list[Fold]:
-    """Drop test cells of classes that their training side lacks, and folds that then test nothing."""
-    testable = [(train, test[np.isin(labels[test], labels[train])]) for train, test in folds]
-    return [(train, test) for train, test in testable if len(test) and len(np.unique(labels[train])) > 1]
-
-
 # --- batch effect ---------------------------------------------------------------------------------------------------
 
 
 def batch_effect(data: CrossData, options: CrossOptions) -> dict[str, Any]:
-    """Measure how well features tell the data sets apart; the module docstring says which number to look at.
+    """Measure how well features tell the data sets apart.
 
     A data set takes part (over all cells, or in a class) if it has at least as many cells there as there are folds, and
     some fold both trains on it and tests it, which needs two patients where patients are known.
@@ -369,17 +366,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     common = read_classes_map(args.classes_map, labels_of) if args.classes_map else {}
     data, copies = prepare(args.names, list(sets.values()), common, args.folds, args.seed)
     first = sets[args.names[0]]
-    hashes = {f"features:{name}": file_sha256(file) for name, file in files.items()}
-    if args.classes_map:
-        hashes["classes_map"] = file_sha256(args.classes_map)
+    inputs = {f"features:{name}": file for name, file in files.items()} | {"classes_map": args.classes_map}
+    hashes = {name: file_sha256(file) for name, file in inputs.items() if file is not None}
     settings = settings_of(args) | {"features": [str(file) for file in args.features]}
-    counts = {name: count_cells(data, name, features) for name, features in sets.items()}
     report = {
         "protocol": "cross",
         "results": evaluate(data, options),
         "kind": first.kind,
         "class_names": data.class_names,
-        "counts": {"data_sets": counts, **copies},
+        "counts": {"data_sets": {name: count_cells(data, name, sets[name]) for name in sets}, **copies},
         **provenance(first.attributes, settings, hashes),
     }
     _write_files(args.output_dir, report, options)

@@ -164,19 +164,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(rank=launch.rank if launch else 0)
     try:
         if launch is not None:
-            _join_group(args, launch)
+            n_cores = max(1, available_cores() // launch.local_world_size)
+            if args.num_workers > n_cores:
+                logger.info("--num-workers %d becomes %d, the number of cores per process", args.num_workers, n_cores)
+                args.num_workers = n_cores
+            distributed.enable(launch, torch.device(device_of(args, launch)), TIMEOUT_SECONDS)
         _extract(args, launch)
     finally:
         distributed.disable()
-
-
-def _join_group(args: argparse.Namespace, launch: Launch) -> None:
-    """Join the group of processes and divide the cores between them."""
-    n_cores = max(1, available_cores() // launch.local_world_size)
-    if args.num_workers > n_cores:
-        logger.info("--num-workers %d becomes %d, the number of cores per process", args.num_workers, n_cores)
-        args.num_workers = n_cores
-    distributed.enable(launch, torch.device(device_of(args, launch)), TIMEOUT_SECONDS)
 
 
 def _extract(args: argparse.Namespace, launch: Launch | None) -> None:

@@ -142,17 +142,11 @@ def nearest_neighbours(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find the k nearest training cells of each test cell, nearest first, with about 200 MiB beside the inputs.
 
-    Args:
-        train_features: [N, D]; distances are computed on its device, in float64 with the mean of these features at 0.
-        test_features: [M, D].
-        k: number of neighbours.
-        is_cosine: scale features to length 1 first.
+    Distances are computed on the device of the training features [N, D], in float64 with their mean at 0.
+    `is_cosine` scales features to length 1 first.
 
     Returns:
         positions int64 [M, k] in the training set, and squared distances float64 [M, k].
-
-    Raises:
-        ValueError: if k is not between 1 and N, or distances are not finite.
     """
     train = torch.as_tensor(train_features)
     test = torch.as_tensor(test_features, device=train.device)
@@ -175,10 +169,8 @@ def nearest_neighbours(
             others = _coordinates(train_chunk, centre, is_cosine)  # [n, D]
             to_others = torch.addmm(others.square().sum(dim=1), cells, others.T, alpha=-2).add_(squares)  # [m, n]
             new_positions = torch.arange(start, start + len(others), device=train.device).expand(len(cells), -1)
-            distances, positions = (
-                torch.cat([distances, to_others], dim=1),
-                torch.cat([positions, new_positions], dim=1),
-            )
+            distances = torch.cat([distances, to_others], dim=1)
+            positions = torch.cat([positions, new_positions], dim=1)
             columns = _nearest_columns(distances, squares, min(k, distances.shape[1]))
             distances, positions = distances.gather(1, columns), positions.gather(1, columns)  # [m, k]
         found_positions.append(positions.cpu())

@@ -3,7 +3,7 @@
 Protocol `dinobloom`: multinomial logistic regression, features as they are, lambda = 100 / (D C); nothing is tuned.
 Published numbers are from scikit-learn's defaults, which stop before the optimum; `--backend sklearn` does the same.
 Protocol `sweep`: the same with the lambda of `LAMBDAS` that has the lowest log loss over validation folds.
-Protocol `sgd`: DINOv2's. Softmax layers for many learning rates and kinds of features (`solvers/sgd_probes.py`); the
+Protocol `sgd`: DINOv2's. Softmax layers for many learning rates and kinds of features (`solvers/linear_probes.py`); the
 one with the highest accuracy on the first validation fold is trained again on the whole training side.
 
 Validation folds are stratified folds of the training side that keep patients whole: test cells choose nothing. With a
@@ -33,8 +33,14 @@ from dinov2.eval.features import DEFAULT_KIND
 from dinov2.eval.metrics import log_losses
 from dinov2.eval.protocol import N_FOLDS, EvaluationData, Predictions, Protocol
 from dinov2.eval.results import FoldPredictions
-from dinov2.eval.solvers.logistic import Backend, LinearProbe, fit_logistic
-from dinov2.eval.solvers.sgd_probes import SGD_ITERATIONS, choose_sgd_probe, fit_sgd_probes
+from dinov2.eval.solvers.linear_probes import (
+    SGD_ITERATIONS,
+    Backend,
+    LinearProbe,
+    choose_sgd_probe,
+    fit_logistic,
+    fit_sgd_probes,
+)
 from dinov2.utils.command import exit_code
 
 logger = logging.getLogger("dinov2")

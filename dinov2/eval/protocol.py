@@ -214,14 +214,8 @@ def check_evaluation_arguments(
 def load_evaluation_set(args: argparse.Namespace, with_all_kinds: bool = False) -> EvaluationSet:
     """Read or extract the features that the flags name, and split their cells.
 
-    Mistakes in lists and splits are reported before images are embedded.
-
-    Args:
-        args: after `check_evaluation_arguments`.
-        with_all_kinds: load all kinds of features, unless `args.kind` names one.
-
-    Raises:
-        FileNotFoundError, ValueError: for unusable lists, features, splits and copies.
+    Mistakes in lists and splits are reported before images are embedded. `with_all_kinds` loads all kinds of features,
+    unless `args.kind` names one.
     """
     embedder = None
     if has_embedder(args):

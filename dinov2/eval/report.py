@@ -24,7 +24,7 @@ from dinov2.eval.compare import predictions_belong
 from dinov2.eval.extract_features import positive_int
 from dinov2.eval.features import read_features
 from dinov2.eval.features.extract import Embedder
-from dinov2.eval.maps.cells import choose_images
+from dinov2.eval.maps.patch_maps import choose_images
 from dinov2.eval.pages import results as result_pages
 from dinov2.eval.pages import runs as run_pages
 from dinov2.eval.pages.explorer import explorer_section

@@ -342,14 +342,14 @@ def _rows_of(report: Mapping[str, Any], folder: Path) -> Iterator[Row]:
             case ["all", method, source]:
                 part, _, k = method.partition("_")
                 title = "abmil classwise" if method == "abmil" else method
-                yield Row(title, source, metrics, _predictions_file(folder / part, source, f"knn_{k}" if k else ""))
+                yield Row(title, source, metrics, predictions_file(folder / part, source, f"knn_{k}" if k else ""))
             case ["knn", source, row]:
-                yield Row(f"{name}_{row.rpartition('_')[2]}", source, metrics, _predictions_file(folder, source, row))
+                yield Row(f"{name}_{row.rpartition('_')[2]}", source, metrics, predictions_file(folder, source, row))
             case ["linear", source, _]:
-                yield Row(name, source, metrics, _predictions_file(folder, source))
+                yield Row(name, source, metrics, predictions_file(folder, source))
             case ["abmil" | "abmil, applied", model, "together"]:
                 method = f"abmil {model}" + ("" if protocol == "abmil" else " applied")
-                yield Row(method, MODEL, metrics, _predictions_file(folder, MODEL))
+                yield Row(method, MODEL, metrics, predictions_file(folder, MODEL))
             case ["abmil" | "abmil, applied" | "cross", *_]:
                 continue
             case _:
@@ -365,6 +365,7 @@ def _metrics_below(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tup
         yield from _metrics_below(inner, (*path, key))
 
 
-def _predictions_file(folder: Path, source: str, row: str = "") -> Path:
-    words = ["predictions", *([] if source == MODEL else [source]), *([row] if row else [])]
-    return folder / f"{'_'.join(words)}.csv"
+def predictions_file(folder: Path, source: str, row: str = "") -> Path:
+    """Return the file with the predictions of a source of features, and of a row if a protocol has several."""
+    words = ["predictions", "" if source == MODEL else source, row]
+    return folder / f"{'_'.join(filter(None, words))}.csv"

@@ -24,7 +24,14 @@ from dinov2.eval.protocol import (
     check_evaluation_arguments,
     load_evaluation_set,
 )
-from dinov2.eval.results import provenance, settings_of, summarize, write_predictions, write_report
+from dinov2.eval.results import (
+    predictions_file,
+    provenance,
+    settings_of,
+    summarize,
+    write_predictions,
+    write_report,
+)
 from dinov2.logging import setup_logging
 from dinov2.utils.files import file_sha256
 
@@ -60,11 +67,7 @@ def run_command(
 ) -> None:
     """Run the command of a protocol: read the flags, evaluate, write the results and print tables.
 
-    Args:
-        description: of the command, for --help.
-        protocol_of: return the protocol with the options of the flags.
-        add_arguments: add the protocol's own flags.
-        argv: flags; None for those of the command line.
+    `protocol_of` returns the protocol with the options of the flags; `add_arguments` adds the protocol's own flags.
     """
     setup_logging()
     args = parse_arguments(description, protocol_of, add_arguments, argv)
@@ -101,8 +104,7 @@ def run(
     files = {}
     for source, rows in predicted.items():
         for row, predictions in rows.items():
-            parts = ["predictions", "" if source == "model" else source, row if protocol.has_many_rows else ""]
-            file = output_dir / f"{'_'.join(filter(None, parts))}.csv"
+            file = predictions_file(output_dir, source, row if protocol.has_many_rows else "")
             write_predictions(file, cells.paths, cells.labels, predictions, cells.class_names, cells.patients)
             files[file.name] = file_sha256(file)
     last, predictions = list(predicted["model"].items())[-1]

@@ -13,7 +13,7 @@ from PIL import Image
 from dinov2.data.sample_cells import write_sample_cells
 from dinov2.eval.cell_maps import cells_section, main, maps_section, sheet
 from dinov2.eval.features.extract import Embedder
-from dinov2.eval.maps.cells import TITLES, CellMaps, colour_map, make_cell_maps
+from dinov2.eval.maps.patch_maps import TITLES, CellMaps, colour_map, make_cell_maps
 from dinov2.eval.pages.page import page_html
 from dinov2.models import architecture, build_backbone
 

@@ -117,10 +117,8 @@ def draw_folds(
         if n_folds < 3:
             raise ValueError(f"--folds {n_folds}: protocol crossval needs parts to test, to stop by and to train")
         parts = make_folds(labels, patients, n_folds, seed)
-        following = [part for _, part in parts[1:] + parts[:1]]
-        folds = [
-            BagFold(np.setdiff1d(rest, val), val, tested) for (rest, tested), val in zip(parts, following, strict=True)
-        ]
+        pairs = zip(parts, parts[1:] + parts[:1], strict=True)
+        folds = [BagFold(np.setdiff1d(rest, val), val, tested) for (rest, tested), (_, val) in pairs]
     else:
         if test is None:
             test = make_folds(labels, patients, n_folds + 1, seed)[0][1]

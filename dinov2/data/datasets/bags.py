@@ -37,35 +37,23 @@ N_EXAMPLES = 5
 
 @dataclass(frozen=True, eq=False)
 class PatientBags:
-    """P patients with the features of their cells.
+    """P patients with the features of their cells."""
 
-    Attributes:
-        patients: P different ids, sorted.
-        features: P arrays, float32 [N, D] with the same D; every N is at least 1 and every number finite.
-        cells: P lists of N texts, where each cell is from: its image where that is known, else file and row.
-        labels: int64 [P], positions in `class_names`, or None where the source has no labels.
-        class_names: C names; empty without labels.
-        attributes: what is known of the network that made the features: `checkpoint_sha256`, `transform`, ...
-    """
-
-    patients: list[str]
-    features: list[np.ndarray]
-    cells: list[list[str]]
-    labels: np.ndarray | None = None
-    class_names: list[str] = field(default_factory=list)
-    attributes: dict[str, str] = field(default_factory=dict)
+    patients: list[str]  # different ids, sorted
+    features: list[np.ndarray]  # P times float32 [N, D] with the same D; every N is at least 1, every number finite
+    cells: list[list[str]]  # P times N texts, where each cell is from: its image where that is known, else file and row
+    labels: np.ndarray | None = None  # int64 [P], positions in `class_names`
+    class_names: list[str] = field(default_factory=list)  # empty without labels
+    attributes: dict[str, str] = field(default_factory=dict)  # of the network: `checkpoint_sha256`, `transform`, ...
 
     def __post_init__(self) -> None:
         if not self.patients:
             raise ValueError("bags: there is no patient; give at least one bag of cells")
         for patient, cells in zip(self.patients, self.features, strict=True):
             if cells.ndim != 2 or not len(cells):
-                raise ValueError(
-                    f"bags: patient {patient!r} has features of shape {list(cells.shape)}; expected [cells, dim], not "
-                    f"a bag without cells: drop the patient or extract again"
-                )
-            n_bad = int((~np.isfinite(cells).all(axis=1)).sum())
-            if n_bad:
+                what = f"patient {patient!r} has features of shape {list(cells.shape)}; expected [cells, dim]"
+                raise ValueError(f"bags: {what}, not a bag without cells: drop the patient or extract again")
+            if n_bad := int((~np.isfinite(cells).all(axis=1)).sum()):
                 what = f"{n_bad} of the {len(cells)} cells of patient {patient!r} have infinite or NaN features"
                 raise ValueError(f"bags: {what}; extract again, or drop these cells")
         _check_dims(self.patients, self.features)
@@ -117,7 +105,7 @@ class PatientBags:
                 "bags: the features name no patients; extract them from a CSV with the columns "
                 "`Image Path,Label,patient`, where Label is the patient's class"
             )
-        rows = pd.Series(range(len(patients))).groupby(list(patients)).indices  # {patient: rows}
+        rows = rows_by_patient(patients)
         bags = cls(
             patients=sorted(rows),
             features=[np.asarray(features[rows[name]], dtype=np.float32) for name in sorted(rows)],
@@ -184,12 +172,9 @@ class PatientBags:
             what = f"{len(both)} patients are in the training and in the test set ({list_names(both)})"
             raise ValueError(f"bags: {what}; remove them from one, or rename them if they are different people")
         check_same_attributes(self.attributes, other.attributes, "the training set", "the test set")
-        patients, features, cells = (
-            self.patients + other.patients,
-            self.features + other.features,
-            self.cells + other.cells,
-        )
-        bags = PatientBags(patients, features, cells, attributes=self.attributes).select(np.arange(len(patients)))
+        patients, features = self.patients + other.patients, self.features + other.features
+        bags = PatientBags(patients, features, self.cells + other.cells, attributes=self.attributes)
+        bags = bags.select(np.arange(len(bags)))
         labels = self.label_of() | other.label_of()
         bags = bags.with_labels(labels) if labels else bags
         return bags, bags.positions(other.patients, "test set")
@@ -238,6 +223,11 @@ def check_same_attributes(a: Mapping[str, str], b: Mapping[str, str], name_a: st
             )
 
 
+def rows_by_patient(patients: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return {patient: positions of their cells}."""
+    return pd.Series(range(len(patients))).groupby(list(patients)).indices
+
+
 def read_patient_labels(file: PathLike) -> dict[str, str]:
     """Read {patient: class} from a table with the columns `patient,label`."""
     rows = read_table(Path(file), "labels", ("patient", "label"), other_names=OTHER_NAMES)
@@ -283,10 +273,8 @@ def _rows_of_folder(folder: Path) -> list[Row]:
     rows: list[Row] = [(file.stem, file.parent.name, file) for file in in_classes]
     rows += [(file.parent.name, file.parent.parent.name, file) for file in in_patients]
     if not flat and not rows:
-        raise ValueError(
-            f"bags: no .h5 file in {str(folder)!r} and the folders inside; expected <patient>.h5, "
-            f"<class>/<patient>.h5 or <class>/<patient>/*.h5"
-        )
+        expected = "<patient>.h5, <class>/<patient>.h5 or <class>/<patient>/*.h5"
+        raise ValueError(f"bags: no .h5 file in {str(folder)!r} and the folders inside; expected {expected}")
     bags = {f"{label}/{patient}" for patient, label, _ in rows}
     classes = {str(label) for _, label, _ in rows}
     if flat and rows:
@@ -314,10 +302,8 @@ def _read_file(path: Path) -> tuple[np.ndarray, list[str], dict[str, str]]:
             cells = file["paths"].asstr()[:].tolist() if "paths" in file else []
             attributes = {name: str(value) for name, value in file.attrs.items()}
     except (OSError, RuntimeError, KeyError) as error:  # h5py's, for other files, broken parts and absent names
-        raise ValueError(
-            f"bags: {str(path)!r} is not an HDF5 file or is damaged, or has no dataset `features` ({error}); extract "
-            f"it again"
-        ) from error
+        what = f"{str(path)!r} is not an HDF5 file or is damaged, or has no dataset `features` ({error})"
+        raise ValueError(f"bags: {what}; extract it again") from error
     if len(cells) != len(features):
         cells = [str(path)] if len(features) == 1 else [f"{path}:{row}" for row in range(len(features))]
     return features, cells, attributes

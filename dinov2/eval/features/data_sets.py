@@ -63,42 +63,27 @@ def read_classes_map(file: Path, labels_of: Mapping[str, Sequence[str]]) -> dict
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Which data set is trained on (or `ALL_OTHERS`) and which is tested, and the folds: training and test positions.
-
-    `n_copies` training images were dropped because a test image has the same bytes; `reason` says why there are no
-    folds.
-    """
+    """Which data set is trained on (or `ALL_OTHERS`) and which is tested; folds of training and test positions."""
 
     train: str
     test: str
     folds: list[Fold]
-    n_copies: int = 0
-    reason: str = ""
+    n_copies: int = 0  # training images that were dropped because a test image has the same bytes
+    reason: str = ""  # why there are no folds
 
 
 @dataclass(frozen=True, eq=False)
 class CrossData:
-    """Cells of S data sets, one set after the other, and the comparisons to make.
-
-    Attributes:
-        names: S names.
-        features: [N, D].
-        sets: int64 [N], positions in `names`.
-        labels: int64 [N], positions in `class_names`.
-        class_names: C names that all sets use.
-        patients: N ids, none in two sets; a cell whose patient is unknown has an id of its own.
-        comparisons: every pair of data sets, then all others against each.
-        batch: folds of all cells, stratified by data set and class together.
-    """
+    """Cells of S data sets, one set after the other, and the comparisons to make."""
 
     names: list[str]
-    features: np.ndarray
-    sets: np.ndarray
-    labels: np.ndarray
-    class_names: list[str]
-    patients: list[str]
-    comparisons: list[Comparison] = field(default_factory=list)
-    batch: Comparison = field(default_factory=lambda: Comparison("", "", []))
+    features: np.ndarray  # [N, D]
+    sets: np.ndarray  # int64 [N], positions in `names`
+    labels: np.ndarray  # int64 [N], positions in `class_names`
+    class_names: list[str]  # that all sets use
+    patients: list[str]  # of each cell, none in two sets; a cell whose patient is unknown has an id of its own
+    comparisons: list[Comparison] = field(default_factory=list)  # every pair, then all others against each
+    batch: Comparison = field(default_factory=lambda: Comparison("", "", []))  # stratified by data set and class
 
     def positions(self, name: str) -> np.ndarray:
         """Return the positions of a data set's cells, ascending."""
@@ -174,8 +159,7 @@ def _folds_within(
 def _drop_copies(comparisons: Sequence[Comparison], paths: Sequence[str]) -> tuple[list[Comparison], dict[str, int]]:
     """Drop training images with the bytes of a test image; return the comparisons and the counts."""
     kept, counts = without_copies(paths, [fold for comparison in comparisons for fold in comparison.folds])
-    remaining = iter(kept)
-    without = []
+    remaining, without = iter(kept), []
     for comparison in comparisons:
         folds = [next(remaining) for _ in comparison.folds]
         pairs = zip(comparison.folds, folds, strict=True)

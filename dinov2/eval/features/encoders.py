@@ -99,11 +99,7 @@ class Encoder(ABC):
 
     @abstractmethod
     def embed(self, images: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
-        """Compute these kinds of features of a batch of prepared images, in one forward.
-
-        Returns:
-            {kind: float32 [B, D of the kind]}; `patches` is float16 [B, h, w, D].
-        """
+        """Return {kind: float32 [B, D of the kind]} of prepared images; `patches` is float16 [B, h, w, D]."""
 
 
 class DinoEncoder(Encoder):

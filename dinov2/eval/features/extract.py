@@ -7,8 +7,7 @@ Dimension key:  B images in a batch, N images, D embedding dim, S image side in 
 
 import logging
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov2.data.datasets.bags import SUFFIX, one_label_each
+from dinov2.data.datasets.bags import SUFFIX, one_label_each, rows_by_patient
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, on_main_process
 from dinov2.eval.features.encoders import DinoEncoder, Encoder, Kind
@@ -60,12 +59,9 @@ def embed_images(
     kind: str = DEFAULT_KIND,
     fp32_matmul: Fp32Matmul = "fast",
 ) -> Tensor:
-    """Return the features of one batch, float32 [B, D], on the model's device.
+    """Return the features of one batch, float32 [B, D], on the model's device; the model is in eval mode.
 
-    Args:
-        model: in eval mode.
-        images: stacked outputs of the encoder's preparation, on the model's device: uint8 [B, 3, S, S] for backbones.
-        precision, kind, fp32_matmul: as in `ExtractOptions`.
+    `images` are stacked outputs of the encoder's preparation, on the same device: uint8 [B, 3, S, S] for backbones.
     """
     options = ExtractOptions(kinds=[kind], precision=precision, fp32_matmul=fp32_matmul)
     encoder = _as_encoder(model, images.shape[-1])
@@ -80,14 +76,8 @@ def extract(
 ) -> Extraction:
     """Extract the features of image files in their order; unreadable ones are left out, counted and logged.
 
-    Args:
-        model: a backbone, or an encoder; it is moved to the device.
-        paths: N image files.
-        image_size: S, for a backbone; an encoder has its own.
-        options: fields of `ExtractOptions`: kinds, precision, device, batch_size, num_workers, ...
-
-    Raises:
-        ValueError: if no image is readable, features are infinite or NaN, or the model lacks a kind.
+    The model is moved to the device. `image_size` is that of a backbone; an encoder has its own. `options` are fields
+    of `ExtractOptions`: kinds, precision, device, batch_size, num_workers, ...
     """
     return _extract(_as_encoder(model, image_size), paths, ExtractOptions(**options))
 
@@ -105,19 +95,12 @@ def _extract(encoder: Encoder, paths: Sequence[Path], options: ExtractOptions) -
 class Embedder(ExtractOptions):
     """An encoder and the options of an extraction; extracts labelled cells into files.
 
-    Attributes:
-        checkpoint: as for `load_backbone`: a file, a folder, a name or a URL; None for an encoder by name.
-        image_size: S; 0: that of the training run if the file states it, else 224; or the named encoder's own.
-        encoder_name, encoder_weights: as for `build_encoder`, in place of a checkpoint.
-
-    Raises:
-        ValueError: unless either checkpoint or encoder_name is given; for kinds that are unknown, repeated or begin
-            with patch grids.
+    Give either a checkpoint or the name of an encoder; the first of the kinds must be a vector.
     """
 
-    checkpoint: PathLike | None = None
-    image_size: int = 0
-    encoder_name: str = ""
+    checkpoint: PathLike | None = None  # as for `load_backbone`
+    image_size: int = 0  # S; 0: that of the training run if the file states it, else 224; or the named encoder's own
+    encoder_name: str = ""  # as for `build_encoder`
     encoder_weights: str = ""
 
     def __post_init__(self) -> None:
@@ -277,10 +260,6 @@ def extract_patient_files(embedder: Embedder, cells: LabelledCells, folder: Path
 
     Each is a complete features file (`store`) with the cells of one patient. Files that hold these features are kept.
     Several processes share the work, and a killed extraction continues, as in `Embedder.features_of`.
-
-    Raises:
-        ValueError: for patch grids; if there are no patients, or one has two classes, no file name or no readable
-            image; or if the folder has other .h5 files, or these with other content and `overwrite` is False.
     """
     if PATCHES in embedder.kinds:
         raise ValueError("--layout genbloom: it has no place for patch grids; drop patches from --kinds")
@@ -289,11 +268,18 @@ def extract_patient_files(embedder: Embedder, cells: LabelledCells, folder: Path
         patient: replace(
             cells, paths=[cells.paths[i] for i in rows], labels=cells.labels[rows], patients=[patient] * len(rows)
         )
-        for patient, rows in _rows_by_patient(cells.patients).items()
+        for patient, rows in rows_by_patient(cells.patients or ()).items()
     }
 
     def is_complete() -> bool:
-        _refuse_other_files(folder, files.values())
+        patterns = (f"*{SUFFIX}", f"[!.]*/*{SUFFIX}", f"[!.]*/*/*{SUFFIX}")
+        others = sorted({path for pattern in patterns for path in folder.glob(pattern)} - set(files.values()))
+        if others:
+            raise ValueError(
+                f"--layout genbloom: {len(others)} files in {str(folder)!r} are of no patient in --data, for instance "
+                f"{', '.join(map(str, others[:N_EXAMPLES]))}; they would be taken for patients: give another "
+                f"--output-dir"
+            )
         are_stored = [not overwrite and embedder.is_stored(file, patients[name]) for name, file in files.items()]
         return all(are_stored)  # of a list: each file is checked
 
@@ -303,13 +289,6 @@ def extract_patient_files(embedder: Embedder, cells: LabelledCells, folder: Path
         parts = embedder.make_parts(folder / PARTS_FOLDER, cells.paths)
         on_main_process(lambda: _write_patients(embedder.collect(cells, parts), patients, files, parts))
     return len(files)
-
-
-def _rows_by_patient(patients: Sequence[str] | None) -> dict[str, list[int]]:
-    rows: dict[str, list[int]] = defaultdict(list)
-    for row, patient in enumerate(patients or ()):
-        rows[patient].append(row)
-    return rows
 
 
 def _patient_files(cells: LabelledCells, folder: Path) -> dict[str, Path]:
@@ -330,21 +309,10 @@ def _patient_files(cells: LabelledCells, folder: Path) -> dict[str, Path]:
     return {patient: folder / label / f"{patient}{SUFFIX}" for patient, label in labels.items()}
 
 
-def _refuse_other_files(folder: Path, files: Iterable[Path]) -> None:
-    """Raise ValueError if the folder has feature files of no patient, which would be read as patients."""
-    patterns = (f"*{SUFFIX}", f"[!.]*/*{SUFFIX}", f"[!.]*/*/*{SUFFIX}")
-    other = sorted({str(path) for pattern in patterns for path in folder.glob(pattern)}.difference(map(str, files)))
-    if other:
-        raise ValueError(
-            f"--layout genbloom: {len(other)} files in {str(folder)!r} are of no patient in --data, for instance "
-            f"{', '.join(other[:N_EXAMPLES])}; they would be taken for patients: give another --output-dir"
-        )
-
-
 def _write_patients(
     features: Features, patients: Mapping[str, LabelledCells], files: Mapping[str, Path], parts: Parts
 ) -> None:
-    rows = _rows_by_patient(features.patients)
+    rows = rows_by_patient(features.patients or ())
     if without := [patient for patient in files if patient not in rows]:
         raise ValueError(
             f"--layout genbloom: {len(without)} patients have no readable image "
@@ -354,6 +322,6 @@ def _write_patients(
     for patient, file in files.items():
         paths = {os.path.abspath(path) for path in patients[patient].paths}
         unreadable = [path for path in features.unreadable if path in paths]
-        write_features(file, replace(features.select(np.array(rows[patient])), unreadable=unreadable))
+        write_features(file, replace(features.select(rows[patient]), unreadable=unreadable))
     parts.remove()
     logger.info("wrote features of %d cells of %d patients to %s", len(features), len(files), parts.folder.parent)

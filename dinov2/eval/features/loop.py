@@ -64,10 +64,8 @@ class ExtractOptions:
 
     def __post_init__(self) -> None:
         for name, known in (("precision", Precision), ("fp32_matmul", Fp32Matmul)):
-            if getattr(self, name) not in get_args(known):
-                raise ValueError(
-                    f"{name}: {getattr(self, name)!r} is unknown; choose one of {', '.join(get_args(known))}"
-                )
+            if (value := getattr(self, name)) not in get_args(known):
+                raise ValueError(f"{name}: {value!r} is unknown; choose one of {', '.join(get_args(known))}")
 
     @contextmanager
     def arithmetic(self, device: torch.device) -> Iterator[None]:
@@ -186,11 +184,9 @@ def embed_in_pieces(encoder: Encoder, images: Tensor, kinds: Sequence[str]) -> l
 
 def _to_numpy(outputs: Sequence[Tensor]) -> np.ndarray:
     features = torch.cat(list(outputs)).cpu()
-    n_bad = int((~features.isfinite().flatten(1).all(dim=1)).sum())
-    if n_bad:
-        raise ValueError(
-            f"features: {n_bad} of {len(features)} are infinite or NaN; the weights are broken (did the run diverge?)"
-        )
+    if n_bad := int((~features.isfinite().flatten(1).all(dim=1)).sum()):
+        what = f"{n_bad} of {len(features)} are infinite or NaN"
+        raise ValueError(f"features: {what}; the weights are broken (did the run diverge?)")
     return features.numpy()
 
 
@@ -227,11 +223,8 @@ def prefetch(items: Iterable[T], n: int) -> Generator[T, None, None]:
 class Parts:
     """Finished parts of one extraction on disk: a killed extraction continues from them.
 
-    A part is a file that is complete or absent. Its name is a hash of everything that its content depends on (network,
-    transform, precision, kinds; path, size and time of each image), so a part of another extraction is never used. The
-    number of processes does not matter; all of them create this object together, for the same folder.
-
-    `identity` is what the features of an image depend on, and `ranges` are the positions of the images of each part.
+    A part is a file that is complete or absent. Its name is a hash of everything that its content depends on: the
+    `identity` of the network, and path, size and time of each image. All processes create this object together.
     """
 
     def __init__(

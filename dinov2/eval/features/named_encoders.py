@@ -83,9 +83,7 @@ BASELINES = {"histogram": colour_histogram, "pixels": raw_pixels}
 class TimmEncoder(Encoder):
     """A network of the timm library, with timm's size, interpolation, crop, mean and std for it.
 
-    Args:
-        name: timm's, with a tag or without: `vit_base_patch14_dinov2.lvd142m`, `hf-hub:owner/name`, ...
-        image_size, weights: as for `build_encoder`.
+    The name is timm's, with a tag or without: `vit_base_patch14_dinov2.lvd142m`, `hf-hub:owner/name`, ...
     """
 
     def __init__(self, name: str, image_size: int = 0, weights: str = "") -> None:
@@ -164,8 +162,7 @@ class TorchvisionEncoder(Encoder):
             _check_size(self)
 
     def embed(self, images: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
-        features = self.network(images).float()  # [B, D]
-        return dict.fromkeys(kinds, features)
+        return dict.fromkeys(kinds, self.network(images).float())  # [B, D]
 
 
 class BaselineEncoder(Encoder):
@@ -205,9 +202,6 @@ def build_encoder(name: str, image_size: int = 0, weights: str = "") -> Encoder:
         weights: a file with a state dict, "untrained", or "" for the library's pretrained weights.
 
     Raises:
-        ValueError: without timm, for an unknown model, an unsuitable size, weights of another network, or a size or
-            weights with a baseline.
-        FileNotFoundError: if the file does not exist.
         ConnectionError: if the pretrained weights are neither in the library's cache nor can be downloaded.
     """
     encoder_name(name)
@@ -342,10 +336,8 @@ def _load(network: nn.Module, state: Mapping[str, Tensor], file: Path, heads: It
 
 def _unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the state dict inside a file's content."""
-    while inner := next(
-        (content[key] for key in ("state_dict", "model") if isinstance(content.get(key), Mapping)), None
-    ):
-        content = inner
+    while inner := [content[key] for key in ("state_dict", "model") if isinstance(content.get(key), Mapping)]:
+        content = inner[0]
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
 

@@ -86,12 +86,8 @@ def write_features(path: PathLike, features: Features, patch_grids: Iterable[np.
     """Write a features file, which appears at `path` when it is complete.
 
     Its datasets are `features`, `features_<kind>` for each other kind, `labels`, `class_names`, `paths`, `patients` (if
-    there are any), `unreadable` and perhaps `patch_grid`; its attributes are those of `features`, and `kind`.
-
-    Args:
-        path: of the file; its folder is made if missing.
-        features: N cells.
-        patch_grids: float16 [n, h, w, D] of consecutive cells; together they have N, and may be larger than memory.
+    there are any), `unreadable` and perhaps `patch_grid`; its attributes are those of `features`, and `kind`. Patch
+    grids are float16 [n, h, w, D] of consecutive cells; together they have N, and may be larger than memory.
     """
     with atomic_write(path, "w+b") as stream, h5py.File(stream, "w") as file:
         file["features"] = features.features.astype(np.float32, copy=False)
@@ -171,9 +167,8 @@ def _opened(path: PathLike) -> Iterator[h5py.File]:
         with h5py.File(local, "r") as file:
             yield file
     except (OSError, RuntimeError) as error:  # h5py's, for other and for damaged files
-        raise ValueError(
-            f"features: {str(path)!r} is not an HDF5 file or is damaged ({error}); extract again"
-        ) from error
+        what = f"{str(path)!r} is not an HDF5 file or is damaged ({error})"
+        raise ValueError(f"features: {what}; extract again") from error
 
 
 def check_finite(features: Features, source: Path) -> None:

@@ -13,17 +13,9 @@ N_CALIBRATION_BINS = 15
 
 
 def classification_metrics(
-    labels: np.ndarray,
-    predictions: np.ndarray,
-    class_names: Sequence[str],
-    probabilities: np.ndarray | None = None,
+    labels: np.ndarray, predictions: np.ndarray, class_names: Sequence[str], probabilities: np.ndarray | None = None
 ) -> dict[str, Any]:
-    """Compare predictions with labels.
-
-    Args:
-        labels, predictions: [N] integers, positions in `class_names`.
-        class_names: C names.
-        probabilities: [N, C], rows that sum to 1; None if the method has none.
+    """Compare predictions [N] with labels [N], positions in `class_names`; probabilities are [N, C].
 
     Returns:
         The metrics of `metrics_of_confusion`, `per_class` ({name: support, recall, precision, f1}; recall is None for a
@@ -127,14 +119,12 @@ def checked(
     """Validate labels, predictions and probabilities and return them as arrays."""
     labels, predictions = np.asarray(labels), np.asarray(predictions)
     if labels.shape != predictions.shape or labels.ndim != 1 or not len(labels):
-        raise ValueError(
-            f"labels {labels.shape} and predictions {predictions.shape}: expected one number each per sample"
-        )
+        shapes = f"labels {labels.shape} and predictions {predictions.shape}"
+        raise ValueError(f"{shapes}: expected one number each per sample")
     for what, values in (("labels", labels), ("predictions", predictions)):
-        if values.min() < 0 or values.max() >= n_classes:
-            raise ValueError(
-                f"{what}: numbers from {values.min()} to {values.max()}, but there are {n_classes} classes"
-            )
+        low, high = values.min(), values.max()
+        if low < 0 or high >= n_classes:
+            raise ValueError(f"{what}: numbers from {low} to {high}, but there are {n_classes} classes")
     if probabilities is None:
         return labels, predictions, None
     probabilities = np.asarray(probabilities, dtype=np.float64)

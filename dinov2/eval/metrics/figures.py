@@ -83,13 +83,9 @@ def draw_curves(
 
 
 def draw_losses(file: Path, histories: Mapping[str, Sequence[tuple[float, float]]], title: str) -> None:
-    """Draw training (dashed) and validation losses over epochs.
+    """Draw training (dashed) and validation losses, {name: (training, validation) of each epoch}.
 
-    Args:
-        file: the PNG.
-        histories: {name: (training loss, validation loss) of each epoch}; names that are equal up to a comma share a
-            colour.
-        title: of the figure.
+    Names that are equal up to a comma share a colour.
     """
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()

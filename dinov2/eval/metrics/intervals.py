@@ -32,23 +32,16 @@ def bootstrap_intervals(
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """Compute 95 % percentile intervals of metrics.
+    """Return the 95 % percentile interval of each metric that some draw defines, {metric: [lower, upper]}.
 
     A class that a draw does not contain is left out of that draw's averages. The calibration error gets no interval:
-    each draw is less calibrated than the whole set, and percentiles would lie above the truth.
+    each draw is less calibrated than the whole set, and percentiles would lie above the truth. There are no intervals
+    if all samples are of one patient, because they say nothing about other patients.
 
     Args:
         labels, predictions: [N] integers, 0 to C - 1.
-        n_classes: C.
         probabilities: [N, C]; adds `auroc` and `log_loss`.
-        patients: N patient ids, to draw patients instead of samples.
-        n_resamples: R.
-        seed: of the draws.
-
-    Returns:
-        {metric: [lower, upper]} for the metrics of `metrics_of_confusion` and, with probabilities, `auroc` and
-        `log_loss`; without a metric that is undefined in every draw. Empty if all samples are of one patient, because
-        they say nothing about other patients.
+        patients: N ids, to draw patients instead of samples.
     """
     metrics_of = WeightedMetrics(labels, predictions, n_classes, probabilities)
     draws = _draws(metrics_of, patients, len(labels), n_resamples, seed).dropna(axis="columns", how="all")
@@ -69,10 +62,6 @@ def compare_paired(
     McNemar's exact test asks whether the samples that only one method gets right are split evenly; it assumes that
     samples are independent, which cells of one patient are not. The paired bootstrap asks the same of each metric, by
     patient if patients are known; its two-sided p-value is never 0, because the samples themselves count as a draw.
-
-    Args:
-        labels, predictions_a, predictions_b: [N] integers, 0 to C - 1.
-        n_classes, patients, n_resamples, seed: as for `bootstrap_intervals`.
 
     Returns:
         `mcnemar` ({only_a_right, only_b_right, p_value}) and `differences` ({metric: {a, b, difference, interval,

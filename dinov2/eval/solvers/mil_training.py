@@ -33,21 +33,13 @@ FILE_FORMAT = "dinov2 aggregator 1"
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How one aggregator is trained; the defaults are DinoBloom's.
+    """How one aggregator is trained; the defaults are DinoBloom's."""
 
-    Attributes:
-        epochs: the most epochs, and the length of the cosine schedule.
-        learning_rate: at the start.
-        momentum: Nesterov's.
-        patience: epochs without a lower validation loss after which training stops.
-        class_weights: multiply a bag's loss by P_train / (C_train * training patients of its class).
-    """
-
-    epochs: int = 150
-    learning_rate: float = 1e-3
-    momentum: float = 0.9
-    patience: int = 20
-    class_weights: bool = False
+    epochs: int = 150  # the most epochs, and the length of the cosine schedule
+    learning_rate: float = 1e-3  # at the start
+    momentum: float = 0.9  # Nesterov's
+    patience: int = 20  # epochs without a lower validation loss after which training stops
+    class_weights: bool = False  # multiply a bag's loss by P_train / (C_train * training patients of its class)
 
     def __post_init__(self) -> None:
         if not (self.epochs >= 1 and self.patience >= 1 and self.learning_rate > 0):
@@ -56,8 +48,6 @@ class TrainingSettings:
 
 
 class Epoch(NamedTuple):
-    """One line of the history of a training."""
-
     learning_rate: float
     train_loss: float
     val_loss: float
@@ -283,26 +273,17 @@ class Network:
 
 
 def describe_networks(networks: Sequence[Network], labels: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
-    """Summarize the metrics of each network on its test patients.
+    """Return `networks`, the metrics of each on its test patients, and their `mean`, `sd`, `min` and `max`.
 
-    Returns:
-        `mean`, `sd` (with n - 1; None for a single network), `min`, `max` ({metric: number}, without the networks for
-        which the metric is undefined) and `networks` (a dict each).
+    `sd` (with n - 1) is None for a single network. Networks for which a metric is undefined are left out of it.
     """
     rows = []
     for network in networks:
         training, probabilities = network.training, network.probabilities
         metrics = classification_metrics(labels[network.test], probabilities.argmax(axis=1), class_names, probabilities)
-        rows.append(
-            {
-                "fold": network.fold,
-                "run": network.run,
-                "best_epoch": training.best_epoch,
-                "epochs": len(training.history),
-                "val_loss": training.history[training.best_epoch].val_loss,
-                **{name: metrics[name] for name in AVERAGED_METRICS},
-            }
-        )
+        row: dict[str, Any] = {"fold": network.fold, "run": network.run, "best_epoch": training.best_epoch}
+        row |= {"epochs": len(training.history), "val_loss": training.history[training.best_epoch].val_loss}
+        rows.append(row | {name: metrics[name] for name in AVERAGED_METRICS})
     values = pd.DataFrame(rows)[list(AVERAGED_METRICS)].astype(float)
     spread = values.agg(["mean", "std", "min", "max"]).rename({"std": "sd"})
     return {**spread.astype(object).where(spread.notna(), None).to_dict("index"), "networks": rows}
