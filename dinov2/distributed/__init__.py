@@ -68,9 +68,6 @@ def enable(launch: Launch, device: torch.device, timeout_seconds: float) -> None
     """Join the process group that `launch` describes: NCCL between GPUs, gloo between CPUs (and for objects).
 
     A CUDA `device` becomes the current one. A step that waits longer than `timeout_seconds` for a rank fails.
-
-    Raises:
-        ConnectionError: the processes do not find each other.
     """
     global _hosts
     timeout, objects_seconds = timedelta(seconds=timeout_seconds), max(OBJECTS_SECONDS, 4 * timeout_seconds)

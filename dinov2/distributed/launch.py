@@ -29,9 +29,6 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
 
     torchrun's variables come first. SLURM's are used only in a step of several tasks: a shell or a batch script in an
     allocation has the variables of the whole job, but is a single process.
-
-    Raises:
-        ValueError: some of torchrun's variables are missing, or one is not a number.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return _from_torchrun(environment)

@@ -75,15 +75,7 @@ RELEASES: dict[str, Release] = {
 
 
 def resolve_weights(source: PathLike) -> Path:
-    """Return the local file or folder of `source`; names and URLs are downloaded once.
-
-    Args:
-        source: a name out of `RELEASES`, or a path or URL for `local_path`.
-
-    Raises:
-        FileNotFoundError: it is none of these, or the server has no such file.
-        ConnectionError, ValueError: as `local_path`.
-    """
+    """Return the local file or folder of `source`; names and URLs are downloaded once."""
     text = os.fspath(source)
     release = next((known for known in RELEASES.values() if known.url == text), None)
     if release is None and (path := local_path(source)).exists():

@@ -72,10 +72,6 @@ def export_backbone(
     """Write and check a checkpoint's backbone in several formats, with a model card.
 
     The arguments are the command's options (see `--help`).
-
-    Raises:
-        ExportError: a file does not reproduce our features; `output_dir` is not changed.
-        FileNotFoundError, NotADirectoryError, ValueError: a wrong argument.
     """
     _check_free(output_dir, overwrite)
     model, origin = _read(checkpoint, image_size)

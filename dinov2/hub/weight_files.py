@@ -69,10 +69,6 @@ def checkpoint_file(source: PathLike) -> Path:
 
     In a run's folder it is the newest teacher or, before the first one, the newest checkpoint to resume from. In a
     folder of transformers or timm it is the file with the weights.
-
-    Raises:
-        FileNotFoundError: there is nothing at `source`, or no weights in the folder.
-        ConnectionError, ValueError: as `resolve_weights`.
     """
     path = resolve_weights(source)
     if not path.is_dir() or _is_split(path):
@@ -105,11 +101,7 @@ def _is_split(folder: Path) -> bool:
 
 
 def read_networks(path: Path) -> StoredNetworks:
-    """Read the networks of a file or folder that `checkpoint_file` returned.
-
-    Raises:
-        ValueError: it cannot be read, has a student but no teacher, or needs another normalisation of images.
-    """
+    """Read the networks of a file or folder that `checkpoint_file` returned."""
     content, recorded = _read(path)
     backbone, heads = _split(_named_tensors(content, path), path)
     return StoredNetworks(
@@ -195,11 +187,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def read_weights_file(path: Path) -> dict[str, Any]:
-    """Read tensors and plain values of a .pth/.pt or .safetensors file to the CPU, without running code in it.
-
-    Raises:
-        ValueError: the file is damaged, of another kind, or needs pickled code.
-    """
+    """Read tensors and plain values of a .pth/.pt or .safetensors file to the CPU, without running code in it."""
     with open(path, "rb") as file:
         start = file.read(256)
     if start.startswith(b"version https://git-lfs"):

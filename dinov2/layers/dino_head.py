@@ -44,17 +44,7 @@ class WeightNormLinear(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """MLP to a bottleneck, L2 normalisation, then weight-normalised prototypes.
-
-    Args:
-        in_dim: D.
-        out_dim: K.
-        use_bn: apply batch norm after each hidden layer.
-        nlayers: number of linear layers of the MLP; 1 or less for a single one without activation.
-        hidden_dim: width of the hidden layers.
-        bottleneck_dim: d.
-        mlp_bias: use a bias in the MLP's layers.
-    """
+    """MLP with `nlayers` linear layers to a bottleneck [d], L2 normalisation, then K weight-normalised prototypes."""
 
     def __init__(
         self,

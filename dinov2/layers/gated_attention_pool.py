@@ -11,10 +11,6 @@ class GatedAttentionPool(nn.Module):
     """Weighted mean of a bag's cell features; permutation-invariant in the cells.
 
     a_n = softmax_n( w . (tanh(V h_n) * sigmoid(U h_n)) ),   z = sum_n a_n h_n
-
-    Args:
-        dim: D.
-        hidden_dim: H.
     """
 
     def __init__(self, dim: int, hidden_dim: int = 128) -> None:
@@ -32,9 +28,6 @@ class GatedAttentionPool(nn.Module):
 
         Returns:
             bag features [B, D] and attention [B, N], which sums to 1 over a bag's real cells.
-
-        Raises:
-            ValueError: if a bag has no cell (its softmax would be NaN).
         """
         check_no_bag_is_empty(is_cell)
         gated = torch.tanh(self.tanh_proj(cells)) * torch.sigmoid(self.gate_proj(cells))  # [B, N, H]
@@ -47,11 +40,6 @@ class ClassWiseAttentionPool(nn.Module):
     """One weighted mean of a bag's cell features per class ("multi-column" attention).
 
     a_nc = softmax_n( w_c . tanh(V h_n) ),   z_c = sum_n a_nc h_n
-
-    Args:
-        dim: D.
-        n_classes: C.
-        hidden_dim: H.
     """
 
     def __init__(self, dim: int, n_classes: int, hidden_dim: int = 128) -> None:
@@ -68,9 +56,6 @@ class ClassWiseAttentionPool(nn.Module):
 
         Returns:
             bag features [B, C, D] and attention [B, C, N], which sums to 1 over a bag's real cells for each class.
-
-        Raises:
-            ValueError: if a bag has no cell.
         """
         check_no_bag_is_empty(is_cell)
         scores = self.score(torch.tanh(self.tanh_proj(cells))).transpose(1, 2)  # [B, C, N]

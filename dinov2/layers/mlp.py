@@ -6,16 +6,7 @@ from torch import Tensor, nn
 
 
 class Mlp(nn.Module):
-    """Feed-forward network fc2(act(fc1(x))) of each token.
-
-    Args:
-        in_features: width of the input.
-        hidden_features: width between the layers; None for in_features.
-        out_features: width of the output; None for in_features.
-        act_layer: class of the activation.
-        drop: dropout probability after each layer during training.
-        bias: use a bias in both layers.
-    """
+    """Feed-forward network fc2(act(fc1(x))) of each token."""
 
     def __init__(
         self,

@@ -16,19 +16,7 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 
 class PatchEmbed(nn.Module):
-    """Linear map of each non-overlapping patch, computed as a convolution whose stride is its kernel size.
-
-    Args:
-        img_size: size in pixels of the images that the position embedding is for, one number or (height, width).
-        patch_size: size of a patch in pixels, one number or (height, width).
-        in_chans: channels C.
-        embed_dim: D.
-        norm_layer: builds a norm over D; None for no norm.
-        flatten_embedding: return [B, P, D]; otherwise [B, H / patch, W / patch, D].
-
-    Raises:
-        ValueError: if img_size isn't a multiple of patch_size.
-    """
+    """Linear map of each non-overlapping patch, computed as a convolution whose stride is its kernel size."""
 
     def __init__(
         self,

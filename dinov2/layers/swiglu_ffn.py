@@ -9,12 +9,7 @@ from torch import Tensor, nn
 class SwiGLUFFN(nn.Module):
     """Feed-forward network W3 (silu(W1 x) * W2 x); W1 and W2 are one matrix, `w12`, as in the released weights.
 
-    Args:
-        in_features: width of the input.
-        hidden_features: width of the gated unit; None for in_features.
-        out_features: width of the output; None for in_features.
-        act_layer, drop: not used; a block passes the same arguments to either kind of network.
-        bias: use a bias in the layers.
+    `act_layer` and `drop` are not used; a block passes the same arguments to either kind of network.
     """
 
     def __init__(

@@ -33,9 +33,6 @@ class StepClock:
 
     On a CPU it is the host's time. On CUDA each stage ends with an event in the current stream, so its time is that of
     the device for the work queued in it, waiting included. The stages of a step add up to its duration.
-
-    Args:
-        device: device of the loop's work.
     """
 
     def __init__(self, device: torch.device | str) -> None:

@@ -60,11 +60,7 @@ def _resolve(arch: str) -> tuple[Callable[..., DinoVisionTransformer], dict[str,
 
 
 def fixed_settings(arch: str) -> dict[str, Any]:
-    """Return the fields of the config's section `student` that the name `arch` fixes, for Meta's released networks.
-
-    Raises:
-        ValueError: for an unknown arch.
-    """
+    """Return the fields of the config's section `student` that the name `arch` fixes, for Meta's released networks."""
     return _resolve(arch)[1]
 
 
@@ -80,9 +76,6 @@ def build_model(args: Any, only_teacher: bool = False, img_size: int = 224) -> A
 
     Returns:
         (student, teacher, embed_dim), or (teacher, embed_dim). Only the student has stochastic depth.
-
-    Raises:
-        ValueError: the arch is unknown.
     """
     build, fixed = _resolve(args.arch)
     settings = {name: getattr(args, name) for name in _REQUIRED_FIELDS}
@@ -130,9 +123,6 @@ def build_backbone(architecture: Mapping[str, Any]) -> DinoVisionTransformer:
     Args:
         architecture: a description as `architecture(model)` returns it. Missing fields follow from `arch`, else they
             have DinoVisionTransformer's defaults; img_size may be a pair (height, width).
-
-    Raises:
-        ValueError: an unknown arch without its dimensions, or unknown fields.
     """
     unknown = sorted(set(architecture) - set(_ARCHITECTURE_FIELDS) - {"arch"})
     if unknown:

@@ -29,11 +29,7 @@ TRANSMIL_DIM = 512
 
 
 class Aggregator(nn.Module, ABC):
-    """Base of all aggregators.
-
-    Attributes:
-        architecture: arguments of `build_aggregator` that build this network again.
-    """
+    """Base of all aggregators."""
 
     architecture: dict[str, Any]
 
@@ -42,12 +38,7 @@ class Aggregator(nn.Module, ABC):
         """Compute logits [B, C] and attention [B, A, N] of cells [B, N, D] (zero where padded) and is_cell [B, N]."""
 
     def auxiliary_loss(self, cells: Tensor, is_cell: Tensor, labels: Tensor) -> Tensor:
-        """Compute the loss that training adds to the cross-entropy of the logits; 0 except for `clam` and `dsmil`.
-
-        Args:
-            cells, is_cell: as for `forward`.
-            labels: int64 [B].
-        """
+        """Compute the loss that training adds to the cross-entropy of the logits; 0 except for `clam` and `dsmil`."""
         return cells.new_zeros(())
 
 
@@ -234,16 +225,7 @@ MODELS = {**OWN_MODELS, **TORCHMIL_MODELS}
 
 
 def build_aggregator(model: str, dim: int, n_classes: int) -> Aggregator:
-    """Build an aggregator with random weights.
-
-    Args:
-        model: one of `MODELS`.
-        dim: D.
-        n_classes: C.
-
-    Raises:
-        ValueError: an unknown name, fewer than two classes, or a missing package.
-    """
+    """Build an aggregator with random weights."""
     if model not in MODELS:
         raise ValueError(f"model: {model!r} is unknown; choose one of {', '.join(MODELS)}")
     if n_classes < 2 or dim < 1:

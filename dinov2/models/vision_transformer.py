@@ -64,9 +64,6 @@ class DinoVisionTransformer(nn.Module):
         interpolate_antialias: smooth `pos_embed` when it is reduced.
         interpolate_offset: added to the wanted number of rows and columns before the ratio is computed; networks
             without registers were trained with 0.1. 0.0 interpolates to the exact size.
-
-    Raises:
-        ValueError: an unknown ffn_layer, more chunks than blocks, or an img_size that patches do not fill.
     """
 
     def __init__(
@@ -189,9 +186,6 @@ class DinoVisionTransformer(nn.Module):
 
         Returns:
             [B, N, D]: CLS token, registers, patches.
-
-        Raises:
-            ValueError: H or W is not a multiple of the patch size.
         """
         grid = self._grid_of(x.shape[-2], x.shape[-1])
         patches = self.patch_embed(x)  # [B, P, D]
@@ -256,9 +250,6 @@ class DinoVisionTransformer(nn.Module):
             reshape: return [B, D, H / patch, W / patch] instead of [B, P, D].
             return_class_token: return (patch tokens, CLS token [B, D]) for each block.
             norm: apply the network's last norm to each.
-
-        Raises:
-            ValueError: the network has no such block.
         """
         wanted = set(range(self.n_blocks - n, self.n_blocks)) if isinstance(n, int) else set(n)
         if not wanted or not wanted <= set(range(self.n_blocks)):
@@ -334,9 +325,6 @@ def resize_pos_embed(pos_embed: Tensor, grid: int | tuple[int, int]) -> Tensor:
 
     Returns:
         [1, 1 + rows * cols, D] in pos_embed's dtype.
-
-    Raises:
-        ValueError: pos_embed has another shape.
     """
     rows, cols = (grid, grid) if isinstance(grid, int) else grid
     n_patches = pos_embed.shape[1] - 1 if pos_embed.ndim == 3 else 0

@@ -135,11 +135,7 @@ def table(rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Return the given runs, and the runs in given folders of runs.
-
-    Raises:
-        FileNotFoundError: a folder does not exist, or neither it nor a folder in it is a run.
-    """
+    """Return the given runs, and the runs in given folders of runs."""
     runs: list[Path] = []
     for path in paths:
         inside = [path] if is_run(path) else []

@@ -57,9 +57,6 @@ class TeacherEvaluation:
     """Writes and evaluates teachers, and removes those that evaluation.keep_teachers does not keep.
 
     Its constructor reads and checks the labelled sets, before a model is built.
-
-    Raises:
-        FileNotFoundError, KeyError, ValueError: evaluation.datasets has a mistake.
     """
 
     def __init__(self, cfg: Any) -> None:
@@ -111,11 +108,7 @@ class TeacherEvaluation:
         return True
 
     def _extract(self, model: SSLMetaArch) -> dict[Path, np.ndarray]:
-        """Return the features [D] of each readable image on every process; each process extracts a part of them.
-
-        Raises:
-            EVALUATION_ERRORS: a process could read none of its images, or the teacher is broken; on every process.
-        """
+        """Return the features [D] of each readable image on every process; each process extracts a part of them."""
         backbone = whole_teacher_backbone(model)
         paths = list(dict.fromkeys(path for each in self.sets for path in (*each.train.paths, *each.test.paths)))
         own_paths = paths[get_rank() :: get_world_size()]

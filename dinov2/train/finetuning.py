@@ -49,11 +49,7 @@ def configured_weights(cfg: Any) -> str | None:
 
 
 def locate_weights(cfg: Any) -> Path | None:
-    """Return the file or folder that the run starts from; None for random weights. A name or URL is downloaded once.
-
-    Raises:
-        FileNotFoundError, ConnectionError, ValueError: it does not exist, cannot be downloaded, or is damaged.
-    """
+    """Return the file or folder that the run starts from; None for random weights. A name or URL is downloaded once."""
     weights = configured_weights(cfg)
     if weights is None:
         return None
@@ -74,13 +70,6 @@ def start_from_weights(student: nn.ModuleDict, cfg: Any) -> None:
 
     The whole backbone must fit; `load_backbone` resizes position embeddings to the grid of the global crops. A head is
     loaded if all of its tensors fit; if the file has a head of other shapes, a warning says so.
-
-    Args:
-        student: `backbone` and heads out of `HEADS`, before they are sharded.
-
-    Raises:
-        FileNotFoundError, ConnectionError, ValueError: as `locate_weights`, or the file holds another backbone; the
-            message lists names and shapes.
     """
     path = locate_weights(cfg)
     if path is None:
@@ -137,11 +126,7 @@ class Learned:
 
 
 def choose_learned(backbone: nn.Module, student: Any) -> Learned:
-    """Resolve the settings `freeze`, `unfreeze` and `lora` of the section `student` for a backbone without adapters.
-
-    Raises:
-        ValueError: a word selects nothing, or nothing is left to learn.
-    """
+    """Resolve the settings `freeze`, `unfreeze` and `lora` of the section `student` for a backbone without adapters."""
     names = [name for name, _ in backbone.named_parameters()]
     frozen = _select_names(student.freeze, names, "student.freeze")
     unfrozen = _select_names(student.unfreeze, names, "student.unfreeze")
@@ -175,9 +160,6 @@ def limit_learning(student: DinoVisionTransformer, teacher: DinoVisionTransforme
 
     Call it after pretrained weights are loaded, since adapters rename parameters, and before sharding. The adapters of
     student and teacher still differ.
-
-    Raises:
-        ValueError: as `choose_learned`, or peft is not installed.
     """
     learned = choose_learned(student, settings)
     by_name = dict(student.named_parameters())
@@ -211,11 +193,7 @@ def _add_adapters(backbone: nn.Module, layers: Iterable[str], lora: Any) -> None
 
 
 def _select_names(words: Iterable[Any], names: list[str], key: str) -> frozenset[str]:
-    """Return the `names` that `words` select.
-
-    Raises:
-        ValueError: a word selects none.
-    """
+    """Return the `names` that `words` select."""
     plain = {name: without_chunk(name) for name in names}
     block_of = {name: int(match[1]) for name in names if (match := re.match(r"blocks\.(\d+)\.", plain[name]))}
     n_blocks = 1 + max(block_of.values(), default=-1)

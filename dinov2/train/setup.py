@@ -53,11 +53,7 @@ WAIT_FOREVER_SECONDS = 7 * 24 * 3600.0  # timeout between ranks for train.hang_t
 
 
 def read_settings(args: argparse.Namespace, world_size: int) -> DictConfig:
-    """Read the configuration of the command's arguments, with every value resolved.
-
-    Raises:
-        FileNotFoundError, KeyError, ValueError: a setting is missing, unknown or wrong.
-    """
+    """Read the configuration of the command's arguments, with every value resolved."""
 
     def resolve(cfg: DictConfig) -> None:
         resolve_arch(cfg)
@@ -79,12 +75,7 @@ def resolve_arch(cfg: DictConfig) -> None:
 
 
 def set_up_device(cfg: DictConfig, launch: Launch | None) -> torch.device:
-    """Choose the device and its floating-point types, and join the other processes.
-
-    Raises:
-        ValueError: there is no such device, or it lacks what torch.compile needs.
-        ConnectionError: the processes do not find each other.
-    """
+    """Choose the device and its floating-point types, and join the other processes."""
     device = pick_device(cfg.train.device, launch)
     for key in ("compile_blocks", "compile_loss"):
         if cfg.train[key] and (obstacle := obstacle_to_compiling(device)):

@@ -81,9 +81,6 @@ class SSLMetaArch(nn.Module):
     `student` and `teacher` are ModuleDicts of `backbone`, `dino_head` and, with `ibot.separate_head`, `ibot_head`. They
     start equal; the teacher gets no gradient and follows the student by `update_teacher`. train/finetuning.py decides
     which parameters of the student's backbone learn; while `backbone_is_frozen`, the backbone gets no gradient.
-
-    Args:
-        load_weights: start from the weights that `cfg` names; False if a checkpoint replaces them at once.
     """
 
     def __init__(self, cfg: Any, load_weights: bool = True) -> None:

@@ -77,10 +77,6 @@ class TrainingViews:
 def draw_sheets(batch: Mapping[str, Any], n_images: int) -> dict[str, np.ndarray]:
     """Draw the first images of a batch; waits for its device.
 
-    Args:
-        batch: batch dict of `dinov2.data.collate`.
-        n_images: maximum number of rows.
-
     Returns:
         {"crops": sheet} and, if a patch is masked, {"masks": sheet}: uint8 [height, width, 3].
     """

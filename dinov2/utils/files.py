@@ -122,9 +122,6 @@ def download(url: str, file: Path, sha256: str = "") -> Path:
 
     Args:
         sha256: the checksum that the file must have; empty if it is unknown.
-
-    Raises:
-        FileNotFoundError, ConnectionError, ValueError: as `local_path`.
     """
     if file.is_file():
         _check(file, sha256, f"remove it, and it is downloaded again from {url}")

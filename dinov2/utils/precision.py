@@ -26,12 +26,7 @@ TOLERANCE = 1e-5
 
 @functools.cache
 def resolve_dtype(name: str, device_type: str) -> torch.dtype:
-    """Return the type of `param_dtype: name` on a device.
-
-    Args:
-        name: auto, fp32, bf16 or fp16. auto is bf16 on CUDA (fp16 on GPUs without it) and fp32 on a CPU.
-        device_type: "cpu", "cuda", ...
-    """
+    """Return the type of `param_dtype: name` on a device; auto is bf16 on CUDA (else fp16) and fp32 on a CPU."""
     if name == "auto":
         if device_type != "cuda":
             return torch.float32

@@ -70,11 +70,7 @@ class TensorReader(FileSystemReader):
 
 
 def read_tensors(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Read the whole tensors whose dotted names are `wanted` to the CPU, however many processes wrote them.
-
-    Raises:
-        ValueError: the folder cannot be read, or contains something that could run code.
-    """
+    """Read the whole tensors whose dotted names are `wanted` to the CPU, however many processes wrote them."""
     try:
         entries = TensorReader(folder).read_metadata().state_dict_metadata
         tensors = {
