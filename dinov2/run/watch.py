@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dinov2.utils.progress import duration_text
+from dinov2.utils.command import duration_text
 from dinov2.utils.run_status import ENDED, RunStatus, is_run, read_status
 
 SILENT_SECONDS = 300.0  # a run without a new status for this long is called silent: a checkpoint may take minutes
