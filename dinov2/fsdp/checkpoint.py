@@ -139,10 +139,7 @@ class Checkpointer:
         """Fill `tensors` in place from the checkpoint at `path`, however many processes wrote it."""
         try:
             dcp.load(
-                dict(tensors),
-                storage_reader=TensorReader(path),
-                process_group=self._group,
-                no_dist=not is_enabled(),
+                dict(tensors), storage_reader=TensorReader(path), process_group=self._group, no_dist=not is_enabled()
             )
         except (CheckpointException, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             raise ValueError(f"{path}: {first_error_line(error)}") from error

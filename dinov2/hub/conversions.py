@@ -58,10 +58,7 @@ _HF_PARTS = {
 _BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
 
 _TIMM_GATED = {"mlp.w12": "mlp.fc1", "mlp.w3": "mlp.fc2"}
-_TIMM_SIZES = {
-    False: {"small": "vit_small", "base": "vit_base", "large": "vit_large"},
-    True: {"giant": "vit_giant2"},
-}
+_TIMM_SIZES = {False: {"small": "vit_small", "base": "vit_base", "large": "vit_large"}, True: {"giant": "vit_giant2"}}
 _TIMM_PATCH_SIZE, _TIMM_N_REGISTERS, _TIMM_MLP_RATIO = 14, 4, {False: 4.0, True: 2 * 2.66667}
 
 

@@ -49,10 +49,7 @@ _HF_SETTINGS = {
 }
 _HF_FIXED = {"hidden_act": "gelu", "layer_norm_eps": LAYER_NORM_EPS}
 _HF_TYPES = ("dinov2", "dinov2_with_registers")
-_TIMM_SETTINGS = {
-    **{name: name for name in ("embed_dim", "depth", "num_heads")},
-    "reg_tokens": "num_register_tokens",
-}
+_TIMM_SETTINGS = {**{name: name for name in ("embed_dim", "depth", "num_heads")}, "reg_tokens": "num_register_tokens"}
 
 
 @dataclass

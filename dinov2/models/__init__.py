@@ -91,10 +91,7 @@ def build_model(args: Any, only_teacher: bool = False, img_size: int = 224) -> A
     if only_teacher:
         return teacher, teacher.embed_dim
     student = build(
-        img_size=img_size,
-        drop_path_rate=args.drop_path_rate,
-        drop_path_uniform=args.drop_path_uniform,
-        **settings,
+        img_size=img_size, drop_path_rate=args.drop_path_rate, drop_path_uniform=args.drop_path_uniform, **settings
     )
     return student, teacher, student.embed_dim
 

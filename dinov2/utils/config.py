@@ -80,9 +80,7 @@ _BOUNDS: list[tuple[float, float, str]] = [
 
 
 def load_run_config(
-    config_file: PathLike | None,
-    overrides: Sequence[str] = (),
-    resolve: Callable[[DictConfig], None] | None = None,
+    config_file: PathLike | None, overrides: Sequence[str] = (), resolve: Callable[[DictConfig], None] | None = None
 ) -> DictConfig:
     """Merge and check a run's configuration.
 
