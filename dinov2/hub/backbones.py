@@ -25,8 +25,7 @@ from torch import Tensor
 
 from dinov2.data.datasets.decode import decode_image, resize_image
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_images
-from dinov2.hub.downloads import RELEASES, Release
-from dinov2.hub.weight_files import checkpoint_file, join_names, read_networks
+from dinov2.hub.weight_files import RELEASES, Release, checkpoint_file, join_names, read_networks
 from dinov2.hub.weight_files import read_weights_file as read_weights_file
 from dinov2.hub.weight_files import without_chunk as without_chunk
 from dinov2.models import build_backbone
@@ -71,9 +70,8 @@ def load_backbone(source: PathLike, img_size: int = 224) -> DinoVisionTransforme
     and a missing `mask_token` becomes zero.
 
     Args:
-        source: a file in any layout of the module docstring; a folder, from which `checkpoint_file` chooses; a name out
-            of `dinov2.hub.downloads.RELEASES` (`dinobloom_b`, `dinov2_vits14_reg`, ...) or a URL, which are downloaded
-            once.
+        source: a file in any layout of the module docstring; a folder, from which `checkpoint_file` chooses; a name of
+            `dinov2.hub.RELEASES` (`dinobloom_b`, `dinov2_vits14_reg`, ...) or a URL, which are downloaded once.
         img_size: S, side of the square images to embed; a multiple of the patch size.
 
     Raises:

@@ -41,13 +41,7 @@ def n_kept_samples(n_samples: int, drop_rate: float) -> int:
 
 
 def choose_samples(n_samples: int, drop_rate: float, device: torch.device) -> Tensor | None:
-    """Choose the samples to compute a branch for, uniformly at random and without repetition.
-
-    The host draws them, so it need not wait for the device.
-
-    Returns:
-        int64 indices into 0 .. n_samples - 1, or None if no sample is dropped.
-    """
+    """Draw the numbers of the samples to compute a branch for, on the host; None if no sample is dropped."""
     n_kept = n_kept_samples(n_samples, drop_rate)
     if n_kept == n_samples:
         return None
@@ -92,14 +86,9 @@ class Block(nn.Module):
     samples only, and its result is multiplied by B / n.
 
     Args:
-        dim: D.
-        num_heads: attention heads.
-        mlp_ratio: width of the feed-forward network divided by D.
-        qkv_bias, proj_bias, ffn_bias: use a bias in these linear maps.
         drop, attn_drop: dropout probabilities, see Attention and Mlp.
         init_values: initial value of layer scale; None or 0 for no layer scale.
         drop_path: share of the samples that skip a branch.
-        act_layer, norm_layer, attn_class, ffn_layer: classes of the layer's modules.
     """
 
     def __init__(

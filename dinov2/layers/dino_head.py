@@ -68,11 +68,8 @@ class DINOHead(nn.Module):
     def forward(self, x: Tensor, with_logits: bool = True) -> Tensor | tuple[Tensor, Tensor]:
         """Compute the logits [N, K] of tokens [N, D].
 
-        Args:
-            x: [N, D].
-            with_logits: False to return the factors of the logits instead, embeddings [N, d] (unit vectors) and
-                prototypes [K, d], for a loss that computes logits in chunks. Sharded prototypes are gathered only
-                during this call.
+        Without `with_logits`, return their factors instead: embeddings [N, d] (unit vectors) and prototypes [K, d], for
+        a loss that computes logits in chunks. Sharded prototypes are gathered only during this call.
         """
         x = self.mlp(x)
         # normalised in float32, then converted back: the products with the prototypes use the head's type

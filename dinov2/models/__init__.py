@@ -115,11 +115,9 @@ def architecture(model: DinoVisionTransformer) -> dict[str, Any]:
 
 
 def build_backbone(architecture: Mapping[str, Any]) -> DinoVisionTransformer:
-    """Build the network of a description, with new weights and without stochastic depth.
+    """Build the network that `architecture(model)` describes, with new weights and without stochastic depth.
 
-    Args:
-        architecture: a description as `architecture(model)` returns it. Missing fields follow from `arch`, else they
-            have DinoVisionTransformer's defaults; img_size may be a pair (height, width).
+    Missing fields follow from `arch`, else they have DinoVisionTransformer's defaults.
     """
     unknown = sorted(set(architecture) - set(_ARCHITECTURE_FIELDS) - {"arch"})
     if unknown:

@@ -39,11 +39,7 @@ class GatedAttentionPool(nn.Module):
         self.score = nn.Linear(hidden_dim, 1)
 
     def forward(self, cells: Tensor, is_cell: Tensor) -> tuple[Tensor, Tensor]:
-        """Pool each bag.
-
-        Args:
-            cells: [B, N, D] frozen backbone features, zero where padded.
-            is_cell: [B, N] bool, False on padding.
+        """Pool cells [B, N, D], of which `is_cell` [B, N] is False on padding.
 
         Returns:
             bag features [B, D] and attention [B, N], which sums to 1 over a bag's real cells.
@@ -67,15 +63,7 @@ class ClassWiseAttentionPool(nn.Module):
         self.score = nn.Linear(hidden_dim, n_classes)
 
     def forward(self, cells: Tensor, is_cell: Tensor) -> tuple[Tensor, Tensor]:
-        """Pool each bag once per class.
-
-        Args:
-            cells: [B, N, D] frozen backbone features, zero where padded.
-            is_cell: [B, N] bool, False on padding.
-
-        Returns:
-            bag features [B, C, D] and attention [B, C, N], which sums to 1 over a bag's real cells for each class.
-        """
+        """Pool cells [B, N, D] once per class: bag features [B, C, D] and attention [B, C, N]."""
         check_no_bag_is_empty(is_cell)
         scores = self.score(torch.tanh(self.tanh_proj(cells))).transpose(1, 2)  # [B, C, N]
         attention = scores.masked_fill(~is_cell[:, None], float("-inf")).softmax(dim=2)  # [B, C, N]

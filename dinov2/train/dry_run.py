@@ -23,10 +23,9 @@ from dinov2.data.augmentations import N_GLOBAL_CROPS
 from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.layers import DINOHead
 from dinov2.train.batches import TrainBatches, resolve_batch_size
-from dinov2.train.micro_batches import forward_backward
 from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
 from dinov2.train.schedules import Schedules
-from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.ssl_meta_arch import SSLMetaArch, forward_backward
 from dinov2.utils.memory import PeakMemory, memory_limit, resident_memory, size_text
 
 logger = logging.getLogger("dinov2")
@@ -163,9 +162,7 @@ def dry_run(cfg: DictConfig, model: SSLMetaArch, dataset: HemaStandardDataset) -
     """Log the networks' parameters and the cost of real steps; the weights are useless afterwards.
 
     Two small steps show the cost of an image. On a CPU, which would swap, the run's batch is tried only if it fits.
-
-    Returns:
-        the exit code: 1 if the run's batch does not fit into the memory.
+    Return the exit code: 1 if the run's batch does not fit into the memory.
     """
     logger.info("the student's parameters\n%s", parameter_count_table(model.student, max_depth=2))
     logger.info("flops     %.3g TFLOP in matrix products of a step of each process", count_step_flops(cfg) / 1e12)

@@ -78,11 +78,7 @@ def feature_statistics(cls_tokens: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def prototype_use(choices: Tensor, n_prototypes: int) -> Tensor:
-    """Compute the share of prototypes that are the first choice of a row, out of min(R, K).
-
-    Returns:
-        0-d float32 on the choices' device; NaN if R is 0.
-    """
+    """Compute the share of prototypes among the first choices [R], out of min(R, K); NaN if R is 0."""
     if len(choices) == 0:
         return torch.full((), math.nan, device=choices.device)
     is_used = torch.zeros(n_prototypes, device=choices.device)

@@ -28,7 +28,7 @@ import dinov2
 from dinov2 import distributed
 from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.distributed import Launch, any_rank, get_rank, get_world_size, is_lost_connection, name_missing_ranks
-from dinov2.hub.downloads import RELEASES
+from dinov2.hub.weight_files import RELEASES
 from dinov2.logging import MetricLogger, log_file
 from dinov2.models import fixed_settings
 from dinov2.train.batches import build_balance, resolve_batch_size
@@ -136,10 +136,7 @@ def obstacle_to_compiling(device: torch.device) -> str | None:
 def fill_cache(dataset: HemaStandardDataset, signals: StopSignals, *, only_report: bool) -> bool:
     """Write missing images into the data set's cache, if it has one, on rank 0.
 
-    With `only_report` nothing is written, and images are decoded without the cache.
-
-    Returns:
-        False if a stop signal came.
+    With `only_report` nothing is written, and images are decoded without the cache. Return False after a stop signal.
     """
     if dataset.cache is None:
         return True
