@@ -1,9 +1,9 @@
 """Student and teacher, and one step of self-distillation between them: DINO + iBOT + KoLeo (DINOv2, arXiv 2304.07193).
 
 A step's global batch is divided over W processes and, in each process, over A micro-batches. Neither changes the loss:
-Sinkhorn-Knopp and centering use the teacher's logits of the global batch, and KoLeo searches each feature's neighbour in
-it (with dino.koleo_loss_distributed: false in each micro-batch, as upstream does on each GPU). The other terms are means
-over images, and gradients are averaged.
+Sinkhorn-Knopp and centering use the teacher's logits of the global batch, and KoLeo searches each feature's neighbour
+in it (with dino.koleo_loss_distributed: false in each micro-batch, as upstream does on each GPU). The other terms are
+means over images, and gradients are averaged.
 
 Dimension key:  W processes, A micro-batches of a process, B images in one, N = W*A*B images in the global batch,
                 L local crops, P patches per global crop, M masked patches, D embedding dim, K prototypes of a head,
@@ -416,13 +416,12 @@ def forward_backward(
     """
     if len(micro_batches) == 1:
         return model.forward_backward(micro_batches[0], teacher_temp)
-    batches = [model.to_device(images) for images in micro_batches]
-    n = len(batches)
+    n, batches = len(micro_batches), [model.to_device(images) for images in micro_batches]
     with model.clock.stage("teacher"):
         targets = model.teacher_targets([model.teacher_outputs(images) for images in batches], teacher_temp)
     with model.clock.stage("student"):
         features = _features_without_gradient(model, batches) if model.compares_images else None
-    losses: list[dict[str, Tensor]] = []
+    losses = []
     for number, (images, target) in enumerate(zip(batches, targets, strict=True)):
         own = None if features is None else BatchFeatures(features, get_rank() * n + number)
         with ExitStack() as stack:
