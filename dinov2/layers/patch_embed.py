@@ -28,13 +28,10 @@ class PatchEmbed(nn.Module):
         flatten_embedding: bool = True,
     ) -> None:
         super().__init__()
-        self.img_size = _pair(img_size)
-        self.patch_size = _pair(patch_size)
+        self.img_size, self.patch_size = _pair(img_size), _pair(patch_size)
         self.patches_resolution = self.grid_of(*self.img_size)
         self.num_patches = self.patches_resolution[0] * self.patches_resolution[1]
-        self.in_chans = in_chans
-        self.embed_dim = embed_dim
-        self.flatten_embedding = flatten_embedding
+        self.in_chans, self.embed_dim, self.flatten_embedding = in_chans, embed_dim, flatten_embedding
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
         self.norm = norm_layer(embed_dim) if norm_layer is not None else nn.Identity()
 

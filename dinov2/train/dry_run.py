@@ -202,8 +202,7 @@ def find_batch_size(cfg: DictConfig, model: SSLMetaArch, dataset: HemaStandardDa
     """Find the largest `train.batch_size_per_gpu` whose step leaves MARGIN of the memory free; None if no step does.
 
     It is extrapolated from the peaks of small steps. A GPU, which does not swap as a CPU does, then tries it, and
-    smaller sizes if it does not fit. With `train.global_batch_size` the sizes are its divisors.
-    Batch sizes in `cfg` are not resolved.
+    smaller sizes if it does not fit. With `train.global_batch_size` the sizes are its divisors. `cfg` is not resolved.
     """
     sizes, available = batch_sizes(cfg), memory_limit(model.device)
     trials = StepTrials(_set_batch_size(cfg, sizes[0]), model, dataset)

@@ -34,9 +34,8 @@ _ALLOWED = {
     "torch": "Size",
     "torch.serialization": "_get_layout",  # looks a layout up by its name
     "collections": "OrderedDict",
-    **dict.fromkeys(
-        ("pathlib", "pathlib._local"), "PosixPath WindowsPath"
-    ),  # where the folder was; moved in Python 3.13
+    # where the folder was; moved in Python 3.13
+    **dict.fromkeys(("pathlib", "pathlib._local"), "PosixPath WindowsPath"),
 }
 
 
