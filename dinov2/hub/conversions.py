@@ -8,8 +8,7 @@ The network is the same in all three libraries; these things differ:
 - timm (`vit_*_patch14_dinov2`, `vit_*_patch14_reg4_dinov2`): there is no mask token; the gated network's maps are `fc1`
   and `fc2`; with registers, the CLS token includes its position.
 
-Both always have layer scale and biases: ones and zeros are written for a network without them, so its features stay the
-same. Unknown names are not changed, and the caller reports them.
+Both always have layer scale and biases: ones and zeros are written for a network without them.
 
 Dimension key:  D embedding dim, P patches, R register tokens, S side of the images in pixels
 """

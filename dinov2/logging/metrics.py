@@ -127,10 +127,7 @@ class StepClock:
         self._mark(None)
 
     def means(self) -> dict[str, float]:
-        """Return each stage's seconds per step since the last call; on CUDA this waits for the last stage.
-
-        The number of steps is the count of the rarest stage.
-        """
+        """Return each stage's seconds per step (the rarest stage) since the last call; CUDA waits for the last one."""
         marks, seconds, counts = list(self._marks), defaultdict[str, float](float), Counter[str]()
         self._marks.clear()
         self._marks.append(marks[-1])
@@ -240,10 +237,7 @@ class MetricLogger:
         return rates
 
     def log_evaluation(self, done: int, values: Mapping[str, float]) -> None:
-        """Send an evaluation after `done` iterations to the trackers, at iteration `done` - 1.
-
-        A run that resumes after `done` iterations drops the entries of later iterations.
-        """
+        """Send an evaluation to the trackers, at iteration `done` - 1: a run that resumes then drops later entries."""
         self.newest_evaluation = {"iteration": done, **values}
         self._track(lambda tracker: tracker.log(values, max(done - 1, 0)))
 

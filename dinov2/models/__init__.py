@@ -102,10 +102,7 @@ def build_model_from_cfg(cfg: Any, only_teacher: bool = False) -> Any:
 
 
 def architecture(model: DinoVisionTransformer) -> dict[str, Any]:
-    """Describe a network for `build_backbone` with numbers, strings, booleans and None.
-
-    `arch` is the name of its size for readers, like "vit_small", or "custom".
-    """
+    """Describe a network for `build_backbone`; `arch` is the name of its size, like "vit_small", or "custom"."""
     attributes = {"depth": "n_blocks", "layerscale": "init_values"}
     description = {name: getattr(model, attributes.get(name, name)) for name in _ARCHITECTURE_FIELDS}
     if not isinstance(model.img_size, int):

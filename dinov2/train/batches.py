@@ -37,7 +37,7 @@ _AUGMENTATIONS = {"default": DataAugmentationDINO, "hema": DataAugmentationHEMA}
 
 
 def build_dataset(cfg: Any) -> HemaStandardDataset:
-    """Open the data set of `train.dataset_path`, whose images are decoded to squares."""
+    """Open the data set of `train.dataset_path`, whose images are decoded to squares; check `train.balance`."""
     size = cfg.train.image_size or cfg.crops.global_crops_size
     dataset = make_dataset(cfg.train.dataset_path, image_size=size, fit=cfg.train.image_fit, seed=cfg.train.seed)
     build_balance(cfg).quotas(dataset.source.set_names, dataset.source.set_sizes)

@@ -54,10 +54,7 @@ EVALUATION_ERRORS = (OSError, ValueError, KeyError, MemoryError, torch.OutOfMemo
 
 
 class TeacherEvaluation:
-    """Writes and evaluates teachers, and removes those that evaluation.keep_teachers does not keep.
-
-    Its constructor reads and checks the labelled sets, before a model is built.
-    """
+    """Writes and evaluates teachers on the labelled sets, and removes those that keep_teachers does not keep."""
 
     def __init__(self, cfg: Any) -> None:
         self.cfg = cfg
@@ -74,10 +71,7 @@ class TeacherEvaluation:
         return period > 0 and done % period == 0
 
     def run(self, model: SSLMetaArch, run_folder: Path, done: int, metrics: MetricLogger | None = None) -> bool:
-        """Write and evaluate the teacher after `done` iterations; log a failure and return False.
-
-        Older teachers are removed once the new one is written and evaluated.
-        """
+        """Write and evaluate the teacher after `done` iterations, then remove older ones; return False on failure."""
         checkpoint = _folder(run_folder, done) / CHECKPOINT_NAME
         state = teacher_state(model)
         try:
@@ -166,10 +160,7 @@ class TeacherEvaluation:
 
 @torch.no_grad()
 def teacher_state(model: SSLMetaArch) -> dict[str, Tensor]:
-    """Gather the teacher's tensors, fp32 on the CPU, with adapters merged.
-
-    Every process must call this; the main one gets the tensors, the others an empty dictionary.
-    """
+    """Gather the teacher's tensors on the main process, fp32 on the CPU, adapters merged; every process calls this."""
     state = {}
     for name, value in model.teacher.state_dict().items():
         tensor = gather_whole(value)

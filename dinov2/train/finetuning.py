@@ -1,7 +1,7 @@
 """Fine-tuning: weights to start from, frozen parts, and low-rank adapters (LoRA, Hu et al. 2021).
 
-`student.pretrained_weights` (or MODEL.WEIGHTS) is any source that `load_backbone` reads: a file or folder, a name or a
-URL. The words of `student.freeze`, `student.unfreeze` and `student.lora.targets` select parts of a backbone:
+`student.pretrained_weights` (or MODEL.WEIGHTS) is any source that `load_backbone` reads. The words of
+`student.freeze`, `student.unfreeze` and `student.lora.targets` select parts of a backbone:
 
     all             everything
     3, 0-7          blocks by number, from 0
@@ -13,9 +13,7 @@ Without LoRA, a parameter learns unless `freeze` selects it and `unfreeze` does 
 
     y = W x + b + (alpha / rank) B A x,   A [rank, in] random at the start, B [out, rank] zero
 
-The teacher has its own adapters, whose A and B are moving averages of the student's. The product of two averages is not
-the average of the products, but the difference is of second order in the student's change within the average's memory.
-Written teachers have the adapters merged into W: they are plain networks.
+The teacher's A and B are moving averages of the student's. Written teachers have the adapters merged into W.
 """
 
 import difflib

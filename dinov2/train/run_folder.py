@@ -328,11 +328,5 @@ class RunFolder:
 def open_metrics(cfg: Any, path: Path, start: int, schedules: Schedules) -> MetricLogger:
     """Open training_metrics.json and the trackers, to continue from iteration `start`."""
     trackers = open_trackers(cfg.train, path, start, OmegaConf.to_container(cfg))  # type: ignore[arg-type]
-    return MetricLogger(
-        path / "training_metrics.json",
-        start,
-        schedules.n_iterations,
-        schedules.global_batch_size,
-        cfg.train.log_period,
-        trackers,
-    )
+    n_iterations, batch_size, period = schedules.n_iterations, schedules.global_batch_size, cfg.train.log_period
+    return MetricLogger(path / "training_metrics.json", start, n_iterations, batch_size, period, trackers)

@@ -68,10 +68,7 @@ def autocast(name: str, device_type: str) -> torch.autocast:
 
 
 def fast_matmul(is_wanted: bool, device: torch.device | str = "cpu") -> bool:
-    """Turn the fast path on if it is wanted and as accurate as float32, else off; return whether it is on.
-
-    Only the device "cpu" has a fast path.
-    """
+    """Turn the CPU's fast path on if it is wanted and as accurate as float32, else off; return whether it is on."""
     is_fast = is_wanted and torch.device(device).type == "cpu" and _is_fast_path_accurate()
     torch.set_float32_matmul_precision(FAST if is_fast else EXACT)
     return is_fast

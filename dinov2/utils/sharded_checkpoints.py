@@ -49,10 +49,7 @@ class _DescriptionUnpickler(pickle.Unpickler):
 
 
 class TensorReader(FileSystemReader):
-    """Reads only tensors; other content is a pickle.UnpicklingError.
-
-    `torch.distributed.checkpoint.load` wraps it in its CheckpointException.
-    """
+    """Reads only tensors; other content is a pickle.UnpicklingError (dcp.load: a CheckpointException)."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with open(Path(self.path) / METADATA_FILE, "rb") as file:
