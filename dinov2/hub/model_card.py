@@ -82,8 +82,13 @@ def write_card(
     """Write README.md into a folder with exported files."""
     size = exported_size(model)
     timm_name, timm_options = timm_arguments(architecture(model))
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    environment.loader, environment.undefined = jinja2.FileSystemLoader(Path(__file__).parent), jinja2.StrictUndefined
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
     card = environment.get_template("model_card.md.jinja").render(
         origin=origin,
         origin_rows=_origin_rows(origin),
