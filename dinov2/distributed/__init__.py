@@ -1,9 +1,10 @@
-"""Process groups of a run, and what ranks exchange. Every function also works in a single process.
+"""Launch by torchrun or SLURM, process groups, and what ranks exchange. Functions also work in a single process.
 
 Tensors of a step use the default group. The hosts have gloo groups of their own: one to agree in each step whether to
 stop, one for objects around evaluations and checkpoints, where ranks may wait long, and one for the roll call.
 """
 
+import os
 import re
 import socket
 import time
@@ -18,9 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dinov2.distributed.launch import Launch as Launch
-from dinov2.distributed.launch import read_launch as read_launch
-
 Result = TypeVar("Result")
 
 ROLL_CALL_SECONDS = 15.0  # maximum wait of rank 0 for answers after a rank did not arrive
@@ -28,6 +26,95 @@ OTHERS_ROLL_CALLS = 3  # the other ranks wait this many times as long for rank 0
 NCCL_SLACK_SECONDS = 60.0  # the hosts notice a hang first and name the rank; then NCCL aborts waiting kernels
 GLOO_WORDS = ("gloo/", "caused pair closure", "closed by peer")  # gloo's errors are plain RuntimeErrors
 OBJECTS_SECONDS = 1800.0  # minimum time limit of ranks that wait around evaluations and checkpoints
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Rank and address of this process among those that were started together."""
+
+    rank: int
+    world_size: int
+    local_rank: int  # among the processes of this node: chooses the GPU
+    local_world_size: int
+    master_addr: str
+    master_port: int
+    launcher: str  # "torchrun" or "slurm"
+
+    @property
+    def n_nodes(self) -> int:
+        """Return the number of nodes, which all have the same number of processes."""
+        return max(1, self.world_size // max(1, self.local_world_size))
+
+
+def read_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
+    """Read the launch that `environment` describes; None for a single process.
+
+    torchrun's variables come first. SLURM's are used only in a step of several tasks: a shell or a batch script in an
+    allocation has the variables of the whole job, but is a single process.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return _from_torchrun(environment)
+    if "SLURM_STEP_ID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return _from_slurm(environment)
+    return None
+
+
+def _from_torchrun(environment: Mapping[str, str]) -> Launch:
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if missing:
+        raise ValueError(
+            f"RANK and WORLD_SIZE are set, but {' and '.join(missing)} not: start with torchrun, set them all, or "
+            "unset RANK and WORLD_SIZE to run one process"
+        )
+    world_size = _number(environment, "WORLD_SIZE")
+    return Launch(
+        rank=_number(environment, "RANK"),
+        world_size=world_size,
+        local_rank=_number(environment, "LOCAL_RANK", environment["RANK"]),
+        local_world_size=_number(environment, "LOCAL_WORLD_SIZE", str(world_size)),
+        master_addr=environment["MASTER_ADDR"],
+        master_port=_number(environment, "MASTER_PORT"),
+        launcher="torchrun",
+    )
+
+
+def _from_slurm(environment: Mapping[str, str]) -> Launch:
+    world_size = _number(environment, "SLURM_STEP_NUM_TASKS")
+    n_nodes = _number(environment, "SLURM_STEP_NUM_NODES", "1")
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "localhost")
+    return Launch(
+        rank=_number(environment, "SLURM_PROCID"),
+        world_size=world_size,
+        local_rank=_number(environment, "SLURM_LOCALID"),
+        local_world_size=max(1, world_size // n_nodes),
+        master_addr=environment.get("MASTER_ADDR") or first_host(nodes),
+        master_port=_number(environment, "MASTER_PORT", str(_port_of_step(environment))),
+        launcher="slurm",
+    )
+
+
+def _number(environment: Mapping[str, str], name: str, default: str | None = None) -> int:
+    text = environment.get(name, default)
+    if text is None or not text.strip().isdigit():
+        raise ValueError(f"environment variable {name} must be a number, found {text!r}; start with torchrun or srun")
+    return int(text)
+
+
+def _port_of_step(environment: Mapping[str, str]) -> int:
+    # The same port for all tasks of a step, and another one for the next step or job on the node. It is above the
+    # registered ports and below Linux's ports for outgoing connections.
+    job, step = environment.get("SLURM_JOB_ID", "0"), environment["SLURM_STEP_ID"]
+    restart = environment.get("SLURM_RESTART_COUNT", "0")
+    return 20000 + (int(job) * 17 + int(step) * 5 + int(restart)) % 12000
+
+
+def first_host(nodes: str) -> str:
+    """Return the first name of a SLURM node list, for instance gpu003 of `gpu[003-005,9],login1`."""
+    match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
+    if match is None:
+        raise ValueError(f"environment variable SLURM_STEP_NODELIST: cannot read {nodes!r}; set MASTER_ADDR")
+    prefix, number, suffix = match.groups()
+    return prefix + (number or "") + (suffix or "")
 
 
 @dataclass(frozen=True)
@@ -68,9 +155,6 @@ def enable(launch: Launch, device: torch.device, timeout_seconds: float) -> None
     """Join the process group that `launch` describes: NCCL between GPUs, gloo between CPUs (and for objects).
 
     A CUDA `device` becomes the current one. A step that waits longer than `timeout_seconds` for a rank fails.
-
-    Raises:
-        ConnectionError: the processes do not find each other.
     """
     global _hosts
     timeout, objects_seconds = timedelta(seconds=timeout_seconds), max(OBJECTS_SECONDS, 4 * timeout_seconds)

@@ -110,9 +110,6 @@ class Checkpointer:
         """Find the newest undamaged checkpoint up to iteration `before`, and its numbers; None if there is none.
 
         Every process checks a part of the files.
-
-        Raises:
-            ValueError: there are checkpoints, but all are damaged.
         """
         paths = on_main_process(self.paths)
         if before is not None:
@@ -139,17 +136,10 @@ class Checkpointer:
                 logger.warning("%s is now %s, since the run continues from iteration %d", path, aside.name, iteration)
 
     def load(self, path: Path, tensors: Tensors) -> None:
-        """Fill `tensors` in place from the checkpoint at `path`, however many processes wrote it.
-
-        Raises:
-            ValueError: it has other names or shapes, or contains something that could run code.
-        """
+        """Fill `tensors` in place from the checkpoint at `path`, however many processes wrote it."""
         try:
             dcp.load(
-                dict(tensors),
-                storage_reader=TensorReader(path),
-                process_group=self._group,
-                no_dist=not is_enabled(),
+                dict(tensors), storage_reader=TensorReader(path), process_group=self._group, no_dist=not is_enabled()
             )
         except (CheckpointException, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             raise ValueError(f"{path}: {first_error_line(error)}") from error

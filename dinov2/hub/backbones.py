@@ -25,8 +25,7 @@ from torch import Tensor
 
 from dinov2.data.datasets.decode import decode_image, resize_image
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_images
-from dinov2.hub.downloads import RELEASES, Release
-from dinov2.hub.weight_files import checkpoint_file, join_names, read_networks
+from dinov2.hub.weight_files import RELEASES, Release, checkpoint_file, join_names, read_networks
 from dinov2.hub.weight_files import read_weights_file as read_weights_file
 from dinov2.hub.weight_files import without_chunk as without_chunk
 from dinov2.models import build_backbone
@@ -42,10 +41,6 @@ class ImageTransform:
     """Crop an image to a square and normalise it by ImageNet's mean and std, as all of these networks expect.
 
     Transforms can be pickled and compared; `str()` describes one in results and cache keys.
-
-    Attributes:
-        image_size: S.
-        mean, std: of red, green and blue in [0, 1].
     """
 
     image_size: int
@@ -53,12 +48,7 @@ class ImageTransform:
     std = IMAGENET_STD
 
     def __call__(self, image: Image.Image | np.ndarray | str | os.PathLike[str]) -> Tensor:
-        """Transform an image, or the file at a path, to float32 [3, S, S].
-
-        Raises:
-            UnreadableImageError: the file cannot be decoded.
-            ValueError: the image has no defined brightness, or the array is not uint8 [H, W, 3].
-        """
+        """Transform an image, or the file at a path, to float32 [3, S, S]."""
         decoded = image if isinstance(image, Image.Image | np.ndarray) else decode_image(image)
         return normalize_images(self.resize(decoded))
 
@@ -80,9 +70,8 @@ def load_backbone(source: PathLike, img_size: int = 224) -> DinoVisionTransforme
     and a missing `mask_token` becomes zero.
 
     Args:
-        source: a file in any layout of the module docstring; a folder, from which `checkpoint_file` chooses; a name out
-            of `dinov2.hub.downloads.RELEASES` (`dinobloom_b`, `dinov2_vits14_reg`, ...) or a URL, which are downloaded
-            once.
+        source: a file in any layout of the module docstring; a folder, from which `checkpoint_file` chooses; a name of
+            `dinov2.hub.RELEASES` (`dinobloom_b`, `dinov2_vits14_reg`, ...) or a URL, which are downloaded once.
         img_size: S, side of the square images to embed; a multiple of the patch size.
 
     Raises:
@@ -162,9 +151,6 @@ def infer_architecture(state: Mapping[str, Tensor], recorded: Mapping[str, Any],
     Tensors do not show the number of heads and how position embeddings are interpolated. These come from `recorded`,
     else they are those of all released networks: 64 dimensions per head; with registers antialiasing and no offset,
     without registers no antialiasing and offset 0.1.
-
-    Raises:
-        ValueError: the tensors are not those of a DINOv2 backbone, or `recorded` contradicts them.
     """
     essential = ["cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight", "norm.weight"]
     absent = [name for name in essential if name not in state]

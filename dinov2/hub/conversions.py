@@ -8,8 +8,7 @@ The network is the same in all three libraries; these things differ:
 - timm (`vit_*_patch14_dinov2`, `vit_*_patch14_reg4_dinov2`): there is no mask token; the gated network's maps are `fc1`
   and `fc2`; with registers, the CLS token includes its position.
 
-Both always have layer scale and biases: ones and zeros are written for a network without them, so its features stay the
-same. Unknown names are not changed, and the caller reports them.
+Both always have layer scale and biases: ones and zeros are written for a network without them.
 
 Dimension key:  D embedding dim, P patches, R register tokens, S side of the images in pixels
 """
@@ -58,10 +57,7 @@ _HF_PARTS = {
 _BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
 
 _TIMM_GATED = {"mlp.w12": "mlp.fc1", "mlp.w3": "mlp.fc2"}
-_TIMM_SIZES = {
-    False: {"small": "vit_small", "base": "vit_base", "large": "vit_large"},
-    True: {"giant": "vit_giant2"},
-}
+_TIMM_SIZES = {False: {"small": "vit_small", "base": "vit_base", "large": "vit_large"}, True: {"giant": "vit_giant2"}}
 _TIMM_PATCH_SIZE, _TIMM_N_REGISTERS, _TIMM_MLP_RATIO = 14, 4, {False: 4.0, True: 2 * 2.66667}
 
 

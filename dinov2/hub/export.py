@@ -13,8 +13,8 @@ writes the formats of `--formats`:
     README.md               a model card: the network, how to load each file, differences from ours
     sha256sums.txt          of all these
 
-The weights are the teacher's, in fp32, with position embeddings for one image size. The folder appears only if every
-file has reproduced our features of drawn cells in its own library (export_formats.py lists the outputs).
+The weights are the teacher's, in fp32. The folder appears only if every file has reproduced our features of drawn
+cells.
 """
 
 import argparse
@@ -69,14 +69,7 @@ def export_backbone(
     tolerance: float = 1e-4,
     overwrite: bool = False,
 ) -> None:
-    """Write and check a checkpoint's backbone in several formats, with a model card.
-
-    The arguments are the command's options (see `--help`).
-
-    Raises:
-        ExportError: a file does not reproduce our features; `output_dir` is not changed.
-        FileNotFoundError, NotADirectoryError, ValueError: a wrong argument.
-    """
+    """Write and check a checkpoint's backbone in several formats, with a model card; for arguments see `--help`."""
     _check_free(output_dir, overwrite)
     model, origin = _read(checkpoint, image_size)
     quoted = {file: read_results(file, origin) for file in results}

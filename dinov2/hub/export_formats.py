@@ -8,10 +8,8 @@ In each format the tokens after the last norm equal ours up to rounding. transfo
     x_norm_regtokens [B, R, D]      [:, 1 : 1 + R]     none
     x_norm_patchtokens [B, P, D]    [:, 1 + R :]       second output, `patches`
 
-This holds for images of the exported size. For other sizes, transformers and timm interpolate position embeddings in
-their own ways, and ONNX and torch.export files raise an error.
-
-Everything runs on the CPU in fp32. The libraries are optional, see `Format.packages`.
+This holds for images of the exported size, on the CPU in fp32. For other sizes, transformers and timm interpolate
+position embeddings in their own ways, and ONNX and torch.export files raise an error.
 
 Dimension key:  B images, S image side in pixels, D embedding dim, R registers, P patches
 """

@@ -79,16 +79,7 @@ def write_card(
     results: Mapping[Path, Mapping[str, Any]],
     left_out: Mapping[str, str],
 ) -> None:
-    """Write README.md into a folder with exported files.
-
-    Args:
-        folder: the folder with all files.
-        model: the exported network.
-        origin: where the network comes from.
-        differences: {format: {output: largest difference from ours}}.
-        results: {file: its content}, from `read_results`.
-        left_out: {format: why it was not written}.
-    """
+    """Write README.md into a folder with exported files."""
     size = exported_size(model)
     timm_name, timm_options = timm_arguments(architecture(model))
     environment = jinja2.Environment(
@@ -166,12 +157,7 @@ def _run_sections(folder: Path) -> dict[str, Any]:
 
 
 def read_results(file: Path, origin: Origin) -> dict[str, Any]:
-    """Read a results.json of this checkpoint.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no results.json, or is about another checkpoint.
-    """
+    """Read a results.json of this checkpoint."""
     if not file.is_file():
         raise FileNotFoundError(f"--results: no file {str(file)!r}")
     try:

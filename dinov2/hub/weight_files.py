@@ -1,17 +1,23 @@
-"""Find the file with the weights of a source, and read its tensors under our names.
+"""Releases by name and URL, the file with the weights of a source, and its tensors under our names.
+
+A release is downloaded once, to `torch.hub.get_dir()/checkpoints` under its own file name, so a file that torch.hub or
+the user downloaded there is used. DINOV2_RELEASES_URL and DINOBLOOM_RELEASES_URL replace the beginning of their URLs.
 
 No code in a file is ever run: pickles are read with `weights_only=True`.
 """
 
 import json
+import os
 import pickle
 import re
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -22,9 +28,8 @@ from torch import Tensor
 
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.hub.conversions import LAYER_NORM_EPS, is_adapter, lora_scaling, merge_adapters, to_own_names
-from dinov2.hub.downloads import resolve_weights
 from dinov2.models import architecture, build_model_from_cfg
-from dinov2.utils.files import PathLike
+from dinov2.utils.files import PathLike, cache_folder, download, local_path
 from dinov2.utils.sharded_checkpoints import METADATA_FILE, read_tensors
 
 TEACHER_FILE = "teacher_checkpoint.pth"
@@ -49,10 +54,82 @@ _HF_SETTINGS = {
 }
 _HF_FIXED = {"hidden_act": "gelu", "layer_norm_eps": LAYER_NORM_EPS}
 _HF_TYPES = ("dinov2", "dinov2_with_registers")
-_TIMM_SETTINGS = {
-    **{name: name for name in ("embed_dim", "depth", "num_heads")},
-    "reg_tokens": "num_register_tokens",
+_TIMM_SETTINGS = {**{name: name for name in ("embed_dim", "depth", "num_heads")}, "reg_tokens": "num_register_tokens"}
+
+
+@dataclass(frozen=True)
+class Release:
+    """Published weights."""
+
+    name: str  # for users
+    arch: str  # for `dinov2.models`
+    img_size: int  # side in pixels of the images that its position embeddings are for
+    folder: str  # default beginning of its URL
+    folder_variable: str  # environment variable that replaces this beginning
+    path: str  # the rest of the URL
+    title: str
+    sha256: str = ""  # of the file; empty if none is published
+
+    @property
+    def url(self) -> str:
+        return f"{(os.environ.get(self.folder_variable) or self.folder).rstrip('/')}/{self.path}"
+
+    @property
+    def file(self) -> Path:
+        """Return the path at which it is stored."""
+        return cache_folder() / urlsplit(self.path).path.rpartition("/")[2]
+
+
+def _dinov2(letter: str, has_registers: bool) -> Release:
+    arch = f"dinov2_vit{letter}14"
+    title = f"DINOv2's ViT-{'g' if letter == 'g' else letter.upper()}/14"
+    return Release(
+        name=arch + ("_reg" if has_registers else ""),
+        arch=arch + ("_reg" if has_registers else ""),
+        img_size=518,
+        folder="https://dl.fbaipublicfiles.com/dinov2",
+        folder_variable="DINOV2_RELEASES_URL",
+        path=f"{arch}/{arch}{'_reg4' if has_registers else ''}_pretrain.pth",
+        title=f"{title} with four registers (arXiv 2309.16588)" if has_registers else f"{title} (arXiv 2304.07193)",
+    )
+
+
+def _dinobloom(letter: str, sha256: str = "") -> Release:
+    return Release(
+        name=f"dinobloom_{letter}",
+        arch=f"dinov2_vit{letter}14",
+        img_size=224,
+        folder="https://zenodo.org/records/10908163/files",
+        folder_variable="DINOBLOOM_RELEASES_URL",
+        path=f"DinoBloom-{letter.upper()}.pth?download=1",
+        title=f"DinoBloom-{letter.upper()}, for single blood and bone-marrow cells (arXiv 2404.05022)",
+        sha256=sha256,
+    )
+
+
+RELEASES: dict[str, Release] = {
+    release.name: release
+    for release in (
+        # the only published checksum, by users of the file
+        _dinobloom("s", "c2f7990b003e89bcece80e379fb8fe0ba2ec392ce19b286e8a294abd99568e44"),
+        *(_dinobloom(letter) for letter in "blg"),
+        *(_dinov2(letter, has_registers) for has_registers in (False, True) for letter in "sblg"),
+    )
 }
+
+
+def resolve_weights(source: PathLike) -> Path:
+    """Return the local file or folder of `source`; names and URLs are downloaded once."""
+    text = os.fspath(source)
+    release = next((known for known in RELEASES.values() if known.url == text), None)
+    if release is None and (path := local_path(source)).exists():
+        return path
+    release = release or RELEASES.get(text)
+    if release is not None:
+        return download(release.url, release.file, release.sha256)
+    close = get_close_matches(text, RELEASES, n=3)
+    names = f"perhaps {' or '.join(close)}?" if close else f"names are {', '.join(RELEASES)}"
+    raise FileNotFoundError(f"checkpoint: no file or folder {text!r}, and no release has that name; {names}")
 
 
 @dataclass
@@ -69,10 +146,6 @@ def checkpoint_file(source: PathLike) -> Path:
 
     In a run's folder it is the newest teacher or, before the first one, the newest checkpoint to resume from. In a
     folder of transformers or timm it is the file with the weights.
-
-    Raises:
-        FileNotFoundError: there is nothing at `source`, or no weights in the folder.
-        ConnectionError, ValueError: as `resolve_weights`.
     """
     path = resolve_weights(source)
     if not path.is_dir() or _is_split(path):
@@ -105,11 +178,7 @@ def _is_split(folder: Path) -> bool:
 
 
 def read_networks(path: Path) -> StoredNetworks:
-    """Read the networks of a file or folder that `checkpoint_file` returned.
-
-    Raises:
-        ValueError: it cannot be read, has a student but no teacher, or needs another normalisation of images.
-    """
+    """Read the networks of a file or folder that `checkpoint_file` returned."""
     content, recorded = _read(path)
     backbone, heads = _split(_named_tensors(content, path), path)
     return StoredNetworks(
@@ -195,11 +264,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def read_weights_file(path: Path) -> dict[str, Any]:
-    """Read tensors and plain values of a .pth/.pt or .safetensors file to the CPU, without running code in it.
-
-    Raises:
-        ValueError: the file is damaged, of another kind, or needs pickled code.
-    """
+    """Read tensors and plain values of a .pth/.pt or .safetensors file to the CPU, without running code in it."""
     with open(path, "rb") as file:
         start = file.read(256)
     if start.startswith(b"version https://git-lfs"):

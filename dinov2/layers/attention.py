@@ -34,17 +34,10 @@ class Attention(nn.Module):
     """softmax(Q K^T / sqrt(d)) V in H heads, then a linear map.
 
     Args:
-        dim: D.
-        num_heads: H.
-        qkv_bias, proj_bias: use a bias in the map to queries, keys and values, and in the output map.
         attn_drop, proj_drop: dropout probabilities of the attention weights and of the output during training.
         backend: "sdpa" is torch's scaled_dot_product_attention, "explicit" is two matrix products around a softmax,
             "xformers" works on CUDA tensors only. "auto" is "sdpa", or "explicit" for short sequences on a CPU. It is
             never xFormers, which lacks fp32 kernels for sm_100 and sm_120 and bf16 kernels for older GPUs (0.0.35).
-
-    Raises:
-        ValueError: the backend is unknown, or the heads do not divide D.
-        ImportError: the backend is "xformers", which does not load.
     """
 
     def __init__(

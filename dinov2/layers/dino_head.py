@@ -44,17 +44,7 @@ class WeightNormLinear(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """MLP to a bottleneck, L2 normalisation, then weight-normalised prototypes.
-
-    Args:
-        in_dim: D.
-        out_dim: K.
-        use_bn: apply batch norm after each hidden layer.
-        nlayers: number of linear layers of the MLP; 1 or less for a single one without activation.
-        hidden_dim: width of the hidden layers.
-        bottleneck_dim: d.
-        mlp_bias: use a bias in the MLP's layers.
-    """
+    """MLP with `nlayers` linear layers to a bottleneck [d], L2 normalisation, then K weight-normalised prototypes."""
 
     def __init__(
         self,
@@ -78,11 +68,8 @@ class DINOHead(nn.Module):
     def forward(self, x: Tensor, with_logits: bool = True) -> Tensor | tuple[Tensor, Tensor]:
         """Compute the logits [N, K] of tokens [N, D].
 
-        Args:
-            x: [N, D].
-            with_logits: False to return the factors of the logits instead, embeddings [N, d] (unit vectors) and
-                prototypes [K, d], for a loss that computes logits in chunks. Sharded prototypes are gathered only
-                during this call.
+        Without `with_logits`, return their factors instead: embeddings [N, d] (unit vectors) and prototypes [K, d], for
+        a loss that computes logits in chunks. Sharded prototypes are gathered only during this call.
         """
         x = self.mlp(x)
         # normalised in float32, then converted back: the products with the prototypes use the head's type

@@ -16,19 +16,7 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 
 class PatchEmbed(nn.Module):
-    """Linear map of each non-overlapping patch, computed as a convolution whose stride is its kernel size.
-
-    Args:
-        img_size: size in pixels of the images that the position embedding is for, one number or (height, width).
-        patch_size: size of a patch in pixels, one number or (height, width).
-        in_chans: channels C.
-        embed_dim: D.
-        norm_layer: builds a norm over D; None for no norm.
-        flatten_embedding: return [B, P, D]; otherwise [B, H / patch, W / patch, D].
-
-    Raises:
-        ValueError: if img_size isn't a multiple of patch_size.
-    """
+    """Linear map of each non-overlapping patch, computed as a convolution whose stride is its kernel size."""
 
     def __init__(
         self,
@@ -40,13 +28,10 @@ class PatchEmbed(nn.Module):
         flatten_embedding: bool = True,
     ) -> None:
         super().__init__()
-        self.img_size = _pair(img_size)
-        self.patch_size = _pair(patch_size)
+        self.img_size, self.patch_size = _pair(img_size), _pair(patch_size)
         self.patches_resolution = self.grid_of(*self.img_size)
         self.num_patches = self.patches_resolution[0] * self.patches_resolution[1]
-        self.in_chans = in_chans
-        self.embed_dim = embed_dim
-        self.flatten_embedding = flatten_embedding
+        self.in_chans, self.embed_dim, self.flatten_embedding = in_chans, embed_dim, flatten_embedding
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
         self.norm = norm_layer(embed_dim) if norm_layer is not None else nn.Identity()
 

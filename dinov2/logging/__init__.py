@@ -5,8 +5,7 @@ import sys
 from pathlib import Path
 
 from dinov2.distributed import get_rank
-from dinov2.logging.metrics import MetricLogger
-from dinov2.logging.trackers import open_trackers
+from dinov2.logging.metrics import MetricLogger, open_trackers
 
 __all__ = ["MetricLogger", "log_file", "open_trackers", "setup_logging"]
 

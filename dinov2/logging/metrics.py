@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import time
+import uuid
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,9 +18,8 @@ import torch
 from torch import Tensor
 
 from dinov2.distributed import is_main_process
-from dinov2.logging.trackers import Tracker
+from dinov2.utils.command import duration_text
 from dinov2.utils.files import atomic_write
-from dinov2.utils.progress import duration_text
 
 logger = logging.getLogger("dinov2")
 
@@ -28,14 +28,86 @@ MAX_MARKS = 100_000  # that are kept if `means` is never called
 TIMES = ("iter_time", "data_time", "images_per_second", "matmul_share")
 
 
+class Tracker:
+    """Tracker of a run's numbers and, if it can show them, images."""
+
+    def log(self, values: Mapping[str, float], iteration: int) -> None:
+        raise NotImplementedError
+
+    def log_images(self, images: Mapping[str, np.ndarray], iteration: int) -> None:
+        """Show images, uint8 [height, width, 3], by name."""
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+class TensorBoard(Tracker):
+    def __init__(self, folder: Path, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=start)
+
+    def log(self, values: Mapping[str, float], iteration: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, iteration)
+
+    def log_images(self, images: Mapping[str, np.ndarray], iteration: int) -> None:
+        for name, image in images.items():
+            self._writer.add_image(f"views/{name}", image, iteration, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases(Tracker):
+    def __init__(self, settings: Any, run_folder: Path, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError("train.wandb.enabled is true but wandb is not installed: pip install wandb") from error
+        # one id for all parts of a resumed run, and another one for each other run, whatever its name
+        id_file = run_folder / "wandb_id.txt"
+        if not id_file.is_file():
+            with atomic_write(id_file, "w") as file:
+                file.write(uuid.uuid4().hex)
+        self._run = wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            mode=settings.mode,
+            name=run_folder.name,
+            id=id_file.read_text(encoding="utf-8"),
+            dir=str(run_folder),
+            config=config,
+            resume="allow",
+        )
+
+    def log(self, values: Mapping[str, float], iteration: int) -> None:
+        self._run.log(dict(values), step=iteration)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_trackers(train: Any, run_folder: Path, start: int, config: dict[str, Any]) -> list[Tracker]:
+    """Open the trackers of the config's section `train`, on the main process; TensorBoard only if it is installed."""
+    trackers: list[Tracker] = []
+    if not is_main_process():
+        return trackers
+    if train.tensorboard:
+        try:
+            trackers.append(TensorBoard(run_folder / "tensorboard", start))
+        except ImportError:
+            logger.info("TensorBoard is not installed; training_metrics.json has the same numbers")
+    if train.wandb.enabled:
+        trackers.append(WeightsAndBiases(train.wandb, run_folder, config))
+    return trackers
+
+
 class StepClock:
     """Measures the stages of a loop's steps without waiting for the device.
 
     On a CPU it is the host's time. On CUDA each stage ends with an event in the current stream, so its time is that of
     the device for the work queued in it, waiting included. The stages of a step add up to its duration.
-
-    Args:
-        device: device of the loop's work.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -55,10 +127,7 @@ class StepClock:
         self._mark(None)
 
     def means(self) -> dict[str, float]:
-        """Return each stage's seconds per step since the last call; on CUDA this waits for the last stage.
-
-        The number of steps is the count of the rarest stage.
-        """
+        """Return each stage's seconds per step (the rarest stage) since the last call; CUDA waits for the last one."""
         marks, seconds, counts = list(self._marks), defaultdict[str, float](float), Counter[str]()
         self._marks.clear()
         self._marks.append(marks[-1])
@@ -168,10 +237,7 @@ class MetricLogger:
         return rates
 
     def log_evaluation(self, done: int, values: Mapping[str, float]) -> None:
-        """Send an evaluation after `done` iterations to the trackers, at iteration `done` - 1.
-
-        A run that resumes after `done` iterations drops the entries of later iterations.
-        """
+        """Send an evaluation to the trackers, at iteration `done` - 1: a run that resumes then drops later entries."""
         self.newest_evaluation = {"iteration": done, **values}
         self._track(lambda tracker: tracker.log(values, max(done - 1, 0)))
 

@@ -60,11 +60,7 @@ def _resolve(arch: str) -> tuple[Callable[..., DinoVisionTransformer], dict[str,
 
 
 def fixed_settings(arch: str) -> dict[str, Any]:
-    """Return the fields of the config's section `student` that the name `arch` fixes, for Meta's released networks.
-
-    Raises:
-        ValueError: for an unknown arch.
-    """
+    """Return the fields of the config's section `student` that the name `arch` fixes, for Meta's released networks."""
     return _resolve(arch)[1]
 
 
@@ -80,9 +76,6 @@ def build_model(args: Any, only_teacher: bool = False, img_size: int = 224) -> A
 
     Returns:
         (student, teacher, embed_dim), or (teacher, embed_dim). Only the student has stochastic depth.
-
-    Raises:
-        ValueError: the arch is unknown.
     """
     build, fixed = _resolve(args.arch)
     settings = {name: getattr(args, name) for name in _REQUIRED_FIELDS}
@@ -98,10 +91,7 @@ def build_model(args: Any, only_teacher: bool = False, img_size: int = 224) -> A
     if only_teacher:
         return teacher, teacher.embed_dim
     student = build(
-        img_size=img_size,
-        drop_path_rate=args.drop_path_rate,
-        drop_path_uniform=args.drop_path_uniform,
-        **settings,
+        img_size=img_size, drop_path_rate=args.drop_path_rate, drop_path_uniform=args.drop_path_uniform, **settings
     )
     return student, teacher, student.embed_dim
 
@@ -112,10 +102,7 @@ def build_model_from_cfg(cfg: Any, only_teacher: bool = False) -> Any:
 
 
 def architecture(model: DinoVisionTransformer) -> dict[str, Any]:
-    """Describe a network for `build_backbone` with numbers, strings, booleans and None.
-
-    `arch` is the name of its size for readers, like "vit_small", or "custom".
-    """
+    """Describe a network for `build_backbone`; `arch` is the name of its size, like "vit_small", or "custom"."""
     attributes = {"depth": "n_blocks", "layerscale": "init_values"}
     description = {name: getattr(model, attributes.get(name, name)) for name in _ARCHITECTURE_FIELDS}
     if not isinstance(model.img_size, int):
@@ -125,14 +112,9 @@ def architecture(model: DinoVisionTransformer) -> dict[str, Any]:
 
 
 def build_backbone(architecture: Mapping[str, Any]) -> DinoVisionTransformer:
-    """Build the network of a description, with new weights and without stochastic depth.
+    """Build the network that `architecture(model)` describes, with new weights and without stochastic depth.
 
-    Args:
-        architecture: a description as `architecture(model)` returns it. Missing fields follow from `arch`, else they
-            have DinoVisionTransformer's defaults; img_size may be a pair (height, width).
-
-    Raises:
-        ValueError: an unknown arch without its dimensions, or unknown fields.
+    Missing fields follow from `arch`, else they have DinoVisionTransformer's defaults.
     """
     unknown = sorted(set(architecture) - set(_ARCHITECTURE_FIELDS) - {"arch"})
     if unknown:

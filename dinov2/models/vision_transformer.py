@@ -47,26 +47,14 @@ class DinoVisionTransformer(nn.Module):
     Args:
         img_size: size in pixels of the images that `pos_embed` is for, one number or (height, width); for other
             sizes it is interpolated.
-        patch_size: side of a patch in pixels.
-        in_chans: C.
-        embed_dim: D.
-        depth: number of blocks.
-        num_heads: attention heads of a block.
-        mlp_ratio: width of the feed-forward network divided by D.
-        qkv_bias, ffn_bias, proj_bias: use a bias in these linear maps of a block.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 in the first block.
         drop_path_uniform: use the same rate in all blocks instead.
         init_values: initial value of layer scale; None or 0 for no layer scale.
-        embed_layer, act_layer, block_fn: classes of the parts.
         ffn_layer: "mlp", "swiglu", "swiglufused" or "identity".
         block_chunks: number of BlockChunks that hold the blocks, visible in their state-dict names; 0 for none.
-        num_register_tokens: R.
         interpolate_antialias: smooth `pos_embed` when it is reduced.
         interpolate_offset: added to the wanted number of rows and columns before the ratio is computed; networks
             without registers were trained with 0.1. 0.0 interpolates to the exact size.
-
-    Raises:
-        ValueError: an unknown ffn_layer, more chunks than blocks, or an img_size that patches do not fill.
     """
 
     def __init__(
@@ -100,17 +88,11 @@ class DinoVisionTransformer(nn.Module):
             raise ValueError(f"block_chunks: {block_chunks} of {depth} blocks; choose 0 (no chunks) to {depth}")
         norm_layer = partial(LayerNorm, eps=1e-6)
 
-        self.img_size = img_size
-        self.patch_size = patch_size
-        self.in_chans = in_chans
+        self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
         self.num_features = self.embed_dim = embed_dim
-        self.n_blocks = depth
-        self.num_heads = num_heads
-        self.mlp_ratio = mlp_ratio
+        self.n_blocks, self.num_heads, self.mlp_ratio = depth, num_heads, mlp_ratio
         self.qkv_bias, self.ffn_bias, self.proj_bias = qkv_bias, ffn_bias, proj_bias
-        self.init_values = init_values
-        self.ffn_layer = ffn_layer
-        self.block_chunks = block_chunks
+        self.init_values, self.ffn_layer, self.block_chunks = init_values, ffn_layer, block_chunks
         self.chunked_blocks = block_chunks > 0
         self.num_register_tokens = num_register_tokens
         self.interpolate_antialias = interpolate_antialias
@@ -159,14 +141,9 @@ class DinoVisionTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
-        """Interpolate the position embedding for images of another size than `img_size`.
+        """Return the position embedding [1, 1 + P, D] of images of `w` x `h` pixels, in the dtype of `x`.
 
-        Args:
-            x: [B, 1 + P, D], of the dtype to return.
-            w, h: the images' first and second spatial size in pixels: upstream's names, though w is the height.
-
-        Returns:
-            [1, 1 + P, D]: bicubic, computed in float32; `pos_embed` itself if its size fits.
+        It is interpolated (bicubic, in float32) if the size is not `img_size`. By upstream's names, w is the height.
         """
         return self._pos_embed_at(self._grid_of(w, h), x.dtype)
 
@@ -181,17 +158,9 @@ class DinoVisionTransformer(nn.Module):
         return _resize(self.pos_embed, own_grid, grid, offset=self.interpolate_offset, antialias=antialias).to(dtype)
 
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
-        """Compute the first block's input from images.
+        """Compute the first block's input from images [B, C, H, W]: CLS token, registers and patches, [B, N, D].
 
-        Args:
-            x: [B, C, H, W] normalised images.
-            masks: [B, P] bool, True if the mask token replaces the patch; None for no mask.
-
-        Returns:
-            [B, N, D]: CLS token, registers, patches.
-
-        Raises:
-            ValueError: H or W is not a multiple of the patch size.
+        The mask token replaces the patches that are True in `masks` [B, P].
         """
         grid = self._grid_of(x.shape[-2], x.shape[-1])
         patches = self.patch_embed(x)  # [B, P, D]
@@ -215,11 +184,7 @@ class DinoVisionTransformer(nn.Module):
         return [self._features(x, masks) for x, masks in zip(tokens, masks_list, strict=True)]
 
     def forward_features(self, x: Any, masks: Any = None) -> Any:
-        """Compute the features of images.
-
-        Args:
-            x: [B, C, H, W] normalised images, or a list of such.
-            masks: [B, P] bool or None; a list of them for a list of images.
+        """Compute the features of normalised images [B, C, H, W] with masks [B, P] or None, or of lists of both.
 
         Returns:
             x_norm_clstoken [B, D], x_norm_regtokens [B, R, D], x_norm_patchtokens [B, P, D], all after the last norm,
@@ -251,14 +216,10 @@ class DinoVisionTransformer(nn.Module):
         """Return the patch tokens after chosen blocks, without registers.
 
         Args:
-            x: [B, C, H, W] normalised images.
             n: number of last blocks, or the numbers of the blocks from 0; results are in the order of the blocks.
             reshape: return [B, D, H / patch, W / patch] instead of [B, P, D].
             return_class_token: return (patch tokens, CLS token [B, D]) for each block.
             norm: apply the network's last norm to each.
-
-        Raises:
-            ValueError: the network has no such block.
         """
         wanted = set(range(self.n_blocks - n, self.n_blocks)) if isinstance(n, int) else set(n)
         if not wanted or not wanted <= set(range(self.n_blocks)):
@@ -327,16 +288,8 @@ def resize_pos_embed(pos_embed: Tensor, grid: int | tuple[int, int]) -> Tensor:
     """Resize the `pos_embed` of a weight file to another grid of patches: bicubic, without offset or antialiasing.
 
     DinoBloom starts its 224-px networks (16 x 16 patches) in this way from DINOv2's 518-px weights (37 x 37).
-
-    Args:
-        pos_embed: [1, 1 + S * S, D], the CLS token's entry first, then a square grid row by row.
-        grid: rows and columns, one number for a square.
-
-    Returns:
-        [1, 1 + rows * cols, D] in pos_embed's dtype.
-
-    Raises:
-        ValueError: pos_embed has another shape.
+    `pos_embed` [1, 1 + S * S, D] has the CLS token's entry first, then a square grid row by row. The result is
+    [1, 1 + rows * cols, D].
     """
     rows, cols = (grid, grid) if isinstance(grid, int) else grid
     n_patches = pos_embed.shape[1] - 1 if pos_embed.ndim == 3 else 0

@@ -140,12 +140,7 @@ class EvaluationTask(Checkpointable):
 def submit(
     task: TrainingTask | EvaluationTask, args: argparse.Namespace, output_dir: Path, name: str
 ) -> submitit.Job[None]:
-    """Submit `task` to SLURM; submitit's files and logs are in `output_dir/submitit/<job id>`.
-
-    Raises:
-        ValueError: options contradict each other, this machine has no SLURM, or SLURM refuses the job.
-        PermissionError: `output_dir` cannot be written.
-    """
+    """Submit `task` to SLURM; submitit's files and logs are in `output_dir/submitit/<job id>`."""
     for program in ("sbatch", "srun"):
         if shutil.which(program) is None:
             raise ValueError(
@@ -220,11 +215,7 @@ def describe(job: submitit.Job[None], args: argparse.Namespace, results: Path) -
 
 
 def wait(job_id: str) -> int:
-    """Wait until the job has ended, print each new state, and return its exit code. Ctrl-C does not end the job.
-
-    Raises:
-        ConnectionError: SLURM does not answer for five minutes.
-    """
+    """Wait until the job has ended, print each new state, and return its exit code. Ctrl-C does not end the job."""
     printed, started = "", time.monotonic()
     answered = started
     try:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dinov2.utils.progress import duration_text
+from dinov2.utils.command import duration_text
 from dinov2.utils.run_status import ENDED, RunStatus, is_run, read_status
 
 SILENT_SECONDS = 300.0  # a run without a new status for this long is called silent: a checkpoint may take minutes
@@ -135,11 +135,7 @@ def table(rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Return the given runs, and the runs in given folders of runs.
-
-    Raises:
-        FileNotFoundError: a folder does not exist, or neither it nor a folder in it is a run.
-    """
+    """Return the given runs, and the runs in given folders of runs."""
     runs: list[Path] = []
     for path in paths:
         inside = [path] if is_run(path) else []

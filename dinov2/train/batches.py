@@ -37,11 +37,7 @@ _AUGMENTATIONS = {"default": DataAugmentationDINO, "hema": DataAugmentationHEMA}
 
 
 def build_dataset(cfg: Any) -> HemaStandardDataset:
-    """Open the data set of `train.dataset_path`, whose images are decoded to squares.
-
-    Raises:
-        FileNotFoundError, ValueError: it cannot be read, or `train.balance` does not fit it.
-    """
+    """Open the data set of `train.dataset_path`, whose images are decoded to squares; check `train.balance`."""
     size = cfg.train.image_size or cfg.crops.global_crops_size
     dataset = make_dataset(cfg.train.dataset_path, image_size=size, fit=cfg.train.image_fit, seed=cfg.train.seed)
     build_balance(cfg).quotas(dataset.source.set_names, dataset.source.set_sizes)
@@ -73,9 +69,6 @@ def resolve_batch_size(train: Any, world_size: int) -> None:
 
     Without global_batch_size, it becomes batch_size_per_gpu x accumulation_steps x processes. With it,
     batch_size_per_gpu is the maximum size of a micro-batch, and accumulation_steps the smallest number that allows it.
-
-    Raises:
-        ValueError: the global batch is not divisible.
     """
     total, n_steps = train.global_batch_size, train.accumulation_steps
     if total is None:

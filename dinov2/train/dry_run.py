@@ -23,10 +23,9 @@ from dinov2.data.augmentations import N_GLOBAL_CROPS
 from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.layers import DINOHead
 from dinov2.train.batches import TrainBatches, resolve_batch_size
-from dinov2.train.micro_batches import forward_backward
 from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
 from dinov2.train.schedules import Schedules
-from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.ssl_meta_arch import SSLMetaArch, forward_backward
 from dinov2.utils.memory import PeakMemory, memory_limit, resident_memory, size_text
 
 logger = logging.getLogger("dinov2")
@@ -46,11 +45,7 @@ def count_step_flops(cfg: Any, *, backbone_is_frozen: bool = False) -> int:
     """Count the floating-point operations in the matrix products of one process's step, on the "meta" device.
 
     They are those of both backbones on all tokens, of heads and prototypes, forward and backward. Losses,
-    Sinkhorn-Knopp and optimizer take time, but are about a hundredth of the arithmetic.
-
-    Args:
-        cfg: configuration after `resolve_batch_size`.
-        backbone_is_frozen: as in the first `optim.freeze_backbone_iterations` steps.
+    Sinkhorn-Knopp and optimizer take time, but are about a hundredth of the arithmetic. `cfg` has resolved batch sizes.
     """
     crops, ibot, batch_size = cfg.crops, cfg.ibot, cfg.train.batch_size_per_gpu
     with torch.device("meta"):
@@ -133,11 +128,7 @@ class StepTrials:
         model.backbone_is_frozen = False  # steps with a frozen backbone take less
 
     def step(self, cfg: DictConfig) -> StepCost:
-        """Run two steps of a resolved configuration: the first warms the device up, the second is timed.
-
-        Raises:
-            torch.OutOfMemoryError: a step does not fit on the GPU.
-        """
+        """Run two steps of a resolved configuration: the first warms the device up, the second is timed."""
         model, device, train = self.model, self.model.device, cfg.train
         now = Schedules(cfg).at(0)
         now.apply_to(self.optimizer)
@@ -171,9 +162,7 @@ def dry_run(cfg: DictConfig, model: SSLMetaArch, dataset: HemaStandardDataset) -
     """Log the networks' parameters and the cost of real steps; the weights are useless afterwards.
 
     Two small steps show the cost of an image. On a CPU, which would swap, the run's batch is tried only if it fits.
-
-    Returns:
-        the exit code: 1 if the run's batch does not fit into the memory.
+    Return the exit code: 1 if the run's batch does not fit into the memory.
     """
     logger.info("the student's parameters\n%s", parameter_count_table(model.student, max_depth=2))
     logger.info("flops     %.3g TFLOP in matrix products of a step of each process", count_step_flops(cfg) / 1e12)
@@ -213,10 +202,7 @@ def find_batch_size(cfg: DictConfig, model: SSLMetaArch, dataset: HemaStandardDa
     """Find the largest `train.batch_size_per_gpu` whose step leaves MARGIN of the memory free; None if no step does.
 
     It is extrapolated from the peaks of small steps. A GPU, which does not swap as a CPU does, then tries it, and
-    smaller sizes if it does not fit. With `train.global_batch_size` the sizes are its divisors.
-
-    Args:
-        cfg: configuration before `resolve_batch_size`.
+    smaller sizes if it does not fit. With `train.global_batch_size` the sizes are its divisors. `cfg` is not resolved.
     """
     sizes, available = batch_sizes(cfg), memory_limit(model.device)
     trials = StepTrials(_set_batch_size(cfg, sizes[0]), model, dataset)

@@ -54,13 +54,7 @@ EVALUATION_ERRORS = (OSError, ValueError, KeyError, MemoryError, torch.OutOfMemo
 
 
 class TeacherEvaluation:
-    """Writes and evaluates teachers, and removes those that evaluation.keep_teachers does not keep.
-
-    Its constructor reads and checks the labelled sets, before a model is built.
-
-    Raises:
-        FileNotFoundError, KeyError, ValueError: evaluation.datasets has a mistake.
-    """
+    """Writes and evaluates teachers on the labelled sets, and removes those that keep_teachers does not keep."""
 
     def __init__(self, cfg: Any) -> None:
         self.cfg = cfg
@@ -77,10 +71,7 @@ class TeacherEvaluation:
         return period > 0 and done % period == 0
 
     def run(self, model: SSLMetaArch, run_folder: Path, done: int, metrics: MetricLogger | None = None) -> bool:
-        """Write and evaluate the teacher after `done` iterations; log a failure and return False.
-
-        Older teachers are removed once the new one is written and evaluated.
-        """
+        """Write and evaluate the teacher after `done` iterations, then remove older ones; return False on failure."""
         checkpoint = _folder(run_folder, done) / CHECKPOINT_NAME
         state = teacher_state(model)
         try:
@@ -111,11 +102,7 @@ class TeacherEvaluation:
         return True
 
     def _extract(self, model: SSLMetaArch) -> dict[Path, np.ndarray]:
-        """Return the features [D] of each readable image on every process; each process extracts a part of them.
-
-        Raises:
-            EVALUATION_ERRORS: a process could read none of its images, or the teacher is broken; on every process.
-        """
+        """Return the features [D] of each readable image on every process; each process extracts a part of them."""
         backbone = whole_teacher_backbone(model)
         paths = list(dict.fromkeys(path for each in self.sets for path in (*each.train.paths, *each.test.paths)))
         own_paths = paths[get_rank() :: get_world_size()]
@@ -173,10 +160,7 @@ class TeacherEvaluation:
 
 @torch.no_grad()
 def teacher_state(model: SSLMetaArch) -> dict[str, Tensor]:
-    """Gather the teacher's tensors, fp32 on the CPU, with adapters merged.
-
-    Every process must call this; the main one gets the tensors, the others an empty dictionary.
-    """
+    """Gather the teacher's tensors on the main process, fp32 on the CPU, adapters merged; every process calls this."""
     state = {}
     for name, value in model.teacher.state_dict().items():
         tensor = gather_whole(value)

@@ -1,7 +1,7 @@
 """Fine-tuning: weights to start from, frozen parts, and low-rank adapters (LoRA, Hu et al. 2021).
 
-`student.pretrained_weights` (or MODEL.WEIGHTS) is any source that `load_backbone` reads: a file or folder, a name or a
-URL. The words of `student.freeze`, `student.unfreeze` and `student.lora.targets` select parts of a backbone:
+`student.pretrained_weights` (or MODEL.WEIGHTS) is any source that `load_backbone` reads. The words of
+`student.freeze`, `student.unfreeze` and `student.lora.targets` select parts of a backbone:
 
     all             everything
     3, 0-7          blocks by number, from 0
@@ -13,9 +13,7 @@ Without LoRA, a parameter learns unless `freeze` selects it and `unfreeze` does 
 
     y = W x + b + (alpha / rank) B A x,   A [rank, in] random at the start, B [out, rank] zero
 
-The teacher has its own adapters, whose A and B are moving averages of the student's. The product of two averages is not
-the average of the products, but the difference is of second order in the student's change within the average's memory.
-Written teachers have the adapters merged into W: they are plain networks.
+The teacher's A and B are moving averages of the student's. Written teachers have the adapters merged into W.
 """
 
 import difflib
@@ -31,7 +29,7 @@ from torch import Tensor, nn
 from dinov2.distributed import is_main_process
 from dinov2.hub.backbones import checkpoint_file, file_sha256, load_backbone, mismatches, read_heads, without_chunk
 from dinov2.hub.conversions import is_adapter
-from dinov2.hub.downloads import RELEASES
+from dinov2.hub.weight_files import RELEASES
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 logger = logging.getLogger("dinov2")
@@ -49,11 +47,7 @@ def configured_weights(cfg: Any) -> str | None:
 
 
 def locate_weights(cfg: Any) -> Path | None:
-    """Return the file or folder that the run starts from; None for random weights. A name or URL is downloaded once.
-
-    Raises:
-        FileNotFoundError, ConnectionError, ValueError: it does not exist, cannot be downloaded, or is damaged.
-    """
+    """Return the file or folder that the run starts from; None for random weights. A name or URL is downloaded once."""
     weights = configured_weights(cfg)
     if weights is None:
         return None
@@ -74,13 +68,6 @@ def start_from_weights(student: nn.ModuleDict, cfg: Any) -> None:
 
     The whole backbone must fit; `load_backbone` resizes position embeddings to the grid of the global crops. A head is
     loaded if all of its tensors fit; if the file has a head of other shapes, a warning says so.
-
-    Args:
-        student: `backbone` and heads out of `HEADS`, before they are sharded.
-
-    Raises:
-        FileNotFoundError, ConnectionError, ValueError: as `locate_weights`, or the file holds another backbone; the
-            message lists names and shapes.
     """
     path = locate_weights(cfg)
     if path is None:
@@ -137,11 +124,7 @@ class Learned:
 
 
 def choose_learned(backbone: nn.Module, student: Any) -> Learned:
-    """Resolve the settings `freeze`, `unfreeze` and `lora` of the section `student` for a backbone without adapters.
-
-    Raises:
-        ValueError: a word selects nothing, or nothing is left to learn.
-    """
+    """Resolve the settings `freeze`, `unfreeze` and `lora` of the section `student` for a backbone without adapters."""
     names = [name for name, _ in backbone.named_parameters()]
     frozen = _select_names(student.freeze, names, "student.freeze")
     unfrozen = _select_names(student.unfreeze, names, "student.unfreeze")
@@ -175,9 +158,6 @@ def limit_learning(student: DinoVisionTransformer, teacher: DinoVisionTransforme
 
     Call it after pretrained weights are loaded, since adapters rename parameters, and before sharding. The adapters of
     student and teacher still differ.
-
-    Raises:
-        ValueError: as `choose_learned`, or peft is not installed.
     """
     learned = choose_learned(student, settings)
     by_name = dict(student.named_parameters())
@@ -211,11 +191,7 @@ def _add_adapters(backbone: nn.Module, layers: Iterable[str], lora: Any) -> None
 
 
 def _select_names(words: Iterable[Any], names: list[str], key: str) -> frozenset[str]:
-    """Return the `names` that `words` select.
-
-    Raises:
-        ValueError: a word selects none.
-    """
+    """Return the `names` that `words` select."""
     plain = {name: without_chunk(name) for name in names}
     block_of = {name: int(match[1]) for name in names if (match := re.match(r"blocks\.(\d+)\.", plain[name]))}
     n_blocks = 1 + max(block_of.values(), default=-1)

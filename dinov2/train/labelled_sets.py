@@ -20,19 +20,12 @@ N_FOLDS, SPLIT_SEED = 5, 0
 
 @dataclass(frozen=True, eq=False)
 class LabelledSet:
-    """Training and test cells of one entry of evaluation.datasets.
-
-    Attributes:
-        name: name of the set in logs and results.
-        train, test: cells with the same `class_names`; no image is in both.
-        ks: numbers of neighbours for kNN, ascending.
-        with_linear: True to also fit a linear probe.
-    """
+    """Training and test cells of one entry of evaluation.datasets."""
 
     name: str
     train: LabelledCells
-    test: LabelledCells
-    ks: list[int]
+    test: LabelledCells  # none of these images is in `train`
+    ks: list[int]  # numbers of neighbours for kNN, ascending
     with_linear: bool
 
 
@@ -41,9 +34,6 @@ def read_labelled_sets(evaluation: Any) -> list[LabelledSet]:
 
     `{name, train, test}` names two sets. `{name, data}` names one set; a fifth of it is the test set: stratified, of
     whole patients if they are known, the same cells in every run.
-
-    Raises:
-        FileNotFoundError, KeyError, ValueError: a set has a mistake; the message says what to write instead.
     """
     given: Any = OmegaConf.to_container(evaluation.datasets, resolve=True)
     entries = [{"linear": evaluation.linear, "knn_k": list(evaluation.knn_k), **entry} for entry in given]
@@ -62,11 +52,7 @@ def read_labelled_sets(evaluation: Any) -> list[LabelledSet]:
 
 
 def without_copied_images(labelled: LabelledSet) -> LabelledSet:
-    """Drop training images that are byte-equal to a test image; reads all files of equal size.
-
-    Raises:
-        ValueError: no training image is left.
-    """
+    """Drop training images that are byte-equal to a test image; reads all files of equal size."""
     n_train = len(labelled.train)
     paths = [str(path) for path in (*labelled.train.paths, *labelled.test.paths)]
     ((kept, _),), _ = without_copies(paths, [(np.arange(n_train), np.arange(n_train, len(paths)))])

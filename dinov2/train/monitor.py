@@ -78,15 +78,7 @@ def feature_statistics(cls_tokens: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def prototype_use(choices: Tensor, n_prototypes: int) -> Tensor:
-    """Compute the share of prototypes that are the first choice of a row, out of min(R, K).
-
-    Args:
-        choices: int64 [R], the prototype with each row's largest value.
-        n_prototypes: K.
-
-    Returns:
-        0-d float32 on the choices' device; NaN if R is 0.
-    """
+    """Compute the share of prototypes among the first choices [R], out of min(R, K); NaN if R is 0."""
     if len(choices) == 0:
         return torch.full((), math.nan, device=choices.device)
     is_used = torch.zeros(n_prototypes, device=choices.device)
@@ -118,10 +110,6 @@ class CollapseMonitor:
     """Warns once of each sign of a collapse, and again only after it has recovered.
 
     Nothing is checked in the start-up phase. Then each measure is checked as its mean over consecutive windows.
-
-    Args:
-        cfg: the run's merged configuration.
-        n_iterations: number of iterations of the whole run.
     """
 
     def __init__(self, cfg: Any, n_iterations: int) -> None:
@@ -137,12 +125,7 @@ class CollapseMonitor:
         self._state = defaultdict[str, float](float)
 
     def check(self, rows: Sequence[Mapping[str, float]]) -> list[str]:
-        """Add the newest rows; log and return the warnings that they cause.
-
-        Args:
-            rows: in order, each with its `iteration`, and the losses of `SSLMetaArch.losses` and statistics of `LABELS`
-                that it has.
-        """
+        """Add the newest rows; log and return the warnings that they cause."""
         texts = []
         for row in rows:
             iteration = int(row["iteration"])
@@ -292,11 +275,6 @@ def profiled_steps(folder: Path, n_steps: int, device: torch.device) -> Iterator
 
     Profiled steps take longer; their losses stay the same. If the files cannot be written, a warning says so and the
     training continues.
-
-    Args:
-        folder: folder of trace.json.gz (for https://ui.perfetto.dev or chrome://tracing) and table.txt.
-        n_steps: number of steps to profile, from the fourth on; 0 for none.
-        device: device of the steps.
     """
     if not n_steps or not is_main_process():
         yield lambda: None

@@ -37,10 +37,7 @@ def build_optimizer(optim: Any, params_groups: list[dict[str, Any]]) -> torch.op
 
 
 def clip_gradients(student: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]:
-    """Clip each sub-network's gradient to a norm of at most `max_norm` (0: no limit); return the norms before.
-
-    A sub-network without gradients has the norm 0.
-    """
+    """Clip each sub-network's gradient to a norm of at most `max_norm` (0: no limit); return the norms before."""
     norms = {}
     for name, module in student.items():
         parameters = [p for p in module.parameters() if p.grad is not None]

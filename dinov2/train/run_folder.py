@@ -59,9 +59,6 @@ def run_folder_path(output_dir: str, name: str | None, config_file: str | None) 
     """Return `output_dir/name`; without a name, a folder named after the configuration and the time or SLURM job.
 
     A requeued job keeps its number, and so its folder.
-
-    Raises:
-        ValueError: the name is missing although torchrun may restart the run, or the job has an earlier run.
     """
     if name is not None:
         return Path(output_dir) / name
@@ -161,10 +158,6 @@ class RunFolder:
 
         An earlier run that is not resumed (it has no checkpoint, or `resume` is False) is moved to a folder beside
         this one. It is never overwritten or mixed with the new run.
-
-        Raises:
-            PermissionError, NotADirectoryError: the folder cannot be written, or another process writes it.
-            ValueError: the checkpoint to resume has weights of other shapes.
         """
         on_main_process(lambda: self._prepare(resume, eval_only))
 
@@ -212,14 +205,7 @@ class RunFolder:
         return on_main_process(lambda: bool(self.checkpointer.paths()))
 
     def restore(self, state: TrainState, before: int | None = None) -> bool:
-        """Resume from the newest readable checkpoint, by any number of processes; return False if there is none.
-
-        Args:
-            before: the maximum iteration of the checkpoint.
-
-        Raises:
-            ValueError: no checkpoint can be read, or it holds networks of other shapes.
-        """
+        """Resume from the newest readable checkpoint, by any number of processes; return False if there is none."""
         newest = self.checkpointer.newest(before)
         if newest is None:
             return False
@@ -231,11 +217,7 @@ class RunFolder:
         return True
 
     def roll_back(self, state: TrainState, newest: dict[str, float]) -> None:
-        """Restore the newest checkpoint before too many skipped steps in a row, and skip the batches since then.
-
-        Raises:
-            FloatingPointError: there is none, or the run was rolled back train.max_rollbacks times already.
-        """
+        """Restore the newest checkpoint before too many skipped steps in a row, and skip the batches since then."""
         self.checkpointer.wait()
         stuck, what = replace(state.progress), state.guard.describe(newest)
         in_row = int(newest["longest_skipped_in_row"])
@@ -253,12 +235,7 @@ class RunFolder:
         )
 
     def restore_networks(self, model: SSLMetaArch) -> int:
-        """Load only the networks of the newest readable checkpoint; return the number of iterations done.
-
-        Raises:
-            FileNotFoundError: there is none.
-            ValueError: as `restore`.
-        """
+        """Load only the networks of the newest readable checkpoint; return the number of iterations done."""
         newest = self.checkpointer.newest()
         if newest is None:
             raise FileNotFoundError(f"no checkpoint in {self.checkpointer.folder}; check --output-dir and --name")
@@ -351,11 +328,5 @@ class RunFolder:
 def open_metrics(cfg: Any, path: Path, start: int, schedules: Schedules) -> MetricLogger:
     """Open training_metrics.json and the trackers, to continue from iteration `start`."""
     trackers = open_trackers(cfg.train, path, start, OmegaConf.to_container(cfg))  # type: ignore[arg-type]
-    return MetricLogger(
-        path / "training_metrics.json",
-        start,
-        schedules.n_iterations,
-        schedules.global_batch_size,
-        cfg.train.log_period,
-        trackers,
-    )
+    n_iterations, batch_size, period = schedules.n_iterations, schedules.global_batch_size, cfg.train.log_period
+    return MetricLogger(path / "training_metrics.json", start, n_iterations, batch_size, period, trackers)

@@ -28,7 +28,7 @@ import dinov2
 from dinov2 import distributed
 from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.distributed import Launch, any_rank, get_rank, get_world_size, is_lost_connection, name_missing_ranks
-from dinov2.hub.downloads import RELEASES
+from dinov2.hub.weight_files import RELEASES
 from dinov2.logging import MetricLogger, log_file
 from dinov2.models import fixed_settings
 from dinov2.train.batches import build_balance, resolve_batch_size
@@ -53,11 +53,7 @@ WAIT_FOREVER_SECONDS = 7 * 24 * 3600.0  # timeout between ranks for train.hang_t
 
 
 def read_settings(args: argparse.Namespace, world_size: int) -> DictConfig:
-    """Read the configuration of the command's arguments, with every value resolved.
-
-    Raises:
-        FileNotFoundError, KeyError, ValueError: a setting is missing, unknown or wrong.
-    """
+    """Read the configuration of the command's arguments, with every value resolved."""
 
     def resolve(cfg: DictConfig) -> None:
         resolve_arch(cfg)
@@ -79,12 +75,7 @@ def resolve_arch(cfg: DictConfig) -> None:
 
 
 def set_up_device(cfg: DictConfig, launch: Launch | None) -> torch.device:
-    """Choose the device and its floating-point types, and join the other processes.
-
-    Raises:
-        ValueError: there is no such device, or it lacks what torch.compile needs.
-        ConnectionError: the processes do not find each other.
-    """
+    """Choose the device and its floating-point types, and join the other processes."""
     device = pick_device(cfg.train.device, launch)
     for key in ("compile_blocks", "compile_loss"):
         if cfg.train[key] and (obstacle := obstacle_to_compiling(device)):
@@ -145,10 +136,7 @@ def obstacle_to_compiling(device: torch.device) -> str | None:
 def fill_cache(dataset: HemaStandardDataset, signals: StopSignals, *, only_report: bool) -> bool:
     """Write missing images into the data set's cache, if it has one, on rank 0.
 
-    With `only_report` nothing is written, and images are decoded without the cache.
-
-    Returns:
-        False if a stop signal came.
+    With `only_report` nothing is written, and images are decoded without the cache. Return False after a stop signal.
     """
     if dataset.cache is None:
         return True

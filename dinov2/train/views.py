@@ -75,15 +75,7 @@ class TrainingViews:
 
 
 def draw_sheets(batch: Mapping[str, Any], n_images: int) -> dict[str, np.ndarray]:
-    """Draw the first images of a batch; waits for its device.
-
-    Args:
-        batch: batch dict of `dinov2.data.collate`.
-        n_images: maximum number of rows.
-
-    Returns:
-        {"crops": sheet} and, if a patch is masked, {"masks": sheet}: uint8 [height, width, 3].
-    """
+    """Draw sheets (uint8 [H, W, 3]) of a batch's first images: "crops" and, if a patch is masked, "masks"."""
     crops = batch["collated_global_crops"].unflatten(0, (N_GLOBAL_CROPS, -1))[:, :n_images]  # [G, R, 3, S, S]
     masks = batch["collated_masks"].unflatten(0, (N_GLOBAL_CROPS, -1))[:, :n_images].cpu()  # [G, R, P]
     n_rows, batch_size = crops.shape[1], len(batch["collated_global_crops"]) // N_GLOBAL_CROPS

@@ -1,11 +1,15 @@
-"""Ends of commands: one line and an exit code after a user's mistake, a finished step after a stop signal."""
+"""Exit codes and one-line errors of commands, stop signals, progress bars and durations."""
 
 import logging
 import signal
 import threading
 from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from types import FrameType
 from typing import Any
+
+from tqdm import tqdm
 
 logger = logging.getLogger("dinov2")
 
@@ -65,3 +69,15 @@ def ignore_stop_signals(_: int = 0) -> None:
     """Ignore these signals in a worker process: the run needs it until its last step."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+
+
+progress_bar = partial(tqdm, unit=" images", mininterval=2)  # seconds; in a log file each update is a line
+
+
+def duration_text(seconds: float) -> str:
+    """Format a duration: 42s as 0m42s, then 1h05m, then 2d03h."""
+    whole = timedelta(seconds=round(seconds))
+    hours, minutes = whole.seconds // 3600, whole.seconds // 60 % 60
+    if whole.days:
+        return f"{whole.days}d{hours:02d}h"
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{whole.seconds % 60:02d}s"

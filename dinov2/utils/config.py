@@ -80,9 +80,7 @@ _BOUNDS: list[tuple[float, float, str]] = [
 
 
 def load_run_config(
-    config_file: PathLike | None,
-    overrides: Sequence[str] = (),
-    resolve: Callable[[DictConfig], None] | None = None,
+    config_file: PathLike | None, overrides: Sequence[str] = (), resolve: Callable[[DictConfig], None] | None = None
 ) -> DictConfig:
     """Merge and check a run's configuration.
 
@@ -90,9 +88,6 @@ def load_run_config(
         config_file: path or URL of a YAML with values that replace defaults; None for the defaults alone.
         overrides: `key.subkey=value` texts of the command line, which replace both.
         resolve: sets values that follow from others, before the values are checked against each other.
-
-    Raises:
-        FileNotFoundError, KeyError, ValueError: no such file; an unknown key; an unreadable file or wrong value.
     """
     merged = dinov2_default_config.copy()
     layers = [("command line", dict(_read_override(text) for text in overrides))]
@@ -218,11 +213,7 @@ def _check_value(key: str, value: Any) -> Any:
 
 
 def _convert(value: Any, example: Any) -> Any:
-    """Convert `value` to the type of `example`; lists of fractional numbers must have its length.
-
-    Raises:
-        TypeError: it has another type.
-    """
+    """Convert `value` to the type of `example`; lists of fractional numbers must have its length."""
     if type(value) is type(example):
         if isinstance(example, list):
             if isinstance(example[0], float) and len(value) != len(example):

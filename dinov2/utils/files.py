@@ -33,11 +33,8 @@ SILENCE_SECONDS = 60.0  # of a server, after which a download fails
 def atomic_write(path: PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`, and rename it to `path` after the block, when its bytes are on disk.
 
-    If the block raises an error or the process is killed, an earlier file at `path` does not change.
-
-    Args:
-        path: the final name; its folder is made if missing.
-        mode: "wb" or "w" (text is UTF-8 with "\\n" line ends).
+    If the block raises an error or the process is killed, an earlier file at `path` does not change. The folder is made
+    if missing; text is UTF-8.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,14 +115,7 @@ def cache_folder() -> Path:
 
 
 def download(url: str, file: Path, sha256: str = "") -> Path:
-    """Download `url` to `file`, unless it exists; only one of several processes downloads it.
-
-    Args:
-        sha256: the checksum that the file must have; empty if it is unknown.
-
-    Raises:
-        FileNotFoundError, ConnectionError, ValueError: as `local_path`.
-    """
+    """Download `url` to `file`, unless it exists; `sha256` is the checksum that it must have, empty if unknown."""
     if file.is_file():
         _check(file, sha256, f"remove it, and it is downloaded again from {url}")
         return file

@@ -27,18 +27,9 @@ def available_cores() -> int:
 def parallel_map(
     function: Callable[[Item], Result], items: Iterable[Item], n_workers: int, chunk: int = 16
 ) -> Generator[Result, None, None]:
-    """Yield `function(item)` for each item, in order.
+    """Yield `function(item)` for each item, in order; each worker gets the function once, pickled.
 
     With several workers, call it under `if __name__ == "__main__":`. Ctrl-C drops the items that have not begun.
-
-    Args:
-        function: a function of a module, or a method of an object that can be pickled; each worker gets it once.
-        items: its arguments.
-        n_workers: number of worker processes; up to 1, this process works.
-        chunk: number of items that a worker gets at a time.
-
-    Raises:
-        ValueError: a worker was killed.
     """
     if n_workers <= 1:
         yield from map(function, items)

@@ -26,12 +26,7 @@ TOLERANCE = 1e-5
 
 @functools.cache
 def resolve_dtype(name: str, device_type: str) -> torch.dtype:
-    """Return the type of `param_dtype: name` on a device.
-
-    Args:
-        name: auto, fp32, bf16 or fp16. auto is bf16 on CUDA (fp16 on GPUs without it) and fp32 on a CPU.
-        device_type: "cpu", "cuda", ...
-    """
+    """Return the type of `param_dtype: name` on a device; auto is bf16 on CUDA (else fp16) and fp32 on a CPU."""
     if name == "auto":
         if device_type != "cuda":
             return torch.float32
@@ -73,10 +68,7 @@ def autocast(name: str, device_type: str) -> torch.autocast:
 
 
 def fast_matmul(is_wanted: bool, device: torch.device | str = "cpu") -> bool:
-    """Turn the fast path on if it is wanted and as accurate as float32, else off; return whether it is on.
-
-    Only the device "cpu" has a fast path.
-    """
+    """Turn the CPU's fast path on if it is wanted and as accurate as float32, else off; return whether it is on."""
     is_fast = is_wanted and torch.device(device).type == "cpu" and _is_fast_path_accurate()
     torch.set_float32_matmul_precision(FAST if is_fast else EXACT)
     return is_fast

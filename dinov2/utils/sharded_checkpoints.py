@@ -34,9 +34,8 @@ _ALLOWED = {
     "torch": "Size",
     "torch.serialization": "_get_layout",  # looks a layout up by its name
     "collections": "OrderedDict",
-    **dict.fromkeys(
-        ("pathlib", "pathlib._local"), "PosixPath WindowsPath"
-    ),  # where the folder was; moved in Python 3.13
+    # where the folder was; moved in Python 3.13
+    **dict.fromkeys(("pathlib", "pathlib._local"), "PosixPath WindowsPath"),
 }
 
 
@@ -50,10 +49,7 @@ class _DescriptionUnpickler(pickle.Unpickler):
 
 
 class TensorReader(FileSystemReader):
-    """Reads only tensors; other content is a pickle.UnpicklingError.
-
-    `torch.distributed.checkpoint.load` wraps it in its CheckpointException.
-    """
+    """Reads only tensors; other content is a pickle.UnpicklingError (dcp.load: a CheckpointException)."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with open(Path(self.path) / METADATA_FILE, "rb") as file:
@@ -70,11 +66,7 @@ class TensorReader(FileSystemReader):
 
 
 def read_tensors(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Read the whole tensors whose dotted names are `wanted` to the CPU, however many processes wrote them.
-
-    Raises:
-        ValueError: the folder cannot be read, or contains something that could run code.
-    """
+    """Read the whole tensors whose dotted names are `wanted` to the CPU, however many processes wrote them."""
     try:
         entries = TensorReader(folder).read_metadata().state_dict_metadata
         tensors = {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dinov2.distributed.launch import first_host, read_launch
+from dinov2.distributed import first_host, read_launch
 
 TORCHRUN = {
     "RANK": "5",

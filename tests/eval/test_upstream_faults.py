@@ -15,7 +15,7 @@ Here is what no other file tests. Where the rest is:
 - classes of a few pictures whose numbers look as sure as others: here; how intervals are made: test_uncertainty.py
 - bags: learning from the test part, weights of the last epoch in place of the best, folds without strata or seed, a
   schedule that steps a bag at a time: solvers/test_mil_training.py, test_abmil_predictions.py; softmax over the wrong
-  axis: tests/models/test_abmil.py and tests/layers/test_gated_attention_pool.py; class ids in the order of a
+  axis: tests/models/test_abmil.py; class ids in the order of a
   listing: here
 """
 

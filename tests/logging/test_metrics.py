@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from dinov2.logging import MetricLogger, metrics
-from dinov2.logging.metrics import StepClock
-from dinov2.logging.trackers import Tracker
+from dinov2.logging.metrics import StepClock, Tracker
 
 
 class Recorder(Tracker):

@@ -142,7 +142,7 @@ def test_a_balance_is_kept_when_a_run_goes_on_with_more_processes(config, monkey
     ("override", "message"),
     [
         ("train.balance.weights={none:2}", "no set is called 'none'; the sets here are all"),
-        ("train.balance.weights={all:-1}", "all has -1.0; a weight is 0"),
+        ("train.balance.weights={all:-1}", "all has -1.0; give 0 (never seen) or more"),
         ("train.balance.weights={all:.nan}", "all has nan"),
         ("train.balance.weights={all:0}", "every set that has images has weight 0"),
         ("train.balance.weights={all:much}", "must be a mapping like {bmc: 0.5"),

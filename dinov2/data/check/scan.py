@@ -24,8 +24,8 @@ import pandas as pd
 from PIL import Image
 
 from dinov2.data.datasets.decode import UnreadableImageError, decode_image
+from dinov2.utils.command import progress_bar
 from dinov2.utils.parallel import parallel_map
-from dinov2.utils.progress import progress_bar
 
 VERSION = 3  # raise it whenever the same file would give other facts
 READABLE, MISSING, UNREADABLE = "readable", "missing", "unreadable"

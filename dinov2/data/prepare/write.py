@@ -30,8 +30,8 @@ from dinov2.data.datasets.decode import UnreadableImageError, load_image
 from dinov2.data.datasets.tables import LABEL_COLUMN, PATH_COLUMN, PATIENT_COLUMN, SET_COLUMN
 from dinov2.data.prepare.base import Box, Cell, DataSet, Notes, find_cells, image_size
 from dinov2.data.splits import PART_COLUMN, PARTS
+from dinov2.utils.command import progress_bar
 from dinov2.utils.files import atomic_write
-from dinov2.utils.progress import progress_bar
 
 logger = logging.getLogger("dinov2")
 

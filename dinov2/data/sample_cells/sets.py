@@ -17,9 +17,9 @@ from PIL import Image, ImageDraw
 from dinov2.data.datasets.tables import LABEL_COLUMN, PATH_COLUMN, PATIENT_COLUMN
 from dinov2.data.sample_cells.drawing import DEFAULT_SIZE_PX, draw_cell
 from dinov2.data.sample_cells.forms import CELL_CLASSES, Slide
+from dinov2.utils.command import progress_bar
 from dinov2.utils.files import atomic_write
 from dinov2.utils.parallel import parallel_map
-from dinov2.utils.progress import progress_bar
 
 logger = logging.getLogger("dinov2")
 

@@ -29,9 +29,9 @@ from dinov2.data.datasets.decode import UnreadableImageError, decode_image
 from dinov2.distributed import get_world_size, is_main_process, on_main_process
 from dinov2.eval.features.encoders import Encoder, Preparation
 from dinov2.eval.features.store import DEFAULT_KIND, PATCHES
+from dinov2.utils.command import progress_bar
 from dinov2.utils.files import atomic_write
 from dinov2.utils.precision import fast_matmul_within
-from dinov2.utils.progress import progress_bar
 
 logger = logging.getLogger("dinov2")
 

@@ -38,11 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_settings(args: argparse.Namespace, world_size: int) -> None:
-    """Check train.py's arguments for mistakes that would end the job at its start.
-
-    Raises:
-        FileNotFoundError, KeyError, ValueError: a mistake.
-    """
+    """Check train.py's arguments for mistakes that would end the job at its start."""
     cfg = read_settings(args, world_size)
     Schedules(cfg)
     with torch.device("meta"):
