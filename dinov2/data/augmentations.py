@@ -112,7 +112,7 @@ def draw_box(rng: Random, height: int, width: int, scale: Sequence[float]) -> tu
 def draw_crop(
     rng: Random, height: int, width: int, scale: Sequence[float], settings: AugmentationSettings, kind: int
 ) -> CropParameters:
-    """Draw the values of one crop of an image [H, W]; `kind` 0, 1: first, second global crop, 2: local crop."""
+    """Draw the random parameters of a crop of an image [H, W]; `kind` 0, 1: first, second global crop, 2: local."""
     s = settings
     jitter: list[tuple[str, float]] = []
     box = draw_box(rng, height, width, scale)

@@ -80,7 +80,7 @@ def _stratified_parts(labels: np.ndarray, patients: Sequence[str] | None, n_part
 
 
 def _check_enough(labels: np.ndarray, patients: Sequence[str] | None, n_parts: int, setting: str, advice: str) -> None:
-    """Raise a ValueError if there are fewer patients, or fewer cells in the largest class, than parts."""
+    """Raise ValueError if `n_parts` exceeds the number of patients, if given, or of cells in the largest class."""
     available = {"cells in its largest class": int(np.bincount(labels).max(initial=0))}
     if patients is not None:
         available["patients"] = len(set(patients))

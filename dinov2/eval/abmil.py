@@ -221,9 +221,9 @@ def _write_networks(output_dir: Path, data: FoldedBags, networks: Sequence[Netwo
 def _write_attention(
     output_dir: Path, bags: PatientBags, predictions: BagPredictions, class_names: Sequence[str], n_top: int
 ) -> None:
-    """Write attention.csv, a row for each cell of the tested patients, and top_cells.csv, the first few of each.
+    """Write attention.csv, a row per cell of the tested patients, and top_cells.csv, each patient's `n_top` highest.
 
-    The column `attention` is that of the predicted class; where each class has its own, `attention_<class>` follow.
+    `attention` is for the predicted class; `attention_<class>` columns follow if attention differs by class.
     """
     tables, top_tables = [], []
     predicted = zip(predictions.positions.tolist(), predictions.classes, predictions.predicted_attention(), strict=True)

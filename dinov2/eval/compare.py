@@ -119,7 +119,7 @@ def _digest(lines: Iterable[Sequence[str]]) -> str:
 
 
 def format_comparison(report: dict[str, Any]) -> str:
-    """Return a comparison as a table."""
+    """Format the comparison of two results as a text table, with McNemar's test in its title."""
     test = report["mcnemar"]
     unit = "cells" if report["n_patients"] is None else f"{report['n_patients']} patients"
     rows = [["in percent", "first", "second", f"difference, 95 % interval over {unit}", "p"]]

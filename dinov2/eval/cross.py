@@ -69,7 +69,10 @@ class CrossOptions:
     def predict(
         self, train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray, n_classes: int
     ) -> np.ndarray:
-        """Predict classes, int64 [M]; `train_labels` are 0 to `n_classes` - 1."""
+        """Fit a linear probe or kNN to features [N, D], and predict the classes of [M, D]: int64 [M].
+
+        `train_labels` are 0 to `n_classes` - 1.
+        """
         if self.method == "linear":
             probe = fit_linear_probe(train_features, train_labels, n_classes, device=self.device)
             return probe.predict_proba(test_features).argmax(axis=1)

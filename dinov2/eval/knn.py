@@ -208,7 +208,7 @@ def _nearest_columns(distances: Tensor, squares: Tensor, k: int) -> Tensor:
 
 
 def protocol(options: KnnOptions) -> Protocol:
-    """Return the protocol with its options, for `runner.run` and the list in `evaluate.py`."""
+    """Build the kNN protocol from its options; with few-shot training, each k above `n_train` is left out."""
 
     def few_shot_options(n_train: int) -> KnnOptions | None:
         ks = [k for k in options.k or DEFAULT_KS[options.protocol] if k <= n_train]

@@ -125,7 +125,10 @@ class EvaluationSet:
     hashes: dict[str, str]  # {flag: sha256} of the input files
 
     def data(self, source: str, with_all_kinds: bool = False) -> EvaluationData:
-        """Return what a protocol takes: the features of one source, its first kind or all kinds."""
+        """Collect the input of a protocol: labels, folds, settings, and the features of one source.
+
+        The features are of the source's first kind, or of all its kinds if `with_all_kinds`.
+        """
         kinds = self.sources[source]
         main = next(iter(kinds))
         return EvaluationData(
@@ -259,7 +262,7 @@ def load_evaluation_set(args: argparse.Namespace, with_all_kinds: bool = False) 
 
 
 def _without_features(cells: LabelledCells) -> Features:
-    """Return cells with the paths that their features will have, and no features."""
+    """Convert cells to `Features` without values, [N, 0], and with absolute paths, as their features will have."""
     paths = [os.path.abspath(path) for path in cells.paths]
     return Features(np.empty((len(cells), 0)), cells.labels, cells.class_names, paths, cells.patients)
 

@@ -47,7 +47,10 @@ def parse_arguments(
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
     argv: Sequence[str] | None = None,
 ) -> argparse.Namespace:
-    """Parse and check the flags of a protocol's command; the arguments are those of `run_command`."""
+    """Parse the flags of a protocol's command and check them for the protocol that `protocol_of` makes of them.
+
+    `add_arguments` adds the protocol's own flags before the common ones.
+    """
     parser = argparse.ArgumentParser(
         description=f"{description} {HOW_TO}", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

@@ -145,7 +145,10 @@ class Checkpointer:
             raise ValueError(f"{path}: {first_error_line(error)}") from error
 
     def _settle(self, iteration: int, pending: "Future[bool]", written: "Future[Any]") -> None:
-        """Log the outcome as soon as it is known: the next checkpoint may be hours later."""
+        """Log whether the checkpoint was written and pass the outcome to `pending`.
+
+        `pending` gets True, False for a failed write, or the error itself if it is unexpected.
+        """
         error = written.exception()
         if error is None:
             logger.info("checkpoint: %s", self.path_of(iteration))

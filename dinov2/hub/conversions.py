@@ -67,7 +67,7 @@ def to_own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_hugging_face(state: Mapping[str, Tensor]) -> bool:
-    """Return whether the names are transformers'."""
+    """Return whether the tensor names are those of Hugging Face transformers."""
     return any(name.endswith("embeddings.cls_token") for name in state)
 
 
@@ -273,7 +273,10 @@ def _split_block(name: str) -> tuple[str | None, str]:
 
 
 def _replace_module(name: str, renamed: Mapping[str, str]) -> str:
-    """Replace the beginning of `name`, up to a dot or the end, by `renamed`."""
+    """Rename the module that `name` begins with: the first key of `renamed` that is all of `name` or ends at a dot.
+
+    A name that matches no key stays the same.
+    """
     old = next((old for old in renamed if name == old or name.startswith(f"{old}.")), "")
     return renamed[old] + name.removeprefix(old) if old else name
 

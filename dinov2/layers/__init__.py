@@ -1,10 +1,13 @@
 """Modules of a vision transformer and its projection heads; none of them depends on how it is trained."""
 
 from .attention import Attention, MemEffAttention
-from .block import Block, DropPath, LayerNorm, LayerScale, NestedTensorBlock
+from .block import Block, LayerNorm, NestedTensorBlock
 from .dino_head import DINOHead, WeightNormLinear
-from .mlp import Mlp, SwiGLUFFN, SwiGLUFFNFused
+from .drop_path import DropPath
+from .layer_scale import LayerScale
+from .mlp import Mlp
 from .patch_embed import PatchEmbed
+from .swiglu_ffn import SwiGLUFFN, SwiGLUFFNFused
 
 __all__ = [
     "Attention",

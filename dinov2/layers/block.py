@@ -1,8 +1,4 @@
-"""One transformer layer, with layer scale and stochastic depth.
-
-Stochastic depth (Huang et al. 2016, arXiv 1603.09382): during training, some samples skip a residual branch. `DropPath`
-computes a branch for every sample and zeroes some results. `choose_samples` selects the samples to compute it for,
-which saves the skipped work (DINOv2, section 5). Both have the same expectation.
+"""One transformer layer.
 
 Dimension key:  B samples, N tokens of a sample, D embedding dim
 """
@@ -16,52 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import Attention
+from .drop_path import choose_samples
+from .layer_scale import LayerScale
 from .mlp import Mlp
-
-
-class DropPath(nn.Module):
-    """Zero a sample's branch with probability `drop_prob` and divide the others by 1 - drop_prob, in training only."""
-
-    def __init__(self, drop_prob: float = 0.0) -> None:
-        super().__init__()
-        self.drop_prob = drop_prob
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Drop samples of a batch [B, ...]."""
-        if not self.training or not self.drop_prob:
-            return x
-        keep_prob = 1.0 - self.drop_prob
-        kept = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) < keep_prob  # [B, 1, ...]
-        return x * (kept.to(x.dtype) / keep_prob) if keep_prob else torch.zeros_like(x)
-
-
-def n_kept_samples(n_samples: int, drop_rate: float) -> int:
-    """Return the number of a batch's samples for which a branch is computed: at least one."""
-    return max(int(n_samples * (1 - drop_rate)), 1)
-
-
-def choose_samples(n_samples: int, drop_rate: float, device: torch.device) -> Tensor | None:
-    """Draw the numbers of the samples to compute a branch for, on the host; None if no sample is dropped."""
-    n_kept = n_kept_samples(n_samples, drop_rate)
-    if n_kept == n_samples:
-        return None
-    kept = torch.randperm(n_samples, device="cpu")[:n_kept]
-    if device.type == "cuda":
-        kept = kept.pin_memory().to(device, non_blocking=True)
-    return kept
-
-
-class LayerScale(nn.Module):
-    """Multiply x by gamma [D], which starts at `init_values` (LayerScale, arXiv 2103.17239); `inplace` overwrites x."""
-
-    def __init__(self, dim: int, init_values: float | Tensor = 1e-5, inplace: bool = False) -> None:
-        super().__init__()
-        self.inplace = inplace
-        self.gamma = nn.Parameter(init_values * torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scale the channels of [..., D]."""
-        return x.mul_(self.gamma) if self.inplace else x * self.gamma
 
 
 class LayerNorm(nn.LayerNorm):
@@ -86,9 +39,14 @@ class Block(nn.Module):
     samples only, and its result is multiplied by B / n.
 
     Args:
+        dim: D.
+        num_heads: attention heads.
+        mlp_ratio: width of the feed-forward network divided by D.
+        qkv_bias, proj_bias, ffn_bias: use a bias in these linear maps.
         drop, attn_drop: dropout probabilities, see Attention and Mlp.
         init_values: initial value of layer scale; None or 0 for no layer scale.
         drop_path: share of the samples that skip a branch.
+        act_layer, norm_layer, attn_class, ffn_layer: classes of the layer's modules.
     """
 
     def __init__(
@@ -111,7 +69,12 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = norm_layer(dim)
         self.attn = attn_class(
-            dim, num_heads=num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=drop
+            dim,
+            num_heads=num_heads,
+            qkv_bias=qkv_bias,
+            proj_bias=proj_bias,
+            attn_drop=attn_drop,
+            proj_drop=drop,
         )
         self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.norm2 = norm_layer(dim)

@@ -27,9 +27,9 @@ class WeightNormLinear(nn.Module):
         nn.init.uniform_(self.weight_v, -bound, bound)
 
     def weight(self) -> Tensor:
-        """Compute W [K, d] in float32, even if sharding gathers the parameters in half precision.
+        """Compute W = g v / |v|, [K, d], in float32, even if sharding gathers the parameters in half precision.
 
-        A rounded length would shift a whole prototype, and the temperature would magnify the error.
+        A rounding error in |v| would scale all logits of its prototype, and the temperature would magnify it.
         """
         with torch.autocast(self.weight_v.device.type, enabled=False):
             direction = self.weight_v.float()

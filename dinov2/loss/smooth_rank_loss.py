@@ -18,5 +18,5 @@ def smooth_rank(features: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 def smooth_rank_loss(embedding_matrix: Tensor, eps: float = 1e-7) -> Tensor:
-    """Return minus the smooth rank; minimising it spreads features [N, D] over more directions."""
+    """Return minus `smooth_rank` of features [N, D]; minimising it spreads them over more directions."""
     return -smooth_rank(embedding_matrix, eps)

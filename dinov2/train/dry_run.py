@@ -23,9 +23,10 @@ from dinov2.data.augmentations import N_GLOBAL_CROPS
 from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.layers import DINOHead
 from dinov2.train.batches import TrainBatches, resolve_batch_size
+from dinov2.train.micro_batches import forward_backward
 from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
 from dinov2.train.schedules import Schedules
-from dinov2.train.ssl_meta_arch import SSLMetaArch, forward_backward
+from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.memory import PeakMemory, memory_limit, resident_memory, size_text
 
 logger = logging.getLogger("dinov2")
@@ -154,7 +155,7 @@ class StepTrials:
 
 
 def growth_per_image(fewer: StepCost, more: StepCost) -> float:
-    """Return the bytes by which the peak grows per image between two steps."""
+    """Estimate the peak memory in bytes per added image, at least 0, from a step with `fewer` and one with `more`."""
     return max(0.0, (more.peak - fewer.peak) / (more.batch_size - fewer.batch_size))
 
 
@@ -235,10 +236,11 @@ def largest_that_fits(step: Step, sizes: Sequence[int]) -> int | None:
 
 
 def largest_by_extrapolation(step: Step, sizes: Sequence[int], limit: float) -> int | None:
-    """Extrapolate from small steps the largest of the ascending `sizes` that needs at most `limit` bytes.
+    """Estimate the largest of the ascending `sizes` that needs at most `limit` bytes, or None if none fits.
 
-    The size doubles until the peak has grown by half: in very small steps the optimizer's memory may be the peak. Only
-    the first step can exceed the limit, since twice the images add at most twice the memory.
+    It runs small steps, each at least twice as large as the last, until the peak is 1.5 times the first one: in very
+    small steps the optimizer's memory may be the peak. It extrapolates from there. Doubling stops earlier if the next step
+    might exceed the limit, so only the first step can: twice the images add at most twice the memory.
     """
     first = last = step(sizes[0])
     growth = (first.peak - first.before) / first.batch_size  # bytes an image, at most

@@ -84,7 +84,7 @@ class Progress:
     rollbacks: int = 0
 
     def advance(self, global_batch_size: int) -> None:
-        """Count one step."""
+        """Count one step: one iteration, one batch, and `global_batch_size` images more in `position`."""
         self.iteration += 1
         self.batch_number += 1
         self.position += global_batch_size

@@ -112,7 +112,10 @@ class Schedules:
 
 
 def scaled_lr(optim: Any, global_batch_size: int) -> float:
-    """Compute the peak learning rate: `optim.base_lr` is for a global batch of 1024 and scales with its square root."""
+    """Compute the peak learning rate: `optim.base_lr` * sqrt(global_batch_size / 1024).
+
+    If `optim.scaling_rule` is "none", it is `optim.base_lr`.
+    """
     if optim.scaling_rule == "none":
         return float(optim.base_lr)
     return optim.base_lr * math.sqrt(global_batch_size / 1024.0)

@@ -1,9 +1,9 @@
 """Student and teacher, and one step of self-distillation between them: DINO + iBOT + KoLeo (DINOv2, arXiv 2304.07193).
 
-A step's global batch is divided over W processes and, in each process, over A micro-batches. Neither changes the loss:
-Sinkhorn-Knopp and centering use the teacher's logits of the global batch, and KoLeo searches each feature's neighbour
-in it (with dino.koleo_loss_distributed: false in each micro-batch, as upstream does on each GPU). The other terms are
-means over images, and gradients are averaged.
+A step's global batch is divided over W processes and, in each process, over A micro-batches (train/micro_batches.py).
+Neither changes the loss: Sinkhorn-Knopp and centering use the teacher's logits of the global batch, and KoLeo searches
+each feature's neighbour in it (with dino.koleo_loss_distributed: false in each micro-batch, as upstream does on each
+GPU). The other terms are means over images, and gradients are averaged.
 
 Dimension key:  W processes, A micro-batches of a process, B images in one, N = W*A*B images in the global batch,
                 L local crops, P patches per global crop, M masked patches, D embedding dim, K prototypes of a head,
@@ -12,7 +12,6 @@ Dimension key:  W processes, A micro-batches of a process, B images in one, N = 
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from dinov2.data.augmentations import N_GLOBAL_CROPS
 from dinov2.distributed import all_gather_rows, get_rank, is_enabled
-from dinov2.fsdp.sharding import SHARDED, lerp_, make_mesh, replicate, reshard, shard, without_gradient_sync
+from dinov2.fsdp.sharding import SHARDED, lerp_, make_mesh, replicate, reshard, shard
 from dinov2.hub.conversions import lora_scaling
 from dinov2.layers import Block, DINOHead
 from dinov2.logging.metrics import StepClock
@@ -130,7 +129,11 @@ class SSLMetaArch(nn.Module):
         self.train()
 
     def prepare_for_distributed_training(self, n_nodes: int = 1) -> None:
-        """Compile blocks, and shard or replicate networks over the processes, before the optimizer is built."""
+        """Compile blocks (`train.compile_blocks`), and shard or replicate networks over the processes.
+
+        Call it on the training device, before the optimizer is built. The strategies are those of
+        `compute_precision.*.*.sharding_strategy`.
+        """
         if self.cfg.train.compile_blocks:
             for module in self.modules():
                 if isinstance(module, Block):
@@ -171,7 +174,7 @@ class SSLMetaArch(nn.Module):
 
     @property
     def teacher_backbone(self) -> DinoVisionTransformer:
-        """Return the network that is used after training."""
+        """Return the teacher's backbone, the network that is used after training."""
         backbone = self.teacher["backbone"]
         assert isinstance(backbone, DinoVisionTransformer), "build_model_from_cfg builds nothing else"
         return backbone
@@ -199,6 +202,7 @@ class SSLMetaArch(nn.Module):
                 front, collated_local_crops [L*B, 3, s, s] (absent for L = 0), collated_masks [2B, P],
                 mask_indices_list [M], masks_weight [M], n_masked_patches [1]; optionally the seed of this step's
                 stochastic depth.
+            teacher_temp: temperature of the teacher's targets.
 
         Returns:
             the losses for the log, see `losses`: detached scalars, means over this process's images.
@@ -214,7 +218,11 @@ class SSLMetaArch(nn.Module):
 
     @torch.no_grad()
     def teacher_outputs(self, images: Mapping[str, Any]) -> TeacherOutputs:
-        """Run the teacher on the unmasked global crops."""
+        """Compute the teacher's CLS tokens and logits on the unmasked global crops.
+
+        CLS tokens [2B, D]; CLS logits [2B, K], the two views swapped as each predicts the other; patch logits [M, K] of the
+        masked patches.
+        """
         tokens = self._backbone("teacher", images["collated_global_crops"])
         first, second = tokens["x_norm_clstoken"].chunk(N_GLOBAL_CROPS)
         other_view = torch.cat([second, first])  # [2B, D]: each view predicts the other one
@@ -224,7 +232,11 @@ class SSLMetaArch(nn.Module):
 
     @torch.no_grad()
     def teacher_targets(self, outputs: Sequence[TeacherOutputs], teacher_temp: float) -> list[TeacherTargets]:
-        """Compute each micro-batch's targets: sharpened assignments to prototypes, which are centred together."""
+        """Compute the teacher's targets for each micro-batch, and set `self.statistics`.
+
+        Targets are sharpened assignments to prototypes, None for a loss that is off. Centering prevents a collapse; it sees
+        all micro-batches of the step together.
+        """
         n, centering = len(outputs), self.cfg.train.centering
         cls_targets: Sequence[Tensor | None] = [None] * n
         patch_targets: Sequence[Tensor | None] = [None] * n
@@ -251,15 +263,15 @@ class SSLMetaArch(nn.Module):
     ) -> dict[str, Tensor]:
         """Run forward and backward of one micro-batch; gradients add up to the mean over `n_micro_batches`.
 
-        `features` are given if there are several micro-batches and a loss compares images.
+        Args:
+            features: of the global batch, if there are several micro-batches and a loss compares images.
         """
         with self.clock.stage("student"):
             terms = self.losses(images, targets, self.student_outputs(images), features)
             targets.cls = targets.patches = None  # as large as logits; backward does not need them
         with self.clock.stage("backward"):
             total = torch.stack([weight * loss for weight, loss in terms.values()]).sum()
-            total = total / n_micro_batches
-            (total if self.fp16_scaler is None else self.fp16_scaler.scale(total)).backward()
+            self.backprop_loss(total / n_micro_batches)
         return {name: loss.detach() for name, (_, loss) in terms.items()}
 
     def student_outputs(self, images: Mapping[str, Any]) -> StudentOutputs:
@@ -291,8 +303,10 @@ class SSLMetaArch(nn.Module):
         """Compute the terms of the loss: {name: (weight in the sum, term)}.
 
         Names and scales are those that upstream logs: koleo_loss, smooth_rank_loss and ibot_loss are half of the summed
-        terms, and the first two include their weights. Without `features`, those of this micro-batch are gathered from
-        all processes.
+        terms, and the first two include their weights.
+
+        Args:
+            features: of the global batch; None to gather those of this micro-batch from all processes.
         """
         dino, ibot = self.cfg.dino, self.cfg.ibot
         terms: dict[str, tuple[float, Tensor]] = {}
@@ -303,8 +317,11 @@ class SSLMetaArch(nn.Module):
             embeddings, prototypes = student.cls
             n_global = len(student.global_cls_tokens)
             if self.n_local_crops:
-                local_cls = embeddings[n_global:].chunk(self.n_local_crops)
-                local_loss = self.dino_loss(local_cls, targets.cls.chunk(N_GLOBAL_CROPS), prototypes)
+                local_cls, both_views = (
+                    embeddings[n_global:].chunk(self.n_local_crops),
+                    targets.cls.chunk(N_GLOBAL_CROPS),
+                )
+                local_loss = self.dino_loss(local_cls, both_views, prototypes)
                 terms["dino_local_crops_loss"] = dino.loss_weight, local_loss / n_pairs
             global_loss = N_GLOBAL_CROPS * self.dino_loss([embeddings[:n_global]], [targets.cls], prototypes)
             terms["dino_global_crops_loss"] = dino.loss_weight, global_loss / n_pairs
@@ -321,9 +338,12 @@ class SSLMetaArch(nn.Module):
         if self.do_ibot:
             assert student.patches is not None and targets.patches is not None, "the iBOT loss has a head"
             embeddings, prototypes = student.patches
-            masks, weight = images["collated_masks"], images["masks_weight"]
             patch_loss = self.ibot_patch_loss.forward_masked(
-                embeddings, targets.patches, masks, masks_weight=weight, prototypes=prototypes
+                embeddings,
+                targets.patches,
+                images["collated_masks"],
+                masks_weight=images["masks_weight"],
+                prototypes=prototypes,
             )
             terms["ibot_loss"] = N_GLOBAL_CROPS * ibot.loss_weight, patch_loss / N_GLOBAL_CROPS
         return terms
@@ -349,6 +369,10 @@ class SSLMetaArch(nn.Module):
         parts = [*features.all[:index], own, *features.all[index + 1 :]]
         return torch.cat([part.to(own.dtype) for part in parts], dim=1)
 
+    def backprop_loss(self, loss: Tensor) -> None:
+        """Compute the gradients of `loss`, which is scaled if the student computes in fp16."""
+        (loss if self.fp16_scaler is None else self.fp16_scaler.scale(loss)).backward()
+
     @torch.no_grad()
     def update_teacher(self, m: float) -> None:
         """Update every parameter that learns: teacher <- m * teacher + (1 - m) * student."""
@@ -364,9 +388,12 @@ class SSLMetaArch(nn.Module):
 
     def get_params_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's parameter groups of each sub-network of the student, see train/optimizer.py."""
-        decay, factor = self.cfg.optim.layerwise_decay, self.cfg.optim.patch_embed_lr_mult
-        groups = (get_params_groups_with_decay(module, decay, factor) for module in self.student.values())
-        return [fused for group in groups for fused in fuse_params_groups(group)]
+        groups: list[dict[str, Any]] = []
+        for module in self.student.values():
+            groups += fuse_params_groups(
+                get_params_groups_with_decay(module, self.cfg.optim.layerwise_decay, self.cfg.optim.patch_embed_lr_mult)
+            )
+        return groups
 
     def _backbone(self, role: str, crops: Any, **kwargs: Any) -> Any:
         frozen = role == "student" and self.backbone_is_frozen
@@ -403,40 +430,6 @@ class SSLMetaArch(nn.Module):
     def _precision(self, role: str, part: str) -> torch.autocast:
         name = self.cfg.compute_precision[role][part].mixed_precision.param_dtype
         return autocast(name, self.device.type)
-
-
-def forward_backward(
-    model: SSLMetaArch, micro_batches: Sequence[Mapping[str, Any]], teacher_temp: float
-) -> dict[str, Tensor]:
-    """Compute one step's gradients over this process's A micro-batches, of equal size, and its mean losses.
-
-    Sinkhorn-Knopp, centering, KoLeo and the smooth rank compare images across micro-batches. So the teacher runs over
-    all of them first, and its logits are balanced together. The student's features are first computed without gradient,
-    so that each micro-batch can be compared with all others.
-    """
-    if len(micro_batches) == 1:
-        return model.forward_backward(micro_batches[0], teacher_temp)
-    n, batches = len(micro_batches), [model.to_device(images) for images in micro_batches]
-    with model.clock.stage("teacher"):
-        targets = model.teacher_targets([model.teacher_outputs(images) for images in batches], teacher_temp)
-    with model.clock.stage("student"):
-        features = _features_without_gradient(model, batches) if model.compares_images else None
-    losses = []
-    for number, (images, target) in enumerate(zip(batches, targets, strict=True)):
-        own = None if features is None else BatchFeatures(features, get_rank() * n + number)
-        with ExitStack() as stack:
-            if number < n - 1:
-                for module in model.callables.values():
-                    stack.enter_context(without_gradient_sync(module))
-            losses.append(model.student_step(images, target, own, n_micro_batches=n))
-    return {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
-
-
-@torch.no_grad()
-def _features_without_gradient(model: SSLMetaArch, batches: Sequence[Mapping[str, Any]]) -> Tensor:
-    """Compute the CLS tokens of all micro-batches of all processes: [W*A, 2, B, D]. It costs a forward pass."""
-    tokens = [model.student_tokens(images)[0]["x_norm_clstoken"] for images in batches]
-    return all_gather_rows(torch.stack([split_views(each) for each in tokens]))
 
 
 def split_views(cls_tokens: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from dinov2.logging.metrics import MetricLogger, StepClock
 from dinov2.train.batches import TrainBatches, build_augmentation, build_dataset
 from dinov2.train.dry_run import count_step_flops, dry_run, find_batch_size, measured_matmul_rate
 from dinov2.train.evaluation import TeacherEvaluation
+from dinov2.train.micro_batches import forward_backward
 from dinov2.train.monitor import CollapseMonitor, profiled_steps
 from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
 from dinov2.train.run_folder import RunFolder, TrainState, open_metrics, run_folder_path
@@ -42,7 +43,7 @@ from dinov2.train.setup import (
     run_environment,
     set_up_device,
 )
-from dinov2.train.ssl_meta_arch import SSLMetaArch, forward_backward
+from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.views import TrainingViews
 from dinov2.utils.command import REQUEUE_EXIT_CODE, USER_ERRORS, StopSignals, error_text
 from dinov2.utils.config import load_run_config

@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 def available_cores() -> int:
-    """Count the cores of this process: a container or a batch job may have fewer than the machine."""
+    """Count the cores that this process may run on (its CPU affinity); a container's CPU quota is not considered."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dinov2.layers import block as block_module
-from dinov2.layers.block import n_kept_samples
+from dinov2.layers.drop_path import n_kept_samples
 from dinov2.models.vision_transformer import (
     DinoVisionTransformer,
     resize_pos_embed,

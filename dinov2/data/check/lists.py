@@ -150,11 +150,14 @@ def _entries(source: Source) -> pd.DataFrame:
 
 
 def describe_images(entries: pd.DataFrame, paths: list[str], scanned: pd.DataFrame) -> pd.DataFrame:
-    """Add to the facts of each image what the entries say about it.
+    """Add what the lists say to the facts of each image; `paths` has one path for each row of `scanned`.
 
     The new columns: path (printable); content (the first readable image with the same bytes); trained, evaluated (a
     source of this role names it); patient, dataset ("" for none); has_leaking_patient (trained on, and the patient is
-    in an evaluation split too). An image that is hidden, and that only folders name, has the status `HIDDEN`.
+    evaluated too). Equal patient ids in two different named data sets are two patients.
+
+    The status becomes `UNREADABLE` if the name has a line break or is not UTF-8. It becomes `HIDDEN` if a readable image is
+    found only by listing folders and its name or folder begins with a dot.
     """
     printable = [path.encode("utf-8", "backslashreplace").decode() for path in paths]
     images = scanned.assign(path=printable)

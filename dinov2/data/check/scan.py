@@ -122,7 +122,7 @@ def perceptual_hash(image: np.ndarray) -> np.ndarray:
 
 
 def _pack(signs: np.ndarray) -> np.ndarray:
-    """Pack bool [..., 16, 16] into uint64 [..., 4]."""
+    """Pack bool [..., 16, 16] into uint64 [..., 4], with the bits in the order of `_ROWS` and `_COLUMNS`."""
     return np.ascontiguousarray(np.packbits(signs[..., _ROWS, _COLUMNS], axis=-1)).view("<u8")
 
 

@@ -250,7 +250,7 @@ def one_label_each(pairs: Iterable[tuple[str, str]], source: str) -> dict[str, s
 
 
 def list_names(names: Iterable[str]) -> str:
-    """Return the first names, for an error message."""
+    """Join the first `N_EXAMPLES` names for an error message, with "..." if there are more."""
     names = list(names)
     return ", ".join(map(repr, names[:N_EXAMPLES])) + (", ..." if len(names) > N_EXAMPLES else "")
 

@@ -65,7 +65,10 @@ def round_nucleus(x: np.ndarray, y: np.ndarray, cell: float, size: float, rng: n
 def lobed_nucleus(
     n_lobes: Sequence[int], x: np.ndarray, y: np.ndarray, cell: float, size: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return round lobes along an arc, joined by thin threads; `size` is the radius of three lobes."""
+    """Draw a nucleus of round lobes along an arc, joined by thin threads; return its distance field, shaped as `x`.
+
+    The number of lobes is drawn from `n_lobes`. If it is 3, each has a radius of about `size` * `cell`.
+    """
     n = int(rng.choice(n_lobes))
     radius = size * cell * (3 / n) ** 0.45
     arc = max(0.5 * cell, 1.05 * radius) * rng.uniform(0.85, 1.05)

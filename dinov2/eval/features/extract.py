@@ -244,7 +244,7 @@ class Embedder(ExtractOptions):
 
 
 def _on_all_processes(action: Callable[[], None]) -> None:
-    """Run `action` on each process and wait for all; an error of one is raised on all."""
+    """Run `action` on each process and wait for all; raise the first ValueError or OSError of any on all."""
     error: Exception | None = None
     try:
         action()

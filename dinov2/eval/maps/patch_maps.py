@@ -33,7 +33,7 @@ from dinov2.eval.features.encoders import check_divisible
 from dinov2.eval.features.extract import Embedder
 from dinov2.hub.backbones import ImageTransform
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.utils.progress import progress_bar
+from dinov2.utils.command import progress_bar
 
 logger = logging.getLogger("dinov2")
 

@@ -27,7 +27,7 @@ def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def percent(value: float | None, interval: Sequence[float] | None = None) -> str:
-    """Return a value in percent, with its interval if it has one; "-" for None."""
+    """Format a fraction as percent, "87.3", or "87.3 (85.0-89.1)" with an interval; "-" for None."""
     if value is None:
         return "-"
     text = f"{100 * value:.1f}"

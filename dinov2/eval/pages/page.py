@@ -32,8 +32,8 @@ from PIL import Image
 
 from dinov2.data.datasets.decode import UnreadableImageError, decode_image, resize_image
 from dinov2.eval.results import number
+from dinov2.utils.command import progress_bar
 from dinov2.utils.files import atomic_write
-from dinov2.utils.progress import progress_bar
 
 logger = logging.getLogger("dinov2")
 

@@ -176,7 +176,7 @@ def _groups(records: Sequence[ResultRecord], method: str) -> dict[Evaluated, Mem
 
 
 def _side_by_side(title: str, members: Members, is_paired: bool) -> list[Markup]:
-    """Return a group's settings that differ, its table, its chart and its paired tests."""
+    """Compare a group's results: settings that differ, table, chart and, if `is_paired`, differences to the first."""
     settings = {record.name: comparable_settings(record) for record, row in members if row.source == MODEL}
     rows, named = [], []
     for record, row in members:

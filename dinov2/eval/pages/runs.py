@@ -137,7 +137,7 @@ def _read_config(file: Path) -> DictConfig:
 
 
 def runs_table(runs: Sequence[RunRecord]) -> Markup:
-    """Return the state, the newest numbers, the best teacher and the faults of each run."""
+    """Render the runs as a table: state, newest loss and speed, best teacher, and counts of faults."""
     rows = [
         {
             "run": run.name,
