@@ -239,8 +239,8 @@ def largest_by_extrapolation(step: Step, sizes: Sequence[int], limit: float) -> 
     """Estimate the largest of the ascending `sizes` that needs at most `limit` bytes, or None if none fits.
 
     It runs small steps, each at least twice as large as the last, until the peak is 1.5 times the first one: in very
-    small steps the optimizer's memory may be the peak. It extrapolates from there. Doubling stops earlier if the next step
-    might exceed the limit, so only the first step can: twice the images add at most twice the memory.
+    small steps the optimizer's memory may be the peak. It extrapolates from there. Doubling stops earlier if the next
+    step might exceed the limit, so only the first step can: twice the images add at most twice the memory.
     """
     first = last = step(sizes[0])
     growth = (first.peak - first.before) / first.batch_size  # bytes an image, at most

@@ -220,8 +220,8 @@ class SSLMetaArch(nn.Module):
     def teacher_outputs(self, images: Mapping[str, Any]) -> TeacherOutputs:
         """Compute the teacher's CLS tokens and logits on the unmasked global crops.
 
-        CLS tokens [2B, D]; CLS logits [2B, K], the two views swapped as each predicts the other; patch logits [M, K] of the
-        masked patches.
+        CLS tokens [2B, D]; CLS logits [2B, K], the two views swapped as each predicts the other; patch logits [M, K] of
+        the masked patches.
         """
         tokens = self._backbone("teacher", images["collated_global_crops"])
         first, second = tokens["x_norm_clstoken"].chunk(N_GLOBAL_CROPS)
@@ -234,8 +234,8 @@ class SSLMetaArch(nn.Module):
     def teacher_targets(self, outputs: Sequence[TeacherOutputs], teacher_temp: float) -> list[TeacherTargets]:
         """Compute the teacher's targets for each micro-batch, and set `self.statistics`.
 
-        Targets are sharpened assignments to prototypes, None for a loss that is off. Centering prevents a collapse; it sees
-        all micro-batches of the step together.
+        Targets are sharpened assignments to prototypes, None for a loss that is off. Centering prevents a collapse; it
+        sees all micro-batches of the step together.
         """
         n, centering = len(outputs), self.cfg.train.centering
         cls_targets: Sequence[Tensor | None] = [None] * n
