@@ -156,8 +156,8 @@ def describe_images(entries: pd.DataFrame, paths: list[str], scanned: pd.DataFra
     source of this role names it); patient, dataset ("" for none); has_leaking_patient (trained on, and the patient is
     evaluated too). Equal patient ids in two different named data sets are two patients.
 
-    The status becomes `UNREADABLE` if the name has a line break or is not UTF-8. It becomes `HIDDEN` if a readable image
-    is found only by listing folders and its name or folder begins with a dot.
+    The status becomes `UNREADABLE` if the name has a line break or is not UTF-8. It becomes `HIDDEN` if a readable
+    image is found only by listing folders and its name or folder begins with a dot.
     """
     printable = [path.encode("utf-8", "backslashreplace").decode() for path in paths]
     images = scanned.assign(path=printable)
