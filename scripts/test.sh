@@ -17,6 +17,6 @@ source scripts/venv.sh requirements-dev.txt
 bash scripts/lint.sh
 
 # Two processes of one thread each: tiny tensors gain nothing from more, and many tests wait for processes they start.
-# The tests of a file stay in one of them, with its fixtures.
+# The tests of a file stay in one of them, with its fixtures; files that take long come first (tests/conftest.py).
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-python -m pytest -q --durations=15 -n 2 --dist loadfile -m "$marks" ${arguments[@]+"${arguments[@]}"}
+python -m pytest -q --durations=15 -n 2 --dist loadfile --no-loadscope-reorder -m "$marks" ${arguments[@]+"${arguments[@]}"}

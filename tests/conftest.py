@@ -61,8 +61,12 @@ def checksum(x: torch.Tensor) -> list[float]:
     return [x.sum().item(), x.abs().sum().item(), x.square().sum().item()]
 
 
+LONG_FILES = ("test_faults.py", "test_many_processes.py", "test_slurm.py", "test_supervision.py", "test_train.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu skip where there is no CUDA device."""
+    """Skip tests marked gpu where there is no CUDA device, and begin with the files that take longest."""
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
     if torch.cuda.is_available():
         return
     for item in items:

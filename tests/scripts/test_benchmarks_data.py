@@ -2,7 +2,10 @@
 
 import re
 
+import pytest
 
+
+@pytest.mark.slow
 def test_files_and_augmentation_have_tables(script, tmp_path, rows_of, write_images, monkeypatch):
     data = script("data")
     monkeypatch.setattr(data, "N_IMAGES", 2)

@@ -20,6 +20,7 @@ def test_the_plain_network_computes_what_ours_does(settings, script, formulas):
         torch.testing.assert_close(patches, expected["x_norm_patchtokens"])
 
 
+@pytest.mark.slow
 def test_each_part_has_a_table(script, tmp_path, rows_of, write_images):
     write_images({tmp_path / "images" / f"{number}.png": number for number in range(4)})
     flags = [

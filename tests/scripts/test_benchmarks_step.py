@@ -87,6 +87,7 @@ def test_plain_step_sends_the_unused_local_crop_through_the_student(make_both):
     assert rows == [3 * 3]  # two global crops and a local one of each image
 
 
+@pytest.mark.slow
 def test_speed_agreement_and_attention_have_tables(script, tmp_path, rows_of):
     flags = ["--only", "speed", "agreement", "attention", "--networks", "Ti=2", "--rounds", "1", "--tokens", "5"]
     ways = ["ours bf16", "plain fp32"]
@@ -103,6 +104,7 @@ def test_speed_agreement_and_attention_have_tables(script, tmp_path, rows_of):
     assert all(float(cell) > 0 for row in rows_of(tmp_path / "attention.md")[1:] for cell in row[1:3])
 
 
+@pytest.mark.slow
 def test_each_spin_count_has_a_rate_under_each_load(script, tmp_path, rows_of):
     flags = ["--only", "contention", "--networks", "Ti=2", "--rounds", "1", "--loads", "0", "1"]
     counts = ["--spin-counts", "300000", "0"]

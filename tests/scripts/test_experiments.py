@@ -40,6 +40,7 @@ def test_the_split_has_every_image_once(script, pbc, tmp_path):
     assert (tmp_path / "again" / "test8.csv").read_text() == (tmp_path / "split" / "test8.csv").read_text()
 
 
+@pytest.mark.slow
 def test_learning_writes_scores_and_curves(script, pbc, tmp_path, rows_of):
     flags = ["--pbc", str(pbc), "--output-dir", str(tmp_path / "runs"), "--seeds", "4", "--name", "tiny"]
     script("learn").main([*flags, *TINY])
