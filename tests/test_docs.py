@@ -36,12 +36,12 @@ from dinov2.utils.config import load_run_config
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "python.md"
-N_PICTURES = 5  # one more than the page takes for its batch
+N_IMAGES = 5  # one more than the page takes for its batch
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the page's reader has: pictures, a DinoBloom file, a run, a Hugging Face folder, a hub folder."""
+    """What the page's reader has: images, a DinoBloom file, a run, a Hugging Face folder, a hub folder."""
     folder = tmp_path_factory.mktemp("reader")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
         )
     torch.save({"teacher": {f"backbone.{k}": v for k, v in small.state_dict().items()}}, folder / "DinoBloom-S.pth")
     rng = np.random.default_rng(0)
-    for n in range(N_PICTURES):
+    for n in range(N_IMAGES):
         file = folder / "cells" / f"type{n % 2}" / f"{n}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (40 + n, 60, 3), dtype=np.uint8)).save(file)
@@ -129,7 +129,7 @@ def test_the_ten_lines_embed_a_folder(after, folder):
     assert len([line for line in page["code"] if line and not line.startswith(("import", "from"))]) <= 10
     assert [path.name for path in page["paths"]] == [f"{n}.png" for n in (0, 2, 4, 1, 3)]
     with np.load(folder / "features.npz") as stored:
-        assert stored["features"].shape == (N_PICTURES, 384)
+        assert stored["features"].shape == (N_IMAGES, 384)
         assert stored["features"].dtype == np.float32
         assert stored["paths"].tolist() == [str(path) for path in page["paths"]]
         model = load_backbone(folder / "DinoBloom-S.pth")
@@ -145,7 +145,7 @@ def test_comments_tell_the_shapes(after):
             if match := re.match(r"(\w+(?:, \w+)*) = .*#(.*)", line):
                 shapes = re.findall(r"\[([\dN, ]+)\]", match[2])
                 for name, shape in zip(match[1].split(", "), shapes, strict=False):
-                    wanted = tuple(N_PICTURES if side == "N" else int(side) for side in shape.split(", "))
+                    wanted = tuple(N_IMAGES if side == "N" else int(side) for side in shape.split(", "))
                     assert tuple(page[name].shape) == wanted, line
                     n_checked += 1
     assert n_checked >= 8
@@ -173,7 +173,7 @@ def test_weights_from_elsewhere_are_the_same_network(after):
     assert after("torch.hub.load")["model"].transform.image_size == 518
 
 
-def test_lower_precision_and_many_pictures(after):
+def test_lower_precision_and_many_images(after):
     page = after("autocast")
     with torch.inference_mode():
         exact = page["model"](page["batch"])
@@ -181,7 +181,7 @@ def test_lower_precision_and_many_pictures(after):
     assert 0 < deviation.max() < 0.03  # the page says up to about 1 %
     many = after("extract(")
     assert many["kept_paths"] == many["paths"]
-    assert many["features"].shape == many["extraction"].by_kind["mean"].shape == (N_PICTURES, 384)
+    assert many["features"].shape == many["extraction"].by_kind["mean"].shape == (N_IMAGES, 384)
     np.testing.assert_allclose(many["features"][:4], page["features"].numpy(), atol=0.2)
 
 

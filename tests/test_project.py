@@ -141,7 +141,7 @@ def test_scripts_that_messages_and_documents_name_are_there():
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
 
-def test_a_list_is_made_from_folders_of_pictures(tmp_path):
+def test_a_list_is_made_from_folders_of_images(tmp_path):
     for name in ("b/2.PNG", "a/1.jpg", "a/.hidden.png", "a/notes.txt"):
         (tmp_path / "cells" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "cells" / name).touch()

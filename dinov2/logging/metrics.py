@@ -35,7 +35,7 @@ class Tracker:
         raise NotImplementedError
 
     def log_images(self, images: Mapping[str, np.ndarray], iteration: int) -> None:
-        """Show images, uint8 [height, width, 3], by name."""
+        """Log images {name: uint8 [height, width, 3]}; a tracker that can show images overrides this."""
 
     def close(self) -> None:
         raise NotImplementedError

@@ -122,13 +122,13 @@ class Explorer:
     def legend(self) -> list:
         return self.browser.driver.find_elements("css selector", "[data-part=legend] label")
 
-    def picture(self) -> np.ndarray:
+    def screenshot(self) -> np.ndarray:
         """The plot as pixels [H, W, 3]."""
         png = base64.b64decode(self.part("plot").screenshot_as_base64)
         return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
     def n_colours(self) -> int:
-        return len(np.unique(self.picture().reshape(-1, 3), axis=0))
+        return len(np.unique(self.screenshot().reshape(-1, 3), axis=0))
 
     def lonely(self) -> int:
         """A cell with no other near it, so that the pointer meets it alone."""
@@ -294,8 +294,8 @@ def test_a_missing_image_has_a_placeholder_and_a_reason(explorer):
 
 
 def test_filters_and_search_show_what_they_say(explorer, cells):
-    everyone = list(range(N_CELLS))
-    assert explorer.shown == everyone
+    all_cells = list(range(N_CELLS))
+    assert explorer.shown == all_cells
     entries = explorer.legend()
     assert len(entries) == len(CELL_CLASSES)
     explorer.click(entries[2])
@@ -305,17 +305,17 @@ def test_filters_and_search_show_what_they_say(explorer, cells):
     assert explorer.shown == np.flatnonzero(np.isin(cells.labels, [0, 2])).tolist()
     explorer.click(entries[0])
     explorer.click(entries[2])
-    assert explorer.shown == everyone
+    assert explorer.shown == all_cells
 
     patient = cells.patients[30]
     field = explorer.part("search")
     field.send_keys(patient.upper())
-    expected = [i for i in everyone if patient in cells.patients[i] or patient in cells.paths[i]]
+    expected = [i for i in all_cells if patient in cells.patients[i] or patient in cells.paths[i]]
     assert explorer.shown == expected
     explorer.click(explorer.browser.button("Select all shown"))
     assert explorer.selection == expected
     field.send_keys("\ue003" * len(patient))  # backspace
-    assert explorer.shown == everyone
+    assert explorer.shown == all_cells
 
     explorer.colour_by("right")
     wrong = next(entry for entry in explorer.legend() if "wrong" in entry.text)
@@ -389,10 +389,10 @@ def test_both_colour_schemes_draw_and_follow_the_button(browser, page, dark_syst
     dark_system()
     browser.open(page)
     explorer = Explorer(browser)
-    assert explorer.picture()[20, 10].max() < 64
+    assert explorer.screenshot()[20, 10].max() < 64
     assert explorer.n_colours() > 20
     browser.js("document.getElementById('theme').click()")
-    assert explorer.picture()[20, 10].min() > 192
+    assert explorer.screenshot()[20, 10].min() > 192
     assert explorer.n_colours() > 20
     browser.js("window.localStorage.clear()")  # where the page remembers the choice
 

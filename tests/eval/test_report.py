@@ -1,4 +1,4 @@
-"""The report: it finds runs and results, stays one safe file, and says what is wrong."""
+"""The report: it finds runs and results, stays one safe file, and names what it cannot read."""
 
 import json
 import sys

@@ -9,10 +9,10 @@ Here is what no other file tests. Where the rest is:
   other one to run: tests/train/test_evaluation.py; options that newer scikit-learn refuses: test_linear.py (backends)
 - cells of equal file stems that overwrite each other, files of an older run that mix in: here and
   test_extract_features.py; predictions of one fold or k over another's: test_linear.py, test_knn.py
-- folds in the order of a listing, cut by picture and not by patient: tests/data/test_splits.py; means without a spread:
+- folds in the order of a listing, cut by image and not by patient: tests/data/test_splits.py; means without a spread:
   test_results.py; figures that stay open: here and test_results.py
 - files that run code when they are read: here, tests/hub/test_backbones.py, test_abmil.py (aggregators)
-- classes of a few pictures whose numbers look as sure as others: here; how intervals are made: test_uncertainty.py
+- classes of a few images whose numbers look as sure as others: here; how intervals are made: test_uncertainty.py
 - bags: learning from the test part, weights of the last epoch in place of the best, folds without strata or seed, a
   schedule that steps a bag at a time: solvers/test_mil_training.py, test_abmil_predictions.py; softmax over the wrong
   axis: tests/models/test_abmil.py; class ids in the order of a
@@ -126,9 +126,9 @@ def test_every_command_takes_a_downloaded_file_and_uses_it(release, tmp_path, co
     # equal stems, "0" and "1" in each of twelve folders, are cells of their own
     assert len(set(found.paths)) == len(found) == 24
     assert len(np.unique(found.features, axis=0)) == 24
-    picture = resize_image(load_image(found.paths[5]), 28)
+    image = resize_image(load_image(found.paths[5]), 28)
     with torch.no_grad():
-        expected = model(normalize_images(picture[None]))[0]
+        expected = model(normalize_images(image[None]))[0]
     torch.testing.assert_close(torch.from_numpy(found.features[5]), expected, rtol=0, atol=1e-5)
     if command is not extract_features:
         report = results_of(tmp_path)
@@ -280,7 +280,7 @@ class Trap:
 
 
 def test_no_command_runs_what_is_in_a_checkpoint(release, tmp_path):
-    """Also where the file is only asked for the size of its pictures."""
+    """Also where the file is only asked for the size of its images."""
     folder, model = release
     torch.save({"teacher": model.state_dict(), "args": Trap(tmp_path / "caught")}, tmp_path / "trap.pth")
     for command in (extract_features, knn, linear, abmil):
@@ -307,12 +307,12 @@ def test_features_are_read_without_running_what_is_in_them(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# --- classes of a few pictures ---------------------------------------------------------------------------------------
+# --- classes of a few images ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", [knn, linear], ids=["knn", "linear"])
 def test_small_classes_show_their_size_and_widen_the_interval(tmp_path, command, capsys):
-    """DinoBloom's bone-marrow test set has classes of 1, 8, 9 and 13 pictures."""
+    """DinoBloom's bone-marrow test set has classes of 1, 8, 9 and 13 images."""
     sizes = {"basophil": 60, "blast": 60, "hairy cell": 1, "smudge cell": 8, "abnormal eosinophil": 9, "other": 13}
     names = sorted(sizes)
     labels = np.repeat(np.arange(6), [sizes[name] for name in names])
@@ -324,7 +324,7 @@ def test_small_classes_show_their_size_and_widen_the_interval(tmp_path, command,
         low, high = metrics["intervals"]["balanced_accuracy"]
         assert low < metrics["balanced_accuracy"] < high
         accuracy_low, accuracy_high = metrics["intervals"]["accuracy"]
-        assert high - low > accuracy_high - accuracy_low  # the accuracy does not hang on a few pictures
+        assert high - low > accuracy_high - accuracy_low  # the accuracy does not hang on a few images
     table = capsys.readouterr().out
     for name, size in sizes.items():
         assert re.search(rf"{name} +20 +{size} ", table)

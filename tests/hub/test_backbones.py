@@ -1,4 +1,4 @@
-"""Whatever layout a weights file has, load_backbone gives the network that was saved, or says what is wrong."""
+"""Whatever layout a weights file has, load_backbone gives the network that was saved, or names the fault."""
 
 import copy
 import json

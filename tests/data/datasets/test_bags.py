@@ -1,4 +1,4 @@
-"""Bags of cells from arrays, folders and CSVs; official folds; and what is wrong with them, said clearly."""
+"""Bags of cells from arrays, folders and CSVs; official folds; and clear errors for wrong ones."""
 
 import h5py
 import numpy as np
