@@ -1,6 +1,8 @@
 """Exit codes and one-line errors of commands, stop signals, progress bars and durations."""
 
+import errno
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -13,7 +15,26 @@ from tqdm import tqdm
 
 logger = logging.getLogger("dinov2")
 
-USER_ERRORS = (FileNotFoundError, KeyError, ValueError, PermissionError, NotADirectoryError, ConnectionError)
+# what a user, a file or the machine can cause; anything else is a fault of the program
+USER_ERRORS = (OSError, KeyError, ValueError, MemoryError, RecursionError)
+
+MOST_LINES, MOST_LETTERS = 10, 2000  # of an error message
+
+# what to do after an error of the operating system
+ADVICE = {
+    errno.ENOSPC: "make room on this disk and run the same command again",
+    errno.EDQUOT: "your quota on this disk is used up: make room and run the same command again",
+    errno.ENOLCK: "this file system has no locks: write to another disk, or mount it with locks",
+    errno.EIO: "the disk or the network share fails: copy the file to another disk, or try again",
+    errno.ESTALE: "the network share was mounted anew: run the same command again",
+    errno.EROFS: "choose a folder on a disk that can be written",
+    errno.EACCES: "ask for the right to read or write it, or choose another path",
+    errno.EPERM: "ask for the right to read or write it, or choose another path",
+    errno.ENAMETOOLONG: "shorten the name",
+    errno.ELOOP: "the link leads back to itself: remove it",
+    errno.EMFILE: "raise the number of open files (ulimit -n 4096)",
+    errno.ENOMEM: "free memory, or ask for less: smaller batches, fewer workers",
+}
 
 # exit code of a run that was stopped after a checkpoint: the same command resumes it (EX_TEMPFAIL)
 REQUEUE_EXIT_CODE = 75
@@ -23,17 +44,47 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 def error_text(error: BaseException) -> str:
-    """Return an error's message; str() of a KeyError would quote it."""
-    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    """Return the message of an error in at most ten lines, with the file's name and what to do where it is known."""
+    if isinstance(error, KeyError) and error.args:
+        text = str(error.args[0])  # str() of a KeyError would quote it
+    elif isinstance(error, MemoryError):
+        text = f"not enough memory {error}".rstrip() + "; use smaller batches, fewer workers or fewer images"
+    elif isinstance(error, RecursionError):
+        text = f"a value or a file is nested too deeply ({error})"
+    elif isinstance(error, OSError) and error.strerror:
+        names = [os.fsdecode(each) for each in (error.filename, error.filename2) if isinstance(each, str | bytes)]
+        text = ": ".join([*names[:1], error.strerror])
+        text += f"; {ADVICE[error.errno]}" if error.errno in ADVICE else ""
+    else:
+        text = str(error) or type(error).__name__
+    return shortened(text.encode(errors="backslashreplace").decode())
+
+
+def shortened(text: str) -> str:
+    """Cut a message to ten lines and 2,000 letters, and say so."""
+    lines = text[:MOST_LETTERS].splitlines()
+    is_cut = len(text) > MOST_LETTERS or len(lines) > MOST_LINES
+    return "\n".join(lines[: MOST_LINES - 1]) + "\n[...]" if is_cut else text
+
+
+def log_error(error: Exception) -> None:
+    """Log an error in one sentence if a user, a file or the machine caused it; raise any other, which is our fault."""
+    if not isinstance(error, USER_ERRORS):
+        logger.error("this is a fault of the program, not of your input: please report it with the text below")
+        raise error
+    logger.error("%s", error_text(error))
+    logger.debug("where it was noticed", exc_info=error)
 
 
 def exit_code(command: Callable[[], None]) -> int:
-    """Run `command` and return 0, or 2 after a user's mistake, whose message is logged."""
+    """Run `command` and return 0, or 2 after an error that a user, a file or the machine caused, which is logged.
+
+    Any other error is a fault of the program: its traceback is shown.
+    """
     try:
         command()
-    except USER_ERRORS as error:
-        logger.error("%s", error_text(error))
-        logger.debug("where it was noticed", exc_info=True)
+    except Exception as error:
+        log_error(error)
         return 2
     return 0
 

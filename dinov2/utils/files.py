@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -73,6 +74,41 @@ def file_sha256(path: PathLike) -> str:
         while block := opened.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def check_regular_file(path: PathLike, setting: str = "") -> Path:
+    """Return `path` as a Path if it is a regular file with bytes in it that this user may read.
+
+    Opening a named pipe or a device could wait for ever, and files below /proc have no size.
+
+    Raises:
+        FileNotFoundError, PermissionError, ValueError: it is not; the message names the setting and what it is instead.
+    """
+    path = Path(path)
+    where = f"{setting}: {path}" if setting else str(path)
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{where}: no such file") from error
+    except ValueError as error:  # a zero byte
+        raise ValueError(f"{str(path)!r} is no name of a file ({error})") from error
+    kind = next((name for is_kind, name in _OTHER_KINDS if is_kind(status.st_mode)), None)
+    if kind is not None:
+        raise ValueError(f"{where} is {kind}, not a file; give the path of a file")
+    if status.st_size == 0:
+        raise ValueError(f"{where} is empty (0 bytes); copy or write it again")
+    if not os.access(path, os.R_OK):
+        raise PermissionError(f"{where}: you may not read this file; ask for the right to, or copy it")
+    return path
+
+
+_OTHER_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 # --- paths and URLs -------------------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """Stop signals during a run, errors, progress bars and durations of commands."""
 
+import errno
 import os
+import re
 import signal
 import threading
 
 import pytest
 
-from dinov2.utils.command import StopSignals, duration_text, progress_bar
+from dinov2.utils.command import StopSignals, duration_text, error_text, exit_code, progress_bar
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
@@ -60,3 +62,49 @@ def test_a_bar_counts_images(capsys):
     assert line.startswith("reading: 100%")
     assert "3/3" in line
     assert "images/s" in line
+
+
+def run(error: BaseException) -> int:
+    def command():
+        raise error
+
+    return exit_code(command)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (KeyError("unknown key a.b"), "unknown key a.b"),
+        (ValueError("bad"), "bad"),
+        (OSError(errno.ENOSPC, "No space left on device", "run/model.pth"), "run/model.pth: No space .*make room"),
+        (OSError(errno.ENOLCK, "No locks available", "f.h5"), "f.h5: No locks available; .*has no locks"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", b"a\xff"), r"a\\udcff: Disk quota exceeded; your quota"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error; .*copy the file to another disk"),
+        (OSError(errno.ESTALE, "Stale file handle", "x"), "x: Stale file handle; .*mounted anew"),
+        (OSError("no number"), "no number"),
+        (MemoryError("7 GiB"), r"not enough memory 7 GiB; use smaller batches"),
+        (RecursionError("depth"), "nested too deeply"),
+    ],
+)
+def test_what_a_user_a_file_or_the_machine_caused_is_one_message_and_exit_code_2(error, expected, caplog):
+    assert run(error) == 2
+    [record] = [each for each in caplog.records if each.levelname == "ERROR"]
+    assert re.search(expected, record.message)
+    assert record.exc_info is None
+
+
+def test_a_fault_of_the_program_keeps_its_traceback_and_says_so(caplog):
+    with pytest.raises(TypeError, match="ours"):
+        run(TypeError("ours"))
+    assert "fault of the program" in caplog.text
+
+
+def test_a_message_has_at_most_ten_lines(caplog):
+    assert run(ValueError("\n".join(map(str, range(500))))) == 2
+    lines = caplog.records[-1].message.splitlines()
+    assert (len(lines), lines[0], lines[-1]) == (10, "0", "[...]")
+    assert len(error_text(ValueError("a" * 100_000))) < 2_100
+
+
+def test_a_short_message_is_not_cut():
+    assert error_text(ValueError("\n".join("0123456789"))) == "\n".join("0123456789")

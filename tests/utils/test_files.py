@@ -2,11 +2,12 @@
 
 import hashlib
 import os
+import socket
 import stat
 
 import pytest
 
-from dinov2.utils.files import atomic_write, file_sha256
+from dinov2.utils.files import atomic_write, check_regular_file, file_sha256
 
 
 def test_a_block_that_raises_leaves_the_old_file_and_no_litter(tmp_path):
@@ -48,3 +49,34 @@ def test_file_sha256(tmp_path):
     content = bytes(range(256)) * 10_000  # more than one block
     (tmp_path / "file").write_bytes(content)
     assert file_sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_regular_file_passes(tmp_path):
+    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "link.csv").symlink_to("a.csv")
+    assert check_regular_file(str(tmp_path / "a.csv")) == tmp_path / "a.csv"
+    assert check_regular_file(tmp_path / "link.csv") == tmp_path / "link.csv"
+
+
+def test_what_is_no_regular_file_is_named_at_once_and_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+    (tmp_path / "empty").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    for path, kind in [
+        (tmp_path / "pipe", "is a named pipe, not a file"),
+        (tmp_path / "socket", "is a socket"),
+        (tmp_path, "is a folder"),
+        ("/dev/zero", "is a device"),
+        (tmp_path / "empty", "is empty"),
+        ("/proc/self/status", "is empty"),
+        ("a\0b", "is no name of a file"),
+    ]:
+        with pytest.raises(ValueError, match=kind) as caught:
+            check_regular_file(path, "--features")
+        assert repr(path) in str(caught.value) if kind.startswith("is no") else str(path) in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="--features: .*gone: no such file"):
+        check_regular_file(tmp_path / "gone", "--features")
+    with pytest.raises(OSError, match="symbolic links"):
+        check_regular_file(tmp_path / "loop")

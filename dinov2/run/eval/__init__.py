@@ -6,7 +6,7 @@ from importlib import import_module
 
 from dinov2.logging import setup_logging
 from dinov2.run.submit import EvaluationTask, add_cluster_arguments, describe, submit, wait
-from dinov2.utils.command import USER_ERRORS, error_text, logger
+from dinov2.utils.command import log_error
 
 __all__ = ["launch"]
 
@@ -32,6 +32,6 @@ def launch(module: str, argv: Sequence[str] | None = None) -> int:
         job = submit(EvaluationTask(module, command_argv), args, output_dir, name)
         print(describe(job, args, output_dir), flush=True)
         return wait(job.job_id) if args.wait else 0
-    except USER_ERRORS as error:
-        logger.error("%s", error_text(error))
+    except Exception as error:
+        log_error(error)
         return 2

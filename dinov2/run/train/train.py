@@ -25,7 +25,7 @@ from dinov2.train.evaluation import TeacherEvaluation
 from dinov2.train.finetuning import choose_learned, locate_weights
 from dinov2.train.schedules import Schedules
 from dinov2.train.train import parse_arguments, read_settings
-from dinov2.utils.command import USER_ERRORS, error_text, logger
+from dinov2.utils.command import log_error
 from dinov2.utils.files import local_path
 
 
@@ -64,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         job = submit(task, args, output_dir, train_args.name or config)
         print(describe(job, args, output_dir / (train_args.name or f"{config}_{job.job_id}")), flush=True)
         return wait(job.job_id) if args.wait else 0
-    except USER_ERRORS as error:
-        logger.error("%s", error_text(error))
+    except Exception as error:
+        log_error(error)
         return 2
 
 
