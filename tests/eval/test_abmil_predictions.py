@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from dinov2.data import sample_cells
 from dinov2.data.datasets.bag_folds import FoldedBags, draw_folds
 from dinov2.data.datasets.bags import PatientBags
 from dinov2.data.datasets.labelled_cells import LabelledCells
-from dinov2.data.sample_cells import sets
 from dinov2.eval.abmil import AbmilOptions, evaluate
 from dinov2.eval.solvers.mil_training import TrainingSettings, describe_networks
 
@@ -130,8 +130,8 @@ def sample_patients(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("patients")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sets, "draw_cell", lambda name, slide, rng, size: np.zeros((size, size, 3), np.uint8))
-        sets.write_sample_cells(folder, 0, 0, 0, n_patients=100, size=16, cells_per_patient=(12, 20))
+        patch.setattr(sample_cells, "draw_cell", lambda name, slide, rng, size: np.zeros((size, size, 3), np.uint8))
+        sample_cells.write_sample_cells(folder, 0, 0, 0, n_patients=100, size=16, cells_per_patient=(12, 20))
     cells = LabelledCells.from_path(folder / "patients.csv")
     kinds = LabelledCells.from_path(folder / "patients_cell_classes.csv")
     rng = np.random.default_rng(0)

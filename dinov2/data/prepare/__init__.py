@@ -1,13 +1,255 @@
 """Prepare public data sets of blood cells: from the unpacked archive to training lists and labels.
 
-Each `DataSet` in a module of this package is known by its name; docs/datasets.md shows how to add one.
+Each `DataSet` in a module of this package is known by its name; docs/datasets.md shows how to add one. Here are the
+data sets' common parts, which find cells in class folders, tables and masks.
+
+Letters: H height, W width of an image.
 """
 
 import difflib
+import fnmatch
 import importlib
+import os
 import pkgutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
-from dinov2.data.prepare.base import DataSet
+import cv2
+import numpy as np
+from PIL import Image
+
+from dinov2.data.datasets.decode import IMAGE_SUFFIXES, UnreadableImageError, find_images, is_image_name, load_image
+
+N_EXAMPLES = 5
+SEARCH_DEPTH = 5  # folders between --source and the layout: an archive is often unpacked into folders of its own name
+MIN_SIDE_PX = 4  # smaller specks come from hand-drawn and lossy masks
+
+
+class Box(NamedTuple):
+    """A cell's place in an image, in pixels; the left and upper edges are inside, the right and lower ones outside."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    @property
+    def has_area(self) -> bool:
+        return self.right > self.left and self.bottom > self.top
+
+    def clipped(self, width: int, height: int) -> "Box":
+        """Return the part inside an image of that size, which may be empty."""
+        return Box(max(self.left, 0), max(self.top, 0), min(self.right, width), min(self.bottom, height))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell as its distributor describes it."""
+
+    image: Path
+    label: str | None = None  # the distributor's class
+    group: str | None = None  # DinoBloom's class, where it differs; None for a cell without one
+    patient: str | None = None
+    part: str | None = None  # of the official split, for instance "train"
+    box: Box | None = None  # place of the cell; None if the image is the cell
+
+
+class Notes:
+    """The oddities of a data set by kind; `annotations` are images that show no cell, such as masks."""
+
+    def __init__(self, top: Path) -> None:
+        self.top = top
+        self.examples: dict[str, list[str]] = defaultdict(list)
+        self.annotations: set[Path] = set()
+
+    def add(self, kind: str, example: str | Path, detail: object = "") -> None:
+        """Add an example of a kind; a path in the top folder is shortened."""
+        if isinstance(example, Path) and example.is_relative_to(self.top):
+            example = example.relative_to(self.top)
+        self.examples[kind].append(f"{example}: {detail}" if detail else str(example))
+
+    def report(self) -> dict[str, dict[str, object]]:
+        """Return {kind: {"count": n, "examples": the first}}, sorted by kind."""
+        return {k: {"count": len(texts), "examples": texts[:N_EXAMPLES]} for k, texts in sorted(self.examples.items())}
+
+    def __str__(self) -> str:
+        return "; ".join(f"{len(texts)} {kind}" for kind, texts in sorted(self.examples.items())) or "nothing odd"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """The properties of a data set that are known before its files are read."""
+
+    name: str  # on the command line and in names of files
+    title: str  # in DinoBloom's overview
+    origin: str  # URL of the archive
+    paper: str
+    layout: str  # of the unpacked archive, for messages
+    entries: tuple[str, ...]  # patterns of names (any case) in the layout's top folder
+    find: Callable[[Path, Notes], Iterator[Cell]]  # yields the cells in that folder and notes oddities
+    modality: str = "peripheral blood"
+    licence: str = "not stated"
+    n_entries: int = 2  # number of `entries` that a top folder must have
+    classes: Mapping[str, str] = field(default_factory=dict)  # {the distributor's code: class name}
+    expected: Mapping[str, int] = field(default_factory=dict)  # published counts of "pictures", "patients", a class ...
+    cuts: bool = False  # whether cells are cut out of larger images
+    margin: float = 0.1  # default margin around a cut cell, as a fraction of its longer side
+    keep: tuple[str, ...] = ()  # classes that are cut out by default; empty for all
+    remarks: str = ""  # for users of the set
+
+    def top_folder(self, source: str | os.PathLike[str]) -> Path:
+        """Return the folder at or below `source` that has the layout; raise FileNotFoundError if there is none."""
+        source = Path(source).absolute()
+        where_to_get = f"{self.title} can be downloaded at {self.origin} (licence: {self.licence})"
+        if not source.is_dir():
+            what = "is a file; unpack it and give the folder" if source.is_file() else "does not exist"
+            raise FileNotFoundError(f"--source: {str(source)!r} {what}. {where_to_get}")
+        level = [source]
+        for _ in range(SEARCH_DEPTH):
+            for folder in level:
+                names = [name.lower() for name in os.listdir(folder)]
+                n_matching = sum(bool(fnmatch.filter(names, entry.lower())) for entry in self.entries)
+                if n_matching >= min(self.n_entries, len(self.entries)):
+                    return folder
+            level = [inner for folder in level for inner in folders_in(folder)]
+        content = ", ".join(sorted(os.listdir(source))[:N_EXAMPLES]) or "nothing"
+        raise FileNotFoundError(
+            f"--source: {str(source)!r} and the folders inside do not look like {self.title}: expected {self.layout}; "
+            f"found {content}. Unpack archives first. {where_to_get}"
+        )
+
+
+def find_cells(dataset: DataSet, top: Path) -> tuple[list[Cell], Notes]:
+    """Find the cells of a data set, at least one, in the order of their images, and the oddities of its files."""
+    notes = Notes(top)
+    cells = sorted(dataset.find(top, notes), key=lambda cell: cell.image)  # stable: boxes keep their order
+    known = {cell.image for cell in cells} | notes.annotations
+    for image in find_images(top):
+        if image not in known:
+            notes.add("images that the layout does not explain, left out", image)
+    for parent, folders, files in os.walk(top):
+        for name in sorted(name for name in folders if name[0] == "." and name != ".git"):
+            notes.add("hidden folders, left out", Path(parent, name))
+        for name in sorted(name for name in files if name[0] == "." and name.lower().endswith(IMAGE_SUFFIXES)):
+            notes.add("hidden files that are named like images, left out", Path(parent, name))
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+    if not cells:
+        raise ValueError(
+            f"{dataset.title}: no cell in {str(top)!r}; expected {dataset.layout}. What was there instead: {notes}"
+        )
+    return cells, notes
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """List the folders in a folder, without hidden ones."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def images_in(folder: Path) -> list[Path]:
+    """List the images directly in a folder; none if the folder is missing."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if is_image_name(path.name) and path.is_file())
+
+
+def image_size(image: Path, notes: Notes) -> tuple[int, int] | None:
+    """Read an image's width and height; note an unreadable image and return None."""
+    try:
+        with Image.open(image) as header:
+            return header.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        notes.add("unreadable images and masks", image, error)
+        return None
+
+
+def child(folder: Path, name: str) -> Path:
+    """Return the entry with that name in any case; if there is none, the path that it would have."""
+    return next((path for path in folder.iterdir() if path.name.lower() == name.lower()), folder / name)
+
+
+def class_folders(top: Path, classes: Mapping[str, str], notes: Notes) -> Iterator[tuple[Path, str]]:
+    """Yield (image, class) for all images in folders that are named like a class (code or name, in any case)."""
+    names = {key.lower(): name for code, name in classes.items() for key in (code, name)}
+    for folder in folders_in(top):
+        if folder.name.lower() in names:
+            yield from ((image, names[folder.name.lower()]) for image in find_images(folder))
+        elif find_images(folder):
+            notes.add("folders with images that are no known class", folder)
+
+
+def with_masks(images: Path, masks: Path, mask_name: Callable[[str], str], notes: Notes) -> Iterator[tuple[Path, Path]]:
+    """Yield each image of a folder with its mask; `mask_name` makes the mask's name from the image's stem."""
+    unused = set(images_in(masks))
+    notes.annotations |= unused
+    for image in images_in(images):
+        mask = masks / mask_name(image.stem)
+        unused.discard(mask)
+        yield image, mask
+    for mask in sorted(unused):
+        notes.add("masks of images that are not there", mask)
+
+
+def boxes_of_mask(
+    image: Path, mask: Path, notes: Notes, gap: int = 0, threshold: int = 127, single: bool = False
+) -> Iterator[Box]:
+    """Yield the boxes around a mask's cells; note the oddities of mask and image, and both as annotations.
+
+    A missing, unreadable or empty mask, or one of another size than the image, has no boxes.
+
+    Args:
+        gap: largest number of background pixels between two parts of a cell, such as the lobes of a nucleus.
+        threshold: grey value above which a pixel belongs to a cell.
+        single: the whole mask is one cell, with any number of parts.
+    """
+    notes.annotations.add(image)
+    if not mask.is_file():
+        notes.add("masks that are missing", mask)
+        return
+    notes.annotations.add(mask)
+    size = image_size(image, notes)
+    try:
+        grey = np.asarray(load_image(mask)).max(axis=2)
+    except UnreadableImageError as error:
+        notes.add("unreadable images and masks", mask, error)
+        return
+    if size is None:
+        return
+    is_cell = grey > (0 if grey.max() == 1 else threshold)  # some masks are zeros and ones
+    if not is_cell.any():
+        notes.add("masks without a cell", mask)
+        return
+    if is_cell.shape[::-1] != size:
+        notes.add("masks of another size than their image", mask, f"{is_cell.shape[::-1]}, image {size}")
+        return
+    boxes = components(is_cell, max(size) if single else gap)
+    cells = [box for box in boxes if min(box.right - box.left, box.bottom - box.top) >= MIN_SIDE_PX]
+    for _ in range(len(boxes) - len(cells)):
+        notes.add(f"specks in masks, smaller than {MIN_SIDE_PX} px", mask)
+    if (0, 0, *size) in cells:
+        notes.add("masks whose cell fills the whole image; is the mask what it should be?", mask)
+    if len(cells) > 1:
+        notes.add("images with several cells", image)
+    yield from cells
+
+
+def components(is_cell: np.ndarray, gap: int = 0) -> list[Box]:
+    """Return the boxes around the connected parts of a mask, bool [H, W], from top to bottom; diagonals connect.
+
+    Parts with at most `gap` pixels (rounded up to an even number) of background between them are one part.
+    """
+    reach = (gap + 1) // 2
+    grown = cv2.dilate(np.pad(is_cell.astype(np.uint8), reach), np.ones((2 * reach + 1, 2 * reach + 1), np.uint8))
+    _, part_of, stats, _ = cv2.connectedComponentsWithStats(grown, connectivity=8)
+    parts, first_pixel = np.unique(part_of, return_index=True)
+    ordered = [part for part in parts[np.argsort(first_pixel)] if part > 0]  # 0 is the background
+    # growing moved every edge outwards by `reach`, and padding moved the image's corner as well
+    return [
+        Box(left, top, left + width - 2 * reach, top + height - 2 * reach)
+        for left, top, width, height, _ in stats[ordered].tolist()
+    ]
 
 
 def all_datasets() -> dict[str, DataSet]:

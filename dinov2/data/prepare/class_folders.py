@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dinov2.data.datasets import find_images
 from dinov2.data.datasets.tables import read_table
-from dinov2.data.prepare.base import Cell, DataSet, Notes, child, class_folders, folders_in
+from dinov2.data.prepare import Cell, DataSet, Notes, child, class_folders, folders_in
 
 CELL_TYPES = ("basophil", "eosinophil", "lymphocyte", "monocyte", "neutrophil")
 

@@ -28,7 +28,7 @@ from PIL import Image
 from dinov2.data.check.scan import READABLE, ImageFacts, read_facts
 from dinov2.data.datasets.decode import UnreadableImageError, load_image
 from dinov2.data.datasets.tables import LABEL_COLUMN, PATH_COLUMN, PATIENT_COLUMN, SET_COLUMN
-from dinov2.data.prepare.base import Box, Cell, DataSet, Notes, find_cells, image_size
+from dinov2.data.prepare import Box, Cell, DataSet, Notes, find_cells, image_size
 from dinov2.data.splits import PART_COLUMN, PARTS
 from dinov2.utils.command import progress_bar
 from dinov2.utils.files import atomic_write

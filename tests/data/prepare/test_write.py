@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from dinov2.data.datasets import HemaStandardDataset, LabelledCells
-from dinov2.data.prepare import all_datasets, get_dataset, overview_table
-from dinov2.data.prepare.base import Box, Cell, DataSet, components
+from dinov2.data.prepare import Box, Cell, DataSet, all_datasets, components, get_dataset, overview_table
 from dinov2.data.prepare.write import Options, cut, describe, prepare
 
 ROOT = Path(__file__).parents[3]

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinov2.data import sample_cells
 from dinov2.data.datasets import HemaStandardDataset, LabelledCells
-from dinov2.data.sample_cells import CELL_CLASSES, SUBTYPES, Slide, contact_sheet, draw_cell, sets, write_sample_cells
+from dinov2.data.sample_cells import CELL_CLASSES, SUBTYPES, Slide, contact_sheet, draw_cell, write_sample_cells
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "make_sample_cells.py"
 SMALL = {
@@ -42,7 +43,7 @@ def small_set(tmp_path_factory) -> tuple[Path, dict]:
 @pytest.fixture
 def blank_images(monkeypatch):
     """For tests that read the tables alone: images cost no time."""
-    monkeypatch.setattr(sets, "draw_cell", lambda name, slide, rng, size: np.zeros((size, size, 3), np.uint8))
+    monkeypatch.setattr(sample_cells, "draw_cell", lambda name, slide, rng, size: np.zeros((size, size, 3), np.uint8))
 
 
 def test_training_lists_name_all_images_of_several_slides(small_set):
@@ -82,7 +83,7 @@ def test_no_slide_is_in_two_splits(small_set):
 
 def test_slides_of_different_splits_differ_in_stain():
     streams = ("train", "probe_train", "probe_test")
-    slides = [Slide.sample(sets._rng(0, stream, index)) for stream in streams for index in (0, 1)]
+    slides = [Slide.sample(sample_cells._rng(0, stream, index)) for stream in streams for index in (0, 1)]
     assert len({slide.dyes.tobytes() for slide in slides}) == 6
 
 
@@ -167,7 +168,7 @@ def test_another_seed_gives_other_images_of_the_same_layout(small_set, tmp_path)
 def test_the_same_set_is_not_drawn_twice(small_set, monkeypatch, caplog):
     folder, summary = small_set
     before = contents(folder)
-    monkeypatch.setattr(sets, "draw_cell", None)  # calling it would fail
+    monkeypatch.setattr(sample_cells, "draw_cell", None)  # calling it would fail
     with caplog.at_level(logging.INFO, logger="dinov2"):
         assert write_sample_cells(folder, **SMALL) == summary
     assert "already holds this set" in caplog.text
@@ -185,7 +186,7 @@ def test_a_killed_run_is_done_again(small_set, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return draw_cell(*args)
 
-    monkeypatch.setattr(sets, "draw_cell", killed_in_the_middle)
+    monkeypatch.setattr(sample_cells, "draw_cell", killed_in_the_middle)
     with pytest.raises(KeyboardInterrupt):
         write_sample_cells(tmp_path / "set", **SMALL)
     assert not (tmp_path / "set" / "summary.json").exists()
