@@ -242,4 +242,4 @@ def _rng(seed: int, stream: str, *key: int) -> np.random.Generator:
 def _draw(cell_class: str, seed: int, stream: str, slide: int, number: int, size: int) -> np.ndarray:
     # count from 1: NumPy pads a key with zeros, so image 0 would have the slide's key
     image_rng = _rng(seed, stream, slide, number + 1)
-    return draw_cell(cell_class, Slide.sample(_rng(seed, stream, slide)), image_rng, size)
+    return draw_cell(cell_class, Slide(_rng(seed, stream, slide)), image_rng, size)

@@ -171,47 +171,28 @@ FORMS: dict[str, CellForm] = {
 CELL_CLASSES = tuple(FORMS)
 
 
-@dataclass(frozen=True, eq=False)
 class Slide:
-    """The properties that all images of one glass slide share."""
+    """The properties that all images of one glass slide share: its stain, and its microscope and camera."""
 
-    field: float  # width of an image
-    dyes: np.ndarray  # [3 dyes, 3 colours] absorbance at unit amount
-    plasma: Amounts  # between the cells
-    light: np.ndarray  # [3] transmitted intensity without any dye, 0-1
-    light_slope: np.ndarray  # [2] relative change of the light from the centre to the right and lower edge
-    crowding: float  # erythrocytes per square micrometre
-    pallor: float  # depth of the erythrocytes' pale centre, 0-1
-    erythrocyte_radius: float  # their mean
-    crenated: float  # share of erythrocytes with a scalloped outline
-    blur: float  # standard deviation of the optics' spread
-    sharpening: float  # strength of the camera's edge enhancement
-    noise: float  # standard deviation of the camera's noise, 0-1
-    contrast: float  # exponent of the camera's tone curve
-    spread: float  # size of the cells relative to the usual one; a smear flattens them
-
-    @classmethod
-    def sample(cls, rng: np.random.Generator) -> "Slide":
-        """Draw a slide: its stain, with strength and pH, and its microscope and camera."""
+    def __init__(self, rng: np.random.Generator) -> None:
+        """Draw a slide."""
         ph = rng.normal(0, 0.22)  # acid buffers favour eosin, alkaline ones azure
         strength = np.exp(rng.normal(0, 0.2))
         amounts = strength * np.exp([-ph, ph, rng.normal(0, 0.3)])  # [3]
-        dyes = DYES * amounts[:, None] * np.exp(rng.normal(0, 0.12, (3, 3))) + rng.uniform(0, 0.06, (3, 3))
+        # [3 dyes, 3 colours] absorbance at unit amount
+        self.dyes = DYES * amounts[:, None] * np.exp(rng.normal(0, 0.12, (3, 3))) + rng.uniform(0, 0.06, (3, 3))
         warmth, tint = rng.uniform(-0.05, 0.11), rng.uniform(-0.025, 0.02)
         light = rng.uniform(0.8, 0.99) * np.array([1 + warmth * 0.3, 1 + tint, 1 - warmth * 1.6])
-        return cls(
-            field=rng.uniform(25, 33),
-            dyes=dyes,
-            plasma=(rng.uniform(0, 0.05), rng.uniform(0, 0.08), 0.0),
-            light=np.minimum(light, 0.99),
-            light_slope=rng.normal(0, 0.03, 2),
-            crowding=rng.uniform(0.001, 0.028),
-            pallor=rng.uniform(0.15, 0.95),
-            erythrocyte_radius=rng.uniform(3.3, 3.9),
-            crenated=max(0.0, rng.uniform(-0.5, 0.4)),
-            blur=rng.uniform(0.08, 0.22),
-            sharpening=rng.uniform(0.0, 0.7),
-            noise=rng.uniform(0.003, 0.012),
-            contrast=rng.uniform(0.9, 1.15),
-            spread=rng.uniform(0.93, 1.08),
-        )
+        self.light = np.minimum(light, 0.99)  # [3] transmitted intensity without any dye, 0-1
+        self.field = rng.uniform(25, 33)  # width of an image
+        self.plasma: Amounts = (rng.uniform(0, 0.05), rng.uniform(0, 0.08), 0.0)  # between the cells
+        self.light_slope = rng.normal(0, 0.03, 2)  # relative change from the centre to the right and lower edge
+        self.crowding = rng.uniform(0.001, 0.028)  # erythrocytes per square micrometre
+        self.pallor = rng.uniform(0.15, 0.95)  # depth of the erythrocytes' pale centre, 0-1
+        self.erythrocyte_radius = rng.uniform(3.3, 3.9)  # their mean
+        self.crenated = max(0.0, rng.uniform(-0.5, 0.4))  # share of erythrocytes with a scalloped outline
+        self.blur = rng.uniform(0.08, 0.22)  # standard deviation of the optics' spread
+        self.sharpening = rng.uniform(0.0, 0.7)  # strength of the camera's edge enhancement
+        self.noise = rng.uniform(0.003, 0.012)  # standard deviation of the camera's noise, 0-1
+        self.contrast = rng.uniform(0.9, 1.15)  # exponent of the camera's tone curve
+        self.spread = rng.uniform(0.93, 1.08)  # size of the cells relative to the usual one; a smear flattens them

@@ -31,7 +31,7 @@ def drawn_cells(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawn")
     for i in range(12):
         rng = np.random.default_rng(i)
-        slide = Slide.sample(rng)
+        slide = Slide(rng)
         Image.fromarray(draw_cell(CELL_CLASSES[i % len(CELL_CLASSES)], slide, rng, 64)).save(folder / f"c{i:02d}.png")
     return folder
 
