@@ -21,12 +21,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from PIL import Image
 
 from dinov2.data.check.scan import READABLE, ImageFacts, read_facts
-from dinov2.data.datasets.decode import UnreadableImageError, load_image
+from dinov2.data.datasets.decode import UnreadableImageError, load_image, resize_image
 from dinov2.data.datasets.tables import LABEL_COLUMN, PATH_COLUMN, PATIENT_COLUMN, SET_COLUMN
 from dinov2.data.prepare import Box, Cell, DataSet, Notes, find_cells, image_size
 from dinov2.data.splits import PART_COLUMN, PARTS
@@ -221,7 +220,7 @@ def _check_settings(folder: Path, settings: dict[str, Any], overwrite: bool) -> 
 def cut(image: Image.Image, box: Box, margin: float = 0.1, size: int | None = None) -> Image.Image:
     """Cut out the square around a box, shifted to be inside the image, and smaller if the image is too small.
 
-    With a `size`, the cut is padded to a square by repeating its border pixels, and scaled to `size`.
+    With a `size`, the cut is scaled to it, and padded to a square by repeating its border pixels.
     """
     longer = max(box.right - box.left, box.bottom - box.top)
     side = max(1, round(longer * (1 + 2 * margin)))
@@ -232,13 +231,7 @@ def cut(image: Image.Image, box: Box, margin: float = 0.1, size: int | None = No
         spans.append((start, start + length))
     (left, right), (top, bottom) = spans
     part = image.crop((left, top, right, bottom))
-    if size is None:
-        return part
-    if part.width != part.height:
-        missing = [max(part.size) - length for length in (part.height, part.width)]
-        padding = [*((n // 2, n - n // 2) for n in missing), (0, 0)]
-        part = Image.fromarray(np.pad(np.asarray(part), padding, mode="edge"))
-    return part.resize((size, size), Image.Resampling.LANCZOS)
+    return part if size is None else Image.fromarray(resize_image(part, size, "pad").permute(1, 2, 0).numpy())
 
 
 def _write_lists(dataset: DataSet, table: pd.DataFrame, output: Path) -> None:

@@ -64,22 +64,16 @@ class Canvas:
     ) -> np.ndarray:
         """Add up small patches around n centres, [n, 2] (row, column), which may lie outside the image: [S, S].
 
-        `draw` gets rows and columns relative to the centres, [n, w, w], and returns [n, w, w], 0 beyond `reach_px`.
+        `draw` gets rows [n, w, 1] and columns [n, 1, w] relative to the centres, and returns [n, w, w], 0 beyond
+        `reach_px`.
         """
-        size = self.size
-        if len(centres_px) == 0:
-            return np.zeros((size, size), dtype=np.float32)
-        half = int(np.ceil(reach_px))
-        offsets = np.arange(-half, half + 1)
-        corner = np.floor(centres_px).astype(np.int64)
-        rows = corner[:, :1] + offsets  # [n, w]
-        columns = corner[:, 1:] + offsets
-        patches = draw(
-            np.repeat((rows + 0.5 - centres_px[:, :1])[:, :, None], len(offsets), axis=2).astype(np.float32),
-            np.repeat((columns + 0.5 - centres_px[:, 1:])[:, None, :], len(offsets), axis=1).astype(np.float32),
-        )
-        is_within = ((rows >= 0) & (rows < size))[:, :, None] & ((columns >= 0) & (columns < size))[:, None, :]
-        pixels = (rows[:, :, None] * size + columns[:, None, :])[is_within]
+        size, half = self.size, int(np.ceil(reach_px))
+        row, column = centres_px.T.reshape(2, -1, 1, 1)
+        rows = np.floor(row).astype(np.int64) + np.arange(-half, half + 1)[:, None]
+        columns = np.floor(column).astype(np.int64) + np.arange(-half, half + 1)
+        patches = draw((rows + 0.5 - row).astype(np.float32), (columns + 0.5 - column).astype(np.float32))
+        is_within = (rows >= 0) & (rows < size) & (columns >= 0) & (columns < size)  # [n, w, w]
+        pixels = (rows * size + columns)[is_within]
         return np.bincount(pixels, patches[is_within], size * size).reshape(size, size).astype(np.float32)
 
     def discs(
