@@ -1,7 +1,7 @@
 """Prepare public data sets of blood cells: from the unpacked archive to training lists and labels.
 
-Each `DataSet` in a module of this package is known by its name; docs/datasets.md shows how to add one. Here are the
-data sets' common parts, which find cells in class folders, tables and masks.
+Each function with the decorator `dataset` in a module of this package is known by its name; docs/datasets.md shows how
+to add one. Here are the common parts, which find cells in class folders, tables and masks.
 
 Letters: H height, W width of an image.
 """
@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -88,8 +88,8 @@ class DataSet:
     origin: str  # URL of the archive
     paper: str
     layout: str  # of the unpacked archive, for messages
-    entries: tuple[str, ...]  # patterns of names (any case) in the layout's top folder
     find: Callable[[Path, Notes], Iterator[Cell]]  # yields the cells in that folder and notes oddities
+    entries: tuple[str, ...] = ()  # patterns of names (any case) in the layout's top folder; empty: codes of classes
     modality: str = "peripheral blood"
     licence: str = "not stated"
     n_entries: int = 2  # number of `entries` that a top folder must have
@@ -107,12 +107,12 @@ class DataSet:
         if not source.is_dir():
             what = "is a file; unpack it and give the folder" if source.is_file() else "does not exist"
             raise FileNotFoundError(f"--source: {str(source)!r} {what}. {where_to_get}")
-        level = [source]
+        level, entries = [source], self.entries or tuple(self.classes)
         for _ in range(SEARCH_DEPTH):
             for folder in level:
                 names = [name.lower() for name in os.listdir(folder)]
-                n_matching = sum(bool(fnmatch.filter(names, entry.lower())) for entry in self.entries)
-                if n_matching >= min(self.n_entries, len(self.entries)):
+                n_matching = sum(bool(fnmatch.filter(names, entry.lower())) for entry in entries)
+                if n_matching >= min(self.n_entries, len(entries)):
                     return folder
             level = [inner for folder in level for inner in folders_in(folder)]
         content = ", ".join(sorted(os.listdir(source))[:N_EXAMPLES]) or "nothing"
@@ -120,6 +120,11 @@ class DataSet:
             f"--source: {str(source)!r} and the folders inside do not look like {self.title}: expected {self.layout}; "
             f"found {content}. Unpack archives first. {where_to_get}"
         )
+
+
+def dataset(**known: Any) -> Callable[[Callable[[Path, Notes], Iterator[Cell]]], DataSet]:
+    """Make the decorated function, which finds the cells, a `DataSet` of its name; `known` are the other fields."""
+    return lambda find: DataSet(name=find.__name__, find=find, **known)
 
 
 def find_cells(dataset: DataSet, top: Path) -> tuple[list[Cell], Notes]:

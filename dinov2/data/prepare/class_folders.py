@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dinov2.data.datasets import find_images
 from dinov2.data.datasets.tables import read_table
-from dinov2.data.prepare import Cell, DataSet, Notes, child, class_folders, folders_in
+from dinov2.data.prepare import Cell, Notes, child, class_folders, dataset, folders_in
 
 CELL_TYPES = ("basophil", "eosinophil", "lymphocyte", "monocyte", "neutrophil")
 
@@ -42,7 +42,17 @@ RAABIN_PARTS = {"train": "train", "testa": "testA", "testb": "testB"}
 PIG_PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
-def find_acevedo(top: Path, notes: Notes) -> Iterator[Cell]:
+@dataset(
+    title="Acevedo (PBC)",
+    origin="https://data.mendeley.com/datasets/snkd93bnjr/1",
+    paper="Acevedo et al. 2020, Data in Brief 30, doi 10.1016/j.dib.2020.105474",
+    licence="CC BY 4.0",
+    layout="PBC_dataset_normal_DIB/<class>/<PREFIX>_<number>.jpg, the classes being " + ", ".join(ACEVEDO_TYPES),
+    classes={name: name for name in ACEVEDO_TYPES},
+    expected={"pictures": 17092},
+    remarks="neutrophil/.DS_169665.jpg in the archive is no image; 17 images stand twice, one pair as two classes",
+)
+def acevedo(top: Path, notes: Notes) -> Iterator[Cell]:
     parts = {}  # from WBCAtt (Tsutsui et al., NeurIPS 2023), if it is beside the set, which has no official split
     for part in ("train", "val", "test"):
         file = next((f for f in (top / d / f"pbc_attr_v1_{part}.csv" for d in WBCATT_FOLDERS) if f.is_file()), None)
@@ -57,20 +67,50 @@ def find_acevedo(top: Path, notes: Notes) -> Iterator[Cell]:
         notes.add(f"images that the {part} list names and that are not there", absent)
 
 
-def find_matek(top: Path, notes: Notes) -> Iterator[Cell]:
+@dataset(
+    title="AML Matek",
+    origin="https://www.cancerimagingarchive.net/collection/aml-cytomorphology_lmu/",
+    paper="Matek et al. 2019, Nature Machine Intelligence 1, doi 10.1038/s42256-019-0101-9",
+    licence="CC BY 3.0",
+    layout="AML-Cytomorphology_LMU/<CODE>/<CODE>_<number>.tiff, the codes being " + ", ".join(MATEK_CLASSES),
+    classes=MATEK_CLASSES,
+    expected={"pictures": 18365},
+    remarks="in this set MYO is the myeloblast and MYB the myelocyte; patients are not named",
+)
+def aml_matek(top: Path, notes: Notes) -> Iterator[Cell]:
     yield from (Cell(image, label) for image, label in class_folders(top, MATEK_CLASSES, notes))
 
 
-def find_bmc(top: Path, notes: Notes) -> Iterator[Cell]:
+@dataset(
+    title="BMC",
+    modality="bone marrow",
+    origin="https://www.cancerimagingarchive.net/collection/bone-marrow-cytomorphology_mll_helmholtz_fraunhofer/",
+    paper="Matek et al. 2021, Blood 138(20), doi 10.1182/blood.2020010568",
+    licence="CC BY 4.0",
+    layout="BM_cytomorphology_data/<CODE>/<from>-<to>/<CODE>_<number>.jpg, the codes being " + ", ".join(BMC_CLASSES),
+    classes=BMC_CLASSES,
+    expected={"pictures": 171374},  # in the paper; TCIA's page counts one more
+    remarks="patients are not named, so patient-grouped splits cannot be made; classes have from 8 to 29,424 images",
+)
+def bmc(top: Path, notes: Notes) -> Iterator[Cell]:
     for image, label in class_folders(top, BMC_CLASSES, notes):
         if BMC_CLASSES.get(image.name.split("_")[0]) != label:
             notes.add("images whose name says another class than their folder", image)
         yield Cell(image, label)
 
 
-def find_hehr(top: Path, notes: Notes) -> Iterator[Cell]:
+@dataset(
+    title="AML Hehr",
+    origin="https://www.cancerimagingarchive.net/collection/aml-cytomorphology_mll_helmholtz/",
+    paper="Hehr et al. 2023, PLOS Digital Health 2(3), doi 10.1371/journal.pdig.0000187",
+    layout="data/<subtype>/<patient>/image_<n>.tif, the subtypes being " + ", ".join(HEHR_SUBTYPES),
+    classes={name: name for name in HEHR_SUBTYPES},
+    expected={"patients": 189},
+    remarks="labels are the patients' subtypes: bags for abmil.py, not cell types",
+)
+def aml_hehr(top: Path, notes: Notes) -> Iterator[Cell]:
     subtype_of: dict[str, str] = {}
-    for image, subtype in class_folders(top, HEHR.classes, notes):
+    for image, subtype in class_folders(top, aml_hehr.classes, notes):
         folders = image.relative_to(top).parts[1:-1]
         if not folders:
             kind = "images beside the patients' folders, left out"
@@ -83,7 +123,17 @@ def find_hehr(top: Path, notes: Notes) -> Iterator[Cell]:
         notes.annotations.add(image)
 
 
-def find_apl_aml(top: Path, notes: Notes) -> Iterator[Cell]:
+@dataset(
+    title="APL_AML",
+    origin="https://www.kaggle.com/datasets/eugeneshenderov/acute-promyelocytic-leukemia-apl",
+    paper="Sidhom et al. 2021, npj Precision Oncology 5, PubMed 33990660",
+    layout="Patient_<nn>/'Signed slides'/<cell type>/*.jpg and Patient_<nn>/'Unsigned slides'/*.jpg",
+    entries=("patient_*",),
+    n_entries=1,
+    expected={"patients": 106},
+    remarks="cells of 'Unsigned slides' have no type: they are in the list and not in labels.csv",
+)
+def apl_aml(top: Path, notes: Notes) -> Iterator[Cell]:
     signed, unsigned = "signed slides", "unsigned slides"
     for patient in (folder for folder in folders_in(top) if folder.name.lower().startswith("patient_")):
         for image in find_images(patient):
@@ -96,22 +146,54 @@ def find_apl_aml(top: Path, notes: Notes) -> Iterator[Cell]:
             yield Cell(image, label, patient=patient.name)
 
 
-def find_raabin_wbc(top: Path, notes: Notes) -> Iterator[Cell]:
+@dataset(
+    title="Raabin WBC",
+    origin="https://raabindata.com/free-data/",
+    paper="Mousavi Kouzehkanan et al. 2022, Scientific Reports 12, doi 10.1038/s41598-021-04426-x",
+    layout="Train, TestA and TestB, each <class>/*.jpg, the classes being " + ", ".join(CELL_TYPES),
+    entries=("Train", "Test*A", "Test*B"),
+    n_entries=1,
+    classes={name: name for name in CELL_TYPES},
+    expected={"train": 10175},
+    remarks="TestA and TestB are test sets of their own: splits/testA.csv and splits/testB.csv",
+)
+def raabin_wbc(top: Path, notes: Notes) -> Iterator[Cell]:
     for folder in folders_in(top):
         part = RAABIN_PARTS.get(re.sub("[^a-z]", "", folder.name.lower()))
         if part is not None:
             inner = child(folder, folder.name)  # unpacking may make a folder of the same name inside
-            for image, label in class_folders(inner if inner.is_dir() else folder, RAABIN_WBC.classes, notes):
+            for image, label in class_folders(inner if inner.is_dir() else folder, raabin_wbc.classes, notes):
                 yield Cell(image, label, part=part)
 
 
-def find_raabin_leukemia(top: Path, notes: Notes) -> Iterator[Cell]:
+@dataset(
+    title="Raabin Leukemia",
+    origin="https://raabindata.com/free-data/",
+    paper="none known; cite the site",
+    layout="folders that name the leukaemia (ALL, AML, APL, CLL, CML) with images below",
+    entries=tuple(f"*{name}*" for name in LEUKAEMIAS),
+    n_entries=1,
+    classes={name: name for name in LEUKAEMIAS},  # the patient's disease, not the type of a cell
+    remarks="the layout is a guess; see whether the counts are what you expect",
+)
+def raabin_leukemia(top: Path, notes: Notes) -> Iterator[Cell]:
     for image in find_images(top):
         words = {word.upper() for word in re.split("[^A-Za-z]+", "/".join(image.relative_to(top).parts[:-1]))}
         yield Cell(image, _only_name(words & set(LEUKAEMIAS), image, "leukaemia", notes))
 
 
-def find_warty_pig(top: Path, notes: Notes) -> Iterator[Cell]:
+@dataset(
+    title="Warty pig",
+    modality="peripheral blood of pigs",
+    origin="https://ieee-dataport.org/documents/"
+    "dataset-machine-learning-based-classification-white-blood-cells-juvenile-visayan-warty-pig",
+    paper="Alipo-on et al., IEEE DataPort (see its page)",
+    layout="folders named like cell types (" + ", ".join(CELL_TYPES) + "), perhaps in train and test folders",
+    entries=(*(f"*{name}*" for name in CELL_TYPES), "train*", "test*"),
+    classes={name: name for name in CELL_TYPES},
+    remarks="the layout is a guess; see whether the counts are what you expect",
+)
+def warty_pig(top: Path, notes: Notes) -> Iterator[Cell]:
     for image in find_images(top):
         folders = [folder.lower() for folder in image.relative_to(top).parts[:-1]]
         names = {name for folder in folders for name in CELL_TYPES if name in folder}  # also as a plural
@@ -125,107 +207,3 @@ def _only_name(names: set[str], image: Path, what: str, notes: Notes) -> str | N
         return names.pop()
     notes.add(f"images whose folders name no {what} (or several), unlabelled", image)
     return None
-
-
-ACEVEDO = DataSet(
-    name="acevedo",
-    title="Acevedo (PBC)",
-    origin="https://data.mendeley.com/datasets/snkd93bnjr/1",
-    paper="Acevedo et al. 2020, Data in Brief 30, doi 10.1016/j.dib.2020.105474",
-    licence="CC BY 4.0",
-    layout="PBC_dataset_normal_DIB/<class>/<PREFIX>_<number>.jpg, the classes being " + ", ".join(ACEVEDO_TYPES),
-    entries=ACEVEDO_TYPES,
-    classes={name: name for name in ACEVEDO_TYPES},
-    expected={"pictures": 17092},
-    remarks="neutrophil/.DS_169665.jpg in the archive is no image; 17 images stand twice, one pair as two classes",
-    find=find_acevedo,
-)
-MATEK = DataSet(
-    name="aml_matek",
-    title="AML Matek",
-    origin="https://www.cancerimagingarchive.net/collection/aml-cytomorphology_lmu/",
-    paper="Matek et al. 2019, Nature Machine Intelligence 1, doi 10.1038/s42256-019-0101-9",
-    licence="CC BY 3.0",
-    layout="AML-Cytomorphology_LMU/<CODE>/<CODE>_<number>.tiff, the codes being " + ", ".join(MATEK_CLASSES),
-    entries=tuple(MATEK_CLASSES),
-    classes=MATEK_CLASSES,
-    expected={"pictures": 18365},
-    remarks="in this set MYO is the myeloblast and MYB the myelocyte; patients are not named",
-    find=find_matek,
-)
-BMC = DataSet(
-    name="bmc",
-    title="BMC",
-    modality="bone marrow",
-    origin="https://www.cancerimagingarchive.net/collection/bone-marrow-cytomorphology_mll_helmholtz_fraunhofer/",
-    paper="Matek et al. 2021, Blood 138(20), doi 10.1182/blood.2020010568",
-    licence="CC BY 4.0",
-    layout="BM_cytomorphology_data/<CODE>/<from>-<to>/<CODE>_<number>.jpg, the codes being " + ", ".join(BMC_CLASSES),
-    entries=tuple(BMC_CLASSES),
-    classes=BMC_CLASSES,
-    expected={"pictures": 171374},  # in the paper; TCIA's page counts one more
-    remarks="patients are not named, so patient-grouped splits cannot be made; classes have from 8 to 29,424 images",
-    find=find_bmc,
-)
-HEHR = DataSet(
-    name="aml_hehr",
-    title="AML Hehr",
-    origin="https://www.cancerimagingarchive.net/collection/aml-cytomorphology_mll_helmholtz/",
-    paper="Hehr et al. 2023, PLOS Digital Health 2(3), doi 10.1371/journal.pdig.0000187",
-    layout="data/<subtype>/<patient>/image_<n>.tif, the subtypes being " + ", ".join(HEHR_SUBTYPES),
-    entries=HEHR_SUBTYPES,
-    classes={name: name for name in HEHR_SUBTYPES},
-    expected={"patients": 189},
-    remarks="labels are the patients' subtypes: bags for abmil.py, not cell types",
-    find=find_hehr,
-)
-APL_AML = DataSet(
-    name="apl_aml",
-    title="APL_AML",
-    origin="https://www.kaggle.com/datasets/eugeneshenderov/acute-promyelocytic-leukemia-apl",
-    paper="Sidhom et al. 2021, npj Precision Oncology 5, PubMed 33990660",
-    layout="Patient_<nn>/'Signed slides'/<cell type>/*.jpg and Patient_<nn>/'Unsigned slides'/*.jpg",
-    entries=("patient_*",),
-    n_entries=1,
-    expected={"patients": 106},
-    remarks="cells of 'Unsigned slides' have no type: they are in the list and not in labels.csv",
-    find=find_apl_aml,
-)
-RAABIN_WBC = DataSet(
-    name="raabin_wbc",
-    title="Raabin WBC",
-    origin="https://raabindata.com/free-data/",
-    paper="Mousavi Kouzehkanan et al. 2022, Scientific Reports 12, doi 10.1038/s41598-021-04426-x",
-    layout="Train, TestA and TestB, each <class>/*.jpg, the classes being " + ", ".join(CELL_TYPES),
-    entries=("Train", "Test*A", "Test*B"),
-    n_entries=1,
-    classes={name: name for name in CELL_TYPES},
-    expected={"train": 10175},
-    remarks="TestA and TestB are test sets of their own: splits/testA.csv and splits/testB.csv",
-    find=find_raabin_wbc,
-)
-RAABIN_LEUKEMIA = DataSet(
-    name="raabin_leukemia",
-    title="Raabin Leukemia",
-    origin="https://raabindata.com/free-data/",
-    paper="none known; cite the site",
-    layout="folders that name the leukaemia (ALL, AML, APL, CLL, CML) with images below",
-    entries=tuple(f"*{name}*" for name in LEUKAEMIAS),
-    n_entries=1,
-    classes={name: name for name in LEUKAEMIAS},  # the patient's disease, not the type of a cell
-    remarks="the layout is a guess; see whether the counts are what you expect",
-    find=find_raabin_leukemia,
-)
-WARTY_PIG = DataSet(
-    name="warty_pig",
-    title="Warty pig",
-    modality="peripheral blood of pigs",
-    origin="https://ieee-dataport.org/documents/"
-    "dataset-machine-learning-based-classification-white-blood-cells-juvenile-visayan-warty-pig",
-    paper="Alipo-on et al., IEEE DataPort (see its page)",
-    layout="folders named like cell types (" + ", ".join(CELL_TYPES) + "), perhaps in train and test folders",
-    entries=(*(f"*{name}*" for name in CELL_TYPES), "train*", "test*"),
-    classes={name: name for name in CELL_TYPES},
-    remarks="the layout is a guess; see whether the counts are what you expect",
-    find=find_warty_pig,
-)

@@ -8,22 +8,13 @@ in a row names the image.
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 from dinov2.data.datasets.tables import open_table, read_table
-from dinov2.data.prepare import (
-    Box,
-    Cell,
-    DataSet,
-    Notes,
-    boxes_of_mask,
-    child,
-    image_size,
-    images_in,
-    with_masks,
-)
+from dinov2.data.prepare import Box, Cell, Notes, boxes_of_mask, child, dataset, image_size, images_in, with_masks
 
 BCCD_CLASSES = ("RBC", "WBC", "Platelets")
 SIDES = ("xmin", "ymin", "xmax", "ymax")
@@ -35,9 +26,22 @@ SSL_CLASSES = {"1": "neutrophil", "2": "lymphocyte", "3": "monocyte", "4": "eosi
 # fmt: on
 KRD_LABEL_COLUMN = re.compile("categor|class|label", re.IGNORECASE)
 NUCLEI_IMAGES, NUCLEI_MASKS = "BloodImageSetS6NucSeg", "BloodImageSetS6NucSeg_masks"
+smear_dataset = partial(dataset, cuts=True)
 
 
-def find_aslan(top: Path, notes: Notes) -> Iterator[Cell]:
+@smear_dataset(
+    title="Aslan",
+    origin="https://github.com/draaslan/blood-cell-detection-dataset",
+    paper="none; cite the repository",
+    licence="MIT",
+    layout="images/image-<n>.png and annotations.csv (image,xmin,ymin,xmax,ymax,label)",
+    entries=("images", "annotations.csv"),
+    classes={"rbc": "rbc", "wbc": "wbc"},
+    expected={"pictures": 100, "rbc": 2237, "wbc": 103},
+    keep=("wbc",),
+    remarks="annotations.csv has 2,236 red cells where the distributor counts 2,237; the PNGs are RGBA",
+)
+def aslan(top: Path, notes: Notes) -> Iterator[Cell]:
     rows = pd.DataFrame(read_table(top / "annotations.csv", "labels", ("image", *SIDES, "label")))
     for name, cells in rows.groupby("image"):
         image = top / "images" / str(name)
@@ -52,12 +56,24 @@ def find_aslan(top: Path, notes: Notes) -> Iterator[Cell]:
         for row in cells.to_dict("records"):
             try:
                 sides = [float(row[side]) * length for side, length in zip(SIDES, size * 2, strict=True)]
-                yield Cell(image, ASLAN.classes[row["label"]], box=Box(*sides))
+                yield Cell(image, aslan.classes[row["label"]], box=Box(*sides))
             except (ValueError, KeyError) as error:
                 notes.add("rows of the CSV that are not understood", f"{name}: {error}")
 
 
-def find_bccd(top: Path, notes: Notes) -> Iterator[Cell]:
+@smear_dataset(
+    title="BCCD",
+    origin="https://github.com/Shenggan/BCCD_Dataset",
+    paper="none; cite the repository",
+    licence="MIT",
+    layout="BCCD/JPEGImages/*.jpg, BCCD/Annotations/*.xml, BCCD/ImageSets/Main/*.txt",
+    entries=("JPEGImages", "Annotations"),
+    classes={name: name for name in BCCD_CLASSES},
+    expected={"pictures": 364},
+    keep=("WBC",),
+    remarks="White-Blood-Cell-dataset has the same smears: do not train on one and test on the other",
+)
+def bccd(top: Path, notes: Notes) -> Iterator[Cell]:
     parts: dict[str, str] = {}
     for part in ("train", "val", "test"):
         file = top / "ImageSets" / "Main" / f"{part}.txt"
@@ -98,7 +114,15 @@ def _voc_boxes(file: Path, notes: Notes) -> Iterator[tuple[str, Box]]:
         notes.add("annotation files that cannot be read", f"{file.name}: {error}")
 
 
-def find_krd_wbc(top: Path, notes: Notes) -> Iterator[Cell]:
+@smear_dataset(
+    title="KRD-WBC",
+    origin="https://data.mendeley.com/datasets/jzdj6h7gms/2",
+    paper="Mendeley Data, doi 10.17632/jzdj6h7gms.2",
+    layout="Dataset/image/image<n>.jpg, Dataset/mask/mask<n>.jpg and 'class labels.csv'",
+    entries=("Dataset", "class labels.csv"),
+    remarks="several cells of one image share the image's class",
+)
+def krd_wbc(top: Path, notes: Notes) -> Iterator[Cell]:
     labels = _krd_labels(child(top, "class labels.csv"), notes)
     folder = child(top, "Dataset")
     pairs = with_masks(folder / "image", folder / "mask", lambda stem: f"mask{_number(stem)}.jpg", notes)
@@ -132,7 +156,16 @@ def _number(text: str) -> int | None:
     return int(match.group()) if match else None
 
 
-def find_lisc(top: Path, notes: Notes) -> Iterator[Cell]:
+@smear_dataset(
+    title="LISC",
+    origin="http://users.cecs.anu.edu.au/~hrezatofighi/Data/Leukocyte%20Data.htm",
+    paper="Rezatofighi and Soltanian-Zadeh 2011, Comput. Med. Imaging Graph. 35(4)",
+    layout="'Main Dataset'/<class>/<n>.bmp and 'Ground Truth Segmentation'/<class>/areaforexpert1/<n>_expert.bmp",
+    entries=("Main Dataset", "Ground Truth Segmentation"),
+    classes=LISC_CLASSES,
+    remarks="cells of the folder 'mixt' are cut out without a label",
+)
+def lisc(top: Path, notes: Notes) -> Iterator[Cell]:
     smears, truth = child(top, "Main Dataset"), child(top, "Ground Truth Segmentation")
     for code, label in {**LISC_CLASSES, "mixt": None}.items():
         folder = child(smears, code)
@@ -141,14 +174,36 @@ def find_lisc(top: Path, notes: Notes) -> Iterator[Cell]:
             yield from (Cell(image, label, box=box) for box in boxes_of_mask(image, mask, notes, threshold=0))
 
 
-def find_nuclick(top: Path, notes: Notes) -> Iterator[Cell]:
+@smear_dataset(
+    title="NuClick",
+    origin="https://github.com/navidstuv/NuClick",
+    paper="Alemi Koohbanani et al. 2020, Medical Image Analysis 65, arXiv 2005.14511",
+    layout="Hemato_Data/Train and Hemato_Data/Validation, each images/<stem>.png and masks/<stem>_mask.png",
+    entries=("Train", "Validation"),
+    n_entries=1,
+    expected={"pictures": 1463},
+    remarks="cells have no classes: there is a list to train on and no labels.csv",
+)
+def nuclick(top: Path, notes: Notes) -> Iterator[Cell]:
     for name, part in (("Train", "train"), ("Validation", "val")):
         folder = child(top, name)
         for image, mask in with_masks(folder / "images", folder / "masks", lambda stem: f"{stem}_mask.png", notes):
             yield from (Cell(image, part=part, box=box) for box in boxes_of_mask(image, mask, notes, threshold=0))
 
 
-def find_ssl_seg(top: Path, notes: Notes) -> Iterator[Cell]:
+@smear_dataset(
+    title="SSL Seg",
+    origin="https://github.com/zxaoyou/segmentation_WBC",
+    paper="Zheng et al. 2018, Micron 107, doi 10.1016/j.micron.2018.01.010",
+    licence="GPL-3.0 (of the repository)",
+    layout="Dataset 1/<3 digits>.bmp and .png (masks), 'Class Labels of Dataset 1.csv', the same for Dataset 2",
+    entries=("Dataset 1", "Dataset 2", "Class Labels of Dataset ?.csv"),
+    classes=SSL_CLASSES,
+    expected={"pictures": 400},
+    remarks="the distributor's own warning: experts did not check the class labels; one class has a single image in "
+    "Dataset 1; 112.bmp and 139.bmp there are the same image",
+)
+def ssl_seg(top: Path, notes: Notes) -> Iterator[Cell]:
     for folder in (top / "Dataset 1", top / "Dataset 2"):
         labels = _ssl_labels(top / f"Class Labels of {folder.name}.csv", notes)
         if folder.is_dir() and not labels:
@@ -174,103 +229,17 @@ def _ssl_labels(file: Path, notes: Notes) -> dict[int, str]:
     return labels
 
 
-def find_nuclei(top: Path, notes: Notes) -> Iterator[Cell]:
-    for image, mask in with_masks(top / NUCLEI_IMAGES, top / NUCLEI_MASKS, lambda stem: f"{stem}.png", notes):
-        # the lobes of a nucleus may be separate: those close to each other are one cell
-        yield from (Cell(image, box=box) for box in boxes_of_mask(image, mask, notes, gap=24))
-
-
-ASLAN = DataSet(
-    name="aslan",
-    title="Aslan",
-    origin="https://github.com/draaslan/blood-cell-detection-dataset",
-    paper="none; cite the repository",
-    licence="MIT",
-    layout="images/image-<n>.png and annotations.csv (image,xmin,ymin,xmax,ymax,label)",
-    entries=("images", "annotations.csv"),
-    classes={"rbc": "rbc", "wbc": "wbc"},
-    expected={"pictures": 100, "rbc": 2237, "wbc": 103},
-    cuts=True,
-    keep=("wbc",),
-    remarks="annotations.csv has 2,236 red cells where the distributor counts 2,237; the PNGs are RGBA",
-    find=find_aslan,
-)
-BCCD = DataSet(
-    name="bccd",
-    title="BCCD",
-    origin="https://github.com/Shenggan/BCCD_Dataset",
-    paper="none; cite the repository",
-    licence="MIT",
-    layout="BCCD/JPEGImages/*.jpg, BCCD/Annotations/*.xml, BCCD/ImageSets/Main/*.txt",
-    entries=("JPEGImages", "Annotations"),
-    classes={name: name for name in BCCD_CLASSES},
-    expected={"pictures": 364},
-    cuts=True,
-    keep=("WBC",),
-    remarks="White-Blood-Cell-dataset has the same smears: do not train on one and test on the other",
-    find=find_bccd,
-)
-KRD_WBC = DataSet(
-    name="krd_wbc",
-    title="KRD-WBC",
-    origin="https://data.mendeley.com/datasets/jzdj6h7gms/2",
-    paper="Mendeley Data, doi 10.17632/jzdj6h7gms.2",
-    layout="Dataset/image/image<n>.jpg, Dataset/mask/mask<n>.jpg and 'class labels.csv'",
-    entries=("Dataset", "class labels.csv"),
-    cuts=True,
-    remarks="several cells of one image share the image's class",
-    find=find_krd_wbc,
-)
-LISC = DataSet(
-    name="lisc",
-    title="LISC",
-    origin="http://users.cecs.anu.edu.au/~hrezatofighi/Data/Leukocyte%20Data.htm",
-    paper="Rezatofighi and Soltanian-Zadeh 2011, Comput. Med. Imaging Graph. 35(4)",
-    layout="'Main Dataset'/<class>/<n>.bmp and 'Ground Truth Segmentation'/<class>/areaforexpert1/<n>_expert.bmp",
-    entries=("Main Dataset", "Ground Truth Segmentation"),
-    classes=LISC_CLASSES,
-    cuts=True,
-    remarks="cells of the folder 'mixt' are cut out without a label",
-    find=find_lisc,
-)
-NUCLICK = DataSet(
-    name="nuclick",
-    title="NuClick",
-    origin="https://github.com/navidstuv/NuClick",
-    paper="Alemi Koohbanani et al. 2020, Medical Image Analysis 65, arXiv 2005.14511",
-    layout="Hemato_Data/Train and Hemato_Data/Validation, each images/<stem>.png and masks/<stem>_mask.png",
-    entries=("Train", "Validation"),
-    n_entries=1,
-    expected={"pictures": 1463},
-    cuts=True,
-    remarks="cells have no classes: there is a list to train on and no labels.csv",
-    find=find_nuclick,
-)
-SSL_SEG = DataSet(
-    name="ssl_seg",
-    title="SSL Seg",
-    origin="https://github.com/zxaoyou/segmentation_WBC",
-    paper="Zheng et al. 2018, Micron 107, doi 10.1016/j.micron.2018.01.010",
-    licence="GPL-3.0 (of the repository)",
-    layout="Dataset 1/<3 digits>.bmp and .png (masks), 'Class Labels of Dataset 1.csv', the same for Dataset 2",
-    entries=("Dataset 1", "Dataset 2", "Class Labels of Dataset ?.csv"),
-    classes=SSL_CLASSES,
-    expected={"pictures": 400},
-    cuts=True,
-    remarks="the distributor's own warning: experts did not check the class labels; one class has a single image in "
-    "Dataset 1; 112.bmp and 139.bmp there are the same image",
-    find=find_ssl_seg,
-)
-NUCLEI = DataSet(
-    name="white_blood_cell_dataset",
+@smear_dataset(
     title="White-Blood-Cell-dataset",
     origin="https://github.com/arbackes/White-Blood-Cell-dataset",
     paper="Mohamed and Far 2012, IEEE Healthcom, pp. 202-207",
     layout=f"{NUCLEI_IMAGES}/BloodImage_<number>.jpg and {NUCLEI_MASKS}/BloodImage_<number>.png",
     entries=(NUCLEI_IMAGES, NUCLEI_MASKS),
     expected={"pictures": 367},
-    cuts=True,
     margin=0.4,  # wide enough for the cytoplasm
     remarks="the smears seem to be BCCD's: do not train on one and test on the other; there are no classes",
-    find=find_nuclei,
 )
+def white_blood_cell_dataset(top: Path, notes: Notes) -> Iterator[Cell]:
+    for image, mask in with_masks(top / NUCLEI_IMAGES, top / NUCLEI_MASKS, lambda stem: f"{stem}.png", notes):
+        # the lobes of a nucleus may be separate: those close to each other are one cell
+        yield from (Cell(image, box=box) for box in boxes_of_mask(image, mask, notes, gap=24))

@@ -230,7 +230,7 @@ def test_the_documents_sixteenth_data_set_works(tmp_path):
     exec(compile(code, "docs/datasets.md", "exec"), names)
     for path in ("slides/p01/blast/1.png", "slides/p02/lymphocyte/2.png", "slides/p02/unknown/3.png"):
         write_image(tmp_path / "in" / path, len(path))
-    summary = prepare(names["DATASET"], tmp_path / "in", tmp_path / "out")
+    summary = prepare(names["marrow"], tmp_path / "in", tmp_path / "out")
     assert summary["counts"]["classes"] == {"blast": 1, "lymphocyte": 1}
     assert summary["counts"]["patients"] == 2
 
