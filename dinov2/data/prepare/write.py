@@ -1,12 +1,6 @@
 """Prepare a data set: read every image, cut cells out, write lists, labels, splits and a summary.
 
-The output folder gets, for a data set called <name>:
-
-- `<name>.txt`: the training list; `labels.csv` and `labels_dinobloom.csv`: images with a label;
-- `splits/<part>.csv`: as `labels.csv`, for each part of an official split; `split.csv`: for `--split` of the
-  evaluations, if the parts are train, test and perhaps val;
-- `cells/`: the cells cut out, as PNG, and in `settings.json` the settings;
-- `summary.json`: counts, expected counts, and every oddity.
+docs/datasets.md lists the files of the output folder. `cells/settings.json` has the settings that cut the cells.
 """
 
 import json
