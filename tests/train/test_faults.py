@@ -3,7 +3,7 @@
 Faults from outside are those of scripts/fault_drill.py, in a short form here; its whole form is marked slow.
 """
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -57,24 +57,26 @@ def test_a_fault_loses_nothing(short_drill, part, fewest_checks):
     assert (code == 0) == all(part["held"] for part in report.values())
 
 
-def test_the_drill_would_notice_a_loss(tmp_path):
-    spec = importlib.util.spec_from_file_location("fault_drill", DRILL)
-    script = importlib.util.module_from_spec(spec)
-    sys.modules["fault_drill"] = script  # dataclasses look their module up
-    spec.loader.exec_module(script)
+def test_the_drill_would_notice_a_loss(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(DRILL.parent)
+    runs = importlib.import_module("training_runs")
     checkpointer = Checkpointer(tmp_path / "checkpoints", 3)
     for iteration in (5, 10, 15):
         checkpointer.save(iteration, {"weight": torch.ones(99)}, {})
     assert checkpointer.wait()
-    checkpoints = script.Checkpoints(tmp_path)
-    assert (checkpoints.iterations(), checkpoints.damaged()) == ([5, 10, 15], [])
-    script.flip_bit(checkpointer.path_of(10))
-    script.lose_index(checkpointer.path_of(15))
-    assert checkpoints.damaged() == [10, 15]
+    assert runs.read_checkpoints(tmp_path) == {5: True, 10: True, 15: True}
+    file = min(checkpointer.path_of(10).glob("__*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    (checkpointer.path_of(15) / ".metadata").unlink()
+    assert runs.read_checkpoints(tmp_path) == {5: True, 10: False, 15: False}
     ones = torch.ones(3)
-    assert script.largest_difference({"a": ones}, {"a": ones.clone()}) == 0
-    assert 0 < script.largest_difference({"a": ones}, {"a": ones.nextafter(2 * ones)}) < 1e-6
-    assert script.largest_difference({"a": ones}, {"b": ones}) == float("inf")
+    another = ones.nextafter(2 * ones)
+    assert not runs.difference(({"a": ones}, {"a": ones.clone()}), 0)
+    assert runs.difference(({"a": ones}, {"a": another}), 0)
+    assert not runs.difference(({"a": ones}, {"a": another}), 1e-6)
+    assert runs.difference(({"a": ones}, {"b": ones}), 1)
 
 
 @pytest.mark.slow
