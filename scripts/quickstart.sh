@@ -4,7 +4,8 @@
 #
 #   bash scripts/quickstart.sh [folder]     # default folder: quickstart
 #
-# Started again, it resumes where it was stopped. After the install (2 to 10 minutes) it takes 3 to 8 minutes on two cores.
+# Started again, it resumes where it was stopped. The install takes 2 to 10 minutes, and the rest 3 to 10 on two cores,
+# longer where other work slows the machine down. The table of results is printed last.
 set -euo pipefail
 called_from=$PWD
 CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,6 +17,7 @@ started=$SECONDS
 
 say() { printf '\n== %s\n' "$*"; }
 
+echo "This takes 3 to 10 minutes on two cores; it depends on the machine, and on other work on it."
 say "1/3 Drawing sample cells into $output/cells"
 python scripts/make_sample_cells.py --output "$output/cells"
 
