@@ -29,22 +29,11 @@ from omegaconf import OmegaConf
 import dinov2.train.train as train_command
 from dinov2.configs import CONFIG_FOLDER
 from dinov2.data.datasets import find_images
+from dinov2.data.prepare.class_folders import ACEVEDO_STAGES
 from dinov2.eval import knn
 from dinov2.utils.files import atomic_write, file_sha256
 from dinov2.utils.seeds import derive_seed
 
-TEN_CLASSES = {
-    "MMY": "metamyelocyte",
-    "MY": "myelocyte",
-    "PMY": "promyelocyte",
-    "SNE": "neutrophil_segmented",
-    "BNE": "neutrophil_band",
-    "BA": "basophil",
-    "EO": "eosinophil",
-    "ERB": "erythroblast",
-    "LY": "lymphocyte",
-    "MO": "monocyte",
-}
 SPLITS = ("train", "test")
 
 
@@ -67,7 +56,7 @@ def write_split(pbc: Path, folder: Path, seed: int = 0) -> dict[str, int]:
     with atomic_write(folder / "lists" / "train.txt", "w") as file:
         file.writelines(f"{path}\n" for path in parts["train"]["path"])
     for split, part in parts.items():
-        for n_classes, labels in ((8, part["class"]), (10, part["stage"].map(TEN_CLASSES))):
+        for n_classes, labels in ((8, part["class"]), (10, part["stage"].map(ACEVEDO_STAGES))):
             table = pd.DataFrame({"Image Path": part["path"], "Label": labels}).dropna()
             table.to_csv(folder / f"{split}{n_classes}.csv", index=False)
     return {split: len(part) for split, part in parts.items()}
