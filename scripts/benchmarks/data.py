@@ -22,7 +22,7 @@ import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads 
 # isort: split
 import cv2
 import torch
-from harness import Part, choose_images, make_parser, ratio, run_parts, seconds_of, table, take_turns
+from harness import Measured, Part, choose_images, make_parser, ratio, run_parts, seconds_of, table, take_turns
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms as tv
@@ -81,7 +81,7 @@ def upstream_batch(views: Sequence[Any], images: Sequence[Image.Image]) -> list[
     return [torch.stack(crops) for crops in zip(*samples, strict=True)]
 
 
-def measure_files(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
+def measure_files(args: argparse.Namespace) -> Measured:
     write_formats(args.folder, choose_images(args, N_IMAGES))
     works: dict[str, dict[str, Callable[[], Any]]] = {}
     for recipe in RECIPES:
@@ -107,7 +107,7 @@ def our_files(recipe: str, dataset: Any) -> list[Tensor]:
     return our_batch(recipe, 0, [dataset[i].image for i in range(len(dataset))])
 
 
-def measure_augmentation(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
+def measure_augmentation(args: argparse.Namespace) -> Measured:
     squares = [resize_image(decode_image(path), SIZE, "crop") for path in choose_images(args, N_IMAGES)]
     images = [Image.fromarray(square.permute(1, 2, 0).numpy()) for square in squares]
     works: dict[str, dict[str, Callable[[], Any]]] = {
@@ -121,9 +121,7 @@ def measure_augmentation(args: argparse.Namespace) -> tuple[dict[str, Any], dict
     return compare("Augmentation alone", works, args.rounds)
 
 
-def compare(
-    title: str, works: dict[str, dict[str, Callable[[], Any]]], rounds: int
-) -> tuple[dict[str, Any], dict[str, str]]:
+def compare(title: str, works: dict[str, dict[str, Callable[[], Any]]], rounds: int) -> Measured:
     """Measure each case: upstream's images/s, and how many times as fast each other way is."""
     numbers, rows = {}, []
     for case, ways in works.items():

@@ -31,7 +31,7 @@ from plain import embed
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision import transforms as tv
 
 from dinov2.data.datasets import LabelledCells
@@ -43,7 +43,6 @@ from dinov2.eval.linear import fit_linear_probe
 from dinov2.eval.protocol import EvaluationData
 from dinov2.hub.backbones import load_backbone
 from dinov2.models import architecture, vision_transformer
-from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.memory import keep_freed_memory
 from dinov2.utils.precision import fast_matmul_within
 
@@ -83,9 +82,9 @@ class Way:
         if self.is_ours:
             cells = LabelledCells(list(self.paths), np.zeros(len(self.paths), dtype=np.int64), ["cell"])
             return self.embedder.features_of(cells, self.file, overwrite=True)
-        images = Images(self.paths, self.size)
         # this process was spawned, and its own processes would be, too; upstream forks
-        loader = DataLoader(images, self.batch, num_workers=1, multiprocessing_context="fork")
+        workers: dict[str, Any] = {"num_workers": 1, "multiprocessing_context": "fork"}
+        loader = DataLoader(self.paths, self.batch, collate_fn=partial(load_plainly, size=self.size), **workers)
         return [self.embed_plainly(batch.to(self.device)).cpu() for batch in loader]
 
     @torch.no_grad()
@@ -98,21 +97,11 @@ class Way:
         return harness.seconds_of(self.embed_files if self.paths else self.embed)
 
 
-class Images(Dataset[Tensor]):
-    """Image files as upstream's loader prepares them."""
-
-    def __init__(self, paths: Sequence[Path], size: int) -> None:
-        self.paths = paths
-        resize = tv.Resize(size, tv.InterpolationMode.LANCZOS)
-        normalize = tv.Normalize(IMAGENET_MEAN, IMAGENET_STD)
-        self.transform = tv.Compose([resize, tv.CenterCrop(size), tv.ToTensor(), normalize])
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tensor:
-        image: Tensor = self.transform(Image.open(self.paths[index]).convert("RGB"))
-        return image
+def load_plainly(paths: Sequence[Path], size: int) -> Tensor:
+    """Prepare image files as upstream's loader does."""
+    resize = tv.Resize(size, tv.InterpolationMode.LANCZOS)
+    prepare = tv.Compose([resize, tv.CenterCrop(size), tv.ToTensor(), tv.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    return torch.stack([prepare(Image.open(path).convert("RGB")) for path in paths])
 
 
 def save_weights(args: argparse.Namespace, arch: str) -> str:
@@ -129,33 +118,14 @@ def save_weights(args: argparse.Namespace, arch: str) -> str:
     return str(file)
 
 
-@torch.no_grad()
-def embed_plainly(model: DinoVisionTransformer, images: Tensor, precision: str) -> Tensor:
-    kind, is_bf16 = images.device.type, precision == "bf16"
-    with fast_matmul_within(False), torch.autocast(kind, dtype=torch.bfloat16, enabled=is_bf16):
-        return embed(model, [images], [None])[0][0]
-
-
-def measure_network(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
-    return measure_embedding(args, [], args.batch)
-
-
-def measure_files(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
-    return measure_embedding(args, harness.choose_images(args, args.n_images), args.n_images)
-
-
-def measure_embedding(
-    args: argparse.Namespace, paths: Sequence[Path], n_images: int
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Measure each way, of files if there are paths, and compare the features of a batch."""
+def measure_embedding(args: argparse.Namespace, *, from_files: bool) -> harness.Measured:
+    """Measure each way, of a batch in memory or of files, and compare the features of a batch."""
+    paths = harness.choose_images(args, args.n_images) if from_files else []
+    n_images = len(paths) or args.batch
     numbers, tables = {}, {}
     for arch in args.archs:
         settings = save_weights(args, arch), paths, args.image_size, args.batch, args.device
-        workers = {way: harness.Worker(Way, way, *settings) for way in args.ways}
-        features = {way: worker.call("features") for way, worker in workers.items()}
-        seconds = harness.time_workers(workers, args.rounds, arch)
-        for worker in workers.values():
-            worker.close()
+        seconds, features = harness.measure_ways(Way, args.ways, settings, args.rounds, arch, "features")
         rows = []
         for way, times in seconds.items():
             row = [way, f"{n_images / statistics.median(times):.1f}", harness.ratio(seconds.get(REFERENCE), times)]
@@ -171,7 +141,7 @@ def measure_embedding(
     return numbers, tables
 
 
-def measure_protocols(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
+def measure_protocols(args: argparse.Namespace) -> harness.Measured:
     """Measure protocols on features of overlapping classes whose deviations fall from 6 in a few directions to 0.02."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, N_CLASSES, args.n_cells)
@@ -208,7 +178,11 @@ def measure_protocols(args: argparse.Namespace) -> tuple[dict[str, Any], dict[st
     return numbers, {"Protocols": harness.table(["what", "plain / ours, time", "equal predictions"], rows)}
 
 
-PARTS: dict[str, harness.Part] = {"network": measure_network, "files": measure_files, "protocols": measure_protocols}
+PARTS: dict[str, harness.Part] = {
+    "network": partial(measure_embedding, from_files=False),
+    "files": partial(measure_embedding, from_files=True),
+    "protocols": measure_protocols,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

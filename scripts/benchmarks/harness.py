@@ -68,6 +68,18 @@ def take_turns(ways: Mapping[str, Callable[[], float]], rounds: int, title: str)
     return {name: times[1:] for name, times in seconds.items()}
 
 
+def measure_ways(
+    make: Callable[..., Any], ways: Sequence[str], arguments: Sequence[Any], rounds: int, title: str, *methods: str
+) -> list[dict[str, Any]]:
+    """Make `make(way, *arguments)` in a process for each way; return seconds by way, and what each method returns."""
+    workers = {way: Worker(make, way, *arguments) for way in ways}
+    results: list[dict[str, Any]] = [time_workers(workers, rounds, title)]
+    results += [{way: worker.call(method) for way, worker in workers.items()} for method in methods]
+    for worker in workers.values():
+        worker.close()
+    return results
+
+
 def time_workers(workers: Mapping[Any, Worker], rounds: int, title: str) -> dict[str, list[float]]:
     """Return the seconds of each worker's method `seconds` in each round."""
     return take_turns({name: partial(worker.call, "seconds") for name, worker in workers.items()}, rounds, title)
@@ -87,7 +99,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-Part = Callable[[argparse.Namespace], tuple[Any, dict[str, str]]]
+Measured = tuple[Any, dict[str, str]]  # all numbers, and tables by title
+Part = Callable[[argparse.Namespace], Measured]
 
 
 def make_parser(description: str | None, parts: Mapping[str, Part], default: Sequence[str]) -> argparse.ArgumentParser:

@@ -28,9 +28,9 @@ from unittest import mock
 import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
 
 # isort: split
+import harness
 import torch
 import torch.nn.functional as F
-from harness import Part, Worker, make_parser, memory_mib, ratio, run_parts, seconds_of, table, take_turns, time_workers
 from omegaconf import DictConfig
 from plain import PlainStep
 from torch import Tensor
@@ -90,10 +90,8 @@ def make_batch(cfg: DictConfig, device: torch.device) -> dict[str, Any]:
     def noise(n_crops: int, size: int) -> list[Tensor]:
         return [torch.randn(n, 3, size, size, generator=generator) for _ in range(n_crops)]
 
-    made = {
-        "global_crops": noise(2, crops.global_crops_size),
-        "local_crops": noise(crops.local_crops_number, crops.local_crops_size),
-    }
+    local_crops = noise(crops.local_crops_number, crops.local_crops_size)
+    made = {"global_crops": noise(2, crops.global_crops_size), "local_crops": local_crops}
     batch = assemble_batch(made, *masks, torch.float32)
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
@@ -120,16 +118,13 @@ class Way:
     def __init__(self, way: str, device: str, overrides: Sequence[str]) -> None:
         whose, precision, *sharding = way.split()
         self.is_ours, self.dtype, self.device = whose == "ours", DTYPES[precision], torch.device(device)
-        self.start_mib = memory_mib()
+        self.start_mib = harness.memory_mib()
         if self.is_ours and device == "cpu":
             keep_freed_memory()  # as train.py does
         if sharding:
             distributed.enable(distributed.Launch(0, 1, 0, 1, "localhost", 0, "alone"), self.device, 600)
-        settings = [
-            *overrides,
-            *(f"compute_precision.{role}.sharding_strategy={sharding[0]}" for role in ROLES if sharding),
-        ]
-        self.cfg = load_recipe(self.device, precision if self.is_ours else "fp32", settings)
+        strategies = [f"compute_precision.{role}.sharding_strategy={name}" for role in ROLES for name in sharding]
+        self.cfg = load_recipe(self.device, precision if self.is_ours else "fp32", [*overrides, *strategies])
         self.model: SSLMetaArch | PlainStep = build_model(self.cfg, self.device)
         if sharding or (self.is_ours and self.cfg.train.compile_blocks):
             self.model.prepare_for_distributed_training()
@@ -142,11 +137,12 @@ class Way:
 
     def seconds(self) -> float:
         with fast_matmul_within(self.is_ours, self.device):
-            return seconds_of(lambda: self.step(self.images, TEACHER_TEMP, MOMENTUM, MAX_NORM))
+            return harness.seconds_of(lambda: self.step(self.images, TEACHER_TEMP, MOMENTUM, MAX_NORM))
 
     def stages(self) -> dict[str, float]:
-        """Return the mean seconds of each stage of our step."""
-        assert isinstance(self.model, SSLMetaArch), "only our step has a clock"
+        """Return the mean seconds of each stage of our step; the plain one has no clock."""
+        if not isinstance(self.model, SSLMetaArch):
+            return {}
         self.model.clock = StepClock(self.device)
         for _ in range(2):
             self.model.clock.restart()
@@ -156,7 +152,7 @@ class Way:
     def costs(self) -> dict[str, float]:
         """Return the most memory, what the step added to the imports, the rate of matrix products, and the FLOPs."""
         is_cuda = self.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(self.device) / 2**20 if is_cuda else memory_mib("VmHWM")
+        peak = torch.cuda.max_memory_allocated(self.device) / 2**20 if is_cuda else harness.memory_mib("VmHWM")
         with fast_matmul_within(self.is_ours, self.device):
             rate = measured_matmul_rate(self.device, self.dtype)
         added = peak if is_cuda else peak - self.start_mib
@@ -171,21 +167,19 @@ class Way:
         return {name: value.item() for name, value in losses.items()}, torch.cat(gradients)
 
 
-def measure_speed(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
+def measure_speed(args: argparse.Namespace) -> harness.Measured:
     numbers: dict[str, Any] = {}
     tables: dict[str, str] = {}
     for network, batch in args.networks.items():
-        workers = {way: Worker(Way, way, args.device, settings_of(args, network, batch)) for way in args.ways}
-        seconds = time_workers(workers, args.rounds, network)
-        costs = {way: worker.call("costs") for way, worker in workers.items()}
-        stages = {way: worker.call("stages") for way, worker in workers.items() if way.startswith("ours")}
-        for worker in workers.values():
-            worker.close()
+        arguments = args.device, settings_of(args, network, batch)
+        seconds, costs, stages = harness.measure_ways(
+            Way, args.ways, arguments, args.rounds, network, "costs", "stages"
+        )
         name = f"ViT-{network}, batch {batch}"
         numbers[name] = {"seconds": seconds, "costs": costs, "stages": stages}
         tables[name] = speed_table(seconds, costs, batch)
-        rows = [[way, *(f"{value:.3f}" for value in each.values())] for way, each in stages.items()]
-        tables[f"{name}, seconds of each stage"] = table(["way", *next(iter(stages.values()), {})], rows)
+        rows = [[way, *(f"{value:.3f}" for value in each.values())] for way, each in stages.items() if each]
+        tables[f"{name}, seconds of each stage"] = harness.table(["way", *max(stages.values(), key=len)], rows)
     return numbers, tables
 
 
@@ -200,18 +194,14 @@ def speed_table(seconds: Mapping[str, Sequence[float]], costs: Mapping[str, Mapp
     for way, times in seconds.items():
         median, cost = statistics.median(times), costs[way]
         rate, same_type = cost["flops"] / median, seconds.get(f"plain {way.split()[1]}")
-        speed = [
-            f"{median:.3f}",
-            f"{batch / median:.2f}",
-            ratio(seconds.get(REFERENCE), times),
-            ratio(same_type, times),
-        ]
+        ratios = harness.ratio(seconds.get(REFERENCE), times), harness.ratio(same_type, times)
+        speed = [f"{median:.3f}", f"{batch / median:.2f}", *ratios]
         shares = [f"{rate / cost['rate']:.0%}", f"{rate / PEAK_FLOPS:.1%}"]
         rows.append([way, *speed, *shares, f"{cost['peak']:.0f}", f"{cost['added']:.0f}"])
-    return table(header, rows)
+    return harness.table(header, rows)
 
 
-def measure_agreement(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
+def measure_agreement(args: argparse.Namespace) -> harness.Measured:
     """Compare losses and gradients of the first step with those of plain fp32."""
     numbers: dict[str, Any] = {}
     for network, batch in args.networks.items():
@@ -224,14 +214,14 @@ def measure_agreement(args: argparse.Namespace) -> tuple[dict[str, Any], dict[st
             numbers[f"{network}, {way}"] = {"loss_error": error, "gradient_cosine": cosine}
     rows = [[name, f"{each['loss_error']:.1e}", f"{each['gradient_cosine']:.6f}"] for name, each in numbers.items()]
     header = [f"against {REFERENCE}", "largest relative error of a loss", "cosine of gradients"]
-    return numbers, {"Losses and gradients of one step": table(header, rows)}
+    return numbers, {"Losses and gradients of one step": harness.table(header, rows)}
 
 
 def explicit(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return (query * query.shape[-1] ** -0.5 @ key.transpose(2, 3)).softmax(dim=-1) @ value
 
 
-def measure_attention(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
+def measure_attention(args: argparse.Namespace) -> harness.Measured:
     """Time two kernels on six heads of 64, forward and backward."""
     kernels, numbers, rows = {"explicit": explicit, "sdpa": F.scaled_dot_product_attention}, {}, []
     if args.device == "cpu":
@@ -243,24 +233,26 @@ def measure_attention(args: argparse.Namespace) -> tuple[dict[str, Any], dict[st
         def once(kernel: Any, qkv: Tensor = qkv) -> float:
             inputs = qkv.detach().requires_grad_()
             with fast_matmul_within(True, qkv.device):
-                return seconds_of(lambda: kernel(*inputs.unbind(0)).sum().backward())
+                return harness.seconds_of(lambda: kernel(*inputs.unbind(0)).sum().backward())
 
         case = f"{args.device}, {dtype}, {n_tokens}"
-        numbers[case] = take_turns({name: partial(once, kernel) for name, kernel in kernels.items()}, args.rounds, case)
+        numbers[case] = harness.take_turns(
+            {name: partial(once, kernel) for name, kernel in kernels.items()}, args.rounds, case
+        )
         medians = {name: 1000 * statistics.median(times) for name, times in numbers[case].items()}
         rows.append([case, *(f"{median:.2f}" for median in medians.values()), min(medians, key=medians.__getitem__)])
     header = ["device, type, tokens", *(f"{name}, ms" for name in kernels), "fastest"]
-    return numbers, {"Attention, forward and backward": table(header, rows)}
+    return numbers, {"Attention, forward and backward": harness.table(header, rows)}
 
 
-def measure_contention(args: argparse.Namespace) -> tuple[dict[int, Any], dict[str, str]]:
+def measure_contention(args: argparse.Namespace) -> harness.Measured:
     """Time steps of `ours fp32` beside busy processes, for each spin count."""
     ((network, batch),) = args.networks.items()
-    workers: dict[int, Worker] = {}
+    workers: dict[int, harness.Worker] = {}
     for count in args.spin_counts:
         with mock.patch.dict(os.environ, {"GOMP_SPINCOUNT": str(count)}):  # the new process reads it
             os.environ.pop("OMP_WAIT_POLICY", None)
-            workers[count] = Worker(Way, "ours fp32", args.device, settings_of(args, network, batch))
+            workers[count] = harness.Worker(Way, "ours fp32", args.device, settings_of(args, network, batch))
             workers[count].call("seconds")
     seconds = {}
     for load in args.loads:
@@ -268,24 +260,24 @@ def measure_contention(args: argparse.Namespace) -> tuple[dict[int, Any], dict[s
             for _ in range(load):
                 busy = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
                 stack.callback(busy.kill)
-            seconds[load] = time_workers(workers, args.rounds, f"load {load}")
+            seconds[load] = harness.time_workers(workers, args.rounds, f"load {load}")
     for worker in workers.values():
         worker.close()
     rows = []
     for count in args.spin_counts:
         rates = [f"{batch / statistics.median(times[count]):.1f}" for times in seconds.values()]
-        ratios = [ratio(times[args.spin_counts[0]], times[count]) for times in seconds.values()]
+        ratios = [harness.ratio(times[args.spin_counts[0]], times[count]) for times in seconds.values()]
         rows.append([f"{count:,}", *map(", ".join, zip(rates, ratios, strict=True))])
     header = ["spin count", *(f"load {load}: images/s, ratio to the first" for load in args.loads)]
-    return seconds, {"Steps beside busy processes": table(header, rows)}
+    return seconds, {"Steps beside busy processes": harness.table(header, rows)}
 
 
-PARTS: dict[str, Part] = {"speed": measure_speed, "agreement": measure_agreement}
+PARTS: dict[str, harness.Part] = {"speed": measure_speed, "agreement": measure_agreement}
 PARTS |= {"attention": measure_attention, "contention": measure_contention}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser(__doc__, PARTS, ["speed", "agreement", "attention"])
+    parser = harness.make_parser(__doc__, PARTS, ["speed", "agreement", "attention"])
     parser.add_argument("--networks", nargs="+", default=["S=8"], metavar="S=8", help="networks and images a step")
     parser.add_argument("--ways", nargs="+", default=WAYS, help="such as `ours bf16 FULL_SHARD` (default: all)")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="of attention")
@@ -295,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="config values for every step")
     args = parser.parse_args(argv)
     args.networks = {name: int(batch) for name, _, batch in (each.partition("=") for each in args.networks)}
-    run_parts(args, PARTS)
+    harness.run_parts(args, PARTS)
 
 
 if __name__ == "__main__":
