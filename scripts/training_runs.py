@@ -58,7 +58,7 @@ def iteration_of(checkpoint: Path) -> int:
 
 
 def read_checkpoints(run_folder: Path) -> dict[int, bool]:
-    """Return {iteration: has it what was written?} of the complete checkpoints, ascending."""
+    """Return {iteration: True if its files are undamaged} of the complete checkpoints, ascending."""
     checkpointer, is_whole = Checkpointer(run_folder / "checkpoints", KEEP), {}
     for path in checkpointer.paths():
         iteration, newest = iteration_of(path), None
