@@ -52,11 +52,10 @@ from dinov2.eval.solvers.mil_training import (
     predict_bags,
     train_aggregator,
 )
-from dinov2.hub.backbones import file_sha256
 from dinov2.logging import setup_logging
 from dinov2.models.abmil import MODELS
 from dinov2.utils.command import exit_code
-from dinov2.utils.files import atomic_write
+from dinov2.utils.files import atomic_write, file_sha256
 from dinov2.utils.seeds import derive_seed
 
 logger = logging.getLogger("dinov2")

@@ -44,9 +44,9 @@ from dinov2.eval.metrics import bootstrap_intervals, classification_metrics
 from dinov2.eval.metrics.figures import draw_matrix
 from dinov2.eval.metrics.tables import TABLE_METRICS, percent, text_table
 from dinov2.eval.results import FoldPredictions, provenance, settings_of, summarize, write_csv, write_report
-from dinov2.hub.backbones import file_sha256
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
+from dinov2.utils.files import file_sha256
 
 logger = logging.getLogger("dinov2")
 

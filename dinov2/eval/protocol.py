@@ -42,8 +42,8 @@ from dinov2.eval.extract_features import (
     positive_int,
 )
 from dinov2.eval.features import DEFAULT_KIND, Features, read_features
-from dinov2.eval.features.extract import Embedder
-from dinov2.eval.features.named_encoders import BASELINES
+from dinov2.eval.features.extract import Embedder, extract
+from dinov2.eval.features.named_encoders import BASELINES, build_encoder
 from dinov2.eval.features.store import align_classes, check_finite, check_same_network, join
 from dinov2.eval.results import FoldPredictions
 from dinov2.hub.backbones import untrained_backbone
@@ -310,13 +310,16 @@ def baseline_features(
     """
     logger.info("baseline %s", name)
     paths = [Path(path) for path in images]
-    if name != "untrained":
-        return {name: BASELINES[name](paths)}
-    assert embedder is not None, "check_evaluation_arguments asks for a checkpoint"
-    extraction = embedder.extract(paths, untrained_backbone(embedder.file, embedder.image_size, seed))
+    if name == "untrained":
+        assert embedder is not None, "check_evaluation_arguments asks for a checkpoint"
+        extraction = embedder.extract(paths, untrained_backbone(embedder.file, embedder.image_size, seed))
+        by_kind = {kind: extraction.by_kind[kind] for kind in kinds}
+    else:
+        extraction = extract(build_encoder(name), paths)
+        by_kind = {name: extraction.features}
     if extraction.unreadable:
         raise ValueError(
-            f"--baseline untrained: {len(extraction.unreadable)} images can no longer be read, for instance "
+            f"--baseline {name}: {len(extraction.unreadable)} images can no longer be read, for instance "
             f"{next(iter(extraction.unreadable))}; put them back, or extract again with --overwrite"
         )
-    return {kind: extraction.by_kind[kind] for kind in kinds}
+    return by_kind

@@ -19,29 +19,45 @@ cells.
 
 import argparse
 import importlib
+import json
 import logging
 import math
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
-import dinov2  # noqa: F401  # before torch: it limits how long OpenMP threads spin
+import dinov2  # before torch: it limits how long OpenMP threads spin
 
 # isort: split
-import numpy as np
+import jinja2
 import torch
-from PIL import Image
-from torch import Tensor
+from omegaconf import OmegaConf
 
-from dinov2.data.sample_cells import Slide, draw_cell
-from dinov2.hub.backbones import ImageTransform, checkpoint_file, load_backbone
-from dinov2.hub.export_formats import FORMATS, Format, exported_size, own_tokens
-from dinov2.hub.model_card import Origin, files_below, read_results, write_card
+from dinov2.data.loaders import VALUE_READERS
+from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from dinov2.hub.backbones import checkpoint_file, load_backbone
+from dinov2.hub.conversions import timm_arguments
+from dinov2.hub.export_formats import (
+    FORMATS,
+    PROCESSOR_ARGUMENTS,
+    TIMM_FOLDER,
+    WEIGHTS_NAME,
+    ExportError,
+    Format,
+    compare,
+    draw_cells,
+    exported_size,
+)
 from dinov2.hub.weight_files import read_networks
 from dinov2.logging import setup_logging
+from dinov2.models import architecture
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.command import exit_code
 from dinov2.utils.files import PathLike, file_sha256
@@ -49,14 +65,55 @@ from dinov2.utils.files import PathLike, file_sha256
 logger = logging.getLogger("dinov2")
 
 DEFAULT_IMAGE_SIZE = 224
-CHECKED_CELLS = ("neutrophil_segmented", "lymphocyte", "platelet")
-CHECKED_BATCH_SIZES = (1, len(CHECKED_CELLS))
 SUMS_FILE = "sha256sums.txt"
 EXTRA = "pip install 'dinobloom[export]'"
 
+# keys of a run's config.yaml in the card
+_RECIPE = (
+    *("student.arch", "student.drop_path_rate", "student.layerscale", "crops.global_crops_size"),
+    *("crops.global_crops_scale", "crops.local_crops_number", "crops.local_crops_size", "crops.local_crops_scale"),
+    *("data_transform", "train.image_fit", "train.centering", "dino.loss_weight", "dino.head_n_prototypes"),
+    *("dino.koleo_loss_weight", "ibot.loss_weight", "ibot.separate_head", "ibot.mask_ratio_min_max"),
+)
+_SCHEDULE = (
+    *("optim.epochs", "train.OFFICIAL_EPOCH_LENGTH", "train.global_batch_size", "optim.lr", "optim.base_lr"),
+    *("optim.warmup_epochs", "optim.min_lr", "optim.weight_decay", "optim.weight_decay_end", "optim.clip_grad"),
+    *("optim.layerwise_decay", "teacher.momentum_teacher", "teacher.final_momentum_teacher", "train.seed"),
+)
+_IMAGE_LINE = re.compile(rb"^\s*[^#\s]", re.MULTILINE)  # a line of a path list that is not empty or a comment
+_METRICS = ("accuracy", "balanced_accuracy", "weighted_f1", "macro_f1", "auroc")
+_DATA_FLAGS = ("data", "train", "test", "features", "test_features", "bags", "names")
 
-class ExportError(RuntimeError):
-    """An exported file does not reproduce the network's features."""
+
+@dataclass(frozen=True)
+class Origin:
+    """Checkpoint from which a network was exported."""
+
+    file: Path  # the checkpoint; a folder if its weights are in several files
+    sha256: str
+    grid: int  # patches along one side of the checkpoint's position embeddings
+
+    @property
+    def title(self) -> str:
+        """Return the name of the run, else of the file, or of its folder if all exports share the file's name."""
+        if self.run_folder is not None:
+            return self.run_folder.name
+        return self.file.parent.name if self.file.name == WEIGHTS_NAME else self.file.stem
+
+    @property
+    def iteration(self) -> int | None:
+        """Return the number of training steps from the names of a run's folders; None if unknown."""
+        match = re.fullmatch(r"training_(\d+)", self.file.parent.name) or re.fullmatch(
+            r"iteration_(\d+)", self.file.name
+        )
+        return int(match[1]) if match else None
+
+    @property
+    def run_folder(self) -> Path | None:
+        """Return the run of eval/training_<n>/<file> or checkpoints/iteration_<n>, if it still has its config.yaml."""
+        parents = [] if self.iteration is None else self.file.parents
+        run = next((parent.parent for parent in parents if parent.name in ("eval", "checkpoints")), None)
+        return run if run is not None and (run / "config.yaml").is_file() else None
 
 
 def export_backbone(
@@ -72,7 +129,7 @@ def export_backbone(
     """Write and check a checkpoint's backbone in several formats, with a model card; for arguments see `--help`."""
     _check_free(output_dir, overwrite)
     model, origin = _read(checkpoint, image_size)
-    quoted = {file: read_results(file, origin) for file in results}
+    quoted = [_quote_results(file, origin) for file in results]
     left_out = {name: reason for name in formats or FORMATS if (reason := _find_obstacle(FORMATS[name], model))}
     if formats is not None and left_out:
         raise ValueError("; ".join(f"--formats {name}: {reason}" for name, reason in left_out.items()))
@@ -80,14 +137,14 @@ def export_backbone(
         logger.warning("%s is left out: %s", name, reason)
 
     cells = draw_cells()
-    with _written_as_whole(output_dir, overwrite) as folder, torch.no_grad():
+    with _written_as_whole(output_dir) as folder, torch.no_grad():
         differences = {}
         for name in dict.fromkeys(formats or FORMATS):
             if name not in left_out:
                 FORMATS[name].write(model, folder)
                 differences[name] = compare(name, model, folder, cells, tolerance)
-        write_card(folder, model, origin, differences, quoted, left_out)
-        lines = [f"{file_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files_below(folder)]
+        _write_card(folder, model, origin, differences, quoted, left_out)
+        lines = [f"{file_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in _files_below(folder)]
         (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
     logger.info("exported %s to %s: %s", origin.file, output_dir, ", ".join(differences))
 
@@ -119,56 +176,6 @@ def _read(checkpoint: PathLike, image_size: int) -> tuple[DinoVisionTransformer,
     return model, Origin(file, file_sha256(file), grid)
 
 
-# --- comparing ------------------------------------------------------------------------------------------------------
-
-
-def draw_cells() -> list[Image.Image]:
-    """Draw the cells on which exported networks are compared, always the same."""
-    rng = np.random.default_rng(0)
-    return [Image.fromarray(draw_cell(name, Slide(rng), rng)) for name in CHECKED_CELLS]
-
-
-def compare(
-    name: str, model: DinoVisionTransformer, folder: Path, cells: Sequence[Image.Image], tolerance: float
-) -> dict[str, float]:
-    """Compare the features of a written format with ours, for one and several cells, and its own preprocessing.
-
-    Returns {output: largest difference}; ExportError if one is above the tolerance or the file cannot be read.
-    """
-    form, transform = FORMATS[name], ImageTransform(exported_size(model))
-    images = torch.stack([transform(cell) for cell in cells])  # [B, 3, S, S]
-    expected = own_tokens(model, images)
-    try:
-        embed = form.read(model, folder)
-        outputs = [(expected, images[:n], embed(images[:n])) for n in CHECKED_BATCH_SIZES]
-        if form.prepare is not None:
-            prepared = form.prepare(folder, cells)
-            outputs.append(({**expected, "pixels": images}, prepared, {**embed(prepared), "pixels": prepared}))
-    except (RuntimeError, ValueError, KeyError, OSError) as error:  # from libraries that cannot read a file
-        raise ExportError(f"{name}: what was written cannot be used: {' '.join(str(error).split())}") from error
-    differences: dict[str, float] = {}
-    for ours, given, theirs in outputs:
-        for output, value in theirs.items():
-            largest = _largest_difference(ours[output][: len(given)], value)
-            differences[output] = max(differences.get(output, 0.0), largest)
-    text = ", ".join(f"{output} {value:.2g}" for output, value in differences.items())
-    logger.info("%s: largest difference %s", name, text)
-    if any(value > tolerance for value in differences.values()):
-        raise ExportError(
-            f"{name}: what was written differs from the network by more than --tolerance {tolerance:g}: {text}; "
-            "nothing is exported"
-        )
-    return differences
-
-
-def _largest_difference(expected: Tensor, actual: Tensor) -> float:
-    """Return the largest difference; infinite if shapes differ or a value is not finite."""
-    if expected.shape != actual.shape:
-        return math.inf
-    largest = (expected - actual).abs().max().item()
-    return largest if math.isfinite(largest) else math.inf
-
-
 # --- the folder -----------------------------------------------------------------------------------------------------
 
 
@@ -189,7 +196,7 @@ def _check_free(output_dir: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _written_as_whole(final: Path, overwrite: bool) -> Iterator[Path]:
+def _written_as_whole(final: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `final`; rename it to `final` at the end, or remove it after an error."""
     final = final.absolute()
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -199,14 +206,145 @@ def _written_as_whole(final: Path, overwrite: bool) -> Iterator[Path]:
         inner.mkdir()
         yield inner
         permissions = inner.stat().st_mode & 0o666  # some libraries write files that only their owner can read
-        for path in files_below(inner):
+        for path in _files_below(inner):
             path.chmod(permissions)
-        _check_free(final, overwrite)
         if final.exists():
             final.rename(temporary / "before")
         inner.rename(final)
     finally:
         shutil.rmtree(temporary)
+
+
+# --- the model card, which is published with the weights: it names files and lists without their folders ------------
+
+
+def _write_card(
+    folder: Path,
+    model: DinoVisionTransformer,
+    origin: Origin,
+    differences: Mapping[str, Mapping[str, float]],
+    results: Sequence[tuple[str, list[str], list[list[str]]]],
+    left_out: Mapping[str, str],
+) -> None:
+    """Write README.md into a folder with exported files, from the template model_card.md.jinja."""
+    size = exported_size(model)
+    timm_name, timm_options = timm_arguments(architecture(model))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    card = environment.get_template("model_card.md.jinja").render(
+        origin=origin,
+        origin_rows=_origin_rows(origin),
+        model=model,
+        known=architecture(model),
+        size=size,
+        grid_side=size // model.patch_size,
+        mean=list(IMAGENET_MEAN),
+        std=list(IMAGENET_STD),
+        n_parameters=sum(value.numel() for value in model.state_dict().values()),
+        run=None if origin.run_folder is None else _run_sections(origin.run_folder),
+        results=results,
+        formats=FORMATS,
+        processor_arguments=PROCESSOR_ARGUMENTS,
+        timm_name=timm_name,
+        timm_arguments={**timm_options, "checkpoint_path": f"{TIMM_FOLDER}/{WEIGHTS_NAME}"},
+        differences=differences,
+        left_out=left_out,
+        files=[
+            (path.relative_to(folder).as_posix(), f"{path.stat().st_size:,}", file_sha256(path))
+            for path in _files_below(folder)
+        ],
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _origin_rows(origin: Origin) -> dict[str, str]:
+    rows = {"checkpoint": origin.file.name, "its sha256": origin.sha256}
+    if origin.iteration is not None:
+        rows["trained for"] = f"{origin.iteration:,} iterations"
+    if origin.run_folder is not None:
+        rows["run"] = origin.run_folder.name
+        rows["sha256 of its config.yaml"] = file_sha256(origin.run_folder / "config.yaml")
+    rows["weights"] = "the teacher's backbone, without heads"
+    rows["exported"] = f"{datetime.now(timezone.utc):%Y-%m-%d}, with dinobloom {dinov2.__version__}"
+    return rows
+
+
+def _run_sections(folder: Path) -> dict[str, Any]:
+    """Read recipe, schedule and path lists of a run from its config.yaml, which may lack keys."""
+    cfg = OmegaConf.load(folder / "config.yaml")
+    recipe, schedule = (
+        {key: value for key in keys if (value := OmegaConf.select(cfg, key)) is not None}
+        for keys in (_RECIPE, _SCHEDULE)
+    )
+    started_from = Path(OmegaConf.select(cfg, "student.pretrained_weights") or "").name
+    if {"optim.epochs", "train.OFFICIAL_EPOCH_LENGTH"} <= schedule.keys():
+        n_iterations = round(schedule["optim.epochs"] * schedule["train.OFFICIAL_EPOCH_LENGTH"])
+        schedule = {"iterations planned": f"{n_iterations:,}", **schedule}
+    dataset = str(OmegaConf.select(cfg, "train.dataset_path") or "")
+    parts = re.split(rf":(?=(?:{'|'.join(VALUE_READERS)})=)", dataset)
+    root = next((Path(part.removeprefix("root=")) for part in parts if part.startswith("root=")), None)
+    files = [] if root is None else [root] if root.is_file() else sorted(root.glob("*.txt"))
+    return {
+        "recipe": {"started from": started_from or "random weights", **recipe},
+        "schedule": schedule,
+        "lists": [(file.name, f"{len(_IMAGE_LINE.findall(file.read_bytes())):,}", file_sha256(file)) for file in files],
+    }
+
+
+def _quote_results(file: Path, origin: Origin) -> tuple[str, list[str], list[list[str]]]:
+    """Return a description of a results.json of this checkpoint, and header and rows of a table of its metrics."""
+    if not file.is_file():
+        raise FileNotFoundError(f"--results: no file {str(file)!r}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--results: {file} is not JSON ({error})") from error
+    content = content if isinstance(content, dict) else {}
+    accuracies = dict(_iterate_accuracies(content.get("results", content.get("datasets"))))  # training has `datasets`
+    if not accuracies:
+        raise ValueError(f"--results: {file} holds no accuracies; give the results.json of an evaluation")
+    evaluated, iteration = content.get("checkpoint"), content.get("iteration")
+    sha256 = evaluated.get("checkpoint_sha256") if isinstance(evaluated, dict) else None
+    other = ""
+    if sha256 not in (None, origin.sha256):
+        other = f"the checkpoint with sha256 {sha256}, not about {origin.file.name} ({origin.sha256})"
+    elif None not in (iteration, origin.iteration) and iteration != origin.iteration:
+        other = f"the teacher after iteration {iteration}, not {origin.iteration}"
+    if other:
+        raise ValueError(f"--results: {file} is about {other}; give results of the exported checkpoint")
+    about = [f"`{file.name}` ({file_sha256(file)})", f"protocol {content.get('protocol', 'of training')}"]
+    for flag in _DATA_FLAGS:
+        if value := content.get("settings", {}).get(flag):
+            paths = value if isinstance(value, list) else [value]
+            about.append(f"{flag} {', '.join(Path(path).name for path in paths)}")
+    if content.get("date"):
+        about.append(content["date"][:10])
+    columns = [name for name in _METRICS if any(name in metrics for metrics in accuracies.values())]
+    rows = [
+        [label, *(f"{100 * metrics[name]:.1f}" if name in metrics else "" for name in columns)]
+        for label, metrics in accuracies.items()
+    ]
+    return ", ".join(about), ["features and method", *(name.replace("_", " ") for name in columns)], rows
+
+
+def _iterate_accuracies(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yield (path of keys, metrics) of each innermost dictionary with an accuracy."""
+    if not isinstance(content, Mapping):
+        return
+    if "accuracy" in content:
+        yield " / ".join(path), {name: content[name] for name in _METRICS if content.get(name) is not None}
+        return
+    for name, value in content.items():
+        yield from _iterate_accuracies(value, (*path, name))
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Write a backbone in each export format, and read it back with the format's own library.
+"""Write a backbone in each export format, read it back with the format's own library, and compare the features.
 
 In each format the tokens after the last norm equal ours up to rounding. transformers' `last_hidden_state` and timm's
 `forward_features(images)` have them in the order CLS token, registers, patches:
@@ -16,6 +16,7 @@ Dimension key:  B images, S image side in pixels, D embedding dim, R registers, 
 
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,17 +25,21 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from dinov2.data.sample_cells import Slide, draw_cell
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.hub import conversions
-from dinov2.hub.backbones import infer_architecture, load_backbone
+from dinov2.hub.backbones import ImageTransform, infer_architecture, load_backbone
 from dinov2.models import architecture
 from dinov2.models.vision_transformer import DinoVisionTransformer
+
+logger = logging.getLogger("dinov2")
 
 PTH_FILE, SAFETENSORS_FILE = "backbone.pth", "backbone.safetensors"
 HUGGING_FACE_FOLDER, TIMM_FOLDER = "huggingface", "timm"
@@ -48,8 +53,15 @@ ONNX_OPSET = 18
 ONNX_ONE_FILE_BYTES = 1_500_000_000
 INPUT_NAME, OUTPUT_NAMES = "images", ("cls", "patches")
 
+CHECKED_CELLS = ("neutrophil_segmented", "lymphocyte", "platelet")
+CHECKED_BATCH_SIZES = (1, len(CHECKED_CELLS))
+
 # normalised images [B, 3, S, S] -> {"cls": [B, D], "registers": [B, R, D] (if any), "patches": [B, P, D]}
 Embed = Callable[[Tensor], dict[str, Tensor]]
+
+
+class ExportError(RuntimeError):
+    """An exported file does not reproduce the network's features."""
 
 
 def exported_size(model: DinoVisionTransformer) -> int:
@@ -303,3 +315,53 @@ FORMATS: dict[str, Format] = {
     "onnx": Format(f"ONNX, opset {ONNX_OPSET}", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _read_onnx),
     "torch_export": Format("torch.export", (), _write_torch_export, _read_torch_export),
 }
+
+
+# --- comparing ------------------------------------------------------------------------------------------------------
+
+
+def draw_cells() -> list[Image.Image]:
+    """Draw the cells on which exported networks are compared, always the same."""
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(draw_cell(name, Slide(rng), rng)) for name in CHECKED_CELLS]
+
+
+def compare(
+    name: str, model: DinoVisionTransformer, folder: Path, cells: Sequence[Image.Image], tolerance: float
+) -> dict[str, float]:
+    """Compare the features of a written format with ours, for one and several cells, and its own preprocessing.
+
+    Returns {output: largest difference}; ExportError if one is above the tolerance or the file cannot be read.
+    """
+    form, transform = FORMATS[name], ImageTransform(exported_size(model))
+    images = torch.stack([transform(cell) for cell in cells])  # [B, 3, S, S]
+    expected = own_tokens(model, images)
+    try:
+        embed = form.read(model, folder)
+        outputs = [(expected, images[:n], embed(images[:n])) for n in CHECKED_BATCH_SIZES]
+        if form.prepare is not None:
+            prepared = form.prepare(folder, cells)
+            outputs.append(({**expected, "pixels": images}, prepared, {**embed(prepared), "pixels": prepared}))
+    except (RuntimeError, ValueError, KeyError, OSError) as error:  # from libraries that cannot read a file
+        raise ExportError(f"{name}: what was written cannot be used: {' '.join(str(error).split())}") from error
+    differences: dict[str, float] = {}
+    for ours, given, theirs in outputs:
+        for output, value in theirs.items():
+            largest = _largest_difference(ours[output][: len(given)], value)
+            differences[output] = max(differences.get(output, 0.0), largest)
+    text = ", ".join(f"{output} {value:.2g}" for output, value in differences.items())
+    logger.info("%s: largest difference %s", name, text)
+    if any(value > tolerance for value in differences.values()):
+        raise ExportError(
+            f"{name}: what was written differs from the network by more than --tolerance {tolerance:g}: {text}; "
+            "nothing is exported"
+        )
+    return differences
+
+
+def _largest_difference(expected: Tensor, actual: Tensor) -> float:
+    """Return the largest difference; infinite if shapes differ or a value is not finite."""
+    if expected.shape != actual.shape:
+        return math.inf
+    largest = (expected - actual).abs().max().item()
+    return largest if math.isfinite(largest) else math.inf

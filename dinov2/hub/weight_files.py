@@ -44,6 +44,11 @@ CLASSIFIER_PREFIX = "head."  # of timm and other projects; not used here
 # names of torch's parametrization of weight norm -> the older names, which this project uses
 WEIGHT_NORM = {".parametrizations.weight.original0": ".weight_g", ".parametrizations.weight.original1": ".weight_v"}
 N_NAMES_IN_ERRORS = 8
+# {project: beginning of its URLs}; the environment variable <PROJECT>_RELEASES_URL replaces one
+FOLDERS = {
+    "dinov2": "https://dl.fbaipublicfiles.com/dinov2",
+    "dinobloom": "https://zenodo.org/records/10908163/files",
+}
 
 # transformers' settings -> those of `models.architecture`
 _HF_SETTINGS = {
@@ -61,18 +66,18 @@ _TIMM_SETTINGS = {**{name: name for name in ("embed_dim", "depth", "num_heads")}
 class Release:
     """Published weights."""
 
-    name: str  # for users
+    name: str  # for users: <project>_...
     arch: str  # for `dinov2.models`
     img_size: int  # side in pixels of the images that its position embeddings are for
-    folder: str  # default beginning of its URL
-    folder_variable: str  # environment variable that replaces this beginning
-    path: str  # the rest of the URL
+    path: str  # end of its URL
     title: str
     sha256: str = ""  # of the file; empty if none is published
 
     @property
     def url(self) -> str:
-        return f"{(os.environ.get(self.folder_variable) or self.folder).rstrip('/')}/{self.path}"
+        project = self.name.partition("_")[0]
+        folder = os.environ.get(f"{project.upper()}_RELEASES_URL") or FOLDERS[project]
+        return f"{folder.rstrip('/')}/{self.path}"
 
     @property
     def file(self) -> Path:
@@ -82,29 +87,16 @@ class Release:
 
 def _dinov2(letter: str, has_registers: bool) -> Release:
     arch = f"dinov2_vit{letter}14"
-    title = f"DINOv2's ViT-{'g' if letter == 'g' else letter.upper()}/14"
-    return Release(
-        name=arch + ("_reg" if has_registers else ""),
-        arch=arch + ("_reg" if has_registers else ""),
-        img_size=518,
-        folder="https://dl.fbaipublicfiles.com/dinov2",
-        folder_variable="DINOV2_RELEASES_URL",
-        path=f"{arch}/{arch}{'_reg4' if has_registers else ''}_pretrain.pth",
-        title=f"{title} with four registers (arXiv 2309.16588)" if has_registers else f"{title} (arXiv 2304.07193)",
-    )
+    path = f"{arch}/{arch}{'_reg4' if has_registers else ''}_pretrain.pth"
+    name = arch + ("_reg" if has_registers else "")
+    about = "with four registers (arXiv 2309.16588)" if has_registers else "(arXiv 2304.07193)"
+    return Release(name, name, 518, path, f"DINOv2's ViT-{'g' if letter == 'g' else letter.upper()}/14 {about}")
 
 
 def _dinobloom(letter: str, sha256: str = "") -> Release:
-    return Release(
-        name=f"dinobloom_{letter}",
-        arch=f"dinov2_vit{letter}14",
-        img_size=224,
-        folder="https://zenodo.org/records/10908163/files",
-        folder_variable="DINOBLOOM_RELEASES_URL",
-        path=f"DinoBloom-{letter.upper()}.pth?download=1",
-        title=f"DinoBloom-{letter.upper()}, for single blood and bone-marrow cells (arXiv 2404.05022)",
-        sha256=sha256,
-    )
+    path = f"DinoBloom-{letter.upper()}.pth?download=1"
+    title = f"DinoBloom-{letter.upper()}, for single blood and bone-marrow cells (arXiv 2404.05022)"
+    return Release(f"dinobloom_{letter}", f"dinov2_vit{letter}14", 224, path, title, sha256)
 
 
 RELEASES: dict[str, Release] = {

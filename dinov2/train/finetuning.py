@@ -27,9 +27,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from dinov2.distributed import is_main_process
-from dinov2.hub.backbones import checkpoint_file, file_sha256, load_backbone, mismatches, read_heads, without_chunk
+from dinov2.hub.backbones import checkpoint_file, load_backbone, mismatches, read_heads
 from dinov2.hub.conversions import is_adapter
-from dinov2.hub.weight_files import RELEASES
+from dinov2.hub.weight_files import RELEASES, without_chunk
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 logger = logging.getLogger("dinov2")

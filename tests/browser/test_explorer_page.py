@@ -14,7 +14,8 @@ from PIL import Image
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.data.sample_cells import CELL_CLASSES, write_sample_cells
 from dinov2.eval.features import Features
-from dinov2.eval.features.named_encoders import colour_histogram
+from dinov2.eval.features.extract import extract
+from dinov2.eval.features.named_encoders import build_encoder
 from dinov2.eval.pages.explorer import explorer_section
 from dinov2.eval.pages.page import write_page
 from dinov2.eval.results import FoldPredictions, write_predictions
@@ -155,7 +156,7 @@ def cells(tmp_path_factory) -> Features:
     root = tmp_path_factory.mktemp("cells")
     write_sample_cells(root, n_train=0, n_probe_train=0, n_probe_test=N_CELLS, n_patients=0, size=40)
     listed = LabelledCells.from_path(root / "probe" / "test.csv")
-    features = colour_histogram(listed.paths)
+    features = extract(build_encoder("histogram"), listed.paths).features
     paths = [str(path) for path in listed.paths]
     paths[5] = str(root / "not there" / "=1+1.png")
     paths[7] = str(root / 'a "quoted", Zelle <b>é</b>.png')

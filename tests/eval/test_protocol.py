@@ -74,6 +74,12 @@ def test_a_network_is_asked_for_the_kind_to_evaluate(checkpoint, tmp_path, draw_
     assert not np.allclose(among["mean"], among["cls"])
 
 
+def test_a_baseline_needs_all_images(tmp_path, draw_cells):
+    paths = [*map(str, draw_cells(tmp_path / "cells", n=1, seed=0).rglob("*.png")), str(tmp_path / "gone.png")]
+    with pytest.raises(ValueError, match=r"--baseline histogram: 1 images can no longer be read, .*gone\.png"):
+        baseline_features("histogram", paths, None, 0, ["cls"])
+
+
 def test_sets_that_make_no_sense_are_refused_and_leave_nothing(tmp_path, features_file, expect_nothing):
     good = features_file(tmp_path / "good.h5")
     other = features_file(tmp_path / "other.h5", prefix="/o", attributes={"checkpoint_sha256": "cd"})

@@ -82,7 +82,7 @@ def features_by_the_cards_code(folder, monkeypatch):
 
 
 def assert_card_gives_our_features(checkpoint, folder, image_size, monkeypatch):
-    cell = export.draw_cells()[1].resize((image_size + 31, image_size + 31))
+    cell = export_formats.draw_cells()[1].resize((image_size + 31, image_size + 31))
     cell.save(folder / "cell.png")
     with torch.no_grad():
         pixels = normalize_images(resize_image(cell, image_size))[None]
@@ -166,7 +166,7 @@ def test_an_export_can_be_exported(release, tmp_path):
     AutoModel.from_pretrained(first / "huggingface").save_pretrained(sharded, max_shard_size="100KB")
     assert len(list(sharded.glob("*.safetensors"))) > 1
     expected = load_backbone(first / "backbone.pth")
-    pixels = normalize_images(resize_image(export.draw_cells()[0], 224))[None]
+    pixels = normalize_images(resize_image(export_formats.draw_cells()[0], 224))[None]
     for source in ("first/huggingface", "first/timm", "sharded"):
         assert main(arguments(tmp_path / source, tmp_path / "again", "--overwrite")) == 0
         again = load_backbone(tmp_path / "again" / "backbone.pth")
@@ -236,7 +236,7 @@ def test_a_network_that_gives_no_numbers_is_not_exported(tmp_path):
 
 
 def test_the_tolerance_decides(release, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "_largest_difference", lambda expected, found: 1e-3)
+    monkeypatch.setattr(export_formats, "_largest_difference", lambda expected, found: 1e-3)
     assert main(arguments(release(), tmp_path / "out")) == 1
     assert main(arguments(release(), tmp_path / "out", "--tolerance", 2e-3)) == 0
 
@@ -436,6 +436,6 @@ def test_results_of_something_else_are_refused(change, message, run_folder, tmp_
 
 
 def test_checked_images_are_images():
-    for cell in export.draw_cells():
+    for cell in export_formats.draw_cells():
         assert isinstance(cell, Image.Image)
         assert np.asarray(cell).std() > 10

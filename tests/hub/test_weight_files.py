@@ -9,9 +9,10 @@ import torch
 from omegaconf import OmegaConf
 
 from dinov2.fsdp.checkpoint import Checkpointer
-from dinov2.hub.backbones import file_sha256, load_backbone, read_heads, trained_image_size
+from dinov2.hub.backbones import load_backbone, read_heads, trained_image_size
 from dinov2.hub.weight_files import checkpoint_file
 from dinov2.models import architecture, build_backbone
+from dinov2.utils.files import file_sha256
 
 TINY = {"embed_dim": 64, "depth": 2, "num_heads": 4, "patch_size": 14, "img_size": 56, "layerscale": 1.0}
 

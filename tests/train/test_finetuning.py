@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from dinov2.hub.backbones import load_backbone, without_chunk
+from dinov2.hub.backbones import load_backbone
 from dinov2.hub.conversions import lora_scaling, merge_adapters
+from dinov2.hub.weight_files import without_chunk
 from dinov2.models.vision_transformer import DinoVisionTransformer, vit_small
 from dinov2.train.batches import resolve_batch_size
 from dinov2.train.evaluation import whole_teacher_backbone

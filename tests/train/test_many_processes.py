@@ -16,7 +16,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from dinov2.configs import CONFIG_FOLDER
-from dinov2.hub.backbones import without_chunk
+from dinov2.hub.weight_files import without_chunk
 
 WORKER = Path(__file__).with_name("run_commands.py")
 NETWORKS = [

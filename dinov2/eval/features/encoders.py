@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from dinov2.data.transforms import normalize_images
 from dinov2.eval.features.store import PATCHES
-from dinov2.hub.backbones import ImageTransform, describe_backbone, file_sha256
+from dinov2.hub.backbones import ImageTransform, describe_backbone
 from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.utils.files import file_sha256
 
 KINDS_HELP = "cls, mean, cls+mean, last<n>, last<n>+mean, patches"
 

@@ -35,15 +35,9 @@ from dinov2.eval.features.loop import (
 )
 from dinov2.eval.features.named_encoders import build_encoder
 from dinov2.eval.features.store import DEFAULT_KIND, PATCHES, Features, read_features, stored_kinds, write_features
-from dinov2.hub.backbones import (
-    ImageTransform,
-    PathLike,
-    checkpoint_file,
-    file_sha256,
-    load_backbone,
-    trained_image_size,
-)
+from dinov2.hub.backbones import ImageTransform, checkpoint_file, load_backbone, trained_image_size
 from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.utils.files import PathLike, file_sha256
 
 logger = logging.getLogger("dinov2")
 

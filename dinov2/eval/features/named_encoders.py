@@ -12,7 +12,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,9 +22,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dinov2.data.datasets.decode import decode_image, resize_image
-from dinov2.eval.features.encoders import Encoder, Kind, assemble, check_divisible
-from dinov2.hub.backbones import check_names_and_shapes, read_weights_file
+from dinov2.data.datasets.decode import resize_image
+from dinov2.eval.features.encoders import Encoder, Kind, Preparation, assemble, check_divisible
+from dinov2.hub.backbones import check_names_and_shapes
+from dinov2.hub.weight_files import read_weights_file
 
 UNTRAINED = "untrained"  # in place of a weights file
 UNTRAINED_SEED = 0
@@ -34,24 +34,7 @@ BINS = 8  # of hue, saturation and value each
 PIXELS_SIDE = 32
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """A function of a decoded image, uint8 [H, W, 3] in RGB to float32 [D], with its description."""
-
-    compute: Callable[[np.ndarray], np.ndarray]
-    transform: str  # what it does, for the attributes of a features file
-    image_size: int = 0  # side in pixels after resizing; 0 if it does not resize
-
-    def __call__(self, images: Iterable[Path | str | np.ndarray]) -> np.ndarray:
-        """Return float32 [N, D] of image files or decoded images."""
-        decoded = (image if isinstance(image, np.ndarray) else decode_image(image) for image in images)
-        return np.stack([self.compute(image) for image in decoded])
-
-    def prepare(self, image: np.ndarray) -> Tensor:
-        return torch.from_numpy(self.compute(image))  # [D]
-
-
-def _colour_histogram(image: np.ndarray) -> np.ndarray:
+def colour_histogram(image: np.ndarray) -> Tensor:
     """Return the square roots of the joint histogram of hue, saturation and value over the centre: float32 [512].
 
     The squares sum to 1. With the root, Euclidean distance is the Hellinger distance of the histograms, in which the
@@ -64,20 +47,23 @@ def _colour_histogram(image: np.ndarray) -> np.ndarray:
     hue, saturation, value = np.moveaxis(hsv.astype(np.int64) * BINS // 256, -1, 0)  # [h, w] each, 0-7
     bins = (hue * BINS + saturation) * BINS + value
     counts = np.bincount(bins.ravel(), minlength=BINS**3)  # [512]
-    return np.sqrt(counts / bins.size).astype(np.float32)
+    return torch.from_numpy(np.sqrt(counts / bins.size).astype(np.float32))
 
 
-def _raw_pixels(image: np.ndarray) -> np.ndarray:
+def raw_pixels(image: np.ndarray) -> Tensor:
     """Scale the shorter side to 32 px, crop the centre and return its pixels: float32 [3072], 0-1."""
-    return resize_image(image, PIXELS_SIDE, fit="crop").numpy().ravel() / np.float32(255)
+    return resize_image(image, PIXELS_SIDE, fit="crop").flatten() / 255
 
 
-colour_histogram = Baseline(
-    _colour_histogram,
-    f"RGB, centre {CENTRE_SHARE:g} of each side, {BINS} x {BINS} x {BINS} HSV bins, square root of their shares",
-)
-raw_pixels = Baseline(_raw_pixels, f"RGB, shorter side to {PIXELS_SIDE} px (Lanczos), centre crop, 0 to 1", PIXELS_SIDE)
-BASELINES = {"histogram": colour_histogram, "pixels": raw_pixels}
+# {name: (features of a decoded image, uint8 [H, W, 3] in RGB; their description; side in pixels after resizing or 0)}
+BASELINES: dict[str, tuple[Preparation, str, int]] = {
+    "histogram": (
+        colour_histogram,
+        f"RGB, centre {CENTRE_SHARE:g} of each side, {BINS} x {BINS} x {BINS} HSV bins, square root of their shares",
+        0,
+    ),
+    "pixels": (raw_pixels, f"RGB, shorter side to {PIXELS_SIDE} px (Lanczos), centre crop, 0 to 1", PIXELS_SIDE),
+}
 
 
 class TimmEncoder(Encoder):
@@ -169,9 +155,8 @@ class BaselineEncoder(Encoder):
     """A baseline; its only kind is `cls`."""
 
     def __init__(self, name: str) -> None:
-        baseline = BASELINES[name]
         self.network, self.description, self.origin = nn.Identity(), name, "no weights"
-        self.preparation, self.transform, self.image_size = baseline.prepare, baseline.transform, baseline.image_size
+        self.preparation, self.transform, self.image_size = BASELINES[name]
 
     @cached_property
     def sha256(self) -> str:
