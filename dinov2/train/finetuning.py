@@ -31,6 +31,7 @@ from dinov2.hub.backbones import checkpoint_file, load_backbone, mismatches, rea
 from dinov2.hub.conversions import is_adapter
 from dinov2.hub.weight_files import RELEASES, without_chunk
 from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.utils.files import file_sha256
 
 logger = logging.getLogger("dinov2")
 
