@@ -338,20 +338,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = AbmilOptions(args.model, args.runs, args.seed, str(device_of(args)), training, args.top_cells)
     files = {name: getattr(args, name) for name in ("features", "test_features", "labels", "apply")}
     hashes = {name: file_sha256(path) for name, path in files.items() if path is not None}
-    if args.apply:
-        aggregator = TrainedAggregator.load(args.apply)
-        bags = _load_bags(args, args.features, args.bags, aggregator.class_names)
-        bags = bags.with_labels(read_patient_labels(args.labels)) if args.labels else bags
+    aggregator = TrainedAggregator.load(args.apply) if args.apply else None
+    known_classes = None if aggregator is None else aggregator.class_names
+    bags, test = _load_bags(args, args.features, args.bags, known_classes), None
+    if args.test_features or args.test_bags:
+        bags, test = bags.joined(_load_bags(args, args.test_features, args.test_bags))
+    if args.labels:
+        bags = bags.with_labels(read_patient_labels(args.labels))
+    if aggregator is not None:
         report = run_trained(aggregator, bags, options, args.output_dir, settings_of(args), hashes)
+    elif args.fold_files:
+        report = run(folds_from_files(bags, args.fold_files), options, args.output_dir, settings_of(args), hashes)
     else:
-        bags, test = _load_bags(args, args.features, args.bags), None
-        if args.test_features or args.test_bags:
-            bags, test = bags.joined(_load_bags(args, args.test_features, args.test_bags))
-        bags = bags.with_labels(read_patient_labels(args.labels)) if args.labels else bags
-        if args.fold_files:
-            data = folds_from_files(bags, args.fold_files)
-        else:
-            data = draw_folds(bags, args.protocol, args.folds, args.seed, test)
+        data = draw_folds(bags, args.protocol, args.folds, args.seed, test)
         report = run(data, options, args.output_dir, settings_of(args), hashes)
     print(format_report(report))
 

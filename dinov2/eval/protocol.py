@@ -225,7 +225,7 @@ def load_evaluation_set(args: argparse.Namespace, with_all_kinds: bool = False) 
         lists = [LabelledCells.from_path(args.train or args.data)]
         if args.test is not None:
             lists.append(LabelledCells.from_path(args.test, class_names=lists[0].class_names))
-        _make_split(args, [_without_features(cells) for cells in lists])
+        _make_split(args, lists)
         embedder = embedder_from(args)
         names = ["features"] if len(lists) == 1 else ["features_train", "features_test"]
         files = [args.output_dir / f"{name}.h5" for name in names]
@@ -261,12 +261,6 @@ def load_evaluation_set(args: argparse.Namespace, with_all_kinds: bool = False) 
     return EvaluationSet(cells, files, split, folds, copies, description, sources, args.seed, device_of(args), hashes)
 
 
-def _without_features(cells: LabelledCells) -> Features:
-    """Convert cells to `Features` without values, [N, 0], and with absolute paths, as their features will have."""
-    paths = [os.path.abspath(path) for path in cells.paths]
-    return Features(np.empty((len(cells), 0)), cells.labels, cells.class_names, paths, cells.patients)
-
-
 def _select_kinds(args: argparse.Namespace, features: Features, with_all_kinds: bool) -> Features:
     """Keep the kind that --kind names or else the main one, or all kinds (of --kinds, if that is given)."""
     if args.kind is None and with_all_kinds:
@@ -275,9 +269,9 @@ def _select_kinds(args: argparse.Namespace, features: Features, with_all_kinds: 
     return replace(features.of_kind(args.kind or features.kind), others={})
 
 
-def _make_split(args: argparse.Namespace, sets: Sequence[Features]) -> Split:
+def _make_split(args: argparse.Namespace, sets: Sequence[Features] | Sequence[LabelledCells]) -> Split:
     """Make or read the split of one set, or of a training and a test set."""
-    paths = [path for cells in sets for path in cells.paths]
+    paths = [os.path.abspath(path) for cells in sets for path in cells.paths]
     if len(set(paths)) < len(paths):
         twice = Counter(paths).most_common(1)[0][0]
         raise ValueError(f"cells: the image {twice!r} is listed twice; list each once, on one side")

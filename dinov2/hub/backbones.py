@@ -168,6 +168,10 @@ def infer_architecture(state: Mapping[str, Tensor], recorded: Mapping[str, Any],
             f"patch, patch]: it is another kind of network"
         )
     embed_dim, in_chans, patch_size, _ = projection
+    hidden_dim = state[f"{last_ffn_layer}.weight"].shape[1]
+    mlp_ratio = hidden_dim / embed_dim
+    if is_gated:  # 2/3 of the width, rounded up to a multiple of 8: several ratios give the same width; 4 is usual
+        mlp_ratio = 4.0 if (int(embed_dim * 8 / 3) + 7) // 8 * 8 == hidden_dim else 1.5 * hidden_dim / embed_dim
     has_registers = "register_tokens" in state
     measured = {
         "patch_size": patch_size,
@@ -195,7 +199,7 @@ def infer_architecture(state: Mapping[str, Tensor], recorded: Mapping[str, Any],
         **measured,
         "in_chans": in_chans,
         "num_heads": num_heads,
-        "mlp_ratio": _mlp_ratio(embed_dim, state[f"{last_ffn_layer}.weight"].shape[1], is_gated),
+        "mlp_ratio": mlp_ratio,
         "ffn_layer": "swiglufused" if is_gated else "mlp",
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
         "proj_bias": "blocks.0.attn.proj.bias" in state,
@@ -205,13 +209,6 @@ def infer_architecture(state: Mapping[str, Tensor], recorded: Mapping[str, Any],
         "interpolate_antialias": recorded.get("interpolate_antialias", has_registers),
         "interpolate_offset": recorded.get("interpolate_offset", 0.0 if has_registers else 0.1),
     }
-
-
-def _mlp_ratio(embed_dim: int, hidden_dim: int, is_gated: bool) -> float:
-    if not is_gated:
-        return hidden_dim / embed_dim
-    # gated networks round 2/3 of the width up to a multiple of 8, so several ratios give the same width; 4 is usual
-    return 4.0 if (int(embed_dim * 8 / 3) + 7) // 8 * 8 == hidden_dim else 1.5 * hidden_dim / embed_dim
 
 
 def check_names_and_shapes(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:

@@ -63,12 +63,8 @@ _TIMM_PATCH_SIZE, _TIMM_N_REGISTERS, _TIMM_MLP_RATIO = 14, 4, {False: 4.0, True:
 
 def to_own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the tensors of any of the three libraries to our names."""
-    return from_hugging_face(state) if is_hugging_face(state) else from_timm(state)
-
-
-def is_hugging_face(state: Mapping[str, Tensor]) -> bool:
-    """Return whether the tensor names are those of Hugging Face transformers."""
-    return any(name.endswith("embeddings.cls_token") for name in state)
+    is_hugging_face = any(name.endswith("embeddings.cls_token") for name in state)
+    return from_hugging_face(state) if is_hugging_face else from_timm(state)
 
 
 # --- transformers ---------------------------------------------------------------------------------------------------
@@ -172,9 +168,11 @@ def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the tensors of timm's DINOv2 models to ours; timm keeps no mask token."""
     renamed = {}
     gated_names = {theirs: ours for ours, theirs in _TIMM_GATED.items()}
+    first, second = (state.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
+    is_gated = first is not None and second is not None and first.shape[0] == 2 * second.shape[1]
     for name, value in state.items():
         block, inner = _split_block(name)
-        if block is not None and _is_gated_in_timm(state, block):
+        if block is not None and is_gated:
             name = f"blocks.{block}.{_replace_module(inner, gated_names)}"
         renamed[name] = value
     if {"reg_token", "pos_embed"} <= renamed.keys():
@@ -183,11 +181,6 @@ def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         pos_embed = renamed["pos_embed"]
         renamed["pos_embed"] = torch.cat([torch.zeros_like(pos_embed[:, :1]), pos_embed], dim=1)  # [1, 1 + P, D]
     return renamed
-
-
-def _is_gated_in_timm(state: Mapping[str, Tensor], block: str) -> bool:
-    first, second = (state.get(f"blocks.{block}.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
-    return first is not None and second is not None and first.shape[0] == 2 * second.shape[1]
 
 
 def timm_arguments(architecture: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

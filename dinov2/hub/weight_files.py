@@ -140,7 +140,7 @@ def checkpoint_file(source: PathLike) -> Path:
     folder of transformers or timm it is the file with the weights.
     """
     path = resolve_weights(source)
-    if not path.is_dir() or _is_split(path):
+    if not path.is_dir() or any((path / name).is_file() for name in (METADATA_FILE, *INDEX_FILES)):
         return path
     for name in (TEACHER_FILE, *FOLDER_WEIGHTS):
         if (path / name).is_file():
@@ -162,10 +162,6 @@ def checkpoint_file(source: PathLike) -> Path:
     )
 
 
-def _is_split(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (METADATA_FILE, *INDEX_FILES))
-
-
 # --- tensors under our names ----------------------------------------------------------------------------------------
 
 
@@ -182,15 +178,13 @@ def read_networks(path: Path) -> StoredNetworks:
 
 def _named_tensors(content: Mapping[str, Any], path: Path) -> list[tuple[str, Tensor]]:
     """Return (name, tensor) of the teacher, without wrappers and their names; a name may occur twice."""
-    while wrapper := next((key for key in ("teacher", "model", "state_dict") if _is_dict(content.get(key))), None):
+    while wrapper := next(
+        (key for key in ("teacher", "model", "state_dict") if isinstance(content.get(key), Mapping)), None
+    ):
         content = content[wrapper]
-    if _is_dict(content.get("student")):
+    if isinstance(content.get("student"), Mapping):
         content = {f"student.{name}": value for name, value in content["student"].items()}
-    named = [
-        (".".join(part for part in name.split(".") if part not in WRAPPER_COMPONENTS), value)
-        for name, value in content.items()
-        if isinstance(value, Tensor)
-    ]
+    named = [(_plain_name(name), value) for name, value in content.items() if isinstance(value, Tensor)]
     named = _select_prefix("teacher.", named) or named
     if any(name.startswith("student.") for name, _ in named):
         raise ValueError(
@@ -207,10 +201,7 @@ def _split(named: list[tuple[str, Tensor]], path: Path) -> tuple[dict[str, Tenso
         (name, value) for name, value in named if not name.startswith(tuple(f"{head}." for head in HEADS))
     ]
     backbone = [(without_chunk(name), value) for name, value in inside if not name.startswith(CLASSIFIER_PREFIX)]
-    return (
-        to_own_names(_check_unique(backbone, path)),
-        {head: _rename_weight_norm(state) for head, state in heads.items() if state},
-    )
+    return to_own_names(_check_unique(backbone, path)), {head: state for head, state in heads.items() if state}
 
 
 def _select_prefix(prefix: str, named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
@@ -218,6 +209,7 @@ def _select_prefix(prefix: str, named: list[tuple[str, Tensor]]) -> list[tuple[s
 
 
 def _check_unique(named: list[tuple[str, Tensor]], path: Path) -> dict[str, Tensor]:
+    """Return the tensors by name; ValueError if a name occurs twice."""
     twice = [name for name, count in Counter(name for name, _ in named).items() if count > 1]
     if twice:
         raise ValueError(
@@ -226,19 +218,17 @@ def _check_unique(named: list[tuple[str, Tensor]], path: Path) -> dict[str, Tens
     return dict(named)
 
 
-def _rename_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _plain_name(name: str) -> str:
+    """Remove the parts that wrappers add to a name, and return the older name of a parameter of weight norm."""
+    name = ".".join(part for part in name.split(".") if part not in WRAPPER_COMPONENTS)
     for new, old in WEIGHT_NORM.items():
-        state = {name.replace(new, old): value for name, value in state.items()}
-    return dict(state)
+        name = name.replace(new, old)
+    return name
 
 
 def without_chunk(name: str) -> str:
     """Replace `blocks.<chunk>.<i>.` of a backbone with block_chunks by `blocks.<i>.`; other names stay."""
     return re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
-
-
-def _is_dict(value: Any) -> bool:
-    return isinstance(value, Mapping)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -250,7 +240,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return _read_run_checkpoint(path) if (path / METADATA_FILE).is_file() else _read_split(path)
     content = read_weights_file(path)
     recorded = content.pop("architecture", None)
-    if _is_dict(recorded):
+    if isinstance(recorded, Mapping):
         return content, dict(recorded)
     return content, _read_description(path.parent) if path.name in FOLDER_WEIGHTS else {}
 
@@ -324,7 +314,7 @@ def _read_run_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"checkpoint {folder}: holds no tensors {prefix}*; only those of a run of this project do")
     config = folder.parents[1] / "config.yaml"
     recorded: dict[str, Any] = {}
-    scaling = None
+    scaling = 0.0
     if config.is_file():
         try:
             cfg = OmegaConf.load(config)
@@ -338,7 +328,7 @@ def _read_run_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"checkpoint {folder}: has adapters, whose scaling is only in the run's config.yaml; it should be at "
             f"{config}"
         )
-    plain = merge_adapters(tensors, scaling or 0.0)
+    plain = merge_adapters(tensors, scaling)
     return {"teacher": {name.removeprefix(prefix): value for name, value in plain.items()}}, recorded
 
 
