@@ -7,7 +7,6 @@ Dimension key:  N images, D embedding dim, h x w patches of one image
 """
 
 import logging
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,11 +16,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from dinov2.utils.files import atomic_write, local_path
+from dinov2.utils.files import PathLike, atomic_write, local_path
 
 logger = logging.getLogger("dinov2")
-
-PathLike = str | os.PathLike[str]
 
 DEFAULT_KIND = "cls"  # of files without the attribute `kind`
 PATCHES = "patches"
