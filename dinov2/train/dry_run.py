@@ -27,7 +27,7 @@ from dinov2.train.micro_batches import forward_backward
 from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.utils.memory import PeakMemory, memory_limit, resident_memory, size_text
+from dinov2.utils.resources import PeakMemory, memory_limit, resident_memory, size_text
 
 logger = logging.getLogger("dinov2")
 

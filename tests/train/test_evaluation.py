@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from dinov2.logging.metrics import is_time
+from dinov2.logging import is_time
 from dinov2.train import evaluation
 from dinov2.train.evaluation import TRACKED_METRICS, TeacherEvaluation
 from dinov2.train.train import main

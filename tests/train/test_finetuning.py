@@ -26,7 +26,7 @@ from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import main
 from dinov2.utils.config import load_run_config
-from dinov2.utils.seeds import derive_seed
+from dinov2.utils.numerics import derive_seed
 
 LORA = ["student.lora.rank=4"]
 # blocks that add their full share, as in trained networks: at 1e-5, tiny networks hardly learn

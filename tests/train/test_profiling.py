@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from dinov2.logging.metrics import is_time
+from dinov2.logging import is_time
 from dinov2.train import monitor
 from dinov2.train.train import main
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dinov2.data.collate import assemble_batch
 from dinov2.data.transforms import normalize_images
-from dinov2.logging.metrics import is_time
+from dinov2.logging import is_time
 from dinov2.train import views
 from dinov2.train.train import main
 from dinov2.train.views import GAP, MASK_COLOUR, MASK_OPACITY, draw_sheets
