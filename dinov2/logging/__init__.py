@@ -33,21 +33,15 @@ TIMES = ("iter_time", "data_time", "images_per_second", "matmul_share")
 class _LogFile(logging.FileHandler):
     """File handler that reports a full disk once on stderr; logging's own prints a traceback for each line."""
 
-    _is_failing = False
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._has_failed = False
-        super().emit(record)
-        self._is_failing = self._has_failed
+    _has_failed = False
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
-            return
-        self._has_failed = True
-        if not self._is_failing:
-            print(f"{self.baseFilename}: lines are missing from here on ({error.strerror})", file=sys.stderr)
+        elif not self._has_failed:
+            self._has_failed = True
+            print(f"{self.baseFilename}: lines may be missing from here on ({error.strerror})", file=sys.stderr)
 
 
 def log_file(run_folder: Path, rank: int) -> Path:

@@ -16,6 +16,7 @@ import socket
 import tempfile
 import time
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,7 +53,7 @@ _HARMLESS_KEYS = (
     *("train.batch_size_per_gpu", "train.accumulation_steps", "train.activation_checkpointing"),
     *("train.compile", "train.hang_timeout_seconds", "train.max_rollbacks", "train.views"),
 )
-_LOCK_TIMEOUT_SECONDS = 120.0  # an NFS server keeps the locks of a dead machine for this long
+_LOCK_TIMEOUT_SECONDS = 120  # an NFS server keeps the locks of a dead machine for this long
 
 
 def run_folder_path(output_dir: str, name: str | None, config_file: str | None) -> Path:
@@ -280,23 +281,20 @@ class RunFolder:
     def _lock(self) -> None:
         """Lock the folder against other trainings until this process ends."""
         file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
-        deadline = time.monotonic() + _LOCK_TIMEOUT_SECONDS
-        waits = False
-        while True:
+        for second in count():
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, works on NFS and not in forked workers
                 break
             except (BlockingIOError, PermissionError) as error:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
-                if time.monotonic() > deadline:
+                if second >= _LOCK_TIMEOUT_SECONDS:
                     raise PermissionError(
                         f"--output-dir/--name: {holder} writes the run in {self.path}; end it first, or choose another "
                         "--name"
                     ) from error
-                if not waits:
+                if second == 0:
                     logger.warning("%s still writes the run in %s; waiting for its end", holder, self.path)
-                waits = True
                 time.sleep(1)
             except OSError as error:  # a file system without locks
                 logger.info("no lock on %s (%s): start only one run in it", self.path, error.strerror)

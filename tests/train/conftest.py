@@ -1,6 +1,12 @@
 """A run small enough for tests: a two-block ViT on 28-px images."""
 
+from pathlib import Path
+
 import pytest
+
+from dinov2.train.batches import resolve_batch_size
+from dinov2.train.train import main
+from dinov2.utils.config import load_run_config
 
 TINY = [
     *("student.arch=vit_small", "student.embed_dim=32", "student.depth=2", "student.num_heads=2"),
@@ -27,3 +33,25 @@ def make_tiny_overrides():
 @pytest.fixture
 def tiny_overrides(make_tiny_overrides):
     return make_tiny_overrides
+
+
+@pytest.fixture
+def run(tmp_path, image_list, tiny_overrides):
+    """Run train.py in this process on eight images; returns (exit code, run folder)."""
+    lists = image_list()
+
+    def go(*overrides: str, name: str = "run", arguments: tuple[str, ...] = ()) -> tuple[int, Path]:
+        common = ["--output-dir", str(tmp_path / "out"), "--name", name, *arguments]
+        return main([*common, *tiny_overrides(lists, *overrides)]), tmp_path / "out" / name
+
+    return go
+
+
+@pytest.fixture
+def configured(tiny_overrides):
+    """The configuration of a tiny run."""
+
+    def make(*overrides: str, recipe=None, lists="nowhere"):
+        return load_run_config(recipe, tiny_overrides(lists, *overrides), lambda cfg: resolve_batch_size(cfg.train, 1))
+
+    return make

@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from dinov2.logging import is_time
 from dinov2.train import evaluation
 from dinov2.train.evaluation import TRACKED_METRICS, TeacherEvaluation
-from dinov2.train.train import main
 
 WORKER = Path(__file__).with_name("run_commands.py")
 EACH, EVERY_SECOND = (f"evaluation.eval_period_iterations={n}" for n in (1, 2))
@@ -64,18 +63,6 @@ def evaluated(cells):
     """Two data sets, one with a linear probe."""
     both = datasets(two(cells, linear=True, knn_k=[1, 5]), {"name": "one", "data": str(cells / "one.csv")})
     return [both, "evaluation.knn_k=[3]"]
-
-
-@pytest.fixture
-def run(tmp_path, image_list, tiny_overrides):
-    """Run train.py in this process on eight images; returns (exit code, run folder)."""
-    lists = image_list()
-
-    def go(*overrides: str, name: str = "run", arguments: tuple[str, ...] = ()) -> tuple[int, Path]:
-        common = ["--output-dir", str(tmp_path / "out"), "--name", name, *arguments]
-        return main([*common, *tiny_overrides(lists, *overrides)]), tmp_path / "out" / name
-
-    return go
 
 
 def rows(folder: Path) -> list[dict]:

@@ -18,14 +18,12 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from dinov2.hub.backbones import load_backbone, without_chunk
 from dinov2.hub.conversions import lora_scaling, merge_adapters
 from dinov2.models.vision_transformer import DinoVisionTransformer, vit_small
-from dinov2.train.batches import resolve_batch_size
 from dinov2.train.evaluation import whole_teacher_backbone
 from dinov2.train.finetuning import choose_learned, count_learned, limit_learning
 from dinov2.train.optimizer import build_optimizer, get_params_groups_with_decay
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import main
-from dinov2.utils.config import load_run_config
 from dinov2.utils.numerics import derive_seed
 
 LORA = ["student.lora.rank=4"]
@@ -34,28 +32,13 @@ SEEING = ["student.layerscale=1.0"]
 
 
 @pytest.fixture
-def configured(tiny_overrides):
-    """The configuration of a tiny run."""
-
-    def make(*overrides: str):
-        def resolve(cfg):
-            resolve_batch_size(cfg.train, 1)
-
-        return load_run_config(None, tiny_overrides("nowhere", *SEEING, *overrides), resolve)
-
-    return make
+def configured(configured):
+    return lambda *overrides: configured(*SEEING, *overrides)
 
 
 @pytest.fixture
-def run(tmp_path, image_list, tiny_overrides):
-    """Run train.py in this process on eight images; returns (exit code, run folder)."""
-    lists = image_list()
-
-    def go(*overrides: str, name: str = "run") -> tuple[int, Path]:
-        arguments = ["--output-dir", str(tmp_path / "out"), "--name", name]
-        return main([*arguments, *tiny_overrides(lists, *SEEING, *overrides)]), tmp_path / "out" / name
-
-    return go
+def run(run):
+    return lambda *overrides, **options: run(*SEEING, *overrides, **options)
 
 
 def whole(folder: Path, n: int) -> dict:

@@ -12,7 +12,6 @@ from dinov2.data.collate import assemble_batch
 from dinov2.data.transforms import normalize_images
 from dinov2.logging import is_time
 from dinov2.train import views
-from dinov2.train.train import main
 from dinov2.train.views import GAP, MASK_COLOUR, MASK_OPACITY, draw_sheets
 
 EACH = "evaluation.eval_period_iterations=1"
@@ -34,17 +33,6 @@ def batch(size=56, local_size=28, n_local=3):
     masks = torch.zeros(4, (size // 14) ** 2, dtype=torch.bool)
     masks[1, 0] = True  # the first patch of the second image's first crop
     return assemble_batch(crops, masks, 1, torch.float32)
-
-
-@pytest.fixture
-def run(tmp_path, image_list, tiny_overrides):
-    lists = image_list()
-
-    def go(*overrides, name="run", arguments=()):
-        common = ["--output-dir", str(tmp_path / "out"), "--name", name, *arguments]
-        return main([*common, *tiny_overrides(lists, *overrides)]), tmp_path / "out" / name
-
-    return go
 
 
 def shown(folder) -> dict[str, list[int]]:
