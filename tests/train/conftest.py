@@ -1,5 +1,9 @@
 """A run small enough for tests: a two-block ViT on 28-px images."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +59,24 @@ def configured(tiny_overrides):
         return load_run_config(recipe, tiny_overrides(lists, *overrides), lambda cfg: resolve_batch_size(cfg.train, 1))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def run_on_processes():
+    """Run commands for run_commands.py on `n_processes`; returns their exit codes."""
+
+    def go(n_processes: int, commands: list[dict], folder: Path) -> list[int]:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"commands{len(list(folder.glob('commands*.json')))}.json"
+        path.write_text(json.dumps(commands))
+        start = [sys.executable]
+        if n_processes > 1:
+            start += ["-m", "torch.distributed.run", f"--nproc_per_node={n_processes}", "--master_port=0"]
+            start += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        worker = str(Path(__file__).with_name("run_commands.py"))
+        done = subprocess.run([*start, worker, str(path)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(Path(f"{path}.codes").read_text())
+
+    return go

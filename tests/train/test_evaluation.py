@@ -2,9 +2,7 @@
 
 import csv
 import json
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +17,6 @@ from dinov2.logging import is_time
 from dinov2.train import evaluation
 from dinov2.train.evaluation import TRACKED_METRICS, TeacherEvaluation
 
-WORKER = Path(__file__).with_name("run_commands.py")
 EACH, EVERY_SECOND = (f"evaluation.eval_period_iterations={n}" for n in (1, 2))
 TEACHER = "teacher_checkpoint.pth"
 
@@ -310,7 +307,7 @@ def test_no_teacher_goes_before_the_next_is_whole(run, monkeypatch):
 # --- several processes ----------------------------------------------------------------------------------------------
 
 
-def test_two_processes_find_what_one_finds(run, tmp_path, cells, evaluated, image_list, tiny_overrides):
+def test_two_processes_find_what_one_finds(run, tmp_path, cells, evaluated, tiny_overrides, run_on_processes):
     """Blocks add their full share (layer scale 1), so that images differ. One set has a single test cell."""
     single = cells / "single.csv"
     single.write_text("Image Path,Label\ntwo/test/dark/0.png,dark\n")
@@ -325,15 +322,7 @@ def test_two_processes_find_what_one_finds(run, tmp_path, cells, evaluated, imag
         {"arguments": [*common, "--name", "several"]},
         {"arguments": [*common, "--name", "plain", "evaluation.datasets=[]"]},
     ]
-    (tmp_path / "commands.json").write_text(json.dumps(commands))
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    start += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*start, str(WORKER), str(tmp_path / "commands.json")], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads((tmp_path / "commands.json.codes").read_text()) == [0, 0]
+    assert run_on_processes(2, commands, tmp_path) == [0, 0]
 
     ours, theirs = results(alone.with_name("several")), results(alone)
     assert list(ours) == list(theirs) == [0, 2, 4]

@@ -1,8 +1,6 @@
 """Frozen parts, adapters and the warm-up of heads: what learns, what stays, and that runs with them are like others."""
 
 import json
-import os
-import subprocess
 import sys
 import threading
 from functools import partial
@@ -385,7 +383,7 @@ class CountingHandler(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def on_processes(tmp_path_factory, make_image_list, make_tiny_overrides):
+def on_processes(tmp_path_factory, make_image_list, make_tiny_overrides, run_on_processes):
     """Each of WAYS on two processes, which start from a URL, in folders of that name; the same on one, in `alone`."""
     pytest.importorskip("peft")
     folder = tmp_path_factory.mktemp("runs")
@@ -407,19 +405,10 @@ def on_processes(tmp_path_factory, make_image_list, make_tiny_overrides):
             arguments(way, url, *settings, *(f"{network}.sharding_strategy={way}" for network in NETWORKS))
             for way, settings in WAYS.items()
         ]
-        commands = folder / "commands.json"
-        commands.write_text(json.dumps([{"arguments": each} for each in several]))
-        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-        start += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-        done = subprocess.run(
-            [*start, str(Path(__file__).with_name("run_commands.py")), str(commands)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_HOME": str(folder / "torch")},
-            capture_output=True,
-            text=True,
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TORCH_HOME", str(folder / "torch"))
+            assert run_on_processes(2, [{"arguments": each} for each in several], folder) == [0, 0]
         server.shutdown()
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert set(json.loads(Path(f"{commands}.codes").read_text())) == {0}, done.stderr[-4000:]
     return folder
 
 

@@ -14,13 +14,13 @@ STAGES = ("data", "teacher", "student", "backward", "optimizer", "teacher update
 
 
 @pytest.fixture
-def run(image_list, tiny_overrides, tmp_path):
-    folder = image_list()
+def run(run):
+    """Train six iterations with `arguments`; returns the run folder."""
 
     def go(name, *arguments):
-        command = ["--output-dir", str(tmp_path), "--name", name, *tiny_overrides(folder, "optim.epochs=3"), *arguments]
-        assert main(command) == 0
-        return tmp_path / name
+        code, folder = run("optim.epochs=3", name=name, arguments=arguments)
+        assert code == 0
+        return folder
 
     return go
 
