@@ -27,7 +27,6 @@ logger = logging.getLogger("dinov2")
 _FORMAT = "%(asctime)s %(levelname).1s %(message)s"
 LAP_PREFIX = "seconds_"  # of the columns with the seconds of each stage of a step
 MAX_MARKS = 100_000  # that are kept if `means` is never called
-TIMES = ("iter_time", "data_time", "images_per_second", "matmul_share")
 
 
 class _LogFile(logging.FileHandler):
@@ -214,13 +213,12 @@ class MetricLogger:
     them. They are the same on every process; the main one writes and logs.
 
     Attributes:
-        clock: its stages become `seconds_<name>` of each row; None for no such columns.
+        clock: its stages become `seconds_<name>` of each row; the loop replaces it by a clock of its device.
         matmul_rate: measured FLOP/s of the device's matrix products; None if not measured.
         newest: the newest row that was written.
         newest_evaluation: the numbers of the newest evaluation, with its `iteration`.
     """
 
-    clock: StepClock | None = None
     matmul_rate: float | None = None
 
     def __init__(
@@ -228,6 +226,7 @@ class MetricLogger:
     ) -> None:
         self.path, self.stop, self.batch_size, self.period = path, stop, batch_size, period
         self.trackers = list(trackers)
+        self.clock = StepClock("cpu")
         self.newest: dict[str, float] = {}
         self.newest_evaluation: dict[str, float] = {}
         self._pending: list[tuple[dict[str, float], dict[str, Tensor]]] = []
@@ -276,8 +275,7 @@ class MetricLogger:
         self._pending.clear()
         self._flops = 0.0
         self._flushed_at, self.newest = now, rows[-1]
-        if self.clock is not None:
-            self.clock.restart()  # writing and logging them is no part of a step
+        self.clock.restart()  # writing and logging them is no part of a step
         return rows
 
     def _rates(self, now: float) -> dict[str, float]:
@@ -286,7 +284,7 @@ class MetricLogger:
         rates = {"iter_time": seconds, "images_per_second": self.batch_size / seconds}
         if self.matmul_rate is not None:
             rates["matmul_share"] = self._flops / n / seconds / self.matmul_rate
-        laps = self.clock.means() if self.clock is not None else {}  # the wait for the device is over after flush
+        laps = self.clock.means()  # the wait for the device is over after flush
         rates["data_time"] = laps.get("data", 0.0)
         rates |= {f"{LAP_PREFIX}{name.replace(' ', '_')}": seconds for name, seconds in laps.items()}
         return rates
@@ -342,8 +340,7 @@ class MetricLogger:
         seconds = time.perf_counter() - started
         self._flushed_at += seconds
         self._started += seconds
-        if self.clock is not None:
-            self.clock.restart()
+        self.clock.restart()
 
     def close(self) -> None:
         """Write pending numbers, and close the trackers."""
@@ -359,11 +356,6 @@ class MetricLogger:
             *(done, self.stop, duration_text((self.stop - done) * per_iteration), row["images_per_second"]),
             *(_split(row), row.get("lr", math.nan), losses),
         )
-
-
-def is_time(column: str) -> bool:
-    """Return whether a column of training_metrics.json is a time or rate, which differs between equal runs."""
-    return column in TIMES or column.startswith(LAP_PREFIX)
 
 
 def _split(row: Mapping[str, float]) -> str:

@@ -418,12 +418,11 @@ def _teachers(folder: Path, done: int) -> dict[int, Path]:
 
 def _remove_teachers(folder: Path, done: int, n_kept: int) -> None:
     """Remove all teachers but the newest `n_kept` and the best; their results stay."""
-    best_file, best = folder / "best.json", None
+    best_file = folder / "best.json"
     try:
-        if best_file.is_file():
-            best = folder / json.loads(best_file.read_text(encoding="utf-8"))["checkpoint"]
+        best = json.loads(best_file.read_text(encoding="utf-8"))["checkpoint"] if best_file.is_file() else ""
         for teacher in list(_teachers(folder, done).values())[:-n_kept]:
-            if teacher != best:
+            if teacher != folder / best:
                 teacher.unlink()
                 if not any(teacher.parent.iterdir()):
                     teacher.parent.rmdir()

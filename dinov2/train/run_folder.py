@@ -305,12 +305,10 @@ class RunFolder:
         self._lock_file = file  # closing it releases the lock
 
     def _compare_with(self, earlier: Path) -> None:
-        before = OmegaConf.load(earlier)
-        assert isinstance(before, DictConfig), f"{earlier} was written by a run and holds a mapping"
         # a key that is newer than the run gets its default, which means that it is not used
-        completed = OmegaConf.merge(dinov2_default_config, before)
-        assert isinstance(completed, DictConfig), "two mappings make a mapping"
-        changed = differences(self.cfg, completed)
+        before = OmegaConf.merge(dinov2_default_config, OmegaConf.load(earlier))
+        assert isinstance(before, DictConfig), f"{earlier} was written by a run and holds a mapping"
+        changed = differences(self.cfg, before)
         shapes = {k: v for k, v in changed.items() if k.startswith(_SHAPE_KEYS)}
         if shapes:
             text = "; ".join(f"{k}: {old} there, {new} now" for k, (new, old) in shapes.items())

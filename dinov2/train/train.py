@@ -46,7 +46,7 @@ from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.views import TrainingViews
 from dinov2.utils.command import REQUEUE_EXIT_CODE, USER_ERRORS, StopSignals, error_text
 from dinov2.utils.config import load_run_config
-from dinov2.utils.numerics import derive_seed, matmul_setting_kept
+from dinov2.utils.numerics import derive_seed, fast_matmul_within
 
 logger = logging.getLogger("dinov2")
 
@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) 
     """Run the command and return its exit code; `signals` then holds the signal that stopped it, if any."""
     args = parse_arguments(argv)
     try:
-        with signals or StopSignals() as active, matmul_setting_kept():
+        with signals or StopSignals() as active, fast_matmul_within(False):
             return run(args, active)
     finally:
         distributed.disable()

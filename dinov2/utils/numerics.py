@@ -89,20 +89,13 @@ def fast_matmul(is_wanted: bool, device: torch.device | str = "cpu") -> bool:
 
 
 @contextmanager
-def matmul_setting_kept() -> Iterator[None]:
-    """Restore the setting after a `with` block."""
+def fast_matmul_within(is_wanted: bool, device: torch.device | str = "cpu") -> Iterator[bool]:
+    """Apply `fast_matmul` within a `with` block, and restore the setting after it."""
     before = torch.get_float32_matmul_precision()
     try:
-        yield
+        yield fast_matmul(is_wanted, device)
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
-def fast_matmul_within(is_wanted: bool, device: torch.device | str = "cpu") -> Iterator[bool]:
-    """Apply `fast_matmul` within a `with` block."""
-    with matmul_setting_kept():
-        yield fast_matmul(is_wanted, device)
 
 
 def largest_error() -> float:
@@ -129,8 +122,8 @@ def largest_error() -> float:
 
 @functools.cache
 def _is_fast_path_accurate() -> bool:
-    """Check the fast path once per process; it takes milliseconds."""
-    with matmul_setting_kept(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    """Check the fast path, which stays on, once per process; it takes milliseconds."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
         torch.set_float32_matmul_precision(FAST)
         error = largest_error()
     if error > TOLERANCE:

@@ -52,6 +52,19 @@ def run(tmp_path, image_list, tiny_overrides):
 
 
 @pytest.fixture
+def rows():
+    """The rows of a run's training_metrics.json without times and rates, which differ between equal runs."""
+
+    times = {"iter_time", "data_time", "images_per_second", "matmul_share"}
+
+    def read(folder: Path) -> list[dict]:
+        found = [json.loads(line) for line in (folder / "training_metrics.json").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if k not in times and not k.startswith("seconds_")} for row in found]
+
+    return read
+
+
+@pytest.fixture
 def configured(tiny_overrides):
     """The configuration of a tiny run."""
 

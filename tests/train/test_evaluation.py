@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from dinov2.logging import is_time
 from dinov2.train import evaluation
 from dinov2.train.evaluation import TRACKED_METRICS, TeacherEvaluation
 
@@ -62,12 +61,6 @@ def evaluated(cells):
     return [both, "evaluation.knn_k=[3]"]
 
 
-def rows(folder: Path) -> list[dict]:
-    """training_metrics.json without times."""
-    found = [json.loads(line) for line in (folder / "training_metrics.json").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not is_time(name)} for row in found]
-
-
 def networks(folder: Path, n: int) -> dict[str, torch.Tensor]:
     """Student and teacher of the checkpoint after n iterations."""
     dcp_to_torch_save(folder / "checkpoints" / f"iteration_{n:07d}", folder / "whole.pth")
@@ -91,7 +84,7 @@ def best(folder: Path) -> dict:
 # --- what is found and written --------------------------------------------------------------------------------------
 
 
-def test_each_set_is_evaluated_in_its_way_and_the_best_teacher_named(run, evaluated, monkeypatch):
+def test_each_set_is_evaluated_in_its_way_and_the_best_teacher_named(run, evaluated, monkeypatch, rows):
     logged = []
     tracker = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: tracker))
@@ -148,7 +141,7 @@ def test_eval_only_evaluates_the_latest_checkpoint(run, evaluated):
     assert again["teacher"].items() <= written["teacher"].items()
 
 
-def test_unreadable_cells_are_left_out_and_none_left_does_not_end_the_run(run, tmp_path, cells):
+def test_unreadable_cells_are_left_out_and_none_left_does_not_end_the_run(run, tmp_path, cells, rows):
     for side in ("train", "test"):
         for path in (cells / "two" / side).rglob("*.png"):
             copy = tmp_path / path.relative_to(cells)
@@ -175,7 +168,7 @@ def test_unreadable_cells_are_left_out_and_none_left_does_not_end_the_run(run, t
     [torch.OutOfMemoryError("out of memory"), KeyError("no such layer"), MemoryError("no more"), OSError("gone")],
 )
 @pytest.mark.parametrize("place", ["extract", "evaluate_knn"])
-def test_an_evaluation_that_fails_is_counted_and_does_not_end_the_run(run, evaluated, monkeypatch, place, error):
+def test_an_evaluation_that_fails_is_counted_and_does_not_end_the_run(run, evaluated, monkeypatch, place, error, rows):
     original, calls = getattr(evaluation, place), []
 
     def fail(*arguments, **settings):
@@ -210,7 +203,7 @@ def test_a_mistake_is_found_before_there_is_a_model_or_a_folder(run, cells, monk
 LONGER = ("student.drop_path_rate=0.5", "optim.epochs=3")
 
 
-def test_no_number_of_the_run_changes_also_when_it_is_killed_in_an_evaluation(run, evaluated, monkeypatch):
+def test_no_number_of_the_run_changes_also_when_it_is_killed_in_an_evaluation(run, evaluated, monkeypatch, rows):
     code, plain = run(*LONGER, name="plain")
     assert code == 0
 
@@ -307,7 +300,7 @@ def test_no_teacher_goes_before_the_next_is_whole(run, monkeypatch):
 # --- several processes ----------------------------------------------------------------------------------------------
 
 
-def test_two_processes_find_what_one_finds(run, tmp_path, cells, evaluated, tiny_overrides, run_on_processes):
+def test_two_processes_find_what_one_finds(run, tmp_path, cells, evaluated, tiny_overrides, run_on_processes, rows):
     """Blocks add their full share (layer scale 1), so that images differ. One set has a single test cell."""
     single = cells / "single.csv"
     single.write_text("Image Path,Label\ntwo/test/dark/0.png,dark\n")

@@ -1,7 +1,6 @@
 """What a run shows of its batches and cells: the sheets, which of them stay, and that the run is the same without."""
 
 import errno
-import json
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ from PIL import Image
 
 from dinov2.data.collate import assemble_batch
 from dinov2.data.transforms import normalize_images
-from dinov2.logging import is_time
 from dinov2.train import views
 from dinov2.train.views import GAP, MASK_COLOUR, MASK_OPACITY, draw_sheets
 
@@ -40,11 +38,6 @@ def shown(folder) -> dict[str, list[int]]:
     files = sorted(file.stem.split("_") for file in (folder / "views").glob("*.png"))
     kinds = {kind for kind, _ in files}
     return {kind: sorted(int(n) for of, n in files if of == kind) for kind in sorted(kinds)}
-
-
-def rows(folder) -> list[dict]:
-    found = [json.loads(line) for line in (folder / "training_metrics.json").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not is_time(name)} for row in found]
 
 
 # --- a sheet --------------------------------------------------------------------------------------------------------
@@ -127,13 +120,13 @@ def test_a_run_that_goes_on_shows_what_comes_and_drops_what_was_lost(run):
     assert not list((folder / "views").glob(".*"))
 
 
-def test_no_number_of_the_run_changes(run):
+def test_no_number_of_the_run_changes(run, rows):
     _, without = run("train.views=0", "student.drop_path_rate=0.5", EACH, name="without")
     _, shown_too = run("student.drop_path_rate=0.5", EACH, name="with")
     assert rows(shown_too) == rows(without)
 
 
-def test_a_full_disk_costs_the_sheets_and_not_the_run(run, monkeypatch, caplog):
+def test_a_full_disk_costs_the_sheets_and_not_the_run(run, monkeypatch, caplog, rows):
     def full(path, mode="wb"):
         raise OSError(errno.ENOSPC, "No space left on device")
 
