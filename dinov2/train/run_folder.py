@@ -268,14 +268,11 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path) as file:
                 file.write(bytes(4096))  # an empty file would fit on a full disk
-        except (FileExistsError, NotADirectoryError) as error:
-            raise NotADirectoryError(
-                f"--output-dir/--name: {self.path} or a part of it is a file; choose another --output-dir"
-            ) from error
         except OSError as error:
+            is_file = isinstance(error, FileExistsError | NotADirectoryError)
+            reason = "it or a part of it is a file" if is_file else error.strerror
             raise PermissionError(
-                f"--output-dir/--name: cannot write to {self.path} ({error.strerror}); fix that or choose another "
-                "--output-dir"
+                f"--output-dir/--name: cannot write to {self.path} ({reason}); fix that or choose another --output-dir"
             ) from error
 
     def _lock(self) -> None:
@@ -300,8 +297,7 @@ class RunFolder:
                 logger.info("no lock on %s (%s): start only one run in it", self.path, error.strerror)
                 break
         file.truncate(0)
-        file.write(f"process {os.getpid()} of {socket.gethostname()}\n")
-        file.flush()
+        print(f"process {os.getpid()} of {socket.gethostname()}", file=file, flush=True)
         self._lock_file = file  # closing it releases the lock
 
     def _compare_with(self, earlier: Path) -> None:

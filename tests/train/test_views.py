@@ -69,7 +69,7 @@ def test_each_row_is_an_image_in_its_own_colours_and_masks_lie_over_their_patche
     assert (tile_of(masks, 0, 0) == RED).all()
 
 
-def test_a_large_crop_is_made_smaller_and_a_sheet_stays_small_enough_for_a_report():
+def test_a_large_crop_is_made_smaller_and_a_sheet_stays_below_three_megabytes():
     sheet = draw_sheets(batch(size=224, local_size=98, n_local=10), 1)["crops"]
     assert sheet.shape == (160 + GAP, 10 * (160 + GAP), 3)  # of the local crops eight
     n_many = 60
