@@ -8,7 +8,7 @@ from PIL import Image
 
 from dinov2.data.sample_cells import DEFAULT_SIZE_PX, contact_sheet, write_sample_cells
 from dinov2.utils.files import atomic_write
-from dinov2.utils.parallel import available_cores
+from dinov2.utils.resources import available_cores
 
 
 def main() -> None:

@@ -31,8 +31,7 @@ from dinov2.data.datasets.decode import UnreadableImageError, decode_image, resi
 from dinov2.data.datasets.sources import ImageSource
 from dinov2.distributed import all_gather_objects, on_main_process
 from dinov2.utils.command import progress_bar
-from dinov2.utils.memory import size_text
-from dinov2.utils.parallel import available_cores, parallel_map
+from dinov2.utils.resources import available_cores, parallel_map, size_text
 
 logger = logging.getLogger("dinov2")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dinov2.data.masking import MaskingGenerator
-from dinov2.utils.seeds import derive_seed
+from dinov2.utils.numerics import derive_seed
 
 
 class MicroBatch(NamedTuple):

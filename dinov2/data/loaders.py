@@ -15,7 +15,7 @@ from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.data.samplers import Balance, BalancedSampler, EpochSampler, InfiniteSampler, PositionSampler, SamplerType
 from dinov2.distributed import get_rank, get_world_size
 from dinov2.utils.command import ignore_stop_signals
-from dinov2.utils.seeds import derive_seed
+from dinov2.utils.numerics import derive_seed
 
 logger = logging.getLogger("dinov2")
 

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Sampler
 
 from dinov2.distributed import get_rank, get_world_size
-from dinov2.utils.seeds import derive_seed
+from dinov2.utils.numerics import derive_seed
 
 MIN_PASS = 65536  # positions; shares are rounded to whole positions of a pass
 

@@ -18,7 +18,7 @@ from dinov2.eval.pages.explorer import MAX_CELLS, METRICS, explorer_section
 from dinov2.eval.pages.page import write_page
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
-from dinov2.utils.parallel import available_cores
+from dinov2.utils.resources import available_cores
 
 
 def read_sets(given: Sequence[str]) -> dict[str, Features]:

@@ -28,8 +28,7 @@ from dinov2.eval.features.loop import Fp32Matmul, Precision
 from dinov2.eval.features.named_encoders import UNTRAINED, encoder_name
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
-from dinov2.utils.memory import keep_freed_memory
-from dinov2.utils.parallel import available_cores
+from dinov2.utils.resources import available_cores, keep_freed_memory
 
 logger = logging.getLogger("dinov2")
 

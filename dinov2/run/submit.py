@@ -132,15 +132,17 @@ class EvaluationTask(Checkpointable):
 
     def __call__(self) -> None:
         main = import_module(self.module).main
-        code = exit_code(lambda: main(self.argv))
-        if code != 0:
+        if code := exit_code(lambda: main(self.argv)):
             sys.exit(code)
 
 
 def submit(
-    task: TrainingTask | EvaluationTask, args: argparse.Namespace, output_dir: Path, name: str
-) -> submitit.Job[None]:
-    """Submit `task` to SLURM; submitit's files and logs are in `output_dir/submitit/<job id>`."""
+    task: TrainingTask | EvaluationTask, args: argparse.Namespace, output_dir: Path, name: str, results: Path
+) -> int:
+    """Submit `task` to SLURM and print where its results will be; return 0, or the job's exit code with --wait.
+
+    The files and logs of submitit are in `output_dir/submitit/<job id>`. `%j` in `results` stands for the job's number.
+    """
     for program in ("sbatch", "srun"):
         if shutil.which(program) is None:
             raise ValueError(
@@ -174,9 +176,21 @@ def submit(
         },
     )
     try:
-        return executor.submit(task)
+        job = executor.submit(task)
     except UncompletedJobError as error:
         raise ValueError(f"SLURM refused the job: {error}") from error
+    log, number = job.paths.stdout, job.job_id
+    print(
+        f"""job {number}: nodes {args.nodes}, tasks {job.num_tasks}, {args.timeout} min
+  results  {str(results).replace("%j", number)}
+  log      {log} (of task 0; task k: {number}_<k>_log.out)
+  follow   tail -F {log}
+  state    squeue -j {number}; in the end: sacct -j {number}
+  requeue  scontrol requeue {number}
+  cancel   scancel {number}""",
+        flush=True,
+    )
+    return wait(number) if args.wait else 0
 
 
 def tasks_per_node(args: argparse.Namespace) -> int:
@@ -200,18 +214,6 @@ def tasks_per_node(args: argparse.Namespace) -> int:
             f"--gres {args.gres} is {requested[1] or 1} GPUs of a node, but --ngpus {args.ngpus}; give the same number"
         )
     return int(args.ngpus)
-
-
-def describe(job: submitit.Job[None], args: argparse.Namespace, results: Path) -> str:
-    """Describe where results and logs are, and how to follow, requeue and cancel the job."""
-    log, number = job.paths.stdout, job.job_id
-    return f"""job {number}: nodes {args.nodes}, tasks {job.num_tasks}, {args.timeout} min
-  results  {results}
-  log      {log} (of task 0; task k: {number}_<k>_log.out)
-  follow   tail -F {log}
-  state    squeue -j {number}; in the end: sacct -j {number}
-  requeue  scontrol requeue {number}
-  cancel   scancel {number}"""
 
 
 def wait(job_id: str) -> int:

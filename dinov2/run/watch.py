@@ -43,29 +43,24 @@ def describe_state(run_folder: Path, status: RunStatus | None) -> str:
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)  # sends nothing
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)  # another user's process
     return True
 
 
 def list_problems(run_folder: Path, status: RunStatus) -> list[str]:
     """Return the problems of a run in words; empty if it has none."""
-    problems = [status.reason] if status.reason else []
-    if status.losses and status.losses.get("total_loss") is None:
-        problems.append("loss not finite")
-    if status.collapse:
-        problems.append("collapse?")
-    if status.skipped_steps:
-        problems.append(f"{status.skipped_steps} skipped")
-    if status.rollbacks:
-        problems.append(f"{status.rollbacks} rolled back")
-    if n_bad := _count_bad_images(run_folder / "bad_images.csv"):
-        problems.append(f"{n_bad} bad images")
-    if status.errors and not status.reason:
-        problems.append(f"{status.errors} error{'s' * (status.errors > 1)} logged")
-    return problems
+    n_bad = _count_bad_images(run_folder / "bad_images.csv")
+    problems = [
+        (status.reason, status.reason),
+        (status.losses and status.losses.get("total_loss") is None, "loss not finite"),
+        (status.collapse, "collapse?"),
+        (status.skipped_steps, f"{status.skipped_steps} skipped"),
+        (status.rollbacks, f"{status.rollbacks} rolled back"),
+        (n_bad, f"{n_bad} bad images"),
+        (status.errors and not status.reason, f"{status.errors} error{'s' * (status.errors > 1)} logged"),
+    ]
+    return [text for is_present, text in problems if is_present]
 
 
 def _count_bad_images(path: Path) -> int:

@@ -31,7 +31,7 @@ from dinov2.data.loaders import AugmentedSample
 from dinov2.data.samplers import Balance
 from dinov2.data.transforms import normalize_images
 from dinov2.distributed import get_rank
-from dinov2.utils.seeds import derive_seed
+from dinov2.utils.numerics import derive_seed
 
 _AUGMENTATIONS = {"default": DataAugmentationDINO, "hema": DataAugmentationHEMA}
 

@@ -27,7 +27,7 @@ from dinov2.train.micro_batches import forward_backward
 from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.utils.memory import PeakMemory, memory_limit, resident_memory, size_text
+from dinov2.utils.resources import PeakMemory, memory_limit, resident_memory, size_text
 
 logger = logging.getLogger("dinov2")
 
@@ -247,14 +247,13 @@ def largest_by_extrapolation(step: Step, sizes: Sequence[int], limit: float) -> 
     for size in sizes:
         if size < 2 * last.batch_size:
             continue
-        if last.peak >= VISIBLE_GROWTH * first.peak:
-            break
-        if last.before + (last.peak - last.before) * size / last.batch_size > limit:
+        if last.before + growth * size > limit:
             break
         last, earlier = step(size), last
         growth = (last.peak - last.before) / last.batch_size
         if last.peak >= VISIBLE_GROWTH * first.peak:
             growth = growth_per_image(earlier, last)
+            break
     logger.info("each image beyond %d takes %s more", last.batch_size, size_text(growth))
     return max((n for n in sizes if last.peak + growth * (n - last.batch_size) <= limit), default=None)
 

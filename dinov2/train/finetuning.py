@@ -49,14 +49,13 @@ def configured_weights(cfg: Any) -> str | None:
 
 def locate_weights(cfg: Any) -> Path | None:
     """Return the file or folder that the run starts from; None for random weights. A name or URL is downloaded once."""
-    weights = configured_weights(cfg)
+    weights, kinds = configured_weights(cfg), (FileNotFoundError, ConnectionError, ValueError)
     if weights is None:
         return None
     try:
         return checkpoint_file(weights)
-    except (FileNotFoundError, ConnectionError, ValueError) as error:
+    except kinds as error:
         key = "student.pretrained_weights" if cfg.student.pretrained_weights else "MODEL.WEIGHTS"
-        kinds = (FileNotFoundError, ConnectionError, ValueError)
         kind = next(kind for kind in kinds if isinstance(error, kind))  # subclasses may want other arguments
         raise kind(
             f"{key}={weights}: {error}. To start from your own file set {key}=<file>, and from random weights "

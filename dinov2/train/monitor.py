@@ -8,9 +8,8 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -86,24 +85,14 @@ def prototype_use(choices: Tensor, n_prototypes: int) -> Tensor:
     return is_used.sum() / min(len(choices), n_prototypes)
 
 
-@dataclass(frozen=True)
-class Sign:
+class Sign(NamedTuple):
     """A sign of a collapse: the mean of a measure over a window of iterations crosses a limit."""
 
     measure: str  # a key of LABELS
-    limit: float
-    recovered: float  # beyond it the sign ends: below a ceiling, above a floor
+    limit: float  # a mean above it is the sign if `recovered` is lower, else a mean below it
+    recovered: float  # the sign ends when the mean crosses this value
     meaning: str
     advice: str
-
-    @property
-    def is_ceiling(self) -> bool:
-        """Return True if values above the limit are the sign, False if values below it are."""
-        return self.recovered < self.limit
-
-    def is_beyond(self, bound: float, mean: float) -> bool:
-        """Return whether a mean reaches `bound`: the limit or the recovery value."""
-        return mean >= bound if self.is_ceiling else mean <= bound
 
 
 class CollapseMonitor:
@@ -118,7 +107,7 @@ class CollapseMonitor:
         self.startup = round(min(max(startup, MIN_STARTUP_ITERATIONS), MAX_STARTUP_ITERATIONS))
         self.window = round(min(max(WINDOW * n_iterations, MIN_WINDOW_ITERATIONS), MAX_WINDOW_ITERATIONS))
         self._has_local_crops = cfg.crops.local_crops_number > 0
-        n_crops = N_GLOBAL_CROPS * _global_batch_size(cfg)
+        n_crops = N_GLOBAL_CROPS * (cfg.train.global_batch_size or cfg.train.batch_size_per_gpu)
         self._masked_share = int(n_crops * cfg.ibot.mask_sample_probability) / n_crops  # of the global crops
         self._signs = _signs(cfg)
         # "<sign>": 1 if it holds; and of the present window "first", "n_rows", "<measure>/total" and "<measure>/n"
@@ -152,15 +141,16 @@ class CollapseMonitor:
             if state[f"{sign.measure}/n"] < MIN_VALUES:
                 continue
             label, mean = LABELS[sign.measure], state[f"{sign.measure}/total"] / state[f"{sign.measure}/n"]
-            if self._state[name] and not sign.is_beyond(sign.recovered, mean):
-                self._state[name] = 0
+            is_ceiling, held = sign.recovered < sign.limit, bool(self._state[name])
+            bound = sign.recovered if held else sign.limit
+            holds = mean >= bound if is_ceiling else mean <= bound
+            self._state[name] = int(holds)
+            if held and not holds:
                 logger.info("%s has recovered: %.4g in iterations %d to %d", label, mean, state["first"], last)
-            elif not self._state[name] and sign.is_beyond(sign.limit, mean):
-                self._state[name] = 1
+            elif holds and not held:
                 texts.append(
-                    f"collapse? {label} is {mean:.4g}, not {'below' if sign.is_ceiling else 'above'} {sign.limit:.4g}, "
-                    f"as the mean of iterations {state['first']:.0f} to {last}: {sign.meaning}. What to try: "
-                    f"{sign.advice}"
+                    f"collapse? {label} is {mean:.4g}, not {'below' if is_ceiling else 'above'} {sign.limit:.4g}, as "
+                    f"the mean of iterations {state['first']:.0f} to {last}: {sign.meaning}. What to try: {sign.advice}"
                 )
         return texts
 
@@ -191,10 +181,6 @@ class CollapseMonitor:
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Continue from `state`; missing entries start at 0."""
         self._state = defaultdict(float, state)
-
-
-def _global_batch_size(cfg: Any) -> int:
-    return int(cfg.train.global_batch_size or cfg.train.batch_size_per_gpu)
 
 
 def _signs(cfg: Any) -> dict[str, Sign]:
@@ -242,7 +228,7 @@ def _advice(cfg: Any) -> tuple[str, str, str]:
 
     Each setting is given with its present value.
     """
-    teacher, batch_size = cfg.teacher, _global_batch_size(cfg)
+    teacher, batch_size = cfg.teacher, cfg.train.global_batch_size or cfg.train.batch_size_per_gpu
     base_lr = f"optim.base_lr (now {cfg.optim.base_lr:g})"
     larger_batch = f"a larger batch (now {batch_size} images a step)"
     if cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS:

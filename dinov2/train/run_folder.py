@@ -16,6 +16,7 @@ import socket
 import tempfile
 import time
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,7 +53,7 @@ _HARMLESS_KEYS = (
     *("train.batch_size_per_gpu", "train.accumulation_steps", "train.activation_checkpointing"),
     *("train.compile", "train.hang_timeout_seconds", "train.max_rollbacks", "train.views"),
 )
-_LOCK_TIMEOUT_SECONDS = 120.0  # an NFS server keeps the locks of a dead machine for this long
+_LOCK_TIMEOUT_SECONDS = 120  # an NFS server keeps the locks of a dead machine for this long
 
 
 def run_folder_path(output_dir: str, name: str | None, config_file: str | None) -> Path:
@@ -267,52 +268,43 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path) as file:
                 file.write(bytes(4096))  # an empty file would fit on a full disk
-        except (FileExistsError, NotADirectoryError) as error:
-            raise NotADirectoryError(
-                f"--output-dir/--name: {self.path} or a part of it is a file; choose another --output-dir"
-            ) from error
         except OSError as error:
+            is_file = isinstance(error, FileExistsError | NotADirectoryError)
+            reason = "it or a part of it is a file" if is_file else error.strerror
             raise PermissionError(
-                f"--output-dir/--name: cannot write to {self.path} ({error.strerror}); fix that or choose another "
-                "--output-dir"
+                f"--output-dir/--name: cannot write to {self.path} ({reason}); fix that or choose another --output-dir"
             ) from error
 
     def _lock(self) -> None:
         """Lock the folder against other trainings until this process ends."""
         file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
-        deadline = time.monotonic() + _LOCK_TIMEOUT_SECONDS
-        waits = False
-        while True:
+        for second in count():
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, works on NFS and not in forked workers
                 break
             except (BlockingIOError, PermissionError) as error:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
-                if time.monotonic() > deadline:
+                if second >= _LOCK_TIMEOUT_SECONDS:
                     raise PermissionError(
                         f"--output-dir/--name: {holder} writes the run in {self.path}; end it first, or choose another "
                         "--name"
                     ) from error
-                if not waits:
+                if second == 0:
                     logger.warning("%s still writes the run in %s; waiting for its end", holder, self.path)
-                waits = True
                 time.sleep(1)
             except OSError as error:  # a file system without locks
                 logger.info("no lock on %s (%s): start only one run in it", self.path, error.strerror)
                 break
         file.truncate(0)
-        file.write(f"process {os.getpid()} of {socket.gethostname()}\n")
-        file.flush()
+        print(f"process {os.getpid()} of {socket.gethostname()}", file=file, flush=True)
         self._lock_file = file  # closing it releases the lock
 
     def _compare_with(self, earlier: Path) -> None:
-        before = OmegaConf.load(earlier)
-        assert isinstance(before, DictConfig), f"{earlier} was written by a run and holds a mapping"
         # a key that is newer than the run gets its default, which means that it is not used
-        completed = OmegaConf.merge(dinov2_default_config, before)
-        assert isinstance(completed, DictConfig), "two mappings make a mapping"
-        changed = differences(self.cfg, completed)
+        before = OmegaConf.merge(dinov2_default_config, OmegaConf.load(earlier))
+        assert isinstance(before, DictConfig), f"{earlier} was written by a run and holds a mapping"
+        changed = differences(self.cfg, before)
         shapes = {k: v for k, v in changed.items() if k.startswith(_SHAPE_KEYS)}
         if shapes:
             text = "; ".join(f"{k}: {old} there, {new} now" for k, (new, old) in shapes.items())

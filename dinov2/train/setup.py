@@ -38,9 +38,8 @@ from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.command import StopSignals
 from dinov2.utils.config import load_run_config, missing_keys
-from dinov2.utils.memory import keep_freed_memory
-from dinov2.utils.parallel import available_cores
-from dinov2.utils.precision import fast_matmul, resolve_dtype, resolve_precision
+from dinov2.utils.numerics import fast_matmul, resolve_dtype, resolve_precision
+from dinov2.utils.resources import available_cores, keep_freed_memory
 
 logger = logging.getLogger("dinov2")
 

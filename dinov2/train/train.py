@@ -23,8 +23,7 @@ from omegaconf import DictConfig
 from dinov2 import distributed
 from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.distributed import average_over_ranks
-from dinov2.logging import setup_logging
-from dinov2.logging.metrics import MetricLogger, StepClock
+from dinov2.logging import MetricLogger, StepClock, setup_logging
 from dinov2.train.batches import TrainBatches, build_augmentation, build_dataset
 from dinov2.train.dry_run import count_step_flops, dry_run, find_batch_size, measured_matmul_rate
 from dinov2.train.evaluation import TeacherEvaluation
@@ -47,8 +46,7 @@ from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.views import TrainingViews
 from dinov2.utils.command import REQUEUE_EXIT_CODE, USER_ERRORS, StopSignals, error_text
 from dinov2.utils.config import load_run_config
-from dinov2.utils.precision import matmul_setting_kept
-from dinov2.utils.seeds import derive_seed
+from dinov2.utils.numerics import derive_seed, fast_matmul_within
 
 logger = logging.getLogger("dinov2")
 
@@ -206,7 +204,7 @@ def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) 
     """Run the command and return its exit code; `signals` then holds the signal that stopped it, if any."""
     args = parse_arguments(argv)
     try:
-        with signals or StopSignals() as active, matmul_setting_kept():
+        with signals or StopSignals() as active, fast_matmul_within(False):
             return run(args, active)
     finally:
         distributed.disable()

@@ -32,7 +32,7 @@ logger = logging.getLogger("dinov2")
 
 FOLDER_NAME = "views"
 N_KEPT = 4  # newest sheets, besides the first
-MOST_PIXELS = 900_000  # of a sheet: its PNG then stays below the 3 MB that a report includes
+MOST_PIXELS = 900_000  # of a sheet: its PNG then stays below 3 MB
 LARGEST_TILE, SMALLEST_TILE = 160, 84  # px, side of a crop on a sheet
 MOST_LOCAL_CROPS = 8  # of an image
 GAP = 4  # px between crops

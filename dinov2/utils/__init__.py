@@ -1,4 +1,4 @@
-"""Functions that several packages use: configuration, seeds, files, precision, memory, processes, ends of commands.
+"""Functions that several packages use: configuration, files, numerics, resources, run status, ends of commands.
 
 They import only `configs` and `distributed`.
 """

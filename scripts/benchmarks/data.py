@@ -31,7 +31,7 @@ from dinov2.data import DataAugmentationDINO, DataAugmentationHEMA
 from dinov2.data.datasets.decode import decode_image, load_image, resize_image
 from dinov2.data.loaders import make_dataset
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_images
-from dinov2.utils.memory import keep_freed_memory
+from dinov2.utils.resources import keep_freed_memory
 
 N_IMAGES, SIZE, LOCAL_SIZE = 64, 224, 98
 SCALE, LOCAL_SCALE = (0.32, 1.0), (0.05, 0.32)

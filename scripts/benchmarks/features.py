@@ -43,8 +43,8 @@ from dinov2.eval.linear import fit_linear_probe
 from dinov2.eval.protocol import EvaluationData
 from dinov2.hub.backbones import load_backbone
 from dinov2.models import architecture, vision_transformer
-from dinov2.utils.memory import keep_freed_memory
-from dinov2.utils.precision import fast_matmul_within
+from dinov2.utils.numerics import fast_matmul_within
+from dinov2.utils.resources import keep_freed_memory
 
 ARCHS = {"Ti": "vit_tiny", "S": "vit_small", "B": "vit_base", "L": "vit_large"}
 REFERENCE = "plain fp32"

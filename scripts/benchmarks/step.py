@@ -39,14 +39,14 @@ from dinov2 import distributed
 from dinov2.configs import CONFIG_FOLDER
 from dinov2.data.collate import assemble_batch, draw_masks
 from dinov2.data.masking import MaskingGenerator
-from dinov2.logging.metrics import StepClock
+from dinov2.logging import StepClock
 from dinov2.train.batches import resolve_batch_size
 from dinov2.train.dry_run import count_step_flops, measured_matmul_rate
 from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.config import load_run_config
-from dinov2.utils.memory import keep_freed_memory
-from dinov2.utils.precision import fast_matmul_within, resolve_precision
+from dinov2.utils.numerics import fast_matmul_within, resolve_precision
+from dinov2.utils.resources import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ARCHS = {"Ti": "vit_tiny", "S": "dinov2_vits14", "B": "dinov2_vitb14", "L": "dinov2_vitl14", "G": "dinov2_vitg14"}

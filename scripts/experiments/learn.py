@@ -32,7 +32,7 @@ from dinov2.data.datasets import find_images
 from dinov2.data.prepare.class_folders import ACEVEDO_STAGES
 from dinov2.eval import knn
 from dinov2.utils.files import atomic_write, file_sha256
-from dinov2.utils.seeds import derive_seed
+from dinov2.utils.numerics import derive_seed
 
 SPLITS = ("train", "test")
 

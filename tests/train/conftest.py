@@ -1,6 +1,16 @@
 """A run small enough for tests: a two-block ViT on 28-px images."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+
+from dinov2.train.batches import resolve_batch_size
+from dinov2.train.train import main
+from dinov2.utils.config import load_run_config
 
 TINY = [
     *("student.arch=vit_small", "student.embed_dim=32", "student.depth=2", "student.num_heads=2"),
@@ -27,3 +37,59 @@ def make_tiny_overrides():
 @pytest.fixture
 def tiny_overrides(make_tiny_overrides):
     return make_tiny_overrides
+
+
+@pytest.fixture
+def run(tmp_path, image_list, tiny_overrides):
+    """Run train.py in this process on eight images; returns (exit code, run folder)."""
+    lists = image_list()
+
+    def go(*overrides: str, name: str = "run", arguments: tuple[str, ...] = ()) -> tuple[int, Path]:
+        common = ["--output-dir", str(tmp_path / "out"), "--name", name, *arguments]
+        return main([*common, *tiny_overrides(lists, *overrides)]), tmp_path / "out" / name
+
+    return go
+
+
+@pytest.fixture
+def rows():
+    """The rows of a run's training_metrics.json without times and rates, which differ between equal runs."""
+
+    times = {"iter_time", "data_time", "images_per_second", "matmul_share"}
+
+    def read(folder: Path) -> list[dict]:
+        found = [json.loads(line) for line in (folder / "training_metrics.json").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if k not in times and not k.startswith("seconds_")} for row in found]
+
+    return read
+
+
+@pytest.fixture
+def configured(tiny_overrides):
+    """The configuration of a tiny run."""
+
+    def make(*overrides: str, recipe=None, lists="nowhere"):
+        return load_run_config(recipe, tiny_overrides(lists, *overrides), lambda cfg: resolve_batch_size(cfg.train, 1))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_on_processes():
+    """Run commands for run_commands.py on `n_processes`; returns their exit codes."""
+
+    def go(n_processes: int, commands: list[dict], folder: Path) -> list[int]:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"commands{len(list(folder.glob('commands*.json')))}.json"
+        path.write_text(json.dumps(commands))
+        start = [sys.executable]
+        if n_processes > 1:
+            start += ["-m", "torch.distributed.run", f"--nproc_per_node={n_processes}", "--master_port=0"]
+            start += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        worker = str(Path(__file__).with_name("run_commands.py"))
+        done = subprocess.run([*start, worker, str(path)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(Path(f"{path}.codes").read_text())
+
+    return go

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinov2.train import dry_run
-from dinov2.train.batches import TrainBatches, build_dataset, resolve_batch_size
+from dinov2.train.batches import TrainBatches, build_dataset
 from dinov2.train.dry_run import (
     StepCost,
     StepTrials,
@@ -16,19 +16,18 @@ from dinov2.train.dry_run import (
     measured_matmul_rate,
 )
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.train import main
 from dinov2.utils.config import load_run_config
 
 MIB = 2**20
 
 
 @pytest.fixture
-def make(image_list, tiny_overrides):
+def make(image_list, configured):
     """Configuration, network and images of a tiny run."""
     folder = image_list()
 
     def build(*overrides):
-        cfg = load_run_config(None, tiny_overrides(folder, *overrides), lambda cfg: resolve_batch_size(cfg.train, 1))
+        cfg = configured(*overrides, lists=folder)
         torch.manual_seed(0)
         return cfg, SSLMetaArch(cfg), build_dataset(cfg)
 
@@ -36,14 +35,9 @@ def make(image_list, tiny_overrides):
 
 
 @pytest.fixture
-def run(image_list, tiny_overrides, tmp_path):
-    folder = image_list()
-
-    def go(*arguments):
-        # the fixture's overrides first, so that a test's own win
-        return main(["--output-dir", str(tmp_path / "out"), "--name", "run", *tiny_overrides(folder, *arguments)])
-
-    return go
+def run(run):
+    """Run train.py; returns the exit code."""
+    return lambda *arguments: run(*arguments)[0]
 
 
 # --- arithmetic -----------------------------------------------------------------------------------------------------

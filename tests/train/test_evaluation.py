@@ -2,9 +2,7 @@
 
 import csv
 import json
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +13,9 @@ import torch
 from PIL import Image
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from dinov2.logging.metrics import is_time
 from dinov2.train import evaluation
 from dinov2.train.evaluation import TRACKED_METRICS, TeacherEvaluation
-from dinov2.train.train import main
 
-WORKER = Path(__file__).with_name("run_commands.py")
 EACH, EVERY_SECOND = (f"evaluation.eval_period_iterations={n}" for n in (1, 2))
 TEACHER = "teacher_checkpoint.pth"
 
@@ -66,24 +61,6 @@ def evaluated(cells):
     return [both, "evaluation.knn_k=[3]"]
 
 
-@pytest.fixture
-def run(tmp_path, image_list, tiny_overrides):
-    """Run train.py in this process on eight images; returns (exit code, run folder)."""
-    lists = image_list()
-
-    def go(*overrides: str, name: str = "run", arguments: tuple[str, ...] = ()) -> tuple[int, Path]:
-        common = ["--output-dir", str(tmp_path / "out"), "--name", name, *arguments]
-        return main([*common, *tiny_overrides(lists, *overrides)]), tmp_path / "out" / name
-
-    return go
-
-
-def rows(folder: Path) -> list[dict]:
-    """training_metrics.json without times."""
-    found = [json.loads(line) for line in (folder / "training_metrics.json").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not is_time(name)} for row in found]
-
-
 def networks(folder: Path, n: int) -> dict[str, torch.Tensor]:
     """Student and teacher of the checkpoint after n iterations."""
     dcp_to_torch_save(folder / "checkpoints" / f"iteration_{n:07d}", folder / "whole.pth")
@@ -107,7 +84,7 @@ def best(folder: Path) -> dict:
 # --- what is found and written --------------------------------------------------------------------------------------
 
 
-def test_each_set_is_evaluated_in_its_way_and_the_best_teacher_named(run, evaluated, monkeypatch):
+def test_each_set_is_evaluated_in_its_way_and_the_best_teacher_named(run, evaluated, monkeypatch, rows):
     logged = []
     tracker = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: tracker))
@@ -164,7 +141,7 @@ def test_eval_only_evaluates_the_latest_checkpoint(run, evaluated):
     assert again["teacher"].items() <= written["teacher"].items()
 
 
-def test_unreadable_cells_are_left_out_and_none_left_does_not_end_the_run(run, tmp_path, cells):
+def test_unreadable_cells_are_left_out_and_none_left_does_not_end_the_run(run, tmp_path, cells, rows):
     for side in ("train", "test"):
         for path in (cells / "two" / side).rglob("*.png"):
             copy = tmp_path / path.relative_to(cells)
@@ -191,7 +168,7 @@ def test_unreadable_cells_are_left_out_and_none_left_does_not_end_the_run(run, t
     [torch.OutOfMemoryError("out of memory"), KeyError("no such layer"), MemoryError("no more"), OSError("gone")],
 )
 @pytest.mark.parametrize("place", ["extract", "evaluate_knn"])
-def test_an_evaluation_that_fails_is_counted_and_does_not_end_the_run(run, evaluated, monkeypatch, place, error):
+def test_an_evaluation_that_fails_is_counted_and_does_not_end_the_run(run, evaluated, monkeypatch, place, error, rows):
     original, calls = getattr(evaluation, place), []
 
     def fail(*arguments, **settings):
@@ -226,7 +203,7 @@ def test_a_mistake_is_found_before_there_is_a_model_or_a_folder(run, cells, monk
 LONGER = ("student.drop_path_rate=0.5", "optim.epochs=3")
 
 
-def test_no_number_of_the_run_changes_also_when_it_is_killed_in_an_evaluation(run, evaluated, monkeypatch):
+def test_no_number_of_the_run_changes_also_when_it_is_killed_in_an_evaluation(run, evaluated, monkeypatch, rows):
     code, plain = run(*LONGER, name="plain")
     assert code == 0
 
@@ -323,7 +300,7 @@ def test_no_teacher_goes_before_the_next_is_whole(run, monkeypatch):
 # --- several processes ----------------------------------------------------------------------------------------------
 
 
-def test_two_processes_find_what_one_finds(run, tmp_path, cells, evaluated, image_list, tiny_overrides):
+def test_two_processes_find_what_one_finds(run, tmp_path, cells, evaluated, tiny_overrides, run_on_processes, rows):
     """Blocks add their full share (layer scale 1), so that images differ. One set has a single test cell."""
     single = cells / "single.csv"
     single.write_text("Image Path,Label\ntwo/test/dark/0.png,dark\n")
@@ -338,15 +315,7 @@ def test_two_processes_find_what_one_finds(run, tmp_path, cells, evaluated, imag
         {"arguments": [*common, "--name", "several"]},
         {"arguments": [*common, "--name", "plain", "evaluation.datasets=[]"]},
     ]
-    (tmp_path / "commands.json").write_text(json.dumps(commands))
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    start += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*start, str(WORKER), str(tmp_path / "commands.json")], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads((tmp_path / "commands.json.codes").read_text()) == [0, 0]
+    assert run_on_processes(2, commands, tmp_path) == [0, 0]
 
     ours, theirs = results(alone.with_name("several")), results(alone)
     assert list(ours) == list(theirs) == [0, 2, 4]

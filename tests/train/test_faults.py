@@ -15,7 +15,6 @@ import torch
 
 from dinov2.fsdp.checkpoint import Checkpointer
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.train import main
 
 DRILL = Path(__file__).parents[2] / "scripts" / "fault_drill.py"
 
@@ -90,18 +89,6 @@ def test_thirty_kills_lose_nothing(tmp_path):
 
 
 # --- losses that are not finite, or spike ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(tmp_path, image_list, tiny_overrides):
-    """Run train.py in this process; returns (exit code, run folder)."""
-    lists = image_list()
-
-    def go(*overrides: str) -> tuple[int, Path]:
-        arguments = ["--output-dir", str(tmp_path / "out"), "--name", "run"]
-        return main([*arguments, *tiny_overrides(lists, *overrides)]), tmp_path / "out" / "run"
-
-    return go
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """Frozen parts, adapters and the warm-up of heads: what learns, what stays, and that runs with them are like others."""
 
 import json
-import os
-import subprocess
 import sys
 import threading
 from functools import partial
@@ -19,15 +17,13 @@ from dinov2.hub.backbones import load_backbone
 from dinov2.hub.conversions import lora_scaling, merge_adapters
 from dinov2.hub.weight_files import without_chunk
 from dinov2.models.vision_transformer import DinoVisionTransformer, vit_small
-from dinov2.train.batches import resolve_batch_size
 from dinov2.train.evaluation import whole_teacher_backbone
 from dinov2.train.finetuning import choose_learned, count_learned, limit_learning
 from dinov2.train.optimizer import build_optimizer, get_params_groups_with_decay
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import main
-from dinov2.utils.config import load_run_config
-from dinov2.utils.seeds import derive_seed
+from dinov2.utils.numerics import derive_seed
 
 LORA = ["student.lora.rank=4"]
 # blocks that add their full share, as in trained networks: at 1e-5, tiny networks hardly learn
@@ -35,28 +31,13 @@ SEEING = ["student.layerscale=1.0"]
 
 
 @pytest.fixture
-def configured(tiny_overrides):
-    """The configuration of a tiny run."""
-
-    def make(*overrides: str):
-        def resolve(cfg):
-            resolve_batch_size(cfg.train, 1)
-
-        return load_run_config(None, tiny_overrides("nowhere", *SEEING, *overrides), resolve)
-
-    return make
+def configured(configured):
+    return lambda *overrides: configured(*SEEING, *overrides)
 
 
 @pytest.fixture
-def run(tmp_path, image_list, tiny_overrides):
-    """Run train.py in this process on eight images; returns (exit code, run folder)."""
-    lists = image_list()
-
-    def go(*overrides: str, name: str = "run") -> tuple[int, Path]:
-        arguments = ["--output-dir", str(tmp_path / "out"), "--name", name]
-        return main([*arguments, *tiny_overrides(lists, *SEEING, *overrides)]), tmp_path / "out" / name
-
-    return go
+def run(run):
+    return lambda *overrides, **options: run(*SEEING, *overrides, **options)
 
 
 def whole(folder: Path, n: int) -> dict:
@@ -403,7 +384,7 @@ class CountingHandler(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def on_processes(tmp_path_factory, make_image_list, make_tiny_overrides):
+def on_processes(tmp_path_factory, make_image_list, make_tiny_overrides, run_on_processes):
     """Each of WAYS on two processes, which start from a URL, in folders of that name; the same on one, in `alone`."""
     pytest.importorskip("peft")
     folder = tmp_path_factory.mktemp("runs")
@@ -425,19 +406,10 @@ def on_processes(tmp_path_factory, make_image_list, make_tiny_overrides):
             arguments(way, url, *settings, *(f"{network}.sharding_strategy={way}" for network in NETWORKS))
             for way, settings in WAYS.items()
         ]
-        commands = folder / "commands.json"
-        commands.write_text(json.dumps([{"arguments": each} for each in several]))
-        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-        start += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-        done = subprocess.run(
-            [*start, str(Path(__file__).with_name("run_commands.py")), str(commands)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_HOME": str(folder / "torch")},
-            capture_output=True,
-            text=True,
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TORCH_HOME", str(folder / "torch"))
+            assert run_on_processes(2, [{"arguments": each} for each in several], folder) == [0, 0]
         server.shutdown()
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert set(json.loads(Path(f"{commands}.codes").read_text())) == {0}, done.stderr[-4000:]
     return folder
 
 

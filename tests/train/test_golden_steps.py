@@ -10,7 +10,7 @@ from dinov2.train.optimizer import build_optimizer, clip_gradients
 from dinov2.train.schedules import StepSettings
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.config import load_run_config
-from dinov2.utils.precision import fast_matmul_within
+from dinov2.utils.numerics import fast_matmul_within
 
 NAMES = (
     "dinobloom",

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from dinov2.data.splits import make_folds
-from dinov2.train.labelled_sets import read_labelled_sets, without_copied_images
+from dinov2.train.evaluation import read_labelled_sets, without_copied_images
 
 
 def read(*datasets, linear=False, knn_k=(1,)):

@@ -6,9 +6,6 @@ Tolerances. In fp32 losses agree to 1e-5, gradient norms to 1e-3 and weights aft
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +15,6 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from dinov2.configs import CONFIG_FOLDER
 from dinov2.hub.weight_files import without_chunk
 
-WORKER = Path(__file__).with_name("run_commands.py")
 NETWORKS = [
     f"compute_precision.{r}.{p}" for r in ("student", "teacher") for p in ("backbone", "dino_head", "ibot_head")
 ]
@@ -53,21 +49,6 @@ VARIANTS = {
     "parts": [*strategy("NO_SHARD"), "train.batch_size_per_gpu=3", "train.activation_checkpointing=true"],
     "sharded parts": [*strategy("FULL_SHARD"), "train.batch_size_per_gpu=3"],
 }
-
-
-def launch(n_processes: int, commands: list[dict], folder: Path) -> list[int]:
-    """Exit codes of commands for run_commands.py."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"commands{len(list(folder.glob('commands*.json')))}.json"
-    path.write_text(json.dumps(commands))
-    start = [sys.executable]
-    if n_processes > 1:
-        start += ["-m", "torch.distributed.run", f"--nproc_per_node={n_processes}", "--master_port=0"]
-        start += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*start, str(WORKER), str(path)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(Path(f"{path}.codes").read_text())
 
 
 def rows(run: Path) -> list[dict]:
@@ -114,7 +95,7 @@ def commands(lists, make_tiny_overrides):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, commands):
+def runs(tmp_path_factory, commands, run_on_processes):
     """Runs on 1, 2 and 4 processes: folder / <recipe> <variant> <processes>."""
     folder = tmp_path_factory.mktemp("runs")
 
@@ -128,7 +109,7 @@ def runs(tmp_path_factory, commands):
     alone.append(of("dinov2", "parts", 1, *VARIANTS["parts"]))
     local_koleo = "dino.koleo_loss_distributed=false"
     alone.append(of("dinobloom", "local koleo", 1, local_koleo, "train.batch_size_per_gpu=6"))
-    assert set(launch(1, alone, folder)) == {0}
+    assert set(run_on_processes(1, alone, folder)) == {0}
     for n in (2, 4):
         several = [of(recipe, v, n, *VARIANTS[v]) for recipe in RECIPES for v in ("NO_SHARD", "FULL_SHARD")]
         several += [of("dinobloom", f"bf16 {v}", n, *VARIANTS[v], *bf16) for v in ("NO_SHARD", "FULL_SHARD")]
@@ -138,7 +119,7 @@ def runs(tmp_path_factory, commands):
             several += [of("dinov2", f"bf16 {v}", n, *VARIANTS[v], *bf16) for v in ("NO_SHARD", "FULL_SHARD")]
         else:
             several += [of("dinov2", "HYBRID_SHARD", n, *strategy("HYBRID_SHARD"), local_world_size=2)]
-        assert set(launch(n, several, folder)) == {0}
+        assert set(run_on_processes(n, several, folder)) == {0}
     return folder
 
 
@@ -194,7 +175,7 @@ RESUMED = {"2 to 1": (2, 1), "2 to 3": (2, 3), "1 to 2": (1, 2)}
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory, commands):
+def resumed(tmp_path_factory, commands, run_on_processes):
     """Runs that were stopped after four of six steps and went on with other processes."""
     folder = tmp_path_factory.mktemp("resumed")
 
@@ -206,10 +187,14 @@ def resumed(tmp_path_factory, commands):
             for recipe, run in runs
         ]
 
-    assert launch(1, parts(["unbroken"], 1) + parts(["1 to 2"], 1, stop_at=4), folder) == [0, 0, 75, 75]
-    assert launch(2, parts(["2 to 1", "2 to 3"], 2, stop_at=4) + parts(["1 to 2"], 2), folder) == [*[75] * 4, 0, 0]
-    assert launch(1, parts(["2 to 1"], 1), folder) == [0, 0]
-    assert launch(3, parts(["2 to 3"], 3), folder) == [0, 0]
+    assert run_on_processes(1, parts(["unbroken"], 1) + parts(["1 to 2"], 1, stop_at=4), folder) == [0, 0, 75, 75]
+    assert run_on_processes(2, parts(["2 to 1", "2 to 3"], 2, stop_at=4) + parts(["1 to 2"], 2), folder) == [
+        *[75] * 4,
+        0,
+        0,
+    ]
+    assert run_on_processes(1, parts(["2 to 1"], 1), folder) == [0, 0]
+    assert run_on_processes(3, parts(["2 to 3"], 3), folder) == [0, 0]
     return folder
 
 

@@ -7,7 +7,6 @@ import torch
 
 from dinov2.configs import CONFIG_FOLDER
 from dinov2.models.vision_transformer import resize_pos_embed, vit_small
-from dinov2.train.batches import resolve_batch_size
 from dinov2.train.evaluation import save_teacher, teacher_state
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import main
@@ -21,16 +20,6 @@ def log(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("dinov2"), "propagate", True)
     caplog.set_level(logging.INFO, logger="dinov2")
     return caplog
-
-
-@pytest.fixture
-def configured(tiny_overrides):
-    def make(*overrides: str, recipe=None):
-        return load_run_config(
-            recipe, tiny_overrides("nowhere", *overrides), lambda cfg: resolve_batch_size(cfg.train, 1)
-        )
-
-    return make
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import logging
 
 import pytest
 
-from dinov2.logging.metrics import is_time
 from dinov2.train import monitor
 from dinov2.train.train import main
 
@@ -14,23 +13,18 @@ STAGES = ("data", "teacher", "student", "backward", "optimizer", "teacher update
 
 
 @pytest.fixture
-def run(image_list, tiny_overrides, tmp_path):
-    folder = image_list()
+def run(run):
+    """Train six iterations with `arguments`; returns the run folder."""
 
     def go(name, *arguments):
-        command = ["--output-dir", str(tmp_path), "--name", name, *tiny_overrides(folder, "optim.epochs=3"), *arguments]
-        assert main(command) == 0
-        return tmp_path / name
+        code, folder = run("optim.epochs=3", name=name, arguments=arguments)
+        assert code == 0
+        return folder
 
     return go
 
 
-def rows(folder):
-    found = [json.loads(line) for line in (folder / "training_metrics.json").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not is_time(name)} for row in found]
-
-
-def test_a_trace_a_table_and_the_same_numbers(run):
+def test_a_trace_a_table_and_the_same_numbers(run, rows):
     plain, profiled = run("plain"), run("profiled", "--profile", "--profile-steps", "2")
     assert rows(plain) == rows(profiled)
     assert not (plain / "profile").exists()
@@ -54,7 +48,7 @@ def test_a_training_that_ends_before_says_so_and_writes_what_there_is(run, caplo
     assert (folder / "profile" / "table.txt").read_text().startswith("3 steps on ")
 
 
-def test_files_that_cannot_be_written_end_no_training(run, monkeypatch):
+def test_files_that_cannot_be_written_end_no_training(run, monkeypatch, rows):
     def full(*_):
         raise OSError(28, "No space left on device")
 

@@ -45,18 +45,6 @@ def losses(folder: Path) -> list[tuple]:
     return [(r["iteration"], r["total_loss"], r["grad_norm_backbone"]) for r in rows(folder)]
 
 
-@pytest.fixture
-def run(tmp_path, image_list, tiny_overrides):
-    """Run train.py in this process on eight images; returns (exit code, run folder)."""
-    lists = image_list()
-
-    def go(*overrides: str, name: str = "run", arguments: tuple[str, ...] = ()) -> tuple[int, Path]:
-        common = ["--output-dir", str(tmp_path / "out"), "--name", name, *arguments]
-        return main([*common, *tiny_overrides(lists, *overrides)]), tmp_path / "out" / name
-
-    return go
-
-
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -21,7 +21,7 @@ from dinov2.data.check.scan import (
     similar_hashes,
 )
 from dinov2.utils.files import PathLike, atomic_write
-from dinov2.utils.parallel import available_cores
+from dinov2.utils.resources import available_cores
 
 logger = logging.getLogger("dinov2")
 

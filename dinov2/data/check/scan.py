@@ -38,7 +38,7 @@ from dinov2.data.datasets.tables import (
 from dinov2.data.splits import PART_COLUMN
 from dinov2.utils.command import progress_bar
 from dinov2.utils.files import PathLike, local_path
-from dinov2.utils.parallel import parallel_map
+from dinov2.utils.resources import parallel_map
 
 TRAINING, LABELS, EVALUATION = "training", "labels", "evaluation"
 SETTINGS = {TRAINING: "check lists", LABELS: "--labels", EVALUATION: "--eval-splits"}

@@ -20,7 +20,7 @@ from dinov2.data.sample_cells.drawing import DEFAULT_SIZE_PX, draw_cell
 from dinov2.data.sample_cells.forms import CELL_CLASSES, Slide
 from dinov2.utils.command import progress_bar
 from dinov2.utils.files import atomic_write
-from dinov2.utils.parallel import parallel_map
+from dinov2.utils.resources import parallel_map
 
 __all__ = ["CELL_CLASSES", "DEFAULT_SIZE_PX", "SUBTYPES", "Slide", "contact_sheet", "draw_cell", "write_sample_cells"]
 

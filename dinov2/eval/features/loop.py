@@ -31,7 +31,7 @@ from dinov2.eval.features.encoders import Encoder, Preparation
 from dinov2.eval.features.store import DEFAULT_KIND, PATCHES
 from dinov2.utils.command import progress_bar
 from dinov2.utils.files import atomic_write
-from dinov2.utils.precision import fast_matmul_within
+from dinov2.utils.numerics import fast_matmul_within
 
 logger = logging.getLogger("dinov2")
 
@@ -58,7 +58,7 @@ class ExtractOptions:
     device: str | torch.device = "cpu"
     batch_size: int = 64  # images in one forward
     num_workers: int = 0  # processes that decode images; 0: a thread of this process
-    fp32_matmul: Fp32Matmul = "fast"  # float32 products on a CPU, see `dinov2.utils.precision`
+    fp32_matmul: Fp32Matmul = "fast"  # float32 products on a CPU, see `dinov2.utils.numerics`
     compiled: bool = False  # compile the network on CUDA, which takes a minute; ignored on a CPU, which gains nothing
     progress: bool = True  # show a progress bar, on the main process
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dinov2.data.splits import Fold
 from dinov2.eval.metrics import log_losses
-from dinov2.utils.seeds import derive_seed
+from dinov2.utils.numerics import derive_seed
 
 logger = logging.getLogger("dinov2")
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from dinov2.logging import setup_logging
-from dinov2.run.submit import EvaluationTask, add_cluster_arguments, describe, submit, wait
+from dinov2.run.submit import EvaluationTask, add_cluster_arguments, submit
 from dinov2.utils.command import log_error
 
 __all__ = ["launch"]
@@ -29,9 +29,7 @@ def launch(module: str, argv: Sequence[str] | None = None) -> int:
         if args.ngpus > 1:
             raise ValueError(f"--ngpus must be 0 or 1, found {args.ngpus}: evaluations are one process")
         output_dir = import_module(module).parse_arguments(command_argv).output_dir.absolute()
-        job = submit(EvaluationTask(module, command_argv), args, output_dir, name)
-        print(describe(job, args, output_dir), flush=True)
-        return wait(job.job_id) if args.wait else 0
+        return submit(EvaluationTask(module, command_argv), args, output_dir, name, results=output_dir)
     except Exception as error:
         log_error(error)
         return 2

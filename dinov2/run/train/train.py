@@ -19,7 +19,7 @@ import torch
 
 from dinov2.logging import setup_logging
 from dinov2.models import build_model_from_cfg
-from dinov2.run.submit import TrainingTask, add_cluster_arguments, describe, submit, tasks_per_node, wait
+from dinov2.run.submit import TrainingTask, add_cluster_arguments, submit, tasks_per_node
 from dinov2.train.batches import build_augmentation, build_dataset
 from dinov2.train.evaluation import TeacherEvaluation
 from dinov2.train.finetuning import choose_learned, locate_weights
@@ -61,9 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config_file = local_path(train_args.config_file) if train_args.config_file else None
         task = TrainingTask([*train_argv, "--output-dir", str(output_dir)], config_file)
         config = config_file.stem if config_file else "run"
-        job = submit(task, args, output_dir, train_args.name or config)
-        print(describe(job, args, output_dir / (train_args.name or f"{config}_{job.job_id}")), flush=True)
-        return wait(job.job_id) if args.wait else 0
+        name = train_args.name
+        return submit(task, args, output_dir, name or config, results=output_dir / (name or f"{config}_%j"))
     except Exception as error:
         log_error(error)
         return 2

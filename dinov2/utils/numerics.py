@@ -1,4 +1,4 @@
-"""Floating-point types of the networks' computations, and fast float32 matrix products on a CPU.
+"""Seeds of random streams, floating-point types of the networks, and fast float32 matrix products on a CPU.
 
 torch has one switch for float32 products in the whole process, `torch.set_float32_matmul_precision`. "highest", its
 default, sends them to MKL, which does not use its best kernels on AMD processors. "medium" sends them to oneDNN, which
@@ -8,6 +8,7 @@ switch means TF32, which is never this accurate: it stays off there.
 """
 
 import functools
+import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,19 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FAST, EXACT = "medium", "highest"
 # of the largest entry of a product over 256 numbers: float32 is below 1e-6, bfloat16 inputs are above 1e-4
 TOLERANCE = 1e-5
+
+
+def derive_seed(seed: int, *names: int | str) -> int:
+    """Return the 63-bit seed of the stream `names` of a run with `seed`.
+
+    Streams with different names are independent. A step's random numbers depend on its number, not on earlier draws,
+    so a resumed run is exact.
+    """
+    text = "/".join(str(name) for name in (seed, *names))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+# --- floating-point types -------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -75,20 +89,13 @@ def fast_matmul(is_wanted: bool, device: torch.device | str = "cpu") -> bool:
 
 
 @contextmanager
-def matmul_setting_kept() -> Iterator[None]:
-    """Restore the setting after a `with` block."""
+def fast_matmul_within(is_wanted: bool, device: torch.device | str = "cpu") -> Iterator[bool]:
+    """Apply `fast_matmul` within a `with` block, and restore the setting after it."""
     before = torch.get_float32_matmul_precision()
     try:
-        yield
+        yield fast_matmul(is_wanted, device)
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
-def fast_matmul_within(is_wanted: bool, device: torch.device | str = "cpu") -> Iterator[bool]:
-    """Apply `fast_matmul` within a `with` block."""
-    with matmul_setting_kept():
-        yield fast_matmul(is_wanted, device)
 
 
 def largest_error() -> float:
@@ -115,8 +122,8 @@ def largest_error() -> float:
 
 @functools.cache
 def _is_fast_path_accurate() -> bool:
-    """Check the fast path once per process; it takes milliseconds."""
-    with matmul_setting_kept(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    """Check the fast path, which stays on, once per process; it takes milliseconds."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
         torch.set_float32_matmul_precision(FAST)
         error = largest_error()
     if error > TOLERANCE:

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from dinov2.logging import MetricLogger, metrics
-from dinov2.logging.metrics import StepClock, Tracker
+from dinov2 import logging as log
+from dinov2.logging import MetricLogger, StepClock, Tracker
 
 
 class Recorder(Tracker):
@@ -101,7 +101,7 @@ def test_a_tracker_that_cannot_write_does_not_end_the_run(tmp_path, caplog, meth
 @pytest.fixture
 def now(monkeypatch):
     time = [0.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: time[0])
+    monkeypatch.setattr(log.time, "perf_counter", lambda: time[0])
     return time
 
 
@@ -137,7 +137,7 @@ def test_a_stage_that_fails_counts_no_time(now):
 
 
 def test_a_clock_that_nobody_reads_stays_small(now, monkeypatch):
-    monkeypatch.setattr(metrics, "MAX_MARKS", 9)
+    monkeypatch.setattr(log, "MAX_MARKS", 9)
     clock = StepClock("cpu")
     for _ in range(100):
         for name in ("data", "student"):

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from dinov2.utils import memory
-from dinov2.utils.memory import PeakMemory, memory_limit, resident_memory, size_text
+from dinov2.utils import resources
+from dinov2.utils.resources import PeakMemory, memory_limit, resident_memory, size_text
 
 MIB = 2**20
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def test_freed_memory_is_kept():
     script = """
 import resource
 import torch
-from dinov2.utils.memory import keep_freed_memory
+from dinov2.utils.resources import keep_freed_memory
 
 def work():
     for _ in range(10):
@@ -65,7 +65,7 @@ def test_there_is_room_for_this_process_and_more():
 
 
 def test_where_the_system_tells_nothing(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "PROC", tmp_path)
+    monkeypatch.setattr(resources, "PROC", tmp_path)
     with PeakMemory(CPU) as peak:
         pass
     assert peak.bytes > 10 * MIB
@@ -75,10 +75,10 @@ def test_where_the_system_tells_nothing(monkeypatch, tmp_path):
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
     """Made-up /proc and cgroups: 100 MiB in use by the process, 1000 MiB available."""
-    monkeypatch.setattr(memory, "PROC", tmp_path / "proc")
-    monkeypatch.setattr(memory, "CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(resources, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(resources, "CGROUPS", tmp_path / "groups")
     (tmp_path / "proc" / "self").mkdir(parents=True)
-    pages = 100 * MIB // memory.os.sysconf("SC_PAGE_SIZE")
+    pages = 100 * MIB // resources.os.sysconf("SC_PAGE_SIZE")
     (tmp_path / "proc" / "self" / "statm").write_text(f"999999 {pages} 0 0 0 0 0")
     (tmp_path / "proc" / "meminfo").write_text(f"MemTotal: 9 kB\nMemAvailable:   {1000 * 1024} kB\n")
 

@@ -1,4 +1,4 @@
-"""Types of the networks' computations; the fast path of float32 products: chosen only where it is accurate."""
+"""Seed streams; types of the networks; the fast path of float32 products, chosen only where it is accurate."""
 
 import logging
 from collections.abc import Iterator
@@ -6,12 +6,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dinov2.utils import precision
-from dinov2.utils.precision import (
+from dinov2.utils import numerics
+from dinov2.utils.numerics import (
     EXACT,
     FAST,
     TOLERANCE,
     autocast,
+    derive_seed,
     fast_matmul,
     fast_matmul_within,
     largest_error,
@@ -22,9 +23,9 @@ from dinov2.utils.precision import (
 @pytest.fixture(autouse=True)
 def own_setting() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    precision._is_fast_path_accurate.cache_clear()
+    numerics._is_fast_path_accurate.cache_clear()
     yield
-    precision._is_fast_path_accurate.cache_clear()
+    numerics._is_fast_path_accurate.cache_clear()
     torch.set_float32_matmul_precision(before)
 
 
@@ -70,7 +71,7 @@ def test_the_setting_before_comes_back_even_after_an_error():
 def test_the_check_is_exact_float32_under_autocast_too():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under_autocast = fast_matmul(True)
-    precision._is_fast_path_accurate.cache_clear()
+    numerics._is_fast_path_accurate.cache_clear()
     assert under_autocast == fast_matmul(True)
 
 
@@ -89,3 +90,12 @@ def test_auto_on_a_gpu_that_only_emulates_bf16_is_fp16(monkeypatch):
     resolve_dtype.cache_clear()
     assert resolve_dtype("auto", "cuda") == torch.float16
     resolve_dtype.cache_clear()
+
+
+def test_streams_are_functions_of_seed_and_name_and_differ():
+    seeds = {derive_seed(s, name, i) for s in range(3) for name in ("masks", "crops") for i in range(50)}
+    assert len(seeds) == 300
+    assert derive_seed(0, "masks", 1) == derive_seed(0, "masks", 1)
+    # "1" + "23" and "12" + "3" are different names
+    assert derive_seed(0, 1, 23) != derive_seed(0, 12, 3)
+    torch.Generator().manual_seed(max(seeds))  # fits what torch takes
