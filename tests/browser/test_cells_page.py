@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2.eval.cell_maps import maps_section
-from dinov2.eval.maps.patch_maps import PALETTE, CellMaps, levels
+from dinov2.eval.cell_maps import PALETTE, CellMaps, levels, maps_section
 from dinov2.eval.pages.page import write_page
 
 ROWS, COLUMNS = 4, 5
