@@ -21,12 +21,12 @@ from pathlib import Path
 import dinov2
 from dinov2.eval.cell_maps import cells_section, choose_images
 from dinov2.eval.compare import predictions_belong
+from dinov2.eval.explorer import explorer_section
 from dinov2.eval.extract_features import positive_int
 from dinov2.eval.features import read_features
 from dinov2.eval.features.extract import Embedder
 from dinov2.eval.pages import results as result_pages
 from dinov2.eval.pages import runs as run_pages
-from dinov2.eval.pages.explorer import explorer_section
 from dinov2.eval.pages.page import Section, html, section, write_page
 from dinov2.eval.pages.patients import patients_section
 from dinov2.eval.results import MODEL, RESULTS_NAME, ResultRecord, mapping, read_result

@@ -13,9 +13,9 @@ from PIL import Image
 
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.data.sample_cells import CELL_CLASSES, write_sample_cells
+from dinov2.eval.explorer import explorer_section
 from dinov2.eval.features import Features
 from dinov2.eval.features.named_encoders import colour_histogram
-from dinov2.eval.pages.explorer import explorer_section
 from dinov2.eval.pages.page import write_page
 from dinov2.eval.results import FoldPredictions, write_predictions
 

@@ -11,8 +11,7 @@ from markupsafe import Markup
 
 from dinov2.eval.compare import cells_digest, comparable_settings, compare_rows, predictions_belong, split_digest
 from dinov2.eval.metrics.tables import SCORES, TABLE_METRICS
-from dinov2.eval.pages.charts import interval_chart
-from dinov2.eval.pages.page import NONE, Section, html, percent, rounded, section, table
+from dinov2.eval.pages.page import NONE, Section, html, interval_chart, percent, rounded, section, table
 from dinov2.eval.results import MODEL, ResultRecord, Row, mapping, number
 
 COMPARED = "balanced_accuracy"  # the metric of interval charts, paired tests and the matrix of data sets

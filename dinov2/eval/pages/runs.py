@@ -16,8 +16,7 @@ from yaml import YAMLError
 
 from dinov2.configs import dinov2_default_config
 from dinov2.data.datasets.tables import open_table
-from dinov2.eval.pages.charts import line_chart
-from dinov2.eval.pages.page import NONE, Section, html, percent, rounded, section, table
+from dinov2.eval.pages.page import NONE, Section, html, line_chart, percent, rounded, section, table
 from dinov2.eval.pages.results import METRIC_TITLES, different_values, metric_columns
 from dinov2.eval.results import RESULTS_NAME, ResultRecord, mapping, number, read_report, read_result
 from dinov2.utils.config import differences
