@@ -238,17 +238,17 @@ def cells_section(embedder: Embedder, paths: Sequence[Path], names: Sequence[str
 
 
 def maps_section(maps: CellMaps) -> Section:
-    """Return maps as a section; without JavaScript it shows all but single heads and similarities."""
+    """Return maps as a section; without JavaScript it shows all but similarities."""
     rows, columns = maps.grid
     colours = maps.colours()
     cards = []
     for i, name in enumerate(maps.names):
         image = Image.fromarray(maps.images[i])
         image.thumbnail((IMAGE_PX, IMAGE_PX), Image.Resampling.LANCZOS)  # never enlarges
-        images = [("image", "image", image_uri(image, "jpeg", 88))]
-        images += [(kind, TITLES[kind], image_uri(Image.fromarray(of_kind[i]))) for kind, of_kind in colours.items()]
-        attention = np.stack([maps.attention[i].mean(axis=0), *maps.attention[i]])  # [1 + heads, h, w]
-        heads = [image_uri(Image.fromarray(head)) for head in colour_map(attention)]
+        images = [("image", image_uri(image, "jpeg", 88))]
+        images += [(TITLES[kind], image_uri(Image.fromarray(of_kind[i]))) for kind, of_kind in colours.items()]
+        attention = enumerate(colour_map(maps.attention[i]), start=1)
+        heads = [(f"CLS attention, head {head}", image_uri(Image.fromarray(pixels))) for head, pixels in attention]
         similarity = image_uri(similarity_sheet(maps.similarity[i], rows, columns))
         cards.append({"name": name, "images": images, "heads": heads, "similarity": similarity})
     unreadable = [f"{path}: {reason}" for path, reason in maps.unreadable.items()]
@@ -257,7 +257,6 @@ def maps_section(maps: CellMaps) -> Section:
         maps=maps,
         rows=rows,
         columns=columns,
-        heads=["mean of heads", *(f"head {head + 1}" for head in range(maps.attention.shape[1]))],
         cards=cards,
         border=f"{patch_maps.border_share(maps.attention.mean(axis=1)).mean():.0%}",
         even=f"{patch_maps.border_share(np.ones(maps.grid)):.0%}",

@@ -216,8 +216,9 @@ def projections(
 
 
 def _plane(title: str, axes: list[str], points: np.ndarray) -> dict[str, Any]:
-    x, y = map(_rounded, points.T)
-    return {"title": title, "axes": axes, "x": x, "y": y}
+    (x, y), low, high = map(_rounded, points.T), points.min(axis=0), points.max(axis=0)
+    middle, size = _rounded((low + high) / 2), _rounded(high - low)
+    return {"title": title, "axes": axes, "x": x, "y": y, "middle": middle, "size": size}
 
 
 def _rounded(values: np.ndarray, digits: int = 6) -> list[float]:

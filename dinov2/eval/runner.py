@@ -14,8 +14,7 @@ import numpy as np
 from dinov2.data.splits import write_split
 from dinov2.eval import few_shot
 from dinov2.eval.few_shot import FewShotOptions
-from dinov2.eval.metrics.figures import draw_confusion, draw_curves
-from dinov2.eval.metrics.tables import class_table, metrics_table, scores_table
+from dinov2.eval.metrics.summaries import class_table, draw_confusion, draw_curves, metrics_table, scores_table
 from dinov2.eval.protocol import (
     EvaluationSet,
     Predictions,

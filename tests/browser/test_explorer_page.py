@@ -223,7 +223,8 @@ def test_click_shows_the_nearest_cells_in_feature_space(explorer, cells):
     distances[i] = np.inf
     expected = np.argsort(distances, kind="stable")[:12]
     buttons = explorer.browser.driver.find_elements("css selector", "[aria-label='Nearest neighbours'] button")
-    assert [int(button.get_attribute("data-row")) for button in buttons] == expected.tolist()
+    titles = [f"{cells.class_names[cells.labels[j]]}, {cells.paths[j]}" for j in expected]
+    assert [button.get_attribute("title") for button in buttons] == titles
     shown = [float(button.text.split()[0]) for button in buttons]
     np.testing.assert_allclose(shown, distances[expected], rtol=5e-3)
     for button, j in zip(buttons, expected, strict=True):

@@ -127,13 +127,15 @@ def test_the_page_holds_the_numbers_that_its_script_shows(model, checkpoint, fil
     names = ["blast/0.png", "blast/1.png"]
     section = cells_section(Embedder(checkpoint), files, names)
     maps = make_cell_maps(model, files, 56, names=names)
-    assert re.findall(r'<article class="card cells-card" aria-label="(.*?)"', section.html) == names
-    heads = re.findall(r'data-heads="(.*?)"', section.html)
+    assert re.findall(r'<article class="card" aria-label="(.*?)"', section.html) == names
+    images = {alt: pixels(uri) for uri, alt in re.findall(r'<img src="(data:image/png.*?)" alt="(.*?)"', section.html)}
+    colours = maps.colours()
     similarities = re.findall(r"background-image: url\((.*?)\)", section.html)
     for i in range(2):
-        attention = [pixels(uri) for uri in heads[i].split(" ")]
-        np.testing.assert_array_equal(attention[1:], colour_map(maps.attention[i]))
-        np.testing.assert_array_equal(attention[0], colour_map(maps.attention[i].mean(axis=0)))
+        of_heads = [images[f"CLS attention, head {head} of {names[i]}"] for head in (1, 2, 3)]
+        np.testing.assert_array_equal(of_heads, colour_map(maps.attention[i]))
+        np.testing.assert_array_equal(images[f"{TITLES['attention']} of {names[i]}"], colours["attention"][i])
+        np.testing.assert_array_equal(images[f"{TITLES['rollout']} of {names[i]}"], colours["rollout"][i])
         sheet = pixels(similarities[i])
         assert sheet.shape == (16, 16, 3)
         for row, column in np.ndindex(4, 4):

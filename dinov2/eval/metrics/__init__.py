@@ -1,6 +1,6 @@
 """Numbers that say how good predictions are: metrics, their intervals, and paired tests of two methods.
 
-`metrics.tables` prints them and `metrics.figures` draws them.
+`metrics.summaries` has them as tables and figures.
 """
 
 from dinov2.eval.metrics.classification import auroc_per_class, classification_metrics, log_losses, reliability
