@@ -5,8 +5,8 @@
 The page is one file and needs no network. What it exports is CSV (RFC 4180) in UTF-8 with a byte order mark, which
 Excel needs. Text that a spreadsheet would take for a formula gets an apostrophe before it.
 
-Projections and neighbours are computed here; `templates/explorer.js` filters, colours and exports in the browser. The
-plot is a 2D canvas, because hospital computers often have no graphics acceleration.
+The plot is a 2D canvas, because hospital computers often have no graphics acceleration. `templates/explorer.js` runs in
+the browser.
 
 Letters: N cells, D numbers each
 """
@@ -302,8 +302,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     flag = parser.add_argument
-    features_help = "features.h5 files of one network, each a data set that has the file's name unless NAME is given"
-    flag("--features", nargs="+", required=True, metavar="[NAME=]FILE", help=features_help)
+    flag("--features", nargs="+", required=True, metavar="[NAME=]FILE", help="data sets: features.h5 of one network")
     flag("--predictions", type=Path, help="a predictions.csv of knn.py, linear.py or abmil.py, or its folder")
     flag("--columns", type=Path, help="a CSV of more to colour by: image paths first, other columns beside them")
     flag("--kind", help="kind of features (default: the file's first one)")

@@ -4,9 +4,8 @@ A page is a list of `Section`s under one heading, with a table of contents. jinj
 policy of a page forbids all requests, and all scripts without its nonce: a template writes its own script as
 `<script nonce="{{ nonce }}">`, and its styles as `<style>`.
 
-Sections can use `html`, the macros of `templates/macros.html`, and the CSS variables and classes of
-`templates/page.css`, such as `only-with-script` (hidden without JavaScript) and `no-print`. The event `chartsready` of
-`document` comes after all bokeh figures were drawn; then `Bokeh.documents` has them.
+Sections can use `html`, the macros of `templates/macros.html`, and the CSS variables and classes of `page.css`. Event
+`chartsready` of `document` comes after all bokeh figures were drawn; then `Bokeh.documents` has them.
 """
 
 import base64
@@ -207,11 +206,9 @@ def percent(value: Any) -> str:
 
 def table(rows: Sequence[Mapping[str, Any]], caption: str, *, is_folded: bool = False) -> Markup:
     """Return a table of rows {header: text or `Markup`}, whose first column names them; nothing without rows."""
-    if not rows:
-        return Markup()
     headers = list(dict.fromkeys(header for row in rows for header in row))
     content = html.table(headers, [[row.get(header, "") for header in headers] for row in rows], caption)
-    return html.folded(caption, content) if is_folded else content
+    return html.folded(caption, content) if is_folded and rows else content
 
 
 def page_html(title: str, sections: Sequence[Section], subtitle: str = "") -> str:

@@ -193,12 +193,10 @@ def teachers_section(runs: Sequence[RunRecord]) -> Section | None:
                     rows.append(which | metric_columns(row))
             for title, value in numbers.items():
                 lines.setdefault(title, {}).setdefault(run.name, {})[done] = value
-    charts = [
-        line_chart(
-            {name: pd.Series(values, dtype=np.float64) for name, values in of_runs.items()}, title, "iterations done"
-        )
-        for title, of_runs in lines.items()
-    ]
+    charts = []
+    for title, of_runs in lines.items():
+        series = {name: pd.Series(values, dtype=np.float64) for name, values in of_runs.items()}
+        charts.append(line_chart(series, title, "iterations done"))
     sizes: dict[str, dict[str, str]] = {run.name: {} for run in runs}
     for run in runs:
         for name, of_set in mapping(run.evaluations[max(run.evaluations)].report.get("datasets")).items():
