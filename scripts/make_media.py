@@ -18,10 +18,9 @@ from typing import Any
 from PIL import Image
 
 from dinov2.eval import report
-from dinov2.eval.cell_maps import sheets
+from dinov2.eval.cell_maps import choose_images, make_cell_maps, sheets
+from dinov2.eval.explorer import explorer_section
 from dinov2.eval.features import read_features
-from dinov2.eval.maps.patch_maps import choose_images, make_cell_maps
-from dinov2.eval.pages.explorer import explorer_section
 from dinov2.eval.pages.page import write_page
 from dinov2.hub.backbones import load_backbone
 from dinov2.logging import setup_logging

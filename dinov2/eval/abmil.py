@@ -31,8 +31,7 @@ from dinov2.data.datasets.bags import PatientBags, check_same_attributes, read_p
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.eval.extract_features import CELLS_HELP, add_embedder_arguments, device_of, embedder_from, positive_int
 from dinov2.eval.features import Features, read_features
-from dinov2.eval.metrics.figures import draw_confusion, draw_curves, draw_losses
-from dinov2.eval.metrics.tables import class_table, metrics_table
+from dinov2.eval.metrics.summaries import class_table, draw_confusion, draw_curves, draw_losses, metrics_table
 from dinov2.eval.results import (
     PROBABILITY_PREFIX,
     provenance,

@@ -15,7 +15,7 @@ import pandas as pd
 from dinov2.data.datasets.tables import open_table
 from dinov2.eval.extract_features import positive_int
 from dinov2.eval.metrics import N_RESAMPLES, compare_paired
-from dinov2.eval.metrics.tables import percent, text_table
+from dinov2.eval.metrics.summaries import percent, text_table
 from dinov2.eval.results import PredictionTable, ResultRecord, Row, mapping, read_predictions
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code

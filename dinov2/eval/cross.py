@@ -41,8 +41,7 @@ from dinov2.eval.features.data_sets import (
 from dinov2.eval.knn import knn_predict
 from dinov2.eval.linear import fit_linear_probe
 from dinov2.eval.metrics import bootstrap_intervals, classification_metrics
-from dinov2.eval.metrics.figures import draw_matrix
-from dinov2.eval.metrics.tables import TABLE_METRICS, percent, text_table
+from dinov2.eval.metrics.summaries import TABLE_METRICS, draw_matrix, percent, text_table
 from dinov2.eval.results import FoldPredictions, provenance, settings_of, summarize, write_csv, write_report
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code

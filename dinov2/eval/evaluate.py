@@ -24,7 +24,7 @@ from dinov2.eval import abmil, knn, linear, runner
 from dinov2.eval.features import Features, read_features
 from dinov2.eval.knn import KnnOptions
 from dinov2.eval.linear import LinearOptions
-from dinov2.eval.metrics.tables import metrics_table
+from dinov2.eval.metrics.summaries import metrics_table
 from dinov2.eval.protocol import (
     EvaluationSet,
     add_evaluation_arguments,

@@ -225,14 +225,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=KnnOptions.temperature, help="T of dino")
 
 
+COMMAND = (
+    "Classify cells by their nearest neighbours among features; print a table and write results.json, "
+    "predictions_knn_<k>.csv, split.csv, confusion.png, curves.png to <output-dir>.",
+    lambda args: protocol(KnnOptions(args.protocol, args.k, args.temperature)),
+    add_arguments,
+)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return runner.parse_arguments(*COMMAND, argv)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    runner.run_command(
-        "Classify cells by their nearest neighbours among features; print a table and write results.json, "
-        "predictions_knn_<k>.csv, split.csv, confusion.png, curves.png to <output-dir>.",
-        lambda args: protocol(KnnOptions(args.protocol, args.k, args.temperature)),
-        add_arguments,
-        argv,
-    )
+    runner.run_command(*COMMAND, argv)
 
 
 if __name__ == "__main__":

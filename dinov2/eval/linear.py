@@ -178,14 +178,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--backend", choices=get_args(Backend), default=default.backend, help=backends)
 
 
+COMMAND = (
+    "Classify cells by a linear probe of their features; print a table and write results.json, predictions.csv, "
+    "split.csv, confusion.png, curves.png to <output-dir>.",
+    lambda args: protocol(LinearOptions(args.protocol, args.validation_folds, args.sgd_iterations, args.backend)),
+    add_arguments,
+)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return runner.parse_arguments(*COMMAND, argv)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    runner.run_command(
-        "Classify cells by a linear probe of their features; print a table and write results.json, predictions.csv, "
-        "split.csv, confusion.png, curves.png to <output-dir>.",
-        lambda args: protocol(LinearOptions(args.protocol, args.validation_folds, args.sgd_iterations, args.backend)),
-        add_arguments,
-        argv,
-    )
+    runner.run_command(*COMMAND, argv)
 
 
 if __name__ == "__main__":

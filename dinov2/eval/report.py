@@ -19,15 +19,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import dinov2
-from dinov2.eval.cell_maps import cells_section
+from dinov2.eval.cell_maps import cells_section, choose_images
 from dinov2.eval.compare import predictions_belong
+from dinov2.eval.explorer import explorer_section
 from dinov2.eval.extract_features import positive_int
 from dinov2.eval.features import read_features
 from dinov2.eval.features.extract import Embedder
-from dinov2.eval.maps.patch_maps import choose_images
 from dinov2.eval.pages import results as result_pages
 from dinov2.eval.pages import runs as run_pages
-from dinov2.eval.pages.explorer import explorer_section
 from dinov2.eval.pages.page import Section, html, section, write_page
 from dinov2.eval.pages.patients import patients_section
 from dinov2.eval.results import MODEL, RESULTS_NAME, ResultRecord, mapping, read_result
@@ -137,16 +136,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("sources", type=Path, nargs="+", metavar="RUN_OR_RESULTS", help=f"a folder or {RESULTS_NAME}: {SOURCES}")
     add("--output", type=Path, default=Path("report.html"), help="the page")
     add("--title", help="over the page; without it the names of what it is about")
-    features_help = f"a features file for the explorer; without it {FEATURES_NAME} of the first results that have one"
-    add("--features", type=Path, help=features_help)
-    explorer_help = "whether the page has an explorer of features, with an image of each cell"
-    add("--explorer", action=argparse.BooleanOptionalAction, default=True, help=explorer_help)
+    add("--features", type=Path, help=f"for the explorer; without it {FEATURES_NAME} of the first results with one")
+    add("--explorer", action=argparse.BooleanOptionalAction, default=True, help="show features, with images of cells")
     add("--max-cells", type=positive_int, default=MAX_CELLS, help="in the explorer; explorer.py shows more")
-    cells_help = "labelled cells (a folder or a CSV) of which the page shows maps: PCA, attention, similarity"
-    add("--cells", type=Path, help=cells_help)
+    add("--cells", type=Path, help="labelled cells (a folder or a CSV) to show maps of: PCA, attention, similarity")
     add("--n-cells", type=positive_int, default=8, help="of --cells")
-    weights_help = "for --cells; without it the first run's newest teacher, or the first result's"
-    add("--checkpoint", metavar="WEIGHTS", help=weights_help)
+    add("--checkpoint", metavar="WEIGHTS", help="for --cells; without it those of the first run, or the first result")
     return parser.parse_args(argv)
 
 

@@ -27,7 +27,7 @@ import dinov2
 from dinov2.data.datasets.tables import open_table
 from dinov2.data.splits import Fold
 from dinov2.eval.metrics import bootstrap_intervals, classification_metrics
-from dinov2.eval.metrics.tables import SCORES, TABLE_METRICS
+from dinov2.eval.metrics.summaries import SCORES, TABLE_METRICS
 from dinov2.utils.files import atomic_write, local_path
 
 RESULTS_NAME = "results.json"

@@ -14,8 +14,7 @@ import numpy as np
 from dinov2.data.splits import write_split
 from dinov2.eval import few_shot
 from dinov2.eval.few_shot import FewShotOptions
-from dinov2.eval.metrics.figures import draw_confusion, draw_curves
-from dinov2.eval.metrics.tables import class_table, metrics_table, scores_table
+from dinov2.eval.metrics.summaries import class_table, draw_confusion, draw_curves, metrics_table, scores_table
 from dinov2.eval.protocol import (
     EvaluationSet,
     Predictions,
@@ -41,26 +40,40 @@ HOW_TO = (
 )
 
 
+def parse_arguments(
+    description: str,
+    protocol_of: Callable[[argparse.Namespace], Protocol],
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+    argv: Sequence[str] | None = None,
+) -> argparse.Namespace:
+    """Parse the flags of a protocol's command and check them for the protocol that `protocol_of` makes of them.
+
+    `add_arguments` adds the protocol's own flags before the common ones.
+    """
+    parser = argparse.ArgumentParser(
+        description=f"{description} {HOW_TO}", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    if add_arguments is not None:
+        add_arguments(parser)
+    add_evaluation_arguments(parser)
+    args = parser.parse_args(argv)
+    check_evaluation_arguments(parser, args, protocol_of(args).kinds)
+    return args
+
+
 def run_command(
     description: str,
     protocol_of: Callable[[argparse.Namespace], Protocol],
-    add_arguments: Callable[[argparse.ArgumentParser], None],
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None,
     argv: Sequence[str] | None = None,
 ) -> None:
     """Run the command of a protocol: read the flags, evaluate, write the results and print tables.
 
-    `protocol_of` returns the protocol with the options of the flags; `add_arguments` adds the protocol's own flags
-    before the common ones.
+    `protocol_of` returns the protocol with the options of the flags; `add_arguments` adds the protocol's own flags.
     """
     setup_logging()
-    parser = argparse.ArgumentParser(
-        description=f"{description} {HOW_TO}", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add_arguments(parser)
-    add_evaluation_arguments(parser)
-    args = parser.parse_args(argv)
+    args = parse_arguments(description, protocol_of, add_arguments, argv)
     protocol = protocol_of(args)
-    check_evaluation_arguments(parser, args, protocol.kinds)
     cells = load_evaluation_set(args, protocol.takes_all_kinds)
     report = run(protocol, cells, args.output_dir, args.few_shot, args.repeats, settings_of(args))
     print(format_report(report, protocol))

@@ -1,28 +1,17 @@
-"""Cells in a browser: the choice of a head, and the similarity to a patch by mouse and by keyboard."""
+"""Cells in a browser: each head's attention, and the similarity to a patch by mouse and by keyboard."""
 
+import base64
 import io
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2.eval.cell_maps import maps_section
-from dinov2.eval.maps.patch_maps import PALETTE, CellMaps, levels
+from dinov2.eval.cell_maps import PALETTE, CellMaps, levels, maps_section
 from dinov2.eval.pages.page import write_page
 
 ROWS, COLUMNS = 4, 5
 EVIL = "</script><img src=x onerror=alert(1)>"
-PIXELS_OF_ATTENTION = """
-const done = arguments[0], image = document.querySelector(".cells-attention");
-image.decode().then(() => {
-  const canvas = document.createElement("canvas");
-  canvas.width = image.naturalWidth;
-  canvas.height = image.naturalHeight;
-  const pen = canvas.getContext("2d");
-  pen.drawImage(image, 0, 0);
-  done([...pen.getImageData(0, 0, canvas.width, canvas.height).data].filter((_, i) => i % 4 < 3));
-});
-"""
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +67,7 @@ def test_a_click_shows_what_is_like_that_patch(browser, maps, page):
     browser.mouse((box[0] + box[2] * 1.5 / COLUMNS, box[1] + box[3] * 3.5 / ROWS), "down", "up", (1, 1))
     browser.js("document.activeElement.blur()")
     check_colours(browser, maps, 1, (3, 1))
-    text = browser.js("return document.querySelectorAll('.cells-card output')[1].textContent")
+    text = browser.js("return document.querySelectorAll('.card output')[1].textContent")
     assert text == "to row 4, column 2"
     check_colours(browser, maps, 0, middle)
 
@@ -92,15 +81,17 @@ def test_the_arrow_keys_move_the_marked_patch_and_stop_at_the_edge(browser, maps
     check_colours(browser, maps, 0, (ROWS - 1, 0))
 
 
-@pytest.mark.parametrize("head", [-1, 0, 2])
-def test_a_head_can_be_chosen(browser, maps, page, head):
-    select = "document.getElementById('cells-head')"
-    browser.js(f"{select}.value = '{head + 1}'; {select}.dispatchEvent(new Event('change'))")
-    of_head = maps.attention[0].mean(axis=0) if head < 0 else maps.attention[0, head]
-    pixels = browser.driver.execute_async_script(PIXELS_OF_ATTENTION)
-    np.testing.assert_array_equal(np.reshape(pixels, (ROWS, COLUMNS, 3)), PALETTE[levels(of_head)])
-    words = "mean of heads" if head < 0 else f"head {head + 1}"
-    assert browser.find(".cells-attention").get_attribute("alt") == f"CLS attention, {words} of class/{EVIL}.png"
+def test_the_attention_of_each_head_unfolds(browser, maps, page):
+    browser.js("document.querySelector('.card summary').focus()")
+    browser.press("ENTER")
+    for head in range(3):
+        alt = f"CLS attention, head {head + 1} of class/{EVIL}.png"
+        (image,) = [
+            each for each in browser.driver.find_elements("css selector", "details img") if each.accessible_name == alt
+        ]
+        assert image.is_displayed()
+        pixels = Image.open(io.BytesIO(base64.b64decode(image.get_attribute("src").split(",")[1]))).convert("RGB")
+        np.testing.assert_array_equal(pixels, PALETTE[levels(maps.attention[0, head])])
 
 
 def test_dark_and_on_a_phone(browser, page, phone, dark_system):
@@ -108,4 +99,4 @@ def test_dark_and_on_a_phone(browser, page, phone, dark_system):
     phone()
     browser.open(page)
     assert browser.js("return document.documentElement.scrollWidth") <= 390
-    assert browser.js("return document.images.length") == 2 * 4, "the class's name is not an image"
+    assert browser.js("return document.images.length") == 2 * (4 + 3), "the class's name is not an image"

@@ -13,10 +13,10 @@ from PIL import Image
 
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.data.sample_cells import CELL_CLASSES, write_sample_cells
+from dinov2.eval.explorer import explorer_section
 from dinov2.eval.features import Features
 from dinov2.eval.features.extract import extract
 from dinov2.eval.features.named_encoders import build_encoder
-from dinov2.eval.pages.explorer import explorer_section
 from dinov2.eval.pages.page import write_page
 from dinov2.eval.results import FoldPredictions, write_predictions
 
@@ -224,7 +224,8 @@ def test_click_shows_the_nearest_cells_in_feature_space(explorer, cells):
     distances[i] = np.inf
     expected = np.argsort(distances, kind="stable")[:12]
     buttons = explorer.browser.driver.find_elements("css selector", "[aria-label='Nearest neighbours'] button")
-    assert [int(button.get_attribute("data-row")) for button in buttons] == expected.tolist()
+    titles = [f"{cells.class_names[cells.labels[j]]}, {cells.paths[j]}" for j in expected]
+    assert [button.get_attribute("title") for button in buttons] == titles
     shown = [float(button.text.split()[0]) for button in buttons]
     np.testing.assert_allclose(shown, distances[expected], rtol=5e-3)
     for button, j in zip(buttons, expected, strict=True):

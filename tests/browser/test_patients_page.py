@@ -18,7 +18,9 @@ PATIENTS = [  # id, label, probability of APL
     (EVIL, 1, 0.2),
     ("wrong", 1, 0.7),
 ]
-SHOWN = "return [...document.querySelectorAll('.patients-card:not([hidden]) .patients-name')].map((e) => e.textContent)"
+SHOWN = (
+    "return [...document.querySelectorAll('details:not([hidden]) > summary > b:first-child')].map((e) => e.textContent)"
+)
 
 
 @pytest.fixture
@@ -81,14 +83,14 @@ def test_a_patient_opens_by_keyboard_and_shows_the_cells(browser, page, tmp_path
     browser.js("document.querySelector('.patients-card summary').focus()")
     browser.press("ENTER")
     assert browser.wait("document.querySelector('.patients-card').open")
-    order = browser.js("return [...document.querySelector('.patients-cells').children].map((e) => e.dataset.cell)")
+    order = browser.js("return [...document.querySelector('.images').children].map((e) => e.dataset.cell)")
     assert order == ["1", "0", "2"]
-    first = browser.find(".patients-cells img")
+    first = browser.find(".images img")
     browser.js("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", first)
     first.screenshot(str(tmp_path / "thumb.png"))
     colour = np.asarray(Image.open(tmp_path / "thumb.png").convert("RGB"))[10:-10, 10:-10].mean(axis=(0, 1))
     assert colour[2] > 200 > 100 > colour[0], "the most attended cell is the blue one"
-    assert "no image" in browser.find(".patients-none").get_attribute("title")
+    assert "no image" in browser.find(".images li:last-child img").get_attribute("title")
 
 
 def test_dark_and_on_a_phone(browser, page, phone, dark_system):

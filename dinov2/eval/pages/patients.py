@@ -146,8 +146,8 @@ def patients_section(folder: Path) -> Section:
     """
     patients = read_patients(folder)
     verdicts = [patient.verdict for patient in patients]
-    shown = sorted(patients, key=lambda patient: (patient.verdict != "wrong", patient.probabilities.max()))
-    shown = shown[:MOST_PATIENTS]
+    patients.sort(key=lambda patient: (patient.verdict != "wrong", patient.probabilities.max()))
+    shown = patients[:MOST_PATIENTS]
     n_columns = shown[0].attention.shape[1]
     n_groups = 2 + (n_columns if n_columns > 1 else 0)
     n_cells = max(1, min(N_CELLS, MOST_THUMBNAILS // (len(shown) * n_groups)))

@@ -10,9 +10,8 @@ from typing import Any
 from markupsafe import Markup
 
 from dinov2.eval.compare import cells_digest, comparable_settings, compare_rows, predictions_belong, split_digest
-from dinov2.eval.metrics.tables import SCORES, TABLE_METRICS
-from dinov2.eval.pages.charts import interval_chart
-from dinov2.eval.pages.page import NONE, Section, html, percent, rounded, section, table
+from dinov2.eval.metrics.summaries import SCORES, TABLE_METRICS
+from dinov2.eval.pages.page import NONE, Section, html, interval_chart, percent, rounded, section, table
 from dinov2.eval.results import MODEL, ResultRecord, Row, mapping, number
 
 COMPARED = "balanced_accuracy"  # the metric of interval charts, paired tests and the matrix of data sets
@@ -77,7 +76,7 @@ def results_section(records: Sequence[ResultRecord]) -> Section | None:
         rows = [{"method": row.method, "features": row.source, **metric_columns(row)} for row in record.rows]
         left_out = [f"{name}: {reason}" for name, reason in mapping(record.report.get("left_out")).items()]
         parts += [
-            html.heading(record.name),
+            Markup("<h3>{}</h3>").format(record.name),
             html.listing("Left out:", left_out),
             table(rows, f"{record.name}: all protocols, with 95 % intervals where results.json has them"),
             _intervals(record.name, {f"{row.method}, {row.source}": row for row in record.rows}),
@@ -101,12 +100,12 @@ def class_tables(row: Row, name: str, n_train: Mapping[str, Any]) -> Markup:
         counts = {"training cells": rounded(n_train.get(of_class))} if n_train else {}
         scores = {title: percent(metrics.get(key)) for key, title in CLASS_TITLES.items()}
         rows.append({"class": of_class, **counts, "support": rounded(metrics.get("support")), **scores})
-    confusion = {
-        of_class: [(rounded(n), n / max(sum(counts), 1)) for n in counts]
+    confusion = [
+        [of_class, *((rounded(n), n / max(sum(counts), 1)) for n in counts)]
         for of_class, counts in zip(row.classes, row.metrics.get("confusion") or [], strict=False)
-    }
+    ]
     caption = f"Confusion, {name} (rows: labels; columns: predictions)"
-    return table(rows, f"Classes, {name}") + html.matrix(row.classes, confusion, caption)
+    return table(rows, f"Classes, {name}") + html.table(["label", *row.classes], confusion, caption, is_matrix=True)
 
 
 def _intervals(title: str, rows: Mapping[str, Row]) -> Markup:
@@ -156,7 +155,7 @@ def comparison_section(records: Sequence[ResultRecord]) -> Section | None:
             names, row = ", ".join(dict.fromkeys(record.name for record, _ in members)), members[0][1]
             n_tested = row.n_tested or "an unknown number"
             different.append(f"{names}: {n_tested} tested, {len(row.classes)} classes")
-        parts += [html.heading(method), html.listing(text, different, "warning")]
+        parts += [Markup("<h3>{}</h3>").format(method), html.listing(text, different, "warning")]
         for place, ((cells, _), members) in enumerate(groups.items(), start=1):
             title = method + (f" ({place} of {len(groups)})" if len(groups) > 1 else "")
             parts += _side_by_side(title, members, is_paired=cells is not None)
@@ -227,7 +226,7 @@ def cross_section(records: Sequence[ResultRecord]) -> Section | None:
             pairs["all others"] = others
         columns = list(dict.fromkeys(name for row in pairs.values() for name in row))
         shares = {name: [mapping(row.get(test)).get(COMPARED) for test in columns] for name, row in pairs.items()}
-        fields = {name: [(percent(share), share) for share in of_row] for name, of_row in shares.items()}
+        fields = [[name, *((percent(share), share) for share in of_row)] for name, of_row in shares.items()]
         title = f"{record.name}: {METRIC_TITLES[COMPARED]} in percent (rows: trained on; columns: tested on)"
         rows = [
             {
@@ -241,8 +240,8 @@ def cross_section(records: Sequence[ResultRecord]) -> Section | None:
             for test, entry in row.items()
         ]
         parts += [
-            html.heading(record.name),
-            html.matrix(columns, fields, title),
+            Markup("<h3>{}</h3>").format(record.name),
+            html.table(["trained on", *columns], fields, title, is_matrix=True),
             table(rows, f"{record.name}: every pair of data sets"),
             _batch_effect(record.name, results),
         ]
@@ -253,7 +252,7 @@ def _batch_effect(name: str, results: Mapping[str, Any]) -> Markup:
     """Return how well a classifier tells the data sets apart, over all cells and within classes."""
     effect = mapping(results.get("batch_effect"))
     if not effect:
-        return html.text(f"Batch effect: {results.get('batch_effect_reason') or 'not measured'}.")
+        return html.listing("Batch effect:", [results.get("batch_effect_reason") or "not measured"])
     means = mapping(effect.get("mean_over_classes"))
     rows = []
     for cells, entry in {"mean over classes": means, "all cells": effect["overall"], **effect["per_class"]}.items():

@@ -16,8 +16,7 @@ from yaml import YAMLError
 
 from dinov2.configs import dinov2_default_config
 from dinov2.data.datasets.tables import open_table
-from dinov2.eval.pages.charts import line_chart
-from dinov2.eval.pages.page import NONE, Section, html, percent, rounded, section, table
+from dinov2.eval.pages.page import NONE, Section, html, line_chart, percent, rounded, section, table
 from dinov2.eval.pages.results import METRIC_TITLES, different_values, metric_columns
 from dinov2.eval.results import RESULTS_NAME, ResultRecord, mapping, number, read_report, read_result
 from dinov2.utils.config import differences
@@ -194,12 +193,10 @@ def teachers_section(runs: Sequence[RunRecord]) -> Section | None:
                     rows.append(which | metric_columns(row))
             for title, value in numbers.items():
                 lines.setdefault(title, {}).setdefault(run.name, {})[done] = value
-    charts = [
-        line_chart(
-            {name: pd.Series(values, dtype=np.float64) for name, values in of_runs.items()}, title, "iterations done"
-        )
-        for title, of_runs in lines.items()
-    ]
+    charts = []
+    for title, of_runs in lines.items():
+        series = {name: pd.Series(values, dtype=np.float64) for name, values in of_runs.items()}
+        charts.append(line_chart(series, title, "iterations done"))
     sizes: dict[str, dict[str, str]] = {run.name: {} for run in runs}
     for run in runs:
         for name, of_set in mapping(run.evaluations[max(run.evaluations)].report.get("datasets")).items():

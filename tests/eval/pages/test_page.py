@@ -1,4 +1,7 @@
-"""Pages: well-formed, self-contained, and no text of a file becomes markup or a script."""
+"""Pages: well-formed, self-contained, and no text of a file becomes markup or a script.
+
+In charts spikes and gaps stay, and what cannot be drawn is left out.
+"""
 
 import base64
 import io
@@ -8,20 +11,27 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from bokeh.document import Document
+from bokeh.models import Line, Scatter, Segment
 from bokeh.plotting import figure
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from PIL import Image
 
 from dinov2.data.datasets.decode import load_image, resize_image
 from dinov2.eval.pages import page as module
 from dinov2.eval.pages.page import (
+    COLOURS,
+    N_BUCKETS,
     NONE,
     PLACEHOLDER,
     Section,
     embed,
     html,
     image_uri,
+    interval_chart,
+    line_chart,
     make_thumbnails,
     page_html,
     percent,
@@ -29,6 +39,7 @@ from dinov2.eval.pages.page import (
     rounded,
     section,
     table,
+    thinned,
     write_page,
 )
 
@@ -129,7 +140,7 @@ def test_data_comes_back_with_all_digits():
 
 
 def test_values_are_escaped_and_markup_stays():
-    page = Page(html.text(EVIL) + html.text(Markup("<b>bold</b>")) + html.listing(EVIL, [EVIL], EVIL))
+    page = Page(html.folded(EVIL, Markup("<b>bold</b>")) + html.listing(EVIL, [EVIL], EVIL))
     assert page.of("div")[0] == {"class": EVIL}
     assert {("p", EVIL), ("li", EVIL)} <= set(page.texts)
     assert len(page.of("b")) == 1
@@ -163,10 +174,11 @@ def test_a_table_names_rows_columns_and_itself():
 
 
 def test_fields_of_a_matrix_are_coloured_by_share():
-    page = Page(html.matrix(["a", "b"], {"a": [("3", 1.0), ("1", 0.25)], EVIL: [("", None), ("", 0.0)]}, EVIL))
+    rows = [["a", ("3", 1.0), ("1", 0.25)], [EVIL, ("", None), ("", 0.0)]]
+    page = Page(html.table(["", "a", "b"], rows, EVIL, is_matrix=True))
     shares = [attrs["style"] for attrs in page.of("td") if "style" in attrs]
     assert shares == ["--share: 100.0%", "--share: 25.0%", "--share: 0.0%", "--share: 0.0%"]
-    assert [attrs["scope"] for attrs in page.of("th")] == ["col", "col", "row", "row"]
+    assert [attrs["scope"] for attrs in page.of("th")] == ["col"] * 3 + ["row"] * 2
     assert page.of("div")[0]["aria-label"] == EVIL
 
 
@@ -207,9 +219,10 @@ def contrast(a: str, b: str) -> float:
 def test_text_stands_out_in_each_colour_scheme(side):
     colours = variables(side)
     grounds = [colours[name] for name in ("background", "surface", "warning")]
-    for name in ("ink", "muted", "accent", "good", "bad"):
+    for name in ("ink", "muted", "accent", "bad"):
         assert min(contrast(colours[name], ground) for ground in grounds) >= 4.5, name
     assert contrast(colours["ink"], colours["scale"]) >= 4.5  # counts on coloured fields
+    assert min(contrast(colour, colours["background"]) for colour in COLOURS) >= 3
     assert contrast(module.GREY, colours["background"]) >= 4  # axes of charts, which don't change with the scheme
 
 
@@ -234,3 +247,100 @@ def test_thumbnails_are_the_scaled_images_and_missing_ones_have_a_reason(tmp_pat
         expected = resize_image(load_image(path), 24).permute(1, 2, 0).numpy()
         assert np.abs(pixels - expected).mean() < 10  # lossy
     assert make_thumbnails(paths, 24) == (uris, missing)
+
+
+def glyphs(chart, kind):
+    """Each glyph of a kind in the bokeh figure, with its data."""
+    text = re.search(r'class="chart-data">(.*?)</script>', chart, re.S)[1]
+    (plot,) = Document.from_json(json.loads(text)["doc"]).roots
+    return [
+        (each.glyph, {"name": each.name} | each.data_source.data)
+        for each in plot.renderers
+        if isinstance(each.glyph, kind)
+    ]
+
+
+def series(values, start=0):
+    return pd.Series(values, range(start, start + len(values)), dtype=np.float64)
+
+
+def test_short_series_are_kept_whole():
+    assert thinned(np.full(5, np.nan)).tolist() == [0, 1, 2, 3, 4]
+    assert thinned(np.empty(0)).tolist() == []
+
+
+def test_of_long_series_ends_spikes_and_gaps_stay():
+    n = 1_000_000
+    ys = np.random.default_rng(0).normal(size=n)
+    ys[[345_678, 700_001]] = 99, -99
+    ys[500_000:520_000] = np.nan
+    ys[7] = np.inf
+    kept = thinned(ys)
+    assert {0, n - 1, 345_678, 700_001} <= set(kept.tolist())
+    assert len(kept) <= 2 * N_BUCKETS + 2
+    assert (np.diff(kept) > 0).all()
+    assert np.isnan(ys[kept]).any()
+    assert 7 not in kept
+    chart = line_chart({"loss": series(ys)}, "Loss", "iteration")
+    assert np.isnan(glyphs(chart, Line)[0][1]["y"]).any()
+    assert len(chart) < 50_000
+    assert "lowest -99, highest 99" in chart
+
+
+def test_a_series_without_a_number_is_thinned_too():
+    assert len(thinned(np.full(10_000, np.nan))) <= N_BUCKETS + 1
+
+
+def test_lines_have_their_numbers_names_and_dashes():
+    both = {"a": pd.Series([1.0, 2.0], [0, 10]), "b": pd.Series([2.0, 1.0], [0, 10])}
+    chart = line_chart(both, "T", "x")
+    lines = glyphs(chart, Line)
+    for (line, data), (name, values), colour in zip(lines, both.items(), COLOURS, strict=False):
+        assert (data["x"], data["y"], data["name"]) == ([0, 10], values.tolist(), name)
+        assert line.line_color == colour
+    assert lines[0][0].line_dash != lines[1][0].line_dash
+    assert re.findall(r"</span>(\w)</li>", chart) == ["a", "b"]
+    assert "legend" not in line_chart({"a": both["a"]}, "T", "x")
+
+
+@pytest.mark.parametrize("log_y", [False, True])
+@pytest.mark.parametrize(
+    "values",
+    [[3.0], [0.0, 0.0], [1e-320, 1e308], [1.0, float("nan"), 3.0], [float("inf"), 2.0], [5.0, 5.0, 5.0], [-1.0, 1.0]],
+)
+def test_odd_values_are_drawn_or_left_out(values, log_y):
+    chart = line_chart({"a": series(values)}, "T", "x", log_y)
+    drawn = [abs(value) < 1e150 and (value > 0 or not log_y) for value in values]
+    if any(drawn):
+        assert np.isfinite(glyphs(chart, Line)[0][1]["y"]).tolist() == drawn
+    else:
+        assert "No number to draw" in chart
+
+
+def test_single_points_are_marked_and_empty_charts_say_so():
+    ((_, data),) = glyphs(line_chart({"a": series([2.0])}, "T", "x"), Scatter)
+    assert data["y"] == [2.0]
+    for nothing in (line_chart({"a": series([])}, "T", "x"), line_chart({}, "T", "x"), interval_chart({}, "T")):
+        assert "No number to draw" in nothing
+    assert "No number to draw" in line_chart({"a": series([-1.0])}, "T", "x", log_y=True)
+    assert "No number to draw" in interval_chart({"a": (None, None, None)}, "T")
+
+
+def test_charts_have_a_name_and_their_texts_are_safe():
+    charts = [
+        line_chart({EVIL: series([0, 1]), "b": series([1])}, EVIL, EVIL),
+        interval_chart({EVIL * 3: (0.5, 0.1, 0.9)}, EVIL),
+    ]
+    for chart in charts:
+        assert f"<figcaption>{escape(EVIL)}</figcaption>" in chart
+        assert f'role="img" aria-label="{escape(EVIL)}' in chart
+        assert "<img" not in chart
+
+
+def test_intervals_are_around_their_values():
+    chart = interval_chart({"a": (0.5, 0.4, 0.65), "b": (0.2, None, None)}, "T")
+    ((_, data),) = glyphs(chart, Segment)
+    assert (data["name"], data["value"]) == (["a", "b"], [50, 20])
+    assert (data["low"][0], data["high"][0]) == (40, 65)
+    assert np.isnan([data["low"][1], data["high"][1]]).all()
+    assert "a: 50 (40 to 65). b: 20" in chart
