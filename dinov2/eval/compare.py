@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,16 @@ def compare_rows(first: Row, second: Row) -> dict[str, Any] | None:
 def comparable_settings(record: ResultRecord) -> dict[str, Any]:
     """Return the settings that must be equal for results to be comparable."""
     return {name: value for name, value in mapping(record.report.get("settings")).items() if name not in _INPUTS}
+
+
+def different_values(values: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return each key of {owner: {key: value}} that does not have the same value everywhere, with its values."""
+    lines = []
+    for key in dict.fromkeys(key for of_owner in values.values() for key in of_owner):
+        of_key = {owner: str(of_owner[key]) for owner, of_owner in values.items() if key in of_owner}
+        if len(set(of_key.values())) > 1:
+            lines.append(f"{key}: " + "; ".join(f"{owner} {value}" for owner, value in of_key.items()))
+    return lines
 
 
 def predictions_belong(record: ResultRecord, row: Row) -> bool:

@@ -16,7 +16,6 @@ import logging
 import os
 import re
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,12 @@ from bokeh import models
 from bokeh.palettes import viridis
 from bokeh.plotting import figure
 from matplotlib.ticker import MaxNLocator
-from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
 from dinov2.data.datasets.tables import open_table
 from dinov2.eval.extract_features import positive_int
 from dinov2.eval.features import Features, read_features
+from dinov2.eval.features.projections import projections, rounded
 from dinov2.eval.features.store import check_same_network
 from dinov2.eval.pages.page import COLOURS, GREY, Section, embed, make_thumbnails, render, write_page
 from dinov2.eval.results import read_predictions
@@ -43,8 +42,6 @@ from dinov2.utils.resources import available_cores
 logger = logging.getLogger("dinov2")
 
 METRICS = {"euclidean": "Euclidean distance", "cosine": "cosine distance, 1 - similarity"}
-UMAP_MISSING = "UMAP needs the package umap-learn, which is not installed; `pip install umap-learn`, or give --no-umap"
-MIN_CELLS_FOR_UMAP = 8
 MAX_CELLS = 20_000
 N_NEIGHBOURS = 12
 MAX_NUMBERS_AS_NAMES = 12  # a column with as few different numbers is one of names, such as grades
@@ -108,7 +105,7 @@ def explorer_section(
         "columns": page_columns(table.drop(columns="path")),
         "projections": planes,
         "neighbours": neighbours.tolist(),
-        "distances": [_rounded(row, 3) for row in distances],
+        "distances": [rounded(row, 3) for row in distances],
         "metric": METRICS[metric],
     }
     plot = embed(_figure(len(rows)))
@@ -180,50 +177,6 @@ def sample_by_class(labels: np.ndarray, max_cells: int, seed: int = 0) -> np.nda
     in_class = pd.Series(order).groupby(labels[order])
     depth = in_class.cumcount() / in_class.transform("size")  # 0 for the first cell of a class, 1 after the last
     return order[np.argsort(depth.to_numpy(), kind="stable")[:max_cells]]
-
-
-def projections(
-    features: np.ndarray, with_umap: bool | None = None, metric: str = "euclidean", seed: int = 0
-) -> list[dict[str, Any]]:
-    """Project features [N, D] on planes by UMAP (McInnes et al. 2018, arXiv 1802.03426) and PCA.
-
-    UMAP has the defaults of umap-learn; the same features and seed give the same points on the same machine.
-
-    Returns:
-        title, axes, x and y of each plane, UMAP first; no UMAP of too few cells, if `with_umap` is False, or if it is
-        None and umap-learn is missing (True makes that an error).
-    """
-    pca = PCA(2, svd_solver="covariance_eigh")
-    with np.errstate(invalid="ignore"):  # equal features have no variance to have a share of
-        points = pca.fit_transform(features.astype(np.float64))
-    shares = np.nan_to_num(pca.explained_variance_ratio_)
-    axes = [f"Component {i} ({share:.1%} of the variance)" for i, share in enumerate(shares, start=1)]
-    planes = [_plane("PCA", axes, points)]
-    if with_umap is False or len(features) < MIN_CELLS_FOR_UMAP:
-        return planes
-    try:
-        import umap
-    except ImportError as error:
-        if with_umap:
-            raise ValueError(UMAP_MISSING) from error
-        logger.warning("explorer: %s", UMAP_MISSING)
-        return planes
-    logger.info("explorer: UMAP, which may take minutes")
-    reducer = umap.UMAP(n_neighbors=min(15, len(features) - 1), metric=metric, random_state=seed, n_jobs=1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"(umap|sklearn)\b.*")  # a disconnected graph
-        return [_plane("UMAP", ["UMAP 1", "UMAP 2"], reducer.fit_transform(features)), *planes]
-
-
-def _plane(title: str, axes: list[str], points: np.ndarray) -> dict[str, Any]:
-    (x, y), low, high = map(_rounded, points.T), points.min(axis=0), points.max(axis=0)
-    middle, size = _rounded((low + high) / 2), _rounded(high - low)
-    return {"title": title, "axes": axes, "x": x, "y": y, "middle": middle, "size": size}
-
-
-def _rounded(values: np.ndarray, digits: int = 6) -> list[float]:
-    """Round to significant digits, which keeps the page small."""
-    return [float(f"{value:.{digits}g}") for value in values.tolist()]
 
 
 def page_columns(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -60,6 +60,7 @@ from dinov2.logging import setup_logging
 from dinov2.models import architecture
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.command import exit_code
+from dinov2.utils.config import read_config
 from dinov2.utils.files import PathLike, file_sha256
 
 logger = logging.getLogger("dinov2")
@@ -280,7 +281,7 @@ def _origin_rows(origin: Origin) -> dict[str, str]:
 
 def _run_sections(folder: Path) -> dict[str, Any]:
     """Read recipe, schedule and path lists of a run from its config.yaml, which may lack keys."""
-    cfg = OmegaConf.load(folder / "config.yaml")
+    cfg = read_config(folder / "config.yaml")
     recipe, schedule = (
         {key: value for key in keys if (value := OmegaConf.select(cfg, key)) is not None}
         for keys in (_RECIPE, _SCHEDULE)

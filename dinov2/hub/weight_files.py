@@ -29,6 +29,7 @@ from torch import Tensor
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.hub.conversions import LAYER_NORM_EPS, is_adapter, lora_scaling, merge_adapters, to_own_names
 from dinov2.models import architecture, build_model_from_cfg
+from dinov2.utils.config import read_config
 from dinov2.utils.files import PathLike, cache_folder, download, local_path
 from dinov2.utils.sharded_checkpoints import METADATA_FILE, read_tensors
 
@@ -317,7 +318,7 @@ def _read_run_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     scaling = 0.0
     if config.is_file():
         try:
-            cfg = OmegaConf.load(config)
+            cfg = read_config(config)
             with torch.device("meta"):
                 recorded = architecture(build_model_from_cfg(cfg, only_teacher=True)[0])
             scaling = lora_scaling(OmegaConf.select(cfg, "student"))

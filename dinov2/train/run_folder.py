@@ -32,7 +32,7 @@ from dinov2.train.monitor import CollapseMonitor
 from dinov2.train.optimizer import LossScaler, StepGuard
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.utils.config import differences, write_config
+from dinov2.utils.config import differences, read_config, write_config
 from dinov2.utils.run_status import RunStatus, StatusFile
 
 logger = logging.getLogger("dinov2")
@@ -302,8 +302,8 @@ class RunFolder:
 
     def _compare_with(self, earlier: Path) -> None:
         # a key that is newer than the run gets its default, which means that it is not used
-        before = OmegaConf.merge(dinov2_default_config, OmegaConf.load(earlier))
-        assert isinstance(before, DictConfig), f"{earlier} was written by a run and holds a mapping"
+        before = OmegaConf.merge(dinov2_default_config, read_config(earlier))
+        assert isinstance(before, DictConfig), "both are"
         changed = differences(self.cfg, before)
         shapes = {k: v for k, v in changed.items() if k.startswith(_SHAPE_KEYS)}
         if shapes:

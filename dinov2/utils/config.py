@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dinov2.configs import CONFIG_FOLDER, dinov2_default_config
-from dinov2.utils.files import PathLike, atomic_write, local_path
+from dinov2.utils.files import PathLike, atomic_write, check_regular_file, local_path
 
 logger = logging.getLogger("dinov2")
 
@@ -106,6 +106,22 @@ def load_run_config(
     return merged
 
 
+def read_config(file: Path, setting: str = "configuration") -> DictConfig:
+    """Read a YAML file of settings, with its references resolved.
+
+    Raises:
+        ValueError: it is no YAML, holds no `section: key: value`, or refers to what it does not have.
+    """
+    try:
+        content = OmegaConf.load(check_regular_file(file, setting))
+        OmegaConf.resolve(content)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{setting}: {file} is not readable as YAML: {error}") from error
+    if not isinstance(content, DictConfig):
+        raise ValueError(f"{setting}: {file} must hold `section: key: value`, found a {type(content).__name__}")
+    return content
+
+
 def missing_keys(cfg: DictConfig) -> list[str]:
     """Return the keys that are still `???`."""
     return sorted(OmegaConf.missing_keys(cfg))
@@ -128,12 +144,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         known = sorted(str(file.relative_to(CONFIG_FOLDER)) for file in (CONFIG_FOLDER / "train").glob("*.yaml"))
         raise FileNotFoundError(f"--config-file: no file at {str(path)!r}; the package has {known} in {CONFIG_FOLDER}")
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ValueError(f"--config-file: {path} is not readable as YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"--config-file: {path} must hold `section: key: value`, found a {type(content).__name__}")
+    content = OmegaConf.to_container(read_config(path, "--config-file"))
     values = dict(_iterate_values(content, _defaults()))
     for key in sorted(values.keys() & _IGNORED.keys()):
         logger.warning("%s: %s=%s is ignored: %s", path, key, values.pop(key), _IGNORED[key])

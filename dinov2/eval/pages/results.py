@@ -9,7 +9,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from dinov2.eval.compare import cells_digest, comparable_settings, compare_rows, predictions_belong, split_digest
+from dinov2.eval.compare import (
+    cells_digest,
+    comparable_settings,
+    compare_rows,
+    different_values,
+    predictions_belong,
+    split_digest,
+)
 from dinov2.eval.metrics.summaries import SCORES, TABLE_METRICS
 from dinov2.eval.pages.page import NONE, Section, html, interval_chart, percent, rounded, section, table
 from dinov2.eval.results import MODEL, ResultRecord, Row, mapping, number
@@ -190,16 +197,6 @@ def _side_by_side(title: str, members: Members, is_paired: bool) -> list[Markup]
         _intervals(title, dict(named)),
         table(_paired_rows(named) if is_paired else [], caption),
     ]
-
-
-def different_values(values: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return each key of {owner: {key: value}} that does not have the same value everywhere, with its values."""
-    lines = []
-    for key in dict.fromkeys(key for of_owner in values.values() for key in of_owner):
-        of_key = {owner: str(of_owner[key]) for owner, of_owner in values.items() if key in of_owner}
-        if len(set(of_key.values())) > 1:
-            lines.append(f"{key}: " + "; ".join(f"{owner} {value}" for owner, value in of_key.items()))
-    return lines
 
 
 def _paired_rows(named: Sequence[tuple[str, Row]]) -> list[dict[str, str]]:

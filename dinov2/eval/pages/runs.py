@@ -16,11 +16,12 @@ from yaml import YAMLError
 
 from dinov2.configs import dinov2_default_config
 from dinov2.data.datasets.tables import open_table
+from dinov2.eval.compare import different_values
 from dinov2.eval.pages.page import NONE, Section, html, line_chart, percent, rounded, section, table
-from dinov2.eval.pages.results import METRIC_TITLES, different_values, metric_columns
+from dinov2.eval.pages.results import METRIC_TITLES, metric_columns
 from dinov2.eval.results import RESULTS_NAME, ResultRecord, mapping, number, read_report, read_result
-from dinov2.utils.config import differences
-from dinov2.utils.run_status import CONFIG_NAME, METRICS_NAME, RunStatus, read_status
+from dinov2.utils.config import differences, read_config
+from dinov2.utils.run_status import CONFIG_NAME, METRICS_NAME, RunStatus, read_metrics, read_status
 
 MOST_WARNINGS, MOST_BAD_IMAGES = 30, 20
 TITLES = {  # of numbers in training_metrics.json, in the order of their charts; others follow
@@ -98,7 +99,7 @@ def read_run(path: Path, name: str) -> RunRecord:
     return RunRecord(
         name=name,
         path=path,
-        config=read(path / CONFIG_NAME, _read_config, OmegaConf.create()),
+        config=read(path / CONFIG_NAME, read_config, OmegaConf.create()),
         metrics=metrics,
         evaluations={n: evaluations[n] for n in sorted(evaluations) if evaluations[n]},
         best=read(path / "eval" / "best.json", read_report, {}),
@@ -108,31 +109,6 @@ def read_run(path: Path, name: str) -> RunRecord:
         status=read_status(path) or RunStatus(),
         notes=notes,
     )
-
-
-def read_metrics(file: Path) -> tuple[pd.DataFrame, int]:
-    """Return training_metrics.json, a row per iteration, and the number of broken lines, which a killed run may leave.
-
-    Of a repeated iteration the later line counts. The text after the last line's end is still being written.
-    """
-    rows: dict[int, dict[str, float]] = {}
-    n_broken = 0
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
-        try:
-            row = json.loads(line)
-            rows[int(row.pop("iteration"))] = row
-        except (AttributeError, KeyError, TypeError, ValueError):
-            n_broken += 1
-    metrics = pd.DataFrame.from_dict(rows, orient="index").apply(pd.to_numeric, errors="coerce").astype(np.float64)
-    return metrics.where(np.isfinite(metrics)).sort_index(), n_broken
-
-
-def _read_config(file: Path) -> DictConfig:
-    config = OmegaConf.load(file)
-    if not isinstance(config, DictConfig):
-        raise ValueError("it has no keys")
-    OmegaConf.resolve(config)
-    return config
 
 
 def runs_table(runs: Sequence[RunRecord]) -> Markup:
