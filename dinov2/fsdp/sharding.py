@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -106,8 +107,8 @@ def gather_whole(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def lerp_(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -> None:
     """Update targets <- targets + weight * (sources - targets) in place, for any sharding of either side."""
-    matched = [_local_shard(_match_layout(target, source)) for target, source in zip(targets, sources, strict=True)]
-    torch._foreach_lerp_([_local_shard(target) for target in targets], matched, weight)
+    matched = [_match_layout(target, source) for target, source in zip(targets, sources, strict=True)]
+    torch._foreach_lerp_(local_shards(targets), local_shards(matched), weight)
 
 
 def _match_layout(target: Tensor, source: Tensor) -> Tensor:
@@ -120,10 +121,17 @@ def _match_layout(target: Tensor, source: Tensor) -> Tensor:
     return distribute_tensor(gather_whole(source), *layout, src_data_rank=None)
 
 
-def _local_shard(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+@torch.no_grad()
+def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return this process's part of each tensor, in the same memory; operations on DTensors take the host longer."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Compute the 2-norm of all entries of `tensors` over all shards: 0-d, the same on every process."""
-    return gather_whole(nn.utils.get_total_norm(tensors))
+    """Compute the 2-norm of all entries of `tensors`, sharded alike: 0-d, the same on every process."""
+    norm, first = nn.utils.get_total_norm(local_shards(tensors)), tensors[0]
+    if not isinstance(first, DTensor):
+        return norm
+    squares = norm.square()
+    dist.all_reduce(squares, group=first.device_mesh.get_group("shard"))
+    return squares.sqrt()
