@@ -240,28 +240,29 @@ class MetricLogger:
     def update(
         self, iteration: int, values: dict[str, float], device_values: dict[str, Tensor], flops: float = 0.0
     ) -> list[dict[str, float]]:
-        """Add one iteration's numbers; every `period` iterations, fetch, write and return those so far.
+        """Add one iteration's numbers; in a logged iteration, fetch, write and return those so far.
 
         `flops` are the operations of this process in the iteration, for the share of `matmul_rate`.
         """
         self._flops += flops
         self._pending.append(({"iteration": iteration, **values}, device_values))
-        if (iteration + 1) % self.period and iteration + 1 != self.stop:
-            return []
-        return self.flush()
+        return self.flush() if self.is_logged(iteration) else []
+
+    def is_logged(self, iteration: int) -> bool:
+        """Return True for every `period`-th iteration and the last one."""
+        return (iteration + 1) % self.period == 0 or iteration + 1 == self.stop
 
     def flush(self) -> list[dict[str, float]]:
         """Fetch, write, log and return the pending rows, one per iteration."""
         if not self._pending:
             return []
-        names = list(self._pending[0][1])
-        stacked = torch.stack([torch.stack([v[name].float() for name in names]) for _, v in self._pending])
-        fetched = stacked.tolist()  # the only wait for the device
+        on_device = torch.stack([value.float() for _, values in self._pending for value in values.values()])
+        fetched = iter(on_device.tolist())  # the only wait for the device
         now = time.perf_counter()
         rates = self._rates(now)
         rows = [
-            {**host, **dict(zip(names, row, strict=True)), **rates}
-            for (host, _), row in zip(self._pending, fetched, strict=True)
+            {**host, **{name: next(fetched) for name in device_values}, **rates}
+            for host, device_values in self._pending
         ]
         if is_main_process():
             self._append("".join(json.dumps({k: _json_number(v) for k, v in row.items()}) + "\n" for row in rows))

@@ -56,7 +56,7 @@ def _scale_(gradients: Sequence[Tensor], factor: Tensor) -> None:
 
 
 @torch.no_grad()
-def adamw_step(optimizer: torch.optim.AdamW, found_inf: Tensor) -> None:
+def adamw_step(optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
     """Make AdamW's step on this process's shards of the parameters; with `found_inf` 1.0, change nothing.
 
     On shards the host needs a fifth of the time of `optimizer.step()` on DTensors.
@@ -140,7 +140,7 @@ class StepGuard:
 
     def step(
         self,
-        optimizer: torch.optim.AdamW,
+        optimizer: torch.optim.Optimizer,
         losses: Mapping[str, Tensor],
         norms: Mapping[str, Tensor],
         scaler: LossScaler | None = None,

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from fvcore.nn import parameter_count
 from omegaconf import DictConfig
+from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
+from torch.utils import collect_env
 
 import dinov2
 from dinov2 import distributed
@@ -30,7 +32,7 @@ from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.distributed import Launch, any_rank, get_rank, get_world_size, is_lost_connection, name_missing_ranks
 from dinov2.hub.weight_files import RELEASES
 from dinov2.logging import MetricLogger, log_file
-from dinov2.models import fixed_settings
+from dinov2.models import build_model_from_cfg, fixed_settings
 from dinov2.train.batches import build_balance, resolve_batch_size
 from dinov2.train.finetuning import configured_weights, count_learned
 from dinov2.train.run_folder import RunFolder
@@ -39,11 +41,12 @@ from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.command import StopSignals
 from dinov2.utils.config import load_run_config, missing_keys
 from dinov2.utils.numerics import fast_matmul, resolve_dtype, resolve_precision
-from dinov2.utils.resources import available_cores, keep_freed_memory
+from dinov2.utils.resources import cores_of_this_rank, keep_freed_memory, size_text
 
 logger = logging.getLogger("dinov2")
 
 N_SETS_SHOWN = 12
+MAX_COPIED_PARAMETERS = 2e8  # of a backbone that sharding_strategy `auto` does not shard: ViT-S and ViT-B
 HANG_EXIT_CODE = 76  # differs from 75, that of a run that was stopped after its checkpoint
 # Hangs are noticed in this order: by the timeouts of the process groups, raised in the rank that waits; by a timer;
 # by faulthandler, which also ends a process that holds Python's lock
@@ -56,6 +59,7 @@ def read_settings(args: argparse.Namespace, world_size: int) -> DictConfig:
 
     def resolve(cfg: DictConfig) -> None:
         resolve_arch(cfg)
+        resolve_sharding(cfg)
         resolve_batch_size(cfg.train, world_size)
 
     cfg = load_run_config(args.config_file, args.overrides, resolve)
@@ -73,9 +77,22 @@ def resolve_arch(cfg: DictConfig) -> None:
             cfg.student[key] = value
 
 
+def resolve_sharding(cfg: DictConfig) -> None:
+    """Replace sharding_strategy `auto`; copies of a small network need half the host's time and little more memory."""
+    with torch.device("meta"):
+        backbone, _ = build_model_from_cfg(cfg, only_teacher=True)
+    strategy = "NO_SHARD" if parameter_count(backbone)[""] <= MAX_COPIED_PARAMETERS else "SHARD_GRAD_OP"
+    for role in ("student", "teacher"):
+        for network in cfg.compute_precision[role].values():
+            if network.sharding_strategy == "auto":
+                network.sharding_strategy = strategy
+
+
 def set_up_device(cfg: DictConfig, launch: Launch | None) -> torch.device:
     """Choose the device and its floating-point types, and join the other processes."""
     device = pick_device(cfg.train.device, launch)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # the device of all calls that name none
     for key in ("compile_blocks", "compile_loss"):
         if cfg.train[key] and (obstacle := obstacle_to_compiling(device)):
             raise ValueError(f"train.{key}=true: {obstacle}; set it to false")
@@ -83,11 +100,11 @@ def set_up_device(cfg: DictConfig, launch: Launch | None) -> torch.device:
     fast_matmul(cfg.compute_precision.fp32_matmul == "fast", device)
     if device.type == "cpu":
         keep_freed_memory()
-    if cfg.train.num_workers > available_cores():
-        logger.info("train.num_workers=%d becomes %d, the number of cores", cfg.train.num_workers, available_cores())
-        cfg.train.num_workers = available_cores()
     if launch is not None:
         distributed.enable(launch, device, cfg.train.hang_timeout_seconds or WAIT_FOREVER_SECONDS)
+    if cfg.train.num_workers > (n_cores := cores_of_this_rank()):
+        logger.info("train.num_workers=%d becomes %d, the cores of this process", cfg.train.num_workers, n_cores)
+        cfg.train.num_workers = n_cores
     return device
 
 
@@ -156,7 +173,7 @@ def describe_run(cfg: Any, model: SSLMetaArch, dataset: HemaStandardDataset) -> 
     n, batch, epoch = schedules.n_iterations, schedules.global_batch_size, cfg.train.OFFICIAL_EPOCH_LENGTH
     crops = cfg.crops
     precision = cfg.compute_precision.student.backbone.mixed_precision.param_dtype
-    dtype = str(resolve_dtype(precision, model.device.type)).removeprefix("torch.")
+    dtype = resolve_dtype(precision, model.device.type)
     n_parameters = parameter_count(model.student)
     n_backbone = n_parameters["backbone"]
     name = cfg.student.arch if cfg.student.arch in RELEASES else "<name, file or URL>"
@@ -176,10 +193,24 @@ def describe_run(cfg: Any, model: SSLMetaArch, dataset: HemaStandardDataset) -> 
         f"teacher   momentum {cfg.teacher.momentum_teacher:g} to {cfg.teacher.final_momentum_teacher:g}, temperature "
         f"{cfg.teacher.warmup_teacher_temp:g} to {cfg.teacher.teacher_temp:g}, {cfg.train.centering}",
         f"model     {cfg.student.arch}: {n_backbone / 1e6:.1f} backbone + {(n_parameters[''] - n_backbone) / 1e6:.1f} "
-        f"heads million parameters, {dtype} on {model.device}{_describe_learning(cfg, model)}",
+        f"heads million parameters{_describe_learning(cfg, model)}",
+        f"device    {model.device}, {str(dtype).removeprefix('torch.')}; {describe_device(model.device, dtype)}",
         f"start     {configured_weights(cfg) or random_start}",
     ]
     return "\n".join(lines)
+
+
+def describe_device(device: torch.device, dtype: torch.dtype) -> str:
+    """Describe a GPU, its driver and the fused attention kernels for `dtype`; of a CPU, its threads."""
+    if device.type != "cuda":
+        return f"{torch.get_num_threads()} threads"
+    gpu, query = torch.cuda.get_device_properties(device), torch.empty(1, 1, 8, 64, device=device, dtype=dtype)
+    attention = SDPAParams(query, query, query, None, 0.0, False, False)
+    kernels = {"flash": can_use_flash_attention, "memory-efficient": can_use_efficient_attention}
+    usable = " or ".join(name for name, can_use in kernels.items() if can_use(attention)) or "not fused"
+    driver = collect_env.get_nvidia_driver_version(collect_env.run) or "unknown"
+    memory = size_text(gpu.total_memory)
+    return f"{gpu.name} {gpu.major}.{gpu.minor}, {memory}, driver {driver}; attention kernels: {usable}"
 
 
 def describe_sets(cfg: Any, dataset: HemaStandardDataset, n_seen: int) -> Iterator[str]:

@@ -13,6 +13,7 @@ Dimension key:  W processes, A micro-batches of a process, B images in one, N = 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -101,6 +102,7 @@ class SSLMetaArch(nn.Module):
         limit_learning(student_backbone, teacher_backbone, cfg.student)
         self.lora_scaling = lora_scaling(cfg.student)
         self.backbone_is_frozen = False
+        self.counts_patch_prototypes = True  # costs a pass over the targets of all masked patches, gigabytes
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
 
@@ -141,6 +143,7 @@ class SSLMetaArch(nn.Module):
         if not is_enabled():
             return
         device_type = self.device.type
+        mesh_of = cache(partial(make_mesh, device_type=device_type, n_nodes=n_nodes))  # networks share process groups
         for (role, part), module in self.callables.items():
             settings = self.cfg.compute_precision[role][part]
             reduce_dtype = resolve_dtype(settings.mixed_precision.reduce_dtype, device_type)
@@ -148,7 +151,7 @@ class SSLMetaArch(nn.Module):
                 shard(
                     module,
                     module.each_block() if isinstance(module, DinoVisionTransformer) else (),
-                    mesh=make_mesh(settings.sharding_strategy, device_type, n_nodes),
+                    mesh=mesh_of(settings.sharding_strategy),
                     param_dtype=resolve_dtype(settings.mixed_precision.param_dtype, device_type),
                     reduce_dtype=reduce_dtype,
                     # The teacher has no backward that would free its weights, and changes between its forwards
@@ -250,7 +253,8 @@ class SSLMetaArch(nn.Module):
             logits = _concatenate_logits([output.patch_logits for output in outputs])  # [M of all, K]
             n_masked = torch.stack([output.n_masked_patches for output in outputs]).sum(dim=0)  # [1]
             targets = self.ibot_patch_loss.targets(logits, teacher_temp, centering, n_masked)
-            self.statistics["patch_prototype_use"] = prototype_use(targets.argmax(dim=1), targets.shape[1])
+            if self.counts_patch_prototypes:
+                self.statistics["patch_prototype_use"] = prototype_use(targets.argmax(dim=1), targets.shape[1])
             patch_targets = targets.split([len(out.patch_logits.rows) for out in outputs if out.patch_logits])
         return [TeacherTargets(cls, patches) for cls, patches in zip(cls_targets, patch_targets, strict=True)]
 

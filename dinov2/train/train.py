@@ -89,6 +89,7 @@ def train(
             now.apply_to(optimizer)
             optimizer.zero_grad(set_to_none=True)
             model.backbone_is_frozen = now.backbone_is_frozen
+            model.counts_patch_prototypes = metrics.is_logged(iteration)
             own_losses = forward_backward(model, micro_batches, now.teacher_temp)
             with clock.stage("optimizer"):
                 means = average_over_ranks({**own_losses, **model.statistics})
@@ -149,6 +150,8 @@ def measure_speed(model: SSLMetaArch, metrics: MetricLogger) -> tuple[StepClock,
     """Attach the step timer, measure the matmul throughput; return FLOP of a step by whether the backbone is frozen."""
     model.clock = metrics.clock = StepClock(model.device)
     metrics.matmul_rate = measured_matmul_rate(model.device, model.matmul_dtype)
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)  # the peak is that of the training
     return model.clock, {frozen: count_step_flops(model.cfg, backbone_is_frozen=frozen) for frozen in (False, True)}
 
 

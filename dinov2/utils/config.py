@@ -62,7 +62,7 @@ _CHOICES: dict[str, Sequence[str]] = {  # by the key's ending
     "train.image_fit": ("crop", "pad", "squash"),
     "student.ffn_layer": ("mlp", "swiglu", "swiglufused", "identity"),
     "optim.scaling_rule": ("sqrt_wrt_1024", "none"),
-    ".sharding_strategy": ("NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD"),
+    ".sharding_strategy": ("auto", "NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD"),
     **dict.fromkeys((".param_dtype", ".reduce_dtype", ".buffer_dtype"), _DTYPES),
 }
 

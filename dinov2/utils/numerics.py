@@ -4,7 +4,7 @@ torch has one switch for float32 products in the whole process, `torch.set_float
 default, sends them to MKL, which does not use its best kernels on AMD processors. "medium" sends them to oneDNN, which
 may also round inputs to bfloat16 where that is faster (AMX on x86, BF16 on Arm). So products of known result are
 checked first: if one is off by more than `TOLERANCE`, "highest" stays. Convolutions are not affected. On CUDA the same
-switch means TF32, which is never this accurate: it stays off there.
+switch means TF32, which is never this accurate: it stays off there, and so does cuDNN's own switch for convolutions.
 """
 
 import functools
@@ -85,17 +85,19 @@ def fast_matmul(is_wanted: bool, device: torch.device | str = "cpu") -> bool:
     """Turn the CPU's fast path on if it is wanted and as accurate as float32, else off; return whether it is on."""
     is_fast = is_wanted and torch.device(device).type == "cpu" and _is_fast_path_accurate()
     torch.set_float32_matmul_precision(FAST if is_fast else EXACT)
+    torch.backends.cudnn.allow_tf32 = False
     return is_fast
 
 
 @contextmanager
 def fast_matmul_within(is_wanted: bool, device: torch.device | str = "cpu") -> Iterator[bool]:
-    """Apply `fast_matmul` within a `with` block, and restore the setting after it."""
-    before = torch.get_float32_matmul_precision()
+    """Apply `fast_matmul` within a `with` block, and restore the settings after it."""
+    before, allow_tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         yield fast_matmul(is_wanted, device)
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = allow_tf32
 
 
 def largest_error() -> float:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 import cv2
 import torch
 
+from dinov2.distributed import all_gather_objects
 from dinov2.utils.command import ignore_stop_signals
 
 Item = TypeVar("Item")
@@ -146,7 +148,19 @@ def _free_in_cgroups() -> Iterator[int]:
 
 def available_cores() -> int:
     """Count the cores that this process may run on (its CPU affinity); a container's CPU quota is not considered."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(_cores())
+
+
+def cores_of_this_rank() -> int:
+    """Return this rank's share of the available cores; ranks of a node divide them, unless each has its own."""
+    own = socket.gethostname(), _cores()
+    return max(1, len(own[1]) // all_gather_objects(own).count(own))
+
+
+def _cores() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def parallel_map(

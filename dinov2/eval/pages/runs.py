@@ -24,6 +24,7 @@ from dinov2.utils.config import differences, read_config
 from dinov2.utils.run_status import CONFIG_NAME, METRICS_NAME, RunStatus, read_metrics, read_status
 
 MOST_WARNINGS, MOST_BAD_IMAGES = 30, 20
+ONLY_LOGGED = ("patch_prototype_use",)  # numbers that only the iterations of the log have
 TITLES = {  # of numbers in training_metrics.json, in the order of their charts; others follow
     "total_loss": "All losses together",
     "dino_global_crops_loss": "DINO, global crops",
@@ -143,6 +144,8 @@ def curves_section(runs: Sequence[RunRecord]) -> Section | None:
     rows: dict[str, list[dict[str, str]]] = {run.name: [] for run in runs}
     for name, title in titles.items():
         lines = {run.name: run.metrics[name] for run in runs if name in run.metrics}
+        if name in ONLY_LOGGED:
+            lines = {run_name: line.dropna() for run_name, line in lines.items()}
         charts.append(line_chart(lines, title, "iteration", log_y=name.startswith("grad_norm")))
         for run_name, values in ((run_name, line.dropna()) for run_name, line in lines.items()):
             if len(values):
