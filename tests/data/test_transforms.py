@@ -24,3 +24,10 @@ def test_scaled_images_are_refused():
 def test_channels_last_is_refused():
     with pytest.raises(ValueError, match=r"found torch.uint8 \[8, 8, 3\]"):
         normalize_images(torch.zeros(8, 8, 3, dtype=torch.uint8))
+
+
+def test_mean_and_deviation_are_copied_to_a_device_once(monkeypatch):
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    first = normalize_images(images)
+    monkeypatch.setattr(torch, "tensor", None)  # another copy would fail
+    assert torch.equal(normalize_images(images), first)

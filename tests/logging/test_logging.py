@@ -144,3 +144,15 @@ def test_a_clock_that_nobody_reads_stays_small(now, monkeypatch):
             with clock.stage(name):
                 now[0] += 1
     assert clock.means() == {"student": 1.0, "data": 1.0}
+
+
+def test_a_number_that_only_logged_iterations_have_is_in_their_lines_alone(tmp_path):
+    path = tmp_path / "training_metrics.json"
+    log = open_log(path, stop=8)
+    assert [i for i in range(8) if log.is_logged(i)] == [2, 5, 7]
+    for i in range(8):
+        use = {"use": torch.tensor(0.5 * i)} if log.is_logged(i) else {}
+        log.update(i, {}, {**use, "loss": torch.tensor(float(i))})
+    assert [(row["loss"], row.get("use")) for row in lines(path)] == [
+        (float(i), 0.5 * i if i in (2, 5, 7) else None) for i in range(8)
+    ]

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch.utils.data import get_worker_info
 
+from dinov2.data import MaskingGenerator
 from dinov2.train.batches import TrainBatches, build_balance, build_dataset, resolve_batch_size
 from dinov2.utils.config import load_run_config
 
@@ -191,3 +193,27 @@ def test_a_batch_that_does_not_divide_is_an_error_with_one_that_does():
     train.accumulation_steps = 3
     with pytest.raises(ValueError, match="leave accumulation_steps at null"):
         resolve_batch_size(train, 2)
+
+
+def test_workers_draw_the_masks_and_collate_tensors_that_are_copied_as_they_are(config, monkeypatch):
+    """A strided tensor would reach a GPU through pageable memory; masks drawn in the main process would delay it."""
+    draw = MaskingGenerator.__call__
+
+    def drawn_in_a_worker(*arguments):
+        assert get_worker_info() is not None
+        return draw(*arguments)
+
+    def copied(self, *arguments, **settings):
+        if not arguments or arguments[0] == device:
+            assert self.is_contiguous()
+            n_copied.append(self.shape)
+        return to(self, *arguments, **settings)
+
+    monkeypatch.setattr(MaskingGenerator, "__call__", drawn_in_a_worker)
+    device, to, n_copied = torch.device("cpu"), torch.Tensor.to, []
+    loader = TrainBatches(config(8, "train.num_workers=2"), build_dataset(config(8)), device)
+    stream = loader.starting_at()
+    monkeypatch.setattr(torch.Tensor, "to", copied)
+    (batch,) = next(stream)
+    assert batch["collated_masks"].any()
+    assert len(n_copied) >= 6

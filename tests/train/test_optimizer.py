@@ -4,11 +4,15 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dinov2.fsdp import sharding
 from dinov2.layers import DINOHead
 from dinov2.models.vision_transformer import vit_small
+from dinov2.train import optimizer as optimizer_module
 from dinov2.train.optimizer import (
     LossScaler,
     StepGuard,
@@ -144,6 +148,52 @@ def test_every_parameter_has_moments_before_the_first_step():
     for parameter in module.parameters():
         assert all(not value.any() for value in optimizer.state[parameter].values())
         assert parameter.grad is None
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_sharded_parameters_are_clipped_and_updated_as_whole_ones_without_operations_on_dtensors(one_rank, monkeypatch):
+    torch.manual_seed(0)
+    whole, sharded = (nn.ModuleDict({"backbone": nn.Linear(3, 3)}) for _ in range(2))
+    sharded.load_state_dict(whole.state_dict())
+    mesh = sharding.make_mesh("FULL_SHARD", "cpu", 1)
+    dtypes = {"param_dtype": torch.float32, "reduce_dtype": torch.float32}
+    sharding.shard(sharded["backbone"], (), mesh=mesh, reshard_after_forward=True, **dtypes)
+    settings = OmegaConf.create({"adamw_beta1": 0.9, "adamw_beta2": 0.95})
+    groups = [[{"params": list(module.parameters()), "weight_decay": 0.1}] for module in (whole, sharded)]
+    plain, ours = (build_optimizer(settings, group) for group in groups)
+    plain.param_groups[0]["lr"] = ours.param_groups[0]["lr"] = 0.1
+    guard, given = StepGuard(torch.device("cpu")), []
+    for module, name in ((optimizer_module, "adamw"), (sharding.nn.utils, "get_total_norm"), (torch, "_foreach_mul_")):
+        function = getattr(module, name)
+
+        def recorded(tensors, *others, function=function, **more):
+            given.extend([*tensors, *(tensor for each in others if isinstance(each, list) for tensor in each)])
+            return function(tensors, *others, **more)
+
+        monkeypatch.setattr(module, name, recorded)
+    for scale in (1.0, 50.0, 0.1):
+        for parameter, twin in zip(whole.parameters(), sharded.parameters(), strict=True):
+            parameter.grad = scale * torch.randn_like(parameter)
+            twin.grad = distribute_tensor(parameter.grad, mesh, twin.placements)
+        norm = nn.utils.clip_grad_norm_(whole.parameters(), 3.0)
+        plain.step()
+        given.clear()
+        norms = clip_gradients(sharded, max_norm=3.0)
+        guard.step(ours, {"loss": torch.tensor(1.0)}, norms)
+        assert len(given) == 2 + 2 + 5 * 2
+        assert not any(isinstance(tensor, DTensor) for tensor in given)
+        torch.testing.assert_close(norms["backbone"], norm)
+        for parameter, twin in zip(whole.parameters(), sharded.parameters(), strict=True):
+            torch.testing.assert_close(twin.full_tensor(), parameter)
+            torch.testing.assert_close(
+                ours.state[twin]["exp_avg_sq"].full_tensor(), plain.state[parameter]["exp_avg_sq"]
+            )
 
 
 def test_each_sub_network_is_clipped_for_itself(setting):

@@ -1,12 +1,16 @@
 """The device with what it lacks, and what the start of the log says about the data."""
 
+import socket
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 
-from dinov2.train.setup import describe_sets, set_up_device
+from dinov2.train import setup
+from dinov2.train.setup import describe_device, describe_sets, resolve_sharding, set_up_device
+from dinov2.utils import parallel
 from dinov2.utils.config import load_run_config
 
 
@@ -53,3 +57,53 @@ def test_a_missing_compiler_is_named_with_the_setting(key, monkeypatch):
     cfg = load_run_config(None, [f"{key}=true", "train.device=cpu"])
     with pytest.raises(ValueError, match=rf"{key}=true: no C\+\+ compiler was found; install g\+\+.*set it to false"):
         set_up_device(cfg, None)
+
+
+@pytest.mark.parametrize(
+    ("arch", "strategy"),
+    [("vit_small", "NO_SHARD"), ("dinov2_vitb14", "NO_SHARD"), ("vit_large", "SHARD_GRAD_OP")],
+)
+def test_the_size_of_the_backbone_decides_if_weights_are_sharded(arch, strategy):
+    cfg = load_run_config(
+        None, [f"student.arch={arch}", "compute_precision.teacher.dino_head.sharding_strategy=FULL_SHARD"]
+    )
+    resolve_sharding(cfg)
+    parts = {
+        (role, name): part for role in ("student", "teacher") for name, part in cfg.compute_precision[role].items()
+    }
+    assert parts.pop(("teacher", "dino_head")).sharding_strategy == "FULL_SHARD"  # the user's
+    assert {part.sharding_strategy for part in parts.values()} == {strategy}
+
+
+def test_the_chosen_gpu_is_the_current_one_before_its_types_are_asked_for(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(device))
+    monkeypatch.setattr(setup, "resolve_precision", lambda *_: calls.append("types"))
+    assert set_up_device(load_run_config(None, ["train.device=cuda:1"]), None) == torch.device("cuda", 1)
+    assert calls == [torch.device("cuda", 1), "types"]
+
+
+@pytest.mark.parametrize(("other_cores", "n_workers"), [(range(8), 2), (range(8, 16), 8)])
+def test_ranks_of_a_node_divide_its_cores_unless_each_has_its_own(monkeypatch, other_cores, n_workers):
+    own, others = (socket.gethostname(), list(range(8))), [(socket.gethostname(), list(other_cores))] * 3
+    on_another_node = [("elsewhere", list(range(8)))] * 4
+    monkeypatch.setattr(parallel, "_cores", lambda: own[1])
+    monkeypatch.setattr(parallel, "all_gather_objects", lambda mine: [mine, *others, *on_another_node])
+    cfg = load_run_config(None, ["train.device=cpu", "train.num_workers=10"])
+    set_up_device(cfg, None)
+    assert cfg.train.num_workers == n_workers
+
+
+def test_a_gpu_is_described_with_its_driver_and_the_kernels_of_attention(monkeypatch):
+    gpu = SimpleNamespace(name="NVIDIA A100", major=8, minor=0, total_memory=40 * 2**30)
+    empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(torch, "empty", lambda *sizes, device, dtype: empty(*sizes, dtype=dtype))
+    monkeypatch.setattr(setup, "can_use_flash_attention", lambda attention: attention.query.dtype == torch.bfloat16)
+    monkeypatch.setattr(setup, "can_use_efficient_attention", lambda attention: True)
+    monkeypatch.setattr(setup.collect_env, "get_nvidia_driver_version", lambda run: "550.54")
+    text = describe_device(torch.device("cuda", 0), torch.bfloat16)
+    assert text == "NVIDIA A100 8.0, 40.0 GiB, driver 550.54; attention kernels: flash or memory-efficient"
+    assert describe_device(torch.device("cuda", 0), torch.float32).endswith("attention kernels: memory-efficient")

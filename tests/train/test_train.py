@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from dinov2.configs import CONFIG_FOLDER
 from dinov2.data.bad_images import BadImages
 from dinov2.hub.backbones import load_backbone
+from dinov2.train import train as train_module
 from dinov2.train.evaluation import TeacherEvaluation
 from dinov2.train.run_folder import run_folder_path
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -429,3 +430,21 @@ def test_every_mode_of_image_trains(tmp_path, image_list, tiny_overrides, mode):
     once = ("optim.epochs=0.5", "optim.warmup_epochs=0", "teacher.warmup_teacher_temp_epochs=0")
     assert main(["--output-dir", str(tmp_path), "--name", "run", *tiny_overrides(lists, *once)]) == 0
     assert not (tmp_path / "run" / "bad_images.csv").exists()
+
+
+def test_patch_prototypes_are_counted_in_logged_iterations_only(run):
+    code, folder = run("train.log_period=3")
+    assert code == 0
+    assert [row["iteration"] for row in rows(folder) if "patch_prototype_use" in row] == [2, 3]
+    assert all("prototype_use" in row for row in rows(folder))
+
+
+def test_the_peak_memory_of_a_run_is_reset_after_the_probe_of_products(monkeypatch):
+    calls = []
+    monkeypatch.setattr(train_module, "StepClock", lambda device: None)
+    monkeypatch.setattr(train_module, "count_step_flops", lambda *_, **__: 1)
+    monkeypatch.setattr(train_module, "measured_matmul_rate", lambda *_: calls.append("probe"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append(device))
+    device = torch.device("cuda", 1)
+    train_module.measure_speed(SimpleNamespace(device=device, matmul_dtype=torch.bfloat16, cfg=None), SimpleNamespace())
+    assert calls == ["probe", device]

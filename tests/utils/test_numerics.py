@@ -53,9 +53,13 @@ def test_a_processor_that_rounds_keeps_the_exact_path(monkeypatch, caplog):
     assert caplog.text.count("so the exact one is used") == 1
 
 
-def test_other_devices_keep_the_exact_path():
-    assert not fast_matmul(True, "cuda:0")
-    assert torch.get_float32_matmul_precision() == EXACT
+def test_other_devices_keep_the_exact_path_and_convolutions_never_use_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # cuDNN's default
+    with fast_matmul_within(True, "cuda:0") as is_fast:
+        assert not is_fast
+        assert torch.get_float32_matmul_precision() == EXACT
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_the_setting_before_comes_back_even_after_an_error():
