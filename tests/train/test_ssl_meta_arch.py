@@ -38,7 +38,7 @@ def test_all_networks_of_a_strategy_share_one_mesh(make, monkeypatch):
 
 @pytest.mark.parametrize("is_logged", [True, False])
 def test_targets_of_patches_are_searched_for_prototypes_only_when_asked(make, is_logged):
-    cfg, model = make("train.output_dir=.")
+    cfg, model = make()
     (images,) = next(TrainBatches(cfg, build_dataset(cfg), torch.device("cpu")).starting_at())
     model.counts_patch_prototypes = is_logged
     model.forward_backward(images, teacher_temp=0.07)
