@@ -274,7 +274,7 @@ def on_main_process(action: Callable[[], Result]) -> Result:
     if is_main_process():
         try:
             outcome[0] = action()
-        except (OSError, ValueError, KeyError, MemoryError, RuntimeError) as error:
+        except Exception as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0, group=_hosts.objects)
     result, failure = outcome

@@ -7,8 +7,8 @@ import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,18 +140,31 @@ class StepTrials:
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 started = time.perf_counter()
-                self.optimizer.zero_grad(set_to_none=True)
-                losses = forward_backward(model, micro_batches, now.teacher_temp)
-                if model.fp16_scaler is not None:
-                    model.fp16_scaler.unscale_(self.optimizer)
-                norms = clip_gradients(model.student, max_norm=cfg.optim.clip_grad)
-                self.guard.step(self.optimizer, losses, norms, model.fp16_scaler)
-                model.update_teacher(now.teacher_momentum)
+                with _memory_error_on_all_ranks():
+                    self.optimizer.zero_grad(set_to_none=True)
+                    losses = forward_backward(model, micro_batches, now.teacher_temp)
+                    if model.fp16_scaler is not None:
+                        model.fp16_scaler.unscale_(self.optimizer)
+                    norms = clip_gradients(model.student, max_norm=cfg.optim.clip_grad)
+                    self.guard.step(self.optimizer, losses, norms, model.fp16_scaler)
+                    model.update_teacher(now.teacher_momentum)
                 values = {name: value.item() for name, value in losses.items()}  # waits for the device
                 seconds = time.perf_counter() - started
         n_images = train.batch_size_per_gpu * train.accumulation_steps * distributed.get_world_size()
         highest = max(distributed.all_gather_objects(peak.bytes))
         return StepCost(train.batch_size_per_gpu, n_images, before, highest, seconds, values)
+
+
+@contextmanager
+def _memory_error_on_all_ranks() -> Iterator[None]:
+    """Raise OutOfMemoryError on every rank if one runs out of memory: on GPUs, the others would wait for it."""
+    does_not_fit = False
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        does_not_fit = True
+    if distributed.any_rank(does_not_fit):
+        raise torch.OutOfMemoryError("a step does not fit into the memory of each rank")
 
 
 def growth_per_image(fewer: StepCost, more: StepCost) -> float:

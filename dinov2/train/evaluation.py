@@ -30,7 +30,14 @@ from torch.distributed.tensor import DTensor
 
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.data.splits import make_folds, without_copies
-from dinov2.distributed import all_gather_objects, get_rank, get_world_size, is_main_process, on_main_process
+from dinov2.distributed import (
+    all_gather_objects,
+    get_rank,
+    get_world_size,
+    is_lost_connection,
+    is_main_process,
+    on_main_process,
+)
 from dinov2.eval.features.extract import extract
 from dinov2.eval.knn import evaluate_knn
 from dinov2.eval.linear import fit_linear_probe
@@ -52,8 +59,6 @@ logger = logging.getLogger("dinov2")
 CHECKPOINT_NAME = "teacher_checkpoint.pth"
 TRACKED_METRICS = ("accuracy", "balanced_accuracy", "weighted_f1")  # of each method, in the trackers
 PROTOTYPE_USE = ("prototype_use", "patch_prototype_use")  # of the newest step in training_metrics.json
-# errors of an evaluation that do not end the training
-EVALUATION_ERRORS = (OSError, ValueError, KeyError, MemoryError, torch.OutOfMemoryError)
 # a set is split into the first of the evaluation commands' default folds
 N_FOLDS, SPLIT_SEED = 5, 0
 
@@ -212,14 +217,19 @@ class TeacherEvaluation:
         return is_evaluated
 
     def evaluate(self, model: SSLMetaArch, run_folder: Path, done: int, metrics: MetricLogger | None = None) -> bool:
-        """Write results.json and best.json, if there are labelled sets; log and count a failure, and return False."""
+        """Write results.json and best.json, if there are labelled sets; log and count a failure, and return False.
+
+        No failure ends the training, but a lost connection to another rank.
+        """
         if not self.sets:
             return True
         try:
             with fast_matmul_within(False, model.device):  # as in the evaluation commands
                 features = self._extract(model)
                 on_main_process(lambda: self._write(features, model, run_folder, done, metrics))
-        except EVALUATION_ERRORS as error:
+        except Exception as error:
+            if is_lost_connection(error):
+                raise
             self.n_failed += 1
             text = "the teacher after iteration %d could not be evaluated: %s (failed evaluations so far: %d)"
             logger.error(text, done, error_text(error), self.n_failed)
@@ -245,7 +255,7 @@ class TeacherEvaluation:
                     fp32_matmul=self.cfg.compute_precision.fp32_matmul,
                 )
                 outcome = {own_paths[i]: row for i, row in zip(extraction.kept, extraction.features, strict=True)}
-        except EVALUATION_ERRORS as error:
+        except Exception as error:
             outcome = error.with_traceback(None)  # a traceback would keep tensors in memory
         features: dict[Path, np.ndarray] = {}
         for share in all_gather_objects(outcome):

@@ -40,7 +40,7 @@ MIN_STARTUP_ITERATIONS, MAX_STARTUP_ITERATIONS = 100, 20_000
 # Means are over a fiftieth of the run: a single step's CLS loss is noisier than 1 - UNIFORM_LOSS
 WINDOW = 0.02
 MIN_WINDOW_ITERATIONS, MAX_WINDOW_ITERATIONS = 20, 500
-MIN_VALUES = 5  # a mean of fewer finite values is not checked
+MIN_VALUES = 5  # a mean of fewer finite values is not checked, but for a measure of thousands of patches
 LABELS = {
     "cls_loss": "the CLS loss (global and local crops together)",
     "patch_loss": "the patch loss (per masked crop: the log shows half of its mean over all crops)",
@@ -93,6 +93,7 @@ class Sign(NamedTuple):
     recovered: float  # the sign ends when the mean crosses this value
     meaning: str
     advice: str
+    min_values: int = MIN_VALUES
 
 
 class CollapseMonitor:
@@ -138,7 +139,7 @@ class CollapseMonitor:
         texts, state = [], self._state
         self._state = defaultdict(float, {name: state[name] for name in self.signs_seen()})
         for name, sign in self._signs.items():
-            if state[f"{sign.measure}/n"] < MIN_VALUES:
+            if state[f"{sign.measure}/n"] < sign.min_values:
                 continue
             label, mean = LABELS[sign.measure], state[f"{sign.measure}/total"] / state[f"{sign.measure}/n"]
             is_ceiling, held = sign.recovered < sign.limit, bool(self._state[name])
@@ -191,8 +192,8 @@ def _signs(cfg: Any) -> dict[str, Sign]:
     n_images = cfg.train.batch_size_per_gpu * (cfg.train.accumulation_steps or 1)
     against_uniform, against_one_for_all, against_alike = _advice(cfg)
 
-    def floor(measure: str, limit: float, meaning: str, advice: str) -> Sign:
-        return Sign(measure, limit, limit * (1 + RECOVERY), meaning, advice)
+    def floor(measure: str, limit: float, meaning: str, advice: str, min_values: int = MIN_VALUES) -> Sign:
+        return Sign(measure, limit, limit * (1 + RECOVERY), meaning, advice, min_values)
 
     uniform = (
         f"uniform predictions give ln {k_cls} = {ln_k:.4g}; the targets hardly differ between images, and the student "
@@ -219,7 +220,7 @@ def _signs(cfg: Any) -> dict[str, Sign]:
         "low_rank": floor("effective_rank", MIN_EFFECTIVE_RANK, one_number, against_alike),
         "low_spread": floor("feature_spread", MIN_FEATURE_SPREAD, alike, against_alike),
         "few_prototypes": floor("prototype_use", min_use, f"{few}images", against_one_for_all),
-        "few_patch_prototypes": floor("patch_prototype_use", min_patch_use, f"{few}patches", against_one_for_all),
+        "few_patch_prototypes": floor("patch_prototype_use", min_patch_use, f"{few}patches", against_one_for_all, 1),
     }
 
 

@@ -169,6 +169,20 @@ def test_dry_run_of_a_gpu_that_is_too_small_says_so(run, monkeypatch, capfd):
     assert "train.batch_size_per_gpu=4 does not fit; --find-batch-size" in log
 
 
+@pytest.mark.parametrize("is_here", [True, False])
+def test_a_dry_run_ends_on_all_ranks_when_one_runs_out_of_memory(run, monkeypatch, capfd, is_here):
+    def step(*_):
+        raise torch.OutOfMemoryError("made up")
+
+    asked = []
+    monkeypatch.setattr(dry_run.distributed, "any_rank", lambda condition: asked.append(condition) or True)
+    if is_here:
+        monkeypatch.setattr(dry_run, "forward_backward", step)
+    assert run("--dry-run") == 1
+    assert asked == [is_here]
+    assert "train.batch_size_per_gpu=4 does not fit" in capfd.readouterr().err
+
+
 # --- activation checkpointing ---------------------------------------------------------------------------------------
 
 

@@ -165,7 +165,12 @@ def test_unreadable_cells_are_left_out_and_none_left_does_not_end_the_run(run, t
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("out of memory"), KeyError("no such layer"), MemoryError("no more"), OSError("gone")],
+    [
+        NotImplementedError("no kernel for this GPU"),
+        KeyError("no such layer"),
+        TypeError("not a tensor"),
+        OSError("gone"),
+    ],
 )
 @pytest.mark.parametrize("place", ["extract", "evaluate_knn"])
 def test_an_evaluation_that_fails_is_counted_and_does_not_end_the_run(run, evaluated, monkeypatch, place, error, rows):
@@ -187,6 +192,7 @@ def test_an_evaluation_that_fails_is_counted_and_does_not_end_the_run(run, evalu
     for n_failed, done in enumerate((0, 2), start=1):
         reason = f"the teacher after iteration {done} could not be evaluated: {error.args[0]}"
         assert f"{reason} (failed evaluations so far: {n_failed})" in log
+        assert any(text.startswith(reason) for text in json.loads((folder / "status.json").read_text())["warnings"])
 
 
 def test_a_mistake_is_found_before_there_is_a_model_or_a_folder(run, cells, monkeypatch, capfd):

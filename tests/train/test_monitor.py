@@ -356,6 +356,8 @@ def test_absent_and_nan_values_are_passed_over():
     assert "iterations 100 to 119" in texts[1]
     few = [{"iteration": i, "effective_rank": 1.1} if i % 5 == 0 else {"iteration": i} for i in range(400)]
     assert CollapseMonitor(small_config(256), 400).check(few) == []  # four values in each window
+    logged = [{"iteration": i, "patch_prototype_use": 0.01} if i % 10 == 9 else {"iteration": i} for i in range(400)]
+    assert kinds(CollapseMonitor(small_config(256), 400).check(logged)) == ["patch prototypes"]  # two in each window
     without_losses = [{"iteration": i} for i in range(400)]
     assert CollapseMonitor(small_config(256, "dino.loss_weight=0"), 400).check(without_losses) == []
 
