@@ -210,7 +210,7 @@ def describe_device(device: torch.device, dtype: torch.dtype) -> str:
     usable = " or ".join(name for name, can_use in kernels.items() if can_use(attention)) or "not fused"
     driver = collect_env.get_nvidia_driver_version(collect_env.run) or "unknown"
     memory = size_text(gpu.total_memory)
-    return f"{gpu.name} {gpu.major}.{gpu.minor}, {memory}, driver {driver}; attention kernels: {usable}"
+    return f"{gpu.name} (capability {gpu.major}.{gpu.minor}), {memory}, driver {driver}; attention kernels: {usable}"
 
 
 def describe_sets(cfg: Any, dataset: HemaStandardDataset, n_seen: int) -> Iterator[str]:

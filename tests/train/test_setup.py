@@ -105,5 +105,5 @@ def test_a_gpu_is_described_with_its_driver_and_the_kernels_of_attention(monkeyp
     monkeypatch.setattr(setup, "can_use_efficient_attention", lambda attention: True)
     monkeypatch.setattr(setup.collect_env, "get_nvidia_driver_version", lambda run: "550.54")
     text = describe_device(torch.device("cuda", 0), torch.bfloat16)
-    assert text == "NVIDIA A100 8.0, 40.0 GiB, driver 550.54; attention kernels: flash or memory-efficient"
+    assert text == "NVIDIA A100 (capability 8.0), 40.0 GiB, driver 550.54; attention kernels: flash or memory-efficient"
     assert describe_device(torch.device("cuda", 0), torch.float32).endswith("attention kernels: memory-efficient")
