@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -195,25 +196,28 @@ def test_a_batch_that_does_not_divide_is_an_error_with_one_that_does():
         resolve_batch_size(train, 2)
 
 
-def test_workers_draw_the_masks_and_collate_tensors_that_are_copied_as_they_are(config, monkeypatch):
-    """A strided tensor would reach a GPU through pageable memory; masks drawn in the main process would delay it."""
-    draw = MaskingGenerator.__call__
+def test_workers_draw_the_masks(config, monkeypatch):
+    def full_in_a_worker(generator, n_patches, rng):
+        return np.full(generator.get_shape(), get_worker_info() is not None)
 
-    def drawn_in_a_worker(*arguments):
-        assert get_worker_info() is not None
-        return draw(*arguments)
+    monkeypatch.setattr(MaskingGenerator, "__call__", full_in_a_worker)
+    (batch,) = batches(config(8, "train.num_workers=2"), 0, 1)
+    masked = batch["collated_masks"].sum(dim=1)
+    assert sorted(set(masked.tolist())) == [0, batch["collated_masks"].shape[1]]
 
-    def copied(self, *arguments, **settings):
-        if not arguments or arguments[0] == device:
-            assert self.is_contiguous()
-            n_copied.append(self.shape)
-        return to(self, *arguments, **settings)
 
-    monkeypatch.setattr(MaskingGenerator, "__call__", drawn_in_a_worker)
-    device, to, n_copied = torch.device("cpu"), torch.Tensor.to, []
-    loader = TrainBatches(config(8, "train.num_workers=2"), build_dataset(config(8)), device)
-    stream = loader.starting_at()
+def test_tensors_are_contiguous_before_their_copy_to_the_device(config, monkeypatch):
+    """A strided one would reach a GPU through pageable memory, and the host would wait for it."""
+    to, strided, n_copied = torch.Tensor.to, [], 0
+
+    def copied(tensor, *arguments, **settings):
+        nonlocal n_copied
+        if arguments[0] == torch.device("cpu"):
+            n_copied += 1
+            strided.extend([] if tensor.is_contiguous() else [tensor.shape])
+        return to(tensor, *arguments, **settings)
+
     monkeypatch.setattr(torch.Tensor, "to", copied)
-    (batch,) = next(stream)
-    assert batch["collated_masks"].any()
-    assert len(n_copied) >= 6
+    batches(config(8), 0, 1)
+    assert not strided
+    assert n_copied >= 6
