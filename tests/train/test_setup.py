@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from dinov2.train import setup
 from dinov2.train.setup import describe_device, describe_sets, resolve_sharding, set_up_device
-from dinov2.utils import parallel
+from dinov2.utils import resources
 from dinov2.utils.config import load_run_config
 
 
@@ -89,8 +89,8 @@ def test_the_chosen_gpu_is_the_current_one_before_its_types_are_asked_for(monkey
 def test_ranks_of_a_node_divide_its_cores_unless_each_has_its_own(monkeypatch, other_cores, n_workers):
     own, others = (socket.gethostname(), list(range(8))), [(socket.gethostname(), list(other_cores))] * 3
     on_another_node = [("elsewhere", list(range(8)))] * 4
-    monkeypatch.setattr(parallel, "_cores", lambda: own[1])
-    monkeypatch.setattr(parallel, "all_gather_objects", lambda mine: [mine, *others, *on_another_node])
+    monkeypatch.setattr(resources, "_cores", lambda: own[1])
+    monkeypatch.setattr(resources, "all_gather_objects", lambda mine: [mine, *others, *on_another_node])
     cfg = load_run_config(None, ["train.device=cpu", "train.num_workers=10"])
     set_up_device(cfg, None)
     assert cfg.train.num_workers == n_workers
