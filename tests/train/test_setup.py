@@ -1,5 +1,6 @@
 """The device with what it lacks, and what the start of the log says about the data."""
 
+import argparse
 import socket
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from dinov2.train import setup
-from dinov2.train.setup import describe_device, describe_sets, resolve_sharding, set_up_device
+from dinov2.train.setup import describe_device, describe_sets, read_settings, set_up_device
 from dinov2.utils import resources
 from dinov2.utils.config import load_run_config
 
@@ -64,15 +65,15 @@ def test_a_missing_compiler_is_named_with_the_setting(key, monkeypatch):
     [("vit_small", "NO_SHARD"), ("dinov2_vitb14", "NO_SHARD"), ("vit_large", "SHARD_GRAD_OP")],
 )
 def test_the_size_of_the_backbone_decides_if_weights_are_sharded(arch, strategy):
-    cfg = load_run_config(
-        None, [f"student.arch={arch}", "compute_precision.teacher.dino_head.sharding_strategy=FULL_SHARD"]
+    given = "compute_precision.teacher.dino_head.sharding_strategy=FULL_SHARD"
+    overrides = ["train.dataset_path=lists", f"student.arch={arch}", given]
+    cfg = read_settings(argparse.Namespace(config_file=None, overrides=overrides, eval_only=False), world_size=8)
+    student, teacher = (
+        {name: part.sharding_strategy for name, part in cfg.compute_precision[role].items()}
+        for role in ("student", "teacher")
     )
-    resolve_sharding(cfg)
-    parts = {
-        (role, name): part for role in ("student", "teacher") for name, part in cfg.compute_precision[role].items()
-    }
-    assert parts.pop(("teacher", "dino_head")).sharding_strategy == "FULL_SHARD"  # the user's
-    assert {part.sharding_strategy for part in parts.values()} == {strategy}
+    assert teacher.pop("dino_head") == "FULL_SHARD"
+    assert {*student.values(), *teacher.values()} == {strategy}
 
 
 def test_the_chosen_gpu_is_the_current_one_before_its_types_are_asked_for(monkeypatch):
