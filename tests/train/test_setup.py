@@ -62,7 +62,12 @@ def test_a_missing_compiler_is_named_with_the_setting(key, monkeypatch):
 
 @pytest.mark.parametrize(
     ("arch", "strategy"),
-    [("vit_small", "NO_SHARD"), ("dinov2_vitb14", "NO_SHARD"), ("vit_large", "SHARD_GRAD_OP")],
+    [
+        ("vit_small", "NO_SHARD"),
+        ("vit_base", "NO_SHARD"),
+        ("vit_large", "SHARD_GRAD_OP"),
+        ("vit_giant2", "SHARD_GRAD_OP"),
+    ],
 )
 def test_the_size_of_the_backbone_decides_if_weights_are_sharded(arch, strategy):
     given = "compute_precision.teacher.dino_head.sharding_strategy=FULL_SHARD"

@@ -133,3 +133,10 @@ def test_long_runs_are_thinned_and_keep_their_spikes(write, make_run):
     assert page.table("long: numbers")["All losses together"]["highest"].values == [88.25]
     assert len(xs) < 1_000
     assert len(page.text) < 2_000_000
+
+
+def test_a_number_of_the_iterations_of_the_log_is_drawn_as_a_line_without_gaps(write, make_run):
+    folder = make_run("sparse", values=lambda i: {"patch_prototype_use": 0.1 * i} if i % 3 == 2 else {})
+    xs, ys = write(folder).charts["Share of prototypes in use, masked patches"]["sparse"]
+    assert xs == [2, 5]
+    assert np.isfinite(ys).all()
