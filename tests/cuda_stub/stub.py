@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 torch.backends.cudnn.enabled = False  # the pretend GPU has no cuDNN
 _runtime, _driver = ctypes.CDLL("libcudart_stub.so"), ctypes.CDLL("libcuda.so.1")
@@ -30,6 +32,13 @@ NAMES = [
 ]
 COLLECTIVES = ["all_reduce", "all_gather", "reduce_scatter", "broadcast", "other", "communicator"]
 TYPES = {0: "fp32", 1: "fp64", 2: "fp16", 14: "bf16"}  # by cudaDataType
+aten = torch.ops.aten
+CPU_ONLY = {
+    aten.nonzero,
+    aten.index,
+    aten._linalg_svd,
+    aten._linalg_eigh,
+}  # shapes depend on values; there is no cuSOLVER
 
 
 def reset() -> None:
@@ -74,7 +83,7 @@ def host_waits(package: str = "dinov2") -> Iterator[dict[str, int]]:
     show = warnings.showwarning
 
     def count(message: Any, *_: Any, **__: Any) -> None:
-        if "synchroniz" in str(message):
+        if "called a synchronizing CUDA operation" in str(message):
             files = [frame for frame in traceback.extract_stack() if f"/{package}/" in frame.filename]
             if files:
                 waits[" < ".join(f"{os.path.relpath(each.filename)}:{each.lineno}" for each in files[:-5:-1])] += 1
@@ -88,6 +97,57 @@ def host_waits(package: str = "dinov2") -> Iterator[dict[str, int]]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
             warnings.showwarning = show
+
+
+class RealValues(TorchDispatchMode):
+    """Fill the results on the pretend GPU with the values that the CPU computes, for code that depends on them.
+
+    Operations that a CPU lacks give zeros.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = args, kwargs or {}
+        if not any(_on_gpu(leaf) for leaf in tree_leaves(given)):
+            return func(*given[0], **given[1])
+        result = None if func.overloadpacket in CPU_ONLY else func(*given[0], **given[1])
+        if func.is_view:
+            return result
+        sync_debug_mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("default")  # the copies here are not waits of the code
+        on_cpu = tree_map(_to_cpu, given)
+        try:
+            values = func(*on_cpu[0], **on_cpu[1])
+        except NotImplementedError:
+            values = tree_map(lambda leaf: torch.zeros_like(leaf, device="cpu") if _is_tensor(leaf) else leaf, result)
+        if result is None:
+            result = tree_map(lambda leaf: leaf.cuda() if _is_tensor(leaf) else leaf, values)
+        pairs = [(result, values), (given, on_cpu)] if func._schema.is_mutable else [(result, values)]
+        for target, source in zip(*(tree_leaves(side) for side in zip(*pairs, strict=True)), strict=True):
+            if _on_gpu(target) and _is_tensor(target):
+                memory = _to_cpu(target)
+                memory.copy_(source)
+                target.untyped_storage().copy_(memory.untyped_storage())
+            elif _is_tensor(target) and target is not source:
+                target.copy_(source)
+        torch.cuda.set_sync_debug_mode(sync_debug_mode)
+        return result
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor)
+
+
+def _on_gpu(leaf: Any) -> bool:
+    return (_is_tensor(leaf) and leaf.is_cuda) or (isinstance(leaf, torch.device) and leaf.type == "cuda")
+
+
+def _to_cpu(leaf: Any) -> Any:
+    if not _on_gpu(leaf):
+        return leaf
+    if not _is_tensor(leaf):
+        return torch.device("cpu")
+    memory = leaf.untyped_storage().cpu()  # a copy of the strided tensor would need a kernel
+    return torch.empty(0, dtype=leaf.dtype).set_(memory, leaf.storage_offset(), leaf.shape, leaf.stride())
 
 
 def report(value: Any) -> None:
