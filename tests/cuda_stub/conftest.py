@@ -89,3 +89,9 @@ def run_on_stub(stub_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         return reports
 
     return run
+
+
+@pytest.fixture(scope="session")
+def run_commands_on_stub(run_on_stub: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that runs {case: command and arguments} by runs.py, in one process (or one for each rank)."""
+    return lambda cases, **settings: run_on_stub("runs.py", json.dumps(cases), **settings)

@@ -3,11 +3,13 @@
 `{folder}` in an argument is a folder with images in a folder for each class (`cells`) and a tiny network (`tiny.pth`).
 Arguments of `train` change a tiny version of DinoBloom's recipe. A case's report has its exit code, the errors in its
 log, the waits for the device and the peak memory; for `train` also the counters of each step. Evaluations compute real
-values.
+values. With `local_world_size=<n>` as an argument the ranks count as nodes of n; with `memory_of_rank_1=<GB>` rank 1
+has less memory.
 """
 
 import json
 import logging
+import os
 import sys
 import tempfile
 import traceback
@@ -31,6 +33,7 @@ from dinov2.models import architecture, build_backbone
 from dinov2.train import train
 from dinov2.train.batches import TrainBatches
 from dinov2.train.evaluation import TeacherEvaluation
+from dinov2.train.optimizer import StepGuard
 
 EVALUATIONS = {"extract_features": extract_features, "knn": knn, "linear": linear}
 N_STEPS = 5
@@ -58,15 +61,17 @@ def write_inputs(folder: Path, n: int = 16) -> None:
     torch.save({"teacher": state, "architecture": architecture(tiny)}, folder / "tiny.pth")
 
 
-class Errors(logging.Handler):
-    """Keeps the messages of errors."""
+class Errors(logging.Filter):
+    """Keeps the messages of errors; a filter, since commands replace the logger's handlers."""
 
     def __init__(self) -> None:
-        super().__init__(logging.ERROR)
+        super().__init__()
         self.messages: list[str] = []
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage() + (traceback.format_exc() if record.exc_info else ""))
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            self.messages.append(record.getMessage() + (traceback.format_exc() if record.exc_info else ""))
+        return True
 
 
 class Steps:
@@ -120,6 +125,7 @@ def run_train(arguments: list[str], folder: Path, steps: Steps) -> int:
     starting_at, dist = TrainBatches.starting_at, torch.distributed
     with (
         mock.patch.object(TrainBatches, "starting_at", lambda *args: steps.stream(starting_at(*args))),
+        mock.patch.object(StepGuard, "is_stuck", return_value=False),  # it would count garbage
         mock.patch.object(TeacherEvaluation, "evaluate", with_values(TeacherEvaluation.evaluate)),
         mock.patch.object(dist, "all_gather_object", steps.count_objects(dist.all_gather_object)),
         mock.patch.object(dist, "broadcast_object_list", steps.count_objects(dist.broadcast_object_list)),
@@ -127,9 +133,21 @@ def run_train(arguments: list[str], folder: Path, steps: Steps) -> int:
         return train.main(["--config-file", recipe, "--output-dir", output, dataset, *TINY, *arguments])
 
 
+def take_environment(arguments: list[str]) -> list[str]:
+    """Set the environment that arguments ask for, and return the other arguments."""
+    given = dict(
+        word.split("=", 1) for word in arguments if word.startswith(("local_world_size=", "memory_of_rank_1="))
+    )
+    os.environ["LOCAL_WORLD_SIZE"] = given.get("local_world_size", os.environ.get("WORLD_SIZE", "1"))
+    if "memory_of_rank_1" in given and os.environ.get("RANK") == "1":
+        os.environ["STUB_MEM_GB"] = given["memory_of_rank_1"]
+    return [word for word in arguments if word.split("=")[0] not in given]
+
+
 def run_case(command: str, arguments: list[str], folder: Path) -> dict[str, Any]:
-    errors = Errors()
-    logging.getLogger("dinov2").addHandler(errors)
+    arguments = take_environment(arguments)
+    errors, logger = Errors(), logging.getLogger("dinov2")
+    logger.addFilter(errors)
     torch.cuda.reset_peak_memory_stats()
     with stub.host_waits() as waits:
         steps = Steps(waits)
@@ -142,6 +160,7 @@ def run_case(command: str, arguments: list[str], folder: Path) -> dict[str, Any]
         except Exception:  # a case that fails must not hide the others
             code = 1
             errors.messages.append(traceback.format_exc())
+    logger.removeFilter(errors)
     return {
         "exit_code": code,
         "errors": errors.messages,

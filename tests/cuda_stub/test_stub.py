@@ -42,3 +42,20 @@ def test_products_count_in_their_type(counted):
 
 def test_copies_count_by_the_kind_of_memory(counted):
     assert (counted["h2d_pinned"], counted["h2d_pageable"]) == (1, 1)
+
+
+def test_real_values_are_those_of_the_cpu(run_on_stub, tmp_path):
+    script = tmp_path / "values.py"
+    script.write_text("""
+import stub
+import torch
+from dinov2.eval.knn import nearest_neighbours
+
+train, test = torch.randn(12, 8), torch.randn(4, 8)
+with stub.RealValues():
+    on_device, _ = nearest_neighbours(train.cuda(), test.cuda(), 3)
+on_cpu, _ = nearest_neighbours(train, test, 3)
+stub.report([on_device.tolist(), on_cpu.tolist()])
+""")
+    on_device, on_cpu = run_on_stub(script)
+    assert on_device == on_cpu
