@@ -99,6 +99,7 @@ class Steps:
             "argmax_kernels": sum(n for name, n in kernels.items() if "ArgMax" in name),
             "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
             "object_collectives": self.object_collectives,
+            "cudnn_tf32": torch.backends.cudnn.allow_tf32,
         }
         self.counts.append({**counts, "flops": stub.matmul_flops(), "waits": dict(self.waits)})
 
@@ -168,7 +169,6 @@ def run_case(command: str, arguments: list[str], folder: Path) -> dict[str, Any]
         "waits": dict(waits),
         "peak": torch.cuda.max_memory_allocated(),
         "device": torch.cuda.current_device(),
-        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
     }
 
 
