@@ -40,8 +40,8 @@ N_STEPS = 5
 TINY = [
     *("student.arch=vit_small", "student.embed_dim=128", "student.depth=2", "student.num_heads=2"),
     *("crops.global_crops_size=56", "crops.local_crops_size=28", "student.pretrained_weights=null"),
-    *("dino.head_n_prototypes=256", "dino.head_hidden_dim=64", "dino.head_bottleneck_dim=64"),
-    *("ibot.head_n_prototypes=256", "ibot.head_hidden_dim=64", "ibot.head_bottleneck_dim=64"),
+    *("dino.head_n_prototypes=4096", "dino.head_hidden_dim=64", "dino.head_bottleneck_dim=64"),
+    *("ibot.head_n_prototypes=4096", "ibot.head_hidden_dim=64", "ibot.head_bottleneck_dim=64"),
     *("train.batch_size_per_gpu=8", "train.num_workers=0", "train.log_period=100", "train.tensorboard=false"),
     *(f"train.OFFICIAL_EPOCH_LENGTH={N_STEPS}", "optim.epochs=1", "optim.warmup_epochs=0", "train.views=0"),
     *("teacher.warmup_teacher_temp_epochs=0", "evaluation.eval_period_iterations=0"),

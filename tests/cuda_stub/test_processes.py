@@ -23,6 +23,7 @@ def reports(run_commands_on_stub):
 def steps(reports):
     """[(case and rank, step)] after warming up."""
     cases = [(f"{name}, rank {rank}", case) for rank, report in enumerate(reports) for name, case in cases_of(report)]
+    assert all(len(case["steps"]) > 2 for _, case in cases), "a training ended early"
     return [(name, step) for name, case in cases for step in case["steps"][2:]]
 
 
