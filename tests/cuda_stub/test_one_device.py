@@ -103,11 +103,11 @@ def test_extraction_waits_for_its_results_only(reports):
     assert sum(n for place, n in many.items() if place.startswith("dinov2/eval/features/loop.py")) > 0
 
 
-def test_float32_convolutions_are_exact_finding_8(steps):
+def test_float32_convolutions_are_exact(steps):
     assert not any(step["cudnn_tf32"] for step in steps["fp32, DinoBloom's recipe"])
 
 
-def test_peak_memory_excludes_the_probe_of_the_matmul_rate_finding_12(reports):
+def test_peak_memory_excludes_the_probe_of_the_matmul_rate(reports):
     assert reports["fp32, DinoBloom's recipe"]["peak"] < 128 * 2**20  # the probe takes more
 
 
@@ -120,12 +120,12 @@ def special_reports(run_commands_on_stub):
     return run_commands_on_stub(cases, devices=2)
 
 
-def test_a_chosen_device_is_the_current_one_finding_11(special_reports):
+def test_a_chosen_device_is_the_current_one(special_reports):
     assert special_reports["cuda:1"]["exit_code"] == 0
     assert special_reports["cuda:1"]["device"] == 1
 
 
-def test_use_of_patch_prototypes_is_counted_in_logged_steps_only_finding_9(special_reports):
+def test_use_of_patch_prototypes_is_counted_in_logged_steps_only(special_reports):
     counts = [step["argmax_kernels"] for step in special_reports["logged"]["steps"]]
     assert min(counts) < max(counts)
 

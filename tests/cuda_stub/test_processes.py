@@ -62,7 +62,7 @@ def test_each_strategy_has_its_collectives(reports):
     assert kinds["SHARD_GRAD_OP"]["reduce_scatter"] == kinds["FULL_SHARD"]["reduce_scatter"] > 0
 
 
-def test_hybrid_sharding_makes_one_mesh_finding_10(run_commands_on_stub):
+def test_hybrid_sharding_makes_one_mesh(run_commands_on_stub):
     hybrid = [*sharded("HYBRID_SHARD"), "local_world_size=2"]
     report = run_commands_on_stub({"hybrid": hybrid}, ranks=4)[0]
     assert report["hybrid"]["exit_code"] == 0, report["hybrid"]["errors"]
@@ -70,7 +70,7 @@ def test_hybrid_sharding_makes_one_mesh_finding_10(run_commands_on_stub):
     assert len(communicators) == 3  # of the world, of the copies and of the shards
 
 
-def test_a_dry_run_ends_on_all_ranks_if_one_is_out_of_memory_finding_12(run_commands_on_stub):
+def test_a_dry_run_ends_on_all_ranks_if_one_is_out_of_memory(run_commands_on_stub):
     cases = {"dry run": ["train", "--dry-run", "train.batch_size_per_gpu=512", "memory_of_rank_1=0.3"]}
     for report in run_commands_on_stub(cases, ranks=2):
         assert report["dry run"]["exit_code"] == 1
