@@ -29,6 +29,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from multiprocessing.connection import Connection
@@ -73,9 +74,11 @@ def run_apart(check: Callable[[Any], Any], settings: Any, log: Path, seconds: fl
         process.join()
         return f"its process ended with exit code {process.exitcode}; see {log}"
     finally:
-        process.join(timeout=5)
+        process.join(timeout=2)
         if process.is_alive():
-            os.killpg(process.pid, signal.SIGKILL)  # and its data workers
+            with suppress(ProcessLookupError):  # it has no group yet
+                os.killpg(process.pid, signal.SIGKILL)  # data workers and pytest, too
+            process.kill()
             process.join()
 
 
