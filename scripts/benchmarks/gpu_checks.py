@@ -35,8 +35,8 @@ from dinov2.loss.sinkhorn import sinkhorn_knopp
 from dinov2.train import train
 from dinov2.train.batches import TrainBatches, build_dataset
 from dinov2.train.optimizer import LossScaler
-from dinov2.utils.parallel import available_cores
-from dinov2.utils.precision import fast_matmul_within, resolve_dtype
+from dinov2.utils.numerics import fast_matmul_within, resolve_dtype
+from dinov2.utils.resources import available_cores
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH_SIZES = {"S": 152, "B": 120, "L": 56}  # DinoBloom's, for each GPU

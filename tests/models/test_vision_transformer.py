@@ -18,7 +18,7 @@ from dinov2.models.vision_transformer import (
     vit_small,
     vit_tiny,
 )
-from dinov2.utils.precision import autocast, fast_matmul_within
+from dinov2.utils.numerics import autocast, fast_matmul_within
 
 VARIANTS = ["base", "swiglu", "reg4", "nols", "base98", "reg4_98", "base_224x98", "chunk2"]
 
