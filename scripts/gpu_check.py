@@ -47,17 +47,17 @@ import gpu_checks  # noqa: E402
 from gpu_checks import Outcome, Settings  # noqa: E402
 from harness import table  # noqa: E402
 
-CHECKS: dict[str, tuple[Callable[[Settings], Outcome], int]] = {  # with its seconds on an H100, roughly
-    "environment": (gpu_checks.check_environment, 15),
-    "tests": (gpu_checks.check_tests, 120),
-    "losses": (gpu_checks.check_losses, 40),
-    "sinkhorn": (gpu_checks.check_sinkhorn, 15),
-    "batches": (gpu_checks.check_batches, 30),
-    "training": (gpu_checks.check_training, 40),
-    "resume": (gpu_checks.check_resume, 30),
-    "extraction": (gpu_checks.check_extraction, 60),
-    "trace": (gpu_checks.check_trace, 40),
-    **{f"speed_{name}": (partial(gpu_checks.check_speed, network=name), 70) for name in gpu_checks.BATCH_SIZES},
+CHECKS: dict[str, Callable[[Settings], Outcome]] = {
+    "environment": gpu_checks.check_environment,
+    "tests": gpu_checks.check_tests,
+    "losses": gpu_checks.check_losses,
+    "sinkhorn": gpu_checks.check_sinkhorn,
+    "batches": gpu_checks.check_batches,
+    "training": gpu_checks.check_training,
+    "resume": gpu_checks.check_resume,
+    "extraction": gpu_checks.check_extraction,
+    "trace": gpu_checks.check_trace,
+    **{f"speed_{name}": partial(gpu_checks.check_speed, network=name) for name in gpu_checks.BATCH_SIZES},
 }
 
 
@@ -103,12 +103,12 @@ def run_checks(settings: Settings, names: Sequence[str], minutes: float) -> dict
         begun = time.monotonic()
         left = started + 60 * minutes - begun
         log = settings.output / f"{name}.log"
-        result = run_apart(CHECKS[name][0], settings, log, left) if left > 0 else "no time was left for it"
+        result = run_apart(CHECKS[name], settings, log, left) if left > 0 else "no time was left for it"
         outcomes[name] = result if isinstance(result, Outcome) else Outcome(problems=[result])
         outcomes[name].seconds = time.monotonic() - begun
         write_report(settings.output, outcomes)
-        done, rest = (sum(CHECKS[each][1] for each in part) for part in (names[:number], names[number:]))
-        eta = max(0.0, min(rest * (time.monotonic() - started) / done, left - outcomes[name].seconds))
+        mean = (time.monotonic() - started) / number
+        eta = max(0.0, min(mean * (len(names) - number), left - outcomes[name].seconds))
         state = "fell short" if outcomes[name].problems else "ok"
         print(f"{number}/{len(names)} {name}: {state}; about {eta:.0f} s to go", file=sys.stderr)
     return outcomes

@@ -40,13 +40,11 @@ from dinov2.utils.resources import available_cores
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH_SIZES = {"S": 152, "B": 120, "L": 56}  # DinoBloom's, for each GPU
-GOAL_GPUS, PEAK_GOALS, SPEEDUP_GOAL = ("H100", "H200"), {"S": 0.35, "B": 0.50, "L": 0.60}, 2.5
-PEAK_FLOPS = {  # dense bf16 of the data sheets; the first name that is in the GPU's name counts
-    **{"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12},
-    **{"L40S": 362e12, "RTX 4090": 165e12},
-}
+PEAK_GOALS, SPEEDUP_GOAL = {"S": 0.35, "B": 0.50, "L": 0.60}, 2.5  # on the GPUs of PEAK_FLOPS
+# dense bf16 of the data sheets; the first name that is in the GPU's name counts
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12}
 # largest relative error of a loss, and largest 1 - cosine of the gradients, against fp32 on the CPU
-STEP_TOLERANCES = {"fp32": (1e-4, 1e-4), "bf16": (0.02, 0.01), "fp16": (0.01, 0.005)}
+STEP_TOLERANCES = {"fp32": (1e-4, 1e-4), "bf16": (0.01, 2e-3), "fp16": (5e-3, 2e-3)}
 SINKHORN_TOLERANCE, CROP_TOLERANCE, RESUME_TOLERANCE = 1e-3, 1e-5, 1e-4
 KNN_TOLERANCE = 0.05  # by which kNN may fall in the short training
 FP16_LOSS_SCALE = 256.0  # small enough for the first step not to overflow
@@ -356,7 +354,7 @@ def check_speed(settings: Settings, network: str) -> Outcome:
         row |= {"share of bf16 peak": flops / peak if peak else None, "share of matmul rate": flops / cost["rate"]}
         row |= {"waits a step": cost["waits"], "peak memory, GiB": cost["peak"] / 1024}
         rows.append(row)
-    if not settings.is_tiny and any(name in gpu for name in GOAL_GPUS):
+    if peak and not settings.is_tiny:
         for name, goal in {"share of bf16 peak": PEAK_GOALS[network], "plain / it": SPEEDUP_GOAL}.items():
             best = max((row[name] for row in rows if row["way"].startswith("ours")), default=math.nan)
             if not best >= goal:
