@@ -27,6 +27,7 @@ import step
 import torch
 import torch.nn.functional as F
 from harness import seconds_of
+from torch.utils import collect_env
 
 from dinov2.configs import CONFIG_FOLDER
 from dinov2.data.datasets import find_images
@@ -104,9 +105,7 @@ def check_environment(settings: Settings) -> Outcome:
         properties = torch.cuda.get_device_properties(settings.device)
         facts |= {"GPU": properties.name, "capability": f"{properties.major}.{properties.minor}"}
         facts["memory, GiB"] = round(properties.total_memory / 2**30, 1)
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        has_driver = shutil.which(command[0]) is not None
-        facts["driver"] = subprocess.check_output(command, text=True).split()[0] if has_driver else "no nvidia-smi"
+        facts["driver"] = collect_env.get_nvidia_driver_version(collect_env.run) or "unknown"
     facts["param_dtype auto"] = settings.precision
     for name, dtype in step.DTYPES.items():
         facts[f"attention in {name}"] = attention_kernel(settings.device, dtype)
@@ -152,11 +151,12 @@ def compare(errors: Mapping[str, tuple[float, float]]) -> Outcome:
 
 
 def losses_of(row: Mapping[str, float]) -> dict[str, float]:
+    """Return the losses among a step's numbers."""
     return {name: value for name, value in row.items() if name.endswith("_loss")}
 
 
 def largest_loss_error(losses: Mapping[str, float], wanted: Mapping[str, float]) -> float:
-    """Return the largest relative error of the losses."""
+    """Return the largest relative error of the losses, or NaN."""
     errors = [abs(losses[name] - value) / max(abs(value), SMALLEST_LOSS) for name, value in wanted.items()]
     return max(errors) if all(map(math.isfinite, errors)) else math.nan
 
