@@ -47,7 +47,6 @@ PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 9
 # largest relative error of a loss, and largest 1 - cosine of the gradients, against fp32 on the CPU
 STEP_TOLERANCES = {"fp32": (1e-4, 1e-4), "bf16": (0.01, 2e-3), "fp16": (5e-3, 2e-3)}
 SINKHORN_TOLERANCE, CROP_TOLERANCE, RESUME_TOLERANCE = 1e-3, 1e-5, 1e-4
-KNN_TOLERANCE = 0.05  # by which kNN may fall in the short training
 FP16_LOSS_SCALE = 256.0  # small enough for the first step not to overflow
 SMALLEST_LOSS = 0.1  # errors of smaller losses are relative to this
 
@@ -228,7 +227,7 @@ def run_training(settings: Settings, name: str, config: str, *arguments: str) ->
 
 
 def check_training(settings: Settings) -> Outcome:
-    """Train a small network from scratch: the losses are finite, and kNN does not fall."""
+    """Train a small network from scratch: the losses are finite, and kNN rises, but for a tiny network."""
     probe, steps_an_epoch = settings.draw_cells() / "probe", 1 if settings.is_tiny else 20
     arguments = [
         f"evaluation.datasets=[{{name: drawn, train: '{probe}/train', test: '{probe}/test'}}]",
@@ -246,8 +245,8 @@ def check_training(settings: Settings) -> Outcome:
         return accuracy
 
     before, after = knn_after(0), knn_after(len(steps))
-    if after < before - KNN_TOLERANCE:
-        problems.append(f"kNN fell from {before:.3f} to {after:.3f} in {len(steps)} steps")
+    if after <= before and not settings.is_tiny:
+        problems.append(f"kNN did not rise in {len(steps)} steps: {before:.3f}, then {after:.3f}")
     pairs = {"kNN, balanced accuracy": (before, after)}
     pairs |= {name: (steps[0][name], value) for name, value in losses_of(steps[-1]).items()}
     rows = [{"training": name, "at the start": first, "at the end": last} for name, (first, last) in pairs.items()]

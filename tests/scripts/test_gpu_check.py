@@ -42,6 +42,23 @@ def test_an_error_above_its_tolerance_and_nan_fall_short(script):
     assert [row["what"] for row in outcome.rows] == ["a", "b", "c", "d"]
 
 
+def test_a_training_that_learns_nothing_falls_short(script, tmp_path, monkeypatch):
+    checks = script("gpu_checks")
+    settings = checks.Settings(tmp_path, "cpu", is_tiny=False)
+    for n_steps, accuracy in ((0, 0.3), (2, 0.25)):
+        folder = tmp_path / "eval" / f"training_{n_steps}"
+        folder.mkdir(parents=True)
+        knn = {"knn_1": {"balanced_accuracy": 0.0}, "knn_20": {"balanced_accuracy": accuracy}}
+        (folder / "results.json").write_text(json.dumps({"datasets": {"drawn": {"knn": knn}}}))
+    steps = [{"ibot_loss": 2.0, "lr": 0.1}, {"ibot_loss": math.nan, "lr": 0.1}]
+    monkeypatch.setattr(checks, "run_training", lambda *_: (tmp_path, steps))
+    monkeypatch.setattr(checks.Settings, "draw_cells", lambda _: tmp_path)
+    assert checks.check_training(settings).problems == [
+        "1 of 2 steps have a loss that is not finite",
+        "kNN did not rise in 2 steps: 0.300, then 0.250",
+    ]
+
+
 def test_a_resumed_run_with_other_losses_falls_short(script, settings, monkeypatch):
     checks, n_runs = script("gpu_checks"), []
 
