@@ -22,6 +22,7 @@ anything fell short. Goals for speed are for H100 and H200; on other GPUs the nu
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -46,6 +47,8 @@ sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import gpu_checks  # noqa: E402
 from gpu_checks import Outcome, Settings  # noqa: E402
 from harness import table  # noqa: E402
+
+from dinov2.utils.files import atomic_write  # noqa: E402
 
 CHECKS: dict[str, Callable[[Settings], Outcome]] = {
     "environment": gpu_checks.check_environment,
@@ -117,14 +120,18 @@ def run_checks(settings: Settings, names: Sequence[str], minutes: float) -> dict
 def write_report(output: Path, outcomes: Mapping[str, Outcome]) -> None:
     """Write report.json and report.md; checks whose rows have the same columns share a table."""
     numbers = {name: asdict(outcome) for name, outcome in outcomes.items()}
-    (output / "report.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    for row in (row for outcome in numbers.values() for row in outcome["rows"]):
+        row |= {key: None for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+    with atomic_write(output / "report.json", "w") as file:  # NaN is no JSON
+        file.write(json.dumps(numbers, indent=1, allow_nan=False) + "\n")
     results = [[name, "; ".join(each.problems) or "ok", f"{each.seconds:.0f}"] for name, each in outcomes.items()]
     sections = ["# Check on a GPU", table(["check", "result", "seconds"], results)]
     tables: dict[tuple[str, ...], list[list[str]]] = {}
     for row in (row for outcome in outcomes.values() for row in outcome.rows):
         tables.setdefault(tuple(row), []).append([_text(value) for value in row.values()])
     sections += [table(header, rows) for header, rows in tables.items()]
-    (output / "report.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    with atomic_write(output / "report.md", "w") as file:
+        file.write("\n\n".join(sections) + "\n")
 
 
 def _text(value: object) -> str:

@@ -160,3 +160,12 @@ def test_flags_that_cannot_work(flags, message, gpu_check, tmp_path, capsys, mon
     with pytest.raises(SystemExit):
         gpu_check.main(["--output", str(tmp_path), *flags])
     assert message in capsys.readouterr().err
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_report(gpu_check, tmp_path):
+    gpu_check.write_report(
+        tmp_path, {"losses": gpu_check.Outcome([{"what": "a", "error": math.nan, "tolerance": 0.5}])}
+    )
+    report = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert report["losses"]["rows"] == [{"what": "a", "error": None, "tolerance": 0.5}]
+    assert "nan" in (tmp_path / "report.md").read_text()
