@@ -32,6 +32,8 @@ from dinov2.utils.files import PathLike
 
 logger = logging.getLogger("dinov2")
 
+DEFAULT_IMAGE_SIZE = 224  # of files that record none
+
 
 @dataclass(frozen=True)
 class ImageTransform:
@@ -57,7 +59,7 @@ class ImageTransform:
         return f"RGB, shorter side to {self.image_size} px (Lanczos), centre crop, ImageNet mean and std"
 
 
-def load_backbone(source: PathLike, img_size: int = 224) -> DinoVisionTransformer:
+def load_backbone(source: PathLike, img_size: int | None = None) -> DinoVisionTransformer:
     """Load a backbone with its weights, in eval mode and fp32 on the CPU.
 
     Its attribute `transform` prepares an image or the file at a path: `model(model.transform(path)[None])` is [1, D].
@@ -69,7 +71,8 @@ def load_backbone(source: PathLike, img_size: int = 224) -> DinoVisionTransforme
     Args:
         source: a file in any layout of the module docstring; a folder, from which `checkpoint_file` chooses; a name of
             `dinov2.hub.RELEASES` (`dinobloom_b`, `dinov2_vits14_reg`, ...) or a URL, which are downloaded once.
-        img_size: S, side of the square images to embed; a multiple of the patch size.
+        img_size: S, side of the square images to embed; a multiple of the patch size. By default the size that the
+            file records, as a training run does, else 224.
 
     Raises:
         FileNotFoundError: there is no such file, no weights in the folder, or no such name.
@@ -77,10 +80,15 @@ def load_backbone(source: PathLike, img_size: int = 224) -> DinoVisionTransforme
         ValueError: the file is damaged, is no checkpoint or needs pickled code; or its tensors do not make a whole
             backbone (the message lists them); or it holds another architecture than the release of that name.
     """
+    return _load(source, img_size, DEFAULT_IMAGE_SIZE)
+
+
+def _load(source: PathLike, img_size: int | None, default_size: int) -> DinoVisionTransformer:
     path = checkpoint_file(source)
     stored = read_networks(path)
     state = stored.backbone
     description = infer_architecture(state, stored.recorded, path)
+    img_size = img_size or stored.recorded.get("img_size") or default_size
     with torch.device("meta"):  # saves time and random numbers for weights that are replaced at once
         model = build_backbone({**description, "img_size": img_size})
     report = [describe_backbone(model), f"all {len(state)} tensors loaded"]
@@ -107,18 +115,18 @@ def _attach_transform(model: DinoVisionTransformer, img_size: int) -> DinoVision
 
 def trained_image_size(source: PathLike) -> int | None:
     """Return the side in pixels of the images that a network was trained on or made for; None if unknown."""
-    size = read_networks(checkpoint_file(source)).recorded.get("img_size")
-    return None if size is None else int(size)
+    return read_networks(checkpoint_file(source)).recorded.get("img_size")
 
 
-def untrained_backbone(source: PathLike, img_size: int = 224, seed: int = 0) -> DinoVisionTransformer:
-    """Build the architecture of `load_backbone(source)` with random weights from `seed`, in eval mode: a baseline.
+def untrained_backbone(source: PathLike, img_size: int | None = None, seed: int = 0) -> DinoVisionTransformer:
+    """Build the architecture of `load_backbone(source, img_size)` with random weights from `seed`: a baseline.
 
     Layer scale has the initial value in the file's `architecture`, or 1.0, with which an untrained network is stronger.
     """
     path = checkpoint_file(source)
     stored = read_networks(path)
     description = infer_architecture(stored.backbone, stored.recorded, path)
+    img_size = img_size or stored.recorded.get("img_size") or DEFAULT_IMAGE_SIZE
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _attach_transform(build_backbone({**description, "img_size": img_size}).eval(), img_size)
@@ -247,17 +255,18 @@ def _make_entry_point(release: Release) -> Callable[..., DinoVisionTransformer]:
     """Make the function that torch.hub finds by the name of a release."""
 
     def build(
-        *, pretrained: bool = True, weights: PathLike | None = None, img_size: int = release.img_size
+        *, pretrained: bool = True, weights: PathLike | None = None, img_size: int | None = None
     ) -> DinoVisionTransformer:
         if not pretrained:
             if weights is not None:
                 raise ValueError(
                     f"{release.name}: weights={str(weights)!r} contradicts pretrained=False; leave one of them out"
                 )
-            description = {"arch": release.arch, "layerscale": 1.0, "block_chunks": 0, "img_size": img_size}
-            return _attach_transform(build_backbone(description), img_size)
+            size = img_size or release.img_size
+            description = {"arch": release.arch, "layerscale": 1.0, "block_chunks": 0, "img_size": size}
+            return _attach_transform(build_backbone(description), size)
         source = release.url if weights is None else weights  # not its name, which a local folder may have
-        model = load_backbone(source, img_size)
+        model = _load(source, img_size, release.img_size)
         _check_architecture(model, release, source)
         return model
 
@@ -267,7 +276,7 @@ def _make_entry_point(release: Release) -> Callable[..., DinoVisionTransformer]:
     Args:
         pretrained: load the released weights, which are downloaded once; False for random weights.
         weights: your copy of these weights, instead of a download; any source of `load_backbone`.
-        img_size: as for `load_backbone`; by default the size that the released weights were made for.
+        img_size: as for `load_backbone`; by default the size that the file records, else that of the released weights.
     """
     return build
 

@@ -42,7 +42,7 @@ from omegaconf import OmegaConf
 
 from dinov2.data.loaders import VALUE_READERS
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from dinov2.hub.backbones import checkpoint_file, load_backbone
+from dinov2.hub.backbones import DEFAULT_IMAGE_SIZE, checkpoint_file, load_backbone
 from dinov2.hub.conversions import timm_arguments
 from dinov2.hub.export_formats import (
     FORMATS,
@@ -65,7 +65,6 @@ from dinov2.utils.files import PathLike, file_sha256
 
 logger = logging.getLogger("dinov2")
 
-DEFAULT_IMAGE_SIZE = 224
 SUMS_FILE = "sha256sums.txt"
 EXTRA = "pip install 'dinobloom[export]'"
 
@@ -166,11 +165,8 @@ def _find_obstacle(form: Format, model: DinoVisionTransformer) -> str:
 
 def _read(checkpoint: PathLike, image_size: int) -> tuple[DinoVisionTransformer, Origin]:
     file = checkpoint_file(checkpoint)
-    stored = read_networks(file)
-    size = image_size or int(stored.recorded.get("img_size", DEFAULT_IMAGE_SIZE))
-    n_numbers = stored.backbone["pos_embed"].numel() if "pos_embed" in stored.backbone else 0
-    del stored  # two copies of the largest network may not fit into memory
-    model = load_backbone(checkpoint, size)
+    model = load_backbone(file, image_size or None)
+    n_numbers = read_networks(file).backbone["pos_embed"].numel()
     grid = math.isqrt(n_numbers // model.embed_dim - 1)
     if model.in_chans != 3:
         raise ValueError(f"--checkpoint {file}: has {model.in_chans} channels; only RGB networks are exported")
