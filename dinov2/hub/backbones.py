@@ -26,7 +26,7 @@ from torch import Tensor
 from dinov2.data.datasets.decode import decode_image, resize_image
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_images
 from dinov2.hub.weight_files import RELEASES, Release, checkpoint_file, join_names, read_networks
-from dinov2.models import build_backbone
+from dinov2.models import build_backbone, check_settings
 from dinov2.models.vision_transformer import DinoVisionTransformer, resize_pos_embed
 from dinov2.utils.files import PathLike
 
@@ -89,14 +89,19 @@ def _load(source: PathLike, img_size: int | None, default_size: int) -> DinoVisi
     state = stored.backbone
     description = infer_architecture(state, stored.recorded, path)
     img_size = img_size or stored.recorded.get("img_size") or default_size
-    with torch.device("meta"):  # saves time and random numbers for weights that are replaced at once
-        model = build_backbone({**description, "img_size": img_size})
+    try:
+        with torch.device("meta"):  # saves time and random numbers for weights that are replaced at once
+            model = build_backbone({**description, "img_size": img_size})
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path}: {error}") from error
     report = [describe_backbone(model), f"all {len(state)} tensors loaded"]
     pos_embed = state["pos_embed"]
     if pos_embed.shape != model.pos_embed.shape:
         grid = img_size // model.patch_size
-        state["pos_embed"] = resize_pos_embed(pos_embed, grid)  # [1, 1 + g*g, D]
         own_grid = math.isqrt(pos_embed.shape[1] - 1)
+        if own_grid * own_grid != pos_embed.shape[1] - 1:
+            raise ValueError(f"checkpoint {path}: pos_embed {list(pos_embed.shape)} is for no square grid of patches")
+        state["pos_embed"] = resize_pos_embed(pos_embed, grid)  # [1, 1 + g*g, D]
         report.append(f"position embeddings resized from {own_grid} x {own_grid} to {grid} x {grid} patches")
     state.setdefault("mask_token", torch.zeros(1, model.embed_dim))
     check_names_and_shapes(model.state_dict(), state, path)
@@ -169,6 +174,13 @@ def infer_architecture(state: Mapping[str, Tensor], recorded: Mapping[str, Any],
             f"checkpoint {path}: the feed-forward network of block 0 has neither fc1 and fc2 nor w12 and w3, "
             f"so its kind is unknown"
         )
+    shapes = {"pos_embed": 3, f"{last_ffn_layer}.weight": 2, "register_tokens": 3}  # number of dimensions
+    for name in shapes.keys() & state.keys():
+        if state[name].ndim != shapes[name]:
+            raise ValueError(
+                f"checkpoint {path}: {name} has the shape {list(state[name].shape)}, expected {shapes[name]} "
+                f"dimensions: it is another kind of network"
+            )
     projection = list(state["patch_embed.proj.weight"].shape)
     if len(projection) != 4 or projection[2] != projection[3]:
         raise ValueError(
@@ -176,17 +188,19 @@ def infer_architecture(state: Mapping[str, Tensor], recorded: Mapping[str, Any],
             f"patch, patch]: it is another kind of network"
         )
     embed_dim, in_chans, patch_size, _ = projection
-    hidden_dim = state[f"{last_ffn_layer}.weight"].shape[1]
-    mlp_ratio = hidden_dim / embed_dim
-    if is_gated:  # 2/3 of the width, rounded up to a multiple of 8: several ratios give the same width; 4 is usual
-        mlp_ratio = 4.0 if (int(embed_dim * 8 / 3) + 7) // 8 * 8 == hidden_dim else 1.5 * hidden_dim / embed_dim
     has_registers = "register_tokens" in state
     measured = {
+        "in_chans": in_chans,
         "patch_size": patch_size,
         "embed_dim": embed_dim,
         "depth": 1 + max(int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d+\.", name)),
         "num_register_tokens": state["register_tokens"].shape[1] if has_registers else 0,
     }
+    check_settings(measured, f"checkpoint {path}: from its tensors, ")
+    hidden_dim = state[f"{last_ffn_layer}.weight"].shape[1]
+    mlp_ratio = hidden_dim / embed_dim
+    if is_gated:  # 2/3 of the width, rounded up to a multiple of 8: several ratios give the same width; 4 is usual
+        mlp_ratio = 4.0 if (int(embed_dim * 8 / 3) + 7) // 8 * 8 == hidden_dim else 1.5 * hidden_dim / embed_dim
     contradictions = [
         f"{name} is {recorded[name]} there and {value} in the tensors"
         for name, value in measured.items()
@@ -205,7 +219,6 @@ def infer_architecture(state: Mapping[str, Tensor], recorded: Mapping[str, Any],
         )
     return {
         **measured,
-        "in_chans": in_chans,
         "num_heads": num_heads,
         "mlp_ratio": mlp_ratio,
         "ffn_layer": "swiglufused" if is_gated else "mlp",

@@ -76,10 +76,21 @@ def file_sha256(path: PathLike) -> str:
         lines = [f"{file_sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in files]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
     digest = hashlib.sha256()
-    with open(path, "rb") as opened:
+    with open(path, "rb") as opened, name_in_errors(path):
         while block := opened.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def name_in_errors(path: PathLike) -> Iterator[None]:
+    """Add a file's name to an error of the system in this block; errors of reads and writes have none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def check_regular_file(path: PathLike, setting: str = "") -> Path:
@@ -255,23 +266,21 @@ def _write(answer: Any, part: Path, n_done: int, n_bytes: int, is_kept: bool) ->
     free = shutil.disk_usage(part.parent).free
     if n_bytes - n_done > free:
         raise OSError(errno.ENOSPC, f"the download needs {n_bytes - n_done:,} bytes, and {free:,} are free", str(part))
+    sizes = {"initial": n_done, "total": n_bytes or None, "unit": "B", "unit_scale": True, "unit_divisor": 1024}
     try:
         with (
+            name_in_errors(part),
             open(part, "r+b" if n_done else "wb") as opened,
-            tqdm(
-                desc=part.name, initial=n_done, total=n_bytes or None, unit="B", unit_scale=True, unit_divisor=1024
-            ) as bar,
+            tqdm(desc=part.name, **sizes) as bar,
         ):
             opened.seek(n_done)
             for block in _blocks(answer):
                 bar.update(opened.write(block))
         if part.stat().st_size < n_bytes:
             raise ConnectionError(f"got only {part.stat().st_size} out of {n_bytes} bytes")
-    except BaseException as error:
+    except BaseException:
         if not is_kept and part.is_file():
             part.unlink()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            raise OSError(error.errno, error.strerror, str(part)) from error  # a write does not name its file
         raise
     return part
 

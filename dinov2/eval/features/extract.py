@@ -77,7 +77,9 @@ def extract(
 
 
 def _as_encoder(model: DinoVisionTransformer | Encoder, image_size: int | None) -> Encoder:
-    return model if isinstance(model, Encoder) else DinoEncoder(model, image_size or int(architecture(model)["img_size"]))
+    if isinstance(model, Encoder):
+        return model
+    return DinoEncoder(model, image_size or int(architecture(model)["img_size"]))
 
 
 def _extract(encoder: Encoder, paths: Sequence[Path], options: ExtractOptions) -> Extraction:
