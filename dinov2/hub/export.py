@@ -61,7 +61,7 @@ from dinov2.models import architecture
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.command import exit_code
 from dinov2.utils.config import read_config
-from dinov2.utils.files import PathLike, file_sha256
+from dinov2.utils.files import PathLike, file_sha256, local_path
 
 logger = logging.getLogger("dinov2")
 
@@ -356,7 +356,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     source_help = "a file with weights in any layout, a folder of a run, of transformers or of timm, a name or a URL"
     add("--checkpoint", required=True, help=source_help)
-    add("--output-dir", type=Path, required=True, help="folder for the files; made by this command")
+    add("--output-dir", type=local_path, required=True, help="folder for the files; made by this command")
     formats_help = f"out of {', '.join(FORMATS)}; without it, all that the installed packages and the network allow"
     add("--formats", nargs="+", choices=tuple(FORMATS), metavar="FORMAT", help=formats_help)
     size_help = (
@@ -365,7 +365,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--image-size", type=int, default=0, help=size_help)
     results_help = "results.json files to quote in the card"
-    add("--results", type=Path, nargs="+", default=[], metavar="FILE", help=results_help)
+    add("--results", type=local_path, nargs="+", default=[], metavar="FILE", help=results_help)
     add("--tolerance", type=float, default=1e-4, help="largest difference from the network's features, in fp32")
     add("--overwrite", action="store_true", help="replace an earlier export in the output folder")
     args = parser.parse_args(argv)
