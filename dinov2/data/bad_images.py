@@ -32,6 +32,7 @@ class BadImages:
     def record(self, failures: Iterable[tuple[str, str]]) -> None:
         """Add (path, reason) pairs of this process."""
         for path, reason in failures:
+            path = path.encode(errors="backslashreplace").decode()  # a name that is not UTF-8 text
             if path not in self.reasons and path not in self._new:
                 logger.warning("cannot read %s (%s); another image takes its place", path, reason)
                 self._new[path] = reason

@@ -35,14 +35,14 @@ def atomic_write(path: PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`, and rename it to `path` after the block, when its bytes are on disk.
 
     If the block raises an error or the process is killed, an earlier file at `path` does not change. The folder is made
-    if missing; text is UTF-8.
+    if missing; text is UTF-8, except for names of files that are not: their bytes are written as they are.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_text = "b" not in mode
+    text = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape", "newline": "\n"}
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with open(temporary, mode, encoding="utf-8" if is_text else None, newline="\n" if is_text else None) as file:
+        with open(temporary, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from dinov2.data.datasets.decode import IMAGE_SUFFIXES, UnreadableImageError, decode_image
+from dinov2.data.datasets.decode import KNOWN_SUFFIXES, UnreadableImageError, decode_image, read_file, walk_images
 from dinov2.data.datasets.tables import (
     LABEL_COLUMN,
     PATH_COLUMN,
@@ -97,11 +97,10 @@ def _read_source(file: Path, role: str) -> Source:
     setting, suffix = SETTINGS[role], file.suffix.lower()
     if file.is_dir():
         return Source(file, "folder", role, _read_folder(file, setting, has_labels=role != TRAINING))
-    if not file.is_file():
-        raise FileNotFoundError(f"{setting}: {str(file)!r} does not exist; give a .txt list, a CSV or a folder")
     if suffix == ".txt" and role != LABELS:
         paths = [os.path.abspath(file.parent / path) for path in read_list(file, setting)]
-        return Source(file, "list", role, pd.DataFrame({PATH_COLUMN: paths}))
+        # as objects: pandas' text columns refuse names that are not UTF-8
+        return Source(file, "list", role, pd.DataFrame({PATH_COLUMN: paths}, dtype=object))
     if suffix not in TABLE_SUFFIXES:
         kinds = "a CSV or a folder with a folder per class" if role == LABELS else "a .txt list, a CSV or a folder"
         raise ValueError(f"{setting}: {str(file)!r} is of an unknown kind; give {kinds}")
@@ -112,7 +111,7 @@ def _read_source(file: Path, role: str) -> Source:
             f"{setting}: {str(file)!r} has the columns {table.columns}; expected "
             f"{PATH_COLUMN},{LABEL_COLUMN}[,{PATIENT_COLUMN}][,{SET_COLUMN}]"
         )
-    rows = pd.DataFrame.from_dict(dict(table.rows()), orient="index", columns=table.columns)
+    rows = pd.DataFrame.from_dict(dict(table.rows()), orient="index", columns=table.columns, dtype=object)
     is_empty = rows[columns] == ""
     has_gap = is_empty.any(axis=1)
     gaps = [
@@ -126,15 +125,12 @@ def _read_source(file: Path, role: str) -> Source:
 
 def _read_folder(folder: Path, setting: str, has_labels: bool) -> pd.DataFrame:
     folder = folder.absolute()
-    entries = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
-    files = sorted(file for file in entries if file.suffix.lower() in IMAGE_SUFFIXES)  # with the hidden ones
+    files = sorted(map(Path, walk_images(folder, with_hidden=True)))
     if not files:
         raise FileNotFoundError(
-            f"{setting}: no .txt list and no image ({', '.join(IMAGE_SUFFIXES)}) in {str(folder)!r}; give the "
-            f"folder that has them"
+            f"{setting}: no .txt list and no image ({KNOWN_SUFFIXES}) in {str(folder)!r}; give the folder that has them"
         )
-    paths = list(map(os.path.abspath, files))
-    rows = pd.DataFrame({PATH_COLUMN: paths}, dtype=object)  # pandas' text columns refuse names that are not UTF-8
+    rows = pd.DataFrame({PATH_COLUMN: list(map(os.path.abspath, files))}, dtype=object)
     if has_labels:
         below = (file.relative_to(folder).parts for file in files)
         rows[LABEL_COLUMN] = [parts[0] if len(parts) > 1 else "" for parts in below]
@@ -147,7 +143,7 @@ def _entries(source: Source) -> pd.DataFrame:
         rows = rows[rows[PART_COLUMN].isin(("val", "test"))]
     path_column = next(name for name in PATH_COLUMNS if name in rows)
     columns = {"path": path_column, "label": LABEL_COLUMN, "patient": PATIENT_COLUMN, "dataset": SET_COLUMN}
-    entries = pd.DataFrame({name: rows.get(column, "") for name, column in columns.items()}, rows.index)
+    entries = pd.DataFrame({name: rows.get(column, "") for name, column in columns.items()}, rows.index, dtype=object)
     entries = entries.assign(line=rows.index, role=source.role, place=source.file.name, is_hidden=False)
     if source.kind == "table":
         entries["place"] += [f" line {line}" for line in rows.index]
