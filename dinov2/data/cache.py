@@ -31,6 +31,7 @@ from dinov2.data.datasets.decode import UnreadableImageError, decode_image, resi
 from dinov2.data.datasets.sources import ImageSource
 from dinov2.distributed import all_gather_objects, on_main_process
 from dinov2.utils.command import progress_bar
+from dinov2.utils.files import user_path
 from dinov2.utils.resources import available_cores, parallel_map, size_text
 
 logger = logging.getLogger("dinov2")
@@ -89,11 +90,9 @@ class PackedCache:
 
     def __init__(self, folder: str | os.PathLike[str], source: ImageSource, image_size: int, fit: str = "crop") -> None:
         """Open the cache, which may not exist yet; `folder` may hold other datasets, sizes and fits too."""
-        if image_size < 1:
-            raise ValueError(f"image_size: {image_size} pixels; give 1 or more")
         self.source, self.image_size, self.fit = source, image_size, fit
         self.record_bytes = image_size * image_size * 3
-        self.folder = Path(folder).absolute() / f"{image_size}-{fit}-v{VERSION}"
+        self.folder = user_path(folder).absolute() / f"{image_size}-{fit}-v{VERSION}"
         self.pixels_file, self.entries_file = self.folder / "pixels.bin", self.folder / "entries.bin"
         self._lock = filelock.FileLock(self.folder / "lock", mode=0o666)
         paths = (source.path(i).encode(errors="surrogateescape") for i in range(len(source)))

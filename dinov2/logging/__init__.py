@@ -70,7 +70,7 @@ def setup_logging(
     if output_dir is not None:
         file = log_file(Path(output_dir), rank)
         file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(_LogFile(file, encoding="utf-8"))
+        handlers.append(_LogFile(file, encoding="utf-8", errors="backslashreplace"))
     for handler in handlers:
         handler.setFormatter(formatter)
         named_logger.addHandler(handler)

@@ -224,7 +224,7 @@ def test_split_files_that_are_wrong(text, message, tmp_path):
 
 def test_splits_that_a_file_cannot_keep(tmp_path):
     file = tmp_path / "split.csv"
-    with pytest.raises(FileNotFoundError, match="no file"):
+    with pytest.raises(FileNotFoundError, match="no such file"):
         read_split(file, ["a"])
     zero, one, two = (np.array([i]) for i in range(3))
     with pytest.raises(ValueError, match="'a' stands twice"):

@@ -15,7 +15,7 @@ from typing import Any
 
 from dinov2.data.datasets.decode import is_image_name
 from dinov2.utils.files import check_regular_file
-from dinov2.utils.memory import size_text
+from dinov2.utils.resources import size_text
 
 PATH_COLUMN, LABEL_COLUMN, PATIENT_COLUMN, SET_COLUMN = "Image Path", "Label", "patient", "dataset"
 PATH_COLUMNS = (PATH_COLUMN, "path")  # the first of these that a table has names its images
