@@ -51,6 +51,20 @@ def test_folds_keep_patients_whole(seed):
     assert sorted(np.concatenate([test for _, test in folds])) == list(range(300))
 
 
+def test_a_fold_without_a_test_cell_is_an_error():
+    counts = [5, 50, 5, 1, 1, 50]
+    labels, patients = np.repeat([0, 1, 2, 2, 1, 1], counts), list(map(str, np.repeat(range(6), counts)))
+    n_errors = 0
+    for seed in range(20):
+        try:
+            assert all(len(test) for _, test in make_folds(labels, patients, 6, seed))
+        except ValueError as error:
+            assert re.search(r"folds: \d of 6 folds have no test cell; choose fewer folds", str(error))
+            n_errors += 1
+    assert n_errors
+    make_folds(labels, patients, 2)
+
+
 def test_a_class_with_one_image_is_trained_on_and_reported():
     labels = np.repeat([0, 1, 2], [20, 3, 1])
     folds = make_folds(labels, n_folds=5)

@@ -7,6 +7,7 @@ Letters: N images, in S sets.
 """
 
 import glob
+import hashlib
 import logging
 import os
 import re
@@ -56,6 +57,10 @@ class PathBlock:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
+    def sha256(self) -> str:
+        """Return the SHA-256 of the texts in their order."""
+        return hashlib.sha256(self._data.numpy().tobytes() + self._ends.numpy().tobytes()).hexdigest()
+
     def __getitem__(self, position: int) -> str:
         # sharing a tensor moves its memory, so an older NumPy view would be stale: make one each time
         start, end = self._ends.numpy()[position : position + 2]
@@ -99,6 +104,10 @@ class ImageSource:
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def fingerprint(self) -> str:
+        """Return the number of images and a checksum of their names, in words; the images are not read."""
+        return f"{len(self):,} images, names sha256 {self._names.sha256()[:16]}"
 
     def path(self, position: int) -> str:
         """Return the absolute path of an image; `<shard>.tar::<member>` for one in a shard."""
@@ -262,13 +271,14 @@ def _from_tree(root: Path) -> ImageSource:
 
     def read_paths() -> Iterator[str]:
         for path in walk_images(folder):
-            inner, _, is_inner = os.path.relpath(path, folder).partition(os.sep)
+            relative = os.path.relpath(path, folder)
+            inner, _, is_inner = relative.partition(os.sep)
             counts[inner if is_inner else LOOSE_SET] += 1
-            yield path
+            yield relative
 
     paths = PathBlock(read_paths())
     names, ids = _number(list(counts), list(counts.values()))
-    return ImageSource(paths, "", names, ids, f"the images in {str(root)!r}")
+    return ImageSource(paths, folder, names, ids, f"the images in {str(root)!r}")
 
 
 def _number(names: Sequence[str], counts: Sequence[int]) -> tuple[list[str], np.ndarray]:

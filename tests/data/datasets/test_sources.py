@@ -237,6 +237,19 @@ def test_a_folder_of_images(tmp_path):
     assert paths(images) == paths(ImageSource.from_root(root))
 
 
+def test_the_fingerprint_follows_names_and_order_and_not_the_place(tmp_path):
+    for place in ("old", "new"):
+        for name in ("a/1.png", "a/2.png"):
+            write(tmp_path / place / name)
+    old, new = (ImageSource.from_root(tmp_path / place).fingerprint() for place in ("old", "new"))
+    assert old == new
+    assert old.startswith("2 images, names sha256 ")
+    write(tmp_path / "new" / "a" / "3.png")
+    assert ImageSource.from_root(tmp_path / "new").fingerprint().startswith("3 images")
+    lists = [write(tmp_path / f"{i}.txt", text) for i, text in enumerate((b"1.png\n2.png\n", b"2.png\n1.png\n"))]
+    assert len({ImageSource.from_root(file).fingerprint() for file in lists}) == 2
+
+
 def test_file_names_that_are_no_text(tmp_path):
     name = os.fsencode(tmp_path) + b"/s/caf\xe9.png"
     (tmp_path / "s").mkdir()
