@@ -240,6 +240,7 @@ def _parquet_rows(table: Table, names: Sequence[str]) -> Iterator[tuple[int, lis
         if any(group.total_byte_size > limit for group in groups):
             raise ValueError(too_large)
         for batch in opened.iter_batches(ROWS_PER_BATCH, columns=list(names)):
+            batch.validate(full=True)  # a damaged file may point beyond its own values
             for values in zip(*(_texts(batch.column(name), name, table) for name in names), strict=True):
                 row += 1
                 n_bytes += BYTES_PER_ROW + sum(map(len, values))
