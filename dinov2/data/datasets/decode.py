@@ -28,7 +28,7 @@ logger = logging.getLogger("dinov2")
 
 # of pixels; not those formats of Pillow that hold drawings, films or measurements, or that start another program
 FORMATS = (
-    *("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP"),
+    *("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"),
 )
 IMAGE_SUFFIXES = tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS))
 KNOWN_SUFFIXES = ", ".join(IMAGE_SUFFIXES)

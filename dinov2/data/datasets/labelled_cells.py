@@ -62,9 +62,8 @@ class LabelledCells:
         if is_folder(path, "labelled cells", LAYOUTS):
             paths, names = _read_folder(path, needs_labels)
         else:
-            required, optional = (PATH_COLUMN, LABEL_COLUMN), (PATIENT_COLUMN,)
-            if not needs_labels:
-                required, optional = required[:1], (*required[1:], *optional)
+            required = (PATH_COLUMN, LABEL_COLUMN) if needs_labels else (PATH_COLUMN,)
+            optional = (PATIENT_COLUMN,) if needs_labels else (LABEL_COLUMN, PATIENT_COLUMN)
             rows = read_table(path, "labelled cells", required, optional)
             paths = [path.parent / row[PATH_COLUMN] for row in rows]
             names = [row.get(LABEL_COLUMN, UNLABELLED) for row in rows]

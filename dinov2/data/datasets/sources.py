@@ -158,7 +158,8 @@ class ShardSource(ImageSource):
 
     def read(self, position: int) -> bytes:
         shard, stamp = self.file(position), self._stamps[bisect_right(self._ends, position)]
-        return _read_member(shard, self.path(position), *self._places[position].tolist(), stamp)
+        offset, size = self._places[position].tolist()
+        return _read_member(shard, self.path(position), (offset, size), stamp)
 
 
 def read_image(path: str) -> bytes:
@@ -167,16 +168,17 @@ def read_image(path: str) -> bytes:
     if not mark or os.path.exists(path):
         return read_file(path)
     try:
-        places = {member: place for member, *place in _scan_shard(f"{shard}.tar")}
+        places = {member: (offset, size) for member, offset, size in _scan_shard(f"{shard}.tar")}
     except (OSError, ValueError) as error:
         raise UnreadableImageError(path, str(error)) from error
     if name not in places:
         raise UnreadableImageError(path, f"{name!r} not found in the tar file")
-    return _read_member(f"{shard}.tar", path, *places[name])
+    return _read_member(f"{shard}.tar", path, places[name])
 
 
-def _read_member(shard: str, path: str, offset: int, size: int, stamp: tuple[int, int] | None = None) -> bytes:
-    """Read an image of a tar file, unless the file has not this stamp and so was changed since its scan."""
+def _read_member(shard: str, path: str, place: tuple[int, int], stamp: tuple[int, int] | None = None) -> bytes:
+    """Read an image at (offset, size) of a tar file, unless it lacks this stamp and so was changed since its scan."""
+    offset, size = place
     try:
         with open(shard, "rb", buffering=0) as file:
             if stamp not in (None, _stamp(os.fstat(file.fileno()))):
