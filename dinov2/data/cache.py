@@ -110,7 +110,7 @@ class PackedCache:
             if n_records < len(entries):
                 logger.warning("packed cache: %s lacks %d records", self.pixels_file, len(entries) - n_records)
             self._entries = entries[:n_records]
-        used = np.flatnonzero(self._entries["status"] != FREE)
+        used = np.flatnonzero(np.isin(self._entries["status"], (PACKED, UNREADABLE)))  # else free, or damaged
         row_of = dict(zip(self._entries["key"][used].tolist(), used.tolist(), strict=True))  # the last of each key
         self._rows = np.array([row_of.get(key, -1) for key in self._keys.tolist()], dtype=np.int32)  # [N]
         statuses = np.append(self._entries["status"], FREE)[self._rows]  # row -1 is the appended one

@@ -27,9 +27,7 @@ from dinov2.utils.files import check_regular_file
 logger = logging.getLogger("dinov2")
 
 # of pixels; not those formats of Pillow that hold drawings, films or measurements, or that start another program
-FORMATS = (
-    *("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"),
-)
+FORMATS = (*("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"),)
 IMAGE_SUFFIXES = tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS))
 KNOWN_SUFFIXES = ", ".join(IMAGE_SUFFIXES)
 N_SUFFIXES = 10  # of other files, in a log line
@@ -103,7 +101,7 @@ def read_file(path: str) -> bytes:
     try:
         return check_regular_file(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: not a file, or no possible name of one
-        reason = getattr(error, "strerror", None) or str(error).removeprefix(path).lstrip(": ")
+        reason = getattr(error.__cause__ or error, "strerror", None) or str(error).removeprefix(path).lstrip(": ")
         raise UnreadableImageError(path, reason) from error
 
 

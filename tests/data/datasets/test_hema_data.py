@@ -121,7 +121,7 @@ def test_some_missing_files_are_replaced_but_not_all(tmp_path):
     make_set(tmp_path, 4)
     (tmp_path / "002.png").unlink()
     sample = HemaStandardDataset(root=tmp_path, image_size=8)[2]
-    assert sample.failures[0] == (str(tmp_path / "002.png"), "no such file")
+    assert sample.failures[0] == (str(tmp_path / "002.png"), "No such file or directory")
 
     (tmp_path / "list.txt").write_text("".join(f"gone/{i}.png\n" for i in range(1000)))
     with pytest.raises(FileNotFoundError, match=r"none of the 16 .*among the 1000.*gone/0\.png.*relative paths count"):

@@ -119,7 +119,7 @@ def test_reading_and_stamps_of_files(tmp_path):
     images = ImageSource.from_root(tmp_path)
     assert images.read(0) == b"12345"
     assert images.stamp(0) == (5, image.stat().st_mtime_ns)
-    for position, reason in ((1, "^no such file$"), (2, "null"), (3, "^is a folder, not a file")):
+    for position, reason in ((1, "^No such file or directory$"), (2, "null"), (3, "^is a folder, not a file")):
         with pytest.raises(UnreadableImageError) as error:
             images.read(position)
         assert re.search(reason, error.value.reason)
