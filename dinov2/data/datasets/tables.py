@@ -170,7 +170,7 @@ def is_folder(path: Path, setting: str, expected: str) -> bool:
 
 def check_files_exist(files: Sequence[Path], table: Path, setting: str, things: str) -> None:
     """Raise FileNotFoundError unless all files that a table names exist."""
-    missing = [str(file) for file in files if not file.is_file()]
+    missing = [str(file) for file in files if not os.path.isfile(file)]  # also for names that are too long
     if missing:
         raise FileNotFoundError(
             f"{setting}: {len(missing)} of the {len(files)} {things} in {str(table)!r} do not exist, for instance "

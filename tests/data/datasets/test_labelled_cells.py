@@ -145,6 +145,12 @@ def test_images_that_are_not_there_are_named(tmp_path):
         LabelledCells.from_path(path)
 
 
+def test_a_name_that_is_too_long_is_of_an_image_that_is_not_there(tmp_path):
+    path = write_csv(tmp_path, f"Image Path,Label\n{'a' * 5000}.png,x\n")
+    with pytest.raises(FileNotFoundError, match=r"1 of the 1 images in .*cells.csv' do not exist"):
+        LabelledCells.from_path(path)
+
+
 def test_find_images_goes_deep_and_skips_the_hidden(tmp_path):
     touch(tmp_path, "b.png", "a/c.JPG", "a/.d.jpg", ".e/f.jpg", "g.txt")
     assert find_images(tmp_path) == [tmp_path / "a/c.JPG", tmp_path / "b.png"]
