@@ -184,18 +184,22 @@ class RunFolder:
         write_config(self.cfg, earlier)
 
     def open_status(self, environment: dict[str, str]) -> None:
-        """Start status.json for this start of the run, with its `run_environment` and the fingerprint of its images."""
+        """Start status.json for this start of the run, with its `run_environment`."""
         n_iterations = Schedules(self.cfg).n_iterations
         self._status_file = StatusFile(self.path, n_iterations, resumed=self.has_checkpoint())
-        before = self.status.starts[-1].get("images") if self.status.starts else None
-        if before not in (None, environment["images"]):
-            logger.warning(
-                "the run so far had %s, and its lists or folders now have %s; the other images count from here on, in "
-                "a new order",
-                *(before, environment["images"]),
-            )
         self.status.starts.append(environment)
         self.write_status("starting")
+
+    def record_images(self, images: str) -> None:
+        """Record the fingerprint of this start's images in status.json; warn if the start before had others."""
+        earlier = [start["images"] for start in self.status.starts if "images" in start]
+        if earlier and earlier[-1] != images:
+            logger.warning(
+                "the run so far had %s, and its lists or folders now have %s; from here on the run takes these, in a "
+                "new order",
+                *(earlier[-1], images),
+            )
+        self.status.starts[-1]["images"] = images
 
     @property
     def status(self) -> RunStatus:

@@ -64,6 +64,7 @@ def train(
     model, optimizer, guard, progress = state.model, state.optimizer, state.guard, state.progress
     schedules, views = Schedules(cfg), TrainingViews(cfg, folder.path)
     batches = TrainBatches(cfg, dataset, model.device)
+    folder.record_images(dataset.source.fingerprint())
     must_stop, teacher_is_written = False, True
 
     with (
@@ -236,8 +237,8 @@ def run(args: argparse.Namespace, signals: StopSignals) -> int:
             folder.prepare(resume=not args.no_resume, eval_only=args.eval_only)
             setup_logging(folder.path)
         logger.info("%s", describe_environment(cfg))
-        if dataset is not None and not only_tries:
-            folder.open_status(run_environment(cfg) | {"images": dataset.source.fingerprint()})
+        if not (only_tries or args.eval_only):
+            folder.open_status(run_environment(cfg))
         if dataset is not None and not fill_cache(dataset, signals, only_report=only_tries):
             logger.warning("stopped while the cache was being built, as asked; the same command resumes it")
             folder.write_status("stopped")
