@@ -8,11 +8,11 @@ never changed. After a stop the same command resumes.
 import argparse
 import logging
 import sys
-from pathlib import Path
 
 from dinov2.data.check import NEAR_CHOICES, check_lists, describe
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
+from dinov2.utils.files import user_path
 
 logger = logging.getLogger("dinov2")
 
@@ -21,14 +21,18 @@ EXIT_CODES = "exit code: 0 no fault, 1 faults were found, 2 a wrong argument or 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXIT_CODES)
-    parser.add_argument("sources", type=Path, nargs="+", metavar="LIST_OR_FOLDER", help="what to train on")
+    parser.add_argument("sources", type=user_path, nargs="+", metavar="LIST_OR_FOLDER", help="what to train on")
     parser.add_argument(
-        "--labels", type=Path, nargs="+", default=(), help="CSVs or folders per class that label images"
+        "--labels", type=user_path, nargs="+", default=(), help="CSVs or folders per class that label images"
     )
     parser.add_argument(
-        "--eval-splits", type=Path, nargs="+", default=(), help="CSVs, lists or folders that must not be trained on"
+        "--eval-splits",
+        type=user_path,
+        nargs="+",
+        default=(),
+        help="CSVs, lists or folders not to train on",
     )
-    parser.add_argument("--output-dir", type=Path, required=True, help="folder for report, cleaned lists, scan")
+    parser.add_argument("--output-dir", type=user_path, required=True, help="folder for report, cleaned lists, scan")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     parser.add_argument(
         "--pixels", action=argparse.BooleanOptionalAction, default=True, help="decode; else only bytes are compared"

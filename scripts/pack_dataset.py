@@ -8,13 +8,13 @@ import argparse
 import logging
 import os
 import sys
-from pathlib import Path
 
 from dinov2.data.cache import PackedCache
 from dinov2.data.datasets.decode import FITS
 from dinov2.data.loaders import make_dataset
 from dinov2.logging import setup_logging
 from dinov2.utils.command import REQUEUE_EXIT_CODE, StopSignals, exit_code
+from dinov2.utils.files import user_path
 
 logger = logging.getLogger("dinov2")
 
@@ -22,7 +22,7 @@ logger = logging.getLogger("dinov2")
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="as in train.dataset_path, for instance HemaStandardDataset:root=/data/lists")
-    parser.add_argument("--cache", type=Path, help="folder for the cache, if `dataset` does not name it with cache=")
+    parser.add_argument("--cache", type=user_path, help="folder for the cache, if `dataset` names none (cache=)")
     parser.add_argument("--image-size", type=int, help="side of the packed images in pixels (default: the dataset's)")
     parser.add_argument("--fit", choices=FITS, help="how an image becomes square (default: the dataset's)")
     parser.add_argument("--workers", type=int, help="processes that decode; 0 or 1: this one (default: one a core)")

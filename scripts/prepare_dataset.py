@@ -6,12 +6,12 @@ Nothing is downloaded: `--list` prints where each archive is, `--table` prints t
 import argparse
 import logging
 import sys
-from pathlib import Path
 
 from dinov2.data.prepare import all_datasets, get_dataset, overview_table
 from dinov2.data.prepare.write import Options, describe, prepare
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
+from dinov2.utils.files import user_path
 
 logger = logging.getLogger("dinov2")
 
@@ -20,8 +20,8 @@ def main(argv: list[str] | None = None) -> int:
     defaults = Options()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", nargs="?", help="of the data set, see --list")
-    parser.add_argument("--source", type=Path, help="the unpacked archive, or a folder that it lies in")
-    parser.add_argument("--output", type=Path, help="folder for the lists, labels and cells")
+    parser.add_argument("--source", type=user_path, help="the unpacked archive, or a folder that it lies in")
+    parser.add_argument("--output", type=user_path, help="folder for the lists, labels and cells")
     parser.add_argument("--margin", type=float, help="around a cell, in its longer sides (default: the data set's)")
     parser.add_argument("--size", type=int, help="scale cut cells to this side in pixels (default: leave them)")
     parser.add_argument("--keep", nargs="+", default=(), metavar="CLASS", help="classes to cut out; all for all")

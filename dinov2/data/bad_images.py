@@ -32,6 +32,7 @@ class BadImages:
     def record(self, failures: Iterable[tuple[str, str]]) -> None:
         """Add (path, reason) pairs of this process."""
         for path, reason in failures:
+            path = path.encode(errors="backslashreplace").decode()  # a name that is not UTF-8 text
             if path not in self.reasons and path not in self._new:
                 logger.warning("cannot read %s (%s); another image takes its place", path, reason)
                 self._new[path] = reason
@@ -46,7 +47,7 @@ class BadImages:
         if is_main_process():
             self._write()
         if len(self.reasons) > self.max_fraction * self.n_listed:
-            raise RuntimeError(
+            raise OSError(
                 f"train.max_bad_fraction: {len(self.reasons)} of {self.n_listed} listed images cannot be read, more "
                 f"than the {self.max_fraction:.2%} allowed; see {self.path}, then mend the lists or raise the limit"
             )

@@ -31,6 +31,7 @@ from dinov2.data.datasets.decode import UnreadableImageError, decode_image, resi
 from dinov2.data.datasets.sources import ImageSource
 from dinov2.distributed import all_gather_objects, on_main_process
 from dinov2.utils.command import progress_bar
+from dinov2.utils.files import user_path
 from dinov2.utils.resources import available_cores, parallel_map, size_text
 
 logger = logging.getLogger("dinov2")
@@ -89,11 +90,9 @@ class PackedCache:
 
     def __init__(self, folder: str | os.PathLike[str], source: ImageSource, image_size: int, fit: str = "crop") -> None:
         """Open the cache, which may not exist yet; `folder` may hold other datasets, sizes and fits too."""
-        if image_size < 1:
-            raise ValueError(f"image_size: {image_size} pixels; give 1 or more")
         self.source, self.image_size, self.fit = source, image_size, fit
         self.record_bytes = image_size * image_size * 3
-        self.folder = Path(folder).absolute() / f"{image_size}-{fit}-v{VERSION}"
+        self.folder = user_path(folder).absolute() / f"{image_size}-{fit}-v{VERSION}"
         self.pixels_file, self.entries_file = self.folder / "pixels.bin", self.folder / "entries.bin"
         self._lock = filelock.FileLock(self.folder / "lock", mode=0o666)
         paths = (source.path(i).encode(errors="surrogateescape") for i in range(len(source)))
@@ -111,7 +110,7 @@ class PackedCache:
             if n_records < len(entries):
                 logger.warning("packed cache: %s lacks %d records", self.pixels_file, len(entries) - n_records)
             self._entries = entries[:n_records]
-        used = np.flatnonzero(self._entries["status"] != FREE)
+        used = np.flatnonzero(np.isin(self._entries["status"], (PACKED, UNREADABLE)))  # else free, or damaged
         row_of = dict(zip(self._entries["key"][used].tolist(), used.tolist(), strict=True))  # the last of each key
         self._rows = np.array([row_of.get(key, -1) for key in self._keys.tolist()], dtype=np.int32)  # [N]
         statuses = np.append(self._entries["status"], FREE)[self._rows]  # row -1 is the appended one

@@ -50,6 +50,8 @@ def make_folds(
     if patients is None or len(set(patients)) == len(labels):
         candidates, groups = np.flatnonzero(np.bincount(labels)[labels] > 1), None
     test_sides = [candidates[test] for test in _stratified_parts(labels[candidates], groups, n_folds, seed)]
+    if n_empty := sum(not len(test) for test in test_sides):  # some patients have many more cells than others
+        raise ValueError(f"folds: {n_empty} of {n_folds} folds have no test cell; choose fewer folds")
     return [(np.setdiff1d(np.arange(len(labels)), test), np.sort(test)) for test in test_sides]
 
 

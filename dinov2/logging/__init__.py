@@ -1,5 +1,6 @@
 """Log of a run: text for people, a JSON object per iteration for programs, and trackers on request."""
 
+import io
 import json
 import logging
 import math
@@ -57,6 +58,8 @@ def setup_logging(
     that of the process group.
     """
     rank = get_rank() if rank is None else rank
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files that are not UTF-8, as stderr writes them
     named_logger = logging.getLogger(name)
     named_logger.setLevel(level)
     named_logger.propagate = False
@@ -70,7 +73,7 @@ def setup_logging(
     if output_dir is not None:
         file = log_file(Path(output_dir), rank)
         file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(_LogFile(file, encoding="utf-8"))
+        handlers.append(_LogFile(file, encoding="utf-8", errors="backslashreplace"))
     for handler in handlers:
         handler.setFormatter(formatter)
         named_logger.addHandler(handler)

@@ -190,6 +190,17 @@ class RunFolder:
         self.status.starts.append(environment)
         self.write_status("starting")
 
+    def record_images(self, images: str) -> None:
+        """Record the fingerprint of this start's images in status.json; warn if the start before had others."""
+        earlier = [start["images"] for start in self.status.starts if "images" in start]
+        if earlier and earlier[-1] != images:
+            logger.warning(
+                "the run so far had %s, and its lists or folders now have %s; from here on the run takes these, in a "
+                "new order",
+                *(earlier[-1], images),
+            )
+        self.status.starts[-1]["images"] = images
+
     @property
     def status(self) -> RunStatus:
         """Return the content of status.json; `write_status` writes changes to it."""

@@ -64,6 +64,7 @@ def train(
     model, optimizer, guard, progress = state.model, state.optimizer, state.guard, state.progress
     schedules, views = Schedules(cfg), TrainingViews(cfg, folder.path)
     batches = TrainBatches(cfg, dataset, model.device)
+    folder.record_images(dataset.source.fingerprint())
     must_stop, teacher_is_written = False, True
 
     with (

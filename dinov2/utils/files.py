@@ -41,14 +41,14 @@ def atomic_write(path: PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`, and rename it to `path` after the block, when its bytes are on disk.
 
     If the block raises an error or the process is killed, an earlier file at `path` does not change. The folder is made
-    if missing; text is UTF-8.
+    if missing; text is UTF-8, except for names of files that are not: their bytes are written as they are.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_text = "b" not in mode
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape", "newline": "\n"}
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with open(temporary, mode, encoding="utf-8" if is_text else None, newline="\n" if is_text else None) as file:
+        with open(temporary, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -136,6 +136,11 @@ _OTHER_KINDS = (
 # --- paths and URLs -------------------------------------------------------------------------------------------------
 
 
+def user_path(text: PathLike) -> Path:
+    """Return a path with `~` and `$VARIABLES` expanded, which shells leave alone in `--flag=~/runs`."""
+    return Path(os.path.expanduser(os.path.expandvars(text)))
+
+
 def local_path(source: PathLike) -> Path:
     """Return the local file or folder of a path or URL; a URL is downloaded once.
 
@@ -147,7 +152,7 @@ def local_path(source: PathLike) -> Path:
     text = os.fspath(source)
     url = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?=[^/])", text)
     if url is None:
-        return Path(os.path.expanduser(os.path.expandvars(text)))
+        return user_path(text)
     kind = url[1].lower()
     text = f"{kind}://{text[url.end() :]}"  # pathlib turns two slashes into one
     if kind in ("http", "https"):

@@ -27,6 +27,7 @@ Result = TypeVar("Result")
 
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
+MOST_WORKERS = 1024
 _RESET_PEAK = "5"  # resets VmHWM when written to clear_refs, see proc(5)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # see mallopt(3)
 _KEPT_BYTES = 2**27
@@ -173,6 +174,8 @@ def parallel_map(
     if n_workers <= 1:
         yield from map(function, items)
         return
+    if n_workers > MOST_WORKERS:
+        raise ValueError(f"workers: {n_workers:,} processes are more than any machine runs; choose {available_cores()}")
     # workers are forked from a server that has imported the module: a fast start without this process's threads
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])

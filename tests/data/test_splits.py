@@ -51,6 +51,19 @@ def test_folds_keep_patients_whole(seed):
     assert sorted(np.concatenate([test for _, test in folds])) == list(range(300))
 
 
+def test_a_fold_without_a_test_cell_is_an_error():
+    counts = [5, 50, 5, 1, 1, 50]
+    labels, patients = np.repeat([0, 1, 2, 2, 1, 1], counts), list(map(str, np.repeat(range(6), counts)))
+
+    def draw_all() -> None:
+        for seed in range(50):  # whether all have one is a matter of the draw
+            assert all(len(test) for _, test in make_folds(labels, patients, 6, seed))
+
+    with pytest.raises(ValueError, match=r"folds: \d of 6 folds have no test cell; choose fewer folds"):
+        draw_all()
+    make_folds(labels, patients, 2)
+
+
 def test_a_class_with_one_image_is_trained_on_and_reported():
     labels = np.repeat([0, 1, 2], [20, 3, 1])
     folds = make_folds(labels, n_folds=5)
@@ -224,7 +237,7 @@ def test_split_files_that_are_wrong(text, message, tmp_path):
 
 def test_splits_that_a_file_cannot_keep(tmp_path):
     file = tmp_path / "split.csv"
-    with pytest.raises(FileNotFoundError, match="no file"):
+    with pytest.raises(FileNotFoundError, match="no such file"):
         read_split(file, ["a"])
     zero, one, two = (np.array([i]) for i in range(3))
     with pytest.raises(ValueError, match="'a' stands twice"):

@@ -1,6 +1,9 @@
 """training_metrics.json: one object an iteration, whatever happened to the process in between."""
 
+import io
 import json
+import logging
+import sys
 
 import pytest
 import torch
@@ -156,3 +159,13 @@ def test_a_number_that_only_logged_iterations_have_is_in_their_lines_alone(tmp_p
     assert [(row["loss"], row.get("use")) for row in lines(path)] == [
         (float(i), 0.5 * i if i in (2, 5, 7) else None) for i in range(8)
     ]
+
+
+def test_names_that_are_not_utf8_are_printed_and_logged(tmp_path, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    log.setup_logging(tmp_path, name="odd names")
+    print("f\udcfcr.png", flush=True)
+    logging.getLogger("odd names").warning("f\udcfcr.png")
+    assert stdout.buffer.getvalue() == rb"f\udcfcr.png" + b"\n"
+    assert rb"f\udcfcr.png" in (tmp_path / "logs" / "log.txt").read_bytes()

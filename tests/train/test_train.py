@@ -227,6 +227,16 @@ def test_a_finished_run_trains_no_further(run):
     assert (folder / "checkpoints" / "iteration_0000004").stat().st_mtime_ns == stamp
 
 
+def test_a_list_that_grew_is_warned_of_when_the_run_is_resumed(run, tmp_path, capfd):
+    run()
+    run()
+    assert "so far had" not in capfd.readouterr().err
+    (file,) = (tmp_path / "lists").glob("*.txt")
+    file.write_text(file.read_text() + file.read_text().splitlines()[0] + "\n")
+    run()
+    assert re.search(r"the run so far had \d+ images, names sha256 \w+, and .* now have", capfd.readouterr().err)
+
+
 def test_eval_only_judges_the_latest_checkpoint_without_the_training_data(run, tmp_path):
     _, folder = run()
     shutil.rmtree(tmp_path / "lists")

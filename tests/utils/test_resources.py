@@ -130,3 +130,8 @@ def test_groups_of_version_1(machine):
 def test_sizes_as_text():
     sizes = (14.9 * 2**30, 0.21 * 2**30, 11.8 * 2**10, 152 * MIB, 90 * MIB, 3)
     assert [size_text(n) for n in sizes] == ["14.9 GiB", "0.21 GiB", "11.8 KiB", "0.15 GiB", "90.0 MiB", "3 bytes"]
+
+
+def test_more_workers_than_any_machine_has_are_not_started():
+    with pytest.raises(ValueError, match="workers: 1,000,000,000 processes are more"):
+        next(resources.parallel_map(str, [1, 2], 10**9))

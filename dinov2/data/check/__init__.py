@@ -45,6 +45,8 @@ KINDS = {
     "two_labels_near": ("near-duplicates under two labels", True, "--drop-near-duplicates drops both"),
     "near_duplicate": ("near-duplicates", False, "look at them; --drop-near-duplicates keeps one of each"),
     "blank": ("images without contrast", False, "look at them; no near-duplicates of them are searched"),
+    "dark": ("16-bit images with values of 12 bits or fewer", False, "scale them up: they come out nearly black"),
+    "pages": ("images with several pages", False, "the first is used; if they are channels, save one RGB image"),
     HIDDEN: ("hidden images", False, "readers of folders leave them out, and so do the cleaned lists"),
 }
 
@@ -133,13 +135,13 @@ def describe_images(entries: pd.DataFrame, paths: list[str], scanned: pd.DataFra
     source of this role names it); patient, dataset ("" for none); has_leaking_patient (trained on, and the patient is
     evaluated too). Equal patient ids in two different named data sets are two patients.
 
-    The status becomes `UNREADABLE` if the name has a line break or is not UTF-8. It becomes `HIDDEN` if a readable
-    image is found only by listing folders and its name or folder begins with a dot.
+    The status becomes `UNREADABLE` if the name has a line break. It becomes `HIDDEN` if a readable image
+    is found only by listing folders and its name or folder begins with a dot.
     """
     printable = [path.encode("utf-8", "backslashreplace").decode() for path in paths]
     images = scanned.assign(path=printable)
-    has_bad_name = [name != path or "\n" in name or "\r" in name for name, path in zip(printable, paths, strict=True)]
-    images.loc[has_bad_name, ["status", "reason"]] = UNREADABLE, "its name has a line break or is not UTF-8: rename it"
+    has_bad_name = ["\n" in path or "\r" in path for path in paths]
+    images.loc[has_bad_name, ["status", "reason"]] = UNREADABLE, "its name has a line break: rename it"
     is_hidden = entries.groupby("image")["is_hidden"].all() & (images["status"] == READABLE)
     images.loc[is_hidden, ["status", "reason"]] = HIDDEN, "its name or a folder's begins with a dot"
     key = images["digest"].where(images["status"] == READABLE, images["path"])
@@ -188,6 +190,10 @@ def _damage(sources: list[Source], images: pd.DataFrame) -> Iterator[Finding]:
         yield from (("empty_value", "", "", gap) for gap in source.gaps)
     for path in images.loc[(images["status"] == READABLE) & (images["width"] > 0) & (images["hash"] == ""), "path"]:
         yield "blank", path, "", "hardly any contrast"
+    for row in images[images["largest_16_bit"].between(0, 2**12 - 1)].itertuples():
+        yield "dark", row.path, "", f"the largest value is {row.largest_16_bit} of 65535"
+    for row in images[images["n_pages"] > 1].itertuples():
+        yield "pages", row.path, "", f"{row.n_pages} pages, the first is used"
 
 
 def _repeats(entries: pd.DataFrame, images: pd.DataFrame, conflicts: pd.DataFrame) -> Iterator[Finding]:
@@ -196,7 +202,7 @@ def _repeats(entries: pd.DataFrame, images: pd.DataFrame, conflicts: pd.DataFram
         yield "same_path", paths[entry.image], "", entry.place
     for row in conflicts.itertuples():
         kind = "two_labels" if row.a == row.b else "two_labels_near"
-        detail = f"{row.label} in {row.place} and {row.label_other} in {row.place_other}"
+        detail = f"{row.label!r} in {row.place} and {row.label_other!r} in {row.place_other}"
         yield kind, paths[row.image], paths[row.image_other], detail
     for row in images[images["content"] != images.index].itertuples():
         yield "same_bytes", row.path, paths[row.content], f"{row.size} bytes"

@@ -14,8 +14,10 @@ import hashlib
 import io
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +26,15 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from dinov2.data.datasets.decode import IMAGE_SUFFIXES, UnreadableImageError, decode_image
+from dinov2.data.datasets.decode import (
+    DAMAGE,
+    FORMATS,
+    KNOWN_SUFFIXES,
+    UnreadableImageError,
+    decode_image,
+    read_file,
+    walk_images,
+)
 from dinov2.data.datasets.tables import (
     LABEL_COLUMN,
     PATH_COLUMN,
@@ -44,7 +54,7 @@ TRAINING, LABELS, EVALUATION = "training", "labels", "evaluation"
 SETTINGS = {TRAINING: "check lists", LABELS: "--labels", EVALUATION: "--eval-splits"}
 VALUE_COLUMNS = (LABEL_COLUMN, PATIENT_COLUMN, SET_COLUMN)
 
-VERSION = 3  # raise it whenever the same file would give other facts
+VERSION = 4  # raise it whenever the same file would give other facts
 READABLE, MISSING, UNREADABLE = "readable", "missing", "unreadable"
 
 MAX_DISTANCE = 32  # bits
@@ -97,11 +107,10 @@ def _read_source(file: Path, role: str) -> Source:
     setting, suffix = SETTINGS[role], file.suffix.lower()
     if file.is_dir():
         return Source(file, "folder", role, _read_folder(file, setting, has_labels=role != TRAINING))
-    if not file.is_file():
-        raise FileNotFoundError(f"{setting}: {str(file)!r} does not exist; give a .txt list, a CSV or a folder")
     if suffix == ".txt" and role != LABELS:
         paths = [os.path.abspath(file.parent / path) for path in read_list(file, setting)]
-        return Source(file, "list", role, pd.DataFrame({PATH_COLUMN: paths}))
+        # as objects: pandas' text columns refuse names that are not UTF-8
+        return Source(file, "list", role, pd.DataFrame({PATH_COLUMN: paths}, dtype=object))
     if suffix not in TABLE_SUFFIXES:
         kinds = "a CSV or a folder with a folder per class" if role == LABELS else "a .txt list, a CSV or a folder"
         raise ValueError(f"{setting}: {str(file)!r} is of an unknown kind; give {kinds}")
@@ -112,7 +121,7 @@ def _read_source(file: Path, role: str) -> Source:
             f"{setting}: {str(file)!r} has the columns {table.columns}; expected "
             f"{PATH_COLUMN},{LABEL_COLUMN}[,{PATIENT_COLUMN}][,{SET_COLUMN}]"
         )
-    rows = pd.DataFrame.from_dict(dict(table.rows()), orient="index", columns=table.columns)
+    rows = pd.DataFrame.from_dict(dict(table.rows()), orient="index", columns=table.columns, dtype=object)
     is_empty = rows[columns] == ""
     has_gap = is_empty.any(axis=1)
     gaps = [
@@ -120,21 +129,19 @@ def _read_source(file: Path, role: str) -> Source:
         for row in is_empty[has_gap].itertuples()
     ]
     rows = rows[~has_gap].copy()
-    rows[columns[0]] = [os.path.abspath(file.parent / path) for path in rows[columns[0]]]
+    paths = [os.path.abspath(file.parent / path) for path in rows[columns[0]]]
+    rows[columns[0]] = pd.Series(paths, rows.index, dtype=object)
     return Source(file, "table", role, rows, gaps)
 
 
 def _read_folder(folder: Path, setting: str, has_labels: bool) -> pd.DataFrame:
     folder = folder.absolute()
-    entries = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
-    files = sorted(file for file in entries if file.suffix.lower() in IMAGE_SUFFIXES)  # with the hidden ones
+    files = sorted(map(Path, walk_images(folder, with_hidden=True)))
     if not files:
         raise FileNotFoundError(
-            f"{setting}: no .txt list and no image ({', '.join(IMAGE_SUFFIXES)}) in {str(folder)!r}; give the "
-            f"folder that has them"
+            f"{setting}: no .txt list and no image ({KNOWN_SUFFIXES}) in {str(folder)!r}; give the folder that has them"
         )
-    paths = list(map(os.path.abspath, files))
-    rows = pd.DataFrame({PATH_COLUMN: paths}, dtype=object)  # pandas' text columns refuse names that are not UTF-8
+    rows = pd.DataFrame({PATH_COLUMN: list(map(os.path.abspath, files))}, dtype=object)
     if has_labels:
         below = (file.relative_to(folder).parts for file in files)
         rows[LABEL_COLUMN] = [parts[0] if len(parts) > 1 else "" for parts in below]
@@ -147,7 +154,7 @@ def _entries(source: Source) -> pd.DataFrame:
         rows = rows[rows[PART_COLUMN].isin(("val", "test"))]
     path_column = next(name for name in PATH_COLUMNS if name in rows)
     columns = {"path": path_column, "label": LABEL_COLUMN, "patient": PATIENT_COLUMN, "dataset": SET_COLUMN}
-    entries = pd.DataFrame({name: rows.get(column, "") for name, column in columns.items()}, rows.index)
+    entries = pd.DataFrame({name: rows.get(column, "") for name, column in columns.items()}, rows.index, dtype=object)
     entries = entries.assign(line=rows.index, role=source.role, place=source.file.name, is_hidden=False)
     if source.kind == "table":
         entries["place"] += [f" line {line}" for line in rows.index]
@@ -159,7 +166,11 @@ def _entries(source: Source) -> pd.DataFrame:
 
 
 class ImageFacts(NamedTuple):
-    """The facts of an image file; `digest` is "" if its bytes cannot be read, `hash` is "" if it has no contrast."""
+    """The facts of an image file; `digest` is "" if its bytes cannot be read, `hash` is "" if it has no contrast.
+
+    `n_pages` counts pages or frames, of which the first is used; `largest_16_bit` is the largest grey value, if these
+    have 16 bits.
+    """
 
     status: str
     reason: str = ""
@@ -169,6 +180,8 @@ class ImageFacts(NamedTuple):
     width: int = 0
     height: int = 0
     hash: str = ""
+    n_pages: int = 1
+    largest_16_bit: int = -1
 
 
 def scan_images(paths: list[str], folder: Path, with_pixels: bool = True, n_workers: int = 1) -> pd.DataFrame:
@@ -181,11 +194,10 @@ def scan_images(paths: list[str], folder: Path, with_pixels: bool = True, n_work
     with open(file, "a+", encoding="ascii", errors="replace") as stream:
         stream.seek(0)
         for line in stream:
-            try:
-                key, *values = json.loads(line)
-            except ValueError:  # a kill cut it off
-                continue
-            known[key] = ImageFacts(*values)
+            checksum, _, text = line.rstrip("\n").partition(" ")
+            if checksum == _checksum(text):  # else a kill cut it off, or the disk damaged it
+                key, *values = json.loads(text)
+                known[key] = ImageFacts(*values)
         todo = [i for i, key in enumerate(keys) if key not in known]
         jobs = [(paths[i], with_pixels) for i in todo]
         stream.write("\n")  # ends a line that was cut off
@@ -193,8 +205,13 @@ def scan_images(paths: list[str], folder: Path, with_pixels: bool = True, n_work
         for i, facts in zip(todo, bar, strict=True):
             known[keys[i]] = facts
             if facts.digest:
-                stream.write(json.dumps([keys[i], *facts]) + "\n")
+                text = json.dumps([keys[i], *facts])
+                stream.write(f"{_checksum(text)} {text}\n")
     return pd.DataFrame([known[key] for key in keys], columns=ImageFacts._fields)
+
+
+def _checksum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def _key(path: str) -> str:
@@ -210,13 +227,10 @@ def read_facts(job: tuple[str, bool]) -> ImageFacts:
     """Read the facts of an image file, given (path, whether to decode it)."""
     path, with_pixels = job
     try:
-        data = Path(path).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return ImageFacts(MISSING)
-    except (OSError, ValueError) as error:  # a folder, no right to read, a failing disk, a null character in the path
-        return ImageFacts(UNREADABLE, getattr(error, "strerror", None) or str(error))
-    if not data:
-        return ImageFacts(UNREADABLE, "the file is empty")
+        data = read_file(path)
+    except UnreadableImageError as error:
+        is_missing = isinstance(error.__cause__, FileNotFoundError | NotADirectoryError)
+        return ImageFacts(MISSING) if is_missing else ImageFacts(UNREADABLE, error.reason)
     facts = ImageFacts(READABLE, size=len(data), digest=hashlib.blake2b(data, digest_size=16).hexdigest())
     if not with_pixels:
         return facts
@@ -224,10 +238,13 @@ def read_facts(job: tuple[str, bool]) -> ImageFacts:
         image = decode_image(data, path)
     except UnreadableImageError as error:
         return facts._replace(status=UNREADABLE, reason=" ".join(error.reason.split()))
-    with Image.open(io.BytesIO(data)) as header:
-        mode = header.mode
-    height, width = image.shape[:2]
-    return facts._replace(mode=mode, width=width, height=height, hash=perceptual_hash(image).tobytes().hex())
+    with Image.open(io.BytesIO(data), formats=FORMATS) as header:
+        facts = facts._replace(mode=header.mode, width=header.width, height=header.height)
+        if header.mode.startswith("I"):
+            facts = facts._replace(largest_16_bit=int(np.asarray(header).max()))
+        with suppress(EOFError, *DAMAGE):  # in a later page
+            facts = facts._replace(n_pages=getattr(header, "n_frames", 1))
+    return facts._replace(hash=perceptual_hash(image).tobytes().hex())
 
 
 def perceptual_hash(image: np.ndarray) -> np.ndarray:

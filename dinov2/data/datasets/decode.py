@@ -8,11 +8,13 @@ Dimension key:  H height, W width, S side of the square, T filter taps, [n] pixe
 """
 
 import io
+import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import cv2
 import numpy as np
@@ -20,7 +22,21 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+from dinov2.utils.files import check_regular_file
+
+logger = logging.getLogger("dinov2")
+
+# of pixels; not those formats of Pillow that hold drawings, films or measurements, or that start another program
+FORMATS = (*("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"),)
+IMAGE_SUFFIXES = tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS))
+KNOWN_SUFFIXES = ", ".join(IMAGE_SUFFIXES)
+N_SUFFIXES = 10  # of other files, in a log line
+# an image with more pixels than both is no image: in the best case a byte of a compressed file holds some 1,000 of them
+ALWAYS_ALLOWED_PIXELS, MAX_PIXELS_PER_BYTE = 2**24, 2000
+MAX_FILE_BYTES = 2**30
+EIGHT_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)  # of each 16-bit grey value
+# Pillow's errors for truncated and damaged data
+DAMAGE = (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError)
 FITS = ("crop", "pad", "squash")
 LANCZOS_A = 3  # lobes on each side of the centre
 WEIGHT_STEPS = 2**22  # per unit, in Pillow
@@ -45,16 +61,52 @@ def is_image_name(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def walk_images(folder: str | os.PathLike[str]) -> Iterator[str]:
-    """Yield the paths of all images in a folder and its subfolders, sorted in each; hidden names are left out."""
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (os.path.join(parent, name) for name in sorted(files) if is_image_name(name))
+def walk_images(folder: str | os.PathLike[str], with_hidden: bool = False) -> Iterator[str]:
+    """Yield the paths of all images in a folder and its subfolders, sorted in each.
+
+    Links to folders are followed, but no folder is read twice. Hidden names are left out by default. The files that are
+    no images are counted by suffix in the log. A folder that cannot be read is an OSError.
+    """
+    read: set[str] = set()
+    others: Counter[str] = Counter()
+    for parent, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
+        if (real := os.path.realpath(parent)) in read:
+            logger.warning("%s leads to a folder that was read already: it is left out", parent)
+            folders.clear()
+            continue
+        read.add(real)
+        folders[:] = sorted(name for name in folders if with_hidden or not name.startswith("."))
+        for name in sorted(files):
+            if with_hidden or not name.startswith("."):
+                if name.lower().endswith(IMAGE_SUFFIXES):
+                    yield os.path.join(parent, name)
+                else:
+                    others[os.path.splitext(name)[1].lower() or "without a suffix"] += 1
+    if others:
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(N_SUFFIXES))
+        more = ", ..." if len(others) > N_SUFFIXES else ""
+        logger.info("%s: files that are no images are passed over: %s%s", folder, counts, more)
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def find_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """Return the paths of all images in a folder and its subfolders, sorted."""
+    """Return the paths of all images in a folder and its subfolders, sorted; see `walk_images`."""
     return sorted(map(Path, walk_images(folder)))
+
+
+def read_file(path: str) -> bytes:
+    """Read the bytes of an image file; raise an UnreadableImageError if that fails."""
+    try:
+        file = check_regular_file(path)
+        if (n_bytes := file.stat().st_size) > MAX_FILE_BYTES:
+            raise ValueError(f"its {n_bytes:,} bytes are more than those of any image of cells")
+        return file.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: not a file, or no possible name of one
+        reason = getattr(error.__cause__ or error, "strerror", None) or str(error).removeprefix(path).lstrip(": ")
+        raise UnreadableImageError(path, reason) from error
 
 
 class Span(NamedTuple):
@@ -70,22 +122,22 @@ def decode_image(source: str | os.PathLike[str] | bytes, name: str = "") -> np.n
     Transparent pixels are blended with white, the colour of an empty slide; 16-bit grey is scaled to 8 bits; the first
     of several frames is taken. Orientation tags are not applied.
 
-    An UnreadableImageError, which has `name` or the file's path, is raised if the file is missing, empty, truncated,
-    damaged, not an image, suspiciously large (`PIL.Image.MAX_IMAGE_PIXELS`), or if its pixels have no defined
-    brightness (floats, wide integers).
+    An UnreadableImageError, which has `name` or the file's path, is raised if the file is missing, no regular file,
+    empty, truncated, damaged, not an image, suspiciously large (`PIL.Image.MAX_IMAGE_PIXELS`, or more pixels than its
+    bytes can hold), or if its pixels have no defined brightness (floats, wide integers).
     """
     name = name or ("" if isinstance(source, bytes) else os.fspath(source))
+    data = source if isinstance(source, bytes) else read_file(os.fspath(source))
     try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > max(ALWAYS_ALLOWED_PIXELS, MAX_PIXELS_PER_BYTE * len(data)):
+                raise ValueError(f"its {len(data)} bytes cannot hold {image.width} x {image.height} pixels")
             image.load()
             return np.asarray(to_rgb(image))
     except UnidentifiedImageError as error:
         raise UnreadableImageError(name, "not a known image format" if data else "the file is empty") from error
-    except OSError as error:  # of the disk; or Pillow's, for truncated and damaged data
-        raise UnreadableImageError(name, error.strerror or str(error)) from error
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # damaged headers; a null in the path
-        raise UnreadableImageError(name, str(error)) from error
+    except DAMAGE as error:
+        raise UnreadableImageError(name, getattr(error, "strerror", None) or str(error)) from error
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -99,10 +151,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("its pixels are floats, which have no fixed range; save it with 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):
         # depending on its version, Pillow opens 16-bit PNGs in mode I (32 bits) or I;16
-        grey = np.asarray(image).astype(np.int64)
+        grey = np.asarray(image)
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError(f"its grey values, {grey.min()} to {grey.max()}, go beyond 16 bits; save it with 8 or 16")
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(EIGHT_BITS[grey]).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         if rgba.getchannel("A").getextrema()[0] == 255:

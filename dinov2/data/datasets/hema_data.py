@@ -20,6 +20,7 @@ from dinov2.data.datasets.sources import ImageSource
 
 MAX_REPLACEMENTS = 20
 N_PROBED_PATHS = 16
+MAX_IMAGE_SIZE = 8192  # side in pixels
 
 
 class Sample(NamedTuple):
@@ -68,6 +69,8 @@ class HemaStandardDataset(Dataset):
         check_fit(fit)
         if seed < 0:
             raise ValueError(f"seed: {seed} is negative; choose 0 or more")
+        if not 1 <= image_size <= MAX_IMAGE_SIZE:
+            raise ValueError(f"image_size: {image_size} pixels; choose 1 to {MAX_IMAGE_SIZE}")
         if cache is not None and transform is not None:
             raise ValueError(
                 f"train.dataset_path: cache={os.fspath(cache)!r} holds squares of {image_size} px, and a transform is "
@@ -135,7 +138,7 @@ class HemaStandardDataset(Dataset):
             except UnreadableImageError as error:
                 failures.append((self.path(candidate), error.reason))
         reasons = "; ".join(f"{path}: {reason}" for path, reason in failures[:3])
-        raise RuntimeError(
+        raise OSError(
             f"train.dataset_path: image {index} and all {len(failures) - 1} tried in its place cannot be read "
             f"({reasons}); check that the files are whole and readable from this machine"
         )

@@ -1,4 +1,4 @@
-"""Read labelled cells for evaluation: a folder per class, or a table with the columns `Image Path,Label[,patient]`.
+"""Read cells for evaluation: a folder per class, or a table with the columns `Image Path,Label[,patient]`.
 
 Letters: N cells, C classes.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dinov2.data.datasets.decode import IMAGE_SUFFIXES, find_images, is_image_name
+from dinov2.data.datasets.decode import KNOWN_SUFFIXES, find_images
 from dinov2.data.datasets.tables import (
     LABEL_COLUMN,
     PATH_COLUMN,
@@ -24,6 +24,7 @@ from dinov2.utils.files import local_path
 
 logger = logging.getLogger("dinov2")
 
+UNLABELLED = "unlabelled"  # the only class of cells without labels
 LAYOUTS = (
     f"a folder with one folder per class, or a table with the columns {PATH_COLUMN},{LABEL_COLUMN}[,{PATIENT_COLUMN}]"
 )
@@ -31,7 +32,7 @@ LAYOUTS = (
 
 @dataclass(frozen=True, eq=False)
 class LabelledCells:
-    """The image files of N cells, and their labels."""
+    """The image files of N cells, and their labels; cells without labels are all of the class `UNLABELLED`."""
 
     paths: list[Path]
     labels: np.ndarray  # int64 [N], positions in `class_names`
@@ -42,22 +43,30 @@ class LabelledCells:
         return len(self.paths)
 
     @classmethod
-    def from_path(cls, path: str | os.PathLike[str], class_names: Sequence[str] | None = None) -> "LabelledCells":
+    def from_path(
+        cls,
+        path: str | os.PathLike[str],
+        class_names: Sequence[str] | None = None,
+        needs_labels: bool = True,
+    ) -> "LabelledCells":
         """Read a folder or a table; hidden files, files with other suffixes and further columns are ignored.
 
         Args:
             path: a folder with a folder per class, which may have subfolders; or a table, whose relative paths count
                 from its folder.
             class_names: the only allowed classes, in the order of their ids; None: all labels that `path` has, sorted.
+            needs_labels: if False, also read a folder without class folders, and a table without labels.
         """
         path = local_path(path)
         patients = None
         if is_folder(path, "labelled cells", LAYOUTS):
-            paths, names = _read_folder(path)
+            paths, names = _read_folder(path, needs_labels)
         else:
-            rows = read_table(path, "labelled cells", (PATH_COLUMN, LABEL_COLUMN), optional=(PATIENT_COLUMN,))
+            required = (PATH_COLUMN, LABEL_COLUMN) if needs_labels else (PATH_COLUMN,)
+            optional = (PATIENT_COLUMN,) if needs_labels else (LABEL_COLUMN, PATIENT_COLUMN)
+            rows = read_table(path, "labelled cells", required, optional)
             paths = [path.parent / row[PATH_COLUMN] for row in rows]
-            names = [row[LABEL_COLUMN] for row in rows]
+            names = [row.get(LABEL_COLUMN, UNLABELLED) for row in rows]
             if PATIENT_COLUMN in rows[0]:
                 patients = [row[PATIENT_COLUMN] for row in rows]
             check_files_exist(paths, path, "labelled cells", "images")
@@ -74,20 +83,23 @@ class LabelledCells:
         return cls(paths, np.array([ids[name] for name in names], dtype=np.int64), class_names, patients)
 
 
-def _read_folder(folder: Path) -> tuple[list[Path], list[str]]:
+def _read_folder(folder: Path, needs_labels: bool) -> tuple[list[Path], list[str]]:
     """Return the images in a folder, and their labels: the names of the folders at the first level."""
-    entries = [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")]
-    by_class = {entry.name: find_images(entry) for entry in entries if entry.is_dir()}
-    if not any(by_class.values()):
+    images = find_images(folder)
+    in_class = [len(image.relative_to(folder).parts) > 1 for image in images]
+    if images and not any(in_class) and not needs_labels:
+        return images, [UNLABELLED] * len(images)
+    if not any(in_class):
         raise ValueError(
-            f"labelled cells: no images ({', '.join(IMAGE_SUFFIXES)}) in the folders inside {str(folder)!r}; "
+            f"labelled cells: no images ({KNOWN_SUFFIXES}) in the folders inside {str(folder)!r}; "
             f"expected one folder per class, with the class's images in it"
         )
-    empty = [name for name, images in by_class.items() if not images]
-    if empty:
+    paths = [image for image, is_in_class in zip(images, in_class, strict=True) if is_in_class]
+    if len(paths) < len(images):
+        n_loose = len(images) - len(paths)
+        logger.warning("%s: %d images beside the class folders have no label and are left out", folder, n_loose)
+    names = [path.relative_to(folder).parts[0] for path in paths]
+    folders = {entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+    if empty := sorted(folders - set(names)):
         logger.warning("%s: folders without images are not classes: %s", folder, ", ".join(empty))
-    loose = sum(is_image_name(entry.name) and entry.is_file() for entry in entries)
-    if loose:
-        logger.warning("%s: %d images beside the class folders have no label and are left out", folder, loose)
-    paths = [path for images in by_class.values() for path in images]
-    return paths, [name for name, images in by_class.items() for _ in images]
+    return paths, names

@@ -7,28 +7,31 @@ Letters: N images, in S sets.
 """
 
 import glob
+import hashlib
 import logging
 import os
 import re
 import tarfile
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from braceexpand import braceexpand
 
-from dinov2.data.datasets.decode import IMAGE_SUFFIXES, UnreadableImageError, is_image_name, walk_images
+from dinov2.data.datasets.decode import KNOWN_SUFFIXES, UnreadableImageError, is_image_name, read_file, walk_images
 from dinov2.data.datasets.tables import PATH_COLUMNS, SET_COLUMN, TABLE_SUFFIXES, open_table, read_list
-from dinov2.utils.files import local_path
+from dinov2.utils.files import check_regular_file, local_path
 
 logger = logging.getLogger("dinov2")
 
 LOOSE_SET = "."  # the set of images that lie in the root folder itself
+MAX_SHARDS = 100_000
 MEMBER_MARK = ".tar::"  # between a shard and its member in the path of an image
 KINDS = (
     "a folder with *.txt lists or one list (one image path per line; scripts/make_patch_lists.py writes one), a .csv "
@@ -53,6 +56,10 @@ class PathBlock:
 
     def __len__(self) -> int:
         return len(self._ends) - 1
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of the texts in their order."""
+        return hashlib.sha256(self._data.numpy().tobytes() + self._ends.numpy().tobytes()).hexdigest()
 
     def __getitem__(self, position: int) -> str:
         # sharing a tensor moves its memory, so an older NumPy view would be stale: make one each time
@@ -98,14 +105,17 @@ class ImageSource:
     def __len__(self) -> int:
         return len(self._names)
 
+    def fingerprint(self) -> str:
+        """Return the number of images and a checksum of their names, in words; the images are not read."""
+        return f"{len(self):,} images, names sha256 {self._names.sha256()[:16]}"
+
     def path(self, position: int) -> str:
         """Return the absolute path of an image; `<shard>.tar::<member>` for one in a shard."""
         return os.path.join(self._folder, self._names[position])  # join keeps an absolute path as it is
 
     def read(self, position: int) -> bytes:
         """Read the bytes of an image; raise an UnreadableImageError if that fails."""
-        path = self.path(position)
-        return _read(path, Path(path).read_bytes)
+        return read_file(self.path(position))
 
     def file(self, position: int) -> str:
         """Return the absolute path of the file that holds an image: its own, or a shard."""
@@ -147,38 +157,38 @@ class ShardSource(ImageSource):
         return self._shards[bisect_right(self._ends, position)]
 
     def read(self, position: int) -> bytes:
-        return _read(self.path(position), lambda: self._read_at(position))
-
-    def _read_at(self, position: int) -> bytes:
-        """Read a member by its offset, unless the shard was changed since the scan."""
+        shard, stamp = self.file(position), self._stamps[bisect_right(self._ends, position)]
         offset, size = self._places[position].tolist()
-        with open(self.file(position), "rb", buffering=0) as file:
-            if _stamp(os.fstat(file.fileno())) != self._stamps[bisect_right(self._ends, position)]:
-                raise OSError("the tar file was changed after this run had listed what is in it; start again")
-            file.seek(offset)
-            return file.read(size)
+        return _read_member(shard, self.path(position), (offset, size), stamp)
 
 
 def read_image(path: str) -> bytes:
     """Read the bytes of an image, given a path as `ImageSource.path` returns it; see `ImageSource.read`."""
     shard, mark, name = path.partition(MEMBER_MARK)
-
-    def read_member() -> bytes:
-        with tarfile.open(f"{shard}.tar", "r:") as tar:
-            member = tar.extractfile(name)
-            return member.read() if member else b""
-
-    return _read(path, read_member if mark and not os.path.exists(path) else Path(path).read_bytes)
-
-
-def _read(path: str, read: Callable[[], bytes]) -> bytes:
-    """Return `read()`; its errors become an UnreadableImageError."""
+    if not mark or os.path.exists(path):
+        return read_file(path)
     try:
-        return read()
+        places = {member: (offset, size) for member, offset, size in _scan_shard(f"{shard}.tar")}
+    except (OSError, ValueError) as error:
+        raise UnreadableImageError(path, str(error)) from error
+    if name not in places:
+        raise UnreadableImageError(path, f"{name!r} not found in the tar file")
+    return _read_member(f"{shard}.tar", path, places[name])
+
+
+def _read_member(shard: str, path: str, place: tuple[int, int], stamp: tuple[int, int] | None = None) -> bytes:
+    """Read an image at (offset, size) of a tar file, unless it lacks this stamp and so was changed since its scan."""
+    offset, size = place
+    try:
+        with open(shard, "rb", buffering=0) as file:
+            if stamp not in (None, _stamp(os.fstat(file.fileno()))):
+                raise UnreadableImageError(
+                    path, "the tar file was changed after this run had listed what is in it; start again"
+                )
+            file.seek(offset)
+            return file.read(size)
     except OSError as error:
         raise UnreadableImageError(path, error.strerror or str(error)) from error
-    except (KeyError, ValueError, tarfile.TarError) as error:  # no such member; a null character in the path
-        raise UnreadableImageError(path, str(error.args[0])) from error
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:
@@ -197,12 +207,12 @@ def _from_folder(root: Path) -> ImageSource:
         if n_loose:
             logger.info("%s holds tar shards: the %d images beside them are not read", root, n_loose)
         return ShardSource([str(shard) for shard in shards])
-    images = _from_tree(root, entries)
+    images = _from_tree(root)
     if len(images) == 0:
         tables = [entry.name for entry in entries if _is_table(entry)]
         hint = f"; to read {tables[0]}, give this file" if tables else ""
         raise FileNotFoundError(
-            f"train.dataset_path: no *.txt list, no .tar shard and no image ({', '.join(IMAGE_SUFFIXES)}) in "
+            f"train.dataset_path: no *.txt list, no .tar shard and no image ({KNOWN_SUFFIXES}) in "
             f"{str(root)!r}{hint}; root must be {KINDS}"
         )
     return images
@@ -257,13 +267,20 @@ def _from_table(file: Path, column: str | None) -> ImageSource:
     return ImageSource(block, os.path.abspath(file.parent), list(number_of), np.array(ids, dtype=np.int32), kind)
 
 
-def _from_tree(root: Path, entries: list[Path]) -> ImageSource:
-    """Take the images in `root` and its subfolders; links to folders are followed at the first level only."""
-    loose = [os.path.abspath(entry) for entry in entries if is_image_name(entry.name) and not entry.is_dir()]
-    by_set = {entry.name: list(walk_images(os.path.abspath(entry))) for entry in entries if entry.is_dir()}
-    by_set = {name: paths for name, paths in ({LOOSE_SET: loose} | by_set).items() if paths}
-    names, ids = _number(list(by_set), [len(paths) for paths in by_set.values()])
-    return ImageSource(PathBlock(chain.from_iterable(by_set.values())), "", names, ids, f"the images in {str(root)!r}")
+def _from_tree(root: Path) -> ImageSource:
+    """Take the images in `root` and its subfolders; those of a folder at the first level are a set."""
+    folder, counts = os.path.abspath(root), Counter[str]()
+
+    def read_paths() -> Iterator[str]:
+        for path in walk_images(folder):
+            relative = os.path.relpath(path, folder)
+            inner, _, is_inner = relative.partition(os.sep)
+            counts[inner if is_inner else LOOSE_SET] += 1
+            yield relative
+
+    paths = PathBlock(read_paths())
+    names, ids = _number(list(counts), list(counts.values()))
+    return ImageSource(paths, folder, names, ids, f"the images in {str(root)!r}")
 
 
 def _number(names: Sequence[str], counts: Sequence[int]) -> tuple[list[str], np.ndarray]:
@@ -274,12 +291,19 @@ def _number(names: Sequence[str], counts: Sequence[int]) -> tuple[list[str], np.
 
 def _expanded(pattern: str) -> list[str]:
     """Return the files that match a pattern: in the order of its braces, sorted for wildcards."""
+    ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)
     try:
-        texts = list(braceexpand(pattern, escape=False))
-    except ValueError as error:
+        is_large = any(abs(int(end) - int(start)) > MAX_SHARDS for start, end in ranges)
+        texts = [] if is_large else list(islice(braceexpand(pattern, escape=False), MAX_SHARDS + 1))
+    except (ValueError, RecursionError) as error:
         raise FileNotFoundError(
             f"train.dataset_path: root={pattern!r} does not exist, and lacks a brace as a pattern; it must be {KINDS}"
         ) from error
+    if is_large or len(texts) > MAX_SHARDS:
+        raise ValueError(
+            f"train.dataset_path: root={pattern[:200]!r} means more than {MAX_SHARDS:,} files; correct the numbers in "
+            f"its braces, or give a folder of .tar shards"
+        )
     matches: list[str] = []
     for text in texts:
         files = sorted(glob.glob(text))
@@ -291,16 +315,27 @@ def _expanded(pattern: str) -> list[str]:
 
 
 def _scan_shard(shard: str) -> list[tuple[str, int, int]]:
-    """Return the name, offset and size of each image in a tar file."""
+    """Return the name, offset and size of each image in a tar file; the file is not unpacked."""
+    members, n_others = [], 0
     try:
-        with tarfile.open(shard, "r:") as tar:
-            members = [(m.name, m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse()]
+        with tarfile.open(check_regular_file(shard, "train.dataset_path"), "r:") as tar:
+            for member in tar:
+                if member.size < 0 or tar.offset <= member.offset:  # would be read for ever
+                    raise tarfile.ReadError(f"{member.name[:80]!r} has {member.size} bytes")
+                if not is_image_name(os.path.basename(member.name)):
+                    continue
+                if member.isreg() and not member.issparse():
+                    members.append((member.name, member.offset_data, member.size))
+                else:
+                    n_others += 1
             end = tar.offset
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"train.dataset_path: {shard!r} is not a tar file, or is compressed, damaged or truncated ({error}); "
             f"unpack it to a plain .tar, or copy or make it again"
         ) from error
+    if n_others:
+        logger.warning("%s: %d images that are links, folders or sparse files are left out", shard, n_others)
     with open(shard, "rb") as file:
         file.seek(end)
         block = file.read(tarfile.BLOCKSIZE)
@@ -308,4 +343,4 @@ def _scan_shard(shard: str) -> list[tuple[str, int, int]]:
         raise ValueError(f"train.dataset_path: {shard!r} is damaged at byte {end}; copy or make it again")
     if not block:
         logger.warning("%s ends at byte %d without a tar file's closing blocks; was it cut there?", shard, end)
-    return [member for member in members if is_image_name(os.path.basename(member[0]))]
+    return members

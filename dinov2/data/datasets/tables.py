@@ -1,22 +1,31 @@
 """Read tables (CSV and parquet) and .txt lists; no other module of the package reads such files.
 
 A CSV may have any usual delimiter, and a byte-order mark or none. Values are text without surrounding spaces, and are
-not converted: "007" is not 7.
+not converted: "007" is not 7. The text is UTF-8, except for the names of files, which may have any bytes.
 """
 
 import csv
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from dinov2.data.datasets.decode import is_image_name
+from dinov2.utils.files import check_regular_file
+from dinov2.utils.resources import size_text
 
 PATH_COLUMN, LABEL_COLUMN, PATIENT_COLUMN, SET_COLUMN = "Image Path", "Label", "patient", "dataset"
 PATH_COLUMNS = (PATH_COLUMN, "path")  # the first of these that a table has names its images
 TABLE_SUFFIXES = (".csv", ".parquet")
 DELIMITERS = ",;\t|"
-ROWS_PER_BATCH = 65536  # of parquet
+N_PROBED_LINES = 16
+MAX_LINE = 2**20  # letters
+# of parquet, where few bytes may unpack to any number of rows
+ROWS_PER_BATCH, BYTES_PER_ROW, MAX_BYTES, MAX_BYTES_PER_BYTE = 4096, 64, 2**28, 100
 
 
 @dataclass(frozen=True)
@@ -39,13 +48,23 @@ class Table:
             raise ValueError(
                 f"{self.setting}: {str(self.file)!r} has the column(s) {', '.join(map(repr, twice))} twice; keep one"
             )
-        if _is_parquet(self.file):
-            yield from _parquet_rows(self.file, self.setting, names)
-            return
+        rows = _parquet_rows(self, names) if _is_parquet(self.file) else self._csv_rows(names)
+        for line, values in rows:
+            for value in values:
+                check_encoding(value, self.file, line, self.setting)
+            yield line, values
+
+    def _csv_rows(self, names: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
         places = [self.columns.index(name) for name in names]
-        for number, (line, row) in enumerate(_csv_rows(self.file, self.setting)):
-            if number:
-                yield line, [row[place].strip() if place < len(row) else "" for place in places]
+        rows = _csv_rows(self.file, self.setting)
+        next(rows, None)  # the header
+        for line, row in rows:
+            if any(map(str.strip, row[len(self.columns) :])):
+                raise ValueError(
+                    f"{self.setting}: {str(self.file)!r}, line {line}, has {len(row)} values and the first line "
+                    f"{len(self.columns)}; put a value that holds the delimiter in quotation marks"
+                )
+            yield line, [row[place].strip() if place < len(row) else "" for place in places]
 
     def records(self) -> Iterator[tuple[int, dict[str, str]]]:
         """Yield (line, {column: value}) of each row."""
@@ -54,13 +73,14 @@ class Table:
 
 
 def open_table(file: Path, setting: str) -> Table:
-    """Read the names of a table's columns, none for an empty file; parquet needs pyarrow."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{setting}: no file {str(file)!r}; give a CSV or parquet file")
+    """Read the names of a table's columns; parquet needs pyarrow."""
+    check_regular_file(file, setting)
     if _is_parquet(file):
         with _opened_parquet(file, setting) as opened:
             return Table(file, setting, opened.schema_arrow.names)
-    _, header = next(_csv_rows(file, setting), (1, []))
+    line, header = next(_csv_rows(file, setting), (1, []))
+    for name in header:
+        check_encoding(name, file, line, setting)
     return Table(file, setting, [name.strip() for name in header])
 
 
@@ -106,16 +126,48 @@ def read_table(
 
 
 def read_list(file: Path, setting: str = "train.dataset_path") -> list[str]:
-    """Read the lines of a text file without surrounding spaces, except blank ones and those that begin with `#`."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # -sig: Windows editors write a byte-order mark
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
+    """Read the lines of a list of images without surrounding spaces, except blank ones and those that begin with `#`.
+
+    Raises:
+        ValueError: it is no list, as a README.txt: none of its first lines is named like an image or names a file.
+    """
+    check_regular_file(file, setting)
+    with open(file, encoding="utf-8-sig", errors="surrogateescape") as stream:  # -sig: Windows editors write a mark
+        numbered = ((number, line.strip()) for number, line in enumerate(_lines(stream, file, setting), start=1))
+        lines = {number: line for number, line in numbered if line and not line.startswith("#")}
+    for number, line in lines.items():
+        check_encoding(line, file, number, setting)
+    first = list(lines.values())[:N_PROBED_LINES]
+    if first and not any(is_image_name(os.path.basename(line)) or (file.parent / line).is_file() for line in first):
         raise ValueError(
-            f"{setting}: {str(file)!r}, line {line}, is not UTF-8 text ({error.reason}); save it as UTF-8"
-        ) from error
-    lines = (line.strip() for line in text.split("\n"))
-    return [line for line in lines if line and not line.startswith("#")]
+            f"{setting}: {str(file)!r} is read as a list of images, and its first line {first[0][:80]!r} names none; "
+            f"if it is no list, move it to another folder or give it another suffix than .txt"
+        )
+    return list(lines.values())
+
+
+def _lines(stream: TextIO, file: Path, setting: str) -> Iterator[str]:
+    """Yield the lines of a file; one that is too long to be text is a ValueError before it takes memory."""
+    while line := stream.readline(MAX_LINE):
+        if len(line) == MAX_LINE:
+            raise ValueError(
+                f"{setting}: {str(file)!r} has a line of {MAX_LINE:,} letters or more; it is no table or list"
+            )
+        yield line
+
+
+def check_encoding(value: str, file: Path, line: int, setting: str) -> None:
+    """Raise ValueError for a value that was not UTF-8, unless it is the name of a file, which may have any bytes."""
+    if not value.isascii() and not is_utf8(value) and not os.path.exists(file.parent / value):
+        raise ValueError(
+            f"{setting}: {str(file)!r}, line {line}, is not UTF-8 text, and there is no file with the bytes of "
+            f"{value[:80]!r} as its name; save it as UTF-8, in a spreadsheet as CSV UTF-8"
+        )
+
+
+def is_utf8(text: str) -> bool:
+    """Return True if a text can be written as UTF-8, False if it holds bytes that could not be decoded."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def is_folder(path: Path, setting: str, expected: str) -> bool:
@@ -129,7 +181,7 @@ def is_folder(path: Path, setting: str, expected: str) -> bool:
 
 def check_files_exist(files: Sequence[Path], table: Path, setting: str, things: str) -> None:
     """Raise FileNotFoundError unless all files that a table names exist."""
-    missing = [str(file) for file in files if not file.is_file()]
+    missing = [str(file) for file in files if not os.path.isfile(file)]  # also for names that are too long
     if missing:
         raise FileNotFoundError(
             f"{setting}: {len(missing)} of the {len(files)} {things} in {str(table)!r} do not exist, for instance "
@@ -144,23 +196,27 @@ def _is_parquet(file: Path) -> bool:
 def _csv_rows(file: Path, setting: str) -> Iterator[tuple[int, list[str]]]:
     """Yield (line, values) of the header and of each row that is not empty."""
     line = 0
-    try:
-        with open(file, encoding="utf-8-sig", newline="") as stream:  # -sig: Excel writes a byte-order mark
-            header = re.sub('"[^"]*"', "", stream.readline())
-            stream.seek(0)
-            reader = csv.reader(stream, delimiter=max(DELIMITERS, key=header.count), skipinitialspace=True)
+    # -sig: Excel writes a byte-order mark
+    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+        lines = _lines(stream, file, setting)
+        first = next(lines, "")
+        header = re.sub('"[^"]*"', "", first)
+        delimiter = max(DELIMITERS, key=header.count)
+        n_delimiters = header.count(delimiter)
+        reader = csv.reader(chain([first], lines), delimiter=delimiter, skipinitialspace=True, strict=True)
+        try:
             for row in reader:
+                # two stray quotation marks swallow the lines between them
+                if any(0 < n_delimiters * value.count("\n") <= value.count(delimiter) for value in row):
+                    raise csv.Error("a value holds whole lines")
                 line = reader.line_num
                 if any(map(str.strip, row)):  # spreadsheets leave lines of delimiters at the end
                     yield line, row
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{setting}: {str(file)!r} is not UTF-8 text ({error.reason}); save it as CSV UTF-8"
-        ) from error
-    except csv.Error as error:
-        raise ValueError(
-            f"{setting}: {str(file)!r}, line {line + 1}, is not CSV ({error}); save it as CSV UTF-8"
-        ) from error
+        except csv.Error as error:
+            raise ValueError(
+                f"{setting}: {str(file)!r}, line {line + 1}, is not CSV ({error}); is a quotation mark open "
+                f"there? inside a value two of them stand for one"
+            ) from error
 
 
 @contextmanager
@@ -173,28 +229,48 @@ def _opened_parquet(file: Path, setting: str) -> Iterator[Any]:
             f"{setting}: reading {str(file)!r} needs pyarrow (`pip install pyarrow`), or save it as CSV"
         ) from error
     try:
-        with parquet.ParquetFile(file) as opened:
+        # as dictionaries, in which a long text that stands in many rows takes memory once
+        texts = [
+            field.name for field in parquet.read_schema(file) if field.type in (pyarrow.string(), pyarrow.binary())
+        ]
+        with parquet.ParquetFile(file, read_dictionary=texts) as opened:
             yield opened
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{setting}: {str(file)!r} cannot be read as parquet: {error}") from error
 
 
-def _parquet_rows(file: Path, setting: str, names: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    """Yield (row, values); numbers become text."""
-    with _opened_parquet(file, setting) as opened:
-        import pyarrow
-        from pyarrow import compute
-
-        row = 0
+def _parquet_rows(table: Table, names: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yield (row, values); numbers become text. Stop with a ValueError before a small file fills the memory."""
+    limit = MAX_BYTES + MAX_BYTES_PER_BYTE * table.file.stat().st_size
+    too_large = (
+        f"{table.setting}: {str(table.file)!r} unpacks to more than {size_text(limit)}, as no table of images does; "
+        f"write it again"
+    )
+    row = n_bytes = 0
+    with _opened_parquet(table.file, table.setting) as opened:
+        groups = [opened.metadata.row_group(i) for i in range(opened.num_row_groups)]
+        if any(group.total_byte_size > limit for group in groups):
+            raise ValueError(too_large)
         for batch in opened.iter_batches(ROWS_PER_BATCH, columns=list(names)):
-            texts = []
-            for name in names:
-                try:
-                    texts.append(compute.cast(batch.column(name), pyarrow.large_string()).to_pylist())
-                except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
-                    raise ValueError(
-                        f"{setting}: column {name!r} of {str(file)!r} holds {batch.column(name).type}, not text"
-                    ) from error
-            for values in zip(*texts, strict=True):
+            batch.validate(full=True)  # a damaged file may point beyond its own values
+            for values in zip(*(_texts(batch.column(name), name, table) for name in names), strict=True):
                 row += 1
-                yield row, [(value or "").strip() for value in values]
+                n_bytes += BYTES_PER_ROW + sum(map(len, values))
+                if n_bytes > limit:
+                    raise ValueError(too_large)
+                yield row, list(values)
+
+
+def _texts(column: Any, name: str, table: Table) -> list[str]:
+    """Convert a column of a batch to texts; equal values of a dictionary share their memory."""
+    import pyarrow
+    from pyarrow import compute
+
+    is_coded = isinstance(column, pyarrow.DictionaryArray)
+    try:
+        texts = compute.cast(column.dictionary if is_coded else column, pyarrow.large_string()).to_pylist()
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
+        kind = column.type.value_type if is_coded else column.type
+        raise ValueError(f"{table.setting}: column {name!r} of {str(table.file)!r} holds {kind}, not text") from error
+    texts = [(text or "").strip() for text in texts]
+    return ["" if i is None else texts[i] for i in column.indices.to_pylist()] if is_coded else texts

@@ -21,7 +21,16 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from dinov2.data.datasets.decode import IMAGE_SUFFIXES, UnreadableImageError, find_images, is_image_name, load_image
+from dinov2.data.datasets.decode import (
+    DAMAGE,
+    FORMATS,
+    IMAGE_SUFFIXES,
+    UnreadableImageError,
+    find_images,
+    is_image_name,
+    load_image,
+)
+from dinov2.utils.files import check_regular_file
 
 N_EXAMPLES = 5
 SEARCH_DEPTH = 5  # folders between --source and the layout: an archive is often unpacked into folders of its own name
@@ -163,9 +172,9 @@ def images_in(folder: Path) -> list[Path]:
 def image_size(image: Path, notes: Notes) -> tuple[int, int] | None:
     """Read an image's width and height; note an unreadable image and return None."""
     try:
-        with Image.open(image) as header:
+        with Image.open(check_regular_file(image), formats=FORMATS) as header:
             return header.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DAMAGE as error:
         notes.add("unreadable images and masks", image, error)
         return None
 

@@ -78,7 +78,7 @@ def bccd(top: Path, notes: Notes) -> Iterator[Cell]:
     for part in ("train", "val", "test"):
         file = top / "ImageSets" / "Main" / f"{part}.txt"
         if file.is_file():
-            parts.update(dict.fromkeys(file.read_text(encoding="utf-8").split(), part))
+            parts.update(dict.fromkeys(file.read_text(encoding="utf-8", errors="surrogateescape").split(), part))
         else:
             notes.add("split lists that are not there", f"{part}.txt")
     for image in images_in(top / "JPEGImages"):

@@ -198,7 +198,10 @@ def _check_settings(folder: Path, settings: dict[str, Any], overwrite: bool) -> 
         for cell in list(folder.rglob("*.png")):  # keep the old settings, so that the command can continue after a kill
             cell.unlink()
     elif file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            before = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"--output: {str(file)!r} is damaged ({error}); give --overwrite to cut again") from error
         changes = [f"{key} {before.get(key)!r}, now {now!r}" for key, now in settings.items() if before.get(key) != now]
         if changes:
             raise ValueError(
@@ -236,7 +239,7 @@ def _write_lists(dataset: DataSet, table: pd.DataFrame, output: Path) -> None:
     for part, cells in table.groupby("part"):
         # relative paths count from the folder of the file
         paths = [path if os.path.isabs(path) else f"../{path}" for path in cells["path"]]
-        tables.append((f"splits/{part}.csv", "label", cells.assign(path=paths)))
+        tables.append((f"splits/{part}.csv", "label", cells.assign(path=pd.Series(paths, cells.index, dtype=object))))
     for name, column, cells in tables:
         rows = cells[cells[column].notna()].assign(dataset=dataset.name)
         columns = {"path": PATH_COLUMN, column: LABEL_COLUMN, "patient": PATIENT_COLUMN, "dataset": SET_COLUMN}

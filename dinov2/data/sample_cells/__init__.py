@@ -32,6 +32,7 @@ SUMMARY, UNFINISHED = "summary.json", ".unfinished.json"
 N_SLIDES = {"train": 16, "probe_train": 10, "probe_test": 8}
 # the position is the first number of a generator's key after the seed: append only, do not reorder
 STREAMS = ("train", "probe_train", "probe_test", "patients", "mixtures", "contact_sheet")
+MOST = 10_000_000  # of each number that a user sets
 MIXTURE_CONCENTRATION = 25.0  # of the Dirichlet distribution of a patient's mixture
 
 # the mean mixture of a patient's cells: every subtype has every class, and the cells that mark it are a minority
@@ -119,13 +120,13 @@ def write_sample_cells(
 
 def _check_settings(settings: dict[str, Any]) -> None:
     for name in ("n_train", "n_probe_train", "n_probe_test", "n_patients", "seed"):
-        if settings[name] < 0:
-            raise ValueError(f"{name}: {settings[name]} is negative; give 0 or more")
-    if settings["size"] < 16:
-        raise ValueError(f"size: {settings['size']} px is too small to show a cell; give at least 16")
+        if not 0 <= settings[name] <= MOST:
+            raise ValueError(f"{name}: {settings[name]}; give a number from 0 to {MOST:,}")
+    if not 16 <= settings["size"] <= 4096:
+        raise ValueError(f"size: {settings['size']} px; give 16, in which a cell can be seen, to 4096")
     fewest, most = settings["cells_per_patient"]
-    if not 1 <= fewest <= most:
-        raise ValueError(f"cells_per_patient: {fewest} to {most} is no range; give two ascending numbers from 1 up")
+    if not 1 <= fewest <= most <= MOST:
+        raise ValueError(f"cells_per_patient: {fewest} to {most}; give two ascending numbers from 1 to {MOST:,}")
 
 
 def _plan_slides(settings: dict[str, Any]) -> Iterator[PlannedCell]:

@@ -1,7 +1,12 @@
 """What each kind of image file becomes, and that no damaged file gets past UnreadableImageError."""
 
+import errno
 import io
+import os
 import pickle
+import struct
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -11,7 +16,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from dinov2.data.datasets import decode
-from dinov2.data.datasets.decode import UnreadableImageError, decode_image, load_image, resize_image
+from dinov2.data.datasets.decode import UnreadableImageError, decode_image, find_images, load_image, resize_image
 
 
 @pytest.fixture
@@ -139,11 +144,16 @@ def test_the_first_of_several_frames(tmp_path, pixels):
 def test_missing_empty_and_foreign_files(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.jpg").write_text("not an image")
+    (tmp_path / "huge.png").touch()
+    os.truncate(tmp_path / "huge.png", 2**33)  # sparse: it takes no room
+    os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for ever
     cases = [
         ("gone.png", "No such file"),
-        ("empty.png", "the file is empty"),
+        ("empty.png", "is empty"),
+        ("huge.png", "its 8,589,934,592 bytes are more"),
         ("text.jpg", "not a known image format"),
-        (".", "Is a directory"),
+        (".", "is a folder, not a file"),
+        ("pipe.png", "is a named pipe, not a file"),
         ("nul\0.png", "null"),
     ]
     for name, reason in cases:
@@ -331,6 +341,80 @@ def test_a_decompression_bomb(tmp_path, pixels, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(UnreadableImageError, match="exceeds limit"):
         load_image(path)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_size_that_the_bytes_cannot_hold_takes_no_memory(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "PNG")
+    header = struct.pack(">II", 13_000, 13_000) + buffer.getvalue()[24:29]
+    data = buffer.getvalue()[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + buffer.getvalue()[33:]
+    tracemalloc.start()
+    with pytest.raises(UnreadableImageError, match=r"its \d+ bytes cannot hold 13000 x 13000 pixels"):
+        decode_image(data)
+    assert tracemalloc.get_traced_memory()[1] < 10e6
+    tracemalloc.stop()
+    blank = Image.new("L", (4000, 4000))  # compresses well, and is an image all the same
+    assert load_image(saved(blank, tmp_path / "blank.png")).size == (4000, 4000)
+
+
+@pytest.mark.parametrize("suffix", ["jp2", "ppm", "jfif", "avif", "gif", "tga", "jpe", "J2K", "dib"])
+def test_images_of_rarer_suffixes_are_listed_and_read(tmp_path, pixels, suffix):
+    saved(Image.fromarray(pixels), tmp_path / f"1.{suffix}")
+    (path,) = find_images(tmp_path)
+    difference = np.abs(np.asarray(load_image(path)).astype(int) - pixels).mean()
+    assert difference < 60  # of noise, which JPEG and AVIF blur
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("suffix", ["avif", "jp2", "gif", "ppm", "tga", "jfif", "qoi", "pcx"])
+def test_damage_in_rarer_formats_is_an_unreadable_image(tmp_path, pixels, suffix, capfd):
+    data = saved(Image.fromarray(pixels), tmp_path / f"1.{suffix}").read_bytes()
+    rng = np.random.default_rng(len(data))
+    n_unreadable = 0
+    for _ in range(60):
+        damaged = bytearray(data[: rng.integers(1, len(data) + 1)])
+        for place in rng.integers(0, min(len(damaged), 200), 3):
+            damaged[place] = rng.integers(256)
+        try:
+            assert decode_image(bytes(damaged), "1").dtype == np.uint8
+        except UnreadableImageError:
+            n_unreadable += 1
+    assert n_unreadable
+
+
+def test_programs_are_not_started_for_an_image():
+    with pytest.raises(UnreadableImageError, match="not a known image format"):
+        decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+
+
+def test_linked_folders_are_read_once_and_other_files_are_counted(tmp_path, caplog):
+    root, other = tmp_path / "cells", tmp_path / "other"
+    for name in ("cells/a/1.png", "cells/a/b/2.png", "other/3.png", "cells/a/x.svs", "cells/y.SVS", "cells/notes"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (root / "a" / "deep").symlink_to(other)
+    (root / "a" / "loop").symlink_to(root)
+    (root / "z").symlink_to(root / "a")
+    with caplog.at_level("INFO", "dinov2"):
+        images = find_images(root)
+    assert images == [root / name for name in ("a/1.png", "a/b/2.png", "a/deep/3.png")]
+    assert f"{root / 'z'} leads to a folder that was read already" in caplog.text
+    assert "passed over: 2 .svs, 1 without a suffix" in caplog.text
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "secret").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if "secret" in os.fspath(path):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root, who runs tests in containers, may read all
+    with pytest.raises(PermissionError, match="secret"):
+        find_images(tmp_path)
 
 
 def test_the_error_survives_a_trip_between_processes():

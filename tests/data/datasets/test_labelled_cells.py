@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dinov2.data.datasets import LabelledCells, find_images
+from dinov2.data.datasets.labelled_cells import UNLABELLED
 
 
 def touch(root, *names):
@@ -22,7 +23,7 @@ def write_csv(folder, text, name="cells.csv", encoding="utf-8"):
 
 
 def test_a_folder_per_class(tmp_path):
-    touch(tmp_path, "b/2.PNG", "b/1.jpg", "a/x.tiff", "a/deep/er/y.Jpeg", "C/z.webp", "a/notes.txt", "a/w.gif")
+    touch(tmp_path, "b/2.PNG", "b/1.jpg", "a/x.tiff", "a/deep/er/y.Jpeg", "C/z.webp", "a/notes.txt", "a/w.svg")
     touch(tmp_path, "a/.hidden.jpg", "b/._1.jpg", ".ipynb_checkpoints/1.jpg", "a/.cache/q.png", "readme.md")
     cells = LabelledCells.from_path(tmp_path)
     assert cells.class_names == ["C", "a", "b"]
@@ -92,7 +93,7 @@ def test_a_csv_as_spreadsheets_write_it(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "lacks the column\\(s\\) 'Image Path', 'Label'.*nothing"),
+        ("\n", "lacks the column\\(s\\) 'Image Path', 'Label'.*nothing"),
         (
             "Image Path Label\na.png x\n",
             "lacks the column.*has \\['Image Path Label'\\], expected Image Path,Label\\[,patient\\]",
@@ -118,6 +119,20 @@ def test_labels_hold_commas_quotes_and_line_breaks(tmp_path):
     assert [cells.class_names[i] for i in cells.labels] == labels
 
 
+def test_cells_without_labels_where_none_are_needed(tmp_path):
+    file = write_csv(tmp_path, "Image Path,patient\na.png,2\nb.png,1\n")
+    for source in (file, tmp_path / "sub"):
+        with pytest.raises(ValueError, match="'Label'|expected one folder per class"):
+            LabelledCells.from_path(source)
+        cells = LabelledCells.from_path(source, needs_labels=False)
+        assert cells.class_names == [UNLABELLED]
+        assert cells.labels.tolist() == [0] * len(cells)
+    assert cells.paths == [tmp_path / "sub" / "c d.png"]
+    assert LabelledCells.from_path(file, needs_labels=False).patients == ["2", "1"]
+    labelled = LabelledCells.from_path(tmp_path, needs_labels=False)  # with a class folder the layout is the usual one
+    assert labelled.class_names == ["sub"]
+
+
 def test_a_csv_in_another_encoding(tmp_path):
     path = write_csv(tmp_path, "Image Path,Label\na.png,Stäbchen\n", encoding="latin-1")
     with pytest.raises(ValueError, match="not UTF-8"):
@@ -127,6 +142,12 @@ def test_a_csv_in_another_encoding(tmp_path):
 def test_images_that_are_not_there_are_named(tmp_path):
     path = write_csv(tmp_path, "Image Path,Label\na.png,x\ngone.png,x\n")
     with pytest.raises(FileNotFoundError, match=r"1 of the 2 images.*gone\.png; relative paths count from"):
+        LabelledCells.from_path(path)
+
+
+def test_a_name_that_is_too_long_is_of_an_image_that_is_not_there(tmp_path):
+    path = write_csv(tmp_path, f"Image Path,Label\n{'a' * 5000}.png,x\n")
+    with pytest.raises(FileNotFoundError, match=r"1 of the 1 images in .*cells.csv' do not exist"):
         LabelledCells.from_path(path)
 
 

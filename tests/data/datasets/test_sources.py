@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import re
 import sys
 import tarfile
 from multiprocessing.reduction import ForkingPickler
@@ -66,7 +67,7 @@ def test_each_list_is_a_set(tmp_path):
 def test_lines_are_those_that_reading_them_one_by_one_gives(tmp_path, seed):
     rng = np.random.default_rng(seed)
     alphabet = [b"a", b"b/", b" ", b"\t", b"\n", b"\r\n", b"\r", b"#", "ü".encode(), b"\x0b", b"\n#", b"  \n"]
-    text = b"".join(alphabet[i] for i in rng.integers(0, len(alphabet), 3000)) + b"last"
+    text = b"first.png\n" + b"".join(alphabet[i] for i in rng.integers(0, len(alphabet), 3000)) + b"last"
     lines = [line.strip().decode() for line in text.splitlines()]
     expected = [str(tmp_path / line) for line in lines if line and not line.startswith("#")]
     write(tmp_path / "list.txt", text)
@@ -118,9 +119,10 @@ def test_reading_and_stamps_of_files(tmp_path):
     images = ImageSource.from_root(tmp_path)
     assert images.read(0) == b"12345"
     assert images.stamp(0) == (5, image.stat().st_mtime_ns)
-    for position, reason in ((1, "No such file"), (2, "null"), (3, "directory")):
-        with pytest.raises(UnreadableImageError, match=reason):
+    for position, reason in ((1, "^No such file or directory$"), (2, "null"), (3, "^is a folder, not a file")):
+        with pytest.raises(UnreadableImageError) as error:
             images.read(position)
+        assert re.search(reason, error.value.reason)
     for position in (1, 2):
         with pytest.raises(OSError, match="No such file|null"):
             images.stamp(position)
@@ -160,7 +162,8 @@ def test_which_column_has_the_paths(tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "it has no columns"),
+        (b"\n", "it has no columns"),
+        (b"", "train.dataset_path: .*t.csv is empty"),
         (b"path\n", "name no image"),
         (b"path,Label\n1.png,a\n,b\n", "line 3: no image path in column 'path'; fill it in"),
         ("path\nü.png\n".encode("latin-1"), "is not UTF-8 text"),
@@ -221,16 +224,30 @@ def test_a_folder_of_images(tmp_path):
     for name in [*names, ".hidden/5.png", "bmc/.6.png", "bmc/notes.md", "bmc/.git/7.png", "empty/readme"]:
         write(root / name)
     (root / "linked").symlink_to(write(tmp_path / "else" / "8.png").parent)
+    (root / "bmc" / "linked").symlink_to(write(tmp_path / "more" / "9.png").parent)
     images = ImageSource.from_root(root)
-    assert sorted(paths(images)) == sorted(str(root / name) for name in [*names, "linked/8.png"])
+    assert sorted(paths(images)) == sorted(str(root / name) for name in [*names, "linked/8.png", "bmc/linked/9.png"])
     assert dict(zip(images.set_names, images.set_sizes.tolist(), strict=True)) == {
         ".": 1,
         "acevedo": 2,
-        "bmc": 1,
+        "bmc": 2,
         "bmc-2": 1,
         "linked": 1,
     }
     assert paths(images) == paths(ImageSource.from_root(root))
+
+
+def test_the_fingerprint_follows_names_and_order_and_not_the_place(tmp_path):
+    for place in ("old", "new"):
+        for name in ("a/1.png", "a/2.png"):
+            write(tmp_path / place / name)
+    old, new = (ImageSource.from_root(tmp_path / place).fingerprint() for place in ("old", "new"))
+    assert old == new
+    assert old.startswith("2 images, names sha256 ")
+    write(tmp_path / "new" / "a" / "3.png")
+    assert ImageSource.from_root(tmp_path / "new").fingerprint().startswith("3 images")
+    lists = [write(tmp_path / f"{i}.txt", text) for i, text in enumerate((b"1.png\n2.png\n", b"2.png\n1.png\n"))]
+    assert len({ImageSource.from_root(file).fingerprint() for file in lists}) == 2
 
 
 def test_file_names_that_are_no_text(tmp_path):
@@ -319,6 +336,10 @@ def test_patterns_that_cannot_be_used(tmp_path):
     for pattern in ("d-*.tar", "c-{0.tar"):
         with pytest.raises(FileNotFoundError, match="does not exist.* it must be a folder"):
             ImageSource.from_root(str(tmp_path / pattern))
+    many = ("c-{0..9999999999}.tar", "c-{0..999}{0..999}.tar", "c-" + "{0,1}" * 40 + ".tar", "{" * 5000 + "}" * 5000)
+    for pattern in many:
+        with pytest.raises((ValueError, FileNotFoundError), match="means more than 100,000 files|does not exist"):
+            ImageSource.from_root(pattern)
     write(tmp_path / "c-0.txt")
     for pattern in ("c-0.t*", "*.txt"):
         with pytest.raises(ValueError, match=r"c-0.txt' is a file of another kind; it must be"):
@@ -358,6 +379,18 @@ def test_tar_files_that_cannot_be_used(tmp_path, caplog):
     assert "without a tar file's closing blocks; was it cut there?" in caplog.text
 
 
+def test_headers_that_would_lead_back_or_name_more_than_there_is(tmp_path):
+    data = bytearray(write_tar(tmp_path / "c.tar", [("1.png", b"x" * 1000), ("2.png", b"y")]).read_bytes())
+    for size in (b"\xff" * 11 + b"\x00", b"\x80" + b"\x7f" * 11, b"\x80\x00\x00\x00" + b"\xff" * 8):
+        data[1536 + 124 : 1536 + 136] = size
+        data[1536 + 148 : 1536 + 156] = b" " * 8
+        data[1536 + 148 : 1536 + 156] = b"%06o\0 " % sum(data[1536:2048])
+        with pytest.raises(ValueError, match=r"c\.tar' is not a tar file, or is .*damaged"):
+            ImageSource.from_root(write(tmp_path / "c.tar", bytes(data)))
+        with pytest.raises(UnreadableImageError, match="damaged"):
+            read_image(f"{tmp_path / 'c.tar'}::2.png")
+
+
 def test_a_shard_that_is_replaced_is_not_read_at_old_offsets(tmp_path):
     file = write_tar(tmp_path / "c.tar", [("1.png", png(1)), ("2.png", png(2))])
     images = ImageSource.from_root(file)
@@ -393,7 +426,7 @@ def test_what_a_record_may_name(tmp_path):
     odd = write(tmp_path / "a.tar::b.png", b"a file")
     assert read_image(str(odd)) == b"a file"
     file = write_tar(tmp_path / "c.tar", [("1.png", b"x")])
-    for path, reason in ((f"{file}::2.png", "'2.png' not found"), (f"{tmp_path}/gone.tar::1.png", "No such file")):
+    for path, reason in ((f"{file}::2.png", "'2.png' not found"), (f"{tmp_path}/gone.tar::1.png", "no such file")):
         with pytest.raises(UnreadableImageError, match=reason) as error:
             read_image(path)
         assert error.value.path == path

@@ -1,6 +1,7 @@
 import csv
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -264,3 +265,24 @@ def test_progress_is_shown(tmp_path, capsys):
     shown = capsys.readouterr().err
     assert "reading: 100%" in shown
     assert "cutting out: 100%" in shown
+
+
+def test_names_of_any_bytes_pipes_and_damaged_settings(tmp_path, capfd):
+    odd = "f\udcfcr.png"  # the byte fc, which is not UTF-8
+    write_image(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "a.png").rename(tmp_path / "in" / odd)
+    os.mkfifo(tmp_path / "in" / "pipe.png")
+    dataset = smears([(name, "white", Box(10, 10, 20, 20)) for name in (odd, "pipe.png")])
+    for check in (True, False):
+        summary = prepare(dataset, tmp_path / "in", tmp_path / "out", Options(check=check))
+        assert summary["counts"]["listed"] == 1
+        assert "pipe.png" in summary["oddities"]["unreadable images and masks"]["examples"][0]
+    assert not HemaStandardDataset(root=str(tmp_path / "out"), image_size=8)[0].failures
+    assert len(LabelledCells.from_path(tmp_path / "out" / "labels.csv")) == 1
+    settings = tmp_path / "out" / "cells" / "settings.json"
+    for text in ("{", "[1]", "7", "[" * 100_000):
+        settings.write_text(text)
+        with pytest.raises(ValueError, match="settings.json' is damaged .*give --overwrite"):
+            prepare(dataset, tmp_path / "in", tmp_path / "out")
+    prepare(dataset, tmp_path / "in", tmp_path / "out", Options(overwrite=True))
+    assert json.loads(settings.read_text())["margin"] == dataset.margin

@@ -222,9 +222,11 @@ def test_another_set_in_the_folder_is_an_error_that_names_the_difference(small_s
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"n_train": -1}, "n_train: -1 is negative"),
-        ({"seed": -2}, "seed: -2 is negative"),
-        ({"size": 8}, "size: 8 px is too small"),
+        ({"n_train": -1}, "n_train: -1; give a number from 0"),
+        ({"n_patients": 10**20}, "n_patients: 1"),
+        ({"size": 10**20}, "size: 1"),
+        ({"seed": -2}, "seed: -2; give a number from 0"),
+        ({"size": 8}, "size: 8 px; give 16"),
         ({"cells_per_patient": (9, 4)}, "cells_per_patient: 9 to 4"),
     ],
 )
