@@ -56,20 +56,20 @@ _HARMLESS_KEYS = (
 _LOCK_TIMEOUT_SECONDS = 120  # an NFS server keeps the locks of a dead machine for this long
 
 
-def run_folder_path(output_dir: str, name: str | None, config_file: str | None) -> Path:
+def run_folder_path(output_dir: Path, name: str | None, config_file: str | None) -> Path:
     """Return `output_dir/name`; without a name, a folder named after the configuration and the time or SLURM job.
 
     A requeued job keeps its number, and so its folder.
     """
     if name is not None:
-        return Path(output_dir) / name
+        return output_dir / name
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
         raise ValueError("--name: missing, although torchrun --max-restarts may restart the run; add one")
     stem = Path(config_file).stem if config_file else "run"
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
-        return Path(output_dir) / f"{stem}_{time.strftime('%Y%m%d-%H%M%S')}"
-    path = Path(output_dir) / f"{stem}_{job}"
+        return output_dir / f"{stem}_{time.strftime('%Y%m%d-%H%M%S')}"
+    path = output_dir / f"{stem}_{job}"
     if path.exists() and int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0:
         raise ValueError(f"--name: missing, and {path} already holds a run of this SLURM job; add one")
     return path

@@ -46,6 +46,7 @@ from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.views import TrainingViews
 from dinov2.utils.command import REQUEUE_EXIT_CODE, USER_ERRORS, StopSignals, error_text
 from dinov2.utils.config import load_run_config
+from dinov2.utils.files import user_path
 from dinov2.utils.numerics import derive_seed, fast_matmul_within
 
 logger = logging.getLogger("dinov2")
@@ -179,7 +180,9 @@ def print_batch_size(
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", metavar="F", help="YAML with values that replace ssl_default_config.yaml's")
-    parser.add_argument("--output-dir", metavar="D", default="runs", help="folder of runs (default: %(default)s)")
+    parser.add_argument(
+        "--output-dir", type=user_path, metavar="D", default="runs", help="folder of runs (default: %(default)s)"
+    )
     parser.add_argument(
         "--name", metavar="N", help="the run's folder in D; resumed if it holds a run (default: a new one)"
     )

@@ -136,6 +136,11 @@ _OTHER_KINDS = (
 # --- paths and URLs -------------------------------------------------------------------------------------------------
 
 
+def user_path(text: PathLike) -> Path:
+    """Return a path with `~` and `$VARIABLES` expanded, which shells leave alone in `--flag=~/runs`."""
+    return Path(os.path.expanduser(os.path.expandvars(text)))
+
+
 def local_path(source: PathLike) -> Path:
     """Return the local file or folder of a path or URL; a URL is downloaded once.
 
@@ -147,7 +152,7 @@ def local_path(source: PathLike) -> Path:
     text = os.fspath(source)
     url = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?=[^/])", text)
     if url is None:
-        return Path(os.path.expanduser(os.path.expandvars(text)))
+        return user_path(text)
     kind = url[1].lower()
     text = f"{kind}://{text[url.end() :]}"  # pathlib turns two slashes into one
     if kind in ("http", "https"):

@@ -288,20 +288,20 @@ def test_mistakes_in_settings(failing):
 
 def test_a_run_without_a_name_under_slurm_is_found_again_by_its_job(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    path = run_folder_path(str(tmp_path), None, str(CUSTOM))
+    path = run_folder_path(tmp_path, None, str(CUSTOM))
     assert path == tmp_path / "custom_7"
     path.mkdir()
     with pytest.raises(ValueError, match="already holds a run of this SLURM job"):
-        run_folder_path(str(tmp_path), None, str(CUSTOM))
+        run_folder_path(tmp_path, None, str(CUSTOM))
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert run_folder_path(str(tmp_path), None, str(CUSTOM)) == path
+    assert run_folder_path(tmp_path, None, str(CUSTOM)) == path
 
 
 def test_a_run_that_torchrun_may_restart_needs_a_name(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(ValueError, match="--name: missing"):
-        run_folder_path(str(tmp_path), None, None)
-    assert run_folder_path(str(tmp_path), "mine", None) == tmp_path / "mine"
+        run_folder_path(tmp_path, None, None)
+    assert run_folder_path(tmp_path, "mine", None) == tmp_path / "mine"
 
 
 def test_a_batch_that_does_not_divide(failing):
