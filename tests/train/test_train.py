@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -21,12 +22,14 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from dinov2.configs import CONFIG_FOLDER
 from dinov2.data.bad_images import BadImages
+from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.hub.backbones import load_backbone
 from dinov2.train import train as train_module
 from dinov2.train.evaluation import TeacherEvaluation
 from dinov2.train.run_folder import run_folder_path
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import main
+from dinov2.utils.run_status import read_status
 
 CUSTOM = CONFIG_FOLDER / "train" / "custom.yaml"
 TRAIN = Path(sys.modules[main.__module__].__file__)
@@ -125,6 +128,59 @@ def test_a_run_killed_in_its_last_evaluation_repeats_it(run, monkeypatch):
     monkeypatch.setattr(TeacherEvaluation, "run", evaluate)
     assert run()[0] == 0
     assert (folder / "eval" / "training_4" / "teacher_checkpoint.pth").is_file()
+
+
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_a_stop_signal_ends_a_wait_for_data(run, monkeypatch, n_workers):
+    read, trainer = HemaStandardDataset.__getitem__, os.getpid()
+
+    def read_from_a_dead_disk(self, index):
+        if counter.value == 8:  # two batches of four
+            os.kill(trainer, signal.SIGTERM)
+            time.sleep(600)
+        counter.value += 1
+        return read(self, index)
+
+    counter = multiprocessing.Value("i", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(HemaStandardDataset, "__getitem__", read_from_a_dead_disk)
+        code, folder = run(f"train.num_workers={n_workers}", "train.saveckp_freq=0")
+    assert code == 75
+    assert read_status(folder).state == "stopped"
+    (checkpoint,) = (folder / "checkpoints").glob("iteration_*")
+    assert n_workers == 1 or checkpoint.name == "iteration_0000002"  # a worker reads ahead
+    assert run("train.saveckp_freq=0")[0] == 0
+
+
+def test_a_stop_signal_ends_the_set_up(run, monkeypatch):
+    def download_from_a_silent_server(cfg):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(600)
+
+    monkeypatch.setattr("dinov2.train.train.TeacherEvaluation", download_from_a_silent_server)
+    assert run()[0] == 75
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.bin"), 2),
+        (MemoryError(), 2),
+        (torch.OutOfMemoryError("CUDA out of memory."), 2),
+        (RuntimeError("shapes differ"), 1),
+    ],
+)
+def test_an_error_in_the_loop_ends_with_its_reason(run, monkeypatch, error, code):
+    def fail(*_, **settings):
+        raise error
+
+    monkeypatch.setattr("dinov2.train.train.clip_gradients", fail)
+    ended, folder = run()
+    assert ended == code
+    log, status = (folder / "logs" / "log.txt").read_text(), read_status(folder)
+    assert status.state == "failed"
+    assert status.reason in log
+    assert ("Traceback" in log) == ("please report it" in log) == (code == 1)
 
 
 def test_a_run_that_never_wrote_a_checkpoint_is_moved_aside(run, tmp_path, monkeypatch):
@@ -409,7 +465,7 @@ def test_too_many_unreadable_images_stop_the_run_until_they_are_mended(tmp_path,
     for i in (1, 3, 5):
         (lists / "images" / f"00{i}.png").write_bytes(b"")
     overrides = tiny_overrides(lists, "train.max_bad_fraction=0.2")
-    assert main(["--output-dir", str(tmp_path), "--name", "run", *overrides]) == 1
+    assert main(["--output-dir", str(tmp_path), "--name", "run", *overrides]) == 2
     log = (tmp_path / "run" / "logs" / "log.txt").read_text()
     assert re.search(r"train\.max_bad_fraction: \d of 8 listed images", log)
     assert (tmp_path / "run" / "bad_images.csv").is_file()

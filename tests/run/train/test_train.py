@@ -33,7 +33,8 @@ def test_each_option_reaches_sbatch(launch, slurm):
         **{"comment": "why", "exclude": "n1", "nodelist": "n2", "gres": "gpu:a100:4", "dependency": "afterok:3"},
     }
     flags = [word for key, value in named.items() for word in (f"--{key}", value)]
-    others = ["--slurm", "reservation=r", "--slurm", "exclusive", "--slurm", "wckey=k", "--setup", "module load x", "--signal-delay", "33"]
+    others = [word for option in ("reservation=r", "exclusive", "wckey=k") for word in ("--slurm", option)]
+    others += ["--setup", "module load x", "--signal-delay", "33"]
     assert launch("--nodes", "3", "--ngpus", "4", "--timeout", "60", *flags, *others) == 0
     given = options(slurm)
     assert {key: given[key] for key in named} == named
