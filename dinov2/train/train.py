@@ -88,7 +88,6 @@ def train(
             except StopReceived:  # ranks that wait can't stop alone: the others may be in a step already
                 with supervision.pause("saving"):
                     folder.save(state, wait=True)
-                end_worker_processes()
                 break
             if iteration == 0:
                 with supervision.pause("running"):
@@ -140,6 +139,7 @@ def finish(state: TrainState, folder: RunFolder, n_iterations: int, *, is_comple
     """Report the end of the training in the log and in status.json; return the exit code."""
     done, device = state.progress.iteration, state.model.device
     if done < n_iterations:
+        end_worker_processes()
         logger.warning("stopped after iteration %d, as asked; the same command resumes it", done)
         folder.write_status("stopped")
         return REQUEUE_EXIT_CODE
