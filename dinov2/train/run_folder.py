@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from dinov2.configs import dinov2_default_config
@@ -184,9 +185,13 @@ class RunFolder:
         write_config(self.cfg, earlier)
 
     def open_status(self, environment: dict[str, str]) -> None:
-        """Start status.json for this start of the run, with its `run_environment`."""
+        """Start status.json for this start of the run, with its `run_environment` and number of images."""
         n_iterations = Schedules(self.cfg).n_iterations
         self._status_file = StatusFile(self.path, n_iterations, resumed=self.has_checkpoint())
+        n_now, n_before = environment["images"], self.status.starts[-1].get("images") if self.status.starts else None
+        if n_before not in (None, n_now):
+            text = "train.dataset_path: %s images now, %s at the last start of this run: their order changes"
+            logger.warning(text, n_now, n_before)
         self.status.starts.append(environment)
         self.write_status("starting")
 
@@ -302,7 +307,10 @@ class RunFolder:
 
     def _compare_with(self, earlier: Path) -> None:
         # a key that is newer than the run gets its default, which means that it is not used
-        before = OmegaConf.merge(dinov2_default_config, read_config(earlier))
+        try:
+            before = OmegaConf.merge(dinov2_default_config, read_config(earlier))
+        except (OmegaConfBaseException, TypeError) as error:
+            raise ValueError(f"--name: {earlier} is no longer that of a run ({error}); choose another name") from error
         assert isinstance(before, DictConfig), "both are"
         changed = differences(self.cfg, before)
         shapes = {k: v for k, v in changed.items() if k.startswith(_SHAPE_KEYS)}

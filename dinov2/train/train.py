@@ -249,7 +249,7 @@ def run(args: argparse.Namespace, signals: StopSignals) -> int:
                 setup_logging(folder.path)
             logger.info("%s", describe_environment(cfg))
             if not (only_tries or args.eval_only):
-                folder.open_status(run_environment(cfg))
+                folder.open_status({**run_environment(cfg), "images": str(len(dataset or ()))})
         if dataset is not None and not fill_cache(dataset, signals, only_report=only_tries):
             logger.warning("stopped while the cache was being built, as asked; the same command resumes it")
             folder.write_status("stopped")
