@@ -3,9 +3,9 @@
     python dinov2/train/train.py --config-file dinov2/configs/train/custom.yaml \
         train.dataset_path=HemaStandardDataset:root=<folder with *.txt lists>:shuffle=1
 
-The same command under `torchrun --nproc_per_node=N` or `srun` uses N processes. Exit codes: 0 done, 1 failed, 2 a wrong
-setting, file or disk, 75 stopped by a signal (SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C) after a checkpoint: the same command
-resumes.
+The same command under `torchrun --standalone --nproc_per_node=N` or `srun` uses N processes. Exit codes: 0 done, 1 failed,
+2 a wrong setting, file or disk, 75 stopped by a signal (SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C) after a checkpoint: the same
+command resumes.
 """
 
 import argparse
