@@ -185,13 +185,9 @@ class RunFolder:
         write_config(self.cfg, earlier)
 
     def open_status(self, environment: dict[str, str]) -> None:
-        """Start status.json for this start of the run, with its `run_environment` and number of images."""
+        """Start status.json for this start of the run, with its `run_environment`."""
         n_iterations = Schedules(self.cfg).n_iterations
         self._status_file = StatusFile(self.path, n_iterations, resumed=self.has_checkpoint())
-        n_now, n_before = environment["images"], self.status.starts[-1].get("images") if self.status.starts else None
-        if n_before not in (None, n_now):
-            text = "train.dataset_path: %s images now, %s at the last start of this run: their order changes"
-            logger.warning(text, n_now, n_before)
         self.status.starts.append(environment)
         self.write_status("starting")
 

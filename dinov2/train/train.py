@@ -3,9 +3,9 @@
     python dinov2/train/train.py --config-file dinov2/configs/train/custom.yaml \
         train.dataset_path=HemaStandardDataset:root=<folder with *.txt lists>:shuffle=1
 
-The same command under `torchrun --standalone --nproc_per_node=N` or `srun` uses N processes. Exit codes: 0 done, 1 failed,
-2 a wrong setting, file or disk, 75 stopped by a signal (SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C) after a checkpoint: the same
-command resumes.
+The same command under `torchrun --standalone --nproc_per_node=N` or `srun` uses N processes. Exit codes: 0 done, 1
+failed, 2 a wrong setting, file or disk, 75 stopped by a signal (SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C) after a checkpoint:
+the same command resumes.
 """
 
 import argparse
@@ -249,7 +249,7 @@ def run(args: argparse.Namespace, signals: StopSignals) -> int:
                 setup_logging(folder.path)
             logger.info("%s", describe_environment(cfg))
             if not (only_tries or args.eval_only):
-                folder.open_status({**run_environment(cfg), "images": str(len(dataset or ()))})
+                folder.open_status(run_environment(cfg))
         if dataset is not None and not fill_cache(dataset, signals, only_report=only_tries):
             logger.warning("stopped while the cache was being built, as asked; the same command resumes it")
             folder.write_status("stopped")

@@ -268,17 +268,6 @@ def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(tmp_path, image_list
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-def test_a_list_that_grew_is_resumed_with_a_warning(tmp_path, image_list, tiny_overrides):
-    lists = image_list(n=8)
-    common = ["--output-dir", str(tmp_path), "--name", "run", *tiny_overrides(lists)]
-    assert main(common) == main(common) == 0
-    log = tmp_path / "run" / "logs" / "log.txt"
-    assert "their order changes" not in log.read_text()
-    (lists / "more.txt").write_text("images/000.png\n")
-    assert main(common) == 0
-    assert log.read_text().count("9 images now, 8 at the last start of this run: their order changes") == 1
-
-
 def test_a_run_whose_config_was_overwritten_is_not_resumed(run, failing):
     _, folder = run()
     (folder / "config.yaml").write_text("train: [1, 2]\n")
