@@ -3,6 +3,7 @@
 Commands import this package before torch, because OpenMP reads its settings when torch loads it.
 """
 
+import getpass
 import os
 
 __version__ = "0.1.0"
@@ -19,4 +20,13 @@ def limit_openmp_spinning() -> None:
         os.environ["GOMP_SPINCOUNT"] = str(OPENMP_SPIN_COUNT)
 
 
+def name_the_user() -> None:
+    """Give a user without an entry in /etc/passwd (docker run --user) a name, which torch's caches are named after."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = str(os.getuid())
+
+
 limit_openmp_spinning()
+name_the_user()

@@ -1,7 +1,9 @@
-"""OpenMP threads of every command sleep soon when they wait, unless the user chose how they wait."""
+"""What importing the package sets: how OpenMP's threads wait, and a name for users without one."""
 
 import ast
+import getpass
 import os
+import pwd
 import re
 import subprocess
 import sys
@@ -52,3 +54,17 @@ def test_the_spin_count_takes_effect():
 )
 def test_the_users_choice_wins(variables, count):
     assert spin_count_of("import dinov2, torch", **variables) == count
+
+
+def test_a_user_without_a_passwd_entry_gets_a_name(monkeypatch):
+    def no_entry(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)
+    dinov2.name_the_user()
+    assert getpass.getuser() == str(os.getuid())  # torch's caches ask for it
+    monkeypatch.setenv("USER", "me")
+    dinov2.name_the_user()
+    assert getpass.getuser() == "me"

@@ -1,25 +1,30 @@
 """Make the dataset that a dataset string names, and the loader of its batches."""
 
 import logging
+import math
+import pickle
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Generator
 from random import Random
 from typing import Any, NamedTuple
 
 import cv2
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, get_worker_info
 
 from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.data.samplers import Balance, BalancedSampler, EpochSampler, InfiniteSampler, PositionSampler, SamplerType
 from dinov2.distributed import get_rank, get_world_size
 from dinov2.utils.command import ignore_stop_signals
 from dinov2.utils.numerics import derive_seed
+from dinov2.utils.resources import size_text
 
 logger = logging.getLogger("dinov2")
 
 DATASETS = {"HemaStandardDataset": HemaStandardDataset}
+SHARED_MEMORY = "/dev/shm"  # of Linux; Docker gives a container 64 MB
 INFINITE = (SamplerType.INFINITE, SamplerType.SHARDED_INFINITE, SamplerType.SHARDED_INFINITE_NEW)
 Augmentation = Callable[[Tensor, Random], Any]  # (uint8 [3, S, S], source of randomness) -> crops
 
@@ -158,6 +163,42 @@ def make_data_loader(
         generator=generator,
         worker_init_fn=ignore_stop_signals,
     )
+
+
+def share_batch(batch: Any) -> Any:
+    """Move the tensors of a worker's batch into shared memory; where that is full, pickle the batch, for a pipe.
+
+    It runs in the worker. Left to itself, torch shares them in a thread that prints an error and drops the batch, for
+    which the main process then waits for ever.
+    """
+    if get_worker_info() is None:
+        return batch
+    try:
+        for value in batch.values() if isinstance(batch, dict) else batch:
+            if isinstance(value, Tensor):
+                value.share_memory_()
+    except RuntimeError:
+        return pickle.dumps(batch)
+    return batch
+
+
+def receive_batches(loader: DataLoader) -> Generator[Any, None, None]:
+    """Yield the batches of a loader that collates with `share_batch`; warn once if shared memory is too small."""
+    is_warned = False
+    for batch in loader:
+        if not isinstance(batch, bytes):
+            yield batch
+            continue
+        if not is_warned:
+            n_batches = loader.num_workers * (loader.prefetch_factor or 1) + 1
+            logger.warning(
+                "shared memory (/dev/shm) of %s is too small for %d batches of %s that %d workers prefetch: they go "
+                "through pipes, which takes longer. In a container, start it with --shm-size=%dg or --ipc=host",
+                *(size_text(shutil.disk_usage(SHARED_MEMORY).total), n_batches, size_text(len(batch))),
+                *(loader.num_workers, math.ceil(2 * n_batches * len(batch) / 2**30)),
+            )
+            is_warned = True
+        yield pickle.loads(batch)
 
 
 def _make_sampler(

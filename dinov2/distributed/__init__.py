@@ -66,12 +66,16 @@ def _from_torchrun(environment: Mapping[str, str]) -> Launch:
             f"RANK and WORLD_SIZE are set, but {' and '.join(missing)} not: start with torchrun, set them all, or "
             "unset RANK and WORLD_SIZE to run one process"
         )
-    world_size = _number(environment, "WORLD_SIZE")
+    rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+    if rank >= world_size:
+        raise ValueError(f"RANK={rank} must be less than WORLD_SIZE={world_size}; start with torchrun, or unset both")
+    # Kubernetes sets neither LOCAL_RANK nor LOCAL_WORLD_SIZE: one process for each GPU of a node
+    n_local = min(world_size, torch.cuda.device_count() or world_size)
     return Launch(
-        rank=_number(environment, "RANK"),
+        rank=rank,
         world_size=world_size,
-        local_rank=_number(environment, "LOCAL_RANK", environment["RANK"]),
-        local_world_size=_number(environment, "LOCAL_WORLD_SIZE", str(world_size)),
+        local_rank=_number(environment, "LOCAL_RANK", str(rank % n_local)),
+        local_world_size=_number(environment, "LOCAL_WORLD_SIZE", str(n_local)),
         master_addr=environment["MASTER_ADDR"],
         master_port=_number(environment, "MASTER_PORT"),
         launcher="torchrun",
@@ -95,7 +99,7 @@ def _from_slurm(environment: Mapping[str, str]) -> Launch:
 
 def _number(environment: Mapping[str, str], name: str, default: str | None = None) -> int:
     text = environment.get(name, default)
-    if text is None or not text.strip().isdigit():
+    if text is None or not text.strip().isdecimal():
         raise ValueError(f"environment variable {name} must be a number, found {text!r}; start with torchrun or srun")
     return int(text)
 

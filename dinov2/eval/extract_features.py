@@ -2,8 +2,8 @@
 
     python dinov2/eval/extract_features.py --checkpoint DinoBloom-S.pth --data cells/ --output-dir features/
 
-The same under `torchrun --nproc_per_node=N` and `srun` uses N processes, one GPU each. A killed extraction continues
-from its last finished part when it is started again, with any number of processes.
+The same under `torchrun --standalone --nproc_per_node=N` and `srun` uses N processes, one GPU each. A killed extraction
+continues from its last finished part when it is started again, with any number of processes.
 """
 
 import argparse

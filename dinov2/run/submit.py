@@ -163,6 +163,7 @@ def submit(
         **{key: getattr(args, key) for key in (*_SAME_IN_SBATCH, "cpus_per_task") if getattr(args, key) is not None},
         **({"gpus_per_node": args.ngpus} if args.ngpus > 0 and args.gres is None else {}),
         job_name=name,
+        wckey=None,  # submitit's own default is refused where clusters enforce such keys; --slurm wckey=... gives one
         time=args.timeout,
         nodes=args.nodes,
         ntasks_per_node=tasks_per_node(args),

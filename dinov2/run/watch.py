@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dinov2.utils.command import duration_text
+from dinov2.utils.files import user_path
 from dinov2.utils.run_status import ENDED, RunStatus, is_run, read_status
 
 SILENT_SECONDS = 300.0  # a run without a new status for this long is called silent: a checkpoint may take minutes
@@ -148,7 +149,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Show the progress of training runs, one line each.",
         epilog="exit code: 0 shown, 2 no such run, 130 stopped by Ctrl-C; COLUMNS=200 shows more columns",
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, or a folder of runs")
+    parser.add_argument("runs", type=user_path, nargs="+", metavar="RUN", help="folder of a run, or a folder of runs")
     parser.add_argument("--follow", action="store_true", help="repeat until all runs have ended")
     interval_help = "seconds between repetitions (default: %(default)g)"
     parser.add_argument("--interval", type=float, default=10.0, metavar="S", help=interval_help)

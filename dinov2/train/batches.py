@@ -27,7 +27,7 @@ from dinov2.data import (
 from dinov2.data.bad_images import BadImages
 from dinov2.data.collate import MicroBatch
 from dinov2.data.datasets.hema_data import HemaStandardDataset
-from dinov2.data.loaders import AugmentedSample
+from dinov2.data.loaders import AugmentedSample, receive_batches, share_batch
 from dinov2.data.samplers import Balance
 from dinov2.data.transforms import normalize_images
 from dinov2.distributed import get_rank
@@ -137,7 +137,7 @@ class TrainBatches:
             balance=build_balance(self.cfg),
             augmentation=build_augmentation(self.cfg),
         )
-        micro_batches = iter(loader)
+        micro_batches = receive_batches(loader)
         for number in itertools.count(batch_number):
             yield [self._on_device(next(micro_batches), number, get_rank(), i) for i in range(train.accumulation_steps)]
 
@@ -167,4 +167,4 @@ def collate_micro_batch(
     places = [divmod(sample.position - first_position, global_batch_size) for sample in samples]
     mask_seed = derive_seed(seed, "masks", first_batch + places[0][0])
     batch = collate(samples, micro_batch=MicroBatch([image for _, image in places], global_batch_size, mask_seed))
-    return {**batch, "failures": [failure for sample in samples for failure in sample.failures]}
+    return share_batch({**batch, "failures": [failure for sample in samples for failure in sample.failures]})

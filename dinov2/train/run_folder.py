@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from dinov2.configs import dinov2_default_config
@@ -56,20 +57,20 @@ _HARMLESS_KEYS = (
 _LOCK_TIMEOUT_SECONDS = 120  # an NFS server keeps the locks of a dead machine for this long
 
 
-def run_folder_path(output_dir: str, name: str | None, config_file: str | None) -> Path:
+def run_folder_path(output_dir: Path, name: str | None, config_file: str | None) -> Path:
     """Return `output_dir/name`; without a name, a folder named after the configuration and the time or SLURM job.
 
     A requeued job keeps its number, and so its folder.
     """
     if name is not None:
-        return Path(output_dir) / name
+        return output_dir / name
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
         raise ValueError("--name: missing, although torchrun --max-restarts may restart the run; add one")
     stem = Path(config_file).stem if config_file else "run"
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
-        return Path(output_dir) / f"{stem}_{time.strftime('%Y%m%d-%H%M%S')}"
-    path = Path(output_dir) / f"{stem}_{job}"
+        return output_dir / f"{stem}_{time.strftime('%Y%m%d-%H%M%S')}"
+    path = output_dir / f"{stem}_{job}"
     if path.exists() and int(os.environ.get("SLURM_RESTART_COUNT", "0")) == 0:
         raise ValueError(f"--name: missing, and {path} already holds a run of this SLURM job; add one")
     return path
@@ -313,7 +314,10 @@ class RunFolder:
 
     def _compare_with(self, earlier: Path) -> None:
         # a key that is newer than the run gets its default, which means that it is not used
-        before = OmegaConf.merge(dinov2_default_config, read_config(earlier))
+        try:
+            before = OmegaConf.merge(dinov2_default_config, read_config(earlier))
+        except (OmegaConfBaseException, TypeError) as error:
+            raise ValueError(f"--name: {earlier} is no longer that of a run ({error}); choose another name") from error
         assert isinstance(before, DictConfig), "both are"
         changed = differences(self.cfg, before)
         shapes = {k: v for k, v in changed.items() if k.startswith(_SHAPE_KEYS)}

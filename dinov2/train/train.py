@@ -3,8 +3,9 @@
     python dinov2/train/train.py --config-file dinov2/configs/train/custom.yaml \
         train.dataset_path=HemaStandardDataset:root=<folder with *.txt lists>:shuffle=1
 
-The same command under `torchrun --nproc_per_node=N` or `srun` uses N processes. Exit codes: 0 done, 1 failed, 2 a wrong
-setting, 75 stopped by a signal (SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C) after a checkpoint: the same command resumes.
+The same command under `torchrun --standalone --nproc_per_node=N` or `srun` uses N processes. Exit codes: 0 done, 1
+failed, 2 a wrong setting, file or disk, 75 stopped by a signal (SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C) after a checkpoint:
+the same command resumes.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from omegaconf import DictConfig
 
 from dinov2 import distributed
 from dinov2.data.datasets.hema_data import HemaStandardDataset
-from dinov2.distributed import average_over_ranks
+from dinov2.distributed import average_over_ranks, get_world_size
 from dinov2.logging import MetricLogger, StepClock, setup_logging
 from dinov2.train.batches import TrainBatches, build_augmentation, build_dataset
 from dinov2.train.dry_run import count_step_flops, dry_run, find_batch_size, measured_matmul_rate
@@ -44,9 +45,11 @@ from dinov2.train.setup import (
 )
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.views import TrainingViews
-from dinov2.utils.command import REQUEUE_EXIT_CODE, USER_ERRORS, StopSignals, error_text
+from dinov2.utils.command import REQUEUE_EXIT_CODE, USER_ERRORS, StopReceived, StopSignals, error_text, find_cause
 from dinov2.utils.config import load_run_config
+from dinov2.utils.files import user_path
 from dinov2.utils.numerics import derive_seed, fast_matmul_within
+from dinov2.utils.resources import end_worker_processes
 
 logger = logging.getLogger("dinov2")
 
@@ -80,8 +83,13 @@ def train(
         while progress.iteration < schedules.n_iterations and not must_stop:
             iteration = progress.iteration
             supervision.begin_step()
-            with clock.stage("data"):
-                micro_batches = next(stream)
+            try:
+                with clock.stage("data"), signals.wait(is_interruptible=get_world_size() == 1):
+                    micro_batches = next(stream)
+            except StopReceived:  # ranks that wait can't stop alone: the others may be in a step already
+                with supervision.pause("saving"):
+                    folder.save(state, wait=True)
+                break
             if iteration == 0:
                 with supervision.pause("running"):
                     views.write(micro_batches, 0, metrics)
@@ -132,6 +140,7 @@ def finish(state: TrainState, folder: RunFolder, n_iterations: int, *, is_comple
     """Report the end of the training in the log and in status.json; return the exit code."""
     done, device = state.progress.iteration, state.model.device
     if done < n_iterations:
+        end_worker_processes()
         logger.warning("stopped after iteration %d, as asked; the same command resumes it", done)
         folder.write_status("stopped")
         return REQUEUE_EXIT_CODE
@@ -180,7 +189,9 @@ def print_batch_size(
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", metavar="F", help="YAML with values that replace ssl_default_config.yaml's")
-    parser.add_argument("--output-dir", metavar="D", default="runs", help="folder of runs (default: %(default)s)")
+    parser.add_argument(
+        "--output-dir", type=user_path, metavar="D", default="runs", help="folder of runs (default: %(default)s)"
+    )
     parser.add_argument(
         "--name", metavar="N", help="the run's folder in D; resumed if it holds a run (default: a new one)"
     )
@@ -226,46 +237,42 @@ def run(args: argparse.Namespace, signals: StopSignals) -> int:
                 f"--find-batch-size works in one process, found {launch.world_size}; start it with plain python, "
                 "on one of the GPUs"
             )
-        cfg = read_settings(args, launch.world_size if launch else 1)
-        device = set_up_device(cfg, launch)
-        path = distributed.on_main_process(lambda: run_folder_path(args.output_dir, args.name, args.config_file))
-        folder = RunFolder(cfg, path)
-        evaluation = TeacherEvaluation(cfg)
-        dataset = None if args.eval_only else build_dataset(cfg)
-        build_augmentation(cfg)  # checks its settings
-        if not only_tries:
-            folder.prepare(resume=not args.no_resume, eval_only=args.eval_only)
-            setup_logging(folder.path)
-        logger.info("%s", describe_environment(cfg))
-        if not (only_tries or args.eval_only):
-            folder.open_status(run_environment(cfg))
+        with signals.wait():
+            cfg = read_settings(args, launch.world_size if launch else 1)
+            device = set_up_device(cfg, launch)
+            path = distributed.on_main_process(lambda: run_folder_path(args.output_dir, args.name, args.config_file))
+            folder = RunFolder(cfg, path)
+            evaluation = TeacherEvaluation(cfg)
+            dataset = None if args.eval_only else build_dataset(cfg)
+            build_augmentation(cfg)  # checks its settings
+            if not only_tries:
+                folder.prepare(resume=not args.no_resume, eval_only=args.eval_only)
+                setup_logging(folder.path)
+            logger.info("%s", describe_environment(cfg))
+            if not (only_tries or args.eval_only):
+                folder.open_status(run_environment(cfg))
         if dataset is not None and not fill_cache(dataset, signals, only_report=only_tries):
             logger.warning("stopped while the cache was being built, as asked; the same command resumes it")
             folder.write_status("stopped")
             return REQUEUE_EXIT_CODE
-        torch.manual_seed(derive_seed(cfg.train.seed, "weights"))
-        # a resumed run needs no pretrained weights, which may no longer exist
-        needs_weights = not args.find_batch_size and (args.dry_run or not folder.has_checkpoint())
-        model = SSLMetaArch(cfg, load_weights=needs_weights).to(device)
-        model.prepare_for_distributed_training(launch.n_nodes if launch else 1)
-        if model.fp16_scaler is not None:
-            model.fp16_scaler.to(device)
-        if args.eval_only:
-            iteration = folder.restore_networks(model)
-        elif not only_tries:
-            state = TrainState(
-                model,
-                build_optimizer(cfg.optim, model.get_params_groups()),
-                StepGuard(device, cfg.train.max_loss_spike),
-                CollapseMonitor(cfg, Schedules(cfg).n_iterations),
-            )
-            folder.restore(state)
-    except USER_ERRORS as error:
-        logger.error("%s", error_text(error))
-        if folder is not None:
-            folder.write_status("failed", error_text(error))
-        return 2
-    try:
+        with signals.wait():
+            torch.manual_seed(derive_seed(cfg.train.seed, "weights"))
+            # a resumed run needs no pretrained weights, which may no longer exist
+            needs_weights = not args.find_batch_size and (args.dry_run or not folder.has_checkpoint())
+            model = SSLMetaArch(cfg, load_weights=needs_weights).to(device)
+            model.prepare_for_distributed_training(launch.n_nodes if launch else 1)
+            if model.fp16_scaler is not None:
+                model.fp16_scaler.to(device)
+            if args.eval_only:
+                iteration = folder.restore_networks(model)
+            elif not only_tries:
+                state = TrainState(
+                    model,
+                    build_optimizer(cfg.optim, model.get_params_groups()),
+                    StepGuard(device, cfg.train.max_loss_spike),
+                    CollapseMonitor(cfg, Schedules(cfg).n_iterations),
+                )
+                folder.restore(state)
         if dataset is None:
             return 0 if evaluation.run(model, folder.path, iteration) else 1
         if args.find_batch_size:
@@ -274,9 +281,27 @@ def run(args: argparse.Namespace, signals: StopSignals) -> int:
         if args.dry_run:
             return dry_run(cfg, model, dataset)
         return train(cfg, state, dataset, evaluation, folder, signals, args.profile_steps if args.profile else 0)
-    except (RuntimeError, FloatingPointError, OSError) as error:
-        logger.exception("the run stopped: %s", error)
-        return 1
+    except StopReceived:
+        logger.warning("stopped before the first step, as asked; the same command starts or resumes the run")
+        if folder is not None:
+            folder.write_status("stopped")
+        return REQUEUE_EXIT_CODE
+    except Exception as error:
+        return end_failed_run(find_cause(error), folder)
+
+
+def end_failed_run(error: BaseException, folder: RunFolder | None) -> int:
+    """Report an error in the log and in status.json; return the exit code."""
+    if folder is not None:
+        folder.write_status("failed", error_text(error))
+    if isinstance(error, USER_ERRORS):
+        logger.error("%s", error_text(error))
+        return 2
+    if isinstance(error, FloatingPointError):
+        logger.error("the run stopped: %s", error)
+    else:
+        logger.error("a fault of the program, please report it: the run stopped: %s", error, exc_info=error)
+    return 1
 
 
 if __name__ == "__main__":

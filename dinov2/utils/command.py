@@ -5,7 +5,8 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from types import FrameType
@@ -57,6 +58,8 @@ def error_text(error: BaseException) -> str:
         text += f"; {ADVICE[error.errno]}" if error.errno in ADVICE else ""
     else:
         text = str(error) or type(error).__name__
+    if "in DataLoader worker process" in text:
+        text = text.rstrip().rpartition("\n")[2]  # torch puts the worker's traceback before its error
     return shortened(text.encode(errors="backslashreplace").decode())
 
 
@@ -67,12 +70,28 @@ def shortened(text: str) -> str:
     return "\n".join(lines[: MOST_LINES - 1]) + "\n[...]" if is_cut else text
 
 
+def find_cause(error: BaseException) -> BaseException:
+    """Return the error of the machine that torch hides in a RuntimeError: of memory, disk or worker; else `error`."""
+    if isinstance(error, RuntimeError):
+        text, context = str(error), error.__context__
+        if isinstance(context, OSError) and context.errno in ADVICE:
+            return context  # torch.save on a full disk
+        if "out of memory" in text or "can't allocate memory" in text:
+            return MemoryError(f"({text.partition(' See documentation')[0]})")
+        if text.startswith("DataLoader worker (pid"):
+            return ChildProcessError(
+                f"{text.strip()} A worker process was ended, perhaps for lack of memory: use fewer workers"
+            )
+    return error
+
+
 def log_error(error: Exception) -> None:
     """Log an error in one sentence if a user, a file or the machine caused it; raise any other, which is our fault."""
-    if not isinstance(error, USER_ERRORS):
+    cause = find_cause(error)
+    if not isinstance(cause, USER_ERRORS):
         logger.error("this is a fault of the program, not of your input: please report it with the text below")
         raise error
-    logger.error("%s", error_text(error))
+    logger.error("%s", error_text(cause))
     logger.debug("where it was noticed", exc_info=error)
 
 
@@ -89,14 +108,19 @@ def exit_code(command: Callable[[], None]) -> int:
     return 0
 
 
+class StopReceived(BaseException):
+    """A stop signal arrived while the program waited."""
+
+
 class StopSignals:
-    """Context in which SIGTERM, SIGUSR1, SIGUSR2 and a first Ctrl-C only set `received`.
+    """Context in which SIGTERM, SIGUSR1, SIGUSR2 and a first Ctrl-C only set `received`; they end a `wait`.
 
     Leaving it restores the earlier handlers. It does nothing outside the main thread, where Python handles no signals.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._ends_wait = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -114,6 +138,20 @@ class StopSignals:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
+        if self._ends_wait:
+            self._ends_wait = False
+            raise StopReceived
+
+    @contextmanager
+    def wait(self, is_interruptible: bool = True) -> Iterator[None]:
+        """Raise StopReceived in this block when a signal arrives, or has arrived: stopping here loses nothing."""
+        if is_interruptible and self.received is not None:
+            raise StopReceived
+        self._ends_wait = is_interruptible
+        try:
+            yield
+        finally:
+            self._ends_wait = False
 
 
 def ignore_stop_signals(_: int = 0) -> None:

@@ -5,7 +5,6 @@ Types are those of the defaults. The error of a mistake names the key, the value
 
 import difflib
 import logging
-import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -13,9 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import AliasToken, YAMLError
 
 from dinov2.configs import CONFIG_FOLDER, dinov2_default_config
 from dinov2.utils.files import PathLike, atomic_write, check_regular_file, local_path
@@ -66,16 +66,24 @@ _CHOICES: dict[str, Sequence[str]] = {  # by the key's ending
     **dict.fromkeys((".param_dtype", ".reduce_dtype", ".buffer_dtype"), _DTYPES),
 }
 
+MOST_ALIASES = 20  # of a YAML file: aliases of aliases multiply, and fifty of them can fill the memory
+
 # inclusive bounds of numbers and of members of lists: (low, high, patterns of keys); the first match is used
+_LARGEST = 10**9  # of numbers without a closer limit
 _BOUNDS: list[tuple[float, float, str]] = [
     (0, 1, "train.max_bad_fraction train.activation_checkpointing student.drop_path_rate student.lora.dropout"),
-    (0, 1, "ibot.mask_* teacher.*momentum_teacher crops.*_crops_scale"),
-    (1e-4, math.inf, "teacher.*teacher_temp"),
-    (2, math.inf, "*.head_n_prototypes"),
-    (1, math.inf, "*batch_size* train.accumulation_steps train.OFFICIAL_EPOCH_LENGTH train.image_size"),
-    (1, math.inf, "train.log_period train.max_bad_steps_in_row *.keep_* *.head_nlayers"),
-    (1, math.inf, "student.patch_size student.depth evaluation.knn_k"),
-    (0, math.inf, "*"),
+    (0, 1, "ibot.mask_* teacher.*momentum_teacher crops.*_crops_scale optim.adamw_beta*"),
+    (0, 2**63 - 1, "train.seed"),
+    (1e-4, _LARGEST, "teacher.*teacher_temp"),
+    (2, 2**24, "*.head_n_prototypes"),
+    (1, 4096, "student.patch_size train.image_size"),
+    (0, 4096, "crops.*_crops_size"),
+    (1, 1000, "student.depth *.head_nlayers"),
+    (0, 1000, "crops.local_crops_number"),
+    (1, 2**16, "student.embed_dim student.num_heads"),
+    (1, 2**20, "*batch_size* train.accumulation_steps"),
+    (1, _LARGEST, "train.OFFICIAL_EPOCH_LENGTH train.log_period train.max_bad_steps_in_row *.keep_* evaluation.knn_k"),
+    (0, _LARGEST, "*"),
 ]
 
 
@@ -113,7 +121,10 @@ def read_config(file: Path, setting: str = "configuration") -> DictConfig:
         ValueError: it is no YAML, holds no `section: key: value`, or refers to what it does not have.
     """
     try:
-        content = OmegaConf.load(check_regular_file(file, setting))
+        text = check_regular_file(file, setting).read_text(encoding="utf-8")
+        if sum(isinstance(token, AliasToken) for token in yaml.scan(text)) > MOST_ALIASES:
+            raise ValueError(f"{setting}: {file} has more than {MOST_ALIASES} aliases (*name); write out their values")
+        content = OmegaConf.create(text)
         OmegaConf.resolve(content)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{setting}: {file} is not readable as YAML: {error}") from error
@@ -141,7 +152,7 @@ def differences(ours: DictConfig, theirs: DictConfig, prefixes: Sequence[str] = 
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         known = sorted(str(file.relative_to(CONFIG_FOLDER)) for file in (CONFIG_FOLDER / "train").glob("*.yaml"))
         raise FileNotFoundError(f"--config-file: no file at {str(path)!r}; the package has {known} in {CONFIG_FOLDER}")
     content = OmegaConf.to_container(read_config(path, "--config-file"))
@@ -201,8 +212,10 @@ def _check_value(key: str, value: Any) -> Any:
     if key not in _defaults():
         raise KeyError(_unknown_key_text(key))
     default = _defaults()[key]
-    if value == "???" or (value is None and (default is None or key in _NULLABLE)):
+    if value == default == "???" or (value is None and (default is None or key in _NULLABLE)):
         return value
+    if value == "???":
+        raise ValueError(f"{key} has no value; give it one, or leave the key out for its default, {default}")
     if key in _SHARES and isinstance(value, bool):
         value = float(value)
     example = _EXAMPLES.get(key, default)
@@ -216,10 +229,11 @@ def _check_value(key: str, value: Any) -> Any:
         if key.endswith(ending) and result not in choices:
             raise ValueError(f"{key} must be one of {', '.join(choices)}, found {result!r}")
     low, high = next((low, high) for low, high, keys in _BOUNDS if any(fnmatchcase(key, name) for name in keys.split()))
-    members = result if isinstance(result, list) else [result]
-    if any(type(member) in (int, float) and not low <= member <= high for member in members):
-        limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-        raise ValueError(f"{key} must be {limits}, found {result}")
+    members = result if isinstance(result, list) else result.values() if isinstance(result, dict) else [result]
+    for member in members:
+        if type(member) in (int, float) and not low <= member <= high:  # true for NaN
+            limits = f"between {low} and {high}" if high == 1 or member > high else f"at least {low}"
+            raise ValueError(f"{key} must be {limits}, found {result}")
     return result
 
 
@@ -279,6 +293,12 @@ def _rules(cfg: DictConfig) -> Iterator[tuple[bool, str]]:
     for key in ("crops.global_crops_scale", "crops.local_crops_scale", "ibot.mask_ratio_min_max"):
         low, high = OmegaConf.select(cfg, key)
         yield low > high, f"{key} must be [smallest, largest], found [{low}, {high}]"
+    n_steps = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
+    yield (
+        n_steps > _LARGEST,
+        f"optim.epochs={cfg.optim.epochs:g} of train.OFFICIAL_EPOCH_LENGTH={cfg.train.OFFICIAL_EPOCH_LENGTH} steps are "
+        f"more than {_LARGEST:,} steps; lower one of them",
+    )
     weights = {cfg.MODEL.WEIGHTS, cfg.student.pretrained_weights} - {None, ""}
     yield (
         len(weights) > 1,

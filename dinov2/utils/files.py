@@ -29,6 +29,8 @@ from filelock import FileLock
 from iopath.common.file_io import PathManager
 from tqdm import tqdm
 
+from dinov2.utils.command import find_cause
+
 PathLike: TypeAlias = str | os.PathLike[str]
 
 SILENCE_SECONDS = 60.0  # of a server, after which a try of a download ends
@@ -53,9 +55,14 @@ def atomic_write(path: PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise
+        cause = find_cause(error)
+        if isinstance(cause, OSError) and cause.filename is None:
+            cause.filename = str(path)  # a full disk: neither `write` nor torch.save names the file
+        if cause is error:
+            raise
+        raise cause from error
     sync_folder(path.parent)
 
 

@@ -191,6 +191,13 @@ def parallel_map(
         pool.shutdown(cancel_futures=True)
 
 
+def end_worker_processes() -> None:
+    """Kill this process's workers, which may be stuck on a disk that does not answer, so that it can end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each of them
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 _function: Callable[[Any], Any]  # of this worker process
 
 

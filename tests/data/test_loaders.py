@@ -1,16 +1,21 @@
 """Dataset strings, and batches that depend neither on the workers nor on where a run resumed."""
 
+import os
 import pickle
+import signal
+import time
 from itertools import islice
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from dinov2.data.datasets.hema_data import HemaStandardDataset
-from dinov2.data.loaders import make_data_loader, make_dataset
+from dinov2.data.loaders import make_data_loader, make_dataset, receive_batches, share_batch
 from dinov2.data.samplers import Balance, SamplerType
+from dinov2.utils.command import error_text, find_cause
 
 
 @pytest.fixture
@@ -216,3 +221,50 @@ def test_colons_and_equal_signs_in_paths(image_list, tmp_path):
 def test_wrong_dataset_strings(text, message):
     with pytest.raises(ValueError, match=message):
         make_dataset(text)
+
+
+# --- workers ----------------------------------------------------------------------------------------------------------
+
+
+class Counted(Dataset):
+    """Batches {"images": filled with their number, "names"}; reading number `deadly` kills the worker."""
+
+    def __init__(self, deadly: int = -1) -> None:
+        self.deadly = deadly
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, number: int) -> dict:
+        if number == self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"images": torch.full((2, 3), number), "names": [str(number)]}
+
+
+def batches_of_a_worker(dataset: Dataset) -> list[dict]:
+    return list(receive_batches(DataLoader(dataset, batch_size=None, num_workers=1, collate_fn=share_batch)))
+
+
+def test_batches_go_through_pipes_where_shared_memory_is_full(monkeypatch, caplog):
+    shared = batches_of_a_worker(Counted())
+    assert all(batch["images"].is_shared() for batch in shared)
+    assert not caplog.records
+
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # the worker is forked and has it too
+    piped = batches_of_a_worker(Counted())
+    for batch, expected in zip(piped, shared, strict=True):
+        assert torch.equal(batch["images"], expected["images"])
+        assert batch["names"] == expected["names"]
+    (record,) = caplog.records
+    assert "--shm-size=1g or --ipc=host" in record.getMessage()
+
+
+def test_a_killed_worker_ends_the_wait_at_once():
+    started = time.monotonic()
+    with pytest.raises(RuntimeError) as raised:
+        batches_of_a_worker(Counted(deadly=2))
+    assert time.monotonic() - started < 60
+    assert "use fewer workers" in error_text(find_cause(raised.value))

@@ -87,3 +87,16 @@ def test_half_set_variables_are_errors(environment, told):
 )
 def test_the_first_host_of_a_node_list(nodes, first):
     assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize(("n_gpus", "local_rank", "local_world_size"), [(1, 0, 1), (4, 1, 4), (0, 5, 8)])
+def test_kubernetes_names_no_local_rank(monkeypatch, n_gpus, local_rank, local_world_size):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: n_gpus)
+    environment = {name: value for name, value in TORCHRUN.items() if not name.startswith("LOCAL")}
+    launch = read_launch(environment)
+    assert (launch.rank, launch.local_rank, launch.local_world_size) == (5, local_rank, local_world_size)
+
+
+def test_a_rank_beyond_the_world_is_an_error():
+    with pytest.raises(ValueError, match="RANK=8 must be less than WORLD_SIZE=8"):
+        read_launch({**TORCHRUN, "RANK": "8"})

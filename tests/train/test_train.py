@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -21,12 +22,14 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from dinov2.configs import CONFIG_FOLDER
 from dinov2.data.bad_images import BadImages
+from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.hub.backbones import load_backbone
 from dinov2.train import train as train_module
 from dinov2.train.evaluation import TeacherEvaluation
 from dinov2.train.run_folder import run_folder_path
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import main
+from dinov2.utils.run_status import read_status
 
 CUSTOM = CONFIG_FOLDER / "train" / "custom.yaml"
 TRAIN = Path(sys.modules[main.__module__].__file__)
@@ -127,6 +130,59 @@ def test_a_run_killed_in_its_last_evaluation_repeats_it(run, monkeypatch):
     assert (folder / "eval" / "training_4" / "teacher_checkpoint.pth").is_file()
 
 
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_a_stop_signal_ends_a_wait_for_data(run, monkeypatch, n_workers):
+    read, trainer = HemaStandardDataset.__getitem__, os.getpid()
+
+    def read_from_a_dead_disk(self, index):
+        if counter.value == 8:  # two batches of four
+            os.kill(trainer, signal.SIGTERM)
+            time.sleep(600)
+        counter.value += 1
+        return read(self, index)
+
+    counter = multiprocessing.Value("i", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(HemaStandardDataset, "__getitem__", read_from_a_dead_disk)
+        code, folder = run(f"train.num_workers={n_workers}", "train.saveckp_freq=0")
+    assert code == 75
+    assert read_status(folder).state == "stopped"
+    (checkpoint,) = (folder / "checkpoints").glob("iteration_*")
+    assert n_workers == 1 or checkpoint.name == "iteration_0000002"  # a worker reads ahead
+    assert run("train.saveckp_freq=0")[0] == 0
+
+
+def test_a_stop_signal_ends_the_set_up(run, monkeypatch):
+    def download_from_a_silent_server(cfg):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(600)
+
+    monkeypatch.setattr("dinov2.train.train.TeacherEvaluation", download_from_a_silent_server)
+    assert run()[0] == 75
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.bin"), 2),
+        (MemoryError(), 2),
+        (torch.OutOfMemoryError("CUDA out of memory."), 2),
+        (RuntimeError("shapes differ"), 1),
+    ],
+)
+def test_an_error_in_the_loop_ends_with_its_reason(run, monkeypatch, error, code):
+    def fail(*_, **settings):
+        raise error
+
+    monkeypatch.setattr("dinov2.train.train.clip_gradients", fail)
+    ended, folder = run()
+    assert ended == code
+    log, status = (folder / "logs" / "log.txt").read_text(), read_status(folder)
+    assert status.state == "failed"
+    assert status.reason in log
+    assert ("Traceback" in log) == ("please report it" in log) == (code == 1)
+
+
 def test_a_run_that_never_wrote_a_checkpoint_is_moved_aside(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(TeacherEvaluation, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
@@ -210,6 +266,12 @@ def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(tmp_path, image_list
     ]
     assert len(ends) == 2
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_run_whose_config_was_overwritten_is_not_resumed(run, failing):
+    _, folder = run()
+    (folder / "config.yaml").write_text("train: [1, 2]\n")
+    assert "config.yaml is no longer that of a run" in failing()
 
 
 def test_no_resume_moves_the_old_run_aside(run, tmp_path):
@@ -298,20 +360,20 @@ def test_mistakes_in_settings(failing):
 
 def test_a_run_without_a_name_under_slurm_is_found_again_by_its_job(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    path = run_folder_path(str(tmp_path), None, str(CUSTOM))
+    path = run_folder_path(tmp_path, None, str(CUSTOM))
     assert path == tmp_path / "custom_7"
     path.mkdir()
     with pytest.raises(ValueError, match="already holds a run of this SLURM job"):
-        run_folder_path(str(tmp_path), None, str(CUSTOM))
+        run_folder_path(tmp_path, None, str(CUSTOM))
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert run_folder_path(str(tmp_path), None, str(CUSTOM)) == path
+    assert run_folder_path(tmp_path, None, str(CUSTOM)) == path
 
 
 def test_a_run_that_torchrun_may_restart_needs_a_name(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(ValueError, match="--name: missing"):
-        run_folder_path(str(tmp_path), None, None)
-    assert run_folder_path(str(tmp_path), "mine", None) == tmp_path / "mine"
+        run_folder_path(tmp_path, None, None)
+    assert run_folder_path(tmp_path, "mine", None) == tmp_path / "mine"
 
 
 def test_a_batch_that_does_not_divide(failing):
@@ -419,7 +481,7 @@ def test_too_many_unreadable_images_stop_the_run_until_they_are_mended(tmp_path,
     for i in (1, 3, 5):
         (lists / "images" / f"00{i}.png").write_bytes(b"")
     overrides = tiny_overrides(lists, "train.max_bad_fraction=0.2")
-    assert main(["--output-dir", str(tmp_path), "--name", "run", *overrides]) == 1
+    assert main(["--output-dir", str(tmp_path), "--name", "run", *overrides]) == 2
     log = (tmp_path / "run" / "logs" / "log.txt").read_text()
     assert re.search(r"train\.max_bad_fraction: \d of 8 listed images", log)
     assert (tmp_path / "run" / "bad_images.csv").is_file()

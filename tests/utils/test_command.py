@@ -7,8 +7,17 @@ import signal
 import threading
 
 import pytest
+import torch
 
-from dinov2.utils.command import StopSignals, duration_text, error_text, exit_code, progress_bar
+from dinov2.utils.command import (
+    StopReceived,
+    StopSignals,
+    duration_text,
+    error_text,
+    exit_code,
+    find_cause,
+    progress_bar,
+)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
@@ -32,6 +41,19 @@ def test_a_second_interrupt_ends_at_once():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_ends_a_wait_and_nothing_else():
+    with StopSignals() as signals:
+        with signals.wait(is_interruptible=False):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.received == signal.SIGUSR1
+        with pytest.raises(StopReceived), signals.wait():
+            pytest.fail("the signal came before the wait")
+        signals.received = None
+        with pytest.raises(StopReceived), signals.wait():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
 
 
 def test_outside_the_main_thread_it_does_nothing():
@@ -108,3 +130,40 @@ def test_a_message_has_at_most_ten_lines(caplog):
 
 def test_a_short_message_is_not_cut():
     assert error_text(ValueError("\n".join("0123456789"))) == "\n".join("0123456789")
+
+
+def full_disk_error() -> RuntimeError:
+    """Return the error of torch.save when a write fails: its own, with the system's as context."""
+    error = RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 704 vs 598")
+    error.__context__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.pth")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (full_disk_error(), "a.pth: No space left on device; make room"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+            "not enough memory",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. See documentation"), "2.00 GiB.)"),
+        (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. "), "use fewer workers"),
+    ],
+)
+def test_errors_of_the_machine_in_torchs_words_are_no_fault_of_the_program(error, text, caplog):
+    def command():
+        raise error
+
+    assert exit_code(command) == 2
+    assert text in caplog.text
+
+
+def test_other_errors_of_torch_are_its_own():
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    assert find_cause(error) is error
+
+
+def test_the_error_of_a_worker_is_its_last_line():
+    text = "Caught OSError in DataLoader worker process 0.\nOriginal Traceback:\n  File x\nOSError: a.png is gone\n"
+    assert error_text(OSError(text)) == "OSError: a.png is gone"

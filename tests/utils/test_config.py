@@ -106,11 +106,45 @@ def test_every_packaged_config_loads(file):
         ("student.freeze=norm", ValueError, r"a list like \[patch_embed"),
         ("train.balance.weights={a:b}", ValueError, r"a mapping like \{bmc: 0.5"),
         ("evaluation.keep_teachers=0", ValueError, "must be at least 1"),
+        (
+            "crops.global_crops_size=99999999999999999999",
+            ValueError,
+            "global_crops_size must be between 0 and 4096",
+        ),
+        ("train.batch_size_per_gpu=99999999999999999999", ValueError, "between 1 and 1048576"),
+        ("train.seed=99999999999999999999", ValueError, "train.seed must be between 0"),
+        ("student.num_heads=0", ValueError, "student.num_heads must be at least 1"),
+        ("optim.base_lr=.inf", ValueError, "between 0 and 1000000000, found inf"),
+        ("optim.clip_grad=-.inf", ValueError, "optim.clip_grad must be at least 0"),
+        ("train.balance.weights={a: .inf}", ValueError, "train.balance.weights must be between"),
+        ("optim.epochs=1000000000", ValueError, "optim.epochs=1e.09 of train.OFFICIAL_EPOCH_LENGTH=1250 steps"),
+        ("student.arch=???", ValueError, "student.arch has no value.* its default, vit_large"),
+        ("evaluation.datasets=" + "[" * 3000, ValueError, "cannot read"),
     ],
 )
 def test_mistakes_are_errors_that_help(override, error, text):
     with pytest.raises(error, match=text):
         load_run_config(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a\n  b: *a\n", "not readable as YAML"),  # holds itself
+        ("a: &a [x]\n" + "b: &a [*a, *a, *a]\n" * 9, "more than 20 aliases"),
+        ("train: " + "{a: " * 3000, "not readable as YAML"),
+        ("train:\n\t- x: [\n", "not readable as YAML"),
+        ("\0", "not readable as YAML"),
+        ("1: 2\n", "unknown config key 1"),
+        ("student:\n  arch: ???\n", "student.arch has no value"),
+        ("train: null\n", "train is a section"),
+    ],
+)
+def test_a_broken_config_file_is_an_error_that_names_it(tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises((ValueError, KeyError), match=message) as raised:
+        load_run_config(tmp_path / "mine.yaml")
+    assert str(tmp_path / "mine.yaml") in str(raised.value)
 
 
 @pytest.mark.parametrize("text", ["/a/my cells #2/lists", "/a/x: y", "0123", "1e3", "[odd", "${HOME}/x", "a=b"])

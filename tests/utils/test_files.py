@@ -6,6 +6,7 @@ import socket
 import stat
 
 import pytest
+import torch
 
 from dinov2.utils.files import atomic_write, check_regular_file, file_sha256
 
@@ -80,3 +81,19 @@ def test_what_is_no_regular_file_is_named_at_once_and_not_opened(tmp_path):
         check_regular_file(tmp_path / "gone", "--features")
     with pytest.raises(OSError, match="symbolic links"):
         check_regular_file(tmp_path / "loop")
+
+
+def test_a_full_disk_under_torch_save_names_the_file(tmp_path):
+    path = tmp_path / "a.pth"
+    path.write_bytes(b"before")
+
+    def save():
+        with open("/dev/full", "wb") as full, atomic_write(path) as file:
+            os.dup2(full.fileno(), file.fileno())
+            torch.save({"a": torch.zeros(1_000_000)}, file)
+
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        save()
+    assert raised.value.filename == str(path)
+    assert path.read_bytes() == b"before"
+    assert [each.name for each in tmp_path.iterdir()] == ["a.pth"]

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dinov2.data.datasets.decode import UnreadableImageError, decode_image
+from dinov2.data.loaders import receive_batches, share_batch
 from dinov2.distributed import get_world_size, is_main_process, on_main_process
 from dinov2.eval.features.encoders import Encoder, Preparation
 from dinov2.eval.features.store import DEFAULT_KIND, PATCHES
@@ -125,13 +126,14 @@ def extract_ranges(
         _Batches(paths, encoder.preparation),
         sampler=[batch for in_range in batches for batch in in_range],
         batch_size=None,  # the sampler's items are whole batches
+        collate_fn=share_batch,
         num_workers=options.num_workers,
         pin_memory=device.type == "cuda",
     )
     is_first = True
     title = "extracting" if get_world_size() == 1 else f"extracting, process 1 of {get_world_size()}"
     bar = progress_bar(total=sum(map(len, ranges)), desc=title, disable=not (options.progress and is_main_process()))
-    loaded = (batch for batch in loader) if options.num_workers else prefetch(loader, N_PREFETCHED)
+    loaded = receive_batches(loader) if options.num_workers else prefetch(loader, N_PREFETCHED)
     with bar, closing(loaded):
         for numbers, in_range in zip(ranges, batches, strict=True):
             kept: list[int] = []

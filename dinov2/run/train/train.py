@@ -10,7 +10,6 @@ last checkpoint.
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import dinov2  # noqa: F401  # before torch: it limits how long OpenMP threads spin
 
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
     try:
         check_settings(train_args, args.nodes * tasks_per_node(args))
-        output_dir = Path(train_args.output_dir).absolute()
+        output_dir = train_args.output_dir.absolute()
         config_file = local_path(train_args.config_file) if train_args.config_file else None
         task = TrainingTask([*train_argv, "--output-dir", str(output_dir)], config_file)
         config = config_file.stem if config_file else "run"

@@ -23,7 +23,7 @@ def test_nothing_of_a_cluster_is_preset(launch, slurm):
     assert launch() == 0
     given = options(slurm)
     assert [given[key] for key in ("nodes", "gpus-per-node", "ntasks-per-node", "time")] == ["1", "8", "8", "2800"]
-    assert not given.keys() & {"partition", "account", "qos", "constraint", "mem", "cpus-per-task", "exclude"}
+    assert not given.keys() & {"partition", "account", "qos", "constraint", "mem", "cpus-per-task", "exclude", "wckey"}
     assert given.keys() >= {"requeue", "signal"}
 
 
@@ -33,12 +33,13 @@ def test_each_option_reaches_sbatch(launch, slurm):
         **{"comment": "why", "exclude": "n1", "nodelist": "n2", "gres": "gpu:a100:4", "dependency": "afterok:3"},
     }
     flags = [word for key, value in named.items() for word in (f"--{key}", value)]
-    others = ["--slurm", "reservation=r", "--slurm", "exclusive", "--setup", "module load x", "--signal-delay", "33"]
+    others = [word for option in ("reservation=r", "exclusive", "wckey=k") for word in ("--slurm", option)]
+    others += ["--setup", "module load x", "--signal-delay", "33"]
     assert launch("--nodes", "3", "--ngpus", "4", "--timeout", "60", *flags, *others) == 0
     given = options(slurm)
     assert {key: given[key] for key in named} == named
     assert (given["nodes"], given["ntasks-per-node"], given["time"], given["signal"]) == ("3", "4", "60", "USR2@33")
-    assert (given["reservation"], given["exclusive"]) == ("r", "")
+    assert (given["reservation"], given["exclusive"], given["wckey"]) == ("r", "", "k")
     assert "gpus-per-node" not in given
     (command,) = [line for line in slurm.submitted() if line.startswith("srun")]
     assert "--kill-on-bad-exit=1" in command
@@ -52,6 +53,13 @@ def test_each_option_reaches_sbatch(launch, slurm):
 def test_upstreams_spellings(launch, slurm, flags):
     assert launch(*flags, "--use-volta32") == 0
     assert (options(slurm)["gpus-per-node"], options(slurm)["constraint"]) == ("2", "volta32gb")
+
+
+def test_a_tilde_in_the_output_folder_is_the_home_folder(launch, slurm, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert launch("--output-dir=~/runs", "--name", "r") == 0
+    assert (tmp_path / "home/runs/submitit").is_dir()
+    assert not (tmp_path / "~").exists()
 
 
 def test_without_gpus_there_are_as_many_processes_as_asked_for(launch, slurm):
