@@ -10,7 +10,6 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import get_args
 
 import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
@@ -27,7 +26,7 @@ from dinov2.eval.features.extract import Embedder, extract_patient_files
 from dinov2.eval.features.loop import Fp32Matmul, Precision
 from dinov2.eval.features.named_encoders import UNTRAINED, encoder_name
 from dinov2.logging import setup_logging
-from dinov2.utils.command import exit_code
+from dinov2.utils.command import exit_code, number_between, parse_path, positive_int
 from dinov2.utils.resources import available_cores, keep_freed_memory
 
 logger = logging.getLogger("dinov2")
@@ -62,10 +61,10 @@ def add_embedder_arguments(parser: argparse.ArgumentParser, checkpoint_required:
         "side of the network's input in pixels, a multiple of its patch size; 0: as in its training run if the file "
         "states it, else 224, or an --encoder's own"
     )
-    add("--image-size", type=positive_int, default=0, help=size)
+    add("--image-size", type=number_between(1, 4096), default=0, help=size)
     add("--batch-size", type=positive_int, default=64, help="images in one forward")
     workers = "processes that decode images; 0: a thread of this process"
-    add("--num-workers", type=int, default=min(available_cores(), 16), help=workers)
+    add("--num-workers", type=number_between(0, 1024), default=min(available_cores(), 16), help=workers)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
     add("--precision", choices=get_args(Precision), default="fp32", help="bf16 is faster on recent GPUs and CPUs")
     matmul = "how a CPU multiplies float32 matrices; fast: by a faster library, if it is as accurate on this machine"
@@ -118,14 +117,6 @@ def device_of(args: argparse.Namespace, launch: Launch | None = None) -> str:
     return f"cuda:{index}"
 
 
-def positive_int(text: str) -> int:
-    """Parse a number of at least 1, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
-
-
 def _checked_by(parse: Callable[[str], str]) -> Callable[[str], str]:
     """Let argparse print the message of a ValueError of `parse`."""
 
@@ -146,8 +137,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_embedder_arguments(parser, checkpoint_required=True)
-    parser.add_argument("--data", type=Path, required=True, help=CELLS_HELP)
-    parser.add_argument("--output-dir", type=Path, required=True, help="of the files; made if missing")
+    parser.add_argument("--data", type=parse_path, required=True, help=CELLS_HELP)
+    parser.add_argument("--output-dir", type=parse_path, required=True, help="of the files; made if missing")
     parser.add_argument(
         "--layout",
         choices=("file", "genbloom"),

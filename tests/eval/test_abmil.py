@@ -412,7 +412,7 @@ def test_features_without_patients_and_bags_without_labels(tmp_path):
         (["--bags", "b", "--apply", "a.pth", "--fold-files", "f"], "it takes no test set and no fold files"),
         (["--bags", "b", "--fold-files", "f", "--folds", "3"], "drop --folds"),
         (["--bags", "b", "--test-bags", "t", "--protocol", "crossval"], "goes with --protocol dinobloom"),
-        (["--bags", "b", "--runs", "0"], "0 is not at least 1"),
+        (["--bags", "b", "--runs", "0"], "'0' is not a whole number from 1"),
         (["--bags", "b", "--model", "abmil"], "invalid choice: 'abmil'"),
     ],
 )

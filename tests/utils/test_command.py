@@ -1,14 +1,24 @@
 """Stop signals during a run, errors, progress bars and durations of commands."""
 
+import argparse
 import errno
 import os
 import re
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 
-from dinov2.utils.command import StopSignals, duration_text, error_text, exit_code, progress_bar
+from dinov2.utils.command import (
+    StopSignals,
+    duration_text,
+    error_text,
+    exit_code,
+    number_between,
+    parse_path,
+    progress_bar,
+)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
@@ -45,6 +55,23 @@ def test_outside_the_main_thread_it_does_nothing():
     thread.start()
     thread.join()
     assert entered == [None]
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse_path("~/runs") == Path("/home/me/runs")
+    assert parse_path("a/~b") == Path("a/~b")
+    with pytest.raises(argparse.ArgumentTypeError, match="the path is empty"):
+        parse_path("")
+
+
+def test_numbers_outside_their_range_are_named_in_few_words():
+    assert [number_between(1, 3)(text) for text in ("1", "3")] == [1, 3]
+    assert number_between(0.5, 2.0)("2") == 2.0
+    for text in ("0", "4", "1.5", "inf", "nan", "x", "9" * 100_000):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"is not a whole number from 1 to 3$") as caught:
+            number_between(1, 3)(text)
+        assert len(str(caught.value)) < 100
 
 
 @pytest.mark.parametrize(
