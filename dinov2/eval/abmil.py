@@ -376,7 +376,7 @@ def _load_bags(
     if features_file is not None:
         features = read_features(features_file)
     else:
-        cells = LabelledCells.from_path(args.data)
+        cells = LabelledCells.from_path(args.data, needs_labels=not (args.labels or args.apply))
         features = embedder_from(args).features_of(cells, args.output_dir / "features.h5", args.overwrite)
     is_known = known_classes is None or set(features.class_names) <= set(known_classes)
     return bags_of(features, with_labels=is_known and features.has_labels and not args.labels)

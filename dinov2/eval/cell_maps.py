@@ -175,7 +175,7 @@ def choose_images(data: Path, n: int) -> tuple[list[Path], list[str]]:
         for path in find_images(data):
             classes[path.parent.name].append(path)
     else:
-        cells = LabelledCells.from_path(data)
+        cells = LabelledCells.from_path(data, needs_labels=False)
         for path, label in zip(cells.paths, cells.labels.tolist(), strict=True):
             classes[cells.class_names[label]].append(path)
     if not classes:

@@ -1,6 +1,9 @@
-"""Extract features of labelled cells into one file, which every protocol reads with `--features`.
+"""Extract features of cells into one file, which every protocol reads with `--features`.
 
     python dinov2/eval/extract_features.py --checkpoint DinoBloom-S.pth --data cells/ --output-dir features/
+
+Cells may have no labels: a plain folder of images, or a CSV without the column Label. What learns from cells, such as
+knn.py, does not take their features; explorer.py does, and `abmil.py --apply`.
 
 The same under `torchrun --nproc_per_node=N` and `srun` uses N processes, one GPU each. A killed extraction continues
 from its last finished part when it is started again, with any number of processes.
@@ -131,13 +134,13 @@ def _checked_by(parse: Callable[[str], str]) -> Callable[[str], str]:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Extract features of labelled cells with a network and write <output-dir>/features.h5, or a file "
+        description="Extract features of cells with a network and write <output-dir>/features.h5, or a file "
         "for each patient. An existing file with the same features is kept; one with others is an error. A killed "
         "command continues when it is started again. torchrun and srun share the work between processes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_embedder_arguments(parser, checkpoint_required=True)
-    parser.add_argument("--data", type=parse_path, required=True, help=CELLS_HELP)
+    parser.add_argument("--data", type=parse_path, required=True, help=f"{CELLS_HELP}; or both without labels")
     parser.add_argument("--output-dir", type=parse_path, required=True, help="of the files; made if missing")
     parser.add_argument(
         "--layout",
@@ -165,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _extract(args: argparse.Namespace, launch: Launch | None) -> None:
-    cells = LabelledCells.from_path(args.data)
+    cells = LabelledCells.from_path(args.data, needs_labels=False)
     embedder = embedder_from(args, launch)
     if args.layout == "genbloom":
         n_patients = extract_patient_files(embedder, cells, args.output_dir, args.overwrite)

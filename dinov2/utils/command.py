@@ -2,9 +2,11 @@
 
 import argparse
 import errno
+import io
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -84,8 +86,11 @@ def log_error(error: Exception) -> None:
 def exit_code(command: Callable[[], None]) -> int:
     """Run `command` and return 0, or 2 after an error that a user, a file or the machine caused, which is logged.
 
-    Any other error is a fault of the program: its traceback is shown.
+    Any other error is a fault of the program: its traceback is shown. Letters that the terminal lacks, as in names of
+    files that are not UTF-8, are printed as escapes.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command()
     except Exception as error:
