@@ -79,9 +79,7 @@ def test_odd_names_are_drawn_as_they_are(tmp_path, monkeypatch, caplog):
 
 def test_a_figure_of_many_classes_fits_into_memory(tmp_path, monkeypatch):
     sizes, names = [], [str(i) for i in range(100)]
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *_, **options: sizes.append(figure.get_size_inches().tolist())
-    )
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **options: sizes.append(self.get_size_inches().tolist()))
     draw_confusion(tmp_path / "confusion.png", np.eye(100, dtype=int), names, "kNN")
     assert sizes == [[40, 40]]
 
