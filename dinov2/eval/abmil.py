@@ -53,8 +53,8 @@ from dinov2.eval.solvers.mil_training import (
 )
 from dinov2.logging import setup_logging
 from dinov2.models.abmil import MODELS
-from dinov2.utils.command import exit_code, number_between, parse_path, positive_int, seed_number
-from dinov2.utils.files import atomic_write, file_sha256
+from dinov2.utils.command import exit_code, number_between, positive_int, seed_number
+from dinov2.utils.files import atomic_write, file_sha256, user_path
 from dinov2.utils.numerics import derive_seed
 
 logger = logging.getLogger("dinov2")
@@ -281,24 +281,24 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_embedder_arguments(parser, checkpoint_required=False)
     parser.set_defaults(device="cpu")  # bags are small, and equal bytes matter more
     add = parser.add_argument
-    add("--data", type=parse_path, help=f"cells to embed, with their patients: {CELLS_HELP}")
-    add("--features", type=parse_path, help="a features.h5 of cells with their patients")
-    add("--test-features", type=parse_path, help="another one, of the test patients")
+    add("--data", type=user_path, help=f"cells to embed, with their patients: {CELLS_HELP}")
+    add("--features", type=user_path, help="a features.h5 of cells with their patients")
+    add("--test-features", type=user_path, help="another one, of the test patients")
     layouts = (
         "<patient>.h5 (with --labels or --fold-files), <class>/<patient>.h5 or <class>/<patient>/*.h5 in this folder, "
         "or a CSV with the columns patient,label,file"
     )
-    add("--bags", type=parse_path, help=layouts)
-    add("--test-bags", type=parse_path, help="likewise, of the test patients")
-    add("--labels", type=parse_path, help="CSV with the columns patient,label, which replaces all other labels")
-    add("--output-dir", type=parse_path, required=True, help="folder of all files; made if missing")
+    add("--bags", type=user_path, help=layouts)
+    add("--test-bags", type=user_path, help="likewise, of the test patients")
+    add("--labels", type=user_path, help="CSV with the columns patient,label, which replaces all other labels")
+    add("--output-dir", type=user_path, required=True, help="folder of all files; made if missing")
     add("--model", choices=tuple(MODELS), default=DEFAULTS.model, help="the aggregator")
     protocols = "dinobloom: one test set, folds of training and validation; crossval: every patient is tested once"
     add("--protocol", choices=tuple(PROTOCOLS), default="dinobloom", help=protocols)
     add("--folds", type=positive_int, help="number of folds; default 4 for dinobloom, 5 for crossval")
     add(
         "--fold-files",
-        type=parse_path,
+        type=user_path,
         help="official folds: <fold>/{train,val,test}.csv, or the folds.csv of another run",
     )
     add("--runs", type=positive_int, default=DEFAULTS.runs, help="trainings of each fold")
@@ -311,7 +311,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--patience", type=positive_int, default=DEFAULTS.training.patience, help=patience)
     add("--class-weights", action="store_true", help="give rare classes more weight in the loss")
     add("--top-cells", type=positive_int, default=DEFAULTS.top_cells, help="cells of a patient in top_cells.csv")
-    add("--apply", type=parse_path, help="an aggregator.pth that predicts these patients; nothing is trained")
+    add("--apply", type=user_path, help="an aggregator.pth that predicts these patients; nothing is trained")
     args = parser.parse_args(argv)
     _check_combination(parser, args)
     return args

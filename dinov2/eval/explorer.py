@@ -35,7 +35,8 @@ from dinov2.eval.features.store import check_same_network
 from dinov2.eval.pages.page import COLOURS, GREY, Section, embed, make_thumbnails, render, write_page
 from dinov2.eval.results import read_predictions
 from dinov2.logging import setup_logging
-from dinov2.utils.command import exit_code, number_between, parse_path, positive_int, seed_number
+from dinov2.utils.command import exit_code, number_between, positive_int, seed_number
+from dinov2.utils.files import user_path
 from dinov2.utils.resources import available_cores
 
 logger = logging.getLogger("dinov2")
@@ -238,7 +239,7 @@ def _figure(n_cells: int) -> figure:
 def read_sets(given: Sequence[str]) -> dict[str, Features]:
     """Read features from FILE or NAME=FILE; without NAME it is the file's, or the folder's if files share a name."""
     pairs = [("", text) if Path(text).is_file() else re.findall("(?:([^=]*)=)?(.*)", text)[0] for text in given]
-    paths = [parse_path(file) for _, file in pairs]
+    paths = [user_path(file) for _, file in pairs]
     has_file_names = len({path.stem for path in paths}) == len(paths)
     defaults = [path.stem if has_file_names else path.resolve().parent.name for path in paths]
     names = [name or default for (name, _), default in zip(pairs, defaults, strict=True)]
@@ -255,8 +256,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     flag = parser.add_argument
     flag("--features", nargs="+", required=True, metavar="[NAME=]FILE", help="data sets: features.h5 of one network")
-    flag("--predictions", type=parse_path, help="a predictions.csv of knn.py, linear.py or abmil.py, or its folder")
-    flag("--columns", type=parse_path, help="a CSV of more to colour by: image paths first, other columns beside them")
+    flag("--predictions", type=user_path, help="a predictions.csv of knn.py, linear.py or abmil.py, or its folder")
+    flag("--columns", type=user_path, help="a CSV of more to colour by: image paths first, other columns beside them")
     flag("--kind", help="kind of features (default: the file's first one)")
     flag("--metric", choices=METRICS, default="euclidean", help="of neighbours and UMAP")
     flag("--max-cells", type=positive_int, default=MAX_CELLS, help="the most cells to show, sampled by class")
@@ -265,7 +266,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--seed", type=seed_number, default=0, help="of UMAP and of the sampling")
     flag("--num-workers", type=positive_int, default=min(available_cores(), 16), help="threads that read images")
     flag("--title", default="Embedding explorer", help="title of the page")
-    flag("--output", type=parse_path, required=True, help="the .html file")
+    flag("--output", type=user_path, required=True, help="the .html file")
     return parser.parse_args(argv)
 
 

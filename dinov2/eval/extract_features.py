@@ -29,7 +29,8 @@ from dinov2.eval.features.extract import Embedder, extract_patient_files
 from dinov2.eval.features.loop import Fp32Matmul, Precision
 from dinov2.eval.features.named_encoders import UNTRAINED, encoder_name
 from dinov2.logging import setup_logging
-from dinov2.utils.command import exit_code, number_between, parse_path, positive_int
+from dinov2.utils.command import exit_code, number_between, positive_int
+from dinov2.utils.files import user_path
 from dinov2.utils.resources import available_cores, keep_freed_memory
 
 logger = logging.getLogger("dinov2")
@@ -140,8 +141,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_embedder_arguments(parser, checkpoint_required=True)
-    parser.add_argument("--data", type=parse_path, required=True, help=f"{CELLS_HELP}; or both without labels")
-    parser.add_argument("--output-dir", type=parse_path, required=True, help="of the files; made if missing")
+    parser.add_argument("--data", type=user_path, required=True, help=f"{CELLS_HELP}; or both without labels")
+    parser.add_argument("--output-dir", type=user_path, required=True, help="of the files; made if missing")
     parser.add_argument(
         "--layout",
         choices=("file", "genbloom"),

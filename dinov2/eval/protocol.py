@@ -46,8 +46,8 @@ from dinov2.eval.features.named_encoders import BASELINES, build_encoder
 from dinov2.eval.features.store import align_classes, check_finite, check_labels, check_same_network, join
 from dinov2.eval.results import FoldPredictions
 from dinov2.hub.backbones import untrained_backbone
-from dinov2.utils.command import number_between, parse_path, positive_int, seed_number
-from dinov2.utils.files import file_sha256
+from dinov2.utils.command import number_between, positive_int, seed_number
+from dinov2.utils.files import file_sha256, user_path
 
 logger = logging.getLogger("dinov2")
 
@@ -162,16 +162,16 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     add_embedder_arguments(parser, checkpoint_required=False)
     parser.set_defaults(kinds=None)  # which kinds are extracted depends on the protocol
     add = parser.add_argument
-    add("--train", type=parse_path, help=f"cells to learn from: {CELLS_HELP}")
-    add("--test", type=parse_path, help="cells to classify, likewise")
-    add("--data", type=parse_path, help="one set to split into both, likewise")
-    add("--features", type=parse_path, help="a features.h5: the training set, or one set to split")
-    add("--test-features", type=parse_path, help="a features.h5 from the same network: the test set")
+    add("--train", type=user_path, help=f"cells to learn from: {CELLS_HELP}")
+    add("--test", type=user_path, help="cells to classify, likewise")
+    add("--data", type=user_path, help="one set to split into both, likewise")
+    add("--features", type=user_path, help="a features.h5: the training set, or one set to split")
+    add("--test-features", type=user_path, help="a features.h5 from the same network: the test set")
     add("--kind", help="kind of features to evaluate (see --kinds); without it the file's first one")
     split = parser.add_mutually_exclusive_group()
     split.add_argument("--folds", type=positive_int, default=N_FOLDS, help="of --data or of --features alone")
     split.add_argument(
-        "--split", type=parse_path, help="CSV instead: path,fold (tested in), or path,part (train, val, test)"
+        "--split", type=user_path, help="CSV instead: path,fold (tested in), or path,part (train, val, test)"
     )
     split.add_argument(
         "--test-fraction", type=number_between(1e-6, 0.5), help="one split instead: share to test on, up to 0.5"
@@ -182,7 +182,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     baselines = "evaluate these on the same split too: the same architecture untrained (with --checkpoint), "
     baselines += "colour histograms (HSV), raw 32x32 pixels"
     add("--baseline", choices=("untrained", *BASELINES), nargs="+", default=[], help=baselines)
-    add("--output-dir", type=parse_path, required=True, help="for results and features; made if missing")
+    add("--output-dir", type=user_path, required=True, help="for results and features; made if missing")
 
 
 def check_evaluation_arguments(

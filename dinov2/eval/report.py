@@ -30,7 +30,8 @@ from dinov2.eval.pages.page import Section, html, section, write_page
 from dinov2.eval.pages.patients import patients_section
 from dinov2.eval.results import MODEL, RESULTS_NAME, ResultRecord, mapping, read_result
 from dinov2.logging import setup_logging
-from dinov2.utils.command import exit_code, parse_path, positive_int
+from dinov2.utils.command import exit_code, positive_int
+from dinov2.utils.files import user_path
 from dinov2.utils.run_status import CONFIG_NAME, METRICS_NAME, is_run
 
 logger = logging.getLogger("dinov2")
@@ -132,19 +133,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("sources", type=parse_path, nargs="+", metavar="RUN_OR_RESULTS", help=f"a folder or {RESULTS_NAME}: {SOURCES}")
-    add("--output", type=parse_path, default=Path("report.html"), help="the page")
+    add("sources", type=user_path, nargs="+", metavar="RUN_OR_RESULTS", help=f"a folder or {RESULTS_NAME}: {SOURCES}")
+    add("--output", type=user_path, default=Path("report.html"), help="the page")
     add("--title", help="over the page; without it the names of what it is about")
     add(
         "--features",
-        type=parse_path,
+        type=user_path,
         help=f"for the explorer; without it {FEATURES_NAME} of the first results with one",
     )
     add("--explorer", action=argparse.BooleanOptionalAction, default=True, help="show features, with images of cells")
     add("--max-cells", type=positive_int, default=MAX_CELLS, help="in the explorer; explorer.py shows more")
     add(
         "--cells",
-        type=parse_path,
+        type=user_path,
         help="labelled cells (a folder or a CSV) to show maps of: PCA, attention, similarity",
     )
     add("--n-cells", type=positive_int, default=8, help="of --cells")

@@ -2,17 +2,14 @@
 
 import argparse
 import errno
-import io
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -86,11 +83,8 @@ def log_error(error: Exception) -> None:
 def exit_code(command: Callable[[], None]) -> int:
     """Run `command` and return 0, or 2 after an error that a user, a file or the machine caused, which is logged.
 
-    Any other error is a fault of the program: its traceback is shown. Letters that the terminal lacks, as in names of
-    files that are not UTF-8, are printed as escapes.
+    Any other error is a fault of the program: its traceback is shown.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command()
     except Exception as error:
@@ -130,13 +124,6 @@ def ignore_stop_signals(_: int = 0) -> None:
     """Ignore these signals in a worker process: the run needs it until its last step."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-
-
-def parse_path(text: str) -> Path:
-    """Parse a path for argparse; `~` is the home folder, which no shell expands in `--flag=~/folder`."""
-    if not text:
-        raise argparse.ArgumentTypeError("the path is empty (a variable that is not set?)")
-    return Path(os.path.expanduser(text))
 
 
 def number_between(least: T, most: T) -> Callable[[str], T]:

@@ -173,7 +173,6 @@ def test_mistakes_in_lists_show_before_anything_is_embedded(checkpoint, tmp_path
         (["--features", "f", "--temperature", "-1"], "'-1' is not a number"),
         (["--features", "f", "--num-workers", "-1"], "'-1' is not a whole number from 0"),
         (["--features", "f", "--image-size", "100000"], "is not a whole number from 1 to 4,096"),
-        (["--features", ""], "the path is empty"),
         (["--features", "f", "--folds", "3", "--split", "s"], "not allowed with argument --folds"),
         (["--features", "f", "--test-features", "g", "--split", "s"], "--split divides one set"),
         (["--features", "f", "--test-features", "g", "--test-fraction", "0.2"], "--test-fraction divides one set"),

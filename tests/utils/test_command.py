@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +15,6 @@ from dinov2.utils.command import (
     error_text,
     exit_code,
     number_between,
-    parse_path,
     progress_bar,
 )
 
@@ -55,14 +53,6 @@ def test_outside_the_main_thread_it_does_nothing():
     thread.start()
     thread.join()
     assert entered == [None]
-
-
-def test_a_tilde_is_the_home_folder(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    assert parse_path("~/runs") == Path("/home/me/runs")
-    assert parse_path("a/~b") == Path("a/~b")
-    with pytest.raises(argparse.ArgumentTypeError, match="the path is empty"):
-        parse_path("")
 
 
 def test_numbers_outside_their_range_are_named_in_few_words():
