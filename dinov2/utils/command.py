@@ -34,6 +34,8 @@ ADVICE = {
     errno.EROFS: "choose a folder on a disk that can be written",
     errno.EACCES: "ask for the right to read or write it, or choose another path",
     errno.EPERM: "ask for the right to read or write it, or choose another path",
+    errno.EEXIST: "this is a file, and a folder is needed: choose another path",
+    errno.ENOTDIR: "a part of this path is a file: choose another path",
     errno.ENAMETOOLONG: "shorten the name",
     errno.ELOOP: "the link leads back to itself: remove it",
     errno.EMFILE: "raise the number of open files (ulimit -n 4096)",
