@@ -47,7 +47,7 @@ class BadImages:
         if is_main_process():
             self._write()
         if len(self.reasons) > self.max_fraction * self.n_listed:
-            raise RuntimeError(
+            raise OSError(
                 f"train.max_bad_fraction: {len(self.reasons)} of {self.n_listed} listed images cannot be read, more "
                 f"than the {self.max_fraction:.2%} allowed; see {self.path}, then mend the lists or raise the limit"
             )

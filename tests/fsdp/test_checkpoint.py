@@ -57,6 +57,18 @@ def test_what_is_saved_is_the_moment_of_saving(tmp_path):
     assert restored["weight"].min() == 1
 
 
+@pytest.mark.gpu
+def test_what_is_saved_on_a_gpu_loads_on_any_device(tmp_path):
+    checkpoints, weight = Checkpointer(tmp_path, 2), torch.arange(100_000.0, device="cuda")
+    checkpoints.save(1, {"weight": weight}, {})
+    assert checkpoints.wait()
+    for device in ("cpu", "cuda"):
+        restored = {"weight": torch.zeros(100_000, device=device)}
+        checkpoints.load(checkpoints.path_of(1), restored)
+        assert restored["weight"].device.type == device
+        assert torch.equal(restored["weight"].cpu(), weight.cpu())
+
+
 def test_what_a_killed_write_left_behind_is_not_read_and_goes(tmp_path):
     torn = tmp_path / ".iteration_0000005.tmp"
     torn.mkdir(parents=True)

@@ -105,3 +105,16 @@ def test_the_compiled_loss_is_the_plain_one(problem, monkeypatch):
     monkeypatch.setattr(module, "_compiled_cross_entropy", lambda: compiled)
     results = [prototype_cross_entropy(embeddings, targets, weights, TEMP, prototypes, c) for c in (False, True)]
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_gives_the_same_loss_and_gradients(problem, compiled):
+    def loss_and_gradients(device, is_compiled):
+        values = [value.detach().to(device).requires_grad_(value.requires_grad) for value in problem]
+        embeddings, targets, weights, prototypes = values
+        total = prototype_cross_entropy(embeddings, targets, weights, TEMP, prototypes, is_compiled)
+        return [value.cpu() for value in (total, *torch.autograd.grad(total, (embeddings, prototypes)))]
+
+    expected = loss_and_gradients("cpu", False)
+    torch.testing.assert_close(loss_and_gradients("cuda", compiled), expected, atol=1e-4, rtol=1e-4)

@@ -41,3 +41,11 @@ def test_half_precision_logits_lose_no_gap_between_prototypes(dtype, gap):
         sinkhorn_knopp(logits, temp, 16), sinkhorn_knopp(logits.float(), temp, 16), rtol=1e-5, atol=1e-12
     )
     assert (sinkhorn_knopp(logits, temp, 16) > 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_gpu_gives_the_same_targets(dtype, logits):
+    targets = sinkhorn_knopp(logits.to("cuda", dtype), 0.05, N_ROWS)
+    expected = balanced(logits.to(dtype), 0.05)
+    torch.testing.assert_close(targets.double().cpu(), expected, atol=1e-6, rtol=1e-3)

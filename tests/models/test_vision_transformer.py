@@ -18,6 +18,7 @@ from dinov2.models.vision_transformer import (
     vit_small,
     vit_tiny,
 )
+from dinov2.utils.numerics import autocast, fast_matmul_within
 
 VARIANTS = ["base", "swiglu", "reg4", "nols", "base98", "reg4_98", "base_224x98", "chunk2"]
 
@@ -88,6 +89,20 @@ def test_recorded_features(variant, formulas, golden_arrays, golden_json, name):
         assert_checksum(formulas.checksum(out["x_norm_patchtokens"]), recorded["patch"])
         assert_checksum(formulas.checksum(out["x_prenorm"]), recorded["prenorm"])
     assert_close(model(x), golden_arrays[f"bb/{name}/head"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.15), ("fp16", 0.03)])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_recorded_features_on_a_gpu(variant, golden_arrays, name, precision, tolerance):
+    """Normalised tokens are of order 1, so tolerances are a few roundings of the type."""
+    model, x, masks = variant(name)
+    with fast_matmul_within(False, "cuda"), autocast(precision, "cuda"):
+        out = model.cuda()(x.cuda(), masks=masks.cuda(), is_training=True)
+    for key, recorded in (("x_norm_clstoken", "cls"), ("x_norm_patchtokens", "patch")):
+        tokens = out[key] if recorded == "cls" else out[key][:, ::4]
+        expected = golden_arrays[f"bb/{name}/mask/{recorded}"]
+        np.testing.assert_allclose(tokens.float().cpu().numpy(), expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("norm", [True, False])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dinov2.data.collate import assemble_batch
-from dinov2.train.optimizer import build_optimizer, clip_gradients
+from dinov2.train.optimizer import LossScaler, StepGuard, build_optimizer, clip_gradients
 from dinov2.train.schedules import StepSettings
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.config import load_run_config
@@ -196,3 +196,54 @@ def test_bf16_is_near_fp32(name, golden_json, formulas):
         assert losses["bf16"][key].item() == pytest.approx(value.item(), rel=0.01), key
     assert not torch.equal(gradients["bf16"], gradients["fp32"])
     assert torch.cosine_similarity(gradients["bf16"], gradients["fp32"], dim=0) > 0.9995
+
+
+GPU_CASES = {  # tolerance of losses, and of the norms of gradients
+    "fp32": (1e-4, 1e-3),
+    "fp32 compiled": (1e-4, 1e-3),
+    "bf16": (0.01, 0.05),
+    "bf16 compiled": (0.01, 0.05),
+    "fp16": (0.005, 0.02),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_CASES)
+@pytest.mark.parametrize("name", ["dinobloom", "dinov2_8local"])
+def test_a_step_on_a_gpu_is_near_upstream(name, case, golden_json, formulas):
+    """Losses and norms are near upstream's first step on a CPU; AdamW moves no weight by more than its rate."""
+    precision, *compiled = case.split()
+    loss_tolerance, norm_tolerance = GPU_CASES[case]
+    golden = golden_json["steps"][name]
+    step, model = golden["steps"][0], build(golden, formulas).cuda()
+    for role in ("student", "teacher"):
+        for part in model.cfg.compute_precision[role].values():
+            part.mixed_precision.param_dtype = precision
+    if compiled:
+        model.cfg.train.compile_blocks = True
+        model.prepare_for_distributed_training()
+    scaler = LossScaler(scale=1024.0).to(model.device) if precision == "fp16" else None
+    model.fp16_scaler = scaler
+    optimizer = build_optimizer(model.cfg.optim, model.get_params_groups())
+    StepSettings(step["lr"], step["last_layer_lr"], step["wd"], step["mom"], step["teacher_temp"]).apply_to(optimizer)
+    before = {key: value.clone() for key, value in model.student.named_parameters()}
+    batch = batch_of(0, model.n_local_crops, formulas)
+    batch = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+    with fast_matmul_within(False, model.device):
+        losses = model.forward_backward(batch, step["teacher_temp"])
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    norms = clip_gradients(model.student, max_norm=3.0)
+    guard = StepGuard(model.device)
+    guard.step(optimizer, losses, norms, scaler)
+    model.update_teacher(step["mom"])
+
+    expected = dict(step["losses"])
+    if golden["style"] == "dinobloom":
+        expected["dino_global_crops_loss"] *= 2  # upstream spreads the loss over a local crop that is not there
+    assert {key: value.item() for key, value in losses.items()} == pytest.approx(expected, rel=loss_tolerance, abs=1e-3)
+    norms = {key: value.item() for key, value in norms.items()}
+    assert norms == pytest.approx(step["module_grad_norm_preclip"], rel=norm_tolerance)
+    moved = [(value - before[key]).abs().max().item() for key, value in model.student.named_parameters()]
+    assert 0 < max(moved) <= 1.1 * max(group["lr"] for group in optimizer.param_groups)

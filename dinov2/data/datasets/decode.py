@@ -33,6 +33,7 @@ KNOWN_SUFFIXES = ", ".join(IMAGE_SUFFIXES)
 N_SUFFIXES = 10  # of other files, in a log line
 # an image with more pixels than both is no image: in the best case a byte of a compressed file holds some 1,000 of them
 ALWAYS_ALLOWED_PIXELS, MAX_PIXELS_PER_BYTE = 2**24, 2000
+MAX_FILE_BYTES = 2**30
 EIGHT_BITS = ((np.arange(2**16) + 128) // 257).astype(np.uint8)  # of each 16-bit grey value
 # Pillow's errors for truncated and damaged data
 DAMAGE = (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -99,7 +100,10 @@ def find_images(folder: str | os.PathLike[str]) -> list[Path]:
 def read_file(path: str) -> bytes:
     """Read the bytes of an image file; raise an UnreadableImageError if that fails."""
     try:
-        return check_regular_file(path).read_bytes()
+        file = check_regular_file(path)
+        if (n_bytes := file.stat().st_size) > MAX_FILE_BYTES:
+            raise ValueError(f"its {n_bytes:,} bytes are more than those of any image of cells")
+        return file.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: not a file, or no possible name of one
         reason = getattr(error.__cause__ or error, "strerror", None) or str(error).removeprefix(path).lstrip(": ")
         raise UnreadableImageError(path, reason) from error

@@ -138,7 +138,7 @@ class HemaStandardDataset(Dataset):
             except UnreadableImageError as error:
                 failures.append((self.path(candidate), error.reason))
         reasons = "; ".join(f"{path}: {reason}" for path, reason in failures[:3])
-        raise RuntimeError(
+        raise OSError(
             f"train.dataset_path: image {index} and all {len(failures) - 1} tried in its place cannot be read "
             f"({reasons}); check that the files are whole and readable from this machine"
         )

@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pandas as pd
 
@@ -26,6 +27,7 @@ PATH_COLUMNS = (PATH_COLUMN, "path")  # the first of these that a table has name
 TABLE_SUFFIXES = (".csv", ".parquet")
 DELIMITERS = ",;\t|"
 N_PROBED_LINES = 16
+MAX_LINE = 2**20  # letters
 # of parquet, where few bytes may unpack to any number of rows
 ROWS_PER_BATCH, BYTES_PER_ROW, MAX_BYTES, MAX_BYTES_PER_BYTE = 4096, 64, 2**28, 100
 
@@ -134,10 +136,9 @@ def read_list(file: Path, setting: str = "train.dataset_path") -> list[str]:
         ValueError: it is no list, as a README.txt: none of its first lines is named like an image or names a file.
     """
     check_regular_file(file, setting)
-    # -sig: Windows editors write a byte-order mark
-    text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    numbered = ((number, line.strip()) for number, line in enumerate(text.split("\n"), start=1))
-    lines = {number: line for number, line in numbered if line and not line.startswith("#")}
+    with open(file, encoding="utf-8-sig", errors="surrogateescape") as stream:  # -sig: Windows editors write a mark
+        numbered = ((number, line.strip()) for number, line in enumerate(_lines(stream, file, setting), start=1))
+        lines = {number: line for number, line in numbered if line and not line.startswith("#")}
     for number, line in lines.items():
         check_encoding(line, file, number, setting)
     first = list(lines.values())[:N_PROBED_LINES]
@@ -147,6 +148,16 @@ def read_list(file: Path, setting: str = "train.dataset_path") -> list[str]:
             f"if it is no list, move it to another folder or give it another suffix than .txt"
         )
     return list(lines.values())
+
+
+def _lines(stream: TextIO, file: Path, setting: str) -> Iterator[str]:
+    """Yield the lines of a file; one that is too long to be text is a ValueError before it takes memory."""
+    while line := stream.readline(MAX_LINE):
+        if len(line) == MAX_LINE:
+            raise ValueError(
+                f"{setting}: {str(file)!r} has a line of {MAX_LINE:,} letters or more; it is no table or list"
+            )
+        yield line
 
 
 def check_encoding(value: str, file: Path, line: int, setting: str) -> None:
@@ -191,11 +202,12 @@ def _csv_rows(file: Path, setting: str) -> Iterator[tuple[int, list[str]]]:
     line = 0
     # -sig: Excel writes a byte-order mark
     with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-        header = re.sub('"[^"]*"', "", stream.readline())
-        stream.seek(0)
+        lines = _lines(stream, file, setting)
+        first = next(lines, "")
+        header = re.sub('"[^"]*"', "", first)
         delimiter = max(DELIMITERS, key=header.count)
         n_delimiters = header.count(delimiter)
-        reader = csv.reader(stream, delimiter=delimiter, skipinitialspace=True, strict=True)
+        reader = csv.reader(chain([first], lines), delimiter=delimiter, skipinitialspace=True, strict=True)
         try:
             for row in reader:
                 # two stray quotation marks swallow the lines between them

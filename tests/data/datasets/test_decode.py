@@ -144,10 +144,13 @@ def test_the_first_of_several_frames(tmp_path, pixels):
 def test_missing_empty_and_foreign_files(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.jpg").write_text("not an image")
+    (tmp_path / "huge.png").touch()
+    os.truncate(tmp_path / "huge.png", 2**33)  # sparse: it takes no room
     os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for ever
     cases = [
         ("gone.png", "No such file"),
         ("empty.png", "is empty"),
+        ("huge.png", "its 8,589,934,592 bytes are more"),
         ("text.jpg", "not a known image format"),
         (".", "is a folder, not a file"),
         ("pipe.png", "is a named pipe, not a file"),

@@ -112,7 +112,14 @@ def test_a_readme_is_no_list(tmp_path):
 @pytest.mark.parametrize("read", [read_list, lambda file: open_table(file, "split")])
 def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, read):
     os.mkfifo(tmp_path / "pipe")
-    for name, message in (("pipe", "a named pipe"), (".", "a folder"), ("/dev/zero", "a device")):
+    (tmp_path / "zeros").touch()
+    os.truncate(tmp_path / "zeros", 2**33)  # sparse: it takes no room
+    for name, message in (
+        ("zeros", "a line of 1,048,576 letters or more"),
+        ("pipe", "a named pipe"),
+        (".", "a folder"),
+        ("/dev/zero", "a device"),
+    ):
         with pytest.raises(ValueError, match=message):
             read(tmp_path / name)
 
