@@ -186,7 +186,7 @@ def figure_text(name: str) -> str:
 def _figure(file: Path, width: float, height: float) -> Iterator[Figure]:
     """Make a figure of this size in inches, and save it as a PNG after the block; `$` in names begins no formula."""
     fonts = [*rcParams["font.family"], *sorted(CJK_FONTS & set(font_manager.get_font_names()))]
-    settings = {"text.parse_math": False, "font.family": fonts}
+    settings: Any = {"text.parse_math": False, "font.family": fonts}
     with rc_context(settings), warnings.catch_warnings(record=True) as caught, atomic_write(file) as stream:
         figure = Figure(figsize=(min(width, MOST_INCHES), min(height, MOST_INCHES)), layout="constrained")
         yield figure

@@ -109,8 +109,8 @@ def class_tables(row: Row, name: str, n_train: Mapping[str, Any]) -> Markup:
         rows.append({"class": of_class, **counts, "support": rounded(metrics.get("support")), **scores})
     confusion = []
     for of_class, values in zip(row.classes, sequence(row.metrics.get("confusion")), strict=False):
-        counts = [number(value) or 0 for value in sequence(values)]
-        confusion.append([of_class, *((rounded(n), n / max(sum(counts), 1)) for n in counts)])
+        numbers = [number(value) or 0 for value in sequence(values)]
+        confusion.append([of_class, *((rounded(n), n / max(sum(numbers), 1)) for n in numbers)])
     caption = f"Confusion, {name} (rows: labels; columns: predictions)"
     return table(rows, f"Classes, {name}") + html.table(["label", *row.classes], confusion, caption, is_matrix=True)
 
