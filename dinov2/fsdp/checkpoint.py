@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, is_enabled, on_main_process
-from dinov2.utils.files import atomic_write, sync_folder
+from dinov2.utils.files import atomic_write, check_regular_file, sync_folder
 from dinov2.utils.sharded_checkpoints import TensorReader, first_error_line
 
 logger = logging.getLogger("dinov2")
@@ -228,20 +228,28 @@ def _find_damage(path: Path) -> list[str]:
     faults = []
     lists = {path / _CHECKSUMS, *path.glob("checksums_*.json")}  # in old checkpoints, each process wrote its own
     try:
-        expected = {name: entry for file in lists for name, entry in json.loads(file.read_text()).items()}
-    except (OSError, ValueError) as error:
+        contents = [json.loads(check_regular_file(file).read_bytes()) for file in lists]
+        expected = {
+            name: (int(entry["bytes"]), entry["crc32"]) for content in contents for name, entry in content.items()
+        }
+    except (OSError, ValueError, AttributeError, TypeError, LookupError, RecursionError) as error:
         return [f"its checksums cannot be read: {error}"]
-    for name, entry in sorted(expected.items())[get_rank() :: get_world_size()]:
+    if not expected:
+        return ["its checksums list no file"]
+    for name, (n_bytes, crc32) in sorted(expected.items())[get_rank() :: get_world_size()]:
         file = path / name
-        if not file.is_file():
-            faults.append(f"{name} is missing")
-        elif file.stat().st_size != entry["bytes"]:
-            faults.append(f"{name} has {file.stat().st_size} of {entry['bytes']} bytes")
-        elif _crc32(file) != entry["crc32"]:
-            faults.append(f"{name} has changed since it was written")
+        try:
+            if not file.is_file():
+                faults.append(f"{name} is missing")
+            elif file.stat().st_size != n_bytes:
+                faults.append(f"{name} has {file.stat().st_size} of {n_bytes} bytes")
+            elif _crc32(file) != crc32:
+                faults.append(f"{name} has changed since it was written")
+        except (OSError, ValueError) as error:  # of the disk; a zero byte in a name
+            faults.append(f"{name} cannot be read: {error}")
     return faults
 
 
 def _number(path: Path) -> int:
     digits = path.name.removeprefix(_PREFIX)
-    return int(digits) if digits.isdigit() else -1
+    return int(digits) if digits.isdecimal() else -1

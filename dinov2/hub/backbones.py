@@ -26,11 +26,13 @@ from torch import Tensor
 from dinov2.data.datasets.decode import decode_image, resize_image
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_images
 from dinov2.hub.weight_files import RELEASES, Release, checkpoint_file, join_names, read_networks
-from dinov2.models import build_backbone
+from dinov2.models import build_backbone, check_settings
 from dinov2.models.vision_transformer import DinoVisionTransformer, resize_pos_embed
 from dinov2.utils.files import PathLike
 
 logger = logging.getLogger("dinov2")
+
+DEFAULT_IMAGE_SIZE = 224  # of files that record none
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class ImageTransform:
         return f"RGB, shorter side to {self.image_size} px (Lanczos), centre crop, ImageNet mean and std"
 
 
-def load_backbone(source: PathLike, img_size: int = 224) -> DinoVisionTransformer:
+def load_backbone(source: PathLike, img_size: int | None = None) -> DinoVisionTransformer:
     """Load a backbone with its weights, in eval mode and fp32 on the CPU.
 
     Its attribute `transform` prepares an image or the file at a path: `model(model.transform(path)[None])` is [1, D].
@@ -69,7 +71,8 @@ def load_backbone(source: PathLike, img_size: int = 224) -> DinoVisionTransforme
     Args:
         source: a file in any layout of the module docstring; a folder, from which `checkpoint_file` chooses; a name of
             `dinov2.hub.RELEASES` (`dinobloom_b`, `dinov2_vits14_reg`, ...) or a URL, which are downloaded once.
-        img_size: S, side of the square images to embed; a multiple of the patch size.
+        img_size: S, side of the square images to embed; a multiple of the patch size. By default the size that the
+            file records, as a training run does, else 224.
 
     Raises:
         FileNotFoundError: there is no such file, no weights in the folder, or no such name.
@@ -77,18 +80,28 @@ def load_backbone(source: PathLike, img_size: int = 224) -> DinoVisionTransforme
         ValueError: the file is damaged, is no checkpoint or needs pickled code; or its tensors do not make a whole
             backbone (the message lists them); or it holds another architecture than the release of that name.
     """
+    return _load(source, img_size, DEFAULT_IMAGE_SIZE)
+
+
+def _load(source: PathLike, img_size: int | None, default_size: int) -> DinoVisionTransformer:
     path = checkpoint_file(source)
     stored = read_networks(path)
     state = stored.backbone
     description = infer_architecture(state, stored.recorded, path)
-    with torch.device("meta"):  # saves time and random numbers for weights that are replaced at once
-        model = build_backbone({**description, "img_size": img_size})
+    img_size = img_size or stored.recorded.get("img_size") or default_size
+    try:
+        with torch.device("meta"):  # saves time and random numbers for weights that are replaced at once
+            model = build_backbone({**description, "img_size": img_size})
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path}: {error}") from error
     report = [describe_backbone(model), f"all {len(state)} tensors loaded"]
     pos_embed = state["pos_embed"]
     if pos_embed.shape != model.pos_embed.shape:
         grid = img_size // model.patch_size
-        state["pos_embed"] = resize_pos_embed(pos_embed, grid)  # [1, 1 + g*g, D]
         own_grid = math.isqrt(pos_embed.shape[1] - 1)
+        if own_grid * own_grid != pos_embed.shape[1] - 1:
+            raise ValueError(f"checkpoint {path}: pos_embed {list(pos_embed.shape)} is for no square grid of patches")
+        state["pos_embed"] = resize_pos_embed(pos_embed, grid)  # [1, 1 + g*g, D]
         report.append(f"position embeddings resized from {own_grid} x {own_grid} to {grid} x {grid} patches")
     state.setdefault("mask_token", torch.zeros(1, model.embed_dim))
     check_names_and_shapes(model.state_dict(), state, path)
@@ -107,18 +120,18 @@ def _attach_transform(model: DinoVisionTransformer, img_size: int) -> DinoVision
 
 def trained_image_size(source: PathLike) -> int | None:
     """Return the side in pixels of the images that a network was trained on or made for; None if unknown."""
-    size = read_networks(checkpoint_file(source)).recorded.get("img_size")
-    return None if size is None else int(size)
+    return read_networks(checkpoint_file(source)).recorded.get("img_size")
 
 
-def untrained_backbone(source: PathLike, img_size: int = 224, seed: int = 0) -> DinoVisionTransformer:
-    """Build the architecture of `load_backbone(source)` with random weights from `seed`, in eval mode: a baseline.
+def untrained_backbone(source: PathLike, img_size: int | None = None, seed: int = 0) -> DinoVisionTransformer:
+    """Build the architecture of `load_backbone(source, img_size)` with random weights from `seed`: a baseline.
 
     Layer scale has the initial value in the file's `architecture`, or 1.0, with which an untrained network is stronger.
     """
     path = checkpoint_file(source)
     stored = read_networks(path)
     description = infer_architecture(stored.backbone, stored.recorded, path)
+    img_size = img_size or stored.recorded.get("img_size") or DEFAULT_IMAGE_SIZE
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _attach_transform(build_backbone({**description, "img_size": img_size}).eval(), img_size)
@@ -161,6 +174,13 @@ def infer_architecture(state: Mapping[str, Tensor], recorded: Mapping[str, Any],
             f"checkpoint {path}: the feed-forward network of block 0 has neither fc1 and fc2 nor w12 and w3, "
             f"so its kind is unknown"
         )
+    shapes = {"pos_embed": 3, f"{last_ffn_layer}.weight": 2, "register_tokens": 3}  # number of dimensions
+    for name in shapes.keys() & state.keys():
+        if state[name].ndim != shapes[name]:
+            raise ValueError(
+                f"checkpoint {path}: {name} has the shape {list(state[name].shape)}, expected {shapes[name]} "
+                f"dimensions: it is another kind of network"
+            )
     projection = list(state["patch_embed.proj.weight"].shape)
     if len(projection) != 4 or projection[2] != projection[3]:
         raise ValueError(
@@ -168,17 +188,19 @@ def infer_architecture(state: Mapping[str, Tensor], recorded: Mapping[str, Any],
             f"patch, patch]: it is another kind of network"
         )
     embed_dim, in_chans, patch_size, _ = projection
-    hidden_dim = state[f"{last_ffn_layer}.weight"].shape[1]
-    mlp_ratio = hidden_dim / embed_dim
-    if is_gated:  # 2/3 of the width, rounded up to a multiple of 8: several ratios give the same width; 4 is usual
-        mlp_ratio = 4.0 if (int(embed_dim * 8 / 3) + 7) // 8 * 8 == hidden_dim else 1.5 * hidden_dim / embed_dim
     has_registers = "register_tokens" in state
     measured = {
+        "in_chans": in_chans,
         "patch_size": patch_size,
         "embed_dim": embed_dim,
         "depth": 1 + max(int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d+\.", name)),
         "num_register_tokens": state["register_tokens"].shape[1] if has_registers else 0,
     }
+    check_settings(measured, f"checkpoint {path}: from its tensors, ")
+    hidden_dim = state[f"{last_ffn_layer}.weight"].shape[1]
+    mlp_ratio = hidden_dim / embed_dim
+    if is_gated:  # 2/3 of the width, rounded up to a multiple of 8: several ratios give the same width; 4 is usual
+        mlp_ratio = 4.0 if (int(embed_dim * 8 / 3) + 7) // 8 * 8 == hidden_dim else 1.5 * hidden_dim / embed_dim
     contradictions = [
         f"{name} is {recorded[name]} there and {value} in the tensors"
         for name, value in measured.items()
@@ -197,7 +219,6 @@ def infer_architecture(state: Mapping[str, Tensor], recorded: Mapping[str, Any],
         )
     return {
         **measured,
-        "in_chans": in_chans,
         "num_heads": num_heads,
         "mlp_ratio": mlp_ratio,
         "ffn_layer": "swiglufused" if is_gated else "mlp",
@@ -247,17 +268,18 @@ def _make_entry_point(release: Release) -> Callable[..., DinoVisionTransformer]:
     """Make the function that torch.hub finds by the name of a release."""
 
     def build(
-        *, pretrained: bool = True, weights: PathLike | None = None, img_size: int = release.img_size
+        *, pretrained: bool = True, weights: PathLike | None = None, img_size: int | None = None
     ) -> DinoVisionTransformer:
         if not pretrained:
             if weights is not None:
                 raise ValueError(
                     f"{release.name}: weights={str(weights)!r} contradicts pretrained=False; leave one of them out"
                 )
-            description = {"arch": release.arch, "layerscale": 1.0, "block_chunks": 0, "img_size": img_size}
-            return _attach_transform(build_backbone(description), img_size)
+            size = img_size or release.img_size
+            description = {"arch": release.arch, "layerscale": 1.0, "block_chunks": 0, "img_size": size}
+            return _attach_transform(build_backbone(description), size)
         source = release.url if weights is None else weights  # not its name, which a local folder may have
-        model = load_backbone(source, img_size)
+        model = _load(source, img_size, release.img_size)
         _check_architecture(model, release, source)
         return model
 
@@ -267,7 +289,7 @@ def _make_entry_point(release: Release) -> Callable[..., DinoVisionTransformer]:
     Args:
         pretrained: load the released weights, which are downloaded once; False for random weights.
         weights: your copy of these weights, instead of a download; any source of `load_backbone`.
-        img_size: as for `load_backbone`; by default the size that the released weights were made for.
+        img_size: as for `load_backbone`; by default the size that the file records, else that of the released weights.
     """
     return build
 

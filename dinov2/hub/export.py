@@ -42,7 +42,7 @@ from omegaconf import OmegaConf
 
 from dinov2.data.loaders import VALUE_READERS
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from dinov2.hub.backbones import checkpoint_file, load_backbone
+from dinov2.hub.backbones import DEFAULT_IMAGE_SIZE, checkpoint_file, load_backbone
 from dinov2.hub.conversions import timm_arguments
 from dinov2.hub.export_formats import (
     FORMATS,
@@ -61,11 +61,10 @@ from dinov2.models import architecture
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.command import exit_code
 from dinov2.utils.config import read_config
-from dinov2.utils.files import PathLike, file_sha256
+from dinov2.utils.files import PathLike, file_sha256, local_path
 
 logger = logging.getLogger("dinov2")
 
-DEFAULT_IMAGE_SIZE = 224
 SUMS_FILE = "sha256sums.txt"
 EXTRA = "pip install 'dinobloom[export]'"
 
@@ -166,11 +165,8 @@ def _find_obstacle(form: Format, model: DinoVisionTransformer) -> str:
 
 def _read(checkpoint: PathLike, image_size: int) -> tuple[DinoVisionTransformer, Origin]:
     file = checkpoint_file(checkpoint)
-    stored = read_networks(file)
-    size = image_size or int(stored.recorded.get("img_size", DEFAULT_IMAGE_SIZE))
-    n_numbers = stored.backbone["pos_embed"].numel() if "pos_embed" in stored.backbone else 0
-    del stored  # two copies of the largest network may not fit into memory
-    model = load_backbone(checkpoint, size)
+    model = load_backbone(file, image_size or None)
+    n_numbers = read_networks(file).backbone["pos_embed"].numel()
     grid = math.isqrt(n_numbers // model.embed_dim - 1)
     if model.in_chans != 3:
         raise ValueError(f"--checkpoint {file}: has {model.in_chans} channels; only RGB networks are exported")
@@ -360,7 +356,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     source_help = "a file with weights in any layout, a folder of a run, of transformers or of timm, a name or a URL"
     add("--checkpoint", required=True, help=source_help)
-    add("--output-dir", type=Path, required=True, help="folder for the files; made by this command")
+    add("--output-dir", type=local_path, required=True, help="folder for the files; made by this command")
     formats_help = f"out of {', '.join(FORMATS)}; without it, all that the installed packages and the network allow"
     add("--formats", nargs="+", choices=tuple(FORMATS), metavar="FORMAT", help=formats_help)
     size_help = (
@@ -369,7 +365,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--image-size", type=int, default=0, help=size_help)
     results_help = "results.json files to quote in the card"
-    add("--results", type=Path, nargs="+", default=[], metavar="FILE", help=results_help)
+    add("--results", type=local_path, nargs="+", default=[], metavar="FILE", help=results_help)
     add("--tolerance", type=float, default=1e-4, help="largest difference from the network's features, in fp32")
     add("--overwrite", action="store_true", help="replace an earlier export in the output folder")
     args = parser.parse_args(argv)

@@ -35,7 +35,7 @@ from torch.export import ExportedProgram
 from dinov2.data.sample_cells import Slide, draw_cell
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.hub import conversions
-from dinov2.hub.backbones import ImageTransform, infer_architecture, load_backbone
+from dinov2.hub.backbones import DEFAULT_IMAGE_SIZE, ImageTransform, infer_architecture, load_backbone
 from dinov2.models import architecture
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
@@ -102,13 +102,14 @@ def _write_pth(model: DinoVisionTransformer, folder: Path) -> None:
 
 
 def _is_described_by_tensors(model: DinoVisionTransformer) -> bool:
-    """Return whether names and shapes of the tensors are enough to build the network again."""
+    """Return whether `load_backbone` builds the network again from names and shapes of the tensors alone."""
     try:
         inferred = infer_architecture(model.state_dict(), {}, Path(PTH_FILE))
     except ValueError:  # the number of heads is unknown
         return False
     names = ("num_heads", "mlp_ratio", "interpolate_antialias", "interpolate_offset")
-    return all(inferred[name] == architecture(model)[name] for name in names)
+    is_default_size = exported_size(model) == DEFAULT_IMAGE_SIZE
+    return is_default_size and all(inferred[name] == architecture(model)[name] for name in names)
 
 
 def _write_safetensors(model: DinoVisionTransformer, folder: Path) -> None:
@@ -117,7 +118,7 @@ def _write_safetensors(model: DinoVisionTransformer, folder: Path) -> None:
 
 
 def _read_own(file: str, model: DinoVisionTransformer, folder: Path) -> Embed:
-    loaded = load_backbone(folder / file, exported_size(model))
+    loaded = load_backbone(folder / file)
     return lambda images: own_tokens(loaded, images)
 
 

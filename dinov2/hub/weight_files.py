@@ -6,35 +6,49 @@ the user downloaded there is used. DINOV2_RELEASES_URL and DINOBLOOM_RELEASES_UR
 No code in a file is ever run: pickles are read with `weights_only=True`.
 """
 
-import json
+import mmap
 import os
 import pickle
 import re
+import struct
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
-import numpy as np
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from dinov2.hub.conversions import LAYER_NORM_EPS, is_adapter, lora_scaling, merge_adapters, to_own_names
-from dinov2.models import architecture, build_model_from_cfg
+from dinov2.hub.conversions import is_adapter, lora_scaling, merge_adapters, to_own_names
+from dinov2.hub.descriptions import (
+    LARGEST_DESCRIPTION,
+    WRONG_TYPES,
+    check_description,
+    parse_json,
+    read_description,
+    read_json,
+)
+from dinov2.models import architecture, build_model_from_cfg, check_settings
 from dinov2.utils.config import read_config
-from dinov2.utils.files import PathLike, cache_folder, download, local_path
-from dinov2.utils.sharded_checkpoints import METADATA_FILE, read_tensors
+from dinov2.utils.files import (
+    PathLike,
+    cache_folder,
+    check_regular_file,
+    download,
+    is_web_page,
+    local_path,
+    name_in_errors,
+)
+from dinov2.utils.sharded_checkpoints import METADATA_FILE, first_error_line, read_tensors
 
 TEACHER_FILE = "teacher_checkpoint.pth"
-CONFIG_FILE, PREPROCESSOR_FILE = "config.json", "preprocessor_config.json"
 # transformers' and timm's names of the file in a folder
 FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = tuple(f"{name}.index.json" for name in FOLDER_WEIGHTS)  # if the weights are split over files
@@ -45,22 +59,15 @@ CLASSIFIER_PREFIX = "head."  # of timm and other projects; not used here
 # names of torch's parametrization of weight norm -> the older names, which this project uses
 WEIGHT_NORM = {".parametrizations.weight.original0": ".weight_g", ".parametrizations.weight.original1": ".weight_v"}
 N_NAMES_IN_ERRORS = 8
+FLOAT_TYPES = ("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16", "torch.float8")
+WRAPPERS = ("teacher", "model", "state_dict")
+MOST_WRAPPERS = 8  # mappings around the tensors of a file
+LARGEST_COMPRESSION = 4  # bytes of a file's content for each of its bytes; torch.save does not compress
 # {project: beginning of its URLs}; the environment variable <PROJECT>_RELEASES_URL replaces one
 FOLDERS = {
     "dinov2": "https://dl.fbaipublicfiles.com/dinov2",
     "dinobloom": "https://zenodo.org/records/10908163/files",
 }
-
-# transformers' settings -> those of `models.architecture`
-_HF_SETTINGS = {
-    "hidden_size": "embed_dim",
-    "num_hidden_layers": "depth",
-    "num_attention_heads": "num_heads",
-    "patch_size": "patch_size",
-}
-_HF_FIXED = {"hidden_act": "gelu", "layer_norm_eps": LAYER_NORM_EPS}
-_HF_TYPES = ("dinov2", "dinov2_with_registers")
-_TIMM_SETTINGS = {**{name: name for name in ("embed_dim", "depth", "num_heads")}, "reg_tokens": "num_register_tokens"}
 
 
 @dataclass(frozen=True)
@@ -141,21 +148,23 @@ def checkpoint_file(source: PathLike) -> Path:
     folder of transformers or timm it is the file with the weights.
     """
     path = resolve_weights(source)
-    if not path.is_dir() or any((path / name).is_file() for name in (METADATA_FILE, *INDEX_FILES)):
+    if not path.is_dir():
+        return check_regular_file(path, "checkpoint")
+    if any((path / name).is_file() for name in (METADATA_FILE, *INDEX_FILES)):
         return path
     for name in (TEACHER_FILE, *FOLDER_WEIGHTS):
         if (path / name).is_file():
-            return path / name
+            return check_regular_file(path / name, "checkpoint")
     for pattern in (
         f"eval/training_*/{TEACHER_FILE}",
         f"checkpoints/iteration_*/{METADATA_FILE}",
         f"iteration_*/{METADATA_FILE}",
     ):
         numbers = {file: file.parent.name.rpartition("_")[2] for file in path.glob(pattern)}
-        files = [file for file, number in numbers.items() if number.isdigit()]
+        files = [file for file, number in numbers.items() if number.isdecimal()]
         if files:
             newest = max(files, key=lambda file: int(numbers[file]))
-            return newest if newest.name == TEACHER_FILE else newest.parent
+            return check_regular_file(newest, "checkpoint") if newest.name == TEACHER_FILE else newest.parent
     raise FileNotFoundError(
         f"checkpoint: no weights in the folder {str(path)!r}: neither eval/training_<iteration>/{TEACHER_FILE}, which "
         f"a run writes at each evaluation, nor checkpoints/iteration_<n>/, nor {' or '.join(FOLDER_WEIGHTS)}; pass a "
@@ -168,24 +177,28 @@ def checkpoint_file(source: PathLike) -> Path:
 
 def read_networks(path: Path) -> StoredNetworks:
     """Read the networks of a file or folder that `checkpoint_file` returned."""
-    content, recorded = _read(path)
-    backbone, heads = _split(_named_tensors(content, path), path)
-    return StoredNetworks(
-        {name: value.float() for name, value in backbone.items()},
-        {head: {name: value.float() for name, value in state.items()} for head, state in heads.items()},
-        recorded,
-    )
+    try:
+        with name_in_errors(path):
+            content, recorded = _read(path)
+    except MemoryError as error:
+        raise MemoryError(f"to read {path}") from error
+    check_settings(recorded, f"checkpoint {path}: its recorded ")
+    if not isinstance(recorded.get("img_size"), int):  # no square: it says nothing of the square images here
+        recorded.pop("img_size", None)
+    try:
+        backbone, heads = _split(_named_tensors(content, path), path)
+    except (RuntimeError, IndexError) as error:  # of joining tensors
+        raise ValueError(f"checkpoint {path}: its tensors do not fit together: {first_error_line(error)}") from error
+    return StoredNetworks(backbone, heads, recorded)
 
 
 def _named_tensors(content: Mapping[str, Any], path: Path) -> list[tuple[str, Tensor]]:
     """Return (name, tensor) of the teacher, without wrappers and their names; a name may occur twice."""
-    while wrapper := next(
-        (key for key in ("teacher", "model", "state_dict") if isinstance(content.get(key), Mapping)), None
-    ):
-        content = content[wrapper]
+    content = unwrap(content, path)
     if isinstance(content.get("student"), Mapping):
         content = {f"student.{name}": value for name, value in content["student"].items()}
-    named = [(_plain_name(name), value) for name, value in content.items() if isinstance(value, Tensor)]
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    named = [(_plain_name(name), value) for name, value in tensors.items()]
     named = _select_prefix("teacher.", named) or named
     if any(name.startswith("student.") for name, _ in named):
         raise ValueError(
@@ -195,28 +208,54 @@ def _named_tensors(content: Mapping[str, Any], path: Path) -> list[tuple[str, Te
     return named
 
 
+def unwrap(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """Return the innermost mapping of a file's content, inside `teacher`, `model` and `state_dict`."""
+    for _ in range(MOST_WRAPPERS):
+        wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if wrapper is None:
+            return content
+        content = content[wrapper]
+    raise ValueError(f"checkpoint {path}: its tensors lie in more than {MOST_WRAPPERS} mappings, or in themselves")
+
+
 def _split(named: list[tuple[str, Tensor]], path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """Split named tensors into backbone and heads, without their prefixes."""
-    heads = {head: _check_unique(_select_prefix(f"{head}.", named), path) for head in HEADS}
+    heads = {head: _to_fp32(_select_prefix(f"{head}.", named), path) for head in HEADS}
     inside = _select_prefix("backbone.", named) or [
         (name, value) for name, value in named if not name.startswith(tuple(f"{head}." for head in HEADS))
     ]
     backbone = [(without_chunk(name), value) for name, value in inside if not name.startswith(CLASSIFIER_PREFIX)]
-    return to_own_names(_check_unique(backbone, path)), {head: state for head, state in heads.items() if state}
+    return to_own_names(_to_fp32(backbone, path)), {head: state for head, state in heads.items() if state}
 
 
 def _select_prefix(prefix: str, named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     return [(name.removeprefix(prefix), value) for name, value in named if name.startswith(prefix)]
 
 
-def _check_unique(named: list[tuple[str, Tensor]], path: Path) -> dict[str, Tensor]:
-    """Return the tensors by name; ValueError if a name occurs twice."""
+def _to_fp32(named: list[tuple[str, Tensor]], path: Path) -> dict[str, Tensor]:
+    """Return the tensors by name in fp32; ValueError if a name occurs twice or for a tensor that is no plain one."""
     twice = [name for name, count in Counter(name for name, _ in named).items() if count > 1]
     if twice:
         raise ValueError(
             f"checkpoint {path}: under different prefixes it holds these twice: {join_names(twice)}; keep one"
         )
-    return dict(named)
+    for name, value in named:
+        if fault := _fault_of(value):
+            raise ValueError(f"checkpoint {path}: {name[:80]} {fault}; save the network in fp32, fp16 or bf16")
+    return {name: value.float() for name, value in named}
+
+
+def _fault_of(value: Tensor) -> str:
+    """Return what distinguishes a tensor from a plain one of floating-point numbers; empty if nothing."""
+    if value.is_meta:
+        return "has a shape and no numbers"
+    if value.layout != torch.strided or value.is_nested:
+        return f"is not dense ({value.layout})"
+    if not str(value.dtype).startswith(FLOAT_TYPES):
+        return f"has numbers of the type {value.dtype}"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"has the shape {list(value.shape)} and only {value.untyped_storage().nbytes()} bytes"
+    return ""
 
 
 def _plain_name(name: str) -> str:
@@ -238,21 +277,22 @@ def without_chunk(name: str) -> str:
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read the content, and the architecture that is recorded in it or beside it."""
     if path.is_dir():
-        return _read_run_checkpoint(path) if (path / METADATA_FILE).is_file() else _read_split(path)
+        index = next((path / name for name in INDEX_FILES if (path / name).is_file()), None)
+        return _read_run_checkpoint(path) if index is None else _read_split(path, index)
     content = read_weights_file(path)
     recorded = content.pop("architecture", None)
     if isinstance(recorded, Mapping):
         return content, dict(recorded)
-    return content, _read_description(path.parent) if path.name in FOLDER_WEIGHTS else {}
+    return content, read_description(path.parent) if path.name in FOLDER_WEIGHTS else {}
 
 
 def read_weights_file(path: Path) -> dict[str, Any]:
     """Read tensors and plain values of a .pth/.pt or .safetensors file to the CPU, without running code in it."""
-    with open(path, "rb") as file:
+    with open(check_regular_file(path, "checkpoint"), "rb") as file:
         start = file.read(256)
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"checkpoint {path}: a git-lfs pointer, not the weights; run `git lfs pull` where it lies")
-    if start.lstrip().startswith(b"<"):
+    if is_web_page(start):
         raise ValueError(
             f"checkpoint {path}: a web page, not weights; the server sent a page instead, perhaps a login or an error: "
             f"fetch the file again"
@@ -261,11 +301,20 @@ def read_weights_file(path: Path) -> dict[str, Any]:
     # A safetensors file begins with the length of its header (8 bytes); a file of torch.save is a zip archive, or,
     # before torch 1.6, a pickle
     if start[8:9] == b"{":
+        if int.from_bytes(start[:8], "little") > min(path.stat().st_size, LARGEST_DESCRIPTION):
+            raise ValueError(damaged)
         return _read_safetensors(path, damaged)
     if not start.startswith((b"PK", b"\x80")) or (start.startswith(b"PK") and not zipfile.is_zipfile(path)):
         raise ValueError(damaged)
+    is_zip = start.startswith(b"PK")
+    if is_zip:
+        _check_unpacked_size(path, damaged)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if is_zip:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        else:  # mapped, since reading a file takes the memory that a text in the pickle says it needs
+            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                content = torch.load(cast(Any, mapped), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if forbidden := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
@@ -273,11 +322,29 @@ def read_weights_file(path: Path) -> dict[str, Any]:
                 f"you trust its source, read it with torch.load(..., weights_only=False) and save its state dict alone"
             ) from error
         raise ValueError(damaged) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{damaged} ({error or 'it ends too early'})") from error
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # torch raises errors of many kinds for bytes that it did not write
+        if "allocate memory" in str(error):
+            raise MemoryError from error
+        raise ValueError(f"{damaged} ({first_error_line(error)})") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"checkpoint {path}: holds a {type(content).__name__}, not a dict of tensors")
     return dict(content)
+
+
+def _check_unpacked_size(path: Path, damaged: str) -> None:
+    """Raise ValueError for a zip archive whose content needs far more memory than the file has bytes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            n_bytes = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
+        raise ValueError(f"{damaged} ({error})") from error
+    if n_bytes > LARGEST_COMPRESSION * path.stat().st_size:
+        raise ValueError(
+            f"checkpoint {path}: {path.stat().st_size} bytes that unpack to {n_bytes}: no file of torch.save, which "
+            f"does not compress; fetch it again, or load it where you trust it and save it with torch.save"
+        )
 
 
 def _read_safetensors(path: Path, damaged: str) -> dict[str, Any]:
@@ -288,20 +355,23 @@ def _read_safetensors(path: Path, damaged: str) -> dict[str, Any]:
     except SafetensorError as error:
         raise ValueError(f"{damaged} ({error})") from error
     if described and described.startswith("{"):  # other tools write a name there
-        content["architecture"] = _parse_json(described, path)
+        content["architecture"] = parse_json(described, path)
     return content
 
 
-def _read_split(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_split(folder: Path, index: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read a network of transformers from several files."""
-    index = next(folder / name for name in INDEX_FILES if (folder / name).is_file())
-    parts = sorted(set(_parse_json(index.read_text(encoding="utf-8"), index).get("weight_map", {}).values()))
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f"checkpoint {index}: it has no weight_map from names of tensors to names of files")
     content: dict[str, Any] = {}
-    for name in parts:
+    for name in sorted(set(places.values())):
+        if Path(name).name != name:
+            raise ValueError(f"checkpoint {index}: {name[:80]!r} is no file of this folder")
         if not (folder / name).is_file():
             raise ValueError(f"checkpoint {folder}: {name} is missing, which {index.name} lists; copy the whole folder")
         content |= read_weights_file(folder / name)
-    return content, _read_description(folder)
+    return content, read_description(folder)
 
 
 def _read_run_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -318,12 +388,13 @@ def _read_run_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     scaling = 0.0
     if config.is_file():
         try:
-            cfg = read_config(config)
+            cfg = read_config(check_description(config), "checkpoint")
             with torch.device("meta"):
                 recorded = architecture(build_model_from_cfg(cfg, only_teacher=True)[0])
             scaling = lora_scaling(OmegaConf.select(cfg, "student"))
-        except OmegaConfBaseException as error:
-            raise ValueError(f"checkpoint {folder}: {config} is not what a run writes ({error})") from error
+        except (OmegaConfBaseException, ValueError, *WRONG_TYPES) as error:
+            text = first_error_line(error)
+            raise ValueError(f"checkpoint {folder}: {config} is not what a run writes ({text})") from error
     if any(map(is_adapter, tensors)) and not scaling:
         raise ValueError(
             f"checkpoint {folder}: has adapters, whose scaling is only in the run's config.yaml; it should be at "
@@ -331,76 +402,6 @@ def _read_run_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     plain = merge_adapters(tensors, scaling)
     return {"teacher": {name.removeprefix(prefix): value for name, value in plain.items()}}, recorded
-
-
-# --- descriptions beside weights ------------------------------------------------------------------------------------
-
-
-def _read_description(folder: Path) -> dict[str, Any]:
-    """Read the architecture from transformers' or timm's config.json; ValueError for an unsupported one."""
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        return {}
-    config = _parse_json(file.read_text(encoding="utf-8"), file)
-    if "model_type" in config:
-        return _describe_by_transformers(config, file)
-    if "architecture" in config:
-        return _describe_by_timm(config, file)
-    return {}
-
-
-def _describe_by_transformers(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    if config["model_type"] not in _HF_TYPES:
-        raise ValueError(
-            f"checkpoint {file.parent}: {file.name} says model_type {config['model_type']!r}, and only "
-            f"{' and '.join(_HF_TYPES)} can be read"
-        )
-    for name, value in _HF_FIXED.items():
-        if config.get(name, value) != value:
-            raise ValueError(
-                f"checkpoint {file.parent}: {name} is {config[name]} in {file.name}, only {value} is known"
-            )
-    recorded = {ours: config[theirs] for theirs, ours in _HF_SETTINGS.items() if theirs in config}
-    preprocessor = file.with_name(PREPROCESSOR_FILE)
-    if preprocessor.is_file():
-        settings = _parse_json(preprocessor.read_text(encoding="utf-8"), preprocessor)
-        unchanged = {} if settings.get("do_normalize", True) else {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
-        used = {**settings, **unchanged}
-        _check_normalisation(used.get("image_mean"), used.get("image_std"), preprocessor)
-        size = settings.get("crop_size" if settings.get("do_center_crop") else "size")
-        if isinstance(size, Mapping):
-            size = size.get("height", size.get("shortest_edge"))
-        if isinstance(size, int):
-            recorded["img_size"] = size
-    return recorded
-
-
-def _describe_by_timm(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    preparation = config.get("pretrained_cfg", config)
-    _check_normalisation(preparation.get("mean"), preparation.get("std"), file)
-    arguments = config.get("model_args") or {}
-    recorded = {ours: arguments[theirs] for theirs, ours in _TIMM_SETTINGS.items() if theirs in arguments}
-    size = preparation.get("input_size")
-    return {**recorded, "img_size": size[-1]} if size else recorded
-
-
-def _check_normalisation(mean: Any, std: Any, file: Path) -> None:
-    for name, stated, known in (("mean", mean, IMAGENET_MEAN), ("std", std, IMAGENET_STD)):
-        if stated and not (len(stated) == len(known) and np.allclose(stated, known, rtol=0, atol=1e-3)):
-            raise ValueError(
-                f"checkpoint {file.parent}: {file.name} asks for images of {name} {list(stated)}; here they are "
-                f"normalised by ImageNet's, {list(known)}, so its features would be wrong"
-            )
-
-
-def _parse_json(text: str, file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"checkpoint {file}: what should be JSON in it cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"checkpoint {file}: holds a JSON {type(content).__name__} where settings should be")
-    return content
 
 
 def join_names(names: list[str]) -> str:

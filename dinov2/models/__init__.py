@@ -47,16 +47,38 @@ _OPTIONAL_FIELDS = (*_DIMENSIONS, "num_register_tokens", "interpolate_antialias"
 _REQUIRED_FIELDS = ("patch_size", "layerscale", "ffn_layer", "block_chunks", "qkv_bias", "proj_bias", "ffn_bias")
 _ARCHITECTURE_FIELDS = ("patch_size", *_OPTIONAL_FIELDS, *_REQUIRED_FIELDS[1:], "img_size", "in_chans", "mlp_ratio")
 
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false,"}
+# type, smallest and largest value of fields: wide, and small enough to build the network in seconds
+_BOUNDS: dict[str, tuple[type, int, int]] = {
+    **{"patch_size": (int, 1, 1024), "embed_dim": (int, 1, 65536), "depth": (int, 1, 1000)},
+    **{"num_heads": (int, 1, 65536), "num_register_tokens": (int, 0, 10_000), "block_chunks": (int, 0, 1000)},
+    **{"img_size": (int, 1, 8192), "in_chans": (int, 1, 1024), "interpolate_antialias": (bool, 0, 1)},
+    **{"mlp_ratio": (float, 0, 1000), "layerscale": (float, 0, 1000), "interpolate_offset": (float, -1, 1)},
+}
+
 
 def _resolve(arch: str) -> tuple[Callable[..., DinoVisionTransformer], dict[str, Any]]:
     """Return the function that builds `arch`, and the settings that its name fixes."""
-    name = arch.removesuffix("_memeff")  # upstream's old mark for xFormers attention
+    name = str(arch).removesuffix("_memeff")  # upstream's old mark for xFormers attention
     if name in _RELEASED:
         settings = dict(_RELEASED[name])
         return _BUILDERS[settings.pop("size")], settings
     if name in _BUILDERS:
         return _BUILDERS[name], {}
     raise ValueError(f"arch: {arch!r} is unknown; choose one of {', '.join(ARCHITECTURES)}")
+
+
+def check_settings(settings: Mapping[str, Any], origin: str = "") -> None:
+    """Raise ValueError if a setting of an architecture has another type or is out of its bounds; None is accepted."""
+    for name, (kind, low, high) in _BOUNDS.items():
+        value: Any = settings.get(name)
+        is_pair = name == "img_size" and isinstance(value, list | tuple) and len(value) == 2
+        values = value if is_pair else [value]
+        kinds = (int, float) if kind is float else (kind,)
+        if value is not None and not all(type(each) in kinds and low <= each <= high for each in values):
+            text = repr(value)[:60] if isinstance(value, bool | float | str) else f"a {type(value).__name__}"
+            text = str(value) if type(value) is int and abs(value) < 2**63 else text
+            raise ValueError(f"{origin}{name} is {text}, expected {_TYPE_NAMES[kind]} from {low} to {high}")
 
 
 def fixed_settings(arch: str) -> dict[str, Any]:
@@ -85,6 +107,7 @@ def build_model(args: Any, only_teacher: bool = False, img_size: int = 224) -> A
         if name in settings and settings[name] != value:
             logger.info("student.%s: %r becomes %r, the value of arch %s", name, settings[name], value, args.arch)
         settings[name] = value
+    check_settings({**settings, "img_size": img_size}, "student.")
     settings = {_CONSTRUCTOR_NAMES.get(name, name): value for name, value in settings.items()}
 
     teacher = build(img_size=img_size, **settings)
@@ -121,6 +144,7 @@ def build_backbone(architecture: Mapping[str, Any]) -> DinoVisionTransformer:
         raise ValueError(
             f"architecture: unknown fields {', '.join(unknown)}; fields are arch, {', '.join(_ARCHITECTURE_FIELDS)}"
         )
+    check_settings(architecture, "architecture: ")
     build: Callable[..., DinoVisionTransformer] = DinoVisionTransformer
     settings: dict[str, Any] = {}
     if not set(_DIMENSIONS) <= set(architecture):

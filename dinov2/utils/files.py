@@ -5,29 +5,35 @@ boto3 is installed, by iopath. Downloads are stored in torch.hub's folder (TORCH
 folder. A URL may end in `#sha256=<64 digits>`, the checksum that its file must have.
 """
 
+import errno
+import glob
 import hashlib
 import importlib.util
 import os
 import re
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any, TypeAlias
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import torch
-from iopath.common.file_io import PathManager, file_lock
+from filelock import FileLock
+from iopath.common.file_io import PathManager
 from tqdm import tqdm
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
-SILENCE_SECONDS = 60.0  # of a server, after which a download fails
+SILENCE_SECONDS = 60.0  # of a server, after which a try of a download ends
+PAUSES = (1.0, 4.0)  # seconds before the second and third try
+RETRIED_CODES = (408, 429, 500, 502, 503, 504)  # of HTTP: the server asks to try again
 
 
 @contextmanager
@@ -74,10 +80,21 @@ def file_sha256(path: PathLike) -> str:
         lines = [f"{file_sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in files]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
     digest = hashlib.sha256()
-    with open(path, "rb") as opened:
+    with open(path, "rb") as opened, name_in_errors(path):
         while block := opened.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def name_in_errors(path: PathLike) -> Iterator[None]:
+    """Add a file's name to an error of the system in this block; errors of reads and writes have none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def check_regular_file(path: PathLike, setting: str = "") -> Path:
@@ -104,6 +121,11 @@ def check_regular_file(path: PathLike, setting: str = "") -> Path:
     if not os.access(path, os.R_OK):
         raise PermissionError(f"{where}: you may not read this file; ask for the right to, or copy it")
     return path
+
+
+def is_web_page(start: bytes) -> bool:
+    """Return whether a file begins like HTML or XML; other formats have zero bytes near their start."""
+    return start.lstrip().startswith(b"<") and b"\0" not in start
 
 
 _OTHER_KINDS = (
@@ -160,48 +182,124 @@ def cache_folder() -> Path:
 
 
 def download(url: str, file: Path, sha256: str = "") -> Path:
-    """Download `url` to `file`, unless it exists; `sha256` is the checksum that it must have, empty if unknown."""
+    """Download `url` to `file`, unless it exists; `sha256` is the checksum that it must have, empty if unknown.
+
+    A download that was cut or killed goes on where it ended if the server names the version of its file (ETag).
+    """
     if file.is_file():
         _check(file, sha256, f"remove it, and it is downloaded again from {url}")
         return file
-    with file_lock(str(file)):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with lock_if_possible(file.with_name(f"{file.name}.lock")) as is_locked:
         if not file.is_file():  # no other process has downloaded it meanwhile
-            part = file.with_name(f"{file.name}.part")
+            part = _download(url, file, "" if is_locked else f".{uuid.uuid4().hex[:8]}")
             try:
-                _download(url, part, file)
                 _check(part, sha256, f"it came from {url} and is not kept; try again, or put the right file at {file}")
                 part.replace(file)
             finally:
                 part.unlink(missing_ok=True)
+            if is_locked:  # of older versions, and of processes that were killed
+                for unfinished in file.parent.glob(f"{glob.escape(file.name)}*.part"):
+                    unfinished.unlink()
     return file
+
+
+@contextmanager
+def lock_if_possible(path: Path) -> Iterator[bool]:
+    """Hold a lock between processes, after an hour's wait at most; yield False on a file system without locks."""
+    lock = FileLock(path, timeout=3600)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            raise
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def _check(file: Path, sha256: str, advice: str) -> None:
     with open(file, "rb") as opened:
-        if opened.read(256).lstrip().startswith(b"<"):
+        if is_web_page(opened.read(256)):
             raise ValueError(f"{file}: holds a web page, not what was asked for; {advice}")
     if sha256 and (digest := file_sha256(file)) != sha256:
         raise ValueError(f"{file}: has the sha256 {digest} instead of {sha256}; {advice}")
 
 
-def _download(url: str, part: Path, file: Path) -> None:
-    """Download with a progress bar; a connection that ends early or stays silent is an error."""
+def _download(url: str, file: Path, suffix: str) -> Path:
+    """Download beside `file` in up to three tries; return the temporary file, which is whole."""
+    reason: object = None
+    for pause in (0.0, *PAUSES):
+        time.sleep(pause)
+        try:
+            return _try_download(url, file, suffix)
+        except HTTPError as error:
+            if error.code in (404, 410):
+                raise FileNotFoundError(f"{url}: the server has no such file ({error.code})") from error
+            if error.code not in RETRIED_CODES:
+                raise ConnectionError(f"{url}: the server says {error.code} {error.reason}") from error
+            reason = f"the server says {error.code} {error.reason}"
+        except (URLError, ConnectionError, TimeoutError, HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, TimeoutError):
+                reason = f"the server sent nothing for {SILENCE_SECONDS:g} s"
+    raise ConnectionError(
+        f"{url} cannot be downloaded ({reason}); without a network, fetch it elsewhere and put it at {file}, or "
+        "pass the path of your copy"
+    )
+
+
+def _try_download(url: str, file: Path, suffix: str) -> Path:
+    """Download once, from where the temporary file of an earlier try ends if the server still has the same version."""
+    with urlopen(url, timeout=SILENCE_SECONDS) as answer:
+        n_bytes = int(answer.headers.get("Content-Length") or 0)
+        version = answer.headers.get("ETag") or ""
+        can_resume = version.startswith('"') and not suffix  # W/"..." marks versions that may differ in bytes
+        key = f".{hashlib.sha256(f'{url} {version} {n_bytes}'.encode()).hexdigest()[:8]}" if can_resume else suffix
+        part = file.with_name(f"{file.name}{key}.part")
+        n_done = part.stat().st_size if can_resume and part.is_file() else 0
+        if not 0 < n_done <= n_bytes:
+            return _write(answer, part, 0, n_bytes, can_resume)
+    if n_done == n_bytes:
+        return part
+    request = Request(url, headers={"Range": f"bytes={n_done}-", "If-Range": version})
+    with urlopen(request, timeout=SILENCE_SECONDS) as answer:
+        return _write(answer, part, n_done if answer.status == 206 else 0, n_bytes, can_resume)
+
+
+def _write(answer: Any, part: Path, n_done: int, n_bytes: int, is_kept: bool) -> Path:
+    """Write an answer to `part` after its first `n_done` bytes, with a progress bar; a cut is a ConnectionError."""
+    free = shutil.disk_usage(part.parent).free
+    if n_bytes - n_done > free:
+        raise OSError(errno.ENOSPC, f"the download needs {n_bytes - n_done:,} bytes, and {free:,} are free", str(part))
+    sizes = {"initial": n_done, "total": n_bytes or None, "unit": "B", "unit_scale": True, "unit_divisor": 1024}
     try:
-        with urlopen(url, timeout=SILENCE_SECONDS) as answer, open(part, "wb") as opened:
-            n_bytes = int(answer.headers.get("Content-Length", 0))
-            with tqdm.wrapattr(opened, "write", n_bytes or None, desc=file.name) as written:
-                shutil.copyfileobj(answer, written)
+        with (
+            name_in_errors(part),
+            open(part, "r+b" if n_done else "wb") as opened,
+            tqdm(desc=part.name, **sizes) as bar,
+        ):
+            opened.seek(n_done)
+            for block in _blocks(answer):
+                bar.update(opened.write(block))
         if part.stat().st_size < n_bytes:
             raise ConnectionError(f"got only {part.stat().st_size} out of {n_bytes} bytes")
-    except HTTPError as error:
-        if error.code in (404, 410):
-            raise FileNotFoundError(f"{url}: the server has no such file ({error.code})") from error
-        raise ConnectionError(f"{url}: the server says {error.code} {error.reason}") from error
+    except BaseException:
+        if not is_kept and part.is_file():
+            part.unlink()
+        raise
+    return part
+
+
+def _blocks(answer: Any) -> Iterator[bytes]:
+    """Yield the bytes of an answer; any error of the network is a ConnectionError or TimeoutError."""
+    try:
+        while block := answer.read(1 << 20):
+            yield block
+    except TimeoutError:
+        raise
     except (OSError, HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        if isinstance(reason, TimeoutError):
-            reason = f"the server sent nothing for {SILENCE_SECONDS:g} s"
-        raise ConnectionError(
-            f"{url} cannot be downloaded ({reason}); without a network, fetch it elsewhere and put it at {file}, or "
-            "pass the path of your copy"
-        ) from error
+        raise ConnectionError(str(error)) from error

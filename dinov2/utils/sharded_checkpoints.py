@@ -5,6 +5,7 @@ metadata may contain only descriptions of tensors, other values are errors, and 
 `weights_only=True`.
 """
 
+import math
 import pickle
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType
 from torch.futures import Future
+
+from dinov2.utils.files import check_regular_file
 
 METADATA_FILE = ".metadata"
 
@@ -52,13 +55,17 @@ class TensorReader(FileSystemReader):
     """Reads only tensors; other content is a pickle.UnpicklingError (dcp.load: a CheckpointException)."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / METADATA_FILE, "rb") as file:
+        with open(check_regular_file(Path(self.path) / METADATA_FILE), "rb") as file:
             metadata = _DescriptionUnpickler(file).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError(f"{METADATA_FILE} holds a {type(metadata).__name__}, not a list of tensors")
         return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> "Future[None]":
+        for place in {self.storage_data[item.storage_index].relative_path for item in plan.items}:
+            if Path(place).name != place:
+                raise ValueError(f"{METADATA_FILE} names {place[:80]!r}, which is no file of this folder")
+            check_regular_file(Path(self.path) / place)
         values = [item.dest_index.fqn for item in plan.items if item.type == LoadItemType.BYTE_IO]
         if values:  # the planner would unpickle these
             raise pickle.UnpicklingError(f"{', '.join(values[:3])}: no tensors there, and to read them may run code")
@@ -68,12 +75,16 @@ class TensorReader(FileSystemReader):
 def read_tensors(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     """Read the whole tensors whose dotted names are `wanted` to the CPU, however many processes wrote them."""
     try:
-        entries = TensorReader(folder).read_metadata().state_dict_metadata
-        tensors = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in entries.items()
+        entries = {
+            name: entry
+            for name, entry in TensorReader(folder).read_metadata().state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata) and wanted(name)
         }
+        needed = sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in entries.values())
+        stored = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+        if needed > stored:
+            raise ValueError(f"{METADATA_FILE} lists tensors of {needed} bytes, and the files have {stored}")
+        tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
         with warnings.catch_warnings():  # torch warns that one process reads what many may have written
             warnings.filterwarnings("ignore", message="torch.distributed is disabled|TypedStorage is deprecated")
             dcp.load(dict(tensors), storage_reader=TensorReader(folder), no_dist=True)

@@ -112,6 +112,29 @@ def test_a_damaged_one_is_passed_over_and_said(tmp_path, caplog, kind):
     assert "iteration_0000010 is damaged" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["{}", "[1]", "5", "[" * 100_000, '{"run.json": 5}', '{"run.json": {"bytes": "x", "crc32": 1}}', '{"\\u0000": 1}'],
+)
+def test_checksums_that_are_none_are_damage(text, tmp_path):
+    checkpoints = fill(tmp_path, 5, 10)
+    (tmp_path / "iteration_0000010" / "checksums_all.json").write_text(text)
+    assert checkpoints.newest()[1]["iteration"] == 5
+
+
+def test_what_is_no_file_is_damage_and_no_wait(tmp_path):
+    checkpoints = fill(tmp_path, 5, 10)
+    for name in ("checksums_all.json", "run.json"):
+        file = tmp_path / "iteration_0000010" / name
+        content = file.read_bytes()
+        file.unlink()
+        os.mkfifo(file)
+        assert checkpoints.newest()[1]["iteration"] == 5
+        file.unlink()
+        file.write_bytes(content)
+    assert checkpoints.newest()[1]["iteration"] == 10
+
+
 def test_checksums_in_a_file_of_each_process_are_read(tmp_path):
     checkpoints = fill(tmp_path, 5, 10)
     newest = tmp_path / "iteration_0000010"

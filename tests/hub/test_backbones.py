@@ -248,7 +248,7 @@ def torch_bytes(content, tmp_path, **options):
 
 
 BAD_FILES = {
-    "empty": ("weights.pth", lambda whole, legacy: b"", "cut short at 0 bytes"),
+    "empty": ("weights.pth", lambda whole, legacy: b"", r"is empty \(0 bytes\)"),
     "web page": ("weights.pth", lambda whole, legacy: b"\n<!DOCTYPE html><html>Sign in</html>", "a web page"),
     "git-lfs": (
         "weights.safetensors",

@@ -1,13 +1,17 @@
 """Weights by name and URL: one whole, checked download, from a server on this machine."""
 
+import errno
+import fcntl
 import hashlib
 import http.server
+import json
 import multiprocessing
 import re
 import socket
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
@@ -21,6 +25,7 @@ from dinov2.hub.backbones import load_backbone
 from dinov2.hub.weight_files import RELEASES, resolve_weights
 from dinov2.models import build_backbone
 from dinov2.utils import files as files_module
+from dinov2.utils.command import error_text
 from dinov2.utils.config import load_run_config
 
 CONTENT = bytes(range(256)) * 4000  # 1 MB
@@ -39,6 +44,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.statuses: list[int] = []  # answers to the next requests; then it works
         self.cuts: list[int] = []  # bytes after which the next connections are cut
         self.delay = 0.0  # seconds before each answer
+        self.version = ""  # the ETag of its content, which can then be asked for in ranges
+        self.ranges: list[str] = []  # that were asked for
         self.silence_after: int | None = None  # bytes after which nothing comes until `speak` is set
         self.speak = threading.Event()
 
@@ -58,9 +65,15 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if server.statuses or urlsplit(self.path).path.endswith("/absent"):
             self.send_error(server.statuses.pop(0) if server.statuses else 404)
             return
-        body = server.content
-        self.send_response(200)
+        body, start = server.content, 0
+        if server.version and self.headers.get("If-Range") == server.version:
+            server.ranges.append(self.headers["Range"])
+            start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
+        body = body[start:]
+        self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body)))
+        if server.version:
+            self.send_header("ETag", server.version)
         self.end_headers()
         if server.silence_after is not None:
             self.wfile.write(body[: server.silence_after])
@@ -89,6 +102,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setattr(files_module, "PAUSES", (0.0, 0.0))
     return tmp_path / "torch" / "hub" / "checkpoints"
 
 
@@ -156,11 +170,92 @@ def test_unknown_sources(tmp_path):
 
 
 def test_a_cut_download_is_never_taken_for_whole(server, release, cache):
-    server.cuts = [300_000]
+    server.cuts = [300_000, 400_000, 300_000]
     with pytest.raises(ConnectionError, match=r"cannot be downloaded \(.*got only 300000 out of 1024000 bytes"):
         resolve_weights(release.name)
     assert not left_behind(cache)
+    assert len(server.requests) == 3
+    server.cuts = [5000]
+    server.statuses = [503]
     assert resolve_weights(release.name).read_bytes() == CONTENT
+    assert len(server.requests) == 6
+
+
+def test_a_cut_download_goes_on_where_it_ended(server, release, cache):
+    server.version = '"one"'
+    server.cuts = [300_000]
+    assert resolve_weights(release.name).read_bytes() == CONTENT
+    assert server.ranges == ["bytes=300000-"]
+    assert left_behind(cache) == [release.file]
+
+
+def test_the_next_command_goes_on_unless_the_file_changed(server, release, cache):
+    for version, content in (('"one"', CONTENT), ('"two"', CONTENT[::-1])):
+        release.file.unlink(missing_ok=True)
+        server.version, server.content = '"one"', CONTENT
+        server.cuts = [200_000, *[100_000] * 5]
+        with pytest.raises(ConnectionError, match="got only"):
+            resolve_weights(release.name)
+        kept = left_behind(cache)
+        assert [file.name.endswith(".part") for file in kept] == [True]
+        server.cuts, server.version, server.content, server.ranges = [], version, content, []
+        assert resolve_weights(release.name).read_bytes() == content
+        assert bool(server.ranges) == (version == '"one"')
+        assert left_behind(cache) == [release.file]
+
+
+def test_a_disk_without_room_is_known_before(server, release, cache, monkeypatch):
+    monkeypatch.setattr(files_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=5000))
+    with pytest.raises(OSError, match="needs 1,024,000 bytes, and 5,000 are free") as caught:
+        resolve_weights(release.name)
+    assert caught.value.errno == errno.ENOSPC
+    assert error_text(caught.value).endswith("are free; make room on this disk and run the same command again")
+    assert not left_behind(cache)
+
+
+@pytest.mark.parametrize("version", ["", '"one"'])
+def test_a_disk_that_fills_up_is_named_and_the_same_command_goes_on(version, server, release, cache, monkeypatch):
+    server.version = version
+    answers = iter([CONTENT[:300_000]])
+
+    def full(answer):
+        yield next(answers)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files_module, "_blocks", full)
+        with pytest.raises(OSError, match="No space left") as caught:
+            resolve_weights(release.name)
+    assert caught.value.filename.startswith(str(release.file))
+    assert len(left_behind(cache)) == bool(version)
+    assert resolve_weights(release.name).read_bytes() == CONTENT
+    assert server.ranges == (["bytes=300000-"] if version else [])
+    assert left_behind(cache) == [release.file]
+
+
+def test_a_folder_in_place_of_the_temporary_file_is_named(release, cache):
+    (cache / f"{release.file.name}.part").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError) as caught:
+        resolve_weights(release.name)
+    assert caught.value.filename == str(cache / f"{release.file.name}.part")
+
+
+def test_a_file_system_without_locks(server, release, cache, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert resolve_weights(release.name).read_bytes() == CONTENT
+    assert left_behind(cache) == [release.file]
+
+
+def test_weights_that_begin_with_a_less_than_sign_are_no_web_page(server):
+    """A header of 60 bytes: its length, with which safetensors files begin, is the byte of <."""
+    save = {"a": {"dtype": "I8", "shape": [2], "data_offsets": [0, 2]}}
+    header = json.dumps(save).encode().ljust(60)
+    server.content = len(header).to_bytes(8, "little") + header + bytes(2)
+    assert server.content.startswith(b"<")
+    assert resolve_weights(f"{server.url}/model.safetensors").read_bytes() == server.content
 
 
 def test_what_a_killed_download_left_is_replaced(server, release, cache):

@@ -17,7 +17,7 @@ from dinov2.data.datasets.decode import resize_image
 from dinov2.data.transforms import normalize_images
 from dinov2.hub import conversions, export, export_formats
 from dinov2.hub.backbones import load_backbone
-from dinov2.hub.export import main
+from dinov2.hub.export import main, parse_arguments
 from dinov2.models import architecture, build_backbone
 
 COMMAND = Path(__file__).parents[2] / "dinov2" / "hub" / "export.py"
@@ -172,6 +172,12 @@ def test_an_export_can_be_exported(release, tmp_path):
         again = load_backbone(tmp_path / "again" / "backbone.pth")
         torch.testing.assert_close(again(pixels), expected(pixels), rtol=0, atol=1e-5)
         assert re.search(r"its sha256 \| [0-9a-f]{64} ", (tmp_path / "again" / "README.md").read_text())
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    args = parse_arguments(arguments("run", "~/out", "--results", "~/results.json"))
+    assert (args.output_dir, args.results) == (Path("/home/somebody/out"), [Path("/home/somebody/results.json")])
 
 
 # --- a wrong export -------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """torch.hub with a clone of this project, and released networks by name."""
 
-import inspect
 import os
 import re
 import runpy
@@ -65,11 +64,12 @@ def test_a_clone_needs_no_installation(tmp_path):
 def test_each_name_has_the_size_of_its_release():
     assert set(ENTRY_POINTS) == set(NAMES)
     for name, entry_point in ENTRY_POINTS.items():
-        default = inspect.signature(entry_point).parameters["img_size"].default
-        assert default == (224 if name.startswith("dinobloom") else 518)
         assert entry_point.__name__ == name
     with torch.device("meta"):
-        sizes = {name: sum(p.numel() for p in ENTRY_POINTS[name](pretrained=False).parameters()) for name in NAMES}
+        models = {name: ENTRY_POINTS[name](pretrained=False) for name in NAMES}
+    for name, model in models.items():
+        assert model.transform.image_size == model.img_size == (224 if name.startswith("dinobloom") else 518)
+    sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     assert sizes["dinov2_vits14"] == 22_056_576  # the counts of the published networks
     assert sizes["dinov2_vitb14"] == 86_580_480
     assert sizes["dinov2_vitl14"] == 304_368_640
@@ -111,6 +111,8 @@ def test_weights_may_be_ones_own_copy(small, tmp_path):
     torch.save(content, tmp_path / "DinoBloom-S.pth")
     model = ENTRY_POINTS["dinobloom_s"](weights=tmp_path / "DinoBloom-S.pth")
     assert model.pos_embed.shape == (1, 257, 384)
+    torch.save({**content, "architecture": {"img_size": 98}}, tmp_path / "finetuned.pth")
+    assert ENTRY_POINTS["dinobloom_s"](weights=tmp_path / "finetuned.pth").transform.image_size == 98
     with pytest.raises(
         ValueError, match=r"DinoBloom-S\.pth' holds a ViT with dim 384.*not a ViT with dim 768.*take http"
     ):

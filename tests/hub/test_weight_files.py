@@ -1,8 +1,12 @@
 """Folders of transformers, timm and training runs: the right file, its tensors under our names, nothing executed."""
 
+import errno
 import json
+import os
 import pickle
+import re
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from dinov2.fsdp.checkpoint import Checkpointer
 from dinov2.hub.backbones import load_backbone, read_heads, trained_image_size
 from dinov2.hub.weight_files import checkpoint_file
 from dinov2.models import architecture, build_backbone
+from dinov2.utils.command import error_text
 from dinov2.utils.files import file_sha256
 
 TINY = {"embed_dim": 64, "depth": 2, "num_heads": 4, "patch_size": 14, "img_size": 56, "layerscale": 1.0}
@@ -269,3 +274,189 @@ def test_a_checkpoint_that_would_run_code_does_not(run, tmp_path):
     with pytest.raises(ValueError, match=r"holds a \S*open, and to make one would run code"):
         load_backbone(run[0], img_size=56)
     assert not trace.exists()
+
+
+# --- files that no tool of this field writes -------------------------------------------------------------------------
+
+
+def refusal(source):
+    """The message with which a file is refused; it names the file and is short."""
+    with pytest.raises((ValueError, OSError, MemoryError)) as caught:
+        load_backbone(source)
+    text = error_text(caught.value)
+    assert source.name in text
+    assert len(text.splitlines()) <= 10
+    return text
+
+
+@pytest.fixture
+def tiny_state():
+    return dict(build_backbone({**TINY, "block_chunks": 0}).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("tensor", "fault"),
+    [
+        (lambda: torch.ones(64, 64).to_sparse(), r"is not dense \(torch.sparse_coo\)"),
+        (lambda: torch.quantize_per_tensor(torch.ones(64), 0.1, 0, torch.qint8), "has numbers of the type torch.qint8"),
+        (lambda: torch.ones(64, dtype=torch.int8), "has numbers of the type torch.int8"),
+        (lambda: torch.ones(64, dtype=torch.complex64), "has numbers of the type torch.complex64"),
+        (lambda: torch.empty(2**40, device="meta"), "has a shape and no numbers"),
+        (lambda: torch.ones(1).expand(2**40), r"has the shape \[1099511627776\] and only 4 bytes"),
+        (lambda: torch.ones(()), "misshapen"),
+    ],
+)
+def test_tensors_that_are_no_plain_numbers_are_named(tensor, fault, tiny_state, tmp_path):
+    torch.save({**tiny_state, "norm.weight": tensor()}, tmp_path / "weights.pth")
+    assert re.search(f"norm.weight {fault}|{fault}: norm.weight", refusal(tmp_path / "weights.pth"))
+
+
+def in_itself(state):
+    state["model"] = state
+    return state
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (in_itself, "in more than 8 mappings, or in themselves"),
+        (lambda state: dict(enumerate(state.values())), "not a DINOv2 backbone"),
+        (lambda state: {**state, "blocks.1000000000.norm1.weight": torch.ones(64)}, "depth is 1000000001, expected"),
+        (
+            lambda state: {**state, "pos_embed": torch.ones(17)},
+            r"pos_embed has the shape \[17\], expected 3 dimensions",
+        ),
+        (lambda state: {**state, "pos_embed": torch.ones(1, 4, 64)}, "is for no square grid"),
+        (lambda state: {**state, "patch_embed.proj.weight": torch.ones(0, 3, 14, 14)}, "embed_dim is 0, expected"),
+        (lambda state: {"embeddings.cls_token": torch.ones(()), **split_attention()}, "do not fit together"),
+    ],
+)
+def test_odd_structures_are_named(change, message, tiny_state, tmp_path):
+    torch.save(change(tiny_state), tmp_path / "weights.pth")
+    assert re.search(message, refusal(tmp_path / "weights.pth"))
+
+
+def split_attention():
+    sizes = {"query": 64, "key": 64, "value": ()}
+    return {f"encoder.layer.0.attention.attention.{part}.bias": torch.ones(size) for part, size in sizes.items()}
+
+
+@pytest.mark.parametrize("value", [-1, 0, 10**9, 2**70, "many", 2.5, True, [3], float("nan"), torch.ones(1)], ids=str)
+@pytest.mark.parametrize("setting", ["num_heads", "img_size"])
+def test_recorded_settings_out_of_bounds_are_named(setting, value, tiny_state, tmp_path):
+    torch.save({"model": tiny_state, "architecture": {setting: value}}, tmp_path / "weights.pth")
+    assert f"its recorded {setting} is" in refusal(tmp_path / "weights.pth")
+
+
+def test_a_zip_bomb_is_not_unpacked(tiny_state, tmp_path):
+    torch.save(tiny_state, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "weights.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name) + (bytes(50_000_000) if name.endswith("data/0") else b""))
+    assert "bytes that unpack to 50" in refusal(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("kind", ["I8", "F4"])
+def test_small_numbers_in_safetensors_are_named(kind, tmp_path):
+    """The header has 60 bytes, so the file begins with the byte of <, as web pages do."""
+    header = json.dumps({"cls_token": {"dtype": kind, "shape": [4], "data_offsets": [0, 4 if kind == "I8" else 2]}})
+    header = header.encode().ljust(60 + 256 * (len(header) > 60))
+    data = len(header).to_bytes(8, "little") + header + bytes(4 if kind == "I8" else 2)
+    (tmp_path / "model.safetensors").write_bytes(data)
+    assert "web page" not in refusal(tmp_path / "model.safetensors")
+
+
+def test_a_header_longer_than_the_file_is_damage(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes((2**32).to_bytes(8, "little") + b"{}" + bytes(500))
+    assert "damaged or cut short" in refusal(tmp_path / "model.safetensors")
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "weights.pth")
+    assert "is a named pipe" in refusal(tmp_path / "weights.pth")
+    (tmp_path / "teacher_checkpoint.pth").touch()
+    with pytest.raises(ValueError, match=r"teacher_checkpoint\.pth is empty \(0 bytes\)"):
+        load_backbone(tmp_path)
+    (tmp_path / "zero.pth").symlink_to("/dev/zero")
+    assert "is a device" in refusal(tmp_path / "zero.pth")
+
+
+def test_too_little_memory_names_the_file(tiny_state, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4398046511104 bytes")
+
+    torch.save(tiny_state, tmp_path / "weights.pth")
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(MemoryError, match=r"to read \S*weights\.pth"):
+        load_backbone(tmp_path / "weights.pth")
+
+
+def test_an_error_of_the_disk_names_the_file(tiny_state, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    torch.save(tiny_state, tmp_path / "weights.pth")
+    monkeypatch.setattr(torch, "load", fail)
+    assert refusal(tmp_path / "weights.pth").startswith(f"{tmp_path / 'weights.pth'}: Input/output error; the disk")
+
+
+def test_a_checkpoint_without_its_metadata_is_named(run):
+    newest = run[0] / "checkpoints" / "iteration_0000200"
+    (newest / ".metadata").unlink()
+    (newest / ".metadata").mkdir()
+    assert ".metadata is a folder" in refusal(run[0])
+
+
+@pytest.mark.parametrize("places", [5, None, {"a": 5}, {"a": "../weights.safetensors"}, {"a": "/dev/zero"}])
+def test_an_index_that_names_no_files_of_its_folder(places, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(ValueError, match=r"index\.json: (it has no weight_map|.* is no file of this folder)"):
+        load_backbone(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("student: {depth: 1000000000}", "student: {num_heads: -3}", "student: 5", "- 1", "student: [", "a: &a [*a]"),
+        *("crops: {global_crops_size: 1e30}", "crops: null", "student: {arch: 7}", "student: {layerscale: many}"),
+        "[" * 5000,
+    ],
+)
+def test_a_config_that_no_run_writes(text, run):
+    folder = run[0]
+    if re.match(r"student: {|crops: {", text):
+        text = OmegaConf.to_yaml(OmegaConf.merge(config_of(TINY), OmegaConf.create(text)))
+    (folder / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.yaml is not what a run writes"):
+        load_backbone(folder)
+
+
+def test_descriptions_of_a_checkpoint_that_promise_more_than_its_files(run):
+    newest = run[0] / "checkpoints" / "iteration_0000200"
+    good = (newest / ".metadata").read_bytes()
+
+    def spoil(change):
+        metadata = pickle.loads(good)
+        change(metadata)
+        (newest / ".metadata").write_bytes(pickle.dumps(metadata))
+        return refusal(newest)
+
+    entry = "model.teacher.backbone.cls_token"
+    assert re.search(
+        r"lists tensors of \d+ bytes, and the files have \d+",
+        spoil(lambda metadata: setattr(metadata.state_dict_metadata[entry], "size", torch.Size([2**40]))),
+    )
+    for place in ("../../config.yaml", "/dev/zero"):
+        text = spoil(
+            lambda metadata, place=place: [
+                setattr(each, "relative_path", place) for each in metadata.storage_data.values()
+            ]
+        )
+        assert "is no file of this folder" in text
+    (newest / ".metadata").write_bytes(good)
+    (newest / "__0_0.distcp").rename(newest / "elsewhere")
+    os.mkfifo(newest / "__0_0.distcp")
+    assert "is a named pipe" in refusal(newest)

@@ -35,13 +35,13 @@ from dinov2.eval.features.loop import (
 )
 from dinov2.eval.features.named_encoders import build_encoder
 from dinov2.eval.features.store import DEFAULT_KIND, PATCHES, Features, read_features, stored_kinds, write_features
-from dinov2.hub.backbones import ImageTransform, checkpoint_file, load_backbone, trained_image_size
+from dinov2.hub.backbones import DEFAULT_IMAGE_SIZE, ImageTransform, checkpoint_file, load_backbone, trained_image_size
+from dinov2.models import architecture
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.files import PathLike, file_sha256
 
 logger = logging.getLogger("dinov2")
 
-DEFAULT_IMAGE_SIZE = 224
 PARTS_FOLDER = ".patients.parts"
 N_EXAMPLES = 3
 
@@ -66,18 +66,20 @@ def embed_images(
 
 
 def extract(
-    model: DinoVisionTransformer | Encoder, paths: Sequence[Path], image_size: int = DEFAULT_IMAGE_SIZE, **options: Any
+    model: DinoVisionTransformer | Encoder, paths: Sequence[Path], image_size: int | None = None, **options: Any
 ) -> Extraction:
     """Extract the features of image files in their order; unreadable ones are left out, counted and logged.
 
-    The model is moved to the device. `image_size` is that of a backbone; an encoder has its own. `options` are fields
-    of `ExtractOptions`: kinds, precision, device, batch_size, num_workers, ...
+    The model is moved to the device. `image_size` is that of a backbone, by default the size it was loaded for; an
+    encoder has its own. `options` are fields of `ExtractOptions`: kinds, precision, device, batch_size, ...
     """
     return _extract(_as_encoder(model, image_size), paths, ExtractOptions(**options))
 
 
-def _as_encoder(model: DinoVisionTransformer | Encoder, image_size: int) -> Encoder:
-    return model if isinstance(model, Encoder) else DinoEncoder(model, image_size)
+def _as_encoder(model: DinoVisionTransformer | Encoder, image_size: int | None) -> Encoder:
+    if isinstance(model, Encoder):
+        return model
+    return DinoEncoder(model, image_size or int(architecture(model)["img_size"]))
 
 
 def _extract(encoder: Encoder, paths: Sequence[Path], options: ExtractOptions) -> Extraction:

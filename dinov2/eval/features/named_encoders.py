@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from dinov2.data.datasets.decode import resize_image
 from dinov2.eval.features.encoders import Encoder, Kind, Preparation, assemble, check_divisible
 from dinov2.hub.backbones import check_names_and_shapes
-from dinov2.hub.weight_files import read_weights_file
+from dinov2.hub.weight_files import read_weights_file, unwrap
+from dinov2.utils.files import local_path
 
 UNTRAINED = "untrained"  # in place of a weights file
 UNTRAINED_SEED = 0
@@ -190,8 +191,10 @@ def build_encoder(name: str, image_size: int = 0, weights: str = "") -> Encoder:
         ConnectionError: if the pretrained weights are neither in the library's cache nor can be downloaded.
     """
     encoder_name(name)
-    if weights not in ("", UNTRAINED) and not Path(weights).is_file():
-        raise FileNotFoundError(f"--encoder-weights: no file {weights!r}; give one, or the word {UNTRAINED}")
+    if weights not in ("", UNTRAINED):
+        weights = str(local_path(weights))
+        if not Path(weights).exists():
+            raise FileNotFoundError(f"--encoder-weights: no file {weights!r}; give one, or the word {UNTRAINED}")
     library, _, model = name.partition(":")
     if model:
         return _LIBRARIES[library](model, image_size, weights)
@@ -251,7 +254,7 @@ def _timm_network(timm: Any, name: str, image_size: int, weights: str) -> Any:
                 f"({_first_line(error)}); on a machine with access fetch {_timm_source(timm, name)}"
             ) from error
     if weights not in ("", UNTRAINED):
-        state = _unwrap(read_weights_file(Path(weights)))
+        state = _read_tensors(Path(weights))
         # timm's own conversion of other layouts, and of position embeddings of another grid
         convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
         state = dict(convert(state, network)) if convert is not None else state
@@ -288,10 +291,10 @@ def _torchvision_network(models: Any, name: str, released: Any, weights: str) ->
         network.transform_input = True
     network.set_submodule(linear[-1], nn.Identity())
     if weights != UNTRAINED:
-        content = read_weights_file(Path(weights)) if weights else _download_torchvision(name, released)
+        content = _read_tensors(Path(weights)) if weights else _download_torchvision(name, released)
         # the released DenseNets are from a time when names of modules could have dots
         old_name = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d\.)")
-        state = {old_name.sub(r"\1\2", key): value for key, value in _unwrap(content).items()}
+        state = {old_name.sub(r"\1\2", key): value for key, value in content.items()}
         _load(network, state, Path(weights or released.url), [linear[-1]])
     return network.eval()
 
@@ -319,11 +322,10 @@ def _load(network: nn.Module, state: Mapping[str, Tensor], file: Path, heads: It
     network.load_state_dict(state)
 
 
-def _unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the state dict inside a file's content."""
-    while inner := [content[key] for key in ("state_dict", "model") if isinstance(content.get(key), Mapping)]:
-        content = inner[0]
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    """Read the state dict inside a file's content."""
+    content = unwrap(read_weights_file(file), file)
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,54 @@
+"""Features do not depend on the file and the command that they come by."""
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from dinov2.eval.features.extract import Embedder, extract
+from dinov2.fsdp.checkpoint import Checkpointer
+from dinov2.hub import export_formats
+from dinov2.hub.backbones import ImageTransform, load_backbone, trained_image_size, untrained_backbone
+from dinov2.models import architecture, build_backbone
+
+TINY = {
+    "embed_dim": 64,
+    "depth": 2,
+    "num_heads": 1,
+    "patch_size": 14,
+    "img_size": 42,
+    "block_chunks": 0,
+    "layerscale": 1,
+}
+
+
+def test_a_recorded_size_holds_in_python_the_commands_and_every_export(formulas, tmp_path):
+    """A run on 42-px images: its teacher, its checkpoint to resume from, and each file exported from it."""
+    model = formulas.fill_(build_backbone(TINY), "formats")
+    run = tmp_path / "run"
+    teacher = run / "eval" / "training_3" / "teacher_checkpoint.pth"
+    teacher.parent.mkdir(parents=True)
+    torch.save({"teacher": model.state_dict(), "architecture": architecture(model)}, teacher)
+    checkpoints = Checkpointer(run / "checkpoints", 1)
+    checkpoints.save(3, {"model": {"teacher": {"backbone": model.state_dict()}}}, {})
+    assert checkpoints.wait()
+    student = {**architecture(model), "arch": "vit_small", "drop_path_rate": 0.0, "drop_path_uniform": True}
+    OmegaConf.save(OmegaConf.create({"student": student, "crops": {"global_crops_size": 42}}), run / "config.yaml")
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("pth", "safetensors", "huggingface", "timm"):
+        export_formats.FORMATS[name].write(load_backbone(run), out)
+    cell = tmp_path / "cell.png"
+    export_formats.draw_cells()[0].save(cell)
+    expected = model.eval()(ImageTransform(42)(cell)[None])
+    exported = ("backbone.pth", "backbone.safetensors", "huggingface", "timm")
+    for source in (run, teacher, run / "checkpoints", *(out / name for name in exported)):
+        loaded = load_backbone(source)
+        assert (loaded.img_size, loaded.transform.image_size, trained_image_size(source)) == (42, 42, 42), source
+        embedder = Embedder(checkpoint=source)
+        assert untrained_backbone(source).img_size == embedder.image_size == 42
+        for features in (
+            loaded(loaded.transform(cell)[None]).detach(),
+            extract(loaded, [cell]).features,
+            embedder.extract([cell]).features,
+        ):
+            np.testing.assert_allclose(features, expected.detach(), rtol=0, atol=1e-5, err_msg=str(source))
