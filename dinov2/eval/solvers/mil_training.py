@@ -253,13 +253,13 @@ class TrainedAggregator:
             if content.pop("format", None) != FILE_FORMAT:
                 raise ValueError("it has another format")
             aggregator = cls(**content)
+            n_classes, n_names = aggregator.architecture["n_classes"], len(set(aggregator.class_names))
+            if not aggregator.members or n_names != n_classes:
+                raise ValueError(f"it has {len(aggregator.members)} networks, {n_names} names for {n_classes} classes")
             with torch.device("meta"):  # whatever sizes the file declares, they take no memory
                 network = build_aggregator(**aggregator.architecture)
             for weights in aggregator.members:
                 network.load_state_dict(weights, assign=True)
-            n_classes, n_names = aggregator.architecture["n_classes"], len(set(aggregator.class_names))
-            if not aggregator.members or n_names != n_classes:
-                raise ValueError(f"it has {len(aggregator.members)} networks, {n_names} names for {n_classes} classes")
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             what = f"{str(path)!r} is no aggregator, or it is damaged or of another version ({error})"
             raise ValueError(f"--apply: {what}; give the aggregator.pth that this command wrote") from error
