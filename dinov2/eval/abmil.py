@@ -29,7 +29,7 @@ import torch
 from dinov2.data.datasets.bag_folds import PARTS, PROTOCOLS, BagFold, FoldedBags, draw_folds, folds_from_files
 from dinov2.data.datasets.bags import PatientBags, check_same_attributes, read_patient_labels
 from dinov2.data.datasets.labelled_cells import LabelledCells
-from dinov2.eval.extract_features import CELLS_HELP, add_embedder_arguments, device_of, embedder_from, positive_int
+from dinov2.eval.extract_features import CELLS_HELP, add_embedder_arguments, device_of, embedder_from
 from dinov2.eval.features import Features, read_features
 from dinov2.eval.metrics.summaries import class_table, draw_confusion, draw_curves, draw_losses, metrics_table
 from dinov2.eval.results import (
@@ -53,8 +53,8 @@ from dinov2.eval.solvers.mil_training import (
 )
 from dinov2.logging import setup_logging
 from dinov2.models.abmil import MODELS
-from dinov2.utils.command import exit_code
-from dinov2.utils.files import atomic_write, file_sha256
+from dinov2.utils.command import exit_code, number_between, positive_int, seed_number
+from dinov2.utils.files import atomic_write, file_sha256, user_path
 from dinov2.utils.numerics import derive_seed
 
 logger = logging.getLogger("dinov2")
@@ -281,31 +281,37 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_embedder_arguments(parser, checkpoint_required=False)
     parser.set_defaults(device="cpu")  # bags are small, and equal bytes matter more
     add = parser.add_argument
-    add("--data", type=Path, help=f"cells to embed, with their patients: {CELLS_HELP}")
-    add("--features", type=Path, help="a features.h5 of cells with their patients")
-    add("--test-features", type=Path, help="another one, of the test patients")
+    add("--data", type=user_path, help=f"cells to embed, with their patients: {CELLS_HELP}")
+    add("--features", type=user_path, help="a features.h5 of cells with their patients")
+    add("--test-features", type=user_path, help="another one, of the test patients")
     layouts = (
         "<patient>.h5 (with --labels or --fold-files), <class>/<patient>.h5 or <class>/<patient>/*.h5 in this folder, "
         "or a CSV with the columns patient,label,file"
     )
-    add("--bags", type=Path, help=layouts)
-    add("--test-bags", type=Path, help="likewise, of the test patients")
-    add("--labels", type=Path, help="CSV with the columns patient,label, which replaces all other labels")
-    add("--output-dir", type=Path, required=True, help="folder of all files; made if missing")
+    add("--bags", type=user_path, help=layouts)
+    add("--test-bags", type=user_path, help="likewise, of the test patients")
+    add("--labels", type=user_path, help="CSV with the columns patient,label, which replaces all other labels")
+    add("--output-dir", type=user_path, required=True, help="folder of all files; made if missing")
     add("--model", choices=tuple(MODELS), default=DEFAULTS.model, help="the aggregator")
     protocols = "dinobloom: one test set, folds of training and validation; crossval: every patient is tested once"
     add("--protocol", choices=tuple(PROTOCOLS), default="dinobloom", help=protocols)
     add("--folds", type=positive_int, help="number of folds; default 4 for dinobloom, 5 for crossval")
-    add("--fold-files", type=Path, help="official folds: <fold>/{train,val,test}.csv, or the folds.csv of another run")
+    add(
+        "--fold-files",
+        type=user_path,
+        help="official folds: <fold>/{train,val,test}.csv, or the folds.csv of another run",
+    )
     add("--runs", type=positive_int, default=DEFAULTS.runs, help="trainings of each fold")
-    add("--seed", type=int, default=0, help="decides all random numbers")
+    add("--seed", type=seed_number, default=0, help="decides all random numbers")
     add("--epochs", type=positive_int, default=DEFAULTS.training.epochs, help="the most epochs of a training")
-    add("--learning-rate", type=float, default=DEFAULTS.training.learning_rate, help="at the start")
+    add(
+        "--learning-rate", type=number_between(1e-12, 1e6), default=DEFAULTS.training.learning_rate, help="at the start"
+    )
     patience = "epochs without a lower validation loss"
     add("--patience", type=positive_int, default=DEFAULTS.training.patience, help=patience)
     add("--class-weights", action="store_true", help="give rare classes more weight in the loss")
     add("--top-cells", type=positive_int, default=DEFAULTS.top_cells, help="cells of a patient in top_cells.csv")
-    add("--apply", type=Path, help="an aggregator.pth that predicts these patients; nothing is trained")
+    add("--apply", type=user_path, help="an aggregator.pth that predicts these patients; nothing is trained")
     args = parser.parse_args(argv)
     _check_combination(parser, args)
     return args
@@ -370,10 +376,10 @@ def _load_bags(
     if features_file is not None:
         features = read_features(features_file)
     else:
-        cells = LabelledCells.from_path(args.data)
+        cells = LabelledCells.from_path(args.data, needs_labels=not (args.labels or args.apply))
         features = embedder_from(args).features_of(cells, args.output_dir / "features.h5", args.overwrite)
     is_known = known_classes is None or set(features.class_names) <= set(known_classes)
-    return bags_of(features, with_labels=is_known and not args.labels)
+    return bags_of(features, with_labels=is_known and features.has_labels and not args.labels)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw
 from dinov2.data.datasets import LabelledCells, find_images
 from dinov2.data.datasets.decode import UnreadableImageError, decode_image
 from dinov2.data.transforms import normalize_images
-from dinov2.eval.extract_features import CELLS_HELP, add_embedder_arguments, embedder_from, positive_int
+from dinov2.eval.extract_features import CELLS_HELP, add_embedder_arguments, embedder_from
 from dinov2.eval.features import patch_maps
 from dinov2.eval.features.encoders import check_divisible
 from dinov2.eval.features.extract import Embedder
@@ -38,8 +38,8 @@ from dinov2.eval.pages.page import Section, html, image_uri, render, write_page
 from dinov2.hub.backbones import ImageTransform
 from dinov2.logging import setup_logging
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.utils.command import exit_code, progress_bar
-from dinov2.utils.files import atomic_write
+from dinov2.utils.command import exit_code, positive_int, progress_bar
+from dinov2.utils.files import atomic_write, user_path
 
 logger = logging.getLogger("dinov2")
 
@@ -175,7 +175,7 @@ def choose_images(data: Path, n: int) -> tuple[list[Path], list[str]]:
         for path in find_images(data):
             classes[path.parent.name].append(path)
     else:
-        cells = LabelledCells.from_path(data)
+        cells = LabelledCells.from_path(data, needs_labels=False)
         for path, label in zip(cells.paths, cells.labels.tolist(), strict=True):
             classes[cells.class_names[label]].append(path)
     if not classes:
@@ -281,11 +281,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_embedder_arguments(parser, checkpoint_required=True)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", type=Path, help=f"{CELLS_HELP}; classes are taken in turn")
-    source.add_argument("--pictures", type=Path, nargs="+", metavar="FILE", help="image files, instead of --data")
+    source.add_argument("--data", type=user_path, help=f"{CELLS_HELP}; classes are taken in turn")
+    source.add_argument("--pictures", type=user_path, nargs="+", metavar="FILE", help="image files, instead of --data")
     flag = parser.add_argument
     flag("--n", type=positive_int, default=DEFAULT_N, help="number of images of --data")
-    flag("--output-dir", type=Path, required=True, help="folder of the results; made if missing")
+    flag("--output-dir", type=user_path, required=True, help="folder of the results; made if missing")
     occlusion_help = "cover parts of each image in turn, the slow part"
     flag("--occlusion", action=argparse.BooleanOptionalAction, default=True, help=occlusion_help)
     flag("--pca-per-picture", action="store_true", help="fit the PCA to each image alone")

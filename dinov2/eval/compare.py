@@ -6,20 +6,18 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from dinov2.data.datasets.tables import open_table
-from dinov2.eval.extract_features import positive_int
 from dinov2.eval.metrics import N_RESAMPLES, compare_paired
 from dinov2.eval.metrics.summaries import percent, text_table
 from dinov2.eval.results import PredictionTable, ResultRecord, Row, mapping, read_predictions
 from dinov2.logging import setup_logging
-from dinov2.utils.command import exit_code
-from dinov2.utils.files import atomic_write, file_sha256
+from dinov2.utils.command import exit_code, positive_int, seed_number
+from dinov2.utils.files import atomic_write, file_sha256, user_path
 
 # Settings that may differ between comparable results: sources of cells, features and networks, and speed
 _INPUTS = {
@@ -152,11 +150,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "each metric, by patient where the predictions name patients.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("first", type=Path, help="a predictions.csv, or the folder with one")
-    parser.add_argument("second", type=Path, help="likewise; differences are second - first")
+    parser.add_argument("first", type=user_path, help="a predictions.csv, or the folder with one")
+    parser.add_argument("second", type=user_path, help="likewise; differences are second - first")
     parser.add_argument("--resamples", type=positive_int, default=N_RESAMPLES, help="of the bootstrap")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    parser.add_argument("--output", type=Path, help="a .json file for the result")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the bootstrap")
+    parser.add_argument("--output", type=user_path, help="a .json file for the result")
     return parser.parse_args(argv)
 
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from dinov2.data.splits import Fold, few_shot_draws
-from dinov2.eval.extract_features import device_of, positive_int
+from dinov2.eval.extract_features import device_of
 from dinov2.eval.features.data_sets import (
     ALL_OTHERS,
     Comparison,
@@ -44,8 +44,8 @@ from dinov2.eval.metrics import bootstrap_intervals, classification_metrics
 from dinov2.eval.metrics.summaries import TABLE_METRICS, draw_matrix, percent, text_table
 from dinov2.eval.results import FoldPredictions, provenance, settings_of, summarize, write_csv, write_report
 from dinov2.logging import setup_logging
-from dinov2.utils.command import exit_code
-from dinov2.utils.files import file_sha256
+from dinov2.utils.command import exit_code, positive_int, seed_number
+from dinov2.utils.files import file_sha256, user_path
 
 logger = logging.getLogger("dinov2")
 
@@ -328,17 +328,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     files = "a file of extract_features.py for each data set, all of one network"
-    add("--features", type=Path, nargs="+", required=True, help=files)
+    add("--features", type=user_path, nargs="+", required=True, help=files)
     add("--names", nargs="+", help="of the data sets, in the same order; default: the files' names, or their folders'")
     common = "CSV with the columns dataset,label,common that gives labels a common name; an empty one drops its cells"
-    add("--classes-map", type=Path, help=common)
+    add("--classes-map", type=user_path, help=common)
     add("--kind", help="of the features; without it the files' first one")
     add("--method", choices=get_args(MethodName), default="knn", help="how cells are classified")
     add("--k", type=positive_int, default=CrossOptions.k, help="neighbours of kNN")
     add("--folds", type=positive_int, default=5, help="within a data set, and of the batch effect")
-    add("--seed", type=int, default=0, help="of folds, draws and intervals")
+    add("--seed", type=seed_number, default=0, help="of folds, draws and intervals")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
-    add("--output-dir", type=Path, required=True, help="folder of all files; made if missing")
+    add("--output-dir", type=user_path, required=True, help="folder of all files; made if missing")
     args = parser.parse_args(argv)
     args.names = args.names or [
         file.absolute().parent.name if file.stem == DEFAULT_STEM else file.stem for file in args.features

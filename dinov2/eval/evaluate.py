@@ -13,7 +13,6 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -34,7 +33,7 @@ from dinov2.eval.protocol import (
 from dinov2.eval.results import provenance, settings_of, write_report
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
-from dinov2.utils.files import file_sha256
+from dinov2.utils.files import file_sha256, user_path
 
 logger = logging.getLogger("dinov2")
 
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     default = f"(default: {' '.join(DEFAULT_PROTOCOLS)}, and abmil where patients have one label each)"
     parser.add_argument("--protocols", choices=(*PROTOCOLS, ABMIL), nargs="+", help=default)
-    parser.add_argument("--patient-labels", type=Path, help="CSV with the columns patient,label, for abmil")
+    parser.add_argument("--patient-labels", type=user_path, help="CSV with the columns patient,label, for abmil")
     add_evaluation_arguments(parser)
     args = parser.parse_args(argv)
     names = list(dict.fromkeys(args.protocols or DEFAULT_PROTOCOLS))

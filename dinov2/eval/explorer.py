@@ -29,14 +29,14 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.neighbors import NearestNeighbors
 
 from dinov2.data.datasets.tables import open_table
-from dinov2.eval.extract_features import positive_int
 from dinov2.eval.features import Features, read_features
 from dinov2.eval.features.projections import projections, rounded
 from dinov2.eval.features.store import check_same_network
 from dinov2.eval.pages.page import COLOURS, GREY, Section, embed, make_thumbnails, render, write_page
 from dinov2.eval.results import read_predictions
 from dinov2.logging import setup_logging
-from dinov2.utils.command import exit_code
+from dinov2.utils.command import exit_code, number_between, positive_int, seed_number
+from dinov2.utils.files import user_path
 from dinov2.utils.resources import available_cores
 
 logger = logging.getLogger("dinov2")
@@ -239,13 +239,13 @@ def _figure(n_cells: int) -> figure:
 def read_sets(given: Sequence[str]) -> dict[str, Features]:
     """Read features from FILE or NAME=FILE; without NAME it is the file's, or the folder's if files share a name."""
     pairs = [("", text) if Path(text).is_file() else re.findall("(?:([^=]*)=)?(.*)", text)[0] for text in given]
-    paths = [Path(file) for _, file in pairs]
+    paths = [user_path(file) for _, file in pairs]
     has_file_names = len({path.stem for path in paths}) == len(paths)
     defaults = [path.stem if has_file_names else path.resolve().parent.name for path in paths]
     names = [name or default for (name, _), default in zip(pairs, defaults, strict=True)]
     if len(set(names)) < len(names):
         raise ValueError(f"--features: data sets would be called {', '.join(names)}; name each, as NAME=FILE")
-    return {name: read_features(file) for name, (_, file) in zip(names, pairs, strict=True)}
+    return {name: read_features(path) for name, path in zip(names, paths, strict=True)}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -256,23 +256,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     flag = parser.add_argument
     flag("--features", nargs="+", required=True, metavar="[NAME=]FILE", help="data sets: features.h5 of one network")
-    flag("--predictions", type=Path, help="a predictions.csv of knn.py, linear.py or abmil.py, or its folder")
-    flag("--columns", type=Path, help="a CSV of more to colour by: image paths first, other columns beside them")
+    flag("--predictions", type=user_path, help="a predictions.csv of knn.py, linear.py or abmil.py, or its folder")
+    flag("--columns", type=user_path, help="a CSV of more to colour by: image paths first, other columns beside them")
     flag("--kind", help="kind of features (default: the file's first one)")
     flag("--metric", choices=METRICS, default="euclidean", help="of neighbours and UMAP")
     flag("--max-cells", type=positive_int, default=MAX_CELLS, help="the most cells to show, sampled by class")
-    flag("--thumbnail-size", type=int, default=40, help="side in pixels, 8 to 256")
+    flag("--thumbnail-size", type=number_between(8, 256), default=40, help="side in pixels, 8 to 256")
     flag("--umap", action=argparse.BooleanOptionalAction, help="UMAP too (default: where umap-learn is installed)")
-    flag("--seed", type=int, default=0, help="of UMAP and of the sampling")
+    flag("--seed", type=seed_number, default=0, help="of UMAP and of the sampling")
     flag("--num-workers", type=positive_int, default=min(available_cores(), 16), help="threads that read images")
     flag("--title", default="Embedding explorer", help="title of the page")
-    flag("--output", type=Path, required=True, help="the .html file")
-    args = parser.parse_args(argv)
-    if not 8 <= args.thumbnail_size <= 256:
-        parser.error(f"--thumbnail-size {args.thumbnail_size} is not between 8 and 256")
-    if args.seed < 0:
-        parser.error(f"--seed {args.seed} is negative; give 0 or more")
-    return args
+    flag("--output", type=user_path, required=True, help="the .html file")
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

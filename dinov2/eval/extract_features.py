@@ -1,6 +1,9 @@
-"""Extract features of labelled cells into one file, which every protocol reads with `--features`.
+"""Extract features of cells into one file, which every protocol reads with `--features`.
 
     python dinov2/eval/extract_features.py --checkpoint DinoBloom-S.pth --data cells/ --output-dir features/
+
+Cells may have no labels: a plain folder of images, or a CSV without the column Label. What learns from cells, such as
+knn.py, does not take their features; explorer.py does, and `abmil.py --apply`.
 
 The same under `torchrun --standalone --nproc_per_node=N` and `srun` uses N processes, one GPU each. A killed extraction
 continues from its last finished part when it is started again, with any number of processes.
@@ -10,7 +13,6 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import get_args
 
 import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
@@ -27,7 +29,8 @@ from dinov2.eval.features.extract import Embedder, extract_patient_files
 from dinov2.eval.features.loop import Fp32Matmul, Precision
 from dinov2.eval.features.named_encoders import UNTRAINED, encoder_name
 from dinov2.logging import setup_logging
-from dinov2.utils.command import exit_code
+from dinov2.utils.command import exit_code, number_between, positive_int
+from dinov2.utils.files import user_path
 from dinov2.utils.resources import available_cores, keep_freed_memory
 
 logger = logging.getLogger("dinov2")
@@ -62,10 +65,10 @@ def add_embedder_arguments(parser: argparse.ArgumentParser, checkpoint_required:
         "side of the network's input in pixels, a multiple of its patch size; 0: as in its training run if the file "
         "states it, else 224, or an --encoder's own"
     )
-    add("--image-size", type=positive_int, default=0, help=size)
+    add("--image-size", type=number_between(1, 4096), default=0, help=size)
     add("--batch-size", type=positive_int, default=64, help="images in one forward")
     workers = "processes that decode images; 0: a thread of this process"
-    add("--num-workers", type=int, default=min(available_cores(), 16), help=workers)
+    add("--num-workers", type=number_between(0, 1024), default=min(available_cores(), 16), help=workers)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
     add("--precision", choices=get_args(Precision), default="fp32", help="bf16 is faster on recent GPUs and CPUs")
     matmul = "how a CPU multiplies float32 matrices; fast: by a faster library, if it is as accurate on this machine"
@@ -118,14 +121,6 @@ def device_of(args: argparse.Namespace, launch: Launch | None = None) -> str:
     return f"cuda:{index}"
 
 
-def positive_int(text: str) -> int:
-    """Parse a number of at least 1, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
-
-
 def _checked_by(parse: Callable[[str], str]) -> Callable[[str], str]:
     """Let argparse print the message of a ValueError of `parse`."""
 
@@ -140,14 +135,14 @@ def _checked_by(parse: Callable[[str], str]) -> Callable[[str], str]:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Extract features of labelled cells with a network and write <output-dir>/features.h5, or a file "
+        description="Extract features of cells with a network and write <output-dir>/features.h5, or a file "
         "for each patient. An existing file with the same features is kept; one with others is an error. A killed "
         "command continues when it is started again. torchrun and srun share the work between processes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_embedder_arguments(parser, checkpoint_required=True)
-    parser.add_argument("--data", type=Path, required=True, help=CELLS_HELP)
-    parser.add_argument("--output-dir", type=Path, required=True, help="of the files; made if missing")
+    parser.add_argument("--data", type=user_path, required=True, help=f"{CELLS_HELP}; or both without labels")
+    parser.add_argument("--output-dir", type=user_path, required=True, help="of the files; made if missing")
     parser.add_argument(
         "--layout",
         choices=("file", "genbloom"),
@@ -174,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _extract(args: argparse.Namespace, launch: Launch | None) -> None:
-    cells = LabelledCells.from_path(args.data)
+    cells = LabelledCells.from_path(args.data, needs_labels=False)
     embedder = embedder_from(args, launch)
     if args.layout == "genbloom":
         n_patients = extract_patient_files(embedder, cells, args.output_dir, args.overwrite)

@@ -25,11 +25,10 @@ import torch
 from torch import Tensor
 
 from dinov2.eval import runner
-from dinov2.eval.extract_features import positive_int
 from dinov2.eval.metrics import classification_metrics
 from dinov2.eval.protocol import EvaluationData, Predictions, Protocol
 from dinov2.eval.results import FoldPredictions
-from dinov2.utils.command import exit_code
+from dinov2.utils.command import exit_code, number_between, positive_int
 
 logger = logging.getLogger("dinov2")
 
@@ -222,7 +221,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     protocols = "dinobloom: Euclidean distance, plain vote; dino: cosine similarity, weight exp(similarity / T)"
     add("--protocol", choices=get_args(ProtocolName), default=KnnOptions.protocol, help=protocols)
     add("--k", type=positive_int, nargs="+", help="numbers of neighbours; without it 1 20, or 10 20 100 200 of dino")
-    add("--temperature", type=float, default=KnnOptions.temperature, help="T of dino")
+    add("--temperature", type=number_between(1e-6, 1e6), default=KnnOptions.temperature, help="T of dino")
 
 
 COMMAND = (

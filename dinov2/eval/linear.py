@@ -28,7 +28,6 @@ import torch
 
 from dinov2.data.splits import Fold, make_folds
 from dinov2.eval import runner
-from dinov2.eval.extract_features import positive_int
 from dinov2.eval.features import DEFAULT_KIND
 from dinov2.eval.metrics import log_losses
 from dinov2.eval.protocol import N_FOLDS, EvaluationData, Predictions, Protocol
@@ -41,7 +40,7 @@ from dinov2.eval.solvers.linear_probes import (
     fit_logistic,
     fit_sgd_probes,
 )
-from dinov2.utils.command import exit_code
+from dinov2.utils.command import exit_code, positive_int
 
 logger = logging.getLogger("dinov2")
 

@@ -39,15 +39,15 @@ from dinov2.eval.extract_features import (
     device_of,
     embedder_from,
     has_embedder,
-    positive_int,
 )
 from dinov2.eval.features import DEFAULT_KIND, Features, read_features
 from dinov2.eval.features.extract import Embedder, extract
 from dinov2.eval.features.named_encoders import BASELINES, build_encoder
-from dinov2.eval.features.store import align_classes, check_finite, check_same_network, join
+from dinov2.eval.features.store import align_classes, check_finite, check_labels, check_same_network, join
 from dinov2.eval.results import FoldPredictions
 from dinov2.hub.backbones import untrained_backbone
-from dinov2.utils.files import file_sha256
+from dinov2.utils.command import number_between, positive_int, seed_number
+from dinov2.utils.files import file_sha256, user_path
 
 logger = logging.getLogger("dinov2")
 
@@ -162,23 +162,27 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     add_embedder_arguments(parser, checkpoint_required=False)
     parser.set_defaults(kinds=None)  # which kinds are extracted depends on the protocol
     add = parser.add_argument
-    add("--train", type=Path, help=f"cells to learn from: {CELLS_HELP}")
-    add("--test", type=Path, help="cells to classify, likewise")
-    add("--data", type=Path, help="one set to split into both, likewise")
-    add("--features", type=Path, help="a features.h5: the training set, or one set to split")
-    add("--test-features", type=Path, help="a features.h5 from the same network: the test set")
+    add("--train", type=user_path, help=f"cells to learn from: {CELLS_HELP}")
+    add("--test", type=user_path, help="cells to classify, likewise")
+    add("--data", type=user_path, help="one set to split into both, likewise")
+    add("--features", type=user_path, help="a features.h5: the training set, or one set to split")
+    add("--test-features", type=user_path, help="a features.h5 from the same network: the test set")
     add("--kind", help="kind of features to evaluate (see --kinds); without it the file's first one")
     split = parser.add_mutually_exclusive_group()
     split.add_argument("--folds", type=positive_int, default=N_FOLDS, help="of --data or of --features alone")
-    split.add_argument("--split", type=Path, help="CSV instead: path,fold (tested in), or path,part (train, val, test)")
-    split.add_argument("--test-fraction", type=float, help="one split instead: share to test on, up to 0.5")
+    split.add_argument(
+        "--split", type=user_path, help="CSV instead: path,fold (tested in), or path,part (train, val, test)"
+    )
+    split.add_argument(
+        "--test-fraction", type=number_between(1e-6, 0.5), help="one split instead: share to test on, up to 0.5"
+    )
     add("--few-shot", type=positive_int, nargs="+", default=[], help="learn from this many cells a class too")
     add("--repeats", type=positive_int, default=10, help="draws for each of --few-shot")
-    add("--seed", type=int, default=0, help="of folds, few cells, intervals, untrained networks and sgd")
+    add("--seed", type=seed_number, default=0, help="of folds, few cells, intervals, untrained networks and sgd")
     baselines = "evaluate these on the same split too: the same architecture untrained (with --checkpoint), "
     baselines += "colour histograms (HSV), raw 32x32 pixels"
     add("--baseline", choices=("untrained", *BASELINES), nargs="+", default=[], help=baselines)
-    add("--output-dir", type=Path, required=True, help="for results and features; made if missing")
+    add("--output-dir", type=user_path, required=True, help="for results and features; made if missing")
 
 
 def check_evaluation_arguments(
@@ -235,6 +239,7 @@ def load_evaluation_set(args: argparse.Namespace, with_all_kinds: bool = False) 
         sets = [read_features(file) for file in files]
     sets = [_select_kinds(args, features, with_all_kinds) for features in sets]
     for features, file in zip(sets, files, strict=True):
+        check_labels(features, file)
         check_finite(features, file)
     if len(sets) == 2:
         check_same_network(*sets)

@@ -22,7 +22,6 @@ import dinov2
 from dinov2.eval.cell_maps import cells_section, choose_images
 from dinov2.eval.compare import predictions_belong
 from dinov2.eval.explorer import explorer_section
-from dinov2.eval.extract_features import positive_int
 from dinov2.eval.features import read_features
 from dinov2.eval.features.extract import Embedder
 from dinov2.eval.pages import results as result_pages
@@ -31,7 +30,8 @@ from dinov2.eval.pages.page import Section, html, section, write_page
 from dinov2.eval.pages.patients import patients_section
 from dinov2.eval.results import MODEL, RESULTS_NAME, ResultRecord, mapping, read_result
 from dinov2.logging import setup_logging
-from dinov2.utils.command import exit_code
+from dinov2.utils.command import exit_code, positive_int
+from dinov2.utils.files import user_path
 from dinov2.utils.run_status import CONFIG_NAME, METRICS_NAME, is_run
 
 logger = logging.getLogger("dinov2")
@@ -133,13 +133,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("sources", type=Path, nargs="+", metavar="RUN_OR_RESULTS", help=f"a folder or {RESULTS_NAME}: {SOURCES}")
-    add("--output", type=Path, default=Path("report.html"), help="the page")
+    add("sources", type=user_path, nargs="+", metavar="RUN_OR_RESULTS", help=f"a folder or {RESULTS_NAME}: {SOURCES}")
+    add("--output", type=user_path, default=Path("report.html"), help="the page")
     add("--title", help="over the page; without it the names of what it is about")
-    add("--features", type=Path, help=f"for the explorer; without it {FEATURES_NAME} of the first results with one")
+    add(
+        "--features",
+        type=user_path,
+        help=f"for the explorer; without it {FEATURES_NAME} of the first results with one",
+    )
     add("--explorer", action=argparse.BooleanOptionalAction, default=True, help="show features, with images of cells")
     add("--max-cells", type=positive_int, default=MAX_CELLS, help="in the explorer; explorer.py shows more")
-    add("--cells", type=Path, help="labelled cells (a folder or a CSV) to show maps of: PCA, attention, similarity")
+    add(
+        "--cells",
+        type=user_path,
+        help="labelled cells (a folder or a CSV) to show maps of: PCA, attention, similarity",
+    )
     add("--n-cells", type=positive_int, default=8, help="of --cells")
     add("--checkpoint", metavar="WEIGHTS", help="for --cells; without it those of the first run, or the first result")
     return parser.parse_args(argv)

@@ -9,7 +9,6 @@ Letters: N samples (cells or patients), C classes
 import argparse
 import csv
 import json
-import math
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,12 +27,13 @@ from dinov2.data.datasets.tables import open_table
 from dinov2.data.splits import Fold
 from dinov2.eval.metrics import bootstrap_intervals, classification_metrics
 from dinov2.eval.metrics.summaries import SCORES, TABLE_METRICS
-from dinov2.utils.files import atomic_write, local_path
+from dinov2.utils.files import atomic_write, check_regular_file, local_path
 
 RESULTS_NAME = "results.json"
 MODEL = "model"  # the source of features that a results.json is about; other sources are baselines
 AVERAGED_METRICS = (*TABLE_METRICS, *SCORES)
 PROBABILITY_PREFIX = "p_"
+LARGEST = 1e150  # number in a results.json, so that products are finite
 LABEL_COLUMNS = ("label", "prediction", "fold")
 NOT_INPUTS = ("output_dir", "overwrite", "num_workers")
 
@@ -215,10 +215,11 @@ def write_report(output_dir: Path, report: Mapping[str, Any]) -> None:
 
 
 def read_report(file: Path) -> dict[str, Any]:
-    """Read the content of a results.json; ValueError if it holds no JSON object."""
+    """Read the content of a results.json; ValueError if it holds no JSON object. NaN and infinity become None."""
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        text = check_regular_file(file, "results").read_text(encoding="utf-8")
+        report = json.loads(text, parse_constant=number, parse_float=lambda digits: number(float(digits)))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(file)!r} is not readable as JSON ({error}); run its evaluation again") from error
     if not isinstance(report, dict):
         raise ValueError(f"{str(file)!r} holds a {type(report).__name__}, no JSON object; give a results.json")
@@ -248,9 +249,7 @@ class Row:
 
     def interval(self, metric: str) -> tuple[float, float] | None:
         """Return the ends of a metric's 95 % interval."""
-        ends = mapping(self.metrics.get("intervals")).get(metric)
-        known = [end for end in map(number, ends) if end is not None] if isinstance(ends, list) else []
-        return (known[0], known[1]) if len(known) == 2 else None
+        return interval_ends(mapping(self.metrics.get("intervals")).get(metric))
 
     @cached_property
     def table(self) -> PredictionTable | None:
@@ -297,10 +296,26 @@ def mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
+def mappings(value: Any) -> Mapping[str, Mapping[str, Any]]:
+    """Return a mapping of mappings; what is none becomes an empty one."""
+    return {key: mapping(inner) for key, inner in mapping(value).items()}
+
+
+def sequence(value: Any) -> Sequence[Any]:
+    """Return the value if it is a list, otherwise an empty one."""
+    return value if isinstance(value, list) else []
+
+
 def number(value: Any) -> float | None:
     """Return the value if it is a finite number."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
+    return float(value) if is_number and abs(value) < LARGEST else None  # false for NaN
+
+
+def interval_ends(value: Any) -> tuple[float, float] | None:
+    """Return the value if it is a list of two numbers."""
+    known = [end for end in map(number, sequence(value)) if end is not None]
+    return (known[0], known[1]) if len(known) == 2 else None
 
 
 def read_result(file: Path, name: str) -> ResultRecord:

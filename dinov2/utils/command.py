@@ -1,20 +1,23 @@
-"""Exit codes and one-line errors of commands, stop signals, progress bars and durations."""
+"""What commands share: types of flags, exit codes, errors in one line, stop signals, progress bars and durations."""
 
+import argparse
 import errno
 import logging
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 logger = logging.getLogger("dinov2")
+
+T = TypeVar("T", int, float)
 
 # what a user, a file or the machine can cause; anything else is a fault of the program
 USER_ERRORS = (OSError, KeyError, ValueError, MemoryError, RecursionError)
@@ -31,6 +34,8 @@ ADVICE = {
     errno.EROFS: "choose a folder on a disk that can be written",
     errno.EACCES: "ask for the right to read or write it, or choose another path",
     errno.EPERM: "ask for the right to read or write it, or choose another path",
+    errno.EEXIST: "this is a file, and a folder is needed: choose another path",
+    errno.ENOTDIR: "a part of this path is a file: choose another path",
     errno.ENAMETOOLONG: "shorten the name",
     errno.ELOOP: "the link leads back to itself: remove it",
     errno.EMFILE: "raise the number of open files (ulimit -n 4096)",
@@ -158,6 +163,24 @@ def ignore_stop_signals(_: int = 0) -> None:
     """Ignore these signals in a worker process: the run needs it until its last step."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+
+
+def number_between(least: T, most: T) -> Callable[[str], T]:
+    """Return a parser for argparse of numbers from `least` to `most`: whole ones if these two are."""
+    kind = type(least)
+
+    def parse(text: str) -> T:
+        with suppress(ValueError):
+            if least <= (value := kind(text)) <= most:  # false for NaN
+                return value
+        what = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a {what} from {least:,} to {most:,}")
+
+    return parse
+
+
+positive_int = number_between(1, 2**31 - 1)
+seed_number = number_between(0, 2**32 - 1)  # as numpy and scikit-learn take it
 
 
 progress_bar = partial(tqdm, unit=" images", mininterval=2)  # seconds; in a log file each update is a line

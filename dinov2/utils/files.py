@@ -46,6 +46,8 @@ def atomic_write(path: PathLike, mode: str = "wb") -> Iterator[IO[Any]]:
     if missing; text is UTF-8, except for names of files that are not: their bytes are written as they are.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a folder or a device, which no file can replace; choose another path")
     path.parent.mkdir(parents=True, exist_ok=True)
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape", "newline": "\n"}
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")

@@ -2,11 +2,23 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dinov2.eval import abmil, evaluate, knn, linear
+from dinov2.eval import (
+    abmil,
+    cell_maps,
+    compare,
+    cross,
+    evaluate,
+    explorer,
+    extract_features,
+    knn,
+    linear,
+    report,
+)
 from dinov2.eval.features import Features, write_features
 from dinov2.eval.linear import LinearOptions
 
@@ -147,3 +159,33 @@ def test_wrong_flags_end_the_command(features, tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             run(tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
+
+
+COMMANDS = [
+    (extract_features, "--encoder pixels --data={} --output-dir={}"),
+    (knn, "--features={} --test-features={} --output-dir={}"),
+    (linear, "--encoder pixels --data={} --split={} --output-dir={}"),
+    (abmil, "--features={} --labels={} --fold-files={} --output-dir={}"),
+    (abmil, "--bags={} --apply={} --output-dir={}"),
+    (cross, "--features {} {} --names a b --classes-map={} --output-dir={}"),
+    (compare, "{} {} --output={}"),
+    (report, "{} --features={} --cells={} --output={}"),
+    (explorer, "--features f.h5 --predictions={} --columns={} --output={}"),
+    (cell_maps, "--encoder pixels --data={} --output-dir={}"),
+    (cell_maps, "--encoder pixels --pictures {} --output-dir={}"),
+]
+
+
+@pytest.mark.parametrize(("command", "flags"), COMMANDS)
+def test_a_tilde_is_the_home_folder_in_every_path(command, flags, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = command.parse_arguments(flags.replace("{}", "~/x").split())
+    paths = [path for value in vars(args).values() for path in (value if isinstance(value, list) else [value])]
+    assert sum(path == Path("/home/me/x") for path in paths) == flags.count("{}")
+    assert not [path for path in paths if str(path).startswith("~")]
+
+
+def test_a_tilde_in_a_named_set_of_the_explorer(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    with pytest.raises(FileNotFoundError, match="/home/me/x.h5: no such file"):
+        explorer.read_sets(["cells=~/x.h5"])

@@ -1,6 +1,7 @@
 """The command that embeds labelled cells: what it writes, and when it trusts what is there already."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,14 @@ import torch
 from PIL import Image
 
 from dinov2.distributed import Launch
+from dinov2.eval import explorer, knn
 from dinov2.eval.extract_features import device_of, embedder_from, has_embedder, main, parse_arguments
-from dinov2.eval.features import read_features
-from dinov2.hub.backbones import file_sha256
+from dinov2.eval.features import loop, read_features
+from dinov2.eval.features.encoders import DinoEncoder
+from dinov2.eval.results import read_predictions
 from dinov2.models import build_backbone
+from dinov2.utils.command import exit_code
+from dinov2.utils.files import file_sha256
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -40,8 +45,10 @@ def save_weights(seed):
 
 def extract(*flags):
     required = ["--checkpoint", "weights.pth", "--data", "cells", "--output-dir", "out", "--image-size", "28"]
-    main([*required, "--num-workers", "0", "--device", "cpu", *flags])
-    return read_features("out/features.h5")
+    args = [*required, "--num-workers", "0", "--device", "cpu", *flags]
+    main(args)
+    file = parse_arguments(args).output_dir / "features.h5"
+    return read_features(file) if file.exists() else None
 
 
 def test_the_file_says_what_it_holds(work, capsys):
@@ -117,6 +124,53 @@ def test_changed_labels_and_patients_are_noticed(work):
     table("xxy")
     with pytest.raises(ValueError, match="the patients differ"):
         extract("--data", "cells.csv")
+
+
+def test_cells_without_labels(work, capsys):
+    rows = [f"cells/blast/{i}.png,p{i // 2}\n" for i in range(3)]
+    (work / "new.csv").write_text("Image Path,patient\n" + "".join(rows))
+    found = extract("--data", "new.csv")
+    assert (len(found), found.has_labels, found.patients) == (3, False, ["p0", "p0", "p1"])
+    extract("--data", "cells/blast", "--output-dir", "plain")
+    same = read_features("plain/features.h5")
+    assert (same.has_labels, same.patients) == (False, None)
+    np.testing.assert_array_equal(same.features, found.features)
+    extract("--data", "new.csv", "--layout", "genbloom", "--output-dir", "bags")
+    assert sorted(path.name for path in Path("bags").glob("*.h5")) == ["p0.h5", "p1.h5"]
+    command = ["--features", "plain/features.h5", "--output"]
+    explorer.main([*command, "page.html", "--no-umap", "--num-workers", "1"])
+    assert Path("page.html").is_file()
+    assert exit_code(lambda: knn.main(["--features", "plain/features.h5", "--output-dir", "results"])) == 2
+    assert "labels: the cells of 'plain/features.h5' have none" in capsys.readouterr().err
+
+
+def test_a_name_that_is_not_utf8_is_kept_to_the_end(work):
+    name = os.fsdecode(b"cells/blast/f\xfcr.png")
+    os.rename("cells/blast/0.png", name)
+    found = extract("--output-dir", os.fsdecode(b"\xfc"))
+    assert str(work / name) in found.paths
+    features = os.fsdecode(b"\xfc/features.h5")
+    knn.main(["--features", features, "--folds", "2", "--k", "1", "--output-dir", "results"])
+    assert str(work / name) in read_predictions(Path("results/predictions_knn_1.csv")).keys
+    explorer.main(["--features", features, "--predictions", "results/predictions_knn_1.csv", "--output", "page.html"])
+    assert Path("page.html").is_file()
+
+
+def test_after_a_full_disk_the_same_command_goes_on(work, monkeypatch):
+    """A limit on the size of files stands for a full disk. The images are not embedded again."""
+    for i in range(300):
+        os.link("cells/blast/0.png", f"cells/blast/copy_{i}.png")
+    monkeypatch.setattr(loop, "PART_SIZE", 50)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*out/features.h5"):
+            extract()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.setattr(DinoEncoder, "embed", None)
+    assert len(extract()) == 306
+    assert not list(Path("out").glob(".*"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the message is for machines without CUDA")

@@ -349,7 +349,7 @@ def test_two_sets_and_a_baseline(tmp_path, capsys):
     ("flags", "message"),
     [
         (["--features", "f", "--protocol", "knn"], "invalid choice: 'knn'"),
-        (["--features", "f", "--sgd-iterations", "0"], "0 is not at least 1"),
+        (["--features", "f", "--sgd-iterations", "0"], "'0' is not a whole number from 1"),
     ],
 )
 def test_flags_that_do_not_go_together(flags, message, tmp_path, capsys):

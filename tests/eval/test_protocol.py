@@ -100,9 +100,11 @@ def test_sets_that_make_no_sense_are_refused_and_leave_nothing(tmp_path, feature
     message = "65 neighbours asked of 64 training cells; choose k between 1 and 64"
     expect_nothing(message, "--features", good, "--k", 1, 65)
     expect_nothing("40 cells in its largest class, fewer than the 41", "--features", good, "--folds", 41)
-    expect_nothing("--test-fraction 0.7: choose a share", "--features", good, "--test-fraction", 0.7)
+    unlabelled = features_file(tmp_path / "new.h5", class_names=["unlabelled"], labels=np.zeros(80, dtype=np.int64))
+    expect_nothing("labels: the cells of '.*new.h5' have none", "--features", unlabelled)
+    expect_nothing("labels: the cells of '.*new.h5' have none", "--features", good, "--test-features", unlabelled)
     expect_nothing("33 cells a class asked", "--features", good, "--few-shot", 33)
-    expect_nothing("no file '.*gone.csv'", "--features", good, "--split", "gone.csv", error=OSError)
+    expect_nothing("gone.csv: no such file", "--features", good, "--split", "gone.csv", error=OSError)
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 1], [0, 1, 2, 0], [0, -1, 1, 0]])
@@ -116,8 +118,7 @@ def test_arrays_that_do_not_fit_are_refused(labels):
 def test_features_without_labels_are_refused(tmp_path, expect_nothing):
     with h5py.File(tmp_path / "f.h5", "w") as file:
         file["features"] = np.zeros((4, 3), dtype=np.float32)
-    message = "has no dataset labels, class_names, paths; dinov2/eval/extract_features.py writes a file that has"
-    expect_nothing(message, "--features", tmp_path / "f.h5")
+    expect_nothing("f.h5' has no dataset labels; extract again", "--features", tmp_path / "f.h5")
 
 
 def test_splits_that_make_no_sense_are_refused_and_leave_nothing(tmp_path, features_file, expect_nothing):
@@ -161,7 +162,17 @@ def test_mistakes_in_lists_show_before_anything_is_embedded(checkpoint, tmp_path
         (["--checkpoint", "c", "--train", "t"], "got --checkpoint --train; give"),
         (["--checkpoint", "c", "--features", "f"], "got --checkpoint --features; give"),
         (["--features", "f", "--baseline", "untrained"], "untrained needs --checkpoint"),
-        (["--features", "f", "--k", "0"], "0 is not at least 1"),
+        (["--features", "f", "--k", "0"], "'0' is not a whole number from 1"),
+        (["--features", "f", "--k", "9" * 5000], "is not a whole number from 1 to 2,147,483,647"),
+        (["--features", "f", "--seed", "-1"], "'-1' is not a whole number from 0"),
+        (["--features", "f", "--seed", str(2**32)], "is not a whole number from 0 to 4,294,967,295"),
+        (["--features", "f", "--folds", "1e3"], "'1e3' is not a whole number"),
+        (["--features", "f", "--test-fraction", "0.7"], "'0.7' is not a number from 1e-06 to 0.5"),
+        (["--features", "f", "--test-fraction", "nan"], "'nan' is not a number"),
+        (["--features", "f", "--protocol", "dino", "--temperature", "inf"], "'inf' is not a number"),
+        (["--features", "f", "--temperature", "-1"], "'-1' is not a number"),
+        (["--features", "f", "--num-workers", "-1"], "'-1' is not a whole number from 0"),
+        (["--features", "f", "--image-size", "100000"], "is not a whole number from 1 to 4,096"),
         (["--features", "f", "--folds", "3", "--split", "s"], "not allowed with argument --folds"),
         (["--features", "f", "--test-features", "g", "--split", "s"], "--split divides one set"),
         (["--features", "f", "--test-features", "g", "--test-fraction", "0.2"], "--test-fraction divides one set"),

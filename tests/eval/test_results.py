@@ -121,7 +121,7 @@ def test_files_that_are_no_predictions(text, message, tmp_path):
     (tmp_path / "p.csv").write_text(text)
     with pytest.raises(ValueError, match=re.escape(message)):
         read_predictions(tmp_path / "p.csv")
-    with pytest.raises(FileNotFoundError, match="no file"):
+    with pytest.raises(FileNotFoundError, match="no such file"):
         read_predictions(tmp_path / "absent.csv")
 
 

@@ -1,5 +1,6 @@
 """Stop signals during a run, errors, progress bars and durations of commands."""
 
+import argparse
 import errno
 import os
 import re
@@ -16,6 +17,7 @@ from dinov2.utils.command import (
     error_text,
     exit_code,
     find_cause,
+    number_between,
     progress_bar,
 )
 
@@ -67,6 +69,15 @@ def test_outside_the_main_thread_it_does_nothing():
     thread.start()
     thread.join()
     assert entered == [None]
+
+
+def test_numbers_outside_their_range_are_named_in_few_words():
+    assert [number_between(1, 3)(text) for text in ("1", "3")] == [1, 3]
+    assert number_between(0.5, 2.0)("2") == 2.0
+    for text in ("0", "4", "1.5", "inf", "nan", "x", "9" * 100_000):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"is not a whole number from 1 to 3$") as caught:
+            number_between(1, 3)(text)
+        assert len(str(caught.value)) < 100
 
 
 @pytest.mark.parametrize(

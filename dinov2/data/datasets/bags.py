@@ -18,12 +18,12 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pandas as pd
 
 from dinov2.data.datasets.tables import check_files_exist, is_folder, read_table
 from dinov2.utils.files import PathLike, local_path
+from dinov2.utils.h5 import open_h5, read_numbers, read_texts
 
 logger = logging.getLogger("dinov2")
 
@@ -296,14 +296,10 @@ def _rows_of_folder(folder: Path) -> list[Row]:
 
 def _read_file(path: Path) -> tuple[np.ndarray, list[str], dict[str, str]]:
     """Read features, float32 [N, D], where the N cells are from, and the attributes."""
-    try:
-        with h5py.File(path, "r") as file:
-            features = np.atleast_2d(file["features"][()].astype(np.float32))
-            cells = file["paths"].asstr()[:].tolist() if "paths" in file else []
-            attributes = {name: str(value) for name, value in file.attrs.items()}
-    except (OSError, RuntimeError, KeyError) as error:  # h5py's, for other files, broken parts and absent names
-        what = f"{str(path)!r} is not an HDF5 file or is damaged, or has no dataset `features` ({error})"
-        raise ValueError(f"bags: {what}; extract it again") from error
+    with open_h5(path, "bags") as file:
+        features = np.atleast_2d(read_numbers(file, "features", (1, 2)).astype(np.float32))
+        cells = read_texts(file, "paths") if "paths" in file else []
+        attributes = {name: str(value) for name, value in file.attrs.items()}
     if len(cells) != len(features):
         cells = [str(path)] if len(features) == 1 else [f"{path}:{row}" for row in range(len(features))]
     return features, cells, attributes

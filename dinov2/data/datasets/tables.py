@@ -14,9 +14,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
+import pandas as pd
+
 from dinov2.data.datasets.decode import is_image_name
 from dinov2.utils.files import check_regular_file
 from dinov2.utils.resources import size_text
+
+pd.options.mode.string_storage = "python"  # pyarrow takes UTF-8 only, which names of files need not be
 
 PATH_COLUMN, LABEL_COLUMN, PATIENT_COLUMN, SET_COLUMN = "Image Path", "Label", "patient", "dataset"
 PATH_COLUMNS = (PATH_COLUMN, "path")  # the first of these that a table has names its images

@@ -14,7 +14,7 @@ import numpy as np
 
 from dinov2.data.datasets.tables import open_table
 from dinov2.data.splits import Fold, leave_one_dataset_out, make_folds, without_copies
-from dinov2.eval.features.store import Features, check_finite, check_same_network, read_features
+from dinov2.eval.features.store import Features, check_finite, check_labels, check_same_network, read_features
 from dinov2.utils.files import local_path
 
 logger = logging.getLogger("dinov2")
@@ -29,6 +29,7 @@ def read_sets(files: Mapping[str, Path], kind: str | None) -> dict[str, Features
     for name, file in files.items():
         features = read_features(file)
         sets[name] = replace(features.of_kind(kind or features.kind), others={})
+        check_labels(sets[name], file)
         check_finite(sets[name], file)
         first = next(iter(sets))
         try:

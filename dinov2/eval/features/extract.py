@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dinov2.data.datasets.bags import SUFFIX, one_label_each, rows_by_patient
-from dinov2.data.datasets.labelled_cells import LabelledCells
+from dinov2.data.datasets.labelled_cells import UNLABELLED, LabelledCells
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, on_main_process
 from dinov2.eval.features.encoders import DinoEncoder, Encoder, Kind
 from dinov2.eval.features.loop import (
@@ -254,8 +254,9 @@ def _on_all_processes(action: Callable[[], None]) -> None:
 def extract_patient_files(embedder: Embedder, cells: LabelledCells, folder: Path, overwrite: bool = False) -> int:
     """Write GenBloom's layout, `<folder>/<class>/<patient>.h5` as `PatientBags` reads it; return how many there are.
 
-    Each is a complete features file (`store`) with the cells of one patient. Files that hold these features are kept.
-    Several processes share the work, and a killed extraction continues, as in `Embedder.features_of`.
+    Cells without labels give `<folder>/<patient>.h5`. Each is a complete features file (`store`) with the cells of one
+    patient. Files that hold these features are kept. Several processes share the work, and a killed extraction
+    continues, as in `Embedder.features_of`.
     """
     if PATCHES in embedder.kinds:
         raise ValueError("--layout genbloom: it has no place for patch grids; drop patches from --kinds")
@@ -302,7 +303,8 @@ def _patient_files(cells: LabelledCells, folder: Path) -> dict[str, Path]:
             f"--layout genbloom: {', '.join(map(repr, wrong[:N_EXAMPLES]))} cannot be file names: a patient or a class "
             f"must not begin with a dot or contain a slash; rename them"
         )
-    return {patient: folder / label / f"{patient}{SUFFIX}" for patient, label in labels.items()}
+    classes = {patient: "" if label == UNLABELLED else label for patient, label in labels.items()}
+    return {patient: folder / of_patient / f"{patient}{SUFFIX}" for patient, of_patient in classes.items()}
 
 
 def _write_patients(

@@ -32,6 +32,7 @@ from dinov2.eval.features.encoders import Encoder, Preparation
 from dinov2.eval.features.store import DEFAULT_KIND, PATCHES
 from dinov2.utils.command import progress_bar
 from dinov2.utils.files import atomic_write
+from dinov2.utils.h5 import open_h5, read_numbers
 from dinov2.utils.numerics import fast_matmul_within
 
 logger = logging.getLogger("dinov2")
@@ -255,11 +256,11 @@ class Parts:
         """Read these kinds of a part; ValueError if the file is missing or damaged."""
         path = self.files[number]
         try:
-            with h5py.File(path, "r") as file:
-                kept = file["kept"][:]
-                by_kind = {kind: file[f"kinds/{kind}"][:] for kind in kinds} if len(kept) else {}
+            with open_h5(path, "features") as file:
+                kept = read_numbers(file, "kept", (1,), "i")
+                by_kind = {kind: read_numbers(file, f"kinds/{kind}", (2, 4)) for kind in kinds if len(kept)}
                 return Extraction(kept, json.loads(file.attrs["unreadable"]), by_kind)
-        except (OSError, RuntimeError, KeyError) as error:
+        except (FileNotFoundError, ValueError) as error:
             raise ValueError(
                 f"features: part {number} of {len(self.files)}, {str(path)!r}, is missing or damaged ({error}); all "
                 f"processes must write to the same file system: check that, remove the folder and start again"

@@ -16,7 +16,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from dinov2.utils.files import PathLike, atomic_write, local_path
+from dinov2.data.datasets.labelled_cells import UNLABELLED
+from dinov2.utils.files import PathLike, atomic_write
+from dinov2.utils.h5 import open_h5, read_numbers, read_texts, write_attribute, write_texts
 
 logger = logging.getLogger("dinov2")
 
@@ -24,8 +26,9 @@ DEFAULT_KIND = "cls"  # of files without the attribute `kind`
 PATCHES = "patches"
 PATCH_GRID = "patch_grid"
 OTHER_PREFIX = "features_"
-NETWORK_ATTRIBUTES = ("checkpoint_sha256", "transform")  # two sets must share them, or distances mean nothing
 TEXTS = ("class_names", "paths", "patients", "unreadable")
+REQUIRED_TEXTS = TEXTS[:2]
+NETWORK_ATTRIBUTES = ("checkpoint_sha256", "transform")  # two sets must share them, or distances mean nothing
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Features:
 
     features: np.ndarray  # float32 [N, D]
     labels: np.ndarray  # int64 [N], positions in `class_names`
-    class_names: list[str]  # all classes, also those without a cell here
+    class_names: list[str]  # all classes, also those without a cell here; cells without labels are `UNLABELLED`
     paths: list[str]  # absolute
     patients: list[str] | None = None  # of each cell, if the source names them
     unreadable: list[str] = field(default_factory=list)  # images of the source without features
@@ -48,6 +51,11 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def has_labels(self) -> bool:
+        """Return whether the cells have labels."""
+        return self.class_names != [UNLABELLED]
 
     @property
     def kinds(self) -> list[str]:
@@ -92,9 +100,8 @@ def write_features(path: PathLike, features: Features, patch_grids: Iterable[np.
             file[OTHER_PREFIX + kind] = values.astype(np.float32, copy=False)
         file["labels"] = features.labels.astype(np.int64)
         for name in TEXTS:
-            values = getattr(features, name)
-            if values is not None:
-                file.create_dataset(name, data=np.array(values, dtype=object), dtype=h5py.string_dtype())
+            if (texts := getattr(features, name)) is not None:
+                write_texts(file, name, texts)
         done = 0
         for grids in patch_grids:
             if PATCH_GRID not in file:
@@ -102,44 +109,45 @@ def write_features(path: PathLike, features: Features, patch_grids: Iterable[np.
             file[PATCH_GRID][done : done + len(grids)] = grids
             done += len(grids)
         assert done in (0, len(features)), "as many patch grids as cells"
-        file.attrs.update({**features.attributes, "kind": features.kind})
+        for name, value in {**features.attributes, "kind": features.kind}.items():
+            write_attribute(file, name, value)
 
 
 def read_features(path: PathLike) -> Features:
     """Read a features file, without patch grids; ValueError if it is no features file, damaged or inconsistent."""
     with _opened(path) as file:
-        missing = [name for name in ("features", "labels", "class_names", "paths") if name not in file]
-        if missing:
-            raise ValueError(
-                f"features: {str(path)!r} has no dataset {', '.join(missing)}; "
-                f"dinov2/eval/extract_features.py writes a file that has"
-            )
         attributes = {name: str(value) for name, value in file.attrs.items()}
+        kind = attributes.pop("kind", DEFAULT_KIND)
+        by_kind = {kind: read_numbers(file, "features", (2,)).astype(np.float32, copy=False)}
+        for other in _other_kinds(file):
+            by_kind[other] = read_numbers(file, OTHER_PREFIX + other, (2,)).astype(np.float32, copy=False)
         features = Features(
-            features=file["features"][:].astype(np.float32, copy=False),
-            labels=file["labels"][:].astype(np.int64),
-            kind=attributes.pop("kind", DEFAULT_KIND),
-            others={kind: file[OTHER_PREFIX + kind][:].astype(np.float32, copy=False) for kind in _other_kinds(file)},
+            features=by_kind.pop(kind),
+            labels=read_numbers(file, "labels", (1,), "iu").astype(np.int64),
+            kind=kind,
+            others=by_kind,
             attributes=attributes,
-            **{name: file[name].asstr()[:].tolist() for name in TEXTS if name in file},
+            **{name: read_texts(file, name) for name in TEXTS if name in file or name in REQUIRED_TEXTS},
         )
-    _check_consistent(features, path)
+        _check_consistent(features)
     return features
 
 
-def _check_consistent(features: Features, path: PathLike) -> None:
+def _check_consistent(features: Features) -> None:
     vectors = {"features": features.features, **{OTHER_PREFIX + kind: v for kind, v in features.others.items()}}
     columns = {**vectors, "labels": features.labels, "paths": features.paths, "patients": features.patients}
     lengths = {name: len(values) for name, values in columns.items() if values is not None}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"features: {str(path)!r} has parts of different lengths {lengths}; extract again")
+        raise ValueError(f"has parts of different lengths {lengths}")
+    if empty := [name for name, values in vectors.items() if not values.size]:
+        raise ValueError(f"has no cells or no columns in {', '.join(empty)}")
     n_classes = len(features.class_names)
-    are_vectors = len(features) > 0 and all(values.ndim == 2 for values in vectors.values())
-    if not are_vectors or not 0 <= features.labels.min() <= features.labels.max() < n_classes:
-        shapes = ", ".join(str(list(values.shape)) for values in vectors.values())
+    if len(set(features.class_names)) < n_classes:
+        raise ValueError("has a class name twice")
+    if not 0 <= features.labels.min() <= features.labels.max() < n_classes:
         raise ValueError(
-            f"features: {str(path)!r} has features of shape {shapes} and labels that should be positions among "
-            f"{n_classes} class names; extract again"
+            f"has labels from {features.labels.min()} to {features.labels.max()}, which should be positions among "
+            f"{n_classes} class names"
         )
 
 
@@ -156,16 +164,20 @@ def _other_kinds(file: h5py.File) -> list[str]:
 
 @contextmanager
 def _opened(path: PathLike) -> Iterator[h5py.File]:
-    """Open a features file, which may be given by a URL; ValueError for one that HDF5 cannot read."""
-    local = local_path(path)
-    if not local.is_file():
-        raise FileNotFoundError(f"features: no file {str(path)!r}; dinov2/eval/extract_features.py writes one")
     try:
-        with h5py.File(local, "r") as file:
+        with open_h5(path, "features") as file:
             yield file
-    except (OSError, RuntimeError) as error:  # h5py's, for other and for damaged files
-        what = f"{str(path)!r} is not an HDF5 file or is damaged ({error})"
-        raise ValueError(f"features: {what}; extract again") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; dinov2/eval/extract_features.py writes one") from error
+
+
+def check_labels(features: Features, source: object) -> None:
+    """Raise ValueError if cells have no labels."""
+    if not features.has_labels:
+        raise ValueError(
+            f"labels: the cells of {str(source)!r} have none, and there is nothing to learn or to compare with; "
+            f"extract them from a folder with one folder per class, or from a CSV with the column Label"
+        )
 
 
 def check_finite(features: Features, source: Path) -> None:

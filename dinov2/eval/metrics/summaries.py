@@ -3,17 +3,26 @@
 Letters: N samples, C classes
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import font_manager, rc_context, rcParams
 from matplotlib.figure import Figure  # not pyplot, which keeps every figure in memory until it is closed
 from sklearn.metrics import roc_curve
 
 from dinov2.eval.metrics.classification import auroc_per_class, reliability
 from dinov2.utils.files import atomic_write
 
+logger = logging.getLogger("dinov2")
+
+MOST_LETTERS = 40  # of a name in a figure
+MOST_INCHES = 40.0  # of a side of a figure
+CJK_FONTS = {"Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Microsoft YaHei", "SimHei", "Hiragino Sans"}
 TABLE_METRICS = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced acc.",
@@ -112,40 +121,40 @@ def draw_matrix(
 
     `xlabel`, `ylabel`, `title` and `scale` are titles of the columns, the rows, the figure and the colours.
     """
-    figure = Figure(figsize=(3.5 + 0.45 * len(column_names), 2.5 + 0.45 * len(row_names)), layout="constrained")
-    axes = figure.add_subplot()
-    figure.colorbar(axes.imshow(values, cmap="Blues", vmin=0, vmax=1), label=scale)
-    for (row, column), value in np.ndenumerate(values):
-        colour = "white" if value > 0.5 else "black"
-        axes.text(column, row, texts[row][column], ha="center", va="center", color=colour, fontsize=8)
-    axes.set_xticks(range(len(column_names)), labels=column_names, rotation=45, ha="right")
-    axes.set_yticks(range(len(row_names)), labels=row_names)
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    _save(figure, file)
+    rows, columns = ([figure_text(name) for name in names] for names in (row_names, column_names))
+    with _figure(file, 3.5 + 0.45 * len(columns), 2.5 + 0.45 * len(rows)) as figure:
+        axes = figure.add_subplot()
+        figure.colorbar(axes.imshow(values, cmap="Blues", vmin=0, vmax=1), label=scale)
+        for (row, column), value in np.ndenumerate(values):
+            if text := texts[row][column]:
+                colour = "white" if value > 0.5 else "black"
+                axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+        axes.set_xticks(range(len(columns)), labels=columns, rotation=45, ha="right")
+        axes.set_yticks(range(len(rows)), labels=rows)
+        axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
 
 
 def draw_curves(
     file: Path, labels: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str], title: str
 ) -> None:
     """Draw the ROC curve of each class against the rest, and accuracy over confidence."""
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
     areas = auroc_per_class(labels, probabilities)
-    for i, (name, area) in enumerate(zip(class_names, areas, strict=True)):
-        if area is not None:
-            false_rate, true_rate, _ = roc_curve(labels == i, probabilities[:, i])
-            left.plot(false_rate, true_rate, label=f"{name} ({area:.3f})", linewidth=1)
-    left.set(xlabel="false positive rate", ylabel="true positive rate", title=f"{title}: ROC, one against the rest")
-    if left.get_legend_handles_labels()[0]:
-        left.legend(title="class (AUROC)", fontsize=7, title_fontsize=7, loc="lower right")
-    confidences, accuracies, counts = reliability(labels, probabilities.argmax(axis=1), probabilities)
-    right.plot(confidences, accuracies, linewidth=1)
-    right.scatter(confidences, accuracies, s=10 + 200 * counts / counts.sum())
-    right.set(xlabel="confidence", ylabel="accuracy", title="reliability (area: number of samples)")
-    for axes in (left, right):
-        axes.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1)
-        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-    _save(figure, file)
+    with _figure(file, 11, 5) as figure:
+        left, right = figure.subplots(1, 2)
+        for i, (name, area) in enumerate(zip(class_names, areas, strict=True)):
+            if area is not None:
+                false_rate, true_rate, _ = roc_curve(labels == i, probabilities[:, i])
+                left.plot(false_rate, true_rate, label=f"{area:.3f}  {figure_text(name)}", linewidth=1)
+        left.set(xlabel="false positive rate", ylabel="true positive rate", title=f"{title}: ROC, one against the rest")
+        if left.get_legend_handles_labels()[0]:
+            left.legend(title="AUROC, class", fontsize=7, title_fontsize=7, loc="lower right")
+        confidences, accuracies, counts = reliability(labels, probabilities.argmax(axis=1), probabilities)
+        right.plot(confidences, accuracies, linewidth=1)
+        right.scatter(confidences, accuracies, s=10 + 200 * counts / counts.sum())
+        right.set(xlabel="confidence", ylabel="accuracy", title="reliability (area: number of samples)")
+        for axes in (left, right):
+            axes.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1)
+            axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
 
 
 def draw_losses(file: Path, histories: Mapping[str, Sequence[tuple[float, float]]], title: str) -> None:
@@ -153,21 +162,34 @@ def draw_losses(file: Path, histories: Mapping[str, Sequence[tuple[float, float]
 
     Names that are equal up to a comma share a colour.
     """
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
     colours: dict[str, str] = {}
-    for name, history in histories.items():
-        group = name.split(",")[0]
-        label = None if group in colours else group
-        colour = colours.setdefault(group, f"C{len(colours) % 10}")
-        train_losses, val_losses = np.array(history).T
-        axes.plot(val_losses, color=colour, linewidth=1, label=label)
-        axes.plot(train_losses, color=colour, linewidth=0.6, linestyle="--")
-    axes.legend(fontsize=7)
-    axes.set(xlabel="epoch", ylabel="loss (validation; dashed: training)", title=title)
-    _save(figure, file)
+    with _figure(file, 8, 5) as figure:
+        axes = figure.add_subplot()
+        for name, history in histories.items():
+            group = figure_text(name.split(",")[0])
+            label = None if group in colours else group
+            colour = colours.setdefault(group, f"C{len(colours) % 10}")
+            train_losses, val_losses = np.array(history).T
+            axes.plot(val_losses, color=colour, linewidth=1, label=label)
+            axes.plot(train_losses, color=colour, linewidth=0.6, linestyle="--")
+        axes.legend(fontsize=7)
+        axes.set(xlabel="epoch", ylabel="loss (validation; dashed: training)", title=title)
 
 
-def _save(figure: Figure, file: Path) -> None:
-    with atomic_write(file) as stream:
+def figure_text(name: str) -> str:
+    """Return a name as figures show it: one line of at most 40 letters, with ? for bytes that are not UTF-8."""
+    text = " ".join(name.encode(errors="replace").decode().split())
+    return text if len(text) <= MOST_LETTERS else f"{text[: MOST_LETTERS - 3]}..."
+
+
+@contextmanager
+def _figure(file: Path, width: float, height: float) -> Iterator[Figure]:
+    """Make a figure of this size in inches, and save it as a PNG after the block; `$` in names begins no formula."""
+    fonts = [*rcParams["font.family"], *sorted(CJK_FONTS & set(font_manager.get_font_names()))]
+    settings: Any = {"text.parse_math": False, "font.family": fonts}
+    with rc_context(settings), warnings.catch_warnings(record=True) as caught, atomic_write(file) as stream:
+        figure = Figure(figsize=(min(width, MOST_INCHES), min(height, MOST_INCHES)), layout="constrained")
+        yield figure
         figure.savefig(stream, format="png", dpi=150)
+    if any("missing from font" in str(warning.message) for warning in caught):
+        logger.warning("%s: no font here has all letters of its names; install one, such as fonts-noto-cjk", file)

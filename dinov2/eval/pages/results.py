@@ -19,7 +19,7 @@ from dinov2.eval.compare import (
 )
 from dinov2.eval.metrics.summaries import SCORES, TABLE_METRICS
 from dinov2.eval.pages.page import NONE, Section, html, interval_chart, percent, rounded, section, table
-from dinov2.eval.results import MODEL, ResultRecord, Row, mapping, number
+from dinov2.eval.results import MODEL, ResultRecord, Row, interval_ends, mapping, mappings, number, sequence
 
 COMPARED = "balanced_accuracy"  # the metric of interval charts, paired tests and the matrix of data sets
 MOST_PAIRED = 50_000  # predictions of one file in a paired test, which resamples them a thousand times
@@ -107,10 +107,10 @@ def class_tables(row: Row, name: str, n_train: Mapping[str, Any]) -> Markup:
         counts = {"training cells": rounded(n_train.get(of_class))} if n_train else {}
         scores = {title: percent(metrics.get(key)) for key, title in CLASS_TITLES.items()}
         rows.append({"class": of_class, **counts, "support": rounded(metrics.get("support")), **scores})
-    confusion = [
-        [of_class, *((rounded(n), n / max(sum(counts), 1)) for n in counts)]
-        for of_class, counts in zip(row.classes, row.metrics.get("confusion") or [], strict=False)
-    ]
+    confusion = []
+    for of_class, values in zip(row.classes, sequence(row.metrics.get("confusion")), strict=False):
+        numbers = [number(value) or 0 for value in sequence(values)]
+        confusion.append([of_class, *((rounded(n), n / max(sum(numbers), 1)) for n in numbers)])
     caption = f"Confusion, {name} (rows: labels; columns: predictions)"
     return table(rows, f"Classes, {name}") + html.table(["label", *row.classes], confusion, caption, is_matrix=True)
 
@@ -118,7 +118,7 @@ def class_tables(row: Row, name: str, n_train: Mapping[str, Any]) -> Markup:
 def _intervals(title: str, rows: Mapping[str, Row]) -> Markup:
     """Return a chart of the compared metric of named rows, and its intervals."""
     ends = {name: row.interval(COMPARED) or (None, None) for name, row in rows.items()}
-    numbers = {name: (row.metrics.get(COMPARED), *ends[name]) for name, row in rows.items()}
+    numbers = {name: (number(row.metrics.get(COMPARED)), *ends[name]) for name, row in rows.items()}
     chart = interval_chart(numbers, f"{title}: {METRIC_TITLES[COMPARED]} and 95 % interval")
     return html.cards([chart] if rows else [])
 
@@ -129,7 +129,7 @@ def _fold_rows(record: ResultRecord) -> list[dict[str, str]]:
         means, spreads = (mapping(row.metrics.get(f"{key}_over_folds")) for key in ("mean", "sd"))
         cells = {f"{title}, %": _with_spread(means.get(key), spreads.get(key)) for key, title in TABLE_METRICS.items()}
         if means:
-            n_folds = rounded(len(row.metrics.get("folds", [])))
+            n_folds = rounded(len(sequence(row.metrics.get("folds"))))
             rows.append({"method, features": f"{row.method}, {row.source}", "folds": n_folds, **cells})
     return rows
 
@@ -139,13 +139,13 @@ def _few_shot_rows(record: ResultRecord) -> list[dict[str, str]]:
         {
             "method, features": f"{method}, {source}",
             "cells a class": str(n_cells),
-            f"{METRIC_TITLES[COMPARED]}, %": _with_spread(entry[COMPARED]["mean"], entry[COMPARED]["sd"]),
-            "draws": rounded(entry["n_draws"]),
+            f"{METRIC_TITLES[COMPARED]}, %": _with_spread(*map(mapping(entry.get(COMPARED)).get, ("mean", "sd"))),
+            "draws": rounded(entry.get("n_draws")),
         }
         for owner in (record, *record.parts.values())
         for source, methods in mapping(owner.report.get("few_shot")).items()
-        for method, numbers in methods.items()
-        for n_cells, entry in numbers.items()
+        for method, numbers in mapping(methods).items()
+        for n_cells, entry in mappings(numbers).items()
     ]
 
 
@@ -218,11 +218,11 @@ def cross_section(records: Sequence[ResultRecord]) -> Section | None:
     parts = []
     for record in (record for record in records if record.protocol == "cross"):
         results = mapping(record.report.get("results"))
-        pairs = {name: mapping(row) for name, row in mapping(results.get("matrix")).items()}
-        if others := mapping(results.get("leave_one_out")):
+        pairs = {name: mappings(row) for name, row in mapping(results.get("matrix")).items()}
+        if others := mappings(results.get("leave_one_out")):
             pairs["all others"] = others
         columns = list(dict.fromkeys(name for row in pairs.values() for name in row))
-        shares = {name: [mapping(row.get(test)).get(COMPARED) for test in columns] for name, row in pairs.items()}
+        shares = {name: [number(row.get(test, {}).get(COMPARED)) for test in columns] for name, row in pairs.items()}
         fields = [[name, *((percent(share), share) for share in of_row)] for name, of_row in shares.items()]
         title = f"{record.name}: {METRIC_TITLES[COMPARED]} in percent (rows: trained on; columns: tested on)"
         rows = [
@@ -252,12 +252,13 @@ def _batch_effect(name: str, results: Mapping[str, Any]) -> Markup:
         return html.listing("Batch effect:", [results.get("batch_effect_reason") or "not measured"])
     means = mapping(effect.get("mean_over_classes"))
     rows = []
-    for cells, entry in {"mean over classes": means, "all cells": effect["overall"], **effect["per_class"]}.items():
+    entries = {"mean over classes": means, "all cells": mapping(effect.get("overall"))}
+    for cells, entry in {**entries, **mappings(effect.get("per_class"))}.items():
         chance = entry.get("chance", mapping(next(iter(means.values()), None)).get("chance"))
         row = {"cells": cells, "chance, %": percent(chance)}
         for method in means or ["linear"]:
             of_method = mapping(entry.get(method))
-            row[f"{method}, %"] = _with_interval(of_method.get(COMPARED), of_method.get("interval"))
+            row[f"{method}, %"] = _with_interval(of_method.get(COMPARED), interval_ends(of_method.get("interval")))
         rows.append(row)
     return table(rows, f"{name}: how well features tell the data sets apart (balanced accuracy; look within classes)")
 

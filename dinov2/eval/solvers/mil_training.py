@@ -9,10 +9,9 @@ Dimension key:  P patients, N cells of one, D feature dim, C classes, T tested p
 
 import copy
 import math
-import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +24,9 @@ from torch.nn import functional as F
 from dinov2.data.datasets.bag_folds import BagFold
 from dinov2.eval.metrics import classification_metrics
 from dinov2.eval.results import AVERAGED_METRICS, FoldPredictions
+from dinov2.hub.weight_files import read_weights_file
 from dinov2.models.abmil import Aggregator, build_aggregator
-from dinov2.utils.files import atomic_write
+from dinov2.utils.files import atomic_write, check_regular_file, local_path
 
 FILE_FORMAT = "dinov2 aggregator 1"
 
@@ -247,18 +247,23 @@ class TrainedAggregator:
 
     @classmethod
     def load(cls, path: Path) -> "TrainedAggregator":
-        """Read a file of `save`, without executing anything in it."""
-        if not path.is_file():
-            raise FileNotFoundError(f"--apply: no file {str(path)!r}; a training writes <output-dir>/aggregator.pth")
+        """Read a file of `save`, without executing anything in it; ValueError for any other file."""
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"--apply: {str(path)!r} is no aggregator or is damaged; train it again") from error
-        names = {name.name for name in fields(cls)}
-        if not isinstance(content, dict) or content.pop("format", None) != FILE_FORMAT or set(content) != names:
-            what = f"{str(path)!r} is no aggregator, or one of another version"
-            raise ValueError(f"--apply: {what}; give the aggregator.pth that this command wrote")
-        return cls(**content)
+            content = read_weights_file(check_regular_file(local_path(path), "--apply"))
+            if content.pop("format", None) != FILE_FORMAT:
+                raise ValueError("it has another format")
+            aggregator = cls(**content)
+            n_classes, n_names = aggregator.architecture["n_classes"], len(set(aggregator.class_names))
+            if not aggregator.members or n_names != n_classes:
+                raise ValueError(f"it has {len(aggregator.members)} networks, {n_names} names for {n_classes} classes")
+            with torch.device("meta"):  # whatever sizes the file declares, they take no memory
+                network = build_aggregator(**aggregator.architecture)
+            for weights in aggregator.members:
+                network.load_state_dict(weights, assign=True)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            what = f"{str(path)!r} is no aggregator, or it is damaged or of another version ({error})"
+            raise ValueError(f"--apply: {what}; give the aggregator.pth that this command wrote") from error
+        return aggregator
 
 
 @dataclass(frozen=True, eq=False)

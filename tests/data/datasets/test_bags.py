@@ -184,10 +184,10 @@ def test_files_that_are_no_bags(tmp_path):
         PatientBags.from_path(tmp_path)
     with h5py.File(tmp_path / "p1.h5", "w") as file:
         file["other"] = [1.0]
-    with pytest.raises(ValueError, match="has no dataset `features`"):
+    with pytest.raises(ValueError, match="p1.h5' has no dataset features"):
         PatientBags.from_path(tmp_path)
     write_bag(tmp_path / "p1.h5", np.zeros((2, 3, 4)))
-    with pytest.raises(ValueError, match=r"features of shape \[2, 3, 4\]; expected \[cells, dim\]"):
+    with pytest.raises(ValueError, match=r"features of shape \[2, 3, 4\]; 1 or 2 dimension"):
         PatientBags.from_path(tmp_path)
 
 

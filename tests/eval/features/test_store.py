@@ -1,13 +1,22 @@
 """The features file: it gives back what went in, in all its kinds, other files are refused; and two sets are joined."""
 
+import os
+import resource
 from dataclasses import replace
 
 import h5py
 import numpy as np
 import pytest
 
+from dinov2.data.datasets.labelled_cells import UNLABELLED
 from dinov2.eval.features import Features, read_features, stored_kinds, write_features
-from dinov2.eval.features.store import align_classes, check_finite, check_same_network, join
+from dinov2.eval.features.store import (
+    align_classes,
+    check_finite,
+    check_labels,
+    check_same_network,
+    join,
+)
 
 
 @pytest.fixture
@@ -83,7 +92,7 @@ def test_other_files_are_refused(stored, tmp_path):
     write_features(file, stored)
     with h5py.File(file, "a") as h5:
         del h5["labels"]
-    with pytest.raises(ValueError, match="no dataset labels"):
+    with pytest.raises(ValueError, match="features: .*features.h5' has no dataset labels; extract again"):
         read_features(file)
     with h5py.File(file, "a") as h5:
         h5["labels"] = np.zeros(2, dtype=np.int64)
@@ -99,6 +108,92 @@ def test_other_files_are_refused(stored, tmp_path):
         h5["features_mean"] = np.zeros((2, 2))
     with pytest.raises(ValueError, match="different lengths"):
         read_features(file)
+
+
+def with_class_twice(file):
+    del file["class_names"]
+    file["class_names"] = ["a", "a", "b"]
+
+
+def with_fractions_as_labels(file):
+    del file["labels"]
+    file["labels"] = np.array([0.0, 0.5, np.nan])
+
+
+def with_labels_in_two_dimensions(file):
+    del file["labels"]
+    file["labels"] = np.zeros((3, 1), dtype=np.int64)
+
+
+def without_columns(file):
+    del file["features"]
+    file["features"] = np.zeros((3, 0))
+
+
+def without_cells(file):
+    for name in ("features", "labels", "paths", "patients"):
+        values = file[name][:0]
+        del file[name]
+        file[name] = values
+
+
+def with_numbers_as_patients(file):
+    del file["patients"]
+    file["patients"] = np.arange(3)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (with_class_twice, "a class name twice"),
+        (with_fractions_as_labels, "labels of type float64 instead of integers"),
+        (with_labels_in_two_dimensions, r"labels of shape \[3, 1\]"),
+        (without_columns, "no cells or no columns in features"),
+        (without_cells, "no cells or no columns in features"),
+        (with_numbers_as_patients, "patients of type int64 instead of text"),
+    ],
+)
+def test_content_that_does_not_fit_is_named(stored, tmp_path, damage, message):
+    file = tmp_path / "features.h5"
+    write_features(file, stored)
+    with h5py.File(file, "a") as h5:
+        damage(h5)
+    with pytest.raises(ValueError, match=f"features: .*features.h5' has .*{message}.*; extract again"):
+        read_features(file)
+
+
+def test_names_that_are_not_utf8_are_kept(stored, tmp_path):
+    name = os.fsdecode(b"f\xfcr.png")
+    odd = replace(stored, class_names=["a", name, "c"], paths=["/a", "/b", name], attributes={"checkpoint": name})
+    write_features(tmp_path / name, odd)
+    assert_same(read_features(tmp_path / name), odd)
+
+
+def test_cells_without_labels(stored, tmp_path):
+    unlabelled = replace(stored, labels=np.zeros(3, dtype=np.int64), class_names=[UNLABELLED])
+    write_features(tmp_path / "features.h5", unlabelled)
+    found = read_features(tmp_path / "features.h5")
+    assert_same(found, unlabelled)
+    assert (found.has_labels, stored.has_labels) == (False, True)
+    check_labels(stored, "features.h5")
+    with pytest.raises(ValueError, match=r"labels: the cells of 'features.h5' have none.*column Label"):
+        check_labels(found, "features.h5")
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(stored, tmp_path):
+    """A limit on the size of files stands for a full disk: the system refuses a write in the same way."""
+    large = replace(stored, features=np.zeros((3, 100_000), dtype=np.float32))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (0, 100, 3000, 100_000, 1_000_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            with pytest.raises(OSError, match=r"features\.h5"):
+                write_features(tmp_path / "features.h5", large)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert list(tmp_path.iterdir()) == []
+    write_features(tmp_path / "features.h5", large)
+    assert_same(read_features(tmp_path / "features.h5"), large)
 
 
 def test_kinds_are_kept_and_chosen(of_several_kinds, tmp_path):

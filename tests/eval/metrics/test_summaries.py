@@ -1,8 +1,11 @@
 """Tables and figures show the numbers they were given; figures have the same bytes each time."""
 
+import os
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from dinov2.eval.metrics.summaries import (
@@ -10,6 +13,7 @@ from dinov2.eval.metrics.summaries import (
     draw_confusion,
     draw_curves,
     draw_losses,
+    figure_text,
     metrics_table,
     scores_table,
 )
@@ -39,13 +43,45 @@ def test_a_figure_is_drawn(tmp_path, name):
 
 def test_curves_are_of_classes_that_have_one(tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr("dinov2.eval.metrics.summaries._save", lambda figure, file: saved.append(figure))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **options: saved.append(figure))
     draw_curves(tmp_path / "curves.png", LABELS, PROBABILITIES, ["a", "b", "c"], "kNN")
     of_roc, of_confidence = saved[0].axes
-    assert [text.get_text() for text in of_roc.get_legend().get_texts()] == ["a (1.000)", "b (1.000)"]
+    assert [text.get_text() for text in of_roc.get_legend().get_texts()] == ["1.000  a", "1.000  b"]
     line = of_confidence.get_lines()[0]
     assert line.get_xdata().tolist() == pytest.approx([0.6, 0.7, 0.8, 0.9])
     assert line.get_ydata().tolist() == [0, 1, 1, 1]
+
+
+ODD_NAMES = ["_gran", "$\\frac{", "粒细胞", os.fsdecode(b"f\xfcr"), "two\nlines", "x" * 10_000, "\u202eabc", ""]
+
+
+def test_odd_names_are_drawn_as_they_are(tmp_path, monkeypatch, caplog):
+    labels, n = np.repeat(np.arange(len(ODD_NAMES)), 2), len(ODD_NAMES)
+    draw_confusion(tmp_path / "confusion.png", np.eye(n, dtype=int), ODD_NAMES, "kNN")
+    draw_losses(tmp_path / "losses.png", {name: [(1, 2), (0.5, 1)] for name in ODD_NAMES}, "t")
+    saved, save = [], Figure.savefig
+
+    def save_and_keep(figure, stream, **options):
+        saved.append(figure)
+        save(figure, stream, **options)
+
+    monkeypatch.setattr(Figure, "savefig", save_and_keep)
+    draw_curves(tmp_path / "curves.png", labels, np.eye(n)[labels], ODD_NAMES, "kNN")
+    for name in ("confusion", "losses", "curves"):
+        assert Image.open(tmp_path / f"{name}.png").size < (3000, 3000)
+    legend = [text.get_text() for text in saved[0].axes[0].get_legend().get_texts()]
+    assert legend[:2] == ["1.000  _gran", "1.000  $\\frac{"]  # a figure of its own for each class, also with _ or $
+    assert len(legend) == n
+    assert figure_text(ODD_NAMES[3]) == "f?r"
+    assert figure_text(ODD_NAMES[4]) == "two lines"
+    assert figure_text(ODD_NAMES[5]) == "x" * 37 + "..."
+
+
+def test_a_figure_of_many_classes_fits_into_memory(tmp_path, monkeypatch):
+    sizes, names = [], [str(i) for i in range(100)]
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **options: sizes.append(self.get_size_inches().tolist()))
+    draw_confusion(tmp_path / "confusion.png", np.eye(100, dtype=int), names, "kNN")
+    assert sizes == [[40, 40]]
 
 
 METRICS = {

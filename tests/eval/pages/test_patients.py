@@ -270,5 +270,5 @@ def test_files_that_are_wrong(tmp_path, file, content, message):
 
 
 def test_a_folder_without_a_result(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file .*predictions.csv"):
+    with pytest.raises(FileNotFoundError, match=r"predictions.csv: no such file"):
         patients_section(tmp_path)

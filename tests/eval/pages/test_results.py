@@ -4,9 +4,12 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 
 import dinov2
+from dinov2.eval.pages.results import comparison_section, cross_section, results_section, results_table
+from dinov2.eval.results import read_result
 
 EVIL = "</script><img src=x onerror=alert(1)>"
 NAMES = [EVIL, 'lymphocyte, "large"', "Zelle ü β"]
@@ -132,3 +135,59 @@ def test_one_class_and_three_cells(write, tmp_path):
     row = next(iter(page.table(f"{tmp_path.name}: all protocols").values()))
     assert row["Cohen's kappa, %"].text == "–"
     assert page.table("Confusion")["only"]["only"].values == [3]
+
+
+SCORE = {"balanced_accuracy": 0.5, "intervals": {"balanced_accuracy": [0.4, 0.6]}, "n_train": 9, "n_test": 3}
+CROSS = {
+    "protocol": "cross",
+    "class_names": ["a", "b"],
+    "results": {
+        "matrix": {"x": {"x": SCORE, "y": SCORE}, "y": {"x": SCORE, "y": {"reason": "too few"}}},
+        "leave_one_out": {"x": SCORE},
+        "batch_effect": {
+            "mean_over_classes": {"linear": {"balanced_accuracy": 0.5, "chance": 0.5}},
+            "overall": {"linear": {"balanced_accuracy": 0.5, "interval": [0.4, 0.6]}, "chance": 0.5},
+            "per_class": {"a": {"linear": {"balanced_accuracy": 0.5, "interval": None}}},
+        },
+    },
+}
+ODD_VALUES = ["null", "3", "-1", "true", '"text"', "[]", "[[]]", "{}", '{"a": 1}', "NaN", "-Infinity", "1e999"]
+ODD_VALUES += ["9" * 400, '{"a": {"b": []}}']
+NO_RESULTS = ["[" * 100_000, '{"a":' * 100_000, "", "[]", '{"a": 1', "\x00", '{"a": ' + "9" * 5000 + "}"]
+
+
+def nodes(value, path=()):
+    """Yield the place of each part of a report."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from nodes(inner, (*path, key))
+
+
+def test_a_report_with_any_wrong_value_is_shown_as_far_as_possible(results, tmp_path):
+    of_knn = read(results)
+    few_shot = {"model": {"knn_1": {"5": {"n_draws": 2, "balanced_accuracy": {"mean": 0.5, "sd": 0.1}}}}}
+    rng = np.random.default_rng(0)
+    for report, n_cases in ((of_knn | {"few_shot": few_shot}, 40), (CROSS, 60)):
+        places = [place for place in nodes(report) if place]
+        for i in range(n_cases):
+            *parents, last = places[rng.integers(len(places))]
+            changed = json.loads(json.dumps(report))
+            inner = changed
+            for key in parents:
+                inner = inner[key]
+            inner[last] = "odd value"
+            text = json.dumps(changed).replace('"odd value"', ODD_VALUES[i % len(ODD_VALUES)])
+            (tmp_path / "results.json").write_text(text)
+            record = read_result(tmp_path / "results.json", "r")
+            sections = [show([record]) for show in (results_section, cross_section, comparison_section)]
+            assert any(sections), (parents, last, text)
+            results_table([record])
+            json.dumps(record.report, allow_nan=False)
+
+
+@pytest.mark.parametrize("text", NO_RESULTS)
+def test_files_that_are_no_results_are_named(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=r"results\.json"):
+        read_result(tmp_path / "results.json", "r")
