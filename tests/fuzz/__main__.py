@@ -2,8 +2,8 @@
 
     python -m tests.fuzz [--cases 20000] [--seed 0] [--only csv,parquet] [--first 0] [--keep FOLDER]
 
-Each case is a damaged or odd input. It must be read, or refused in one sentence that names its file: without a traceback,
-within 20 seconds and 2 GiB, and without changing a file outside the output folder. Exit code 0: no fault.
+Each case is a damaged or odd input. It must be read, or refused in one sentence that names its file: without a
+traceback, within 20 seconds and 2 GiB, and without changing a file outside the output folder. Exit code 0: no fault.
 `--keep` writes the inputs of the faults to a folder. A case depends on the seed, its format and its number alone.
 """
 

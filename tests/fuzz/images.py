@@ -2,7 +2,7 @@
 
 import io
 import random
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from tests.fuzz.mutations import Content, Format, damaged
 MODES = {"RGB": 3, "L": 1, "RGBA": 4, "I;16": 1, "P": 1, "CMYK": 4, "1": 1}
 
 
-@lru_cache(maxsize=None)
+@cache
 def encoded(suffix: str, mode: str, size: int = 30) -> bytes:
     """Return a small image, in mode RGB if the format does not have this mode."""
     pixels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)

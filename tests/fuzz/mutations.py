@@ -1,6 +1,7 @@
 """The interface of a fuzzed format, and random damages to bytes, to trees of values and to files."""
 
 import copy
+import json
 import math
 import os
 import random
@@ -16,8 +17,8 @@ Content = bytes | Callable[[Path], None]  # the bytes of a file, or a function t
 class Format(NamedTuple):
     """A format that the project reads.
 
-    `case` draws the name and the content of one input; all its randomness is that of the generator which it gets. `read`
-    reads an input by the functions that the commands call. It may write to the folder `output` beside the input.
+    `case` draws the name and the content of one input from a generator of random numbers. `read` reads an input by the
+    functions that the commands call. It may write to a folder named `output` beside or in the input.
     """
 
     case: Callable[[random.Random], tuple[str, Content]]
@@ -203,3 +204,51 @@ def _sparse(path: Path) -> None:
     """Write a file of 8 GiB that takes no room on the disk."""
     path.write_bytes(struct.pack("<Q", 2**32) + b"{")
     os.truncate(path, 8 << 30)
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def folder_of(files: dict[str, bytes]) -> Callable[[Path], None]:
+    """Return a writer of a folder with these files, by their names relative to it."""
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        for name, data in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
+
+    return write
+
+
+def read_folder(folder: Path) -> dict[str, bytes]:
+    """Return the files below a folder, by their names relative to it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def damaged_folder(files: dict[str, bytes], rng: random.Random) -> Callable[[Path], None]:
+    """Return a writer of these files, one of which is missing, damaged, odd, or has odd values if it is JSON."""
+    name = rng.choice(list(files))
+    action = rng.random()
+    if action < 0.05:
+        return folder_of({other: data for other, data in files.items() if other != name})
+    if action < 0.1:
+        write_others, odd = folder_of({other: data for other, data in files.items() if other != name}), odd_file(rng)
+
+        def write(folder: Path) -> None:
+            write_others(folder)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            _ = (folder / name).write_bytes(odd) if isinstance(odd, bytes) else odd(folder / name)
+
+        return write
+    if name.endswith(".json") and action < 0.8:
+        return folder_of({**files, name: json_with_odd_values(files[name], rng)})
+    return folder_of({**files, name: damaged(files[name], rng)})
+
+
+def json_with_odd_values(data: bytes, rng: random.Random) -> bytes:
+    """Return JSON with odd values; what JSON cannot hold becomes text."""
+    try:
+        return json.dumps(with_odd_values(json.loads(data), rng), default=str).encode()
+    except RecursionError:
+        return b'{"a":' * 3000 + b"0" + b"}" * 3000

@@ -20,7 +20,7 @@ import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads 
 from dinov2.utils.command import MOST_LINES, exit_code
 from tests.fuzz.mutations import Format, odd_file
 
-MODULES = ("images",)
+MODULES = ("images", "shards", "tables", "features", "weights", "settings")
 CASES_PER_PROCESS = 50
 SECONDS, MEMORY_BYTES = 20, 2 << 30
 ODD_FILES = 0.03  # share of cases that are no regular file
@@ -51,6 +51,7 @@ def formats() -> dict[str, Format]:
 
 def fuzz(name: str, numbers: Sequence[int], folder: Path, seed: int = 0) -> Iterator[Outcome]:
     """Yield the outcomes of these cases of a format; a case depends on the seed, the format and its number alone."""
+    formats()[name].case(random.Random(seed))  # what all cases share is made before the first fork
     done = 0
     while done < len(numbers):
         batch = numbers[done : done + CASES_PER_PROCESS]
@@ -77,6 +78,8 @@ def _run_process(name: str, numbers: Sequence[int], folder: Path, seed: int) -> 
                 for number in numbers:
                     print(_run_case(name, number, folder, seed).replace("\n", " | "), file=pipe, flush=True)
                 os._exit(0)
+            except BaseException:
+                traceback.print_exc(file=sys.__stdout__)
             finally:
                 os._exit(1)
     os.close(writer)
@@ -95,20 +98,19 @@ def _limit() -> None:
     limit = pages * resource.getpagesize() + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    sys.stderr = open(os.devnull, "w")  # warnings of libraries
-    os.dup2(sys.stderr.fileno(), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # warnings of libraries
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 def _run_case(name: str, number: int, folder: Path, seed: int) -> str:
     """Write and read a case; return the kind of its outcome, a tab and details."""
     rng = random.Random(f"{seed} {name} {number}")
+    signal.alarm(SECONDS)
     path = write_case(name, rng, folder)
     before = snapshot(folder)
     messages = _Messages()
     logger = logging.getLogger("dinov2")
     logger.handlers, logger.propagate = [messages], False
-    signal.alarm(SECONDS)
     try:
         code = exit_code(lambda: _read(name, path))
     except BaseException as error:
