@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
+
+# isort: split
+import torch
+
 from dinov2.utils.command import MOST_LINES, exit_code
 from tests.fuzz.mutations import Format, odd_file
 
@@ -51,6 +55,7 @@ def formats() -> dict[str, Format]:
 
 def fuzz(name: str, numbers: Sequence[int], folder: Path, seed: int = 0) -> Iterator[Outcome]:
     """Yield the outcomes of these cases of a format; a case depends on the seed, the format and its number alone."""
+    torch.set_num_threads(1)  # a forked process has none of the threads of this one
     formats()[name].case(random.Random(seed))  # what all cases share is made before the first fork
     done = 0
     while done < len(numbers):

@@ -44,8 +44,9 @@ BROKEN_YAML = (
 
 @cache
 def defaults() -> dict[str, Any]:
+    """Return {section: {key: value}} of the default configuration."""
     content: Any = OmegaConf.to_container(dinov2_default_config)
-    return content
+    return {section: keys for section, keys in content.items() if isinstance(keys, dict) and keys}
 
 
 def config_case(rng: random.Random) -> tuple[str, Content]:

@@ -27,7 +27,7 @@ from tests.fuzz.mutations import (
     with_odd_values,
 )
 
-TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 14, "img_size": 28, "layerscale": 1.0}
+TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 14, "img_size": 28, "block_chunks": 0}
 
 
 @cache
