@@ -176,7 +176,7 @@ def read_extraction(lab: Lab, output: Path) -> Result:
     if not (output / "features.h5").is_file():
         return {}
     features = read_features(output / "features.h5")
-    return dict(zip(features.paths, map(np.ndarray.tobytes, features.features), strict=True)) | features.attributes
+    return dict(zip(features.paths, map(np.ndarray.tobytes, features.features), strict=True))
 
 
 def run_packing(lab: Lab, output: Path) -> int:
@@ -325,7 +325,7 @@ def kills(lab: Lab, name: str, rng: random.Random, n_kills: int) -> Checks:
         n_folders += 1
         for _ in range(min(rng.randint(1, 4), n_kills - n_done)):
             start = Start(stage, lab, output)
-            start.codes(rng.uniform(0, seconds))
+            start.codes(rng.uniform(0, 0.8 * seconds))
             if rng.random() < 0.5:
                 until_file_is_written(output, seconds / 4)
             before, is_over = read_checkpoints(output), None not in start.codes(0)

@@ -252,3 +252,5 @@ def json_with_odd_values(data: bytes, rng: random.Random) -> bytes:
         return json.dumps(with_odd_values(json.loads(data), rng), default=str).encode()
     except RecursionError:
         return b'{"a":' * 3000 + b"0" + b"}" * 3000
+    except ValueError:  # a file with a line of JSON for each step
+        return damaged(data, rng)
