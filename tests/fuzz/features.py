@@ -103,8 +103,8 @@ def read_features_file(path: Path) -> None:
 
 
 def bags_case(rng: random.Random) -> tuple[str, Content]:
-    files = {f"{label}/p{number}.h5": valid_bytes() for label in "ab" for number in range(2)}
-    return "bags", folder_of({**files, "b/p1.h5": h5_bytes(rng)})
+    files = {name: valid_bytes() for name in ("a/p0.h5", "a/p1.h5", "b/p2.h5", "b/p3.h5")}
+    return "bags", folder_of({**files, "b/p3.h5": h5_bytes(rng)})
 
 
 def part_case(rng: random.Random) -> tuple[str, Content]:

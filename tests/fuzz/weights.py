@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from dinov2.configs import dinov2_default_config
 from dinov2.fsdp.checkpoint import Checkpointer
 from dinov2.hub.backbones import load_backbone
 from dinov2.hub.export_formats import FORMATS as EXPORTS
@@ -102,7 +103,7 @@ def exported(name: str) -> dict[str, bytes]:
     """Return the files of the tiny network in an export format."""
     with tempfile.TemporaryDirectory() as folder:
         EXPORTS[name].write(backbone(), Path(folder))
-        return read_folder(Path(folder))
+        return read_folder(next(Path(folder).rglob("*.safetensors")).parent)
 
 
 def pth_case(rng: random.Random) -> tuple[str, Content]:
@@ -150,9 +151,10 @@ def run_files() -> dict[str, bytes]:
         checkpoints = Checkpointer(Path(folder) / "checkpoints", 1)
         checkpoints.save(5, {"model": {"teacher": {"backbone": dict(backbone().state_dict())}}}, {})
         assert checkpoints.wait()
-        student = {"arch": "vit_small", "block_chunks": 0, "ffn_layer": "mlp", "layerscale": 1.0, "patch_size": 14}
-        student |= {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_register_tokens": 0}
-        text = OmegaConf.to_yaml({"student": student, "crops": {"global_crops_size": 28}})
+        cfg = dinov2_default_config.copy()
+        cfg.student.update({name: TINY[name] for name in ("embed_dim", "depth", "num_heads", "patch_size")})
+        cfg.student.arch, cfg.student.block_chunks, cfg.crops.global_crops_size = "vit_small", 0, TINY["img_size"]
+        text = OmegaConf.to_yaml(cfg)
         Path(folder, "config.yaml").write_text(text, encoding="utf-8")
         return read_folder(Path(folder))
 
