@@ -13,7 +13,7 @@ Stages: training (on one and on two processes), extraction, packing, preparing, 
 
 In the end the result equals that of an undisturbed command bit for bit: losses and weights, features, packed images,
 files. Commands run in forked processes, so that torch is imported once. `key=value` go to train.py. Needs Linux.
-Exit code 0: all checks held. report.json in the folder has every check.
+Exit code 0: all checks held; report.json has them.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -60,8 +61,10 @@ from dinov2.train import train
 from dinov2.utils.command import exit_code
 from dinov2.utils.files import local_path
 
+FORK = multiprocessing.get_context("fork")
 KEEP = 3  # checkpoints
 PATIENCE_SECONDS = 300.0
+CLONE_NEWNS = 0x20000  # of linux/sched.h
 SIZE = 28  # pixels of an image
 TINY = [
     *("student.arch=vit_small", "student.embed_dim=32", "student.depth=2", "student.num_heads=2"),
@@ -97,7 +100,7 @@ class Lab:
             ("127.0.0.1", 0), functools.partial(_Slow, directory=folder / "served")
         )
         self.url = f"http://127.0.0.1:{server.server_port}/weights.pth"
-        multiprocessing.get_context("fork").Process(target=server.serve_forever, daemon=True).start()
+        FORK.Process(target=server.serve_forever, daemon=True).start()
 
 
 class _Slow(http.server.SimpleHTTPRequestHandler):
@@ -144,8 +147,7 @@ def read_training(lab: Lab, output: Path) -> Result:
     metrics = output / "run" / "training_metrics.json"
     lines = metrics.read_text().split("\n")[:-1] if metrics.is_file() else []
     for number, row in enumerate(map(json.loads, lines)):
-        numbers = {name: value for name, value in row.items() if name.endswith("_loss") or name.startswith("grad_norm")}
-        result[f"line {number}"] = row["iteration"], numbers
+        result[f"line {number}"] = {name: row[name] for name in row if re.search("_loss$|^grad_norm|^iteration$", name)}
     for file in output.glob("run/eval/training_*/teacher_checkpoint.pth"):
         weights = torch.load(file, weights_only=True)["teacher"]
         result[file.parent.name] = {name: _sha256(value.numpy().tobytes()) for name, value in weights.items()}
@@ -208,11 +210,12 @@ def run_download(lab: Lab, output: Path) -> int:
 def read_files(lab: Lab, output: Path) -> Result:
     """Return the checksums of all files with a final name; in texts the output folder has no name."""
     paths = [path for path in output.rglob("*") if path.is_file() and path.suffix not in (".lock", ".part", ".tmp")]
-    return {str(path.relative_to(output)): _sha256(path.read_bytes(), str(output).encode()) for path in paths}
+    contents = {path: path.read_bytes().replace(str(output).encode(), b"") for path in paths}
+    return {str(path.relative_to(output)): _sha256(content) for path, content in contents.items()}
 
 
-def _sha256(data: bytes, without: bytes = b"\0") -> str:
-    return hashlib.sha256(data.replace(without, b"") if without != b"\0" else data).hexdigest()
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -241,15 +244,13 @@ class Start:
     """A command in forked processes, one for each rank; its output is appended to `log`."""
 
     def __init__(self, stage: Stage, lab: Lab, output: Path) -> None:
-        self.log = output.with_name(f"{output.name}.log")
+        self.log = lab.folder / f"{output.parent.name} {output.name}.log"  # not on the full disk
         self._offset = self.log.stat().st_size if self.log.exists() else 0
         output.parent.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+        with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        fork = multiprocessing.get_context("fork")
-        ranks = range(stage.n_processes)
-        self.processes = [fork.Process(target=self._run, args=(stage, lab, output, rank, port)) for rank in ranks]
+        starts = [(stage, lab, output, rank, port) for rank in range(stage.n_processes)]
+        self.processes = [FORK.Process(target=self._run, args=arguments) for arguments in starts]
         for process in self.processes:
             process.start()
 
@@ -259,16 +260,14 @@ class Start:
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        n = str(stage.n_processes)
         if stage.n_processes > 1:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=n, LOCAL_WORLD_SIZE=n)
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+            os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(stage.n_processes))
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         torch.set_num_threads(1)  # a forked process has none of the threads of this one
         code = 1
         try:
             code = stage.run(lab, output)
-        except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else 1
         except BaseException:
             traceback.print_exc()
         sys.stdout.flush()
@@ -288,26 +287,21 @@ class Start:
         for process in victims:
             with suppress(ProcessLookupError):  # it has ended
                 os.killpg(process.pid or 0, number)
-        codes = self.codes(PATIENCE_SECONDS)
+        codes = self.codes()
         self.end()
         return codes
 
     def end(self) -> None:
         for process in self.processes:
-            with suppress(ProcessLookupError, PermissionError):
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid or 0, signal.SIGKILL)
             process.join()
 
-    def text(self) -> str:
-        return self.log.read_bytes()[self._offset :].decode(errors="replace")
-
-
-def run_to_end(stage: Stage, lab: Lab, output: Path) -> tuple[list[int | None], str]:
-    """Run a command undisturbed; return its exit codes and what it printed."""
-    start = Start(stage, lab, output)
-    codes = start.codes()
-    start.end()
-    return codes, start.text()
+    def to_end(self) -> tuple[list[int | None], str]:
+        """Wait for the end; return the exit codes and the output."""
+        codes = self.codes()
+        self.end()
+        return codes, self.log.read_bytes()[self._offset :].decode(errors="replace")
 
 
 # --- drills ----------------------------------------------------------------------------------------------------------
@@ -316,12 +310,12 @@ def run_to_end(stage: Stage, lab: Lab, output: Path) -> tuple[list[int | None], 
 def kills(lab: Lab, name: str, rng: random.Random, n_kills: int) -> Checks:
     """Kill a command again and again, a few times in each output folder; then let it end."""
     stage, began = STAGES[name], time.monotonic()
-    codes, text = run_to_end(stage, lab, lab.folder / name / "undisturbed")
+    codes, text = Start(stage, lab, lab.folder / name / "undisturbed").to_end()
     yield "the undisturbed command ended with code 0", not any(codes), text[-2000:] if any(codes) else ""
     seconds, expected = time.monotonic() - began, stage.read(lab, lab.folder / name / "undisturbed")
     n_done = n_folders = 0
     while n_done < n_kills:
-        output = lab.folder / name / f"killed_{n_folders}"
+        output, before = lab.folder / name / f"killed_{n_folders}", {}
         n_folders += 1
         for _ in range(min(rng.randint(1, 4), n_kills - n_done)):
             start = Start(stage, lab, output)
@@ -338,8 +332,10 @@ def kills(lab: Lab, name: str, rng: random.Random, n_kills: int) -> Checks:
                 after = read_checkpoints(output)
                 is_kept = all(after.values()) and max(after, default=0) >= max(before)
                 yield f"kill {n_done}: checkpoints are whole", is_kept, f"{before} before, {after} after"
-        codes, text = run_to_end(stage, lab, output)
+        codes, text = Start(stage, lab, output).to_end()
         yield from check_end(f"folder {n_folders}", codes, text, stage.read(lab, output), expected)
+        if before:
+            yield f"folder {n_folders}: continued from a checkpoint", "resuming" in text, codes
         shutil.rmtree(output)
 
 
@@ -373,13 +369,13 @@ def disks(lab: Lab, name: str, rng: random.Random, n_disks: int) -> Checks:
     for number in range(n_disks):
         with small_disk(lab.folder / name / f"disk_{number}", int(n_bytes * rng.uniform(0.05, 0.9))) as disk:
             output = disk / "output"
-            codes, text = run_to_end(stage, lab, output)
+            codes, text = Start(stage, lab, output).to_end()
             says = [line for line in text.splitlines() if "No space left" in line or "make room" in line.lower()]
             is_clear = bool(says) and "Traceback" not in text and None not in codes
             detail = f"codes {codes}: {says[-1] if says and is_clear else text[-2000:]}"
             yield f"disk {number + 1}: the log says that it is full", is_clear, detail
             subprocess.run(["mount", "-o", f"remount,size={4 * n_bytes + (64 << 20)}", str(disk)], check=True)
-            codes, text = run_to_end(stage, lab, output)
+            codes, text = Start(stage, lab, output).to_end()
             yield from check_end(f"disk {number + 1}: with room", codes, text, stage.read(lab, output), expected)
 
 
@@ -396,12 +392,9 @@ def small_disk(folder: Path, n_bytes: int) -> Iterator[Path]:
 
 def obstacle_to_mounting() -> str:
     """Give this process mounts of its own; return why that is not possible, empty if it is."""
-    clone_newns = 0x20000
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(clone_newns):
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
         return f"no mounts of its own: {os.strerror(ctypes.get_errno())}; only root has the right"
-    done = subprocess.run(["mount", "--make-rprivate", "/"], capture_output=True, text=True)
-    return f"mount: {done.stderr.strip()}" if done.returncode else ""
+    return subprocess.run(["mount", "--make-rprivate", "/"], capture_output=True, text=True).stderr.strip()
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -409,21 +402,19 @@ def obstacle_to_mounting() -> str:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, metavar="N", help="over all stages (default: 200, and 12 with --short)")
-    parser.add_argument("--disks", type=int, metavar="N", help="full disks of each stage (default: 10, with --short 1)")
+    parser.add_argument("--kills", type=int, default=200, metavar="N", help="over all stages (default: %(default)s)")
+    parser.add_argument("--disks", type=int, default=10, metavar="N", help="of each stage (default: %(default)s)")
     parser.add_argument("--only", default=",".join(STAGES), metavar="A,B", help="stages (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and ranks (default: %(default)s)")
     parser.add_argument("--folder", type=Path, metavar="F", help="new folder to keep the outputs in (default: none)")
-    parser.add_argument("--short", action="store_true", help="a few kills and one full disk of each stage")
+    parser.add_argument("--short", action="store_true", help="at most 12 kills, and one full disk of each stage")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for train.py, such as train.device=cuda")
     args = parser.parse_intermixed_args(argv)
-    args.kills = args.kills if args.kills is not None else 12 if args.short else 200
-    args.disks = args.disks if args.disks is not None else 1 if args.short else 10
+    if args.short:
+        args.kills, args.disks = min(args.kills, 12), min(args.disks, 1)
     args.stages = [name.strip() for name in args.only.split(",")]
     if unknown := sorted(set(args.stages) - set(STAGES)):
         parser.error(f"--only: there is no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
-    if min(args.kills, args.disks) < 0:
-        parser.error("--kills and --disks must be 0 or more")
     if args.folder is not None and args.folder.is_dir() and any(args.folder.iterdir()):
         parser.error(f"--folder: {args.folder} is not empty; give a new one")
     return args
@@ -444,9 +435,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for drill, checks in drills:
             for what, is_held, detail in checks:
                 report.append({"stage": name, "drill": drill, "what": what, "held": is_held, "detail": str(detail)})
-                print(
-                    f"[{time.strftime('%X')}] {name}  {'ok    ' if is_held else 'FAILED'}  {what}  {detail}", flush=True
-                )
+                print(f"{name}: {'ok' if is_held else 'FAILED'}: {what}  {detail}", flush=True)
     (folder / "report.json").write_text(json.dumps({"checks": report, "no full disks because": obstacle}, indent=1))
     n_failed = sum(not check["held"] for check in report)
     print(f"{len(report)} checks, {n_failed} failed{f'; no full disks: {obstacle}' if obstacle else ''}")
