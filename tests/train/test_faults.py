@@ -50,13 +50,16 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_that_step(run, monkeypatch, nu
         return forward_backward(self, images, teacher_temp)
 
     monkeypatch.setattr(SSLMetaArch, "forward_backward", signalled)
-    code, folder = run("optim.epochs=4", "train.saveckp_freq=4")
+    settings = ("optim.epochs=4", "train.saveckp_freq=4", "evaluation.eval_period_iterations=3")
+    code, folder = run(*settings)
     assert code == REQUEUE_EXIT_CODE
     assert log(folder).count("stopped after iteration 3, as asked") == 1
     assert [path.name for path in (folder / "checkpoints").glob("iteration_*")] == ["iteration_0000003"]
-    code, folder = run("optim.epochs=4", "train.saveckp_freq=4")
+    code, folder = run(*settings)
     assert code == 0
     assert [row["iteration"] for row in rows(folder)] == list(range(8))
+    teachers = {path.parent.name for path in folder.glob("eval/training_*/teacher_checkpoint.pth")}
+    assert teachers == {"training_3", "training_6", "training_8"}  # that of the third step was due when it was stopped
 
 
 TWELVE_STEPS = ("optim.epochs=6", "train.saveckp_freq=1", "train.max_bad_steps_in_row=3")
