@@ -23,6 +23,7 @@ class Format(NamedTuple):
 
     case: Callable[[random.Random], tuple[str, Content]]
     read: Callable[[Path], object]
+    is_file: bool = True  # False: the input is a text of the command line, which a file holds here
 
 
 EXTREME_INTEGERS = (

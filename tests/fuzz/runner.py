@@ -146,9 +146,10 @@ def write_case(name: str, rng: random.Random, folder: Path) -> Path:
     _remove(folder)
     (folder / "output").mkdir(parents=True)
     (folder / "another_file.txt").write_text("kept")
-    file, content = formats()[name].case(rng)
+    form = formats()[name]
+    file, content = form.case(rng)
     path = folder / file
-    if rng.random() < ODD_FILES:
+    if form.is_file and rng.random() < ODD_FILES:
         content = odd_file(rng)
     if callable(content):
         content(path)

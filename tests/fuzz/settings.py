@@ -118,7 +118,7 @@ def run_case(rng: random.Random) -> tuple[str, Content]:
 
 FORMATS = {
     "config": Format(config_case, read_config),
-    "override": Format(override_case, read_override),
+    "override": Format(override_case, read_override, is_file=False),
     "results": Format(results_case, lambda path: read_result(path, "run")),
     "run": Format(run_case, lambda path: read_run(path, "run")),
 }
