@@ -200,6 +200,10 @@ class TeacherEvaluation:
         period = self.cfg.evaluation.eval_period_iterations
         return period > 0 and done % period == 0
 
+    def is_missing(self, run_folder: Path, done: int) -> bool:
+        """Return True if no teacher was written although one was due: a signal stopped the run at this iteration."""
+        return self.is_due(done) and not on_main_process((_folder(run_folder, done) / CHECKPOINT_NAME).is_file)
+
     def run(self, model: SSLMetaArch, run_folder: Path, done: int, metrics: MetricLogger | None = None) -> bool:
         """Write and evaluate the teacher after `done` iterations, then remove older ones; return False on failure."""
         checkpoint = _folder(run_folder, done) / CHECKPOINT_NAME

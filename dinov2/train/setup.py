@@ -71,7 +71,11 @@ def read_settings(args: argparse.Namespace, world_size: int) -> DictConfig:
 
 def resolve_arch(cfg: DictConfig) -> None:
     """Set the values that the name student.arch fixes."""
-    for key, value in fixed_settings(cfg.student.arch).items():
+    try:
+        fixed = fixed_settings(cfg.student.arch)
+    except ValueError as error:
+        raise ValueError(f"student.{error}") from error
+    for key, value in fixed.items():
         if cfg.student[key] != value:
             logger.info("student.%s is %s, the value of student.arch=%s", key, value, cfg.student.arch)
             cfg.student[key] = value

@@ -79,6 +79,9 @@ def train(
         if progress.iteration == 0:  # the untrained network
             with supervision.pause("evaluating"):
                 evaluation.evaluate(model, folder.path, 0, metrics)
+        elif evaluation.is_missing(folder.path, progress.iteration):
+            with supervision.pause("evaluating"):
+                evaluation.run(model, folder.path, progress.iteration, metrics)
         stream = batches.starting_at(progress.batch_number, progress.position)
         while progress.iteration < schedules.n_iterations and not must_stop:
             iteration = progress.iteration

@@ -5,6 +5,7 @@ Types are those of the defaults. The error of a mistake names the key, the value
 
 import difflib
 import logging
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -71,6 +72,7 @@ MOST_ALIASES = 20  # of a YAML file: aliases of aliases multiply, and fifty of t
 # inclusive bounds of numbers and of members of lists: (low, high, patterns of keys); the first match is used
 _LARGEST = 10**9  # of numbers without a closer limit
 _BOUNDS: list[tuple[float, float, str]] = [
+    (0, math.inf, "train.balance.temperature"),  # .inf: equal shares
     (0, 1, "train.max_bad_fraction train.activation_checkpointing student.drop_path_rate student.lora.dropout"),
     (0, 1, "ibot.mask_* teacher.*momentum_teacher crops.*_crops_scale optim.adamw_beta*"),
     (0, 2**63 - 1, "train.seed"),
@@ -175,7 +177,11 @@ def _read_override(text: str) -> tuple[str, Any]:
         value = re.sub(r"([{,]\s*[\w.-]+):(?=\S)", r"\1: ", value)
     try:
         content: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=True)
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (
+        YAMLError,
+        OmegaConfBaseException,
+        ValueError,
+    ) as error:  # ValueError: bytes that are not UTF-8, 5000 digits
         raise ValueError(f"command line: cannot read {text!r}: {error}") from error
     mapping, _, name = key.rpartition(".")
     if isinstance(_EXAMPLES.get(mapping), dict):  # one entry of a mapping with the user's own names

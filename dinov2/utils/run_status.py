@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dinov2.utils.files import check_regular_file
+
 logger = logging.getLogger("dinov2")
 
 STATUS_NAME, METRICS_NAME, CONFIG_NAME = "status.json", "training_metrics.json", "config.yaml"
@@ -68,10 +70,10 @@ def is_run(folder: Path) -> bool:
 def read_status(run_folder: Path) -> RunStatus | None:
     """Read a run's status.json; None if it is missing or not readable."""
     try:
-        content = json.loads((run_folder / STATUS_NAME).read_text(encoding="utf-8"))
+        content = json.loads(check_regular_file(run_folder / STATUS_NAME).read_text(encoding="utf-8"))
         known = {each.name for each in fields(RunStatus)}
         return RunStatus(**{name: value for name, value in content.items() if name in known})
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
 
 

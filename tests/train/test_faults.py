@@ -1,94 +1,15 @@
-"""Runs that are killed, stopped, starved of disk, damaged and poisoned: none is lost.
+"""Runs that signals stop and that losses poison: none is lost. For kills see tests/scripts/test_fault_drill.py."""
 
-Faults from outside are those of scripts/fault_drill.py, in a short form here; its whole form is marked slow.
-"""
-
-import importlib
 import json
 import os
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
-from dinov2.fsdp.checkpoint import Checkpointer
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-
-DRILL = Path(__file__).parents[2] / "scripts" / "fault_drill.py"
-
-
-def drill(folder: Path, *options: str) -> tuple[dict[str, dict], int, str]:
-    """(report by part, exit code, what was printed)."""
-    done = subprocess.run(
-        [sys.executable, str(DRILL), "--folder", str(folder), *options],
-        # xFormers takes a second to import, in each of some thirty processes
-        env={**os.environ, "OMP_NUM_THREADS": "1", "XFORMERS_DISABLED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    report = folder / "report.json"
-    assert report.is_file(), done.stdout[-4000:]
-    return json.loads(report.read_text()), done.returncode, done.stdout
-
-
-def failures(part: dict) -> list[str]:
-    return [f"{check['what']}: {check['detail']}" for check in part["checks"] if not check["held"]]
-
-
-@pytest.fixture(scope="module")
-def short_drill(tmp_path_factory):
-    # e first: torchrun waits half a minute for a rank that stands still before it ends it
-    return drill(tmp_path_factory.mktemp("drill") / "runs", "--kills=3", "--jobs=2", "--short", "--only=e,a,b,c,d")
-
-
-@pytest.mark.parametrize(
-    ("part", "fewest_checks"), [("a", 12), ("b", 9), ("c", 5), ("d", 4), ("e", 5)], ids=lambda value: str(value)
-)
-def test_a_fault_loses_nothing(short_drill, part, fewest_checks):
-    report, code, printed = short_drill
-    if report[part]["skipped"]:
-        pytest.skip(report[part]["skipped"])
-    assert not failures(report[part]), printed[-6000:]
-    assert len(report[part]["checks"]) >= fewest_checks
-    assert (code == 0) == all(part["held"] for part in report.values())
-
-
-def test_the_drill_would_notice_a_loss(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(DRILL.parent)
-    runs = importlib.import_module("training_runs")
-    checkpointer = Checkpointer(tmp_path / "checkpoints", 3)
-    for iteration in (5, 10, 15):
-        checkpointer.save(iteration, {"weight": torch.ones(99)}, {})
-    assert checkpointer.wait()
-    assert runs.read_checkpoints(tmp_path) == {5: True, 10: True, 15: True}
-    file = min(checkpointer.path_of(10).glob("__*.distcp"))
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    (checkpointer.path_of(15) / ".metadata").unlink()
-    assert runs.read_checkpoints(tmp_path) == {5: True, 10: False, 15: False}
-    ones = torch.ones(3)
-    another = ones.nextafter(2 * ones)
-    assert not runs.difference(({"a": ones}, {"a": ones.clone()}), 0)
-    assert runs.difference(({"a": ones}, {"a": another}), 0)
-    assert not runs.difference(({"a": ones}, {"a": another}), 1e-6)
-    assert runs.difference(({"a": ones}, {"b": ones}), 1)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_thirty_kills_lose_nothing(tmp_path):
-    report, code, printed = drill(tmp_path / "runs", "--kills", "30")
-    assert code == 0, printed[-6000:]
-    kills = [check for check in report["a"]["checks"] if check["what"].startswith("kill ")]
-    assert len(kills) == 30
-    assert sum(", torn " in check["detail"] for check in kills) >= 10
-
-
-# --- losses that are not finite, or spike ----------------------------------------------------------------------------
+from dinov2.utils.command import REQUEUE_EXIT_CODE
 
 
 @pytest.fixture
@@ -116,6 +37,29 @@ def rows(folder: Path) -> list[dict]:
 
 def log(folder: Path) -> str:
     return (folder / "logs" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_ends_a_run_with_a_checkpoint_of_that_step(run, monkeypatch, number):
+    forward_backward, batches = SSLMetaArch.forward_backward, []
+
+    def signalled(self, images, teacher_temp):
+        batches.append(images)
+        if len(batches) == 3:
+            os.kill(os.getpid(), number)
+        return forward_backward(self, images, teacher_temp)
+
+    monkeypatch.setattr(SSLMetaArch, "forward_backward", signalled)
+    settings = ("optim.epochs=4", "train.saveckp_freq=4", "evaluation.eval_period_iterations=3")
+    code, folder = run(*settings)
+    assert code == REQUEUE_EXIT_CODE
+    assert log(folder).count("stopped after iteration 3, as asked") == 1
+    assert [path.name for path in (folder / "checkpoints").glob("iteration_*")] == ["iteration_0000003"]
+    code, folder = run(*settings)
+    assert code == 0
+    assert [row["iteration"] for row in rows(folder)] == list(range(8))
+    teachers = {path.parent.name for path in folder.glob("eval/training_*/teacher_checkpoint.pth")}
+    assert teachers == {"training_3", "training_6", "training_8"}  # that of the third step was due when it was stopped
 
 
 TWELVE_STEPS = ("optim.epochs=6", "train.saveckp_freq=1", "train.max_bad_steps_in_row=3")

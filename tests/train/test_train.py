@@ -354,7 +354,7 @@ def test_mistakes_in_settings(failing):
     assert "evaluation.datasets, a: labelled cells: 'nowhere'" in failing("evaluation.datasets=[{name:a,data:nowhere}]")
     assert "at least 2" in failing("train.batch_size_per_gpu=1")
     assert "unknown dataset" in failing("train.dataset_path=ImageNet:split=TRAIN")
-    assert "vit_smal" in failing("student.arch=vit_smal")
+    assert "student.arch: 'vit_smal' is unknown" in failing("student.arch=vit_smal")
     assert "no file at" in failing(arguments=("--config-file", "nowhere.yaml"))
 
 

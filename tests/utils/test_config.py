@@ -118,6 +118,8 @@ def test_every_packaged_config_loads(file):
         ("optim.clip_grad=-.inf", ValueError, "optim.clip_grad must be at least 0"),
         ("train.balance.weights={a: .inf}", ValueError, "train.balance.weights must be between"),
         ("optim.epochs=1000000000", ValueError, "optim.epochs=1e.09 of train.OFFICIAL_EPOCH_LENGTH=1250 steps"),
+        (f"student.depth={'9' * 5000}", ValueError, "cannot read 'student.depth=9"),
+        ("optim.epochs=\udce9", ValueError, "cannot read 'optim.epochs="),
         ("student.arch=???", ValueError, "student.arch has no value.* its default, vit_large"),
         ("evaluation.datasets=" + "[" * 3000, ValueError, "cannot read"),
     ],
@@ -210,3 +212,7 @@ def test_written_config_reads_back_the_same(tmp_path):
     assert differences(cfg, again) == {}
     changed = load_run_config(tmp_path / "config.yaml", ["student.depth=3"])
     assert differences(changed, again, ["student."]) == {"student.depth": (3, 2)}
+
+
+def test_an_infinite_temperature_of_the_balance_is_allowed():
+    assert load_run_config(None, ["train.balance.temperature=.inf"]).train.balance.temperature == float("inf")

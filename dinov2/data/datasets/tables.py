@@ -239,7 +239,7 @@ def _opened_parquet(file: Path, setting: str) -> Iterator[Any]:
         ]
         with parquet.ParquetFile(file, read_dictionary=texts) as opened:
             yield opened
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{setting}: {str(file)!r} cannot be read as parquet: {error}") from error
 
 

@@ -208,7 +208,7 @@ def _check_settings(folder: Path, settings: dict[str, Any], overwrite: bool) -> 
                 f"--output: {str(folder)!r} has cells that were cut otherwise ({', '.join(changes)}); give "
                 f"--overwrite to cut them again, or another folder"
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):  # hidden: unfinished
         raise ValueError(f"--output: {str(folder)!r} is in use by something else (it has no settings.json)")
     with atomic_write(file, "w") as stream:
         json.dump(settings, stream, indent=2)

@@ -166,3 +166,14 @@ def test_parquet_gives_what_csv_gives(tmp_path):
     assert read_table(tmp_path / "t.parquet", "split", ("path", "fold", "label")) == expected
     with pytest.raises(ValueError, match=r"lacks the column\(s\) 'x'"):
         read_table(tmp_path / "t.parquet", "split", ("x",))
+
+
+def test_parquet_names_that_are_not_utf8_are_an_error_with_the_file(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow reads and writes parquet")
+    from pyarrow import parquet
+
+    file = tmp_path / "t.parquet"
+    parquet.write_table(pyarrow.table({"patient": ["p1"]}), file)
+    file.write_bytes(file.read_bytes().replace(b"patient", b"patien\xff"))
+    with pytest.raises(ValueError, match=r"t\.parquet.*cannot be read as parquet"):
+        read_table(file, "labels", ("patient",))

@@ -91,6 +91,14 @@ def test_a_killed_run_goes_on_and_a_second_run_gives_the_same_bytes(tmp_path):
     assert kept.stat().st_mtime_ns == written
 
 
+def test_a_run_that_was_killed_while_it_wrote_its_settings_goes_on(tmp_path):
+    write_image(tmp_path / "in" / "a.png")
+    (tmp_path / "out" / "cells").mkdir(parents=True)
+    (tmp_path / "out" / "cells" / ".settings.json.0123abcd.tmp").touch()  # the first file that is written
+    prepare(smears([("a.png", "white", Box(5, 5, 25, 25))]), tmp_path / "in", tmp_path / "out")
+    assert (tmp_path / "out" / "cells" / "a.png_000.png").is_file()
+
+
 def test_cells_cut_in_another_way_are_not_mixed(tmp_path):
     write_image(tmp_path / "in" / "a.png")
     dataset = smears([("a.png", "white", Box(5, 5, 25, 25))])
