@@ -292,7 +292,7 @@ def test_names_with_html_are_text(explorer, cells):
 
 def test_a_missing_image_has_a_placeholder_and_a_reason(explorer):
     explorer.go_to(5)
-    assert "No image: no such file" in explorer.part("cell").text
+    assert "No image: No such file" in explorer.part("cell").text
 
 
 def test_filters_and_search_show_what_they_say(explorer, cells):

@@ -42,8 +42,8 @@ from dinov2.data.transforms import normalize_images
 from dinov2.eval import abmil, cross, extract_features, knn, linear
 from dinov2.eval.features import Features, read_features, write_features
 from dinov2.eval.linear import fit_linear_probe
-from dinov2.hub.backbones import file_sha256
 from dinov2.models import build_backbone
+from dinov2.utils.files import file_sha256
 
 ROOT = Path(__file__).parents[2]
 MODULES = [*sorted((ROOT / "dinov2").rglob("*.py")), *sorted((ROOT / "scripts").glob("*.py"))]

@@ -86,7 +86,7 @@ def test_the_other_arguments_and_the_configuration_travel(launch, slurm, tmp_pat
 
 
 def test_a_run_without_a_name_is_called_after_its_job(launch, tmp_path, capsys):
-    (tmp_path / "mine.yaml").touch()
+    (tmp_path / "mine.yaml").write_text("optim: {}\n")
     launch("--config-file", "mine.yaml", "--ngpus", "1")
     assert f"results  {tmp_path}/runs/mine_7\n" in capsys.readouterr().out
 
