@@ -81,7 +81,7 @@ def test_the_page_holds_what_was_computed():
     assert column(data, "label")["texts"] == [NAMES[i] for i in cells.labels]
     assert column(data, "patient")["texts"] == [f"p{i % 4} ({'st'[i >= 6]})" for i in range(12)]  # of both sets
     assert column(data, "data_set")["texts"] == ["s"] * 6 + ["t"] * 6
-    assert set(data["missing"].values()) == {"no such file"}
+    assert set(data["missing"].values()) == {"No such file or directory"}
     assert len(data["missing"]) == 12
 
 

@@ -25,5 +25,5 @@ def test_maps_that_are_wrong(text, message, tmp_path):
     (tmp_path / "map.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_classes_map(tmp_path / "map.csv", LABELS)
-    with pytest.raises(FileNotFoundError, match="--classes-map: no file"):
+    with pytest.raises(FileNotFoundError, match="--classes-map: .*no such file"):
         read_classes_map(tmp_path / "absent.csv", LABELS)
