@@ -115,7 +115,7 @@ def check_regular_file(path: PathLike, setting: str = "") -> Path:
     try:
         status = path.stat()
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{where}: no such file") from error
+        raise FileNotFoundError(f"{where}: no such file; check the path") from error
     except ValueError as error:  # a zero byte
         raise ValueError(f"{str(path)!r} is no name of a file ({error})") from error
     kind = next((name for is_kind, name in _OTHER_KINDS if is_kind(status.st_mode)), None)
