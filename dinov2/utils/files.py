@@ -183,6 +183,7 @@ def local_path(source: PathLike) -> Path:
 
 def cache_folder() -> Path:
     """Return the folder of downloads."""
+
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 

@@ -1,4 +1,4 @@
-"""Write and read status.json, the progress of a run, and read training_metrics.json, its numbers."""
+"""Write and read status.json, the progress of a run."""
 
 import json
 import logging
@@ -10,9 +10,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import pandas as pd
 
 from dinov2.utils.files import check_regular_file
 
@@ -75,23 +72,6 @@ def read_status(run_folder: Path) -> RunStatus | None:
         return RunStatus(**{name: value for name, value in content.items() if name in known})
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
-
-
-def read_metrics(file: Path) -> tuple[pd.DataFrame, int]:
-    """Return training_metrics.json, a row per iteration, and the number of broken lines, which a killed run may leave.
-
-    Of a repeated iteration the later line counts. The text after the last line's end is still being written.
-    """
-    rows: dict[int, dict[str, float]] = {}
-    n_broken = 0
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
-        try:
-            row = json.loads(line)
-            rows[int(row.pop("iteration"))] = row
-        except (AttributeError, KeyError, TypeError, ValueError):
-            n_broken += 1
-    metrics = pd.DataFrame.from_dict(rows, orient="index").apply(pd.to_numeric, errors="coerce").astype(np.float64)
-    return metrics.where(np.isfinite(metrics)).sort_index(), n_broken
 
 
 class StatusFile(logging.Handler):

@@ -145,8 +145,8 @@ def test_a_balance_is_kept_when_a_run_goes_on_with_more_processes(config, monkey
     ("override", "message"),
     [
         ("train.balance.weights={none:2}", "no set is called 'none'; the sets here are all"),
-        ("train.balance.weights={all:-1}", "all has -1.0; give 0 (never seen) or more"),
-        ("train.balance.weights={all:.nan}", "all has nan"),
+        ("train.balance.weights={all:-1}", "train.balance.weights must be at least 0, found {'all': -1.0}"),
+        ("train.balance.weights={all:.nan}", "train.balance.weights must be at least 0, found {'all': nan}"),
         ("train.balance.weights={all:0}", "every set that has images has weight 0"),
         ("train.balance.weights={all:much}", "must be a mapping like {bmc: 0.5"),
         ("train.balance.weights=2", "must be a mapping like {bmc: 0.5"),

@@ -21,7 +21,7 @@ from dinov2.eval.pages.page import NONE, Section, html, line_chart, percent, rou
 from dinov2.eval.pages.results import METRIC_TITLES, metric_columns
 from dinov2.eval.results import RESULTS_NAME, ResultRecord, mapping, number, read_report, read_result
 from dinov2.utils.config import differences, read_config
-from dinov2.utils.run_status import CONFIG_NAME, METRICS_NAME, RunStatus, read_metrics, read_status
+from dinov2.utils.run_status import CONFIG_NAME, METRICS_NAME, RunStatus, read_status
 
 MOST_WARNINGS, MOST_BAD_IMAGES = 30, 20
 ONLY_LOGGED = ("patch_prototype_use",)  # numbers that only the iterations of the log have
@@ -110,6 +110,23 @@ def read_run(path: Path, name: str) -> RunRecord:
         status=read_status(path) or RunStatus(),
         notes=notes,
     )
+
+
+def read_metrics(file: Path) -> tuple[pd.DataFrame, int]:
+    """Return training_metrics.json, a row per iteration, and the number of broken lines, which a killed run may leave.
+
+    Of a repeated iteration the later line counts. The text after the last line's end is still being written.
+    """
+    rows: dict[int, dict[str, float]] = {}
+    n_broken = 0
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        try:
+            row = json.loads(line)
+            rows[int(row.pop("iteration"))] = row
+        except (AttributeError, KeyError, TypeError, ValueError):
+            n_broken += 1
+    metrics = pd.DataFrame.from_dict(rows, orient="index").apply(pd.to_numeric, errors="coerce").astype(np.float64)
+    return metrics.where(np.isfinite(metrics)).sort_index(), n_broken
 
 
 def runs_table(runs: Sequence[RunRecord]) -> Markup:
