@@ -24,7 +24,6 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
 
-import torch
 from filelock import FileLock
 from iopath.common.file_io import PathManager
 from tqdm import tqdm
@@ -183,6 +182,7 @@ def local_path(source: PathLike) -> Path:
 
 def cache_folder() -> Path:
     """Return the folder of downloads."""
+    import torch  # here, since commands that only read a run's files start without it
 
     return Path(torch.hub.get_dir()) / "checkpoints"
 
