@@ -121,7 +121,8 @@ def test_weights_may_be_ones_own_copy(small, tmp_path):
         ENTRY_POINTS["dinobloom_s"](pretrained=False, weights=tmp_path / "DinoBloom-S.pth")
 
 
-def test_offline_a_name_says_which_file_to_put_where(cache):
+def test_offline_a_name_says_which_file_to_put_where(cache, monkeypatch):
+    monkeypatch.setattr("dinov2.utils.files.PAUSES", (0.0,))
     for name, file in (("dinobloom_l", "DinoBloom-L.pth"), ("dinov2_vitb14_reg", "dinov2_vitb14_reg4_pretrain.pth")):
         for load in (load_backbone, lambda name: ENTRY_POINTS[name]()):
             with pytest.raises(ConnectionError, match=rf"put it at {cache / file}"):

@@ -17,6 +17,7 @@ from dinov2.train.dry_run import (
 )
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.config import load_run_config
+from dinov2.utils.resources import resident_memory
 
 MIB = 2**20
 
@@ -311,7 +312,7 @@ def test_sizes_follow_from_what_the_run_has_to_keep():
 
 
 def test_the_command_prints_the_override_and_writes_nothing(run, tmp_path, monkeypatch, capfd):
-    room = 4 * 2**30
+    room = resident_memory() + 2**30
     monkeypatch.setattr(dry_run, "memory_limit", lambda device: room)
     assert run("--find-batch-size", "dino.head_n_prototypes=4096") == 0
     output = capfd.readouterr()
