@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, g
 from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.data.samplers import Balance, BalancedSampler, EpochSampler, InfiniteSampler, PositionSampler, SamplerType
 from dinov2.distributed import get_rank, get_world_size
-from dinov2.utils.command import ignore_stop_signals
+from dinov2.utils.command import WORKER_ENDED, ignore_stop_signals
 from dinov2.utils.numerics import derive_seed
 from dinov2.utils.resources import size_text
 
@@ -185,7 +185,7 @@ def share_batch(batch: Any) -> Any:
 def receive_batches(loader: DataLoader) -> Generator[Any, None, None]:
     """Yield the batches of a loader that collates with `share_batch`; warn once if shared memory is too small."""
     is_warned = False
-    for batch in loader:
+    for batch in _until_a_worker_dies(loader):
         if not isinstance(batch, bytes):
             yield batch
             continue
@@ -199,6 +199,19 @@ def receive_batches(loader: DataLoader) -> Generator[Any, None, None]:
             )
             is_warned = True
         yield pickle.loads(batch)
+
+
+def _until_a_worker_dies(loader: DataLoader) -> Generator[Any, None, None]:
+    """Yield the batches of a loader, and raise ChildProcessError if a worker is killed while it sends one.
+
+    Torch raises RuntimeError if it finds the worker dead, but the connection may break a moment before that.
+    """
+    try:
+        yield from loader
+    except (ConnectionError, EOFError) as error:
+        if "in DataLoader worker process" in str(error):
+            raise  # the dataset's own error, which the worker sent
+        raise ChildProcessError(WORKER_ENDED) from error
 
 
 def _make_sampler(

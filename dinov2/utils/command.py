@@ -42,6 +42,8 @@ ADVICE = {
     errno.ENOMEM: "free memory, or ask for less: smaller batches, fewer workers",
 }
 
+WORKER_ENDED = "A worker process was ended, perhaps for lack of memory: use fewer workers"
+
 # exit code of a run that was stopped after a checkpoint: the same command resumes it (EX_TEMPFAIL)
 REQUEUE_EXIT_CODE = 75
 
@@ -84,9 +86,7 @@ def find_cause(error: BaseException) -> BaseException:
         if "out of memory" in text or "can't allocate memory" in text:
             return MemoryError(f"({text.partition(' See documentation')[0]})")
         if text.startswith("DataLoader worker (pid"):
-            return ChildProcessError(
-                f"{text.strip()} A worker process was ended, perhaps for lack of memory: use fewer workers"
-            )
+            return ChildProcessError(f"{text.strip()} {WORKER_ENDED}")
     return error
 
 

@@ -264,7 +264,28 @@ def test_batches_go_through_pipes_where_shared_memory_is_full(monkeypatch, caplo
 
 def test_a_killed_worker_ends_the_wait_at_once():
     started = time.monotonic()
-    with pytest.raises(RuntimeError) as raised:
+    with pytest.raises((RuntimeError, ChildProcessError)) as raised:  # torch's, or ours if the connection broke first
         batches_of_a_worker(Counted(deadly=2))
     assert time.monotonic() - started < 60
     assert "use fewer workers" in error_text(find_cause(raised.value))
+
+
+@pytest.mark.parametrize("broken", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_killed_while_it_sends_a_batch_is_named(broken):
+    def loader():
+        yield {"images": torch.zeros(1)}
+        raise broken
+
+    batches = receive_batches(loader())
+    assert "images" in next(batches)
+    with pytest.raises(ChildProcessError, match="use fewer workers"):
+        next(batches)
+
+
+def test_a_connection_that_the_dataset_lost_keeps_its_error():
+    def loader():
+        yield from ()
+        raise ConnectionError("Caught ConnectionError in DataLoader worker process 0.\nthe share is gone")
+
+    with pytest.raises(ConnectionError, match="the share is gone"):
+        next(receive_batches(loader()))
