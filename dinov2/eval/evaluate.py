@@ -19,7 +19,7 @@ import pandas as pd
 
 from dinov2.data.datasets.bag_folds import draw_folds
 from dinov2.data.datasets.bags import read_patient_labels
-from dinov2.eval import abmil, knn, linear, runner
+from dinov2.eval import abmil, knn, linear
 from dinov2.eval.features import Features, read_features
 from dinov2.eval.knn import KnnOptions
 from dinov2.eval.linear import LinearOptions
@@ -29,6 +29,7 @@ from dinov2.eval.protocol import (
     add_evaluation_arguments,
     check_evaluation_arguments,
     load_evaluation_set,
+    runner,
 )
 from dinov2.eval.results import provenance, settings_of, write_report
 from dinov2.logging import setup_logging

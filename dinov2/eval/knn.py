@@ -24,9 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov2.eval import runner
 from dinov2.eval.metrics import classification_metrics
-from dinov2.eval.protocol import EvaluationData, Predictions, Protocol
+from dinov2.eval.protocol import EvaluationData, Predictions, Protocol, runner
 from dinov2.eval.results import FoldPredictions
 from dinov2.utils.command import exit_code, number_between, positive_int
 

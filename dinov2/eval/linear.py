@@ -27,10 +27,9 @@ import numpy as np
 import torch
 
 from dinov2.data.splits import Fold, make_folds
-from dinov2.eval import runner
 from dinov2.eval.features import DEFAULT_KIND
 from dinov2.eval.metrics import log_losses
-from dinov2.eval.protocol import N_FOLDS, EvaluationData, Predictions, Protocol
+from dinov2.eval.protocol import N_FOLDS, EvaluationData, Predictions, Protocol, runner
 from dinov2.eval.results import FoldPredictions
 from dinov2.eval.solvers.linear_probes import (
     SGD_ITERATIONS,

@@ -1,4 +1,4 @@
-"""Convert a backbone's tensors to and from the names of transformers' Dinov2 and of timm; merge LoRA adapters.
+"""Convert a backbone's tensors to and from the names of transformers' Dinov2 and of timm.
 
 The network is the same in all three libraries; these things differ:
 
@@ -53,8 +53,6 @@ _HF_PARTS = {
     "attn.qkv": tuple(f"attention.attention.{third}" for third in THIRDS),
     "mlp.w12": ("mlp.gate_proj", "mlp.up_proj"),
 }
-
-_BASE, _A, _B = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"
 
 _TIMM_GATED = {"mlp.w12": "mlp.fc1", "mlp.w3": "mlp.fc2"}
 _TIMM_SIZES = {False: {"small": "vit_small", "base": "vit_base", "large": "vit_large"}, True: {"giant": "vit_giant2"}}
@@ -208,37 +206,6 @@ def timm_arguments(architecture: Mapping[str, Any]) -> tuple[str, dict[str, Any]
     if int(embed_dim * _TIMM_MLP_RATIO[is_gated]) != width:
         arguments["mlp_ratio"] = (width + 0.5) / embed_dim  # timm rounds down: + 0.5 against float errors
     return model_name, {"img_size": architecture["img_size"], "num_classes": 0, **arguments}
-
-
-# --- low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685), under the names that peft gives them ---------------
-
-
-def is_adapter(name: str) -> bool:
-    """Return whether a name is one of the two parameters of an adapter."""
-    return name.endswith((_A, _B))
-
-
-def lora_scaling(student: Any) -> float:
-    """Return alpha / rank of a configuration's section `student`; 0 without adapters."""
-    lora = getattr(student, "lora", None)  # old runs have no such section
-    return float(lora.alpha / lora.rank) if lora is not None and lora.rank else 0.0
-
-
-def merge_adapters(state: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
-    """Merge adapters into a backbone's weights: W <- W + scaling B A, under the names without adapters.
-
-    Other tensors stay as they are. Names may have a prefix.
-    """
-    plain = {}
-    for name, value in state.items():
-        if is_adapter(name):
-            continue
-        layer, base, parameter = name.partition(_BASE)
-        if base and parameter == "weight":
-            change = state[layer + _B].double() @ state[layer + _A].double()  # [out, in]
-            value = (value.double() + scaling * change).to(value.dtype)
-        plain[f"{layer}.{parameter}" if base else name] = value
-    return plain
 
 
 # --- for both -------------------------------------------------------------------------------------------------------

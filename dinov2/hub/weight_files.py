@@ -26,7 +26,8 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dinov2.hub.conversions import is_adapter, lora_scaling, merge_adapters, to_own_names
+from dinov2.hub.adapters import is_adapter, lora_scaling, merge_adapters
+from dinov2.hub.conversions import to_own_names
 from dinov2.hub.descriptions import (
     LARGEST_DESCRIPTION,
     WRONG_TYPES,

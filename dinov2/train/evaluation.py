@@ -44,7 +44,7 @@ from dinov2.eval.linear import fit_linear_probe
 from dinov2.eval.metrics import classification_metrics
 from dinov2.eval.results import RESULTS_NAME, read_report, write_report
 from dinov2.fsdp.sharding import gather_whole
-from dinov2.hub.conversions import merge_adapters
+from dinov2.hub.adapters import merge_adapters
 from dinov2.logging import MetricLogger
 from dinov2.models import architecture, build_backbone
 from dinov2.models.vision_transformer import DinoVisionTransformer

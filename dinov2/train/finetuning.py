@@ -27,8 +27,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from dinov2.distributed import is_main_process
+from dinov2.hub.adapters import add_adapters, is_adapter
 from dinov2.hub.backbones import checkpoint_file, load_backbone, mismatches, read_heads
-from dinov2.hub.conversions import is_adapter
 from dinov2.hub.weight_files import RELEASES, without_chunk
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.files import file_sha256
@@ -160,34 +160,14 @@ def limit_learning(student: DinoVisionTransformer, teacher: DinoVisionTransforme
     student and teacher still differ.
     """
     learned = choose_learned(student, settings)
-    by_name = dict(student.named_parameters())
+    by_name, lora = dict(student.named_parameters()), settings.lora
     if learned.layers:
         for backbone in (student, teacher):
-            _add_adapters(backbone, learned.layers, settings.lora)
+            add_adapters(
+                backbone, learned.layers, lora.rank, lora.alpha, lora.dropout, f"student.lora.rank={lora.rank}"
+            )
     for name, parameter in by_name.items():  # injected layers keep the parameters themselves
         parameter.requires_grad_(name in learned.parameters)
-
-
-def _add_adapters(backbone: nn.Module, layers: Iterable[str], lora: Any) -> None:
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.lora import LoraLayer
-    except ImportError as error:
-        raise ValueError(
-            f"student.lora.rank={lora.rank} needs the package peft; run `pip install peft`, or set student.lora.rank=0"
-        ) from error
-    settings = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules="|".join(re.escape(layer) for layer in layers),  # a pattern for whole names
-        bias="none",
-    )
-    # without peft's wrapper, which would change names, signatures and types
-    inject_adapter_in_model(settings, backbone)
-    for module in backbone.modules():
-        if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = False  # autocast decides, as for all layers
 
 
 def _select_names(words: Iterable[Any], names: list[str], key: str) -> frozenset[str]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dinov2.data.augmentations import N_GLOBAL_CROPS
 from dinov2.distributed import all_gather_rows, get_rank, is_enabled
 from dinov2.fsdp.sharding import SHARDED, lerp_, make_mesh, replicate, reshard, shard
-from dinov2.hub.conversions import lora_scaling
+from dinov2.hub.adapters import lora_scaling
 from dinov2.layers import Block, DINOHead
 from dinov2.logging import StepClock
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss, smooth_rank_loss
@@ -30,8 +30,9 @@ from dinov2.models import build_model_from_cfg
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.train.finetuning import limit_learning, start_from_weights
 from dinov2.train.monitor import feature_statistics, prototype_use
-from dinov2.train.optimizer import LossScaler, fuse_params_groups, get_params_groups_with_decay
+from dinov2.train.optimizer import LossScaler
 from dinov2.utils.numerics import autocast, computes_in_fp16, resolve_dtype
+from dinov2.utils.param_groups import fuse_params_groups, get_params_groups_with_decay
 
 
 class HeadOutput(NamedTuple):

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from dinov2.layers import DINOHead
 from dinov2.layers.attention import Attention
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.train.optimizer import fuse_params_groups, get_params_groups_with_decay
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.utils.param_groups import fuse_params_groups, get_params_groups_with_decay
 
 N_GLOBAL_CROPS = 2
 STUDENT_TEMP = 0.1

@@ -13,17 +13,18 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from dinov2.hub.adapters import lora_scaling, merge_adapters
 from dinov2.hub.backbones import load_backbone
-from dinov2.hub.conversions import lora_scaling, merge_adapters
 from dinov2.hub.weight_files import without_chunk
 from dinov2.models.vision_transformer import DinoVisionTransformer, vit_small
 from dinov2.train.evaluation import whole_teacher_backbone
 from dinov2.train.finetuning import choose_learned, count_learned, limit_learning
-from dinov2.train.optimizer import build_optimizer, get_params_groups_with_decay
+from dinov2.train.optimizer import build_optimizer
 from dinov2.train.schedules import Schedules
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import main
 from dinov2.utils.numerics import derive_seed
+from dinov2.utils.param_groups import get_params_groups_with_decay
 
 LORA = ["student.lora.rank=4"]
 # blocks that add their full share, as in trained networks: at 1e-5, tiny networks hardly learn

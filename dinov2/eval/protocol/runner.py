@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 
 from dinov2.data.splits import write_split
-from dinov2.eval import few_shot
-from dinov2.eval.few_shot import FewShotOptions
 from dinov2.eval.metrics.summaries import class_table, draw_confusion, draw_curves, metrics_table, scores_table
 from dinov2.eval.protocol import (
     EvaluationSet,
@@ -21,8 +19,10 @@ from dinov2.eval.protocol import (
     Protocol,
     add_evaluation_arguments,
     check_evaluation_arguments,
+    few_shot,
     load_evaluation_set,
 )
+from dinov2.eval.protocol.few_shot import FewShotOptions
 from dinov2.eval.results import (
     predictions_file,
     provenance,

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dinov2.eval.few_shot import FewShotOptions, evaluate, size_of_draw
 from dinov2.eval.knn import KnnOptions, protocol
 from dinov2.eval.metrics import classification_metrics
 from dinov2.eval.protocol import EvaluationData, Protocol
+from dinov2.eval.protocol.few_shot import FewShotOptions, evaluate, size_of_draw
 from dinov2.eval.results import FoldPredictions
 
 NAMES = ["basophil", "blast", "eosinophil"]

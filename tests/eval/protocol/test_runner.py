@@ -18,7 +18,7 @@ from dinov2.eval.features import read_features
 from dinov2.eval.knn import main
 from dinov2.utils.command import exit_code
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 CLASSES = ["basophil", "eosinophil", "lymphocyte"]
 
 
