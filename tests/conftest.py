@@ -61,12 +61,16 @@ def checksum(x: torch.Tensor) -> list[float]:
     return [x.sum().item(), x.abs().sum().item(), x.square().sum().item()]
 
 
+SYSTEM_FOLDERS = ("browser", "cuda_stub", "slurm")
 LONG_FILES = ("test_faults.py", "test_many_processes.py", "test_slurm.py", "test_supervision.py", "test_train.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked gpu where there is no CUDA device, and begin with the files that take longest."""
+    """Begin with the files that take longest, mark system tests, and skip tests marked gpu without a CUDA device."""
     items.sort(key=lambda item: item.path.name not in LONG_FILES)
+    for item in items:
+        if item.path.parent.name in SYSTEM_FOLDERS:
+            item.add_marker("system")
     if torch.cuda.is_available():
         return
     for item in items:

@@ -105,9 +105,25 @@ def test_shell_scripts_parse(script: Path):
     assert run.returncode == 0, run.stderr
 
 
-def test_ci_runs_the_test_command_of_the_readme():
-    assert "bash scripts/test.sh" in (ROOT / ".ci" / "run").read_text()
-    assert "bash scripts/test.sh" in (ROOT / "README.md").read_text(encoding="utf-8")
+def write_script(path: Path, text: str = "") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize("failing", ["", "all", "--system"])
+def test_ci_runs_the_test_command_of_the_readme_and_the_system_tests_whatever_fails(tmp_path, failing):
+    assert "bash scripts/test.sh  " in (ROOT / "README.md").read_text(encoding="utf-8")
+    write_script(tmp_path / ".ci" / "run", (ROOT / ".ci" / "run").read_text())
+    write_script(tmp_path / "tests" / "slurm" / "cluster.sh")  # nothing is missing
+    for program in ("chromium", "chromedriver", "gcc", "nm"):
+        write_script(tmp_path / "bin" / program)
+    write_script(tmp_path / "scripts" / "test.sh", f'echo "${{*:-all}}" >> ran; [[ "${{*:-all}}" != "{failing}" ]]')
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    run = subprocess.run(["bash", str(tmp_path / ".ci" / "run")], env={**os.environ, "PATH": path})
+    assert (tmp_path / "ran").read_text().split() == ["all", "--system"]
+    assert bool(run.returncode) == bool(failing)
 
 
 def test_no_path_of_one_machine():
