@@ -165,7 +165,8 @@ def measure_speed(model: SSLMetaArch, metrics: MetricLogger) -> tuple[StepClock,
     metrics.matmul_rate = measured_matmul_rate(model.device, model.matmul_dtype)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)  # the peak is that of the training
-    return model.clock, {frozen: count_step_flops(model.cfg, backbone_is_frozen=frozen) for frozen in (False, True)}
+    phases = {False, model.cfg.optim.freeze_backbone_iterations > 0}
+    return model.clock, {frozen: count_step_flops(model.cfg, backbone_is_frozen=frozen) for frozen in phases}
 
 
 def print_batch_size(

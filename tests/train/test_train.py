@@ -518,5 +518,6 @@ def test_the_peak_memory_of_a_run_is_reset_after_the_probe_of_products(monkeypat
     monkeypatch.setattr(train_module, "measured_matmul_rate", lambda *_: calls.append("probe"))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append(device))
     device = torch.device("cuda", 1)
-    train_module.measure_speed(SimpleNamespace(device=device, matmul_dtype=torch.bfloat16, cfg=None), SimpleNamespace())
+    cfg = OmegaConf.create({"optim": {"freeze_backbone_iterations": 0}})
+    train_module.measure_speed(SimpleNamespace(device=device, matmul_dtype=torch.bfloat16, cfg=cfg), SimpleNamespace())
     assert calls == ["probe", device]
