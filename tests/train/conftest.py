@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
+from dinov2.train import train as train_module
 from dinov2.train.batches import resolve_batch_size
+from dinov2.train.dry_run import count_step_flops
 from dinov2.train.train import main
 from dinov2.utils.config import load_run_config
 
@@ -37,6 +40,24 @@ def make_tiny_overrides():
 @pytest.fixture
 def tiny_overrides(make_tiny_overrides):
     return make_tiny_overrides
+
+
+COUNTED: dict[str, int] = {}
+
+
+@pytest.fixture(autouse=True)
+def _count_flops_once(monkeypatch):
+    """Count the products of equal networks and batches once: this takes longer than the steps of a tiny run."""
+
+    def count(cfg, *, backbone_is_frozen: bool) -> int:
+        sections = {name: OmegaConf.to_container(cfg[name]) for name in ("student", "crops", "dino", "ibot", "train")}
+        sections["train"] |= {"output_dir": "", "dataset_path": "", "frozen": backbone_is_frozen}
+        key = json.dumps(sections)
+        if key not in COUNTED:
+            COUNTED[key] = count_step_flops(cfg, backbone_is_frozen=backbone_is_frozen)
+        return COUNTED[key]
+
+    monkeypatch.setattr(train_module, "count_step_flops", count)
 
 
 @pytest.fixture
@@ -82,13 +103,9 @@ def run_on_processes():
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"commands{len(list(folder.glob('commands*.json')))}.json"
         path.write_text(json.dumps(commands))
-        start = [sys.executable]
-        if n_processes > 1:
-            start += ["-m", "torch.distributed.run", f"--nproc_per_node={n_processes}", "--master_port=0"]
-            start += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        worker = str(Path(__file__).with_name("run_commands.py"))
-        done = subprocess.run([*start, worker, str(path)], env=environment, capture_output=True, text=True)
+        command = [sys.executable, str(Path(__file__).with_name("run_commands.py")), str(n_processes), str(path)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads(Path(f"{path}.codes").read_text())
 

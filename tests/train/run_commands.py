@@ -1,6 +1,8 @@
 """Runs several train.py commands in one set of processes, for tests: starting processes takes longer than tiny runs.
 
-    torchrun --nproc_per_node=N tests/train/run_commands.py commands.json
+    python tests/train/run_commands.py <number of processes> commands.json
+
+The processes are forks of one that has imported torch. They do not count FLOP, which takes longer than their steps.
 
 commands.json is a list of {arguments, stop_at (optional), local_world_size (optional), images (optional)}: the run
 is asked to stop in step `stop_at`; the processes count as nodes of `local_world_size`; the indices of the images that
@@ -9,9 +11,12 @@ each rank takes are written to `images`.<rank>. Exit codes go to commands.json.c
 
 import json
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch.multiprocessing
 
 from dinov2 import distributed
 from dinov2.train import batches, train
@@ -64,7 +69,11 @@ def recording(make_data_loader, path: Path):
     return make
 
 
-def main(path: str) -> None:
+def run_rank(rank: int, n_processes: int, port: int, path: str) -> None:
+    if n_processes > 1:
+        os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+        os.environ |= {"WORLD_SIZE": str(n_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    train.count_step_flops = lambda *_, **__: 1
     enable, disable, make_data_loader = distributed.enable, distributed.disable, batches.make_data_loader
     distributed.disable = lambda: None
     codes = []
@@ -84,4 +93,7 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    n_processes = int(sys.argv[1])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        arguments = n_processes, free.getsockname()[1], sys.argv[2]
+    torch.multiprocessing.start_processes(run_rank, arguments, n_processes, start_method="fork")

@@ -21,6 +21,7 @@ NETWORKS = [
 SHRUNK = [
     *("train.global_batch_size=12", "train.batch_size_per_gpu=12"),  # a process takes its share at once
     *("student.layerscale=1.0", "optim.epochs=2", "train.OFFICIAL_EPOCH_LENGTH=2"),
+    *("train.saveckp_freq=10", "train.views=0"),  # one checkpoint, at the end
 ]
 STEPS = 4
 DINOBLOOM = ["--config-file", str(CONFIG_FOLDER / "train" / "custom.yaml")]
@@ -94,14 +95,29 @@ def commands(lists, make_tiny_overrides):
     return make
 
 
+RESUMED = {"2 to 1": (2, 1), "2 to 3": (2, 3), "1 to 2": (1, 2)}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, commands, run_on_processes):
-    """Runs on 1, 2 and 4 processes: folder / <recipe> <variant> <processes>."""
+    """Runs on 1, 2 and 4 processes, <recipe> <variant> <processes>; and runs that were stopped after four of six steps
+    and went on with other processes, <recipe> <one of RESUMED>."""
     folder = tmp_path_factory.mktemp("runs")
 
     def of(recipe: str, variant: str, n: int, *more: str, **settings) -> dict:
         name = f"{recipe} {variant} {n}"
         return {"arguments": commands(folder, name, recipe, *more), **settings}
+
+    def parts(names: list[str], n: int, **settings) -> list[dict]:
+        runs = [(recipe, f"{recipe} {name}") for recipe in RECIPES for name in names]
+        return [
+            {
+                "arguments": commands(folder, run, recipe, "optim.epochs=3"),
+                "images": str(folder / f"{run}-{n}"),
+                **settings,
+            }
+            for recipe, run in runs
+        ]
 
     bf16 = precision("bf16")
     alone = [of(recipe, kind, 1, *more) for recipe in RECIPES for kind, more in (("fp32", []), ("bf16", bf16))]
@@ -109,7 +125,8 @@ def runs(tmp_path_factory, commands, run_on_processes):
     alone.append(of("dinov2", "parts", 1, *VARIANTS["parts"]))
     local_koleo = "dino.koleo_loss_distributed=false"
     alone.append(of("dinobloom", "local koleo", 1, local_koleo, "train.batch_size_per_gpu=6"))
-    assert set(run_on_processes(1, alone, folder)) == {0}
+    stopped = parts(["1 to 2"], 1, stop_at=4)
+    assert run_on_processes(1, [*alone, *parts(["unbroken"], 1), *stopped], folder) == [0] * 9 + [75] * 2
     for n in (2, 4):
         several = [of(recipe, v, n, *VARIANTS[v]) for recipe in RECIPES for v in ("NO_SHARD", "FULL_SHARD")]
         several += [of("dinobloom", f"bf16 {v}", n, *VARIANTS[v], *bf16) for v in ("NO_SHARD", "FULL_SHARD")]
@@ -117,9 +134,15 @@ def runs(tmp_path_factory, commands, run_on_processes):
             several.append(of("dinobloom", "local koleo", n, local_koleo))
             several += [of("dinov2", v, n, *VARIANTS[v]) for v in ("SHARD_GRAD_OP", "mixed", "parts", "sharded parts")]
             several += [of("dinov2", f"bf16 {v}", n, *VARIANTS[v], *bf16) for v in ("NO_SHARD", "FULL_SHARD")]
+            several += parts(["1 to 2"], 2)
+            stopped = parts(["2 to 1", "2 to 3"], 2, stop_at=4)
         else:
             several += [of("dinov2", "HYBRID_SHARD", n, *strategy("HYBRID_SHARD"), local_world_size=2)]
-        assert set(run_on_processes(n, several, folder)) == {0}
+            stopped = []
+        codes = run_on_processes(n, [*several, *stopped], folder)
+        assert codes == [0] * len(several) + [75] * len(stopped)
+    assert run_on_processes(1, parts(["2 to 1"], 1), folder) == [0, 0]
+    assert run_on_processes(3, parts(["2 to 3"], 3), folder) == [0, 0]
     return folder
 
 
@@ -171,39 +194,12 @@ def images(path: Path, n_processes: int) -> list[list[int]]:
     return [[index for at in zip(*step, strict=True) for index in at] for step in zip(*by_rank, strict=True)]
 
 
-RESUMED = {"2 to 1": (2, 1), "2 to 3": (2, 3), "1 to 2": (1, 2)}
-
-
-@pytest.fixture(scope="module")
-def resumed(tmp_path_factory, commands, run_on_processes):
-    """Runs that were stopped after four of six steps and went on with other processes."""
-    folder = tmp_path_factory.mktemp("resumed")
-
-    def parts(names: list[str], n: int, **settings) -> list[dict]:
-        longer = ("optim.epochs=3", "train.saveckp_freq=10")
-        runs = [(recipe, f"{recipe} {name}") for recipe in RECIPES for name in names]
-        return [
-            {"arguments": commands(folder, run, recipe, *longer), "images": str(folder / f"{run}-{n}"), **settings}
-            for recipe, run in runs
-        ]
-
-    assert run_on_processes(1, parts(["unbroken"], 1) + parts(["1 to 2"], 1, stop_at=4), folder) == [0, 0, 75, 75]
-    assert run_on_processes(2, parts(["2 to 1", "2 to 3"], 2, stop_at=4) + parts(["1 to 2"], 2), folder) == [
-        *[75] * 4,
-        0,
-        0,
-    ]
-    assert run_on_processes(1, parts(["2 to 1"], 1), folder) == [0, 0]
-    assert run_on_processes(3, parts(["2 to 3"], 3), folder) == [0, 0]
-    return folder
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("way", RESUMED)
-def test_any_number_of_processes_goes_on_as_if_never_stopped(resumed, recipe, way):
-    seen = [step for n in RESUMED[way] for step in images(resumed / f"{recipe} {way}-{n}", n)]
-    assert seen == images(resumed / f"{recipe} unbroken-1", 1)
-    for ours, theirs in zip(rows(resumed / f"{recipe} {way}"), rows(resumed / f"{recipe} unbroken"), strict=True):
+def test_any_number_of_processes_goes_on_as_if_never_stopped(runs, recipe, way):
+    seen = [step for n in RESUMED[way] for step in images(runs / f"{recipe} {way}-{n}", n)]
+    assert seen == images(runs / f"{recipe} unbroken-1", 1)
+    for ours, theirs in zip(rows(runs / f"{recipe} {way}"), rows(runs / f"{recipe} unbroken"), strict=True):
         names = [n for n in theirs if n.endswith("_loss")]
         assert {n: ours[n] for n in names} == pytest.approx({n: theirs[n] for n in names}, rel=1e-4, abs=1e-5)
 
