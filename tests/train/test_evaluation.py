@@ -164,15 +164,14 @@ def test_unreadable_cells_are_left_out_and_none_left_does_not_end_the_run(run, t
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("place", "error"),
     [
-        NotImplementedError("no kernel for this GPU"),
-        KeyError("no such layer"),
-        TypeError("not a tensor"),
-        OSError("gone"),
+        ("extract", NotImplementedError("no kernel for this GPU")),
+        ("extract", OSError("gone")),
+        ("evaluate_knn", KeyError("no such layer")),
+        ("evaluate_knn", TypeError("not a tensor")),
     ],
 )
-@pytest.mark.parametrize("place", ["extract", "evaluate_knn"])
 def test_an_evaluation_that_fails_is_counted_and_does_not_end_the_run(run, evaluated, monkeypatch, place, error, rows):
     original, calls = getattr(evaluation, place), []
 
