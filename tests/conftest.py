@@ -1,5 +1,6 @@
 """Fixtures that several test files share: recorded upstream numbers, the formulas behind them, real images."""
 
+import gc
 import json
 import logging
 import os
@@ -76,6 +77,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Spare garbage collections the modules: commands that measure memory collect before each step."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
