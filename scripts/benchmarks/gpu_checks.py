@@ -87,7 +87,8 @@ class Settings:
         """Draw the sample cells, unless they exist, and return their folder."""
         folder = self.output / "cells"
         counts = (16, 20, 10, 2) if self.is_tiny else (1600, 400, 400, 2)
-        write_sample_cells(folder, *counts, size=56 if self.is_tiny else 144, n_workers=available_cores())
+        size, n_workers = (56, 1) if self.is_tiny else (144, available_cores())
+        write_sample_cells(folder, *counts, size=size, n_workers=n_workers)
         return folder
 
 
