@@ -3,10 +3,12 @@
 import gc
 import json
 import logging
+import multiprocessing
 import os
 import re
 import shlex
 import zlib
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,7 +65,10 @@ def checksum(x: torch.Tensor) -> list[float]:
 
 
 SYSTEM_FOLDERS = ("browser", "cuda_stub", "slurm")
-LONG_FILES = ("test_faults.py", "test_many_processes.py", "test_slurm.py", "test_supervision.py", "test_train.py")
+LONG_FILES = (
+    *("test_fault_drill.py", "test_many_processes.py", "test_one_device.py", "test_slurm.py", "test_finetuning.py"),
+    *("test_evaluation.py", "test_gpu_check.py", "test_readme_commands.py", "test_supervision.py", "test_train.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -91,6 +96,14 @@ def _logger_as_before():
     before = logger.handlers[:], logger.propagate, logger.level
     yield
     logger.handlers[:], logger.propagate, logger.level = before
+
+
+@pytest.fixture(scope="session")
+def forks() -> ForkServerContext:
+    """Processes from here are forks of one that has imported torch and the package."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dinov2.train.setup"])
+    return context
 
 
 @pytest.fixture(scope="session")

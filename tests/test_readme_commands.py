@@ -135,6 +135,7 @@ def folder(tmp_path_factory):
 
 def test_commands_do_their_work_one_after_the_other(folder, monkeypatch):
     monkeypatch.chdir(folder)
+    monkeypatch.setitem(sys.modules, "umap", None)  # it compiles for seconds, and tests/eval has its tests
     for command, result in STEPS:
         run(command)
         assert (folder / result).exists(), command

@@ -347,18 +347,22 @@ def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(run, monkeypatch):
     pytest.importorskip("peft")
     longer = [*BOTH, "optim.epochs=3", "student.drop_path_rate=0.3"]
     _, unbroken = run(*longer, name="unbroken")
-    forward_backward, calls = SSLMetaArch.forward_backward, []
+    forward_backward = SSLMetaArch.forward_backward
 
-    def crashing(self, *arguments, **settings):
-        calls.append(None)
-        if len(calls) == crash_in + 1:
-            raise RuntimeError("killed")
-        return forward_backward(self, *arguments, **settings)
+    def crashing_after(n_steps):
+        calls = []
 
-    for crash_in in (2, 3):  # the second one counts from iteration 2
-        calls.clear()
+        def crashing(self, *arguments, **settings):
+            calls.append(None)
+            if len(calls) > n_steps:
+                raise RuntimeError("killed")
+            return forward_backward(self, *arguments, **settings)
+
+        return crashing
+
+    for n_steps in (2, 3):  # after iterations 2 and 2 + 3
         with monkeypatch.context() as patch:
-            patch.setattr(SSLMetaArch, "forward_backward", crashing)
+            patch.setattr(SSLMetaArch, "forward_backward", crashing_after(n_steps))
             assert run(*longer, name="killed")[0] == 1
     code, killed = run(*longer, name="killed")
     assert code == 0

@@ -1,6 +1,5 @@
 """Hangs, with real processes: a rank that stands still is named by the others, and a lone process ends itself."""
 
-import multiprocessing
 import re
 import socket
 import time
@@ -14,8 +13,6 @@ from dinov2.train.setup import HANG_EXIT_CODE
 TIMEOUT = 3.0  # seconds; a slow step takes less, a pause more
 WORLD_SIZE = 3
 START_SECONDS = 60.0  # for processes to start on a busy machine
-FORKS = multiprocessing.get_context("forkserver")  # so that torch is imported once
-FORKS.set_forkserver_preload(["dinov2.train.setup"])
 
 # A loop with the calls that the training makes around a step. `fault` happens on rank `who` in step 5.
 PROGRAM = """
@@ -84,7 +81,7 @@ distributed.disable()
 class Run:
     """Ranks of one run, each a process of its own."""
 
-    def __init__(self, folder: Path, fault: str, who: int, world_size: int = WORLD_SIZE) -> None:
+    def __init__(self, forks, folder: Path, fault: str, who: int, world_size: int = WORLD_SIZE) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -93,7 +90,7 @@ class Run:
             own = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             environment = {name: str(value) for name, value in own.items()} if world_size > 1 else {}
             names = {"folder": folder, "timeout": TIMEOUT, "fault": fault, "who": who, "environment": environment}
-            self.processes.append(FORKS.Process(target=exec, args=(PROGRAM, names)))
+            self.processes.append(forks.Process(target=exec, args=(PROGRAM, names)))
             self.processes[-1].start()
 
     def ends(self, *ranks: int) -> list[int | None]:
@@ -111,11 +108,11 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory) -> Iterator[Callable[..., Run]]:
+def start(tmp_path_factory, forks) -> Iterator[Callable[..., Run]]:
     runs = []
 
     def start(fault: str, who: int, **options) -> Run:
-        runs.append(Run(tmp_path_factory.mktemp("run"), fault, who, **options))
+        runs.append(Run(forks, tmp_path_factory.mktemp("run"), fault, who, **options))
         return runs[-1]
 
     yield start

@@ -1,7 +1,6 @@
 """Two ranks of a process group: rank 0 packs, and both read."""
 
 import errno
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def build(rank: int, folder: str, pipe, event: str) -> None:
 
 
 @pytest.fixture
-def run(tmp_path, make_image):
+def run(tmp_path, make_image, forks):
     """Builds with two ranks; what each of them says."""
     for i in range(15):
         make_image(tmp_path / "images" / f"{i:02d}.png", i)
@@ -54,11 +53,9 @@ def run(tmp_path, make_image):
 
     def start(event: str = "") -> list:
         (tmp_path / "group").unlink(missing_ok=True)
-        context = multiprocessing.get_context("spawn")
-        pipes = [context.Pipe() for _ in range(2)]
+        pipes = [forks.Pipe() for _ in range(2)]
         ranks = [
-            context.Process(target=build, args=(rank, str(tmp_path), pipe, event))
-            for rank, (_, pipe) in enumerate(pipes)
+            forks.Process(target=build, args=(rank, str(tmp_path), pipe, event)) for rank, (_, pipe) in enumerate(pipes)
         ]
         for rank in ranks:
             rank.start()
