@@ -1,5 +1,6 @@
 """A run small enough for tests: a two-block ViT on 28-px images."""
 
+import functools
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from omegaconf import OmegaConf
 
 from dinov2.train import train as train_module
 from dinov2.train.batches import resolve_batch_size
-from dinov2.train.dry_run import count_step_flops
+from dinov2.train.dry_run import count_step_flops, measured_matmul_rate
 from dinov2.train.train import main
 from dinov2.utils.config import load_run_config
 
@@ -43,11 +44,12 @@ def tiny_overrides(make_tiny_overrides):
 
 
 COUNTED: dict[str, int] = {}
+matmul_rate_once = functools.cache(measured_matmul_rate)
 
 
 @pytest.fixture(autouse=True)
-def _count_flops_once(monkeypatch):
-    """Count the products of equal networks and batches once: this takes longer than the steps of a tiny run."""
+def _measure_speed_once(monkeypatch):
+    """Count the FLOP of equal networks and batches once, and time products once: it takes longer than tiny steps."""
 
     def count(cfg, *, backbone_is_frozen: bool) -> int:
         sections = {name: OmegaConf.to_container(cfg[name]) for name in ("student", "crops", "dino", "ibot", "train")}
@@ -58,6 +60,7 @@ def _count_flops_once(monkeypatch):
         return COUNTED[key]
 
     monkeypatch.setattr(train_module, "count_step_flops", count)
+    monkeypatch.setattr(train_module, "measured_matmul_rate", matmul_rate_once)
 
 
 @pytest.fixture
