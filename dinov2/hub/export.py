@@ -13,8 +13,8 @@ writes the formats of `--formats`:
     README.md               a model card: the network, how to load each file, differences from ours
     sha256sums.txt          of all these
 
-The weights are the teacher's, in fp32. The folder appears only if every file has reproduced our features of drawn
-cells.
+The weights are the teacher's, in fp32, or those of a fine-tuned network with its classifier. The folder appears only if
+every file has reproduced our outputs for drawn cells.
 """
 
 import argparse
@@ -42,8 +42,8 @@ from omegaconf import OmegaConf
 
 from dinov2.data.loaders import VALUE_READERS
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from dinov2.hub.backbones import DEFAULT_IMAGE_SIZE, checkpoint_file, load_backbone
-from dinov2.hub.conversions import timm_arguments
+from dinov2.hub.backbones import DEFAULT_IMAGE_SIZE, checkpoint_file
+from dinov2.hub.classifiers import Network, load_network
 from dinov2.hub.export_formats import (
     FORMATS,
     PROCESSOR_ARGUMENTS,
@@ -54,11 +54,12 @@ from dinov2.hub.export_formats import (
     compare,
     draw_cells,
     exported_size,
+    output_names,
+    timm_network_arguments,
 )
 from dinov2.hub.weight_files import read_networks
 from dinov2.logging import setup_logging
 from dinov2.models import architecture
-from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.command import exit_code
 from dinov2.utils.config import read_config
 from dinov2.utils.files import PathLike, file_sha256, local_path
@@ -95,10 +96,10 @@ class Origin:
 
     @property
     def title(self) -> str:
-        """Return the name of the run, else of the file, or of its folder if all exports share the file's name."""
+        """Return the name of the run, else of the file, or of its folder if others share the file's name."""
         if self.run_folder is not None:
             return self.run_folder.name
-        return self.file.parent.name if self.file.name == WEIGHTS_NAME else self.file.stem
+        return self.file.parent.name if self.file.name in (WEIGHTS_NAME, "finetuned.pth") else self.file.stem
 
     @property
     def iteration(self) -> int | None:
@@ -126,11 +127,11 @@ def export_backbone(
     tolerance: float = 1e-4,
     overwrite: bool = False,
 ) -> None:
-    """Write and check a checkpoint's backbone in several formats, with a model card; for arguments see `--help`."""
+    """Write and check a checkpoint's network in several formats, with a model card; for arguments see `--help`."""
     _check_free(output_dir, overwrite)
-    model, origin = _read(checkpoint, image_size)
+    network, origin = _read(checkpoint, image_size)
     quoted = [_quote_results(file, origin) for file in results]
-    left_out = {name: reason for name in formats or FORMATS if (reason := _find_obstacle(FORMATS[name], model))}
+    left_out = {name: reason for name in formats or FORMATS if (reason := _find_obstacle(FORMATS[name], network))}
     if formats is not None and left_out:
         raise ValueError("; ".join(f"--formats {name}: {reason}" for name, reason in left_out.items()))
     for name, reason in left_out.items():
@@ -141,15 +142,15 @@ def export_backbone(
         differences = {}
         for name in dict.fromkeys(formats or FORMATS):
             if name not in left_out:
-                FORMATS[name].write(model, folder)
-                differences[name] = compare(name, model, folder, cells, tolerance)
-        _write_card(folder, model, origin, differences, quoted, left_out)
+                FORMATS[name].write(network, folder)
+                differences[name] = compare(name, network, folder, cells, tolerance)
+        _write_card(folder, network, origin, differences, quoted, left_out)
         lines = [f"{file_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in _files_below(folder)]
         (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
     logger.info("exported %s to %s: %s", origin.file, output_dir, ", ".join(differences))
 
 
-def _find_obstacle(form: Format, model: DinoVisionTransformer) -> str:
+def _find_obstacle(form: Format, network: Network) -> str:
     """Return why a format cannot be written; empty if it can."""
     for package in form.packages:
         try:
@@ -157,20 +158,21 @@ def _find_obstacle(form: Format, model: DinoVisionTransformer) -> str:
         except ImportError as error:
             return f"it needs {package}, which cannot be imported here ({error}); {EXTRA} installs it"
     try:
-        form.check(model)
+        form.check(network.backbone)
     except ValueError as error:
         return str(error)
     return ""
 
 
-def _read(checkpoint: PathLike, image_size: int) -> tuple[DinoVisionTransformer, Origin]:
+def _read(checkpoint: PathLike, image_size: int) -> tuple[Network, Origin]:
     file = checkpoint_file(checkpoint)
-    model = load_backbone(file, image_size or None)
+    network = load_network(file, image_size or None)
+    model = network.backbone
     n_numbers = read_networks(file).backbone["pos_embed"].numel()
     grid = math.isqrt(n_numbers // model.embed_dim - 1)
     if model.in_chans != 3:
         raise ValueError(f"--checkpoint {file}: has {model.in_chans} channels; only RGB networks are exported")
-    return model, Origin(file, file_sha256(file), grid)
+    return network, Origin(file, file_sha256(file), grid)
 
 
 # --- the folder -----------------------------------------------------------------------------------------------------
@@ -217,15 +219,16 @@ def _written_as_whole(final: Path) -> Iterator[Path]:
 
 def _write_card(
     folder: Path,
-    model: DinoVisionTransformer,
+    network: Network,
     origin: Origin,
     differences: Mapping[str, Mapping[str, float]],
     results: Sequence[tuple[str, list[str], list[list[str]]]],
     left_out: Mapping[str, str],
 ) -> None:
     """Write README.md into a folder with exported files, from the template model_card.md.jinja."""
+    model = network.backbone
     size = exported_size(model)
-    timm_name, timm_options = timm_arguments(architecture(model))
+    timm_name, timm_options = timm_network_arguments(network)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         trim_blocks=True,
@@ -235,8 +238,10 @@ def _write_card(
     )
     card = environment.get_template("model_card.md.jinja").render(
         origin=origin,
-        origin_rows=_origin_rows(origin),
+        origin_rows=_origin_rows(origin, network),
         model=model,
+        classifier=network.classifier,
+        output_names=output_names(network),
         known=architecture(model),
         size=size,
         grid_side=size // model.patch_size,
@@ -263,14 +268,15 @@ def _files_below(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _origin_rows(origin: Origin) -> dict[str, str]:
+def _origin_rows(origin: Origin, network: Network) -> dict[str, str]:
     rows = {"checkpoint": origin.file.name, "its sha256": origin.sha256}
     if origin.iteration is not None:
         rows["trained for"] = f"{origin.iteration:,} iterations"
     if origin.run_folder is not None:
         rows["run"] = origin.run_folder.name
         rows["sha256 of its config.yaml"] = file_sha256(origin.run_folder / "config.yaml")
-    rows["weights"] = "the teacher's backbone, without heads"
+    is_bare = network.classifier is None
+    rows["weights"] = "the teacher's backbone, without heads" if is_bare else "fine-tuned with labels"
     rows["exported"] = f"{datetime.now(timezone.utc):%Y-%m-%d}, with dinobloom {dinov2.__version__}"
     return rows
 
@@ -349,7 +355,7 @@ def _iterate_accuracies(content: Any, path: tuple[str, ...] = ()) -> Iterator[tu
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Write a checkpoint's backbone for other tools. Each file is read back by its own library and "
+        description="Write a checkpoint's network for other tools. Each file is read back by its own library and "
         "compared with the network; a model card describes it and how to load it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -366,7 +372,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--image-size", type=int, default=0, help=size_help)
     results_help = "results.json files to quote in the card"
     add("--results", type=local_path, nargs="+", default=[], metavar="FILE", help=results_help)
-    add("--tolerance", type=float, default=1e-4, help="largest difference from the network's features, in fp32")
+    add("--tolerance", type=float, default=1e-4, help="largest difference from the network's outputs, in fp32")
     add("--overwrite", action="store_true", help="replace an earlier export in the output folder")
     args = parser.parse_args(argv)
     if args.image_size < 0:

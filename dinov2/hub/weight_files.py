@@ -221,19 +221,19 @@ def unwrap(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
 
 def _split(named: list[tuple[str, Tensor]], path: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """Split named tensors into backbone and heads, without their prefixes."""
-    heads = {head: _to_fp32(_select_prefix(f"{head}.", named), path) for head in HEADS}
+    heads = {head: to_fp32(_select_prefix(f"{head}.", named), path) for head in HEADS}
     inside = _select_prefix("backbone.", named) or [
         (name, value) for name, value in named if not name.startswith(tuple(f"{head}." for head in HEADS))
     ]
     backbone = [(without_chunk(name), value) for name, value in inside if not name.startswith(CLASSIFIER_PREFIX)]
-    return to_own_names(_to_fp32(backbone, path)), {head: state for head, state in heads.items() if state}
+    return to_own_names(to_fp32(backbone, path)), {head: state for head, state in heads.items() if state}
 
 
 def _select_prefix(prefix: str, named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     return [(name.removeprefix(prefix), value) for name, value in named if name.startswith(prefix)]
 
 
-def _to_fp32(named: list[tuple[str, Tensor]], path: Path) -> dict[str, Tensor]:
+def to_fp32(named: list[tuple[str, Tensor]], path: Path) -> dict[str, Tensor]:
     """Return the tensors by name in fp32; ValueError if a name occurs twice or for a tensor that is no plain one."""
     twice = [name for name, count in Counter(name for name, _ in named).items() if count > 1]
     if twice:
@@ -281,6 +281,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         index = next((path / name for name in INDEX_FILES if (path / name).is_file()), None)
         return _read_run_checkpoint(path) if index is None else _read_split(path, index)
     content = read_weights_file(path)
+    if isinstance(encoder := content.get("encoder"), str):
+        raise ValueError(
+            f"checkpoint {path}: a fine-tuned {encoder[:60]}, which only predict.py reads; for its features give "
+            f"--encoder {encoder[:60]} --encoder-weights {path}"
+        )
     recorded = content.pop("architecture", None)
     if isinstance(recorded, Mapping):
         return content, dict(recorded)

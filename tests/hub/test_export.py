@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModel
+from transformers import AutoModel, pipeline
 
 from dinov2.data.datasets.decode import resize_image
 from dinov2.data.transforms import normalize_images
 from dinov2.hub import conversions, export, export_formats
 from dinov2.hub.backbones import load_backbone
+from dinov2.hub.classifiers import load_network, read_classifier
 from dinov2.hub.export import main, parse_arguments
 from dinov2.models import architecture, build_backbone
 
@@ -178,6 +179,119 @@ def test_a_tilde_in_a_path_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     args = parse_arguments(arguments("run", "~/out", "--results", "~/results.json"))
     assert (args.output_dir, args.results) == (Path("/home/somebody/out"), [Path("/home/somebody/results.json")])
+
+
+# --- a fine-tuned network -------------------------------------------------------------------------------------------
+
+NAMES = ["blast", "lympho|cyte", 'it\'s "smudge"']
+
+
+@pytest.fixture
+def finetuned(tmp_path):
+    """Writes what fine-tuning writes."""
+
+    def write(kind, **settings):
+        model = random_backbone(**{**TINY, "num_heads": 2, **settings})
+        generator = torch.Generator().manual_seed(1)
+        weight = torch.randn(3, 128 if kind == "cls+mean" else 64, generator=generator)
+        classifier = {"weight": weight, "bias": torch.randn(3, generator=generator), "class_names": NAMES, "kind": kind}
+        content = {"model": model.state_dict(), "architecture": architecture(model), "classifier": classifier}
+        path = tmp_path / "wbc" / "finetuned.pth"
+        path.parent.mkdir()
+        torch.save({**content, "seen": torch.zeros(5, 16, dtype=torch.uint8)}, path)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "formats", "bare"),
+    [
+        ("cls", {}, ALL_FORMATS, {"safetensors"}),
+        ("mean", {"num_register_tokens": 4}, TENSORS_ONLY, {"safetensors"}),
+        ("cls+mean", {"num_register_tokens": 4, "ffn_layer": "swiglufused"}, ALL_FORMATS, {"safetensors", "timm"}),
+    ],
+)
+def test_a_classifier_in_every_format(kind, settings, formats, bare, finetuned, tmp_path, monkeypatch, capsys):
+    """By the card's code, and the logits that another program gets are those of the file of fine-tuning."""
+    checkpoint, out = finetuned(kind, **settings), tmp_path / "out"
+    assert main(arguments(checkpoint, out, formats=formats)) == 0
+    export_formats.draw_cells()[1].resize((87, 87)).save(out / "cell.png")
+    network = load_network(checkpoint)
+    images = network.backbone.transform(out / "cell.png")[None]
+    monkeypatch.chdir(out)
+    capsys.readouterr()
+    with torch.no_grad():
+        expected = export_formats.own_outputs(network, images)
+        classify, first, *blocks = python_blocks(out)
+        exec(compile(classify, "README.md", "exec"), {})
+        probabilities = expected["logits"].softmax(dim=1)[0].tolist()
+        lines = [f"{name}: {probability:.3f}" for name, probability in zip(NAMES, probabilities, strict=True)]
+        assert capsys.readouterr().out.splitlines()[-3:] == lines
+        for name, block in zip(formats, blocks, strict=True):
+            values = {}
+            exec(compile(first + block, "README.md", "exec"), values)
+            # transformers' block is the one for features
+            outputs = ["cls", "patches", *(["logits"] if name not in {*bare, "huggingface"} else [])]
+            for output in outputs:
+                np.testing.assert_allclose(values[output], expected[output], rtol=0, atol=1e-4, err_msg=name)
+            assert len(outputs) == 3 or "logits" not in values
+    card = (out / "README.md").read_text()
+    assert "# wbc\n" in card
+    assert "pipeline_tag: image-classification" in card
+    assert f"`{NAMES}`" in card
+    assert {
+        name for name, form in export_formats.FORMATS.items() if f"{form.title}: the backbone only." in card
+    } == bare
+    compared = re.findall(r"^\| (\w+) \| \S+ \| .*logits", card, re.MULTILINE)
+    assert set(compared) == set(formats) - bare
+
+
+def test_the_folder_of_transformers_is_a_classifier_and_a_backbone(finetuned, tmp_path):
+    """Its pipeline names the class, and what is read from it is a backbone and the same classifier."""
+    checkpoint, out = finetuned("mean"), tmp_path / "out"
+    assert main(arguments(checkpoint, out, formats=["huggingface"])) == 0
+    folder, network = out / "huggingface", load_network(checkpoint)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["Dinov2ForImageClassification"]
+    assert config["label2id"] == {name: i for i, name in enumerate(NAMES)}
+    cell = export_formats.draw_cells()[0]
+    images = network.backbone.transform(cell)[None]
+    with torch.no_grad():
+        expected = export_formats.own_outputs(network, images)
+        again = export_formats.own_outputs(load_network(folder), images)
+        theirs, report = AutoModel.from_pretrained(folder, output_loading_info=True)
+        tokens = theirs.eval()(pixel_values=images).last_hidden_state
+    assert not report["missing_keys"]
+    torch.testing.assert_close(tokens[:, 0], expected["cls"], rtol=0, atol=1e-4)
+    for output, value in expected.items():
+        torch.testing.assert_close(again[output], value, rtol=0, atol=1e-5)
+    best = pipeline("image-classification", model=str(folder))(cell.resize((56, 56)))[0]["label"]
+    assert best == NAMES[expected["logits"].argmax()]
+
+    assert main(arguments(folder, tmp_path / "again")) == 0  # an export can be exported
+    assert read_classifier(tmp_path / "again" / "backbone.pth").class_names == NAMES
+
+
+def test_a_graph_follows_to_another_type_with_its_classifier(finetuned, tmp_path):
+    """As to a GPU: constants of a graph would stay behind."""
+    checkpoint, out = finetuned("cls"), tmp_path / "out"
+    assert main(arguments(checkpoint, out, formats=["torch_export"])) == 0
+    graph = torch.export.load(out / "backbone.pt2").module().double()
+    assert graph(torch.zeros(1, 3, 56, 56, dtype=torch.float64))[2].dtype == torch.float64
+
+
+@pytest.mark.parametrize("form", ["huggingface", "timm"])
+def test_a_wrong_classifier_is_noticed(form, finetuned, tmp_path, monkeypatch, caplog):
+    def shifted(content, *args):
+        return save({n: v + 1e-3 if n in ("classifier.bias", "head.bias") else v for n, v in content.items()}, *args)
+
+    save = export_formats.save_file
+    monkeypatch.setattr(export_formats, "save_file", shifted)
+    monkeypatch.setattr(export, "setup_logging", lambda: None)
+    assert main(arguments(finetuned("cls"), tmp_path / "out", formats=[form])) == 1
+    assert re.search(rf"{form}: .*differs.*logits 0\.001", caplog.text)
+    assert not (tmp_path / "out").exists()
 
 
 # --- a wrong export -------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from dinov2.eval.features.extract import Embedder, extract
 from dinov2.fsdp.checkpoint import Checkpointer
 from dinov2.hub import export_formats
 from dinov2.hub.backbones import ImageTransform, load_backbone, trained_image_size, untrained_backbone
+from dinov2.hub.classifiers import load_network
 from dinov2.models import architecture, build_backbone
 
 TINY = {
@@ -36,7 +37,7 @@ def test_a_recorded_size_holds_in_python_the_commands_and_every_export(formulas,
     out = tmp_path / "out"
     out.mkdir()
     for name in ("pth", "safetensors", "huggingface", "timm"):
-        export_formats.FORMATS[name].write(load_backbone(run), out)
+        export_formats.FORMATS[name].write(load_network(run), out)
     cell = tmp_path / "cell.png"
     export_formats.draw_cells()[0].save(cell)
     expected = model.eval()(ImageTransform(42)(cell)[None])
