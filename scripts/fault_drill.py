@@ -52,7 +52,7 @@ from PIL import Image
 from dinov2.data import cache
 from dinov2.data.datasets.sources import ImageSource
 from dinov2.data.sample_cells import write_sample_cells
-from dinov2.eval import extract_features
+from dinov2.eval import extract_features, finetune
 from dinov2.eval.features import loop
 from dinov2.eval.features.store import read_features
 from dinov2.fsdp.checkpoint import Checkpointer
@@ -181,6 +181,24 @@ def read_extraction(lab: Lab, output: Path) -> Result:
     return dict(zip(features.paths, map(np.ndarray.tobytes, features.features), strict=True))
 
 
+def run_finetuning(lab: Lab, output: Path) -> int:
+    weights, sides = str(lab.folder / "weights.pth"), [str(lab.cells / "probe" / side) for side in ("train", "test")]
+    argv = ["--checkpoint", weights, "--train", sides[0], "--test", sides[1], "--output-dir", str(output)]
+    options = ["--image-size", str(SIZE), "--epochs", "8", "--num-workers", "0", "--device", "cpu"]
+    return exit_code(lambda: finetune.main([*argv, *options]))
+
+
+def read_finetuning(lab: Lab, output: Path) -> Result:
+    """Return the weights of the network, and the predictions."""
+    result: Result = {}
+    if (output / "finetuned.pth").is_file():
+        weights = torch.load(output / "finetuned.pth", weights_only=True)["model"]
+        result = {name: _sha256(value.numpy().tobytes()) for name, value in weights.items()}
+    if (output / "predictions.csv").is_file():
+        result["predictions"] = _sha256((output / "predictions.csv").read_bytes())
+    return result
+
+
 def run_packing(lab: Lab, output: Path) -> int:
     cache.IMAGES_PER_ROUND = 8
     dataset = f"HemaStandardDataset:root={lab.cells / 'probe' / 'train'}"
@@ -231,6 +249,7 @@ STAGES = {
     "training": Stage(run_training, read_training),
     "training on two processes": Stage(run_training, read_training, n_processes=2),
     "extraction": Stage(run_extraction, read_extraction),
+    "fine-tuning": Stage(run_finetuning, read_finetuning),
     "packing": Stage(run_packing, read_packing),
     "preparing": Stage(run_preparing, read_files),
     "download": Stage(run_download, read_files),

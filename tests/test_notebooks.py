@@ -16,9 +16,9 @@ from PIL import Image
 from dinov2.models import architecture, build_backbone
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-FEATURES_AND_PCA, TRAIN_ON_YOUR_CELLS, AML_SUBTYPING = (
+FEATURES_AND_PCA, TRAIN_ON_YOUR_CELLS, FEW_LABELS, AML_SUBTYPING = (
     Path(__file__).parents[1] / "notebooks" / f"{name}.ipynb"
-    for name in ("features_and_pca", "train_on_your_cells", "aml_subtyping_abmil")
+    for name in ("features_and_pca", "train_on_your_cells", "few_labels", "aml_subtyping_abmil")
 )
 
 
@@ -209,3 +209,47 @@ def test_aml_subtyping_takes_patients_and_a_checkpoint(place, checkpoint, tmp_pa
     assert n_figures == 4  # a bag, the matrix, a patient of each of two classes
     assert names["names"] == ["AML", "control"]
     assert names["excess"] == {}
+
+
+def test_few_labels_draws_trains_compares_and_classifies(place, tmp_path, run_here, capsys):
+    names, n_figures = run_here(
+        FEW_LABELS,
+        N_DRAWN=(12, 60, 10),
+        STEPS=2,
+        IMAGES_PER_STEP=4,
+        EPOCHS=1,
+        OUTPUT=str(tmp_path / "output"),
+        MORE_SETTINGS=["student.depth=1", "train.tensorboard=false"],
+    )
+    assert names["code"] == 0
+    assert n_figures == 2
+    split = {mode: (tmp_path / "output" / mode / "split.csv").read_text() for mode in ("knn", "linear", "head", "full")}
+    assert len(set(split.values())) == 1
+    assert all(found["interval"] for found in names["differences"].values())
+    assert list(names["differences"]) == [
+        *("head against linear probe", "head against kNN-5", "full against linear probe", "full against kNN-5")
+    ]
+    assert 10 <= len(names["review"])
+    assert "finetune_applied" in capsys.readouterr().out  # metrics of the new cells, which have labels
+    assert list(place.iterdir()) == []
+
+
+def test_few_labels_takes_folders_and_adapts_a_checkpoint_by_lora(place, checkpoint, cells, tmp_path, run_here):
+    settings = ["student.depth=2", "crops.global_crops_size=28", "train.image_size=32", "train.tensorboard=false"]
+    names, n_figures = run_here(
+        FEW_LABELS,
+        UNLABELLED=str(cells),
+        LABELLED=str(cells),
+        NEW=str(cells / "blast"),
+        CHECKPOINT=str(checkpoint),
+        STEPS=1,
+        IMAGES_PER_STEP=2,
+        MODES=["lora"],
+        EPOCHS=1,
+        OUTPUT=str(tmp_path / "output"),
+        MORE_SETTINGS=settings,
+    )
+    assert names["code"] == 0
+    assert n_figures == 2
+    assert names["differences"].keys() == {"lora against linear probe", "lora against kNN-5"}
+    assert {row["path"] for row in names["review"]} == {str(path) for path in (cells / "blast").iterdir()}

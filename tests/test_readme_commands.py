@@ -25,8 +25,9 @@ RECORDED = Path(__file__).with_name("recorded_flags.json")
 COMMANDS = (
     *("dinov2/train/train.py", "dinov2/run/train/train.py", "dinov2/hub/export.py"),
     *(f"dinov2/eval/{name}.py" for name in ("evaluate", "extract_features", "knn", "linear", "abmil", "cross")),
+    *(f"dinov2/eval/{name}.py" for name in ("finetune", "predict")),
     *(f"dinov2/eval/{name}.py" for name in ("compare", "report", "explorer", "cell_maps")),
-    *(f"dinov2/run/eval/{name}.py" for name in ("extract_features", "knn", "linear", "abmil")),
+    *(f"dinov2/run/eval/{name}.py" for name in ("extract_features", "knn", "linear", "abmil", "finetune")),
     *(f"scripts/{name}.py" for name in ("make_patch_lists", "make_sample_cells", "check_lists", "pack_dataset")),
     *(f"scripts/{name}.py" for name in ("prepare_dataset", "watch_run", "make_media", "fault_drill")),
 )
@@ -85,7 +86,16 @@ STEPS = [
         "results/cross/matrix.csv",
     ),
     (
-        "dinov2/eval/compare.py results/linear/predictions.csv results/knn/predictions_knn_20.csv --output both.json",
+        "dinov2/eval/finetune.py --checkpoint DinoBloom-S.pth --data cells/ --output-dir results/finetune/ --epochs 1 "
+        "--image-size 28 --num-workers 0 --folds 2",
+        "results/finetune/finetuned_1.pth",
+    ),
+    (
+        "dinov2/eval/predict.py --checkpoint results/finetune/ --data others/ --output-dir predictions/",
+        "predictions/review.csv",
+    ),
+    (
+        "dinov2/eval/compare.py results/linear/predictions.csv results/finetune/predictions.csv --output both.json",
         "both.json",
     ),
     ("scripts/watch_run.py runs/first", "runs/first/status.json"),

@@ -329,6 +329,33 @@ class DataAugmentationHEMA(DataAugmentationDINO):
     recipe = "hema"
 
 
+# for `SupervisedAugmentation`, in the place of values of the recipe `default`: what it leaves of colour and detail is
+# what labels depend on
+MILD = {
+    **{"jitter_probability": 0.8, "brightness": 0.1, "contrast": 0.1, "saturation": 0.05, "hue": 0.01},
+    **{"grayscale_probability": 0.0, "blur_probability": (0.0, 0.0, 0.0), "solarize_probability": (0.0, 0.0, 0.0)},
+}
+
+
+class SupervisedAugmentation:
+    """One random crop of an image, for training with labels: flips, quarter turns and mild colour changes."""
+
+    def __init__(self, size: int, scale: Sequence[float] = (0.7, 1.0), **settings: Any) -> None:
+        """Set S, the share of the central square that a crop covers, and fields of `AugmentationSettings`."""
+        self.size, self.scale = size, scale
+        self.settings = AugmentationSettings(**{**dinov2_default_config.augmentation["default"], **MILD, **settings})
+
+    def __call__(self, image: np.ndarray, rng: Random) -> np.ndarray:
+        """Make a crop, uint8 [S, S, 3], of an image uint8 [H, W, 3]."""
+        height, width = image.shape[:2]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        square = image[
+            top : top + side, left : left + side
+        ].copy()  # what evaluation keeps; decoded images are read-only
+        return make_crop(square, draw_crop(rng, side, side, self.scale, self.settings, 0), self.size, self.settings)
+
+
 def _pixels(image: Image.Image | Tensor) -> np.ndarray:
     """Return the image as uint8 [H, W, 3], without a copy if it is a tensor."""
     if isinstance(image, Image.Image):

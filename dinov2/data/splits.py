@@ -140,18 +140,21 @@ def check_no_patient_on_two_sides(patients: Sequence[str], *sides: np.ndarray) -
         )
 
 
-def without_copies(paths: Sequence[str], folds: Sequence[Fold]) -> tuple[list[Fold], dict[str, int]]:
+def without_copies(
+    paths: Sequence[str], folds: Sequence[Fold], side: str = "train"
+) -> tuple[list[Fold], dict[str, int]]:
     """Drop the training images of each fold that have the bytes of one of its test images.
 
     Return the folds, and two counts: `dropped_identical_bytes` (images dropped from at least one fold) and
-    `not_checked` (images that are not on this disk). `folds` are positions in `paths`, N image files.
+    `not_checked` (images that are not on this disk). `folds` are positions in `paths`, N image files; messages call
+    the first part of each `side`.
     """
     files = [os.path.realpath(path) for path in paths]
     for train, test in folds:
         shared = {files[i] for i in train} & {files[i] for i in test}
         if shared:
             raise ValueError(
-                f"train and test share {len(shared)} image files, for instance {', '.join(sorted(shared)[:3])}; "
+                f"{side} and test share {len(shared)} image files, for instance {', '.join(sorted(shared)[:3])}; "
                 f"remove them from one of the two (an image listed twice can also fall on both sides of a split)"
             )
     sizes = pd.Series([os.path.getsize(path) if os.path.isfile(path) else None for path in paths], dtype=float)
@@ -166,10 +169,12 @@ def without_copies(paths: Sequence[str], folds: Sequence[Fold]) -> tuple[list[Fo
         is_copy = np.isin(contents[train], contents[test])
         dropped |= set(train[is_copy].tolist())
         if is_copy.all():
-            raise ValueError("train: every image is a copy of a test image; give a test set of other cells")
+            raise ValueError(f"{side}: every image is a copy of a test image; give a test set of other cells")
         kept_folds.append((train[~is_copy], test))
     if dropped:
-        logger.warning("%d training images are byte-equal to test images and dropped from training", len(dropped))
+        examples = ", ".join(paths[i] for i in sorted(dropped)[:N_EXAMPLES])
+        text = "%s: %d images are byte-equal to test images and dropped, for instance %s"
+        logger.warning(text, side, len(dropped), examples)
     if n_unchecked:
         logger.warning("%d images are not on this disk: whether train and test share copies is unknown", n_unchecked)
     return kept_folds, {"dropped_identical_bytes": len(dropped), "not_checked": n_unchecked}

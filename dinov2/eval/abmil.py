@@ -257,7 +257,7 @@ def format_report(report: Mapping[str, Any]) -> str:
         rows += [(model, title, results[key]) for key, title in titles.items()]
     lines = [f"ABMIL, {n_tested} test patients of {counts['patients']}, {n_classes} classes (in percent)", ""]
     lines += [*metrics_table(rows, "of"), ""]
-    n_learned = counts.get("learned_per_class", dict.fromkeys(report["class_names"], 0))
+    n_learned = counts.get("learned_per_class", {})
     return "\n".join(lines + class_table("mean probability", together, n_learned))
 
 

@@ -23,7 +23,7 @@ from dinov2.utils.files import atomic_write, file_sha256, user_path
 _INPUTS = {
     *("checkpoint", "encoder", "encoder_weights", "data", "train", "test", "features", "test_features", "bags"),
     *("test_bags", "labels", "batch_size", "device", "protocols", "patient_labels", "split", "fold_files", "baseline"),
-    *("few_shot", "repeats", "top_cells", "kinds", "apply"),
+    *("few_shot", "repeats", "top_cells", "kinds", "apply", "review", "neighbours"),
 }
 
 

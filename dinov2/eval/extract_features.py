@@ -13,7 +13,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
 
@@ -61,9 +61,18 @@ def add_embedder_arguments(parser: argparse.ArgumentParser, checkpoint_required:
     add("--encoder-weights", default="", metavar="FILE", help=weights)
     kind, kinds = _checked_by(lambda text: Kind.parse(text).name), f"{KINDS_HELP}; protocols take the first one"
     add("--kinds", type=kind, nargs="+", default=[DEFAULT_KIND], metavar="KIND", help=kinds)
+    add_extraction_arguments(parser)
+    add(
+        "--overwrite", action="store_true", help="replace features or fine-tuned networks that are in the output folder"
+    )
+
+
+def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how a network embeds images; `extraction_options` collects them."""
+    add = parser.add_argument
     size = (
         "side of the network's input in pixels, a multiple of its patch size; 0: as in its training run if the file "
-        "states it, else 224, or an --encoder's own"
+        "states it, else 224; networks of other libraries have their own"
     )
     add("--image-size", type=number_between(1, 4096), default=0, help=size)
     add("--batch-size", type=positive_int, default=64, help="images in one forward")
@@ -75,7 +84,6 @@ def add_embedder_arguments(parser: argparse.ArgumentParser, checkpoint_required:
     add("--fp32-matmul", choices=get_args(Fp32Matmul), default="fast", help=matmul)
     compiling = "compile the network on CUDA: a minute at the start, worth it for many thousand images"
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help=compiling)
-    add("--overwrite", action="store_true", help="extract again even if the output folder has features already")
 
 
 def has_embedder(args: argparse.Namespace) -> bool:
@@ -84,23 +92,33 @@ def has_embedder(args: argparse.Namespace) -> bool:
 
 
 def embedder_from(args: argparse.Namespace, launch: Launch | None = None) -> Embedder:
-    """Build the embedder from the flags of `add_embedder_arguments`; on a CPU, keep freed memory from now on."""
-    device = device_of(args, launch)
-    if device == "cpu":
-        keep_freed_memory()
+    """Build the embedder from the flags of `add_embedder_arguments`."""
     return Embedder(
         args.checkpoint,
         image_size=args.image_size,
-        precision=args.precision,
-        device=device,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
         kinds=args.kinds,
         encoder_name=args.encoder or "",
         encoder_weights=args.encoder_weights,
-        fp32_matmul=args.fp32_matmul,
-        compiled=args.compile,
+        **extraction_options(args, launch),
     )
+
+
+def extraction_options(args: argparse.Namespace, launch: Launch | None = None) -> dict[str, Any]:
+    """Return fields of `ExtractOptions` from the flags of `add_extraction_arguments`.
+
+    On a CPU, freed memory is kept from now on.
+    """
+    device = device_of(args, launch)
+    if device == "cpu":
+        keep_freed_memory()
+    return {
+        "precision": args.precision,
+        "device": device,
+        "batch_size": args.batch_size,
+        "num_workers": args.num_workers,
+        "fp32_matmul": args.fp32_matmul,
+        "compiled": args.compile,
+    }
 
 
 def device_of(args: argparse.Namespace, launch: Launch | None = None) -> str:

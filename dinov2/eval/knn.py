@@ -65,7 +65,7 @@ def evaluate(data: EvaluationData, options: KnnOptions) -> Predictions:
         sides = [torch.as_tensor(features[side], device=data.device) for side in (train, test)]
         of_fold = vote_shares(sides[0], data.labels[train], sides[1], n_classes, replace(options, k=ks))
         for k in ks:
-            shares[k][test], predictions[k][test] = of_fold[k], _winners(of_fold[k])
+            shares[k][test], predictions[k][test] = of_fold[k], winners(of_fold[k])
     settings: list[dict[str, Any]] = [{} for _ in data.folds]
     return {f"knn_{k}": FoldPredictions(list(data.folds), predictions[k], shares[k], settings) for k in ks}
 
@@ -86,14 +86,14 @@ def evaluate_knn(
     options = KnnOptions(k=usable_ks(KnnOptions(k=ks), len(train_features)))
     shares = vote_shares(train_features, train_labels, test_features, len(class_names), options)
     labels = torch.as_tensor(test_labels).cpu().numpy()
-    return {f"knn_{k}": classification_metrics(labels, _winners(of_k), class_names) for k, of_k in shares.items()}
+    return {f"knn_{k}": classification_metrics(labels, winners(of_k), class_names) for k, of_k in shares.items()}
 
 
 def knn_predict(
     train_features: ArrayLike, train_labels: ArrayLike, test_features: ArrayLike, k: int, n_classes: int
 ) -> np.ndarray:
     """Return the predicted classes int64 [M] of protocol `dinobloom`."""
-    return _winners(vote_shares(train_features, train_labels, test_features, n_classes, KnnOptions(k=[k]))[k])
+    return winners(vote_shares(train_features, train_labels, test_features, n_classes, KnnOptions(k=[k]))[k])
 
 
 def usable_ks(options: KnnOptions, n_train: int) -> list[int]:
@@ -126,7 +126,7 @@ def vote_shares(
     return shares
 
 
-def _winners(shares: np.ndarray) -> np.ndarray:
+def winners(shares: np.ndarray) -> np.ndarray:
     """Return the first class with the largest share: int64 [M] of shares [M, C]."""
     return (shares >= shares.max(axis=1, keepdims=True) * (1 - VOTE_TOLERANCE)).argmax(axis=1)
 

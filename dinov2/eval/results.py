@@ -137,14 +137,19 @@ def write_predictions(
     class_names: Sequence[str],
     patients: Sequence[str] | None = None,
     key_column: str = "path",
+    label_names: Sequence[str] | None = None,
 ) -> None:
-    """Write a CSV with a row for each tested sample: key, patient and label (if known), prediction, fold, p_<class>."""
+    """Write a CSV with a row for each tested sample: key, patient and label (if known), prediction, fold, p_<class>.
+
+    Labels are positions in `label_names`, if these are given, else in `class_names`.
+    """
     tested = predicted.tested.tolist()
     columns: dict[str, list[Any]] = {key_column: [str(keys[i]) for i in tested]}
     if patients is not None:
         columns["patient"] = [patients[i] for i in tested]
     if labels is not None:
-        columns["label"] = [class_names[labels[i]] for i in tested]
+        names = class_names if label_names is None else label_names
+        columns["label"] = [names[labels[i]] for i in tested]
     columns["prediction"] = [class_names[predicted.predictions[i]] for i in tested]
     columns["fold"] = predicted.fold_of[tested].tolist()
     if predicted.probabilities is not None:
@@ -360,6 +365,8 @@ def _rows_of(report: Mapping[str, Any], folder: Path) -> Iterator[Row]:
                 yield Row(title, source, metrics, predictions_file(folder / part, source, f"knn_{k}" if k else ""))
             case ["knn", source, row]:
                 yield Row(f"{name}_{row.rpartition('_')[2]}", source, metrics, predictions_file(folder, source, row))
+            case ["finetune", source, row]:
+                yield Row(row.replace("_", "-"), source, metrics, predictions_file(folder, source))
             case ["linear", source, _]:
                 yield Row(name, source, metrics, predictions_file(folder, source))
             case ["abmil" | "abmil, applied", model, "together"]:
@@ -367,6 +374,10 @@ def _rows_of(report: Mapping[str, Any], folder: Path) -> Iterator[Row]:
                 yield Row(method, MODEL, metrics, predictions_file(folder, MODEL))
             case ["abmil" | "abmil, applied" | "cross", *_]:
                 continue
+            case ["finetune, applied", method]:
+                # with cells that the network has seen, the metrics are of fewer cells than the predictions
+                has_seen = mapping(report.get("counts")).get("seen_in_training")
+                yield Row(method, MODEL, metrics, None if has_seen else predictions_file(folder, MODEL))
             case _:
                 yield Row(" ".join(path), MODEL, metrics)
 

@@ -22,7 +22,7 @@ import submitit
 from submitit.core.utils import UncompletedJobError
 from submitit.helpers import Checkpointable
 
-from dinov2.utils.command import REQUEUE_EXIT_CODE, StopSignals, exit_code
+from dinov2.utils.command import REQUEUE_EXIT_CODE, StoppedError, StopSignals, log_error
 
 # final states of a job in scontrol
 _ENDED = {
@@ -103,37 +103,41 @@ class TrainingTask(Checkpointable):
                 argv += ["--config-file", str(file)]
             code = import_module("dinov2.train.train").main(argv, signals)
         if code != 0:
-            self._end(code, signals.received)
-
-    @staticmethod
-    def _end(code: int, received: int | None) -> None:
-        """End the process of an unfinished run, and requeue a stopped job unless SLURM does so.
-
-        - The signal before the time limit, or a user's signal: submitit's handler requeues the job.
-        - SIGTERM of scontrol requeue, preemption or scancel: SLURM has decided already.
-        - SIGTERM as the notice of a preemption (GraceTime): requeued here, since SLURM would mark the job as failed.
-        """
-        environment = submitit.JobEnvironment()
-        if environment.global_rank != 0:
-            _wait_for_rank_0(environment.job_id, math.inf if code == REQUEUE_EXIT_CODE else _RANK_0_SECONDS)
-        elif code == REQUEUE_EXIT_CODE:
-            fields = _job_fields(environment.job_id)
-            is_preempted = fields.get("JobState") == "RUNNING" and fields.get("PreemptTime", "None") != "None"
-            if received not in (signal.SIGTERM, signal.SIGINT) or is_preempted:
-                signal.raise_signal(signal.Signals[f"SIG{environment.USR_SIG}"])
-        sys.exit(code)
+            _end_process(code, signals.received)
 
 
 class EvaluationTask(Checkpointable):
-    """Task of an evaluation job; after a requeue it starts from the beginning."""
+    """Task of an evaluation job; after a requeue it starts again, and what finetune.py had stored it continues."""
 
     def __init__(self, module: str, argv: Sequence[str]) -> None:
         self.module, self.argv = module, list(argv)
 
     def __call__(self) -> None:
-        main = import_module(self.module).main
-        if code := exit_code(lambda: main(self.argv)):
-            sys.exit(code)
+        try:
+            import_module(self.module).main(self.argv)
+        except StoppedError as stopped:
+            _end_process(REQUEUE_EXIT_CODE, stopped.received)
+        except Exception as error:
+            log_error(error)
+            sys.exit(2)
+
+
+def _end_process(code: int, received: int | None) -> None:
+    """End the process of unfinished work, and requeue a stopped job unless SLURM does so.
+
+    - The signal before the time limit, or a user's signal: submitit's handler requeues the job.
+    - SIGTERM of scontrol requeue, preemption or scancel: SLURM has decided already.
+    - SIGTERM as the notice of a preemption (GraceTime): requeued here, since SLURM would mark the job as failed.
+    """
+    environment = submitit.JobEnvironment()
+    if environment.global_rank != 0:
+        _wait_for_rank_0(environment.job_id, math.inf if code == REQUEUE_EXIT_CODE else _RANK_0_SECONDS)
+    elif code == REQUEUE_EXIT_CODE:
+        fields = _job_fields(environment.job_id)
+        is_preempted = fields.get("JobState") == "RUNNING" and fields.get("PreemptTime", "None") != "None"
+        if received not in (signal.SIGTERM, signal.SIGINT) or is_preempted:
+            signal.raise_signal(signal.Signals[f"SIG{environment.USR_SIG}"])
+    sys.exit(code)
 
 
 def submit(

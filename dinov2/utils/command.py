@@ -103,14 +103,25 @@ def log_error(error: Exception) -> None:
 def exit_code(command: Callable[[], None]) -> int:
     """Run `command` and return 0, or 2 after an error that a user, a file or the machine caused, which is logged.
 
-    Any other error is a fault of the program: its traceback is shown.
+    75 after a `StoppedError`. Any other error is a fault of the program: its traceback is shown.
     """
     try:
         command()
+    except StoppedError as stopped:
+        logger.warning("%s", stopped)
+        return REQUEUE_EXIT_CODE
     except Exception as error:
         log_error(error)
         return 2
     return 0
+
+
+class StoppedError(Exception):
+    """A signal stopped the work after its state was written; the same command continues it."""
+
+    def __init__(self, text: str, received: int | None) -> None:
+        super().__init__(f"{text}; the same command continues")
+        self.received = received  # None: another process got the signal
 
 
 class StopReceived(BaseException):

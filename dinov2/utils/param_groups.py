@@ -19,7 +19,7 @@ def get_params_groups_with_decay(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        depth_from_end = 0 if n_blocks is None else n_blocks + 1 - _layer_of(name, n_blocks)
+        depth_from_end = 0 if n_blocks is None else n_blocks + 1 - layer_of(name, n_blocks)
         has_decay = not (name.endswith(".bias") or "norm" in name or "gamma" in name)
         group = {
             "name": name,
@@ -44,7 +44,7 @@ def fuse_params_groups(
     return list(fused.values())
 
 
-def _layer_of(name: str, n_blocks: int) -> int:
+def layer_of(name: str, n_blocks: int) -> int:
     """Return the depth of a backbone parameter: 0 for embeddings, i + 1 for block i, n_blocks + 1 after the blocks."""
     parts = name.split(".")
     if {"pos_embed", "patch_embed", "mask_token", "cls_token", "register_tokens"}.intersection(parts):

@@ -28,7 +28,8 @@ from PIL import Image
 
 from dinov2 import distributed
 from dinov2.configs import CONFIG_FOLDER
-from dinov2.eval import extract_features, knn, linear
+from dinov2.eval import extract_features, finetune, knn, linear
+from dinov2.eval.solvers import finetuning
 from dinov2.models import architecture, build_backbone
 from dinov2.train import train
 from dinov2.train.batches import TrainBatches
@@ -134,6 +135,12 @@ def run_train(arguments: list[str], folder: Path, steps: Steps) -> int:
         return train.main(["--config-file", recipe, "--output-dir", output, dataset, *TINY, *arguments])
 
 
+def run_finetune(arguments: list[str]) -> None:
+    # torch.save reads the memory of a device, which has no values here
+    with mock.patch.object(finetuning._Training, "save"):
+        finetune.main(arguments)
+
+
 def take_environment(arguments: list[str]) -> list[str]:
     """Set the environment that arguments ask for, and return the other arguments."""
     given = dict(
@@ -154,6 +161,7 @@ def run_case(command: str, arguments: list[str], folder: Path) -> dict[str, Any]
         steps = Steps(waits)
         commands = {
             "train": lambda arguments: run_train(arguments, folder, steps),
+            "finetune": with_values(run_finetune),
             **{name: with_values(module.main) for name, module in EVALUATIONS.items()},
         }
         try:

@@ -28,6 +28,12 @@ def extraction(name: str, *arguments: str) -> list[str]:
     return ["extract_features", *given, *arguments]
 
 
+def fine_tuning(name: str, *arguments: str) -> list[str]:
+    folder = "{folder}"
+    given = ["--data", f"{folder}/cells", "--checkpoint", f"{folder}/tiny.pth", "--output-dir", f"{folder}/{name}"]
+    return ["finetune", *given, "--test-fraction", "0.5", "--epochs", "1", "--num-workers", "0", *arguments]
+
+
 def train_cases(capability: str) -> dict[str, list[str]]:
     cases = {}
     for name in precisions(capability):
@@ -52,6 +58,11 @@ def evaluation_cases(capability: str) -> dict[str, list[str]]:
     }
     if "bf16" in precisions(capability):
         cases["extraction in bf16"] = extraction("bf16", "--precision", "bf16")
+    if capability in ("7.0", "9.0"):
+        cases["fine-tuning of 2 steps"] = fine_tuning("tuned2", "--batch-size", "4", "--mix", "mixup")
+        cases["fine-tuning of 8 steps"] = fine_tuning("tuned8", "--batch-size", "1", "--mix", "cutmix")
+    if capability == "9.0":
+        cases["fine-tuning in bf16"] = fine_tuning("tuned", "--precision", "bf16", "--mode", "lora", "--tta")
     return cases
 
 
@@ -60,6 +71,11 @@ def reports(request, run_commands_on_stub):
     """The reports of all cases on a GPU of one capability, from one process."""
     cases = {**train_cases(request.param), **evaluation_cases(request.param)}
     return run_commands_on_stub(cases, capability=request.param)
+
+
+@pytest.fixture
+def capability(request):
+    return request.node.callspec.params["reports"]
 
 
 @pytest.fixture
@@ -101,6 +117,14 @@ def test_extraction_waits_for_its_results_only(reports):
     few, many = (reports[f"extraction of {n} batches"]["waits"] for n in (2, 8))
     assert few == many
     assert sum(n for place, n in many.items() if place.startswith("dinov2/eval/features/loop.py")) > 0
+
+
+def test_steps_of_fine_tuning_do_not_wait(reports, capability):
+    if capability != "9.0":
+        pytest.skip("one GPU is enough for counts")
+    few, many = (reports[f"fine-tuning of {n} steps"]["waits"] for n in (2, 8))
+    own = {place for place in few | many if "solvers/finetuning" in place}
+    assert {place: few.get(place) for place in own} == {place: many.get(place) for place in own}
 
 
 def test_float32_convolutions_are_exact(steps):

@@ -208,7 +208,7 @@ def checkpoint(tmp_path):
     return file
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def draw_cells():
     def draw(folder, n, seed):
         """n noisy 30-px images of each class, coloured by class."""

@@ -1,10 +1,12 @@
 """The flags of protocols: kinds of features, splits, and mistakes that leave nothing."""
 
 import argparse
+import hashlib
 
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from dinov2.data.splits import Split, leave_one_dataset_out, write_split
 from dinov2.eval.features import read_features
@@ -15,6 +17,7 @@ from dinov2.eval.protocol import (
     add_evaluation_arguments,
     baseline_features,
     check_evaluation_arguments,
+    runner,
 )
 
 
@@ -72,6 +75,20 @@ def test_a_network_is_asked_for_the_kind_to_evaluate(checkpoint, tmp_path, draw_
     assert (list(alone), list(among)) == (["mean"], ["mean", "cls"])
     np.testing.assert_array_equal(alone["mean"], among["mean"])
     assert not np.allclose(among["mean"], among["cls"])
+
+
+def test_test_images_that_the_checkpoint_learned_from_are_counted(
+    checkpoint, tmp_path, draw_cells, run_knn, caplog, monkeypatch
+):
+    monkeypatch.setattr(runner, "setup_logging", lambda: None)  # which takes messages from caplog
+    learned, others = (draw_cells(tmp_path / name, n=6, seed=seed) for seed, name in enumerate(("learned", "others")))
+    digests = [list(hashlib.sha256(path.read_bytes()).digest()[:16]) for path in learned.rglob("*.png")]
+    torch.save({**torch.load(checkpoint), "seen": torch.tensor(digests, dtype=torch.uint8)}, checkpoint)
+    flags = ("--checkpoint", checkpoint, "--image-size", 28, "--k", 1, "--overwrite")
+    run_knn(*flags, "--train", learned, "--test", others)
+    assert "fine-tuned" not in caplog.text
+    run_knn(*flags, "--train", others, "--test", learned)
+    assert f"--checkpoint {checkpoint} was fine-tuned with 18 of these 18 test images" in caplog.text
 
 
 def test_a_baseline_needs_all_images(tmp_path, draw_cells):

@@ -68,6 +68,14 @@ def test_predictions_of_odd_class_names_come_back(predicted, tmp_path):
     assert table.predictions == [names[i] for i in by_folds.predictions[:11]]
 
 
+def test_labels_of_other_classes_are_written(predicted, tmp_path):
+    labels, by_folds = predicted
+    write_predictions(tmp_path / "p.csv", range(12), labels, by_folds, NAMES, label_names=["x", "y", "z"])
+    table = read_predictions(tmp_path / "p.csv")
+    assert table.labels == [["x", "y", "z"][i] for i in labels[:11]]
+    assert table.predictions == [NAMES[i] for i in by_folds.predictions[:11]]
+
+
 def test_one_fold_has_no_spread_and_patients_decide_the_intervals(predicted):
     labels, by_folds = predicted
     one = FoldPredictions(by_folds.folds[:1], np.where(by_folds.fold_of == 0, by_folds.predictions, -1), None, [{}])
@@ -155,6 +163,7 @@ def test_rows_of_each_protocol_know_their_predictions(predicted, tmp_path):
         "abmil": ({"gated": {"together": summary, "mean": {"accuracy": 0.5}}}, {"protocol": "crossval"}),
         "all": ({"knn-dino_5": {"model": summary}, "linear": {"pixels": summary}, "abmil": {"model": summary}}, {}),
         "cross": ({"matrix": {"a": {"b": {"accuracy": 0.5}}}}, {}),
+        "finetune, applied": ({"finetune_applied": summary}, {}),
     }
     rows = {}
     for protocol, (results, settings) in layouts.items():
@@ -177,7 +186,11 @@ def test_rows_of_each_protocol_know_their_predictions(predicted, tmp_path):
             ("abmil classwise", "model", "abmil/predictions.csv"),
         ],
         "cross": [],
+        "finetune, applied": [("finetune_applied", "model", "predictions.csv")],
     }
+    report = read_report(folder / "results.json")
+    write_report(folder, {**report, "counts": {"seen_in_training": 2}})
+    assert read_result(folder / "results.json", "applied").rows[0].predictions is None  # they are of more cells
 
 
 def test_a_row_has_its_numbers_and_predictions(predicted, tmp_path):

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from dinov2.configs import dinov2_default_config
 from dinov2.fsdp.checkpoint import Checkpointer
-from dinov2.hub.backbones import load_backbone
+from dinov2.hub.classifiers import Classifier, Network, load_network
 from dinov2.hub.export_formats import FORMATS as EXPORTS
 from dinov2.models import architecture, build_backbone
 from tests.fuzz.mutations import (
@@ -37,7 +37,10 @@ def backbone() -> Any:
 
 
 def pth_content() -> dict[str, Any]:
-    return {"teacher": dict(backbone().state_dict()), "architecture": architecture(backbone())}
+    """Return what a fine-tuned network's file has; without its classifier, what a run writes."""
+    classifier = Classifier(torch.ones(2, 32), torch.zeros(2), ["blast", "lymphocyte"], "cls")
+    known = architecture(backbone())
+    return {"teacher": dict(backbone().state_dict()), "architecture": known, "classifier": classifier.content()}
 
 
 def odd_tensor(rng: random.Random) -> Any:
@@ -102,7 +105,7 @@ def pth_bytes(content: Any, is_zip: bool = True) -> bytes:
 def exported(name: str) -> dict[str, bytes]:
     """Return the files of the tiny network in an export format."""
     with tempfile.TemporaryDirectory() as folder:
-        EXPORTS[name].write(backbone(), Path(folder))
+        EXPORTS[name].write(Network(backbone(), Classifier(**pth_content()["classifier"])), Path(folder))
         return read_folder(next(Path(folder).rglob("*.safetensors")).parent)
 
 
@@ -164,7 +167,7 @@ def run_case(rng: random.Random) -> tuple[str, Content]:
 
 
 def read_weights(path: Path) -> None:
-    load_backbone(path, 28)
+    load_network(path, 28)
 
 
 FORMATS = {

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from dinov2.run import submit
-from dinov2.run.submit import TrainingTask, wait
+from dinov2.run.submit import EvaluationTask, TrainingTask, wait
+from dinov2.utils.command import StoppedError
 
 RUNNING = "JobState=RUNNING Restarts=0 ExitCode=0:0 PreemptTime=None"
 PREEMPTED = "JobState=RUNNING Restarts=0 ExitCode=0:0 PreemptTime=2026-01-01T00:00:00"
@@ -73,6 +74,17 @@ def test_who_queues_an_interrupted_job_again(training, slurm, received, job, req
     slurm.answer(job)
     with pytest.raises(SystemExit) as ending:
         TrainingTask([], None)()
+    assert (training.requeued, ending.value.code) == ((1, -1) if requeues else (0, 75))
+
+
+@pytest.mark.parametrize(("received", "requeues"), [(signal.SIGUSR2, True), (signal.SIGTERM, False)])
+def test_an_interrupted_fine_tuning_is_queued_again(training, monkeypatch, received, requeues):
+    def main(argv):
+        raise StoppedError("stopped after step 3 of 4", received)
+
+    monkeypatch.setattr(submit, "import_module", lambda name: SimpleNamespace(main=main))
+    with pytest.raises(SystemExit) as ending:
+        EvaluationTask("dinov2.eval.finetune", [])()
     assert (training.requeued, ending.value.code) == ((1, -1) if requeues else (0, 75))
 
 

@@ -12,7 +12,7 @@ import torch
 from dinov2.fsdp.checkpoint import Checkpointer
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-STAGES = ("training", "training on two processes", "extraction", "packing", "preparing", "download")
+STAGES = ("training", "training on two processes", "extraction", "fine-tuning", "packing", "preparing", "download")
 
 
 @pytest.fixture

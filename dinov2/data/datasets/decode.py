@@ -140,6 +140,15 @@ def decode_image(source: str | os.PathLike[str] | bytes, name: str = "") -> np.n
         raise UnreadableImageError(name, getattr(error, "strerror", None) or str(error)) from error
 
 
+def unreadable_reason(path: str) -> str:
+    """Return why the image file cannot be decoded; empty if it can."""
+    try:
+        decode_image(path)
+    except UnreadableImageError as error:
+        return error.reason
+    return ""
+
+
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
     """Decode a file to a PIL image in mode RGB."""
     return Image.fromarray(decode_image(path))

@@ -81,11 +81,11 @@ def scores_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
 
 
 def class_table(title: str, metrics: Mapping[str, Any], n_train: Mapping[str, int]) -> list[str]:
-    """Return a table of the classes, in percent, with the number of training samples of each."""
-    lines = [[title, "train", "test", "recall", "precision", "F1"]]
+    """Return a table of the classes, in percent, with the number of training samples of each, if they are known."""
+    lines = [[title, *(["train"] if n_train else []), "test", "recall", "precision", "F1"]]
     for name, row in metrics["per_class"].items():
         shares = [percent(row[metric]) for metric in ("recall", "precision", "f1")]
-        lines.append([name, str(n_train[name]), str(row["support"]), *shares])
+        lines.append([name, *([str(n_train[name])] if n_train else []), str(row["support"]), *shares])
     return text_table(lines)
 
 

@@ -15,12 +15,13 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from dinov2.data.datasets.decode import unreadable_reason
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.data.splits import (
     Fold,
@@ -33,6 +34,7 @@ from dinov2.data.splits import (
     split_cells,
     without_copies,
 )
+from dinov2.distributed import on_main_process
 from dinov2.eval.extract_features import (
     CELLS_HELP,
     add_embedder_arguments,
@@ -45,13 +47,18 @@ from dinov2.eval.features.extract import Embedder, extract
 from dinov2.eval.features.named_encoders import BASELINES, build_encoder
 from dinov2.eval.features.store import align_classes, check_finite, check_labels, check_same_network, join
 from dinov2.eval.results import FoldPredictions
-from dinov2.hub.backbones import untrained_backbone
-from dinov2.utils.command import number_between, positive_int, seed_number
+from dinov2.hub.backbones import checkpoint_file, untrained_backbone
+from dinov2.hub.classifiers import read_seen, seen_images
+from dinov2.utils.command import number_between, positive_int, progress_bar, seed_number
 from dinov2.utils.files import file_sha256, user_path
+from dinov2.utils.resources import parallel_map
 
 logger = logging.getLogger("dinov2")
 
 N_FOLDS = 5
+N_EXAMPLES = 3
+LEAST_IN_PARALLEL = 500  # images that several processes decode; they take a second to start
+IMAGES = "images"  # kind of features: the paths themselves, for protocols that train on images
 NETWORKS = ("checkpoint", "encoder")
 SOURCES = ("train", "test", "data", "features", "test_features")
 
@@ -62,7 +69,8 @@ Predictions: TypeAlias = dict[str, FoldPredictions]  # {row of the results: what
 class EvaluationData:
     """N labelled cells and their split, as arrays."""
 
-    features: Mapping[str, np.ndarray]  # {kind: [N, D]}; protocols that take one kind of features take the first
+    # {kind: [N, D]}; protocols that take one kind of features take the first; {IMAGES: paths [N]} for fine-tuning
+    features: Mapping[str, np.ndarray]
     labels: np.ndarray  # int64 [N], positions in `class_names`
     class_names: Sequence[str]
     folds: Sequence[Fold]  # training and test positions each
@@ -150,7 +158,8 @@ class EvaluationSet:
         patients = np.asarray(self.cells.patients)
         shared = [np.intersect1d(patients[train], patients[test]) for train, test in self.folds]
         if n_shared := len(np.unique(np.concatenate(shared))):
-            logger.warning("%d patients have cells in both train and test", n_shared)
+            examples = ", ".join(map(repr, np.unique(np.concatenate(shared)).tolist()[:N_EXAMPLES]))
+            logger.warning("%d patients have cells in both train and test, for instance %s", n_shared, examples)
         return not n_shared
 
 
@@ -162,14 +171,23 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     add_embedder_arguments(parser, checkpoint_required=False)
     parser.set_defaults(kinds=None)  # which kinds are extracted depends on the protocol
     add = parser.add_argument
-    add("--train", type=user_path, help=f"cells to learn from: {CELLS_HELP}")
-    add("--test", type=user_path, help="cells to classify, likewise")
-    add("--data", type=user_path, help="one set to split into both, likewise")
     add("--features", type=user_path, help="a features.h5: the training set, or one set to split")
     add("--test-features", type=user_path, help="a features.h5 from the same network: the test set")
     add("--kind", help="kind of features to evaluate (see --kinds); without it the file's first one")
+    baselines = "evaluate these on the same split too: the same architecture untrained (with --checkpoint), "
+    baselines += "colour histograms (HSV), raw 32x32 pixels"
+    add("--baseline", choices=("untrained", *BASELINES), nargs="+", default=[], help=baselines)
+    add_split_arguments(parser)
+
+
+def add_split_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name labelled images, their split, few-shot numbers, the seed and the output folder."""
+    add = parser.add_argument
+    add("--train", type=user_path, help=f"cells to learn from: {CELLS_HELP}")
+    add("--test", type=user_path, help="cells to classify, likewise")
+    add("--data", type=user_path, help="one set to split into both, likewise")
     split = parser.add_mutually_exclusive_group()
-    split.add_argument("--folds", type=positive_int, default=N_FOLDS, help="of --data or of --features alone")
+    split.add_argument("--folds", type=positive_int, default=N_FOLDS, help="of one set")
     split.add_argument(
         "--split", type=user_path, help="CSV instead: path,fold (tested in), or path,part (train, val, test)"
     )
@@ -178,10 +196,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--few-shot", type=positive_int, nargs="+", default=[], help="learn from this many cells a class too")
     add("--repeats", type=positive_int, default=10, help="draws for each of --few-shot")
-    add("--seed", type=seed_number, default=0, help="of folds, few cells, intervals, untrained networks and sgd")
-    baselines = "evaluate these on the same split too: the same architecture untrained (with --checkpoint), "
-    baselines += "colour histograms (HSV), raw 32x32 pixels"
-    add("--baseline", choices=("untrained", *BASELINES), nargs="+", default=[], help=baselines)
+    add("--seed", type=seed_number, default=0, help="of folds, few cells, intervals, untrained networks and training")
     add("--output-dir", type=user_path, required=True, help="for results and features; made if missing")
 
 
@@ -203,16 +218,21 @@ def check_evaluation_arguments(
     if "untrained" in args.baseline and not args.checkpoint:
         parser.error("--baseline untrained needs --checkpoint, which says what architecture to build")
     if args.test or args.test_features:
-        for name in ("split", "test_fraction"):
-            if getattr(args, name) is not None:
-                flag = name.replace("_", "-")
-                parser.error(f"--{flag} divides one set; give it with --data or with --features alone")
+        check_one_set(parser, args)
     if has_embedder(args):
         if args.kinds is None:
             default_kinds = default_kinds if args.checkpoint else (DEFAULT_KIND,)
             args.kinds = list(default_kinds) if args.kind is None else [args.kind]
         if args.kind is not None and args.kind not in args.kinds:
             parser.error(f"--kind {args.kind} is not among --kinds {' '.join(args.kinds)}; add it there")
+
+
+def check_one_set(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the command if flags divide one set, where a training and a test set are given."""
+    for name in ("split", "test_fraction"):
+        if getattr(args, name) is not None:
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag} divides one set; give it with --data or with --features alone")
 
 
 # --- cells and features ----------------------------------------------------------------------------------------------
@@ -226,10 +246,7 @@ def load_evaluation_set(args: argparse.Namespace, with_all_kinds: bool = False) 
     """
     embedder = None
     if has_embedder(args):
-        lists = [LabelledCells.from_path(args.train or args.data)]
-        if args.test is not None:
-            lists.append(LabelledCells.from_path(args.test, class_names=lists[0].class_names))
-        _make_split(args, lists)
+        lists = _read_lists(args)
         embedder = embedder_from(args)
         names = ["features"] if len(lists) == 1 else ["features_train", "features_test"]
         files = [args.output_dir / f"{name}.h5" for name in names]
@@ -244,26 +261,94 @@ def load_evaluation_set(args: argparse.Namespace, with_all_kinds: bool = False) 
     if len(sets) == 2:
         check_same_network(*sets)
         sets[1] = align_classes(sets[1], sets[0].class_names)
+    evaluation = _assemble(args, sets, files)
+    del sets, features  # after joining they are a second copy of the features
+    for name in args.baseline:
+        kinds = list(evaluation.sources["model"])
+        evaluation.sources[name] = baseline_features(name, evaluation.cells.paths, embedder, args.seed, kinds)
+    return evaluation
+
+
+def load_images(args: argparse.Namespace) -> EvaluationSet:
+    """Read the labelled images that the flags name, leave out those that cannot be decoded, and split the others.
+
+    The only kind of features is `IMAGES`. All processes of a group call this; the main one decodes.
+    """
+    sets = []
+    for cells in _read_lists(args):
+        reasons = on_main_process(partial(_why_unreadable, cells, args.num_workers))
+        if unreadable := {str(path): reason for path, reason in zip(cells.paths, reasons, strict=True) if reason}:
+            examples = "; ".join(f"{path}: {reason}" for path, reason in list(unreadable.items())[:N_EXAMPLES])
+            text = "%d of %d images are unreadable and left out: %s"
+            logger.warning(text, len(unreadable), len(cells), examples)
+        if len(unreadable) == len(cells):
+            raise ValueError(f"images: none of the {len(cells)} could be read; the log gives reasons")
+        whole = Features(
+            features=np.array([os.path.abspath(path) for path in cells.paths]),
+            labels=cells.labels,
+            class_names=cells.class_names,
+            paths=[os.path.abspath(path) for path in cells.paths],
+            patients=cells.patients,
+            unreadable=[os.path.abspath(path) for path in unreadable],
+            kind=IMAGES,
+        )
+        sets.append(whole.select(np.array([not reason for reason in reasons])))
+    return _assemble(args, sets, [])
+
+
+def _read_lists(args: argparse.Namespace) -> list[LabelledCells]:
+    """Read the list to split, or those of training and test; mistakes of the split are errors here already."""
+    lists = [LabelledCells.from_path(args.train or args.data)]
+    if args.test is not None:
+        lists.append(LabelledCells.from_path(args.test, class_names=lists[0].class_names))
+    _make_split(args, lists)
+    return lists
+
+
+def _why_unreadable(cells: LabelledCells, n_workers: int) -> list[str]:
+    """Return the reason why each image cannot be decoded; empty for those that can."""
+    n_workers = n_workers if len(cells) >= LEAST_IN_PARALLEL else 1
+    reasons = parallel_map(unreadable_reason, map(os.fspath, cells.paths), n_workers)
+    return list(progress_bar(reasons, desc="checking", total=len(cells)))
+
+
+def _assemble(args: argparse.Namespace, sets: Sequence[Features], files: list[Path]) -> EvaluationSet:
+    """Join a training and a test set, split the cells, and drop copies of test images from the other sides."""
     split = _make_split(args, sets)
     cells = sets[0] if len(sets) == 1 else join(*sets)
-    del sets, features  # after joining they are a second copy of the features
     folds, copies = without_copies(cells.paths, split.folds)
+    if split.validation is not None:
+        tested = np.unique(np.concatenate([test for _, test in folds]))
+        ((validation, _),), _ = without_copies(cells.paths, [(split.validation, tested)], "validation")
+        split = replace(split, validation=validation)
+    _warn_of_seen(args, cells, folds)
     description = describe_folds(cells.labels, folds, cells.class_names)
     not_learned = description["not_learned_in"]
-    if not_learned and (args.split or args.test or args.test_features):
+    if not_learned and (args.split or len(sets) > 1):
         name, numbers = next(iter(not_learned.items()))
         raise ValueError(
             f"split: {len(not_learned)} classes are tested without a training cell, for instance {name!r} in fold "
             f"{numbers[0]}; give each such class training cells, or leave its cells out"
         )
     log_fold_problems(description)
-    kinds = {cells.kind: cells.features, **cells.others}
-    sources = {"model": kinds}
-    for name in args.baseline:
-        sources[name] = baseline_features(name, cells.paths, embedder, args.seed, list(kinds))
-    inputs = {name: getattr(args, name) for name in (*SOURCES, "split")}
+    sources = {"model": {cells.kind: cells.features, **cells.others}}
+    inputs = {name: getattr(args, name, None) for name in (*SOURCES, "split")}
     hashes = {name: file_sha256(path) for name, path in inputs.items() if path is not None and path.is_file()}
     return EvaluationSet(cells, files, split, folds, copies, description, sources, args.seed, device_of(args), hashes)
+
+
+def _warn_of_seen(args: argparse.Namespace, cells: Features, folds: Sequence[Fold]) -> None:
+    """Warn of test images from which a fine-tuned --checkpoint learned."""
+    if not args.checkpoint:
+        return
+    file = checkpoint_file(args.checkpoint)
+    tested = np.unique(np.concatenate([test for _, test in folds]))
+    if n_seen := int(seen_images(read_seen([file]), [cells.paths[i] for i in tested]).sum()):
+        logger.warning(
+            "--checkpoint %s was fine-tuned with %d of these %d test images: numbers with them say nothing about new "
+            "cells; test on others",
+            *(file, n_seen, len(tested)),
+        )
 
 
 def _select_kinds(args: argparse.Namespace, features: Features, with_all_kinds: bool) -> Features:

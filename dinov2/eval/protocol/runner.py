@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dinov2.data.splits import write_split
+from dinov2.distributed import is_main_process
 from dinov2.eval.metrics.summaries import class_table, draw_confusion, draw_curves, metrics_table, scores_table
 from dinov2.eval.protocol import (
     EvaluationSet,
@@ -87,7 +88,10 @@ def run(
     repeats: int = 10,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate all sources of features, also few-shot; write the files, results.json last, and return its content."""
+    """Evaluate all sources of features, also few-shot; write the files, results.json last, and return its content.
+
+    In a group of processes all call it; only the main one writes, the others return an empty report.
+    """
     cells = evaluation.cells
     predicted: dict[str, Predictions] = {}
     results, few_shot_rows = {}, {}
@@ -97,10 +101,14 @@ def run(
         if few_shot_numbers:
             few_shot_options = FewShotOptions(protocol, few_shot_numbers, repeats)
             few_shot_rows[source] = few_shot.evaluate(data, few_shot_options)
+        if not is_main_process():
+            continue
         results[source] = {
             row: summarize(cells.labels, predictions, cells.class_names, cells.patients, evaluation.seed)
             for row, predictions in predicted[source].items()
         }
+    if not is_main_process():
+        return {}
     output_dir.mkdir(parents=True, exist_ok=True)
     write_split(output_dir / "split.csv", cells.paths, evaluation.split)
     files = {}

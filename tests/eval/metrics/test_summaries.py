@@ -123,3 +123,7 @@ def test_classes_have_counts_and_shares():
         "blast            8     4   100.0       80.0  88.9",
         "large, rare     12     0       -        0.0   0.0",
     ]
+    assert class_table("model", {"per_class": per_class}, {})[:2] == [
+        "model        test  recall  precision    F1",
+        "blast           4   100.0       80.0  88.9",
+    ]

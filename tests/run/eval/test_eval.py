@@ -13,6 +13,7 @@ from submitit.core.utils import DelayedSubmission
         ("knn", ["--features", "f.h5", "--k", "1", "20"]),
         ("linear", ["--features", "f.h5"]),
         ("abmil", ["--features", "f.h5"]),
+        ("finetune", ["--checkpoint", "c.pth", "--data", "cells", "--mode", "head"]),
     ],
 )
 def test_the_job_runs_the_command(slurm, tmp_path, capsys, name, arguments):
