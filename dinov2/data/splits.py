@@ -19,14 +19,15 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from dinov2.data.datasets.tables import PATH_COLUMNS, open_table
+from dinov2.data.datasets.packed import unpacked_table
+from dinov2.data.datasets.tables import PART_COLUMN, PATH_COLUMNS, open_table
 from dinov2.utils.files import PathLike, atomic_write, file_sha256, local_path
 
 logger = logging.getLogger("dinov2")
 
 Fold: TypeAlias = tuple[np.ndarray, np.ndarray]
 
-FOLD_COLUMN, PART_COLUMN = "fold", "part"
+FOLD_COLUMN = "fold"
 ALWAYS_TRAINING = "train"  # in the column `fold`: never tested
 PARTS = ("train", "val", "test", "unused")
 N_EXAMPLES = 3
@@ -49,7 +50,7 @@ def make_folds(
     candidates, groups = np.arange(len(labels)), patients
     if patients is None or len(set(patients)) == len(labels):
         candidates, groups = np.flatnonzero(np.bincount(labels)[labels] > 1), None
-    test_sides = [candidates[test] for test in _stratified_parts(labels[candidates], groups, n_folds, seed)]
+    test_sides = [candidates[test] for test in stratified_parts(labels[candidates], groups, n_folds, seed)]
     if n_empty := sum(not len(test) for test in test_sides):  # some patients have many more cells than others
         raise ValueError(f"folds: {n_empty} of {n_folds} folds have no test cell; choose fewer folds")
     return [(np.setdiff1d(np.arange(len(labels)), test), np.sort(test)) for test in test_sides]
@@ -67,12 +68,12 @@ def split_cells(
     n_parts = round(1 / test_fraction)
     advice = "choose a larger share, or give --train and --test"
     _check_enough(labels, patients, n_parts, f"--test-fraction {test_fraction}", advice)
-    parts = _stratified_parts(labels, patients, n_parts, seed)
+    parts = stratified_parts(labels, patients, n_parts, seed)
     test = min(parts, key=lambda part: abs(len(part) * n_parts - len(labels)))  # whole patients: parts differ in size
     return np.setdiff1d(np.arange(len(labels)), test), test
 
 
-def _stratified_parts(labels: np.ndarray, patients: Sequence[str] | None, n_parts: int, seed: int) -> list[np.ndarray]:
+def stratified_parts(labels: np.ndarray, patients: Sequence[str] | None, n_parts: int, seed: int) -> list[np.ndarray]:
     """Divide N cells into parts with similar shares of each label; a patient's cells stay together."""
     folds = StratifiedKFold if patients is None else StratifiedGroupKFold
     with warnings.catch_warnings():
@@ -263,9 +264,11 @@ def read_split(file: PathLike, paths: Sequence[str]) -> Split:
     """Read a CSV with the columns `path,fold` or `path,part`, as `write_split` writes it.
 
     The column `path` may be called `Image Path`. Relative paths count from the file's folder. Each of `paths`, N images
-    (or patients), needs a row; rows of other images are ignored.
+    (or patients), needs a row; rows of other images are ignored. A file that holds images, such as MedMNIST's, is read
+    as the split that it has (see `dinov2.data.datasets.packed`).
     """
     file = local_path(file)
+    file = unpacked_table(file, "split") or file
     table = open_table(file, "split")
     path_column, column = table.first_of(PATH_COLUMNS), table.first_of((FOLD_COLUMN, PART_COLUMN))
     if path_column is None or column is None or {FOLD_COLUMN, PART_COLUMN} <= set(table.columns):

@@ -24,7 +24,7 @@ import torch
 from dinov2.utils.command import MOST_LINES, exit_code
 from tests.fuzz.mutations import Format, odd_file
 
-MODULES = ("images", "shards", "tables", "features", "weights", "settings")
+MODULES = ("images", "shards", "tables", "packed", "features", "weights", "settings")
 CASES_PER_PROCESS = 50
 SECONDS, MEMORY_BYTES = 20, 2 << 30
 ODD_FILES = 0.03  # share of cases that are no regular file

@@ -37,6 +37,7 @@ from dinov2.data.datasets.decode import (
 )
 from dinov2.data.datasets.tables import (
     LABEL_COLUMN,
+    PART_COLUMN,
     PATH_COLUMN,
     PATH_COLUMNS,
     PATIENT_COLUMN,
@@ -45,7 +46,6 @@ from dinov2.data.datasets.tables import (
     open_table,
     read_list,
 )
-from dinov2.data.splits import PART_COLUMN
 from dinov2.utils.command import progress_bar
 from dinov2.utils.files import PathLike, local_path
 from dinov2.utils.resources import parallel_map

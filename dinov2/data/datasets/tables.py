@@ -23,6 +23,7 @@ from dinov2.utils.resources import size_text
 pd.options.mode.string_storage = "python"  # pyarrow takes UTF-8 only, which names of files need not be
 
 PATH_COLUMN, LABEL_COLUMN, PATIENT_COLUMN, SET_COLUMN = "Image Path", "Label", "patient", "dataset"
+PART_COLUMN = "part"  # train, val, test or unused
 PATH_COLUMNS = (PATH_COLUMN, "path")  # the first of these that a table has names its images
 TABLE_SUFFIXES = (".csv", ".parquet")
 DELIMITERS = ",;\t|"
@@ -80,7 +81,7 @@ def open_table(file: Path, setting: str) -> Table:
     """Read the names of a table's columns; parquet needs pyarrow."""
     check_regular_file(file, setting)
     if _is_parquet(file):
-        with _opened_parquet(file, setting) as opened:
+        with opened_parquet(file, setting) as opened:
             return Table(file, setting, opened.schema_arrow.names)
     line, header = next(_csv_rows(file, setting), (1, []))
     for name in header:
@@ -94,11 +95,12 @@ def read_table(
     required: Sequence[str],
     optional: Sequence[str] = (),
     other_names: Mapping[str, Sequence[str]] | None = None,
+    may_be_empty: Sequence[str] = (),
 ) -> list[dict[str, str]]:
     """Read {column: value} of each row of a table, at least one, for the required and optional columns.
 
-    Each row needs a value in all of these that the table has. `other_names` are {column: further names that it may have
-    in the file}; errors begin with `setting`.
+    Each row needs a value in all of these that the table has, except for those that `may_be_empty`. `other_names` are
+    {column: further names that it may have in the file}; errors begin with `setting`.
     """
     table = open_table(file, setting)
     name_of = {}
@@ -118,7 +120,7 @@ def read_table(
         gaps = [column for column, value in row.items() if not value]
         if len(gaps) == len(row):
             continue
-        if gaps:
+        if gaps := [column for column in gaps if column not in may_be_empty]:
             raise ValueError(
                 f"{setting}: {str(file)!r}, line {line}: no value for {', '.join(map(repr, gaps))}; fill it in or "
                 f"drop the row"
@@ -224,7 +226,8 @@ def _csv_rows(file: Path, setting: str) -> Iterator[tuple[int, list[str]]]:
 
 
 @contextmanager
-def _opened_parquet(file: Path, setting: str) -> Iterator[Any]:
+def opened_parquet(file: Path, setting: str) -> Iterator[Any]:
+    """Yield the opened `pyarrow.parquet.ParquetFile`; its errors in this block are ValueErrors that name the file."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -251,7 +254,7 @@ def _parquet_rows(table: Table, names: Sequence[str]) -> Iterator[tuple[int, lis
         f"write it again"
     )
     row = n_bytes = 0
-    with _opened_parquet(table.file, table.setting) as opened:
+    with opened_parquet(table.file, table.setting) as opened:
         groups = [opened.metadata.row_group(i) for i in range(opened.num_row_groups)]
         if any(group.total_byte_size > limit for group in groups):
             raise ValueError(too_large)

@@ -12,7 +12,7 @@ import importlib
 import os
 import pkgutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,16 +25,19 @@ from dinov2.data.datasets.decode import (
     DAMAGE,
     FORMATS,
     IMAGE_SUFFIXES,
-    UnreadableImageError,
     find_images,
     is_image_name,
     load_image,
+    walk_images,
 )
+from dinov2.data.datasets.tables import PATH_COLUMNS, read_table
 from dinov2.utils.files import check_regular_file
 
 N_EXAMPLES = 5
 SEARCH_DEPTH = 5  # folders between --source and the layout: an archive is often unpacked into folders of its own name
 MIN_SIDE_PX = 4  # smaller specks come from hand-drawn and lossy masks
+ARCHIVE_SUFFIXES = (".zip", ".rar", ".7z", ".tar", ".gz", ".tgz")
+SPLIT_LISTS = ("train", "val", "test")
 
 
 class Box(NamedTuple):
@@ -62,8 +65,10 @@ class Cell:
     label: str | None = None  # the distributor's class
     group: str | None = None  # DinoBloom's class, where it differs; None for a cell without one
     patient: str | None = None
-    part: str | None = None  # of the official split, for instance "train"
+    part: str | None = None  # of the official split, for instance "train", or "fold_0" of folds
     box: Box | None = None  # place of the cell; None if the image is the cell
+    diagnosis: str | None = None  # the patient's class, where labels are types of cells
+    more: Mapping[str, str] = field(default_factory=dict)  # further columns of labels.csv
 
 
 class Notes:
@@ -104,6 +109,7 @@ class DataSet:
     n_entries: int = 2  # number of `entries` that a top folder must have
     classes: Mapping[str, str] = field(default_factory=dict)  # {the distributor's code: class name}
     expected: Mapping[str, int] = field(default_factory=dict)  # published counts of "pictures", "patients", a class ...
+    packed: str = ""  # pattern of the files that hold all images: unpacked before `find`, which gets that folder
     cuts: bool = False  # whether cells are cut out of larger images
     margin: float = 0.1  # default margin around a cut cell, as a fraction of its longer side
     keep: tuple[str, ...] = ()  # classes that are cut out by default; empty for all
@@ -149,12 +155,58 @@ def find_cells(dataset: DataSet, top: Path) -> tuple[list[Cell], Notes]:
             notes.add("hidden folders, left out", Path(parent, name))
         for name in sorted(name for name in files if name[0] == "." and name.lower().endswith(IMAGE_SUFFIXES)):
             notes.add("hidden files that are named like images, left out", Path(parent, name))
+        for name in sorted(name for name in files if name.lower().endswith(ARCHIVE_SUFFIXES)):
+            if not Path(parent, name.partition(".")[0]).is_dir():
+                notes.add("archives that are not unpacked, left out", Path(parent, name))
         folders[:] = sorted(name for name in folders if name[0] != ".")
     if not cells:
         raise ValueError(
             f"{dataset.title}: no cell in {str(top)!r}; expected {dataset.layout}. What was there instead: {notes}"
         )
     return cells, notes
+
+
+def note_siblings(source: Path, top: Path, notes: Notes) -> None:
+    """Note the folders with images that lie in `source` beside the data set's folder and are not read."""
+    for folder in (top, *top.parents):
+        if folder == source:
+            return
+        for sibling in folders_in(folder.parent):
+            if sibling != folder and next(walk_images(sibling), None) is not None:
+                notes.add("folders with images beside the one that was read, left out", sibling)
+
+
+def file_near(top: Path, name: str, folders: Sequence[str] = (".", "..", "../..")) -> Path | None:
+    """Return the file of that name in one of these folders, which count from `top`; None if there is none."""
+    return next((file for file in (top / folder / name for folder in folders) if file.is_file()), None)
+
+
+def listed_parts(
+    top: Path, pattern: str, n_names: int, notes: Notes, folders: Sequence[str] = (".", "..", "../..")
+) -> dict[str, str]:
+    """Read a split that is published as lists of images beside the set.
+
+    Args:
+        pattern: name of the lists, in which {} stands for train, val and test; lists that are missing are left out.
+        n_names: number of names at the end of a path that tell one image from the others.
+
+    Returns:
+        {the end of an image's path: its part}.
+    """
+    parts: dict[str, str] = {}
+    for part in SPLIT_LISTS:
+        file = file_near(top, pattern.format(part), folders)
+        for row in read_table(file, "labels", ("path",), other_names={"path": PATH_COLUMNS}) if file else ():
+            end = "/".join(row["path"].replace("\\", "/").split("/")[-n_names:])
+            if parts.setdefault(end, part) != part:
+                notes.add("images that two lists of the split name, the first counts", end)
+    return parts
+
+
+def note_absent(parts: Mapping[str, str], notes: Notes) -> None:
+    """Note the images that the lists of a split name and that were not there."""
+    for absent, part in parts.items():
+        notes.add(f"images that the {part} list names and that are not there", absent)
 
 
 def folders_in(folder: Path) -> list[Path]:
@@ -207,7 +259,15 @@ def with_masks(images: Path, masks: Path, mask_name: Callable[[str], str], notes
 
 
 def boxes_of_mask(
-    image: Path, mask: Path, notes: Notes, gap: int = 0, threshold: int = 127, single: bool = False
+    image: Path,
+    mask: Path,
+    notes: Notes,
+    gap: int = 0,
+    threshold: int = 127,
+    single: bool = False,
+    numbered: bool = False,
+    border: int = 0,
+    min_side: int = MIN_SIDE_PX,
 ) -> Iterator[Box]:
     """Yield the boxes around a mask's cells; note the oddities of mask and image, and both as annotations.
 
@@ -217,6 +277,9 @@ def boxes_of_mask(
         gap: largest number of background pixels between two parts of a cell, such as the lobes of a nucleus.
         threshold: grey value above which a pixel belongs to a cell.
         single: the whole mask is one cell, with any number of parts.
+        numbered: each cell has a number of its own in the mask, so that cells which touch each other stay apart.
+        border: largest number of pixels that a mask may lack on each side of the image; it is centred.
+        min_side: shorter side in pixels of the smallest cell; what is smaller is a speck.
     """
     notes.annotations.add(image)
     if not mask.is_file():
@@ -225,28 +288,40 @@ def boxes_of_mask(
     notes.annotations.add(mask)
     size = image_size(image, notes)
     try:
-        grey = np.asarray(load_image(mask)).max(axis=2)
-    except UnreadableImageError as error:
+        values = _numbers_in(mask) if numbered else np.asarray(load_image(mask)).max(axis=2)
+    except DAMAGE as error:
         notes.add("unreadable images and masks", mask, error)
         return
     if size is None:
         return
-    is_cell = grey > (0 if grey.max() == 1 else threshold)  # some masks are zeros and ones
+    is_cell = values > (0 if values.max() == 1 else threshold)  # some masks are zeros and ones
     if not is_cell.any():
         notes.add("masks without a cell", mask)
         return
-    if is_cell.shape[::-1] != size:
+    missing = np.subtract(size, is_cell.shape[::-1])
+    if (missing % 2).any() or not 0 <= missing.min() <= missing.max() <= 2 * border:
         notes.add("masks of another size than their image", mask, f"{is_cell.shape[::-1]}, image {size}")
         return
-    boxes = components(is_cell, max(size) if single else gap)
-    cells = [box for box in boxes if min(box.right - box.left, box.bottom - box.top) >= MIN_SIDE_PX]
+    if missing.any():
+        notes.add("masks that lack a border of their image, centred", mask, f"{is_cell.shape[::-1]}, image {size}")
+    layers = [values == number for number in np.unique(values[is_cell])] if numbered else [is_cell]
+    margins = [(side // 2, side // 2) for side in missing[::-1]]
+    boxes = [box for layer in layers for box in components(np.pad(layer, margins), max(size) if single else gap)]
+    cells = [box for box in boxes if min(box.right - box.left, box.bottom - box.top) >= min_side]
     for _ in range(len(boxes) - len(cells)):
-        notes.add(f"specks in masks, smaller than {MIN_SIDE_PX} px", mask)
+        notes.add(f"specks in masks, smaller than {min_side} px", mask)
     if (0, 0, *size) in cells:
         notes.add("masks whose cell fills the whole image; is the mask what it should be?", mask)
     if len(cells) > 1:
         notes.add("images with several cells", image)
     yield from cells
+
+
+def _numbers_in(mask: Path) -> np.ndarray:
+    """Read the number of each pixel, int64 [H, W]: grey values with 8 or 16 bits, places in a palette, or colours."""
+    with Image.open(check_regular_file(mask), formats=FORMATS) as image:
+        values = np.asarray(image).astype(np.int64)
+    return values if values.ndim == 2 else values[..., :3] @ (256 ** np.arange(values[..., :3].shape[2]))
 
 
 def components(is_cell: np.ndarray, gap: int = 0) -> list[Box]:

@@ -1,8 +1,7 @@
 """Data sets of smears, from which cells are cut out: by boxes (in a CSV or in Pascal VOC files) or by masks.
 
-The archive of NuClick is `hemato_data.zip`, linked by its repository; `ihc_nuclick.zip` has images of tissue. The class
-column of KRD-WBC's CSV is spelt "Categoriy"; its other columns could not be checked, so the first value with a number
-in a row names the image.
+The archive of NuClick is `hemato_data.zip`; `ihc_nuclick.zip` has images of tissue. KRD-WBC's CSV has the columns
+`Image ID,Categoriy`; in a copy with other names, the first value with a number in a row names the image.
 """
 
 import re
@@ -25,6 +24,8 @@ LISC_CLASSES = {
 SSL_CLASSES = {"1": "neutrophil", "2": "lymphocyte", "3": "monocyte", "4": "eosinophil", "5": "basophil"}
 # fmt: on
 KRD_LABEL_COLUMN = re.compile("categor|class|label", re.IGNORECASE)
+LISC_BORDER_PX = 4  # which the masks lack
+NUCLEI_MIN_SIDE_PX = 32  # one mask has a speck of 23 pixels
 NUCLEI_IMAGES, NUCLEI_MASKS = "BloodImageSetS6NucSeg", "BloodImageSetS6NucSeg_masks"
 smear_dataset = partial(dataset, cuts=True)
 
@@ -71,7 +72,7 @@ def aslan(top: Path, notes: Notes) -> Iterator[Cell]:
     classes={name: name for name in BCCD_CLASSES},
     expected={"pictures": 364},
     keep=("WBC",),
-    remarks="White-Blood-Cell-dataset has the same smears: do not train on one and test on the other",
+    remarks="White-Blood-Cell-dataset has the same images: do not train on one and test on the other",
 )
 def bccd(top: Path, notes: Notes) -> Iterator[Cell]:
     parts: dict[str, str] = {}
@@ -118,8 +119,10 @@ def _voc_boxes(file: Path, notes: Notes) -> Iterator[tuple[str, Box]]:
     title="KRD-WBC",
     origin="https://data.mendeley.com/datasets/jzdj6h7gms/2",
     paper="Mendeley Data, doi 10.17632/jzdj6h7gms.2",
-    layout="Dataset/image/image<n>.jpg, Dataset/mask/mask<n>.jpg and 'class labels.csv'",
+    licence="CC BY 4.0 (second-hand)",
+    layout="Dataset/image/image<n>.jpg, Dataset/mask/mask<n>.jpg and 'class labels.csv' (Image ID,Categoriy)",
     entries=("Dataset", "class labels.csv"),
+    expected={"pictures": 600},
     remarks="several cells of one image share the image's class",
 )
 def krd_wbc(top: Path, notes: Notes) -> Iterator[Cell]:
@@ -160,10 +163,11 @@ def _number(text: str) -> int | None:
     title="LISC",
     origin="http://users.cecs.anu.edu.au/~hrezatofighi/Data/Leukocyte%20Data.htm",
     paper="Rezatofighi and Soltanian-Zadeh 2011, Comput. Med. Imaging Graph. 35(4)",
+    licence="free for research and education, no redistribution",
     layout="'Main Dataset'/<class>/<n>.bmp and 'Ground Truth Segmentation'/<class>/areaforexpert1/<n>_expert.bmp",
     entries=("Main Dataset", "Ground Truth Segmentation"),
     classes=LISC_CLASSES,
-    remarks="cells of the folder 'mixt' are cut out without a label",
+    remarks="cells of the folder 'mixt' are cut out without a label; masks lack 4 pixels on each side of their image",
 )
 def lisc(top: Path, notes: Notes) -> Iterator[Cell]:
     smears, truth = child(top, "Main Dataset"), child(top, "Ground Truth Segmentation")
@@ -171,7 +175,8 @@ def lisc(top: Path, notes: Notes) -> Iterator[Cell]:
         folder = child(smears, code)
         masks = child(truth, folder.name) / "areaforexpert1"
         for image, mask in with_masks(folder, masks, lambda stem: f"{stem}_expert.bmp", notes):
-            yield from (Cell(image, label, box=box) for box in boxes_of_mask(image, mask, notes, threshold=0))
+            boxes = boxes_of_mask(image, mask, notes, threshold=0, border=LISC_BORDER_PX)
+            yield from (Cell(image, label, box=box) for box in boxes)
 
 
 @smear_dataset(
@@ -182,13 +187,15 @@ def lisc(top: Path, notes: Notes) -> Iterator[Cell]:
     entries=("Train", "Validation"),
     n_entries=1,
     expected={"pictures": 1463},
-    remarks="cells have no classes: there is a list to train on and no labels.csv",
+    remarks="cells have no classes: there is a list to train on and no labels.csv; the archive has moved from the "
+    "repository to the site of Warwick's Tissue Image Analytics (TIA) Centre",
 )
 def nuclick(top: Path, notes: Notes) -> Iterator[Cell]:
     for name, part in (("Train", "train"), ("Validation", "val")):
         folder = child(top, name)
         for image, mask in with_masks(folder / "images", folder / "masks", lambda stem: f"{stem}_mask.png", notes):
-            yield from (Cell(image, part=part, box=box) for box in boxes_of_mask(image, mask, notes, threshold=0))
+            boxes = boxes_of_mask(image, mask, notes, threshold=0, numbered=True)
+            yield from (Cell(image, part=part, box=box) for box in boxes)
 
 
 @smear_dataset(
@@ -237,9 +244,10 @@ def _ssl_labels(file: Path, notes: Notes) -> dict[int, str]:
     entries=(NUCLEI_IMAGES, NUCLEI_MASKS),
     expected={"pictures": 367},
     margin=0.4,  # wide enough for the cytoplasm
-    remarks="the smears seem to be BCCD's: do not train on one and test on the other; there are no classes",
+    remarks="the images are BCCD's: do not train on one and test on the other; there are no classes",
 )
 def white_blood_cell_dataset(top: Path, notes: Notes) -> Iterator[Cell]:
     for image, mask in with_masks(top / NUCLEI_IMAGES, top / NUCLEI_MASKS, lambda stem: f"{stem}.png", notes):
         # the lobes of a nucleus may be separate: those close to each other are one cell
-        yield from (Cell(image, box=box) for box in boxes_of_mask(image, mask, notes, gap=24))
+        boxes = boxes_of_mask(image, mask, notes, gap=24, min_side=NUCLEI_MIN_SIDE_PX)
+        yield from (Cell(image, box=box) for box in boxes)

@@ -20,13 +20,16 @@ from PIL import Image
 
 from dinov2.data.check.scan import READABLE, ImageFacts, read_facts
 from dinov2.data.datasets.decode import UnreadableImageError, load_image, resize_image
-from dinov2.data.datasets.tables import LABEL_COLUMN, PATH_COLUMN, PATIENT_COLUMN, SET_COLUMN
-from dinov2.data.prepare import Box, Cell, DataSet, Notes, find_cells, image_size
-from dinov2.data.splits import PART_COLUMN, PARTS
+from dinov2.data.datasets.packed import unpack
+from dinov2.data.datasets.tables import LABEL_COLUMN, PART_COLUMN, PATH_COLUMN, PATIENT_COLUMN, SET_COLUMN
+from dinov2.data.prepare import Box, Cell, DataSet, Notes, find_cells, image_size, note_siblings
+from dinov2.data.splits import ALWAYS_TRAINING, FOLD_COLUMN, PARTS
 from dinov2.utils.command import progress_bar
 from dinov2.utils.files import atomic_write
 
 logger = logging.getLogger("dinov2")
+
+FOLD_PREFIX = "fold_"  # of a part that is a fold of an official cross-validation
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,15 @@ def prepare(
     options = options or Options()
     output = Path(output).absolute()
     top = dataset.top_folder(source)
-    if output == top or top in output.parents:
+    if not dataset.packed and (output == top or top in output.parents):  # whose images would be found again
         raise ValueError(f"--output: {str(output)!r} is inside the data set's own folder; choose one outside")
-    cells, notes = find_cells(dataset, top)
+    if dataset.packed:
+        # of one set with several sizes, the one with the most pixels
+        largest = max(top.glob(dataset.packed), key=lambda file: (file.stat().st_size, file.name))
+        cells, notes = find_cells(dataset, unpack([largest], "--source", output / "images").parent)
+    else:
+        cells, notes = find_cells(dataset, top)
+        note_siblings(Path(source).absolute(), top, notes)
     n_found = len(cells)
     facts: dict[Path, ImageFacts] = {}
     if options.check:
@@ -78,8 +87,9 @@ def prepare(
         listed = list(_cut_out(kept, dataset, output, options, notes))
     if not listed:
         raise ValueError(f"{dataset.title}: no image is left of {n_found}; {notes}")
-    rows = [(path, cell.label, cell.group, cell.patient, cell.part) for path, cell in listed]
-    table = pd.DataFrame(rows, columns=["path", "label", "group", "patient", "part"], dtype=object)
+    rows = [(path, cell.label, cell.group, cell.patient, cell.part, cell.diagnosis, cell.more) for path, cell in listed]
+    columns = ["path", "label", "group", "patient", "part", "diagnosis", "more"]
+    table = pd.DataFrame(rows, columns=columns, dtype=object)
     _write_lists(dataset, table, output)
     summary = _summary(dataset, table, n_found, cells, facts.values(), notes, options)
     with atomic_write(output / "summary.json", "w") as file:
@@ -100,18 +110,21 @@ def _read_images(images: Sequence[Path], notes: Notes, n_workers: int) -> dict[P
 
 
 def _without_duplicates(cells: list[Cell], facts: dict[Path, ImageFacts], notes: Notes, drop: bool) -> list[Cell]:
-    """Note groups of byte-identical images; with `drop` keep the first of each, without a label if theirs differ."""
-    labels: dict[Path, set[str | None]] = defaultdict(set)
+    """Note groups of byte-identical images; with `drop` keep one of each, a labelled one if there is any.
+
+    If two of them have different labels, the kept one has none; no label is not another label.
+    """
+    labels: dict[Path, set[str]] = defaultdict(set)
     for cell in cells:
-        labels[cell.image].add(cell.label)
+        labels[cell.image] |= set() if cell.label is None else {cell.label}
     digests = pd.Series({image: fact.digest for image, fact in facts.items()}, dtype=object)
     dropped, contradicted = set(), set()
     for _, group in digests[digests.duplicated(keep=False)].groupby(digests, sort=False):
-        first, *others = group.index
+        first, *others = sorted(group.index, key=lambda image: not labels[image])  # stable: labelled ones first
         names = " = ".join(str(image.relative_to(notes.top)) for image in group.index)
         notes.add("groups of byte-identical images", names)
         dropped |= set(others)
-        if any(labels[image] != labels[first] for image in others):
+        if any(labels[image] and labels[image] != labels[first] for image in others):
             notes.add("groups of byte-identical images with different labels", names)
             contradicted.add(first)
     if not drop:
@@ -126,7 +139,7 @@ def _whole_images(cells: list[Cell], notes: Notes) -> Iterator[Cell]:
         first, *others = group
         if any((cell.label, cell.group) != (first.label, first.group) for cell in others):
             notes.add("whole images with cells of several classes, listed without a label", image)
-            first = Cell(image, patient=first.patient, part=first.part)
+            first = replace(first, label=None, group=None)
         yield first
 
 
@@ -232,7 +245,7 @@ def cut(image: Image.Image, box: Box, margin: float = 0.1, size: int | None = No
 
 
 def _write_lists(dataset: DataSet, table: pd.DataFrame, output: Path) -> None:
-    """Write the training list, the labels and the splits."""
+    """Write the training list, the labels of cells and patients, and the splits."""
     with atomic_write(output / f"{dataset.name}.txt", "w") as file:
         file.writelines(f"{path}\n" for path in table["path"])
     tables = [("labels.csv", "label", table), ("labels_dinobloom.csv", "group", table)]
@@ -245,10 +258,21 @@ def _write_lists(dataset: DataSet, table: pd.DataFrame, output: Path) -> None:
         columns = {"path": PATH_COLUMN, column: LABEL_COLUMN, "patient": PATIENT_COLUMN, "dataset": SET_COLUMN}
         if rows["patient"].isna().any():  # readers of labels.csv refuse empty fields
             del columns["patient"]
-        _write_csv(output / name, rows[list(columns)].rename(columns=columns))
-    labelled = table.loc[table["label"].notna(), ["path", "part"]].fillna("unused")
-    split = labelled if {"train", "test"} <= set(labelled["part"]) <= set(PARTS) else labelled[:0]
-    _write_csv(output / "split.csv", split.set_axis([PATH_COLUMN, PART_COLUMN], axis=1))
+        more = pd.DataFrame(rows["more"].tolist(), rows.index, dtype=object)
+        _write_csv(output / name, rows[list(columns)].rename(columns=columns).join(more))
+    labelled = table.loc[table["label"].notna(), ["path", "part"]]
+    parts = set(labelled["part"].dropna())
+    if {"train", "test"} <= parts <= set(PARTS):
+        split = labelled.fillna("unused").set_axis([PATH_COLUMN, PART_COLUMN], axis=1)
+    elif parts and all(part.startswith(FOLD_PREFIX) for part in parts):
+        numbers = labelled["part"].str.removeprefix(FOLD_PREFIX).fillna(ALWAYS_TRAINING)
+        split = labelled.assign(part=numbers).set_axis([PATH_COLUMN, FOLD_COLUMN], axis=1)
+    else:
+        split = labelled[:0]
+    _write_csv(output / "split.csv", split)
+    patients = table.dropna(subset=["patient", "diagnosis"]).drop_duplicates("patient")
+    names = {"patient": "patient", "diagnosis": "label", "part": PART_COLUMN}
+    _write_csv(output / "patient_labels.csv", patients[list(names)].rename(columns=names))
 
 
 def _write_csv(file: Path, table: pd.DataFrame) -> None:

@@ -171,3 +171,26 @@ def test_the_real_pbc_folder(shared_data):
     ]
     assert not any(path.name.startswith(".") for path in cells.paths)
     assert np.bincount(cells.labels).min() > 150
+
+
+def test_a_folder_with_metadata_of_hugging_face(tmp_path):
+    touch(tmp_path, "images/1.png", "images/2.png", "images/3.png")
+    (tmp_path / "metadata.csv").write_text(
+        "file_name,label,patient,age\nimages/2.png,blast,p1,7\nimages/1.png,mono,p2,8\n"
+    )
+    cells = LabelledCells.from_path(tmp_path)
+    assert cells.paths == [tmp_path / "images/2.png", tmp_path / "images/1.png"]
+    assert cells.class_names == ["blast", "mono"]
+    assert cells.patients == ["p1", "p2"]
+    (tmp_path / "metadata.csv").write_text("file_name,kind\nimages/2.png,blast\n")
+    with pytest.raises(ValueError, match="metadata.csv' lacks the column.s. 'Label'"):
+        LabelledCells.from_path(tmp_path)
+    (tmp_path / "metadata.csv").write_text("file_name,label\nimages/9.png,blast\n")
+    with pytest.raises(FileNotFoundError, match="1 of the 1 images in .*metadata.csv"):
+        LabelledCells.from_path(tmp_path)
+
+
+def test_another_metadata_file_beside_class_folders_is_left_alone(tmp_path):
+    touch(tmp_path, "a/1.jpg", "b/1.jpg")
+    (tmp_path / "metadata.csv").write_bytes("patient_id,leucocytes_per_µl\nAAA,3\n".encode("latin-1"))
+    assert LabelledCells.from_path(tmp_path).class_names == ["a", "b"]

@@ -35,6 +35,7 @@ def test_acevedo_has_eight_folders_ten_stages_and_every_oddity_named(shared_data
         "myelocyte": 85,
         "promyelocyte": 50,
     }
+    assert counts["dinobloom_classes"]["lymphocyte_typical"] == counts["classes"]["lymphocyte"]  # DinoBloom's name
     assert sum(counts["dinobloom_classes"].values()) == 1776 - 220 - 12 - 3  # platelets, IG, NEUTROPHIL
     assert summary["sizes"] == {"360x360": 16, "360x363": 1734, "366x369": 26}
     assert odd(summary) == {

@@ -216,10 +216,11 @@ def test_parts_of_a_mask_are_joined_by_their_distance():
     assert components(np.ones((7, 9), bool), gap=3) == [Box(0, 0, 9, 7)]
 
 
-def test_all_fifteen_are_declared_and_a_misspelt_name_is_helped():
+def test_all_sets_are_declared_and_a_misspelt_name_is_helped():
     assert set(all_datasets()) == {
         *("acevedo", "aml_hehr", "aml_matek", "apl_aml", "aslan", "bccd", "bmc", "krd_wbc", "lisc", "nuclick"),
-        *("raabin_leukemia", "raabin_wbc", "ssl_seg", "warty_pig", "white_blood_cell_dataset"),
+        *("raabin_leukemia", "raabin_wbc", "ssl_seg", "warty_pig", "white_blood_cell_dataset"),  # DinoBloom's fifteen
+        *("bloodmnist", "c_nmc", "ku_optofil", "mll23"),
     }
     with pytest.raises(ValueError, match="did you mean 'acevedo'"):
         get_dataset("Acevdo")
@@ -231,7 +232,7 @@ def test_the_overview_in_the_documents_is_made_from_the_modules():
     assert table == overview_table(), "python scripts/prepare_dataset.py --table prints it"
 
 
-def test_the_documents_sixteenth_data_set_works(tmp_path):
+def test_the_data_set_in_the_documents_works(tmp_path):
     """The module in the documents, taken as it stands there."""
     text = (ROOT / "docs" / "datasets.md").read_text(encoding="utf-8")
     code = text.split("```python\n")[1].split("```")[0]
