@@ -51,7 +51,9 @@ setup(
         "dinov2": [
             "py.typed",
             "configs/**/*.yaml",
+            "eval/features/*.csv",
             "eval/pages/templates/*",
+            "eval/protocol/*.csv",
             "hub/*.jinja",
         ]
     },

@@ -25,7 +25,7 @@ RECORDED = Path(__file__).with_name("recorded_flags.json")
 COMMANDS = (
     *("dinov2/train/train.py", "dinov2/run/train/train.py", "dinov2/hub/export.py"),
     *(f"dinov2/eval/{name}.py" for name in ("evaluate", "extract_features", "knn", "linear", "abmil", "cross")),
-    *(f"dinov2/eval/{name}.py" for name in ("finetune", "predict")),
+    *(f"dinov2/eval/{name}.py" for name in ("finetune", "predict", "trust")),
     *(f"dinov2/eval/{name}.py" for name in ("compare", "report", "explorer", "cell_maps")),
     *(f"dinov2/run/eval/{name}.py" for name in ("extract_features", "knn", "linear", "abmil", "finetune")),
     *(f"scripts/{name}.py" for name in ("make_patch_lists", "make_sample_cells", "check_lists", "pack_dataset")),
@@ -64,6 +64,10 @@ STEPS = [
     (
         "dinov2/eval/linear.py --features features/features.h5 --output-dir results/linear/",
         "results/linear/predictions.csv",
+    ),
+    (
+        "dinov2/eval/trust.py --features features/features.h5 --output-dir results/trust/",
+        "results/trust/label_errors.csv",
     ),
     (
         "dinov2/eval/extract_features.py --checkpoint DinoBloom-S.pth --data patients.csv --output-dir patients/",

@@ -9,6 +9,8 @@ from the training side. Equal patient ids in two data sets are two patients.
 Batch effect. A linear probe and kNN predict the data set itself, from equally many training cells of each; chance is
 1 / S. Look at the numbers within each class and at their mean: data sets differ in their mixture of classes.
 
+Both are of the protocol `matrix`, the default. `protocol.transfer` states the protocol `transfer`.
+
 Letters: S data sets, N cells of all of them, M test cells, D feature dim, C classes
 """
 
@@ -31,25 +33,40 @@ from dinov2.data.splits import Fold, few_shot_draws
 from dinov2.eval.extract_features import device_of
 from dinov2.eval.features.data_sets import (
     ALL_OTHERS,
+    WHITE_CELLS,
+    WHITE_CELLS_FILE,
     Comparison,
     CrossData,
     count_cells,
+    join_sets,
     prepare,
     read_classes_map,
     read_sets,
+    white_cells_map,
 )
 from dinov2.eval.knn import knn_predict
 from dinov2.eval.linear import fit_linear_probe
 from dinov2.eval.metrics import bootstrap_intervals, classification_metrics
 from dinov2.eval.metrics.summaries import TABLE_METRICS, draw_matrix, percent, text_table
-from dinov2.eval.results import FoldPredictions, provenance, settings_of, summarize, write_csv, write_report
+from dinov2.eval.protocol import transfer, transfer_report
+from dinov2.eval.results import (
+    FoldPredictions,
+    provenance,
+    settings_of,
+    summarize,
+    write_csv,
+    write_report,
+)
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code, positive_int, seed_number
 from dinov2.utils.files import file_sha256, user_path
 
 logger = logging.getLogger("dinov2")
 
+ProtocolName = Literal["matrix", "transfer"]
 MethodName = Literal["knn", "linear"]
+# flags that one protocol alone has
+OWN_FLAGS = {"matrix": ("method", "k", "folds"), "transfer": ("splits", "correct")}
 DEFAULT_STEM = "features"  # extract_features.py gives its file this name in every output folder
 
 
@@ -323,23 +340,43 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train on each data set and test on each, leave each out in turn, and tell by the features which "
         "data set a cell is of; print tables and write results.json, matrix.csv, leave_one_out.csv, batch_effect.csv "
-        "and matrix.png to <output-dir>.",
+        "and matrix.png to <output-dir>. --protocol transfer trains on 70 % of each set and tests the probe and its "
+        "corrections on the others.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     files = "a file of extract_features.py for each data set, all of one network"
-    add("--features", type=user_path, nargs="+", required=True, help=files)
+    inputs = parser.add_mutually_exclusive_group(required=True)
+    inputs.add_argument("--features", type=user_path, nargs="+", help=files)
+    compared = "results of this command, one of each encoder: rank correlation of the encoders between tested sets"
+    inputs.add_argument("--compare", type=user_path, nargs="+", metavar="RESULTS", help=compared)
+    protocols = "transfer: logistic regression on 70 %% of a set, tested on the others, as in other hospitals"
+    add("--protocol", choices=get_args(ProtocolName), default="matrix", help=protocols)
     add("--names", nargs="+", help="of the data sets, in the same order; default: the files' names, or their folders'")
-    common = "CSV with the columns dataset,label,common that gives labels a common name; an empty one drops its cells"
+    common = (
+        "CSV with the columns dataset,label,common that gives labels a common name; an empty one drops its cells; "
+        f"{WHITE_CELLS}: the five white cells in the sets of prepare_dataset.py, under its names"
+    )
     add("--classes-map", type=user_path, help=common)
     add("--kind", help="of the features; without it the files' first one")
     add("--method", choices=get_args(MethodName), default="knn", help="how cells are classified")
     add("--k", type=positive_int, default=CrossOptions.k, help="neighbours of kNN")
     add("--folds", type=positive_int, default=5, help="within a data set, and of the batch effect")
-    add("--seed", type=seed_number, default=0, help="of folds, draws and intervals")
+    add("--splits", type=positive_int, default=5, help="of --protocol transfer")
+    corrections = "corrections for other sets, of --protocol transfer, and a stress test of them"
+    add("--correct", nargs="+", choices=transfer.CORRECTIONS, default=[], help=corrections)
+    add("--seed", type=seed_number, default=0, help="of folds, splits, draws and intervals")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
     add("--output-dir", type=user_path, required=True, help="folder of all files; made if missing")
     args = parser.parse_args(argv)
+    if args.compare:
+        if len(args.compare) < 3:
+            parser.error(
+                f"--compare: {len(args.compare)} results; a rank correlation needs those of 3 or more encoders"
+            )
+        return args
+    if args.correct and args.protocol != "transfer":
+        parser.error("--correct belongs to --protocol transfer; add it, or leave --correct out")
     args.names = args.names or [
         file.absolute().parent.name if file.stem == DEFAULT_STEM else file.stem for file in args.features
     ]
@@ -358,29 +395,55 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def _read_map(classes_map: Path | None, labels_of: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], str]:
+    if classes_map is None:
+        return {}
+    return white_cells_map(labels_of) if str(classes_map) == WHITE_CELLS else read_classes_map(classes_map, labels_of)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     setup_logging()
-    options = CrossOptions(args.method, args.k, args.seed, device_of(args))
+    if args.compare:
+        correlations = transfer_report.compare_encoders(args.compare)
+        transfer_report.write_correlations(args.output_dir, correlations)
+        print(transfer_report.format_correlations(correlations))
+        return
+    device = device_of(args)
     files = dict(zip(args.names, args.features, strict=True))
     sets = read_sets(files, args.kind)
-    labels_of = {name: features.class_names for name, features in sets.items()}
-    common = read_classes_map(args.classes_map, labels_of) if args.classes_map else {}
-    data, copies = prepare(args.names, list(sets.values()), common, args.folds, args.seed)
-    first = sets[args.names[0]]
-    inputs = {f"features:{name}": file for name, file in files.items()} | {"classes_map": args.classes_map}
+    common = _read_map(args.classes_map, {name: features.class_names for name, features in sets.items()})
+    is_transfer, first = args.protocol == "transfer", sets[args.names[0]]
+    options = CrossOptions(args.method, args.k, args.seed, device)
+    if is_transfer:
+        settings = transfer.TransferOptions(tuple(dict.fromkeys(args.correct)), args.splits, args.seed, device)
+        data, paths = join_sets(args.names, list(sets.values()), common)
+        splits, reasons, copies = transfer.source_splits(data, paths, settings)
+        results = transfer.evaluate(data, splits, reasons, settings)
+        results |= {"published": transfer_report.published_rows(first.attributes, args.names)}
+        results |= {"batch_effect": None, "batch_effect_reason": "the protocol transfer does not measure it"}
+    else:
+        data, copies = prepare(args.names, list(sets.values()), common, args.folds, args.seed)
+        results = evaluate(data, options)
+    map_file = WHITE_CELLS_FILE if str(args.classes_map) == WHITE_CELLS else args.classes_map
+    inputs = {f"features:{name}": file for name, file in files.items()} | {"classes_map": map_file}
     hashes = {name: file_sha256(file) for name, file in inputs.items() if file is not None}
-    settings = settings_of(args) | {"features": [str(file) for file in args.features]}
+    of_others = {flag for protocol, flags in OWN_FLAGS.items() if protocol != args.protocol for flag in flags}
+    flags = {name: value for name, value in settings_of(args).items() if name not in {*of_others, "compare"}}
     report = {
         "protocol": "cross",
-        "results": evaluate(data, options),
+        "results": results,
         "kind": first.kind,
         "class_names": data.class_names,
         "counts": {"data_sets": {name: count_cells(data, name, sets[name]) for name in sets}, **copies},
-        **provenance(first.attributes, settings, hashes),
+        **provenance(first.attributes, flags | {"features": [str(file) for file in args.features]}, hashes),
     }
-    _write_files(args.output_dir, report, options)
-    print(format_report(report["results"], options, args.folds))
+    if is_transfer:
+        transfer_report.write_files(args.output_dir, report, f"macro F1 in percent, mean of {args.splits} splits")
+        print(transfer_report.format_report(results, args.splits))
+    else:
+        _write_files(args.output_dir, report, options)
+        print(format_report(results, options, args.folds))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,10 @@ from dinov2.utils.resources import available_cores, keep_freed_memory
 
 logger = logging.getLogger("dinov2")
 
-CELLS_HELP = "a folder with one folder of images per class, or a CSV with the columns `Image Path,Label[,patient]`"
+CELLS_HELP = (
+    "a folder with one folder of images per class, a CSV with the columns `Image Path,Label[,patient]`, or a file or "
+    "folder of MedMNIST or Hugging Face"
+)
 # Processes wait for the slowest one at the end, which may have one more part of large images. A process that dies is
 # noticed at once: its connections close.
 TIMEOUT_SECONDS = 24 * 3600.0

@@ -173,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result_pages.comparison_section(records),
         result_pages.results_section(records),
         result_pages.cross_section(records),
+        result_pages.trust_section(records),
         run_pages.curves_section(runs),
         run_pages.teachers_section(runs),
         run_pages.health_section(runs),

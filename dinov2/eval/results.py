@@ -40,7 +40,7 @@ NOT_INPUTS = ("output_dir", "overwrite", "num_workers")
 _KNOWN_FIELDS = {
     *("protocol", "results", "few_shot", "class_names", "counts", "split", "patients_kept_apart", "kinds", "kind"),
     *("files", "checkpoint", "features", "settings", "hashes", "versions", "date", "left_out", "training"),
-    *("aggregator", "iteration", "datasets", "teacher"),
+    *("aggregator", "iteration", "datasets", "teacher", "trust"),
 }
 _KNOWN_METRICS = {*AVERAGED_METRICS, "per_class", "confusion", "intervals", "mean_over_folds", "sd_over_folds", "folds"}
 
@@ -365,6 +365,8 @@ def _rows_of(report: Mapping[str, Any], folder: Path) -> Iterator[Row]:
                 yield Row(title, source, metrics, predictions_file(folder / part, source, f"knn_{k}" if k else ""))
             case ["knn", source, row]:
                 yield Row(f"{name}_{row.rpartition('_')[2]}", source, metrics, predictions_file(folder, source, row))
+            case ["trust", source, _]:
+                yield Row("linear", source, metrics, predictions_file(folder, source))
             case ["finetune", source, row]:
                 yield Row(row.replace("_", "-"), source, metrics, predictions_file(folder, source))
             case ["linear", source, _]:

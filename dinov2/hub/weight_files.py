@@ -119,6 +119,18 @@ RELEASES: dict[str, Release] = {
 }
 
 
+def release_of(file: Path, sha256: str) -> Release | None:
+    """Return the release that a file holds: by its checksum if one is published, else by the file's name."""
+    return next(
+        (
+            release
+            for release in RELEASES.values()
+            if (release.sha256 == sha256 if release.sha256 else release.file.name == file.name)
+        ),
+        None,
+    )
+
+
 def resolve_weights(source: PathLike) -> Path:
     """Return the local file or folder of `source`; names and URLs are downloaded once."""
     text = os.fspath(source)

@@ -17,6 +17,7 @@ from dinov2.eval.cross import CrossOptions, batch_effect, evaluate, evaluate_com
 from dinov2.eval.features import Features, write_features
 from dinov2.eval.features.data_sets import ALL_OTHERS, prepare
 from dinov2.eval.linear import fit_linear_probe
+from dinov2.eval.report import main as report_main
 
 REPOSITORY = Path(__file__).parents[2]
 NAMES = ["basophil", "blast", "monocyte"]
@@ -412,6 +413,8 @@ def test_too_few_cells_for_a_batch_effect(tmp_path, capsys):
         (["a.h5", "b.h5", "--names", "one", "all others"], "'all others' are not names"),
         (["a.h5", "b.h5", "--folds", "1"], "--folds 1: choose 2 or more"),
         (["a.h5", "b.h5", "--method", "svm"], "invalid choice: 'svm'"),
+        (["a.h5", "b.h5", "--correct", "cbr"], "--correct belongs to --protocol transfer"),
+        (["a.h5", "b.h5", "--compare", "c"], "--compare: not allowed with argument --features"),
     ],
 )
 def test_flags_that_make_no_sense(flags, message, tmp_path, capsys):
@@ -438,6 +441,63 @@ def test_files_that_do_not_go_together_are_refused_and_leave_nothing(files, tmp_
     expect_nothing(tmp_path, message, "--features", files[0], tmp_path / "broken.h5")
     write_features(tmp_path / "again.h5", cells_of("pbc", labels))
     expect_nothing(tmp_path, "train and test share", "--features", files[0], tmp_path / "again.h5")
+
+
+def test_transfer_from_files_to_results_and_a_page(tmp_path, capsys):
+    for number, name in enumerate(("acevedo", "raabin_wbc")):
+        labels = np.arange(180) % 3
+        attributes = {"checkpoint_sha256": "ab", "checkpoint": "/weights/DinoBloom-S.pth", "transform": "28 px"}
+        names = ["lymphocyte", "monocyte", "ig" if name == "acevedo" else "neutrophil"]
+        cells = cells_of(name, labels, seed=number, offset=number, class_names=names, attributes=attributes)
+        write_features(tmp_path / f"{name}.h5", cells)
+    files = [tmp_path / "acevedo.h5", tmp_path / "raabin_wbc.h5"]
+    flags = ("--protocol", "transfer", "--features", *files, "--classes-map", "white-cells", "--splits", 2, "--correct")
+    output = tmp_path / "out"
+    report = run(output, *flags, "cbr", "target-temperature")
+    assert {path.name for path in output.iterdir()} == {"results.json", "matrix.csv", "matrix.png"}
+    assert report["class_names"] == ["lymphocyte", "monocyte", "neutrophil"]
+    assert report["counts"]["data_sets"]["acevedo"]["dropped_by_map"] == 60
+    assert "classes_map" in report["hashes"]
+    settings = report["settings"]
+    assert (settings["protocol"], settings["splits"]) == ("transfer", 2)
+    assert settings["correct"] == ["cbr", "target-temperature"]
+    assert not {"method", "k", "folds", "compare"} & set(settings)
+    entry = report["results"]["matrix"]["acevedo"]["raabin_wbc"]
+    assert (entry["classes"], entry["left_out"]) == (["lymphocyte", "monocyte"], {"neutrophil": 60})
+    rows = rows_of(output / "matrix.csv")
+    (row,) = [r for r in rows if (r["train"], r["test"], r["correction"]) == ("acevedo", "raabin_wbc", "cbr")]
+    of_cbr = entry["corrections"]["cbr"]
+    low, high = of_cbr["intervals"]["macro_f1"]
+    assert [float(row[f"macro_f1{end}"]) for end in ("", "_low", "_high")] == pytest.approx(
+        [of_cbr["macro_f1"], low, high], abs=1e-7
+    )
+    assert {(row["source"], row["target"], row["value"]) for row in report["results"]["published"]} == {
+        ("acevedo", "acevedo", 0.995),
+        ("acevedo", "raabin_wbc", 0.341),
+    }
+    table = capsys.readouterr().out
+    for part in ("numbers that others published", "arXiv 2608.25148", "target-temperature-32", "scenarios"):
+        assert part in table
+    report_main([str(output), "--output", str(tmp_path / "page.html"), "--no-explorer"])
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "acevedo → raabin_wbc" in page
+    assert "the protocol transfer does not measure it" in page
+
+
+def test_encoders_are_compared_by_their_results(files, tmp_path, capsys):
+    outputs = []
+    for seed in range(3):
+        outputs.append(tmp_path / f"encoder{seed}")
+        run(outputs[-1], "--features", *files[:2], "--k", 2, "--seed", seed)
+    main(["--compare", *map(str, outputs), "--output-dir", str(tmp_path / "compared")])
+    rows = rows_of(tmp_path / "compared" / "rank_correlations.csv")
+    assert [(row["train"], row["first_test"], row["second_test"]) for row in rows] == [
+        (train, first, second) for train in ("pbc", "ssl") for first in ("pbc", "ssl") for second in ("pbc", "ssl")
+    ]
+    assert "rank correlation of the encoders' macro F1" in capsys.readouterr().out
+    run(tmp_path / "other", "--features", *files[:2], "--k", 3)
+    with pytest.raises(ValueError, match="--compare: results are of matrix knn 2 and matrix knn 3"):
+        main(["--compare", *map(str, [*outputs, tmp_path / "other"]), "--output-dir", str(tmp_path / "no")])
 
 
 def test_runs_as_a_script_from_any_folder(files, tmp_path):

@@ -21,6 +21,9 @@ logger = logging.getLogger("dinov2")
 
 ALL_OTHERS = "all others"
 MAP_COLUMNS = ("dataset", "label", "common")
+WHITE_CELLS = "white-cells"  # in place of the file of a map: the map below
+# labels of the data sets that prepare_dataset.py writes; "neutrophil" has all stages from the band on
+WHITE_CELLS_FILE = Path(__file__).with_name("white_cells.csv")
 
 
 def read_sets(files: Mapping[str, Path], kind: str | None) -> dict[str, Features]:
@@ -60,6 +63,26 @@ def read_classes_map(file: Path, labels_of: Mapping[str, Sequence[str]]) -> dict
             raise ValueError(f"{where}: {label!r} of {dataset} has a row already; keep one of the two")
         common[dataset, label] = name
     return common
+
+
+def white_cells_map(labels_of: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], str]:
+    """Map the labels of prepared data sets to the five white cells of normal blood, as `read_classes_map`.
+
+    A label that the shipped map lacks is dropped, with a warning.
+    """
+    table = open_table(WHITE_CELLS_FILE, f"--classes-map {WHITE_CELLS}")
+    known = {(dataset, label): common for _, (dataset, label, common) in table.rows(*MAP_COLUMNS)}
+    datasets = {dataset for dataset, _ in known}
+    for dataset, labels in labels_of.items():
+        if dataset not in datasets:
+            raise ValueError(
+                f"--classes-map {WHITE_CELLS}: it has no data set {dataset!r}, only {', '.join(sorted(datasets))}; "
+                f"give these names with --names, or a map of your own"
+            )
+        if unknown := [label for label in labels if (dataset, label) not in known]:
+            text = "--classes-map %s: cells of %s with the labels %s are left out; it does not have these labels"
+            logger.warning(text, WHITE_CELLS, dataset, ", ".join(unknown))
+    return {(dataset, label): known.get((dataset, label), "") for dataset in labels_of for label in labels_of[dataset]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,10 +126,31 @@ def prepare(
     n_folds: int = 5,
     seed: int = 0,
 ) -> tuple[CrossData, dict[str, int]]:
-    """Join S sets of features, draw the folds, and drop copies of test images from training.
+    """Join S sets of features as `join_sets`, draw the folds, and drop copies of test images from training.
 
-    Names of labels are replaced by `common` (of `read_classes_map`). The second value has the counts of
-    `without_copies`.
+    The second value has the counts of `without_copies`.
+    """
+    data, paths = join_sets(names, sets, common)
+    strata = data.sets * len(data.class_names) + data.labels
+    comparisons = [
+        _folds_within(data, train, data.positions(train), data.labels, n_folds, seed)
+        if train == test
+        else Comparison(train, test, [(data.positions(train), data.positions(test))])
+        for train, test in product(names, repeat=2)
+    ]
+    others = leave_one_dataset_out([names[i] for i in data.sets])
+    comparisons += [Comparison(ALL_OTHERS, name, [others[name]]) for name in names]
+    comparisons.append(_folds_within(data, "", np.arange(len(strata)), strata, n_folds, seed))
+    (*comparisons, batch), counts = _drop_copies(comparisons, paths)
+    return replace(data, comparisons=comparisons, batch=batch), counts
+
+
+def join_sets(
+    names: Sequence[str], sets: Sequence[Features], common: Mapping[tuple[str, str], str]
+) -> tuple[CrossData, list[str]]:
+    """Join S sets of features, without comparisons, and return the paths of their N images too.
+
+    Names of labels are replaced by `common` (of `read_classes_map`).
     """
     kept, texts = [], []
     for name, features in zip(names, sets, strict=True):
@@ -132,18 +176,7 @@ def prepare(
             for patient in (range(len(features)) if features.patients is None else features.patients)
         ],
     )
-    strata = data.sets * len(data.class_names) + data.labels
-    comparisons = [
-        _folds_within(data, train, data.positions(train), data.labels, n_folds, seed)
-        if train == test
-        else Comparison(train, test, [(data.positions(train), data.positions(test))])
-        for train, test in product(names, repeat=2)
-    ]
-    others = leave_one_dataset_out([names[i] for i in data.sets])
-    comparisons += [Comparison(ALL_OTHERS, name, [others[name]]) for name in names]
-    comparisons.append(_folds_within(data, "", np.arange(len(strata)), strata, n_folds, seed))
-    (*comparisons, batch), counts = _drop_copies(comparisons, [path for features in kept for path in features.paths])
-    return replace(data, comparisons=comparisons, batch=batch), counts
+    return data, [path for features in kept for path in features.paths]
 
 
 def _folds_within(

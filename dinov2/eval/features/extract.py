@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dinov2.data.datasets.bags import SUFFIX, one_label_each, rows_by_patient
 from dinov2.data.datasets.labelled_cells import UNLABELLED, LabelledCells
+from dinov2.data.exposure import seen_in_pretraining
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, on_main_process
 from dinov2.eval.features.encoders import DinoEncoder, Encoder, Kind
 from dinov2.eval.features.loop import (
@@ -36,6 +37,7 @@ from dinov2.eval.features.loop import (
 from dinov2.eval.features.named_encoders import build_encoder
 from dinov2.eval.features.store import DEFAULT_KIND, PATCHES, Features, read_features, stored_kinds, write_features
 from dinov2.hub.backbones import DEFAULT_IMAGE_SIZE, ImageTransform, checkpoint_file, load_backbone, trained_image_size
+from dinov2.hub.weight_files import release_of
 from dinov2.models import architecture
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.files import PathLike, file_sha256
@@ -154,12 +156,24 @@ class Embedder(ExtractOptions):
         All processes of a group call this and share the work; the main one writes. Finished parts stay beside the
         file until it is complete, and the same call continues from them.
         """
+        self.warn_of_pretraining(cells)
         if on_main_process(lambda: not overwrite and self.is_stored(file, cells)):
             logger.info("the features are already in %s", file)
         else:
             parts = self.make_parts(file.parent / f".{file.name}.parts", cells.paths)
             on_main_process(lambda: self._write(file, cells, parts))
         return read_features(file).of_kind(self.kinds[0])
+
+    def warn_of_pretraining(self, cells: LabelledCells) -> None:
+        """Warn of cells of a public data set that the checkpoint, a release, saw in its pretraining."""
+        if self.checkpoint is None or not cells.datasets:
+            return
+        release = release_of(self.file, self.identity["checkpoint_sha256"])
+        if release is not None and (seen := seen_in_pretraining(release.name, cells.datasets)):
+            logger.warning(
+                "%s saw %s in its pretraining, without labels: results with these cells say less about new data",
+                *(release.name, ", ".join(seen)),
+            )
 
     def is_stored(self, file: Path, cells: LabelledCells) -> bool:
         """Return whether `file` exists and holds these features; ValueError if it holds other ones."""
@@ -261,6 +275,7 @@ def extract_patient_files(embedder: Embedder, cells: LabelledCells, folder: Path
     if PATCHES in embedder.kinds:
         raise ValueError("--layout genbloom: it has no place for patch grids; drop patches from --kinds")
     files = _patient_files(cells, folder)
+    embedder.warn_of_pretraining(cells)
     patients = {
         patient: replace(
             cells, paths=[cells.paths[i] for i in rows], labels=cells.labels[rows], patients=[patient] * len(rows)

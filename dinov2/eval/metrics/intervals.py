@@ -44,7 +44,21 @@ def bootstrap_intervals(
         patients: N ids, to draw patients instead of samples.
     """
     metrics_of = WeightedMetrics(labels, predictions, n_classes, probabilities)
-    draws = _draws(metrics_of, patients, len(labels), n_resamples, seed).dropna(axis="columns", how="all")
+    return intervals_of(metrics_of, len(labels), patients, n_resamples, seed)
+
+
+def intervals_of(
+    metrics_of: Callable[[np.ndarray], dict[str, float]],
+    n_samples: int,
+    patients: Sequence[str] | None = None,
+    n_resamples: int = N_RESAMPLES,
+    seed: int = 0,
+) -> dict[str, list[float]]:
+    """Return the 95 % percentile interval of any metrics; `metrics_of` takes the weights of a draw, int64 [N].
+
+    It returns NaN where a draw leaves a metric undefined; metrics that no draw defines get no interval.
+    """
+    draws = _draws(metrics_of, patients, n_samples, n_resamples, seed).dropna(axis="columns", how="all")
     return draws.quantile(ENDS).to_dict("list")
 
 

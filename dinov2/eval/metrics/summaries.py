@@ -176,6 +176,30 @@ def draw_losses(file: Path, histories: Mapping[str, Sequence[tuple[float, float]
         axes.set(xlabel="epoch", ylabel="loss (validation; dashed: training)", title=title)
 
 
+def draw_risk_coverage(file: Path, measured: Mapping[str, Any], title: str) -> None:
+    """Draw error over coverage, of the result of `selective_metrics`, and the error of the threshold."""
+    with _figure(file, 7, 5) as figure:
+        axes = figure.add_subplot()
+        axes.plot(measured["curve"]["coverage"], measured["curve"]["error"], label="all tested cells")
+        threshold = measured["threshold"]
+        axes.axhline(threshold["wanted_error"], color="grey", linestyle=":", linewidth=1, label="wanted error")
+        if threshold["error"] is not None:
+            label = f"confidence {threshold['confidence']:.3f}, on the half that did not choose it"
+            axes.scatter([threshold["coverage"]], [threshold["error"]], color="C1", label=label, zorder=3)
+        axes.legend(fontsize=8)
+        axes.set(xlabel="coverage", ylabel="error of the accepted cells", title=title, xlim=(0, 1.02), ylim=(0, None))
+
+
+def draw_corruptions(file: Path, clean: float, lines: Mapping[str, Sequence[float]], title: str, ylabel: str) -> None:
+    """Draw a metric over the severity of each corruption, {name: values of the severities from 1}; `clean` is at 0."""
+    with _figure(file, 7, 5) as figure:
+        axes = figure.add_subplot()
+        for name, values in lines.items():
+            axes.plot(range(len(values) + 1), [clean, *values], marker="o", markersize=3, label=name)
+        axes.legend(fontsize=8)
+        axes.set(xlabel="severity", ylabel=ylabel, title=title, ylim=(0, 1.02))
+
+
 def figure_text(name: str) -> str:
     """Return a name as figures show it: one line of at most 40 letters, with ? for bytes that are not UTF-8."""
     text = " ".join(name.encode(errors="replace").decode().split())

@@ -4,9 +4,11 @@ A comparison puts side by side only what was evaluated on the same cells, by the
 differs stands in a table of its own, and a warning says so.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import pandas as pd
 from markupsafe import Markup
 
 from dinov2.eval.compare import (
@@ -18,7 +20,7 @@ from dinov2.eval.compare import (
     split_digest,
 )
 from dinov2.eval.metrics.summaries import SCORES, TABLE_METRICS
-from dinov2.eval.pages.page import NONE, Section, html, interval_chart, percent, rounded, section, table
+from dinov2.eval.pages.page import NONE, Section, html, interval_chart, line_chart, percent, rounded, section, table
 from dinov2.eval.results import MODEL, ResultRecord, Row, interval_ends, mapping, mappings, number, sequence
 
 COMPARED = "balanced_accuracy"  # the metric of interval charts, paired tests and the matrix of data sets
@@ -26,6 +28,11 @@ MOST_PAIRED = 50_000  # predictions of one file in a paired test, which resample
 METRIC_TITLES = TABLE_METRICS | SCORES
 CLASS_TITLES = {"recall": "recall, %", "precision": "precision, %", "f1": "F1, %", "auroc": "AUROC, %"}
 
+TRANSFER_METRICS = ("macro_f1", "accuracy", "balanced_accuracy", "calibration_error", "log_loss")
+UNCORRECTED = "uncorrected"
+DRAWN_TEMPERATURE = "target-temperature-32"  # the one of several that is drawn
+
+Corrected = Mapping[tuple[str, str], Mapping[str, Mapping[str, Any]]]  # {(trained on, tested on): {correction: entry}}
 Members = list[tuple[ResultRecord, Row]]
 Evaluated = tuple[str | None, ...]  # digests of tested cells and split; (None, name of the result) if not known
 
@@ -218,31 +225,66 @@ def cross_section(records: Sequence[ResultRecord]) -> Section | None:
     parts = []
     for record in (record for record in records if record.protocol == "cross"):
         results = mapping(record.report.get("results"))
+        is_transfer = mapping(record.report.get("settings")).get("protocol") == "transfer"
         pairs = {name: mappings(row) for name, row in mapping(results.get("matrix")).items()}
         if others := mappings(results.get("leave_one_out")):
             pairs["all others"] = others
-        columns = list(dict.fromkeys(name for row in pairs.values() for name in row))
-        shares = {name: [number(row.get(test, {}).get(COMPARED)) for test in columns] for name, row in pairs.items()}
-        fields = [[name, *((percent(share), share) for share in of_row)] for name, of_row in shares.items()]
-        title = f"{record.name}: {METRIC_TITLES[COMPARED]} in percent (rows: trained on; columns: tested on)"
+        corrected = {
+            (train, test): {UNCORRECTED: entry, **mappings(entry.get("corrections"))}
+            for train, row in pairs.items()
+            for test, entry in row.items()
+        }
         rows = [
             {
                 "trained on → tested on": f"{train} → {test}",
-                "training cells": rounded(entry.get("n_train")),
-                "tested cells": rounded(entry.get("n_test")),
-                **metric_columns(Row("", "", entry), TABLE_METRICS),
-                "why there is no number": entry.get("reason") or "",
+                **({"correction": name} if is_transfer else {}),
+                "training cells": rounded(entries[UNCORRECTED].get("n_train")),
+                "tested cells": rounded(entries[UNCORRECTED].get("n_test")),
+                **metric_columns(Row("", "", entry), TRANSFER_METRICS if is_transfer else TABLE_METRICS),
+                "why there is no number": entries[UNCORRECTED].get("reason") or "",
             }
-            for train, row in pairs.items()
-            for test, entry in row.items()
+            for (train, test), entries in corrected.items()
+            for name, entry in entries.items()
         ]
         parts += [
             Markup("<h3>{}</h3>").format(record.name),
-            html.table(["trained on", *columns], fields, title, is_matrix=True),
+            *_heat_maps(record.name, corrected, "macro_f1" if is_transfer else COMPARED),
+            html.cards([*filter(None, (_calibration_chart(*pair, of_pair) for pair, of_pair in corrected.items()))]),
             table(rows, f"{record.name}: every pair of data sets"),
             _batch_effect(record.name, results),
         ]
     return section("cross", "Data sets against each other", parts)
+
+
+def _heat_maps(title: str, corrected: Corrected, metric: str) -> list[Markup]:
+    """Return the matrix of a metric, coloured by value, without and with each correction that has this metric."""
+    trained, columns = (list(dict.fromkeys(names)) for names in zip(*corrected, strict=True)) if corrected else ([], [])
+    maps = []
+    for name in dict.fromkeys(name for entries in corrected.values() for name in entries):
+        shares = {pair: number(entries.get(name, {}).get(metric)) for pair, entries in corrected.items()}
+        if name != UNCORRECTED and ("temperature" in name or not any(shares.values())):
+            continue  # temperatures change no prediction
+        fields = [[train, *((percent(s), s) for s in (shares.get((train, c)) for c in columns))] for train in trained]
+        named = title if name == UNCORRECTED else f"{title}, {name}"
+        caption = f"{named}: {METRIC_TITLES[metric]} in percent (rows: trained on; columns: tested on)"
+        maps.append(html.table(["trained on", *columns], fields, caption, is_matrix=True))
+    return maps
+
+
+def _calibration_chart(train: str, test: str, entries: Mapping[str, Mapping[str, Any]]) -> Markup | None:
+    """Draw accuracy over confidence, before and after corrections; None if no entry has these numbers."""
+    lines = {}
+    for name, entry in entries.items():
+        curve = mapping(entry.get("reliability"))
+        values = [[number(value) for value in sequence(curve.get(key))] for key in ("confidence", "accuracy")]
+        confidences, accuracies = (np.array(of_key, dtype=np.float64) for of_key in values)
+        is_other_draw = name.startswith("target-temperature-") and name != DRAWN_TEMPERATURE
+        if 0 < len(confidences) == len(accuracies) and not is_other_draw:
+            lines[name] = pd.Series(accuracies, confidences)
+    if not lines:
+        return None
+    lines["calibrated"] = pd.Series([0.0, 1.0], [0.0, 1.0])
+    return line_chart(lines, f"{train} → {test}: accuracy over confidence", "confidence")
 
 
 def _batch_effect(name: str, results: Mapping[str, Any]) -> Markup:
@@ -261,6 +303,63 @@ def _batch_effect(name: str, results: Mapping[str, Any]) -> Markup:
             row[f"{method}, %"] = _with_interval(of_method.get(COMPARED), interval_ends(of_method.get("interval")))
         rows.append(row)
     return table(rows, f"{name}: how well features tell the data sets apart (balanced accuracy; look within classes)")
+
+
+def trust_tables(trust: Mapping[str, Any], form: Callable[..., str]) -> dict[str, list[list[str]]]:
+    """Return the numbers of trust.py as tables {caption: rows, the header first}, for the terminal and for a page.
+
+    `form(share, interval)` formats a share in percent; the interval may be left out.
+    """
+    risk, labels, corruptions = (mapping(trust.get(key)) for key in ("risk_coverage", "label_errors", "corruptions"))
+    threshold, tables = mapping(risk.get("threshold")), {}
+    ends, of_half = mapping(risk.get("intervals")), mapping(threshold.get("intervals"))
+    tables["Errors of the linear probe, the least confident cells rejected"] = [
+        ["", "%"],
+        ["error of all cells", form(risk.get("error"), ends.get("error"))],
+        ["mean error over all coverages (AURC)", form(risk.get("area"), ends.get("area"))],
+        ["lowest AURC with as many errors", form(risk.get("lowest_area"))],
+        ["wanted error", form(threshold.get("wanted_error"))],
+        ["confidence that reaches it on one half of the cells", form(threshold.get("confidence"))],
+        ["error above this confidence, on the other half", form(threshold.get("error"), of_half.get("error"))],
+        ["coverage, on the other half", form(threshold.get("coverage"), of_half.get("coverage"))],
+    ]
+    scores = mappings(trust.get("out_of_distribution"))
+    classes = {score: mappings(of_score.get("per_class")) for score, of_score in scores.items()}
+    rows = [["left out of training", *(f"{score}, {title}" for score in scores for title in ("AUROC", "FPR95"))]]
+    for name in (None, *dict.fromkeys(name for of_score in classes.values() for name in of_score)):
+        of_row = [scores[score] if name is None else classes[score].get(name, {}) for score in scores]
+        title = "mean over classes" if name is None else name
+        rows.append([title, *(form(of_score.get(key)) for of_score in of_row for key in ("auroc", "fpr95"))])
+    tables["Cells of a class that training did not have, by their features, %"] = rows
+    retrieval = mapping(trust.get("retrieval"))
+    ends = mapping(retrieval.get("intervals"))
+    values = [[key.replace("_", " "), form(retrieval[key], ends.get(key))] for key in retrieval if key != "intervals"]
+    tables["Retrieval of the class among the training cells, by cosine"] = [["", "%"], *values]
+    of_labels = mappings(labels.get("per_class"))
+    rows = [[name, form(row.get("suspected")), form(row.get("threshold"))] for name, row in of_labels.items()]
+    tables["Labels that the probe doubts (label_errors.csv)"] = [["label", "doubted, %", "threshold, %"], *rows]
+    for metric in ("accuracy", "balanced_accuracy"):
+        rows = []
+        for name, row in mappings(corruptions.get("per_corruption")).items():
+            loss = form(mapping(row.get("mean_relative_loss")).get(metric))
+            rows.append([name, *(form(value) for value in sequence(row.get(metric))), loss])
+        mean = form(mapping(corruptions.get("mean_relative_loss")).get(metric))
+        n = max(map(len, rows), default=2) - 2
+        header = ["severity", *map(str, range(1, n + 1)), "mean relative loss"]
+        caption = f"{TABLE_METRICS[metric]} on corrupted images, %"
+        tables[caption] = [header, *rows, ["mean", *[""] * n, mean]] if rows else []
+    return {caption: rows for caption, rows in tables.items() if len(rows) > 1}
+
+
+def trust_section(records: Sequence[ResultRecord]) -> Section | None:
+    """Return how far predictions and labels can be trusted, of each result of trust.py; None without any."""
+    parts = []
+    for record in records:
+        if trust := mapping(record.report.get("trust")):
+            tables = trust_tables(trust, lambda value, ends=None: _with_interval(value, interval_ends(ends)))
+            parts.append(Markup("<h3>{}</h3>").format(record.name))
+            parts += [html.table(rows[0], rows[1:], f"{record.name}: {text}") for text, rows in tables.items()]
+    return section("trust", "Trust", parts)
 
 
 def origins_section(runs: Mapping[str, Sequence[dict[str, Any]]], records: Sequence[ResultRecord]) -> Section | None:

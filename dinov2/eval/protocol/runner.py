@@ -124,28 +124,38 @@ def run(
     if predictions.probabilities is not None:
         probabilities = predictions.probabilities[tested]
         draw_curves(output_dir / "curves.png", cells.labels[tested], probabilities, cells.class_names, title)
-    in_train = [np.bincount(cells.labels[train], minlength=len(cells.class_names)) for train, _ in evaluation.folds]
-    mean_in_train = np.mean(in_train, axis=0).astype(int).tolist()  # [C], rounded down
     report = {
         "protocol": protocol.name,
         "results": results,
         "few_shot": few_shot_rows,
+        **describe_evaluation(
+            evaluation, len(tested), list(evaluation.data("model", protocol.takes_all_kinds).features)
+        ),
+        "files": files,
+        **provenance(cells.attributes, {**(settings or {}), **asdict(protocol.options)}, evaluation.hashes),
+    }
+    write_report(output_dir, report)
+    return report
+
+
+def describe_evaluation(evaluation: EvaluationSet, n_tested: int, kinds: Sequence[str]) -> dict[str, Any]:
+    """Return the entries of results.json about cells, split and features."""
+    cells = evaluation.cells
+    in_train = [np.bincount(cells.labels[train], minlength=len(cells.class_names)) for train, _ in evaluation.folds]
+    mean_in_train = np.mean(in_train, axis=0).astype(int).tolist()  # [C], rounded down
+    return {
         "class_names": cells.class_names,
         "counts": {
             "cells": len(cells),
-            "tested": len(tested),
+            "tested": n_tested,
             "train_per_class": dict(zip(cells.class_names, mean_in_train, strict=True)),
             "unreadable": len(cells.unreadable),
             **evaluation.copies,
         },
         "split": evaluation.description,
         "patients_kept_apart": evaluation.patients_kept_apart,
-        "kinds": list(evaluation.data("model", protocol.takes_all_kinds).features),
-        "files": files,
-        **provenance(cells.attributes, {**(settings or {}), **asdict(protocol.options)}, evaluation.hashes),
+        "kinds": list(kinds),
     }
-    write_report(output_dir, report)
-    return report
 
 
 def format_report(report: Mapping[str, Any], protocol: Protocol) -> str:

@@ -56,10 +56,13 @@ class LinearProbe:
     n_iterations: int  # of the solver
     has_converged: bool
 
+    def logits(self, features: np.ndarray) -> np.ndarray:
+        """Return logits float64 [N, C] for features [N, D]."""
+        return np.asarray(features, dtype=np.float64) @ self.weights.T + self.bias
+
     def predict_proba(self, features: np.ndarray) -> np.ndarray:
         """Return probabilities float64 [N, C] for features [N, D]."""
-        logits = np.asarray(features, dtype=np.float64) @ self.weights.T + self.bias  # [N, C]
-        return scipy.special.softmax(logits, axis=1)
+        return scipy.special.softmax(self.logits(features), axis=1)
 
 
 def check_cells(features: np.ndarray, labels: np.ndarray) -> None:

@@ -300,3 +300,24 @@ def test_cells_without_valid_patients_are_refused(rows, message, work):
 def test_patient_files_have_no_patch_grids(work):
     with pytest.raises(ValueError, match="--layout genbloom: it has no place for patch grids"):
         run_command("--kinds", "cls", "patches")
+
+
+@pytest.mark.parametrize(
+    ("name", "sets", "warning"),
+    [
+        ("DinoBloom-B.pth", ["bmc", "acevedo", "aml_matek"], "dinobloom_b saw aml_matek, bmc in its pretraining"),
+        ("DinoBloom-B.pth", ["acevedo", "", "mine"], None),
+        ("DinoBloom-S.pth", ["bmc", "bmc", "bmc"], None),  # its published checksum is another one
+        ("weights.pth", ["bmc", "bmc", "bmc"], None),
+    ],
+)
+def test_a_release_that_saw_the_set_in_its_pretraining_is_told(name, sets, warning, work, caplog):
+    (work / "weights.pth").rename(work / name)
+    rows = [f"{i}.png,APL,{dataset}" for i, dataset in enumerate(sets)]  # as prepare_dataset.py writes
+    (work / "cells.csv").write_text("\n".join(["Image Path,Label,dataset", *rows]) + "\n")
+    cells = LabelledCells.from_path("cells.csv")
+    Embedder(name, image_size=28).features_of(cells, work / "features.h5")
+    if warning is None:
+        assert "pretraining" not in caplog.text
+    else:
+        assert warning in caplog.text

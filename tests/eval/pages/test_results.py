@@ -151,6 +151,21 @@ CROSS = {
         },
     },
 }
+CURVE = {"confidence": [0.3, 0.9], "accuracy": [0.2, 0.5], "n_cells": [4, 6]}
+MOVED = {"macro_f1": 0.25, "calibration_error": 0.4, "reliability": CURVE, "n_train": 9, "n_test": 10}
+CORRECTIONS = {"cbr": MOVED | {"macro_f1": 0.75}, "target-temperature-8": {"reliability": CURVE}}
+CORRECTIONS |= {"target-temperature-32": {"calibration_error": 0.1, "reliability": CURVE}, EVIL: {"macro_f1": 0.5}}
+TRANSFER = {
+    "protocol": "cross",
+    "settings": {"protocol": "transfer"},
+    "results": {
+        "matrix": {
+            "x": {"x": MOVED, EVIL: MOVED | {"corrections": CORRECTIONS}},
+            EVIL: {"x": {"reliability": None, "reason": "too few"}, EVIL: MOVED},
+        },
+        "batch_effect": None,
+    },
+}
 ODD_VALUES = ["null", "3", "-1", "true", '"text"', "[]", "[[]]", "{}", '{"a": 1}', "NaN", "-Infinity", "1e999"]
 ODD_VALUES += ["9" * 400, '{"a": {"b": []}}']
 NO_RESULTS = ["[" * 100_000, '{"a":' * 100_000, "", "[]", '{"a": 1', "\x00", '{"a": ' + "9" * 5000 + "}"]
@@ -168,7 +183,7 @@ def test_a_report_with_any_wrong_value_is_shown_as_far_as_possible(results, tmp_
     of_knn = read(results)
     few_shot = {"model": {"knn_1": {"5": {"n_draws": 2, "balanced_accuracy": {"mean": 0.5, "sd": 0.1}}}}}
     rng = np.random.default_rng(0)
-    for report, n_cases in ((of_knn | {"few_shot": few_shot}, 40), (CROSS, 60)):
+    for report, n_cases in ((of_knn | {"few_shot": few_shot}, 40), (CROSS, 60), (TRANSFER, 80)):
         places = [place for place in nodes(report) if place]
         for i in range(n_cases):
             *parents, last = places[rng.integers(len(places))]
@@ -184,6 +199,25 @@ def test_a_report_with_any_wrong_value_is_shown_as_far_as_possible(results, tmp_
             assert any(sections), (parents, last, text)
             results_table([record])
             json.dumps(record.report, allow_nan=False)
+
+
+def test_transfer_shows_macro_f1_and_calibration_with_each_correction(write, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(TRANSFER))
+    page = write(tmp_path)
+    matrix = page.table(f"{tmp_path.name}: macro F1 in percent")
+    assert matrix["x"][EVIL].values == [0.25]
+    assert matrix[EVIL]["x"].text == "–"
+    corrected = page.table(f"{tmp_path.name}, cbr: macro F1 in percent")
+    assert corrected["x"][EVIL].values == [0.75]
+    assert corrected["x"]["x"].text == "–"
+    rows = page.tables[f"{tmp_path.name}: every pair of data sets"]
+    assert [row[1].text for row in rows if row[0].text == f"x → {EVIL}"] == ["uncorrected", *CORRECTIONS]
+    chart = str(cross_section([read_result(tmp_path / "results.json", "r")]).html)
+    assert chart.count("<figure>") == 3  # the pair without numbers has none
+    assert EVIL not in chart
+    assert "uncorrected: from 0.2 to 0.5" in chart
+    assert "target-temperature-32: from" in chart
+    assert "target-temperature-8: from" not in chart
 
 
 @pytest.mark.parametrize("text", NO_RESULTS)
