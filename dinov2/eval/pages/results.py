@@ -248,7 +248,7 @@ def cross_section(records: Sequence[ResultRecord]) -> Section | None:
         ]
         parts += [
             Markup("<h3>{}</h3>").format(record.name),
-            *_heat_maps(record.name, corrected, "macro_f1" if is_transfer else COMPARED),
+            html.cards(_heat_maps(record.name, corrected, "macro_f1" if is_transfer else COMPARED)),
             html.cards([*filter(None, (_calibration_chart(*pair, of_pair) for pair, of_pair in corrected.items()))]),
             table(rows, f"{record.name}: every pair of data sets"),
             _batch_effect(record.name, results),
@@ -273,7 +273,7 @@ def _heat_maps(title: str, corrected: Corrected, metric: str) -> list[Markup]:
 
 def _calibration_chart(train: str, test: str, entries: Mapping[str, Mapping[str, Any]]) -> Markup | None:
     """Draw accuracy over confidence, before and after corrections; None if no entry has these numbers."""
-    lines = {}
+    lines = {"calibrated": pd.Series([0.0, 1.0], [0.0, 1.0])}
     for name, entry in entries.items():
         curve = mapping(entry.get("reliability"))
         values = [[number(value) for value in sequence(curve.get(key))] for key in ("confidence", "accuracy")]
@@ -281,10 +281,8 @@ def _calibration_chart(train: str, test: str, entries: Mapping[str, Mapping[str,
         is_other_draw = name.startswith("target-temperature-") and name != DRAWN_TEMPERATURE
         if 0 < len(confidences) == len(accuracies) and not is_other_draw:
             lines[name] = pd.Series(accuracies, confidences)
-    if not lines:
-        return None
-    lines["calibrated"] = pd.Series([0.0, 1.0], [0.0, 1.0])
-    return line_chart(lines, f"{train} → {test}: accuracy over confidence", "confidence")
+    title = f"{train} → {test}: accuracy over confidence (bins with few cells vary by chance)"
+    return line_chart(lines, title, "confidence") if len(lines) > 1 else None
 
 
 def _batch_effect(name: str, results: Mapping[str, Any]) -> Markup:
