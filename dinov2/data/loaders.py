@@ -5,6 +5,7 @@ import math
 import pickle
 import re
 import shutil
+import time
 from collections.abc import Callable, Generator
 from random import Random
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from dinov2.utils.resources import size_text
 logger = logging.getLogger("dinov2")
 
 DATASETS = {"HemaStandardDataset": HemaStandardDataset}
+SIGNAL_SECONDS = 2.0  # for the signal of a dead worker process to arrive
 SHARED_MEMORY = "/dev/shm"  # of Linux; Docker gives a container 64 MB
 INFINITE = (SamplerType.INFINITE, SamplerType.SHARDED_INFINITE, SamplerType.SHARDED_INFINITE_NEW)
 Augmentation = Callable[[Tensor, Random], Any]  # (uint8 [3, S, S], source of randomness) -> crops
@@ -204,13 +206,15 @@ def receive_batches(loader: DataLoader) -> Generator[Any, None, None]:
 def _until_a_worker_dies(loader: DataLoader) -> Generator[Any, None, None]:
     """Yield the batches of a loader, and raise ChildProcessError if a worker is killed while it sends one.
 
-    Torch raises RuntimeError if it finds the worker dead, but the connection may break a moment before that.
+    Torch raises RuntimeError if it finds the worker dead, also from its signal handler, wherever the program is then.
+    The connection may break a moment before that, so the signal is waited for here.
     """
     try:
         yield from loader
     except (ConnectionError, EOFError) as error:
         if "in DataLoader worker process" in str(error):
             raise  # the dataset's own error, which the worker sent
+        time.sleep(SIGNAL_SECONDS)
         raise ChildProcessError(WORKER_ENDED) from error
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from dinov2.data import loaders
 from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.data.loaders import make_data_loader, make_dataset, receive_batches, share_batch
 from dinov2.data.samplers import Balance, SamplerType
@@ -271,7 +272,9 @@ def test_a_killed_worker_ends_the_wait_at_once():
 
 
 @pytest.mark.parametrize("broken", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
-def test_a_worker_killed_while_it_sends_a_batch_is_named(broken):
+def test_a_worker_killed_while_it_sends_a_batch_is_named(broken, monkeypatch):
+    monkeypatch.setattr(loaders, "SIGNAL_SECONDS", 0.01)
+
     def loader():
         yield {"images": torch.zeros(1)}
         raise broken
