@@ -233,12 +233,13 @@ class _Training:
         torch.manual_seed(derive_seed(seed, "adapters"))
         model.limit_learning(settings.mode, settings.last_blocks, settings.lora_rank)
         model.set_drop_path(settings.drop_path if settings.mode != "head" else 0.0)
+        # copied on the host, where it needs no memory of the device beside the network
+        self.average = copy.deepcopy(model.cpu()).to(machine.device) if settings.ema else None
         self.model = model.to(machine.device)
         layer_decay = settings.layer_decay if settings.mode in ("full", "last-n") else 1.0
         head_lr_multiplier = 1.0 if settings.mode == "head" else HEAD_LR_MULTIPLIER
         groups = model.parameter_groups(settings.weight_decay, layer_decay, head_lr_multiplier)
         self.optimizer = torch.optim.AdamW(groups, settings.peak_lr)
-        self.average = copy.deepcopy(self.model) if settings.ema else None
         weights = class_weights(train.labels, len(model.class_names), settings.balance)
         self.weights = None if weights is None else weights.to(machine.device)
         self.wrapped: nn.Module = DistributedDataParallel(self.model) if is_enabled() else self.model
