@@ -142,20 +142,21 @@ def check_no_patient_on_two_sides(patients: Sequence[str], *sides: np.ndarray) -
 
 
 def without_copies(
-    paths: Sequence[str], folds: Sequence[Fold], side: str = "train"
+    paths: Sequence[str], folds: Sequence[Fold], sides: tuple[str, str] = ("train", "test")
 ) -> tuple[list[Fold], dict[str, int]]:
     """Drop the training images of each fold that have the bytes of one of its test images.
 
     Return the folds, and two counts: `dropped_identical_bytes` (images dropped from at least one fold) and
-    `not_checked` (images that are not on this disk). `folds` are positions in `paths`, N image files; messages call
-    the first part of each `side`.
+    `not_checked` (images that are not on this disk). `folds` are positions in `paths`, N image files; `sides`
+    names the two parts of a fold in messages.
     """
     files = [os.path.realpath(path) for path in paths]
     for train, test in folds:
         shared = {files[i] for i in train} & {files[i] for i in test}
         if shared:
+            examples = ", ".join(sorted(shared)[:N_EXAMPLES])
             raise ValueError(
-                f"{side} and test share {len(shared)} image files, for instance {', '.join(sorted(shared)[:3])}; "
+                f"{sides[0]} and {sides[1]} share {len(shared)} image files, for instance {examples}; "
                 f"remove them from one of the two (an image listed twice can also fall on both sides of a split)"
             )
     sizes = pd.Series([os.path.getsize(path) if os.path.isfile(path) else None for path in paths], dtype=float)
@@ -170,14 +171,14 @@ def without_copies(
         is_copy = np.isin(contents[train], contents[test])
         dropped |= set(train[is_copy].tolist())
         if is_copy.all():
-            raise ValueError(f"{side}: every image is a copy of a test image; give a test set of other cells")
+            raise ValueError(f"{sides[0]}: every image is a copy of a {sides[1]} image; give other cells")
         kept_folds.append((train[~is_copy], test))
     if dropped:
         examples = ", ".join(paths[i] for i in sorted(dropped)[:N_EXAMPLES])
-        text = "%s: %d images are byte-equal to test images and dropped, for instance %s"
-        logger.warning(text, side, len(dropped), examples)
+        text = "%s: %d images are byte-equal to %s images and dropped, for instance %s"
+        logger.warning(text, sides[0], len(dropped), sides[1], examples)
     if n_unchecked:
-        logger.warning("%d images are not on this disk: whether train and test share copies is unknown", n_unchecked)
+        logger.warning("%d images are not on this disk: whether %s and %s share copies is unknown", n_unchecked, *sides)
     return kept_folds, {"dropped_identical_bytes": len(dropped), "not_checked": n_unchecked}
 
 

@@ -147,7 +147,7 @@ def split_validation(data: EvaluationData, train: np.ndarray) -> tuple[np.ndarra
             return train, nothing
         validation = train[inner]
         train = np.setdiff1d(train, validation)
-    ((train, _),), _ = without_copies(paths.tolist(), [(train, validation)], "train without the validation part")
+    ((train, _),), _ = without_copies(paths.tolist(), [(train, validation)], ("train", "validation"))
     return train, validation
 
 

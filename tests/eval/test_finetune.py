@@ -268,7 +268,7 @@ def test_a_test_image_under_another_name_in_the_validation_part_is_refused(refus
     refused(*words, flags=("--data", cells, "--split", split))
 
 
-def test_copies_never_lie_in_training_and_validation(cells):
+def test_copies_never_lie_in_training_and_validation(cells, caplog):
     files = images_of(cells)
     labels = np.array([("basophil", "eosinophil", "lymphocyte").index(file.parent.name) for file in files])
     shutil.copy(files[0], files[1])
@@ -278,6 +278,7 @@ def test_copies_never_lie_in_training_and_validation(cells):
     kept, same = split_validation(data, train)
     assert kept.tolist() == list(range(2, 20))
     assert same.tolist() == [0, 23]
+    assert f"train: 1 images are byte-equal to validation images and dropped, for instance {files[1]}" in caplog.text
 
 
 def test_copies_among_real_images_lie_on_one_side(shared_data, caplog):

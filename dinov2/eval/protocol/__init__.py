@@ -319,7 +319,7 @@ def _assemble(args: argparse.Namespace, sets: Sequence[Features], files: list[Pa
     folds, copies = without_copies(cells.paths, split.folds)
     if split.validation is not None:
         tested = np.unique(np.concatenate([test for _, test in folds]))
-        ((validation, _),), _ = without_copies(cells.paths, [(split.validation, tested)], "validation")
+        ((validation, _),), _ = without_copies(cells.paths, [(split.validation, tested)], ("validation", "test"))
         split = replace(split, validation=validation)
     _warn_of_seen(args, cells, folds)
     description = describe_folds(cells.labels, folds, cells.class_names)
