@@ -2,11 +2,13 @@
 
 Protocol `dinobloom`: one test set (`--test-features`, `--test-bags`, or a stratified part) and 4 folds of the other
 patients, each the validation set of 5 trainings from other random weights (`solvers/mil_training.py`). `crossval`: of 5
-stratified parts each is the test set once and the next one the validation set. `--fold-files` reads official folds.
-Results are the metrics of each network with mean and spread, and those of each patient's mean probability over the
-networks that have not seen the patient, with bootstrap intervals. All networks together are the aggregator that is
-written. A patient may be in only one of train, validation and test. Every random number derives from (seed, fold, run):
-equal inputs give equal results.json, but for the date, on one machine and device.
+stratified parts each is the test set once and the next one the validation set. `robust`: the same parts, and the recipe
+of `solvers/robust_mil.py`. `--fold-files` reads official folds. Results are the metrics of each network with mean and
+spread, and those of each patient's mean probability over the networks that have not seen the patient, with bootstrap
+intervals. Beside them stand pooled vectors of the bags (`solvers/patient_vectors.py`). All networks together are the
+aggregator that is written. A patient may be in only one of train, validation and test. Every random number derives from
+(seed, fold, run), and no sum depends on the number of threads: equal inputs give equal results.json, but for the date,
+on one machine and device.
 
 Letters: P patients, N cells of one, D feature dim, C classes, T tested patients, A attention columns (C or 1)
 """
@@ -14,8 +16,9 @@ Letters: P patients, N cells of one, D feature dim, C classes, T tested patients
 import argparse
 import logging
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +28,19 @@ import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads 
 import numpy as np
 import pandas as pd
 import torch
+from threadpoolctl import threadpool_limits
 
 from dinov2.data.datasets.bag_folds import PARTS, PROTOCOLS, BagFold, FoldedBags, draw_folds, folds_from_files
 from dinov2.data.datasets.bags import PatientBags, check_same_attributes, read_patient_labels
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.eval.extract_features import CELLS_HELP, add_embedder_arguments, device_of, embedder_from
 from dinov2.eval.features import Features, read_features
-from dinov2.eval.metrics.summaries import class_table, draw_confusion, draw_curves, draw_losses, metrics_table
+from dinov2.eval.metrics.intervals import intervals_of
+from dinov2.eval.metrics.summaries import class_table, draw_confusion, draw_curves, draw_losses, metrics_table, percent
 from dinov2.eval.results import (
     PROBABILITY_PREFIX,
+    FoldPredictions,
+    predictions_file,
     provenance,
     settings_of,
     summarize,
@@ -41,23 +48,31 @@ from dinov2.eval.results import (
     write_predictions,
     write_report,
 )
+from dinov2.eval.solvers import patient_vectors
 from dinov2.eval.solvers.mil_training import (
     BagPredictions,
     Epoch,
+    Job,
     Network,
     TrainedAggregator,
+    Training,
     TrainingSettings,
-    describe_networks,
+    deletion_curve,
+    describe_members,
+    map_by_single_threads,
     predict_bags,
-    train_aggregator,
+    train_all,
 )
+from dinov2.eval.solvers.robust_mil import ROBUST, RUNS, train_robust
 from dinov2.logging import setup_logging
-from dinov2.models.abmil import MODELS
+from dinov2.models.abmil import MODELS, Aggregator
 from dinov2.utils.command import exit_code, number_between, positive_int, seed_number
 from dinov2.utils.files import atomic_write, file_sha256, user_path
 from dinov2.utils.numerics import derive_seed
 
 logger = logging.getLogger("dinov2")
+
+NO_ATTENTION = np.empty((1, 0))
 
 
 @dataclass(frozen=True)
@@ -73,30 +88,61 @@ class AbmilOptions:
     device: str = "cpu"
     training: TrainingSettings = field(default_factory=TrainingSettings)
     top_cells: int = 10
+    robust: bool = False  # the recipe of `solvers.robust_mil`; `runs` are those of each of its inner folds
 
 
 DEFAULTS = AbmilOptions()
+ROBUST_DEFAULTS = AbmilOptions(runs=RUNS, training=ROBUST, robust=True)
 
 
 def evaluate(data: FoldedBags, options: AbmilOptions) -> tuple[BagPredictions, list[Network]]:
     """Train `options.runs` networks on each fold and predict the fold's test patients; return the means and each."""
     labels, n_classes = data.labels, len(data.bags.class_names)
     bags = [torch.from_numpy(bag).to(options.device) for bag in data.bags.features]
-    networks, outputs = [], []
-    for fold_number, fold in enumerate(data.folds):
-        for run in range(options.runs):
-            seed = derive_seed(options.seed, "abmil", fold_number, run)
-            training = train_aggregator(
-                bags, labels, fold.train, fold.val, n_classes, options.model, options.training, seed
-            )
-            probabilities, attention = predict_bags(training.network, [bags[i] for i in fold.test])
-            training.network.cpu()
-            outputs.append((fold.test, probabilities, attention))
-            networks.append(Network(fold_number, run, fold.test, probabilities, training))
-            best, history = training.best_epoch, training.history
-            text = "fold %d run %d: %d epochs, validation loss %.4f after epoch %d"
-            logger.info(text, fold_number, run, len(history), history[best].val_loss, best)
-    return BagPredictions.collect(outputs), networks
+    if options.robust:
+        folds = data.test_sets()
+        jobs, trainings = train_robust(
+            bags, labels, folds, n_classes, options.model, options.training, runs=options.runs, seed=options.seed
+        )
+    else:
+        folds = data.folds
+        jobs = [
+            Job(number, fold.train, fold.val, options.training, derive_seed(options.seed, "abmil", number, run))
+            for number, fold in enumerate(folds)
+            for run in range(options.runs)
+        ]
+        trainings = train_all(bags, labels, jobs, n_classes, options.model)
+
+    def predict(pair: tuple[Job, Training]) -> tuple[np.ndarray, list[np.ndarray]]:
+        job, training = pair
+        output = predict_bags(training.network, [bags[i] for i in folds[job.fold].test])
+        training.network.cpu()
+        return output
+
+    outputs = map_by_single_threads(predict, list(zip(jobs, trainings, strict=True)), "predicting", options.device)
+    networks, runs_of = [], Counter[int]()
+    for job, training, (probabilities, _) in zip(jobs, trainings, outputs, strict=True):
+        networks.append(Network(job.fold, runs_of[job.fold], folds[job.fold].test, probabilities, training))
+        runs_of[job.fold] += 1
+    return BagPredictions.collect(
+        (folds[job.fold].test, *out) for job, out in zip(jobs, outputs, strict=True)
+    ), networks
+
+
+def evaluate_vectors(data: FoldedBags, seed: int) -> tuple[dict[str, Any], dict[str, FoldPredictions]]:
+    """Return results and predictions of each row of `patient_vectors.evaluate`."""
+    bags, labels = data.bags, data.labels
+    results, predicted = {}, {}
+    with threadpool_limits(1):
+        rows = patient_vectors.evaluate(data)
+    for row, members in rows.items():
+        means = BagPredictions.collect(
+            (member.test, member.probabilities, [NO_ATTENTION] * len(member.test)) for member in members
+        )
+        predicted[row] = means.by_fold(data.test_sets(["train"]), len(bags))
+        together = summarize(labels, predicted[row], bags.class_names, seed=seed)
+        results[row] = {"together": together, **describe_members(members, labels, bags.class_names, "fits")}
+    return results, predicted
 
 
 def run(
@@ -110,11 +156,15 @@ def run(
     title = f"ABMIL, {options.model}"
     logger.info("%d patients, %d folds x %d runs of %s", len(bags), len(data.folds), options.runs, options.model)
     by_bag, networks = evaluate(data, options)
-    predictions = by_bag.by_fold(data.folds, len(bags))
+    predictions = by_bag.by_fold(data.test_sets(), len(bags))
     together = summarize(labels, predictions, names, seed=options.seed)
+    of_vectors, predicted_by_vectors = evaluate_vectors(data, options.seed)
+    deletion = _write_deletion(output_dir, bags, by_bag, _networks_of(networks), options.seed)
     report = {
         "protocol": "abmil",
-        "results": {options.model: {"together": together, **describe_networks(networks, labels, names)}},
+        "results": {options.model: {"together": together, **describe_members(networks, labels, names)}, **of_vectors},
+        "retrieval": patient_vectors.retrieval(data, options.seed),
+        "deletion": deletion,
         "class_names": names,
         "counts": {
             **bags.counts(),
@@ -127,12 +177,16 @@ def run(
     }
     data.write(output_dir / "folds.csv")
     write_predictions(output_dir / "predictions.csv", bags.patients, labels, predictions, names, key_column="patient")
-    _write_networks(output_dir, data, networks)
+    for row, of_row in predicted_by_vectors.items():
+        file = predictions_file(output_dir, row)
+        write_predictions(file, bags.patients, labels, of_row, names, key_column="patient")
+    fold_names = data.fold_names if not options.robust else [str(i) for i in range(len(data.folds))]
+    _write_networks(output_dir, data, networks, fold_names)
     _write_attention(output_dir, bags, by_bag, names, options.top_cells)
     draw_confusion(output_dir / "confusion.png", together["confusion"], names, title)
     draw_curves(output_dir / "curves.png", labels[by_bag.positions], by_bag.probabilities, names, title)
     histories = {
-        f"fold {data.fold_names[network.fold]}, run {network.run}": [epoch[1:] for epoch in network.training.history]
+        f"fold {fold_names[network.fold]}, run {network.run}": [epoch[1:] for epoch in network.training.history]
         for network in networks
     }
     draw_losses(output_dir / "losses.png", histories, title)
@@ -163,11 +217,14 @@ def run_trained(
         text = "the aggregator was trained with %d of these %d patients: numbers with them say nothing about new ones"
         logger.warning(text, n_seen, len(bags))
     predictions = aggregator.predict(bags.features, options.device)
+    members = aggregator.networks()
+    by_patient = dict.fromkeys(range(len(bags)), members)
     report: dict[str, Any] = {
         "protocol": "abmil, applied",
         "results": {},
         "class_names": names,
         "counts": {**bags.counts(), "seen_in_training": n_seen},
+        "deletion": _write_deletion(output_dir, bags, predictions, by_patient, options.seed),
         "aggregator": {**aggregator.architecture, "networks": len(aggregator.members)},
         **provenance(bags.attributes, settings, {"bags": bags.sha256(), **hashes}),
     }
@@ -202,12 +259,12 @@ def _write_probabilities(
     write_csv(file, header, [[*key, class_names[int(values.argmax())], *values] for key, values in rows])
 
 
-def _write_networks(output_dir: Path, data: FoldedBags, networks: Sequence[Network]) -> None:
+def _write_networks(output_dir: Path, data: FoldedBags, networks: Sequence[Network], fold_names: Sequence[str]) -> None:
     """Write predictions_of_networks.csv (a row for each network and test patient) and history.csv (for each epoch)."""
     label_of, patients = data.bags.label_of(), data.bags.patients
     predictions, epochs = [], []
     for network in networks:
-        key = (data.fold_names[network.fold], network.run)
+        key = (fold_names[network.fold], network.run)
         for i, probabilities in zip(network.test.tolist(), network.probabilities, strict=True):
             predictions.append(((*key, patients[i], label_of[patients[i]]), probabilities))
         epochs += [[*key, i, *map(str, epoch)] for i, epoch in enumerate(network.training.history)]
@@ -240,12 +297,52 @@ def _write_attention(
             table.to_csv(stream, index=False, float_format="%.6g", lineterminator="\n")
 
 
+def _networks_of(networks: Sequence[Network]) -> dict[int, list[Aggregator]]:
+    """Return {position of a patient: the networks that predict the patient}."""
+    by_patient: dict[int, list[Aggregator]] = defaultdict(list)
+    for network in networks:
+        for i in network.test.tolist():
+            by_patient[i].append(network.training.network)
+    return by_patient
+
+
+def _write_deletion(
+    output_dir: Path,
+    bags: PatientBags,
+    predictions: BagPredictions,
+    networks: Mapping[int, Sequence[Aggregator]],
+    seed: int,
+) -> dict[str, Any]:
+    """Write deletion.csv, each patient's `deletion_curve` of the predicted class, and return a summary.
+
+    `gap` is the mean over patients and shares of how much lower the probability is without the most attended cells than
+    without as many random ones, with its 95 % interval over patients.
+    """
+    columns = predictions.positions.tolist(), predictions.classes.tolist(), predictions.predicted_attention()
+
+    def curve_of(item: tuple[int, int, np.ndarray]) -> pd.DataFrame:
+        i, column, attention = item
+        curve_seed = derive_seed(seed, "deletion", i)
+        curve = deletion_curve(networks[i], bags.features[i], attention, column, curve_seed)
+        return pd.DataFrame({"patient": bags.patients[i], **curve})
+
+    tables = map_by_single_threads(curve_of, list(zip(*columns, strict=True)), "attention")
+    with atomic_write(output_dir / "deletion.csv", "w") as stream:
+        pd.concat(tables).to_csv(stream, index=False, float_format="%.6g", lineterminator="\n")
+    gaps = np.array([(table["random"] - table["most_attended"])[1:].mean() for table in tables])
+
+    def mean_gap(weights: np.ndarray) -> dict[str, float]:
+        return {"gap": float(gaps @ weights / weights.sum())}
+
+    return {"gap": float(gaps.mean()), "interval": intervals_of(mean_gap, len(gaps), seed=seed).get("gap")}
+
+
 def format_report(report: Mapping[str, Any]) -> str:
     """Return results.json as tables in percent; without metrics, only the number of patients."""
     counts, n_classes = report["counts"], len(report["class_names"])
     if not report["results"]:
         return f"ABMIL: predictions for {counts['patients']} patients are in predictions.csv"
-    ((model, results),) = report["results"].items()
+    (model, results), *of_vectors = report["results"].items()
     together = results["together"]
     n_tested = sum(row["support"] for row in together["per_class"].values())
     rows = [(model, "mean probability", together)]
@@ -255,10 +352,21 @@ def format_report(report: Mapping[str, Any]) -> str:
     if n_networks > 1:
         titles = {"sd": "SD", "min": "lowest", "max": "highest"}
         rows += [(model, title, results[key]) for key, title in titles.items()]
+    for name, of_row in of_vectors:
+        rows.append((name, "mean probability", of_row["together"]))
+        if len(of_row["fits"]) > 1:
+            rows.append((name, f"mean of {len(of_row['fits'])} fits", of_row["mean"]))
     lines = [f"ABMIL, {n_tested} test patients of {counts['patients']}, {n_classes} classes (in percent)", ""]
     lines += [*metrics_table(rows, "of"), ""]
+    for pooling, found in report.get("retrieval", {}).items():
+        lines.append(f"retrieval by {pooling}, mAP@3: {percent(found['map_at_3'], found['interval'])}")
+    gap = report["deletion"]
+    lines.append(
+        f"without the most attended cells, probabilities of the predicted classes are lower by "
+        f"{percent(gap['gap'], gap['interval'])} than without random cells"
+    )
     n_learned = counts.get("learned_per_class", {})
-    return "\n".join(lines + class_table("mean probability", together, n_learned))
+    return "\n".join([*lines, "", *class_table("mean probability", together, n_learned)])
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -293,23 +401,29 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--labels", type=user_path, help="CSV with the columns patient,label, which replaces all other labels")
     add("--output-dir", type=user_path, required=True, help="folder of all files; made if missing")
     add("--model", choices=tuple(MODELS), default=DEFAULTS.model, help="the aggregator")
-    protocols = "dinobloom: one test set, folds of training and validation; crossval: every patient is tested once"
+    protocols = (
+        "dinobloom: one test set, folds of training and validation; crossval: every patient is tested once; robust: "
+        "likewise, with a recipe for one to two hundred patients"
+    )
     add("--protocol", choices=tuple(PROTOCOLS), default="dinobloom", help=protocols)
-    add("--folds", type=positive_int, help="number of folds; default 4 for dinobloom, 5 for crossval")
+    add("--folds", type=positive_int, help="number of folds; default 4 for dinobloom, 5 for the others")
     add(
         "--fold-files",
         type=user_path,
         help="official folds: <fold>/{train,val,test}.csv, or the folds.csv of another run",
     )
-    add("--runs", type=positive_int, default=DEFAULTS.runs, help="trainings of each fold")
+    plain, robust = DEFAULTS, ROBUST_DEFAULTS
+    add("--runs", type=positive_int, help=f"trainings of each fold; default {plain.runs}, robust {robust.runs}")
     add("--seed", type=seed_number, default=0, help="decides all random numbers")
-    add("--epochs", type=positive_int, default=DEFAULTS.training.epochs, help="the most epochs of a training")
-    add(
-        "--learning-rate", type=number_between(1e-12, 1e6), default=DEFAULTS.training.learning_rate, help="at the start"
+    epochs = f"the most epochs of a training; default {plain.training.epochs}, robust {robust.training.epochs}"
+    add("--epochs", type=positive_int, help=epochs)
+    rate = f"at the start; default {plain.training.learning_rate}; robust chooses it on inner folds"
+    add("--learning-rate", type=number_between(1e-12, 1e6), help=rate)
+    patience = (
+        f"epochs without a lower validation loss; default {plain.training.patience}, robust {robust.training.patience}"
     )
-    patience = "epochs without a lower validation loss"
-    add("--patience", type=positive_int, default=DEFAULTS.training.patience, help=patience)
-    add("--class-weights", action="store_true", help="give rare classes more weight in the loss")
+    add("--patience", type=positive_int, help=patience)
+    add("--class-weights", action="store_true", help="give rare classes more weight in the loss, as robust does")
     add("--top-cells", type=positive_int, default=DEFAULTS.top_cells, help="cells of a patient in top_cells.csv")
     add("--apply", type=user_path, help="an aggregator.pth that predicts these patients; nothing is trained")
     args = parser.parse_args(argv)
@@ -330,17 +444,16 @@ def _check_combination(parser: argparse.ArgumentParser, args: argparse.Namespace
         parser.error("--apply predicts all patients; it takes no test set and no fold files")
     if args.fold_files and (has_test_set or args.folds):
         parser.error("--fold-files name the test patients and the folds; drop --folds and the test set")
+    if args.protocol == "robust" and args.learning_rate:
+        parser.error("--protocol robust chooses the learning rate on inner folds; drop --learning-rate")
     if has_test_set and args.protocol == "crossval":
-        parser.error("--protocol crossval tests every patient; a test set of its own goes with --protocol dinobloom")
+        parser.error("--protocol crossval tests every patient; a test set of its own goes with the other protocols")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     setup_logging()
-    training = TrainingSettings(
-        args.epochs, args.learning_rate, patience=args.patience, class_weights=args.class_weights
-    )
-    options = AbmilOptions(args.model, args.runs, args.seed, str(device_of(args)), training, args.top_cells)
+    options = _options_from(args)
     files = {name: getattr(args, name) for name in ("features", "test_features", "labels", "apply")}
     hashes = {name: file_sha256(path) for name, path in files.items() if path is not None}
     aggregator = TrainedAggregator.load(args.apply) if args.apply else None
@@ -358,6 +471,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = draw_folds(bags, args.protocol, args.folds, args.seed, test)
         report = run(data, options, args.output_dir, settings_of(args), hashes)
     print(format_report(report))
+
+
+def _options_from(args: argparse.Namespace) -> AbmilOptions:
+    defaults = ROBUST_DEFAULTS if args.protocol == "robust" else DEFAULTS
+    given = {name: getattr(args, name) for name in ("epochs", "learning_rate", "patience", "class_weights")}
+    training = replace(defaults.training, **{name: value for name, value in given.items() if value})
+    return replace(
+        defaults,
+        model=args.model,
+        runs=args.runs or defaults.runs,
+        seed=args.seed,
+        device=str(device_of(args)),
+        training=training,
+        top_cells=args.top_cells,
+    )
 
 
 def _load_bags(

@@ -40,7 +40,7 @@ NOT_INPUTS = ("output_dir", "overwrite", "num_workers")
 _KNOWN_FIELDS = {
     *("protocol", "results", "few_shot", "class_names", "counts", "split", "patients_kept_apart", "kinds", "kind"),
     *("files", "checkpoint", "features", "settings", "hashes", "versions", "date", "left_out", "training"),
-    *("aggregator", "iteration", "datasets", "teacher", "trust"),
+    *("aggregator", "iteration", "datasets", "teacher", "trust", "retrieval", "deletion"),
 }
 _KNOWN_METRICS = {*AVERAGED_METRICS, "per_class", "confusion", "intervals", "mean_over_folds", "sd_over_folds", "folds"}
 
@@ -371,6 +371,8 @@ def _rows_of(report: Mapping[str, Any], folder: Path) -> Iterator[Row]:
                 yield Row(row.replace("_", "-"), source, metrics, predictions_file(folder, source))
             case ["linear", source, _]:
                 yield Row(name, source, metrics, predictions_file(folder, source))
+            case ["abmil", row, "together"] if "fits" in results[row]:  # pooled vectors of patients
+                yield Row(row, MODEL, metrics, predictions_file(folder, row))
             case ["abmil" | "abmil, applied", model, "together"]:
                 method = f"abmil {model}" + ("" if protocol == "abmil" else " applied")
                 yield Row(method, MODEL, metrics, predictions_file(folder, MODEL))

@@ -224,12 +224,42 @@ TORCHMIL_MODELS: dict[str, Callable[[int, int], Aggregator]] = {"transmil": Tran
 MODELS = {**OWN_MODELS, **TORCHMIL_MODELS}
 
 
-def build_aggregator(model: str, dim: int, n_classes: int) -> Aggregator:
-    """Build an aggregator with random weights."""
+class Standardised(Aggregator):
+    """An aggregator of standardised features: of each feature, its mean is subtracted, and it is divided by its scale.
+
+    Training sets `mean` and `scale` [D], which belong to the weights.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, network: Aggregator, dim: int) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(dim))
+
+    def forward(self, cells: Tensor, is_cell: Tensor) -> tuple[Tensor, Tensor]:
+        logits, attention = self.network(self._standardised(cells, is_cell), is_cell)
+        return logits, attention
+
+    def auxiliary_loss(self, cells: Tensor, is_cell: Tensor, labels: Tensor) -> Tensor:
+        return self.network.auxiliary_loss(self._standardised(cells, is_cell), is_cell, labels)
+
+    def _standardised(self, cells: Tensor, is_cell: Tensor) -> Tensor:
+        return (cells - self.mean) / self.scale * is_cell[..., None]
+
+
+def build_aggregator(model: str, dim: int, n_classes: int, standardised: bool = False) -> Aggregator:
+    """Build an aggregator with random weights; with `standardised` it standardises the features itself."""
     if model not in MODELS:
         raise ValueError(f"model: {model!r} is unknown; choose one of {', '.join(MODELS)}")
     if n_classes < 2 or dim < 1:
         raise ValueError(f"model: {n_classes} classes and {dim} features; give at least two classes and one feature")
     aggregator = MODELS[model](dim, n_classes)
-    aggregator.architecture = {"model": model, "dim": dim, "n_classes": n_classes}
+    architecture = {"model": model, "dim": dim, "n_classes": n_classes}
+    if standardised:
+        aggregator = Standardised(aggregator, dim)
+        architecture["standardised"] = True
+    aggregator.architecture = architecture
     return aggregator

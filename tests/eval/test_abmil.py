@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from PIL import Image
 from dinov2.eval.abmil import TrainedAggregator, format_report, main
 from dinov2.eval.features import Features, write_features
 from dinov2.eval.results import read_predictions
+from dinov2.eval.solvers.robust_mil import INNER_FOLDS
 from dinov2.models import architecture, build_backbone
 from dinov2.models.abmil import MODELS
 
@@ -26,12 +28,18 @@ QUICK = ["--epochs", "3", "--learning-rate", "0.02", "--folds", "2", "--runs", "
 FILES = {
     "aggregator.pth",
     "attention.csv",
+    "deletion.csv",
     "folds.csv",
     "history.csv",
     "predictions.csv",
     "predictions_of_networks.csv",
     "results.json",
     "top_cells.csv",
+    *(
+        f"predictions_{pooling}_{classifier}.csv"
+        for pooling in ("mean", "mean_sd")
+        for classifier in ("knn_1", "knn_5", "knn_10", "logistic")
+    ),
 }
 NETWORK = {"checkpoint_sha256": "aa", "transform": "crop", "model": "vit"}
 
@@ -333,6 +341,79 @@ def test_cross_validation_tests_all_patients(tmp_path):
     assert len(read_predictions(tmp_path / "out" / "predictions.csv").keys) == 18
 
 
+def test_pooled_vectors_stand_beside_the_networks(trained):
+    _, output, report = trained
+    rows = [name for name in report["results"] if name != "classwise"]
+    assert len(rows) == 8
+    for row in rows:
+        found = report["results"][row]
+        assert len(found["fits"]) == 2  # the two folds of one test set
+        assert found["mean"]["accuracy"] == pytest.approx(np.mean([fit["accuracy"] for fit in found["fits"]]))
+        assert found["together"]["folds"][0]["train"] == 12  # each patient trains in one of two folds
+        table = read_predictions(output / f"predictions_{row}.csv")
+        right = [label == guess for label, guess in zip(table.labels, table.predictions, strict=True)]
+        assert found["together"]["accuracy"] == np.mean(right)
+    assert set(report["retrieval"]["mean"]) == {"map_at_3", "interval", "queries"}
+    printed = format_report(report)
+    assert "mean_sd_knn_10" in printed
+    assert "retrieval by mean, mAP@3: " in printed
+
+
+def test_deletion_curves_are_of_each_tested_patient(trained):
+    _, output, report = trained
+    rows = rows_of(output / "deletion.csv")
+    full = {row["patient"]: float(row["most_attended"]) for row in rows if row["share"] == "0"}
+    predicted = {row["patient"]: float(row[f"p_{row['prediction']}"]) for row in rows_of(output / "predictions.csv")}
+    assert full == {patient: pytest.approx(value, abs=1e-5) for patient, value in predicted.items()}
+    gaps = [float(row["random"]) - float(row["most_attended"]) for row in rows if row["share"] != "0"]
+    assert report["deletion"]["gap"] == pytest.approx(np.mean(gaps), abs=1e-5)
+
+
+def test_the_robust_recipe_learns_from_all_patients_who_are_not_tested(tmp_path):
+    bags = write_bags(tmp_path / "bags")
+    flags = ["--protocol", "robust", "--epochs", "2", "--folds", "3", "--runs", "1"]
+    report = run(tmp_path / "out", "--bags", bags, *flags)
+    together = report["results"]["classwise"]["together"]
+    assert [(fold["train"], fold["test"]) for fold in together["folds"]] == [(12, 6)] * 3
+    assert len(report["results"]["classwise"]["networks"]) == 3 * INNER_FOLDS
+    assert report["training"]["optimizer"] == "adamw"
+    folds = tmp_path / "out" / "folds.csv"
+    again = run(tmp_path / "again", "--bags", bags, *flags[:4], "--runs", "1", "--fold-files", folds)
+    assert again["results"] == report["results"]
+    applied = run(tmp_path / "new", "--bags", bags, "--apply", tmp_path / "out" / "aggregator.pth")
+    assert applied["aggregator"]["standardised"] is True
+
+
+def test_the_robust_recipe_takes_folds_of_one_test_set_together(tmp_path):
+    bags = write_bags(tmp_path / "bags")
+    report = run(tmp_path / "first", "--bags", bags, *QUICK)
+    flags = ["--protocol", "robust", "--epochs", "2", "--runs", "1", "--fold-files", tmp_path / "first" / "folds.csv"]
+    robust = run(tmp_path / "out", "--bags", bags, *flags)
+    assert [(fold["train"], fold["test"]) for fold in robust["results"]["classwise"]["together"]["folds"]] == [(12, 6)]
+    assert robust["results"]["mean_knn_1"] == report["results"]["mean_knn_1"]
+
+
+def test_results_do_not_depend_on_the_number_of_threads(tmp_path):
+    bags = tmp_path / "bags"
+    for number in range(18):
+        cells = np.random.default_rng(number).normal(size=(600, 384)).astype(np.float32) + 0.1 * (number % 2)
+        file = bags / NAMES[number % 2] / f"p{number:02d}.h5"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with h5py.File(file, "w") as stream:
+            stream["features"] = cells
+    texts = []
+    for n_threads in ("1", "2"):
+        output = tmp_path / n_threads
+        command = [sys.executable, "dinov2/eval/abmil.py", "--bags", bags, *QUICK, "--output-dir", output]
+        environment = {**os.environ, "OMP_NUM_THREADS": n_threads, "OPENBLAS_NUM_THREADS": n_threads}
+        subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, env=environment)
+        lines = (output / "results.json").read_text().splitlines()
+        texts.append([line for line in lines if '"date"' not in line])
+    assert texts[0] == texts[1]
+    for name in FILES - {"results.json"}:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
+
+
 def test_folds_of_files_give_the_run_again(trained, tmp_path):
     bags, output, report = trained
     settings = [*QUICK[:4], "--runs", "2", "--fold-files", output / "folds.csv"]
@@ -432,7 +513,8 @@ def test_features_without_patients_and_bags_without_labels(tmp_path):
         (["--encoder", "pixels", "--bags", "b"], "got --bags --encoder; give"),
         (["--bags", "b", "--apply", "a.pth", "--fold-files", "f"], "it takes no test set and no fold files"),
         (["--bags", "b", "--fold-files", "f", "--folds", "3"], "drop --folds"),
-        (["--bags", "b", "--test-bags", "t", "--protocol", "crossval"], "goes with --protocol dinobloom"),
+        (["--bags", "b", "--test-bags", "t", "--protocol", "crossval"], "goes with the other protocols"),
+        (["--bags", "b", "--protocol", "robust", "--learning-rate", "1"], "drop --learning-rate"),
         (["--bags", "b", "--runs", "0"], "'0' is not a whole number from 1"),
         (["--bags", "b", "--model", "abmil"], "invalid choice: 'abmil'"),
     ],

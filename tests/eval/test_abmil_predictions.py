@@ -12,7 +12,7 @@ from dinov2.data.datasets.bag_folds import FoldedBags, draw_folds
 from dinov2.data.datasets.bags import PatientBags
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.eval.abmil import AbmilOptions, evaluate
-from dinov2.eval.solvers.mil_training import TrainingSettings, describe_networks
+from dinov2.eval.solvers.mil_training import TrainingSettings, describe_members
 
 QUICK = TrainingSettings(epochs=4, learning_rate=0.01)
 PLANTED, NAMES = "promyelocyte", ["PML::RARA", "control"]
@@ -110,13 +110,13 @@ def test_spread_is_over_networks():
     bags, labels = random_bags(12)
     folds = drawn(bags, labels, "crossval", 3)
     runs, _ = cross_validate(bags, labels, ["a", "b"], folds, 2, "mean", QUICK)
-    described = describe_networks(runs, labels, ["a", "b"])
+    described = describe_members(runs, labels, ["a", "b"])
     values = [np.mean(run.probabilities.argmax(axis=1) == labels[run.test]) for run in runs]
     assert [network["accuracy"] for network in described["networks"]] == pytest.approx(values)
     assert described["mean"]["accuracy"] == pytest.approx(np.mean(values))
     assert described["sd"]["accuracy"] == pytest.approx(np.std(values, ddof=1))
     assert (described["min"]["accuracy"], described["max"]["accuracy"]) == (min(values), max(values))
-    assert describe_networks(runs[:1], labels, ["a", "b"])["sd"]["accuracy"] is None
+    assert describe_members(runs[:1], labels, ["a", "b"])["sd"]["accuracy"] is None
 
 
 # --- a planted rule

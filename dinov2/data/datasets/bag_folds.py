@@ -4,6 +4,7 @@ Letters: P patients, C classes
 """
 
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -19,7 +20,7 @@ from dinov2.utils.files import PathLike, atomic_write, local_path
 
 logger = logging.getLogger("dinov2")
 
-PROTOCOLS = {"dinobloom": 4, "crossval": 5}  # and their default numbers of folds
+PROTOCOLS = {"dinobloom": 4, "crossval": 5, "robust": 5}  # and their default numbers of folds
 PARTS = ("train", "val", "test")
 COLUMNS = ("fold", "part", "patient", "label")
 CLASS_NAMES_FILE = "label_to_diagnose.csv"
@@ -86,6 +87,17 @@ class FoldedBags:
         """Return the positions of all training and validation patients, ascending."""
         return np.unique(np.concatenate([part for fold in self.folds for part in (fold.train, fold.val)]))
 
+    def test_sets(self, learned: Sequence[str] = ("train", "val")) -> list[BagFold]:
+        """Return a fold for each different test set, with the patients of its folds' `learned` parts as `train`."""
+        parts: dict[tuple[int, ...], list[np.ndarray]] = defaultdict(list)
+        for fold in self.folds:
+            parts[tuple(fold.test.tolist())] += [getattr(fold, part) for part in learned]
+        none = np.empty(0, dtype=np.int64)
+        return [
+            BagFold(np.unique(np.concatenate(of_set)), none, np.array(test, dtype=np.int64))
+            for test, of_set in parts.items()
+        ]
+
     def write(self, file: PathLike) -> None:
         """Write the folds as a CSV that `folds_from_files` reads."""
         label_of, patients = self.bags.label_of(), self.bags.patients
@@ -110,12 +122,12 @@ def draw_folds(
 
     `dinobloom` has one test set: the patients at the positions `test`, or the first of n_folds + 1 parts. Each of
     `n_folds` parts of the others is the validation set once. `crossval` has `n_folds` parts; each is the test set once,
-    and the next part is then the validation set.
+    and the next part is then the validation set. `robust` is `crossval`, or `dinobloom` where there is a test set.
     """
     labels, patients, n_folds = bags.known_labels(), bags.patients, n_folds or PROTOCOLS[protocol]
-    if protocol == "crossval":
+    if protocol == "crossval" or (protocol == "robust" and test is None):
         if n_folds < 3:
-            raise ValueError(f"--folds {n_folds}: protocol crossval needs parts to test, to stop by and to train")
+            raise ValueError(f"--folds {n_folds}: protocol {protocol} needs parts to test, to stop by and to train")
         parts = make_folds(labels, patients, n_folds, seed)
         pairs = zip(parts, parts[1:] + parts[:1], strict=True)
         folds = [BagFold(np.setdiff1d(rest, val), val, tested) for (rest, tested), (_, val) in pairs]
