@@ -5,7 +5,7 @@ Letters: P patients, C classes
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -100,15 +100,23 @@ class FoldedBags:
 
     def write(self, file: PathLike) -> None:
         """Write the folds as a CSV that `folds_from_files` reads."""
-        label_of, patients = self.bags.label_of(), self.bags.patients
-        rows = [
-            (name, part, patients[i], label_of[patients[i]])
-            for name, fold in zip(self.fold_names, self.folds, strict=True)
-            for part in PARTS
-            for i in getattr(fold, part)
-        ]
+        labels = list(self.bags.label_of().values())
         with atomic_write(file, "w") as stream:
-            pd.DataFrame(rows, columns=COLUMNS).to_csv(stream, index=False, lineterminator="\n")
+            table = fold_table(self.folds, self.fold_names, self.bags.patients, labels)
+            table.to_csv(stream, index=False, lineterminator="\n")
+
+
+def fold_table(
+    folds: Sequence[BagFold], fold_names: Sequence[str], patients: Sequence[str], labels: Sequence[str]
+) -> pd.DataFrame:
+    """Return the folds of P patients with their classes as a table with the columns `fold,part,patient,label`."""
+    rows = [
+        (name, part, patients[i], labels[i])
+        for name, fold in zip(fold_names, folds, strict=True)
+        for part in PARTS
+        for i in getattr(fold, part)
+    ]
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def draw_folds(
@@ -118,26 +126,44 @@ def draw_folds(
     seed: int = 0,
     test: np.ndarray | None = None,
 ) -> FoldedBags:
+    """Draw the folds of a protocol for labelled bags, as `draw_positions` does; they are named 0, 1, ..."""
+    folds = draw_positions(bags.known_labels(), bags.patients, protocol, n_folds, seed, test)
+    return FoldedBags(bags, folds, [str(number) for number in range(len(folds))])
+
+
+def draw_positions(
+    labels: np.ndarray,
+    patients: Sequence[str],
+    protocol: str = "dinobloom",
+    n_folds: int | None = None,
+    seed: int = 0,
+    test: np.ndarray | None = None,
+) -> list[BagFold]:
     """Draw the folds of a protocol, stratified by class; `n_folds` None is the protocol's default.
 
     `dinobloom` has one test set: the patients at the positions `test`, or the first of n_folds + 1 parts. Each of
     `n_folds` parts of the others is the validation set once. `crossval` has `n_folds` parts; each is the test set once,
+<<<<<<< HEAD
     and the next part is then the validation set. `robust` is `crossval`, or `dinobloom` where there is a test set.
     """
     labels, patients, n_folds = bags.known_labels(), bags.patients, n_folds or PROTOCOLS[protocol]
     if protocol == "crossval" or (protocol == "robust" and test is None):
+=======
+    and the next part is then the validation set. `labels` are int64 [P]; the order of the P patients matters.
+    """
+    n_folds = n_folds or PROTOCOLS[protocol]
+    if protocol == "crossval":
+>>>>>>> aca2950 (GenBloom's fold files work as published: patient_files is a name of the patients, and classes of labelled bags may be named otherwise)
         if n_folds < 3:
             raise ValueError(f"--folds {n_folds}: protocol {protocol} needs parts to test, to stop by and to train")
         parts = make_folds(labels, patients, n_folds, seed)
         pairs = zip(parts, parts[1:] + parts[:1], strict=True)
-        folds = [BagFold(np.setdiff1d(rest, val), val, tested) for (rest, tested), (_, val) in pairs]
-    else:
-        if test is None:
-            test = make_folds(labels, patients, n_folds + 1, seed)[0][1]
-        rest = np.setdiff1d(np.arange(len(labels)), test)
-        parts = make_folds(labels[rest], [patients[i] for i in rest], n_folds, seed)
-        folds = [BagFold(rest[train], rest[val], test) for train, val in parts]
-    return FoldedBags(bags, folds, [str(number) for number in range(len(folds))])
+        return [BagFold(np.setdiff1d(rest, val), val, tested) for (rest, tested), (_, val) in pairs]
+    if test is None:
+        test = make_folds(labels, patients, n_folds + 1, seed)[0][1]
+    rest = np.setdiff1d(np.arange(len(labels)), test)
+    parts = make_folds(labels[rest], [patients[i] for i in rest], n_folds, seed)
+    return [BagFold(rest[train], rest[val], test) for train, val in parts]
 
 
 def folds_from_files(bags: PatientBags, path: PathLike) -> FoldedBags:
@@ -145,8 +171,9 @@ def folds_from_files(bags: PatientBags, path: PathLike) -> FoldedBags:
 
     `path` is a table with the columns `fold,part,patient,label`, such as the folds.csv of another run, or GenBloom's
     layout: a folder with a folder for each fold, which has `train.csv`, `val.csv` and `test.csv` with the columns
-    `patient,label`. A `test.csv` beside the folders serves every fold without its own. Where `label_to_diagnose.csv`
-    (columns `label_name,label_id`) lies beside them, the labels are ids, and this file has their names.
+    `patient,label` (or `patient_name` or `patient_files`, and `labels`). A `test.csv` beside the folders serves every
+    fold without its own. Where `label_to_diagnose.csv` (columns `label_name,label_id`) lies beside them, the labels are
+    ids, and this file has their names. Bags with labels keep them; the files may have other names for the classes.
     """
     path = local_path(path)
     table = _read_fold_folders(path) if path.is_dir() else _read(path, COLUMNS)
@@ -160,8 +187,10 @@ def folds_from_files(bags: PatientBags, path: PathLike) -> FoldedBags:
     bags = bags.select(chosen)
     if bags.labels is None:
         bags = bags.with_labels(labels)
-    elif set(labels.values()) <= set(bags.class_names):  # other names, such as numbers, cannot be compared
+    elif set(labels.values()) <= set(bags.class_names):
         one_label_each([*bags.label_of().items(), *labels.items()], "bags and --fold-files")
+    else:
+        _compare_classes(bags.label_of(), labels)
     # fold_2 before fold_10
     names = sorted(sorted(set(table["fold"])), key=lambda name: int("".join(filter(str.isdecimal, name)) or -1))
     patients = table.groupby(["fold", "part"])["patient"].apply(list).to_dict()
@@ -169,6 +198,16 @@ def folds_from_files(bags: PatientBags, path: PathLike) -> FoldedBags:
         BagFold(*(bags.positions(patients.get((name, part), []), "fold files") for part in PARTS)) for name in names
     ]
     return FoldedBags(bags, folds, names)
+
+
+def _compare_classes(label_of: Mapping[str, str], other_names: Mapping[str, str]) -> None:
+    """Log which class of the bags has which name in the fold files; warn if the two are not the same classes."""
+    pairs = sorted({(label, other_names[patient]) for patient, label in label_of.items()})
+    text = ", ".join(f"{label} is {other}" for label, other in pairs)
+    if all(len(set(names)) == len(pairs) for names in zip(*pairs, strict=True)):
+        logger.info("the classes of the bags have other names in the fold files: %s", text)
+    else:
+        logger.warning("the bags and the fold files have different classes; those of the bags count: %s", text)
 
 
 def _read(file: Path, columns: Sequence[str]) -> pd.DataFrame:

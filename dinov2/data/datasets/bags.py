@@ -29,7 +29,7 @@ logger = logging.getLogger("dinov2")
 
 SUFFIX = ".h5"
 # names that other projects' files have for our columns
-OTHER_NAMES = {"patient": ("patient_name", "patient_id"), "label": ("Label", "labels")}
+OTHER_NAMES = {"patient": ("patient_name", "patient_id", "patient_files"), "label": ("Label", "labels")}
 # bags whose files differ in one of these are from different networks
 IDENTITY = ("checkpoint_sha256", "transform", "kind")
 N_EXAMPLES = 5
@@ -197,7 +197,10 @@ class PatientBags:
         missing = sorted(set(wanted) - set(self.patients))
         if missing:
             what = f"{len(missing)} of {len(wanted)} patients have no bag ({list_names(missing)})"
-            raise ValueError(f"{source}: {what}; extract their cells, or take them out of the file")
+            raise ValueError(
+                f"{source}: {what}, and the {len(self)} bags are of {list_names(self.patients)}; add the bags of these "
+                f"patients, or drop their rows from a copy of the file"
+            )
         return np.flatnonzero(pd.Index(self.patients).isin(wanted))
 
 

@@ -139,6 +139,44 @@ def test_official_folds_that_leak_or_contradict_themselves(fold_folder):
         folds_from_files(unlabelled(), fold_folder / "data_fold_9")
 
 
+def test_official_folds_of_files_that_name_patients_and_classes_otherwise(fold_folder):
+    for file in fold_folder.glob("*/*.csv"):
+        file.write_text(file.read_text().replace("patient_name", "patient_files"))
+    (fold_folder / "label_to_diagnose.csv").write_text("label_name,label_id\n0,0\n1,1\n")
+    data = folds_from_files(unlabelled(), fold_folder)
+    assert data.bags.label_of() == {"a": "0", "b": "1", "c": "0", "d": "1"}
+
+
+def labelled(**label_of: str) -> PatientBags:
+    return unlabelled().with_labels({"e": "left out", **label_of})
+
+
+def test_classes_of_bags_may_have_other_names_than_in_the_files(fold_folder, caplog):
+    caplog.set_level("INFO")
+    data = folds_from_files(labelled(a="AML-NPM1", b="SCD", c="AML-NPM1", d="SCD"), fold_folder)
+    assert data.bags.label_of() == {"a": "AML-NPM1", "b": "SCD", "c": "AML-NPM1", "d": "SCD"}
+    assert parts(data.folds[0]) == ([1, 2], [0], [3])
+    assert "other names in the fold files: AML-NPM1 is NPM1, SCD is control" in caplog.text
+    assert "different classes" not in caplog.text
+
+
+def test_classes_of_bags_that_are_not_those_of_the_files_are_a_warning(fold_folder, caplog):
+    data = folds_from_files(labelled(a="male", b="female", c="male", d="male"), fold_folder)
+    assert data.bags.label_of()["c"] == "male"
+    assert "those of the bags count: female is control, male is NPM1, male is control" in caplog.text
+
+
+def test_labels_of_bags_and_files_that_contradict_each_other(fold_folder):
+    with pytest.raises(ValueError, match="bags and --fold-files: 1 patients have two labels, for instance 'c'"):
+        folds_from_files(labelled(a="NPM1", b="control", c="control", d="control"), fold_folder)
+
+
+def test_official_patients_without_a_bag(fold_folder):
+    (fold_folder / "data_fold_9" / "val.csv").write_text("patient_name,labels\na,0\nPatient_02,0\n")
+    with pytest.raises(ValueError, match=r"1 of 5 patients have no bag \('Patient_02'\).* 5 bags are of 'a', .*drop"):
+        folds_from_files(unlabelled(), fold_folder)
+
+
 def test_folds_are_written_and_read_back(tmp_path, fold_folder):
     data = folds_from_files(unlabelled(), fold_folder)
     data.write(tmp_path / "folds.csv")
