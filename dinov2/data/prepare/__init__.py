@@ -67,7 +67,7 @@ class Cell:
     patient: str | None = None
     part: str | None = None  # of the official split, for instance "train", or "fold_0" of folds
     box: Box | None = None  # place of the cell; None if the image is the cell
-    diagnosis: str | None = None  # the patient's class, where labels are types of cells
+    diagnosis: str | None = None  # the patient's class; `label` may be the type of the cell
     more: Mapping[str, str] = field(default_factory=dict)  # further columns of labels.csv
 
 

@@ -129,7 +129,8 @@ def bmc(top: Path, notes: Notes) -> Iterator[Cell]:
     layout="data/<subtype>/<patient>/image_<n>.tif, the subtypes being " + ", ".join(HEHR_SUBTYPES),
     classes={name: name for name in HEHR_SUBTYPES},
     expected={"pictures": 81214, "patients": 189},
-    remarks="labels are the patients' subtypes: bags for abmil.py, not cell types",
+    remarks="labels are the patients' subtypes: bags for abmil.py, not cell types; the archive has no split: folds.csv "
+    "is drawn, and GenBloom's published folds have the same patients",
 )
 def aml_hehr(top: Path, notes: Notes) -> Iterator[Cell]:
     subtype_of: dict[str, str] = {}
@@ -140,7 +141,7 @@ def aml_hehr(top: Path, notes: Notes) -> Iterator[Cell]:
         elif subtype_of.setdefault(folders[0], subtype) != subtype:
             kind = "images of a patient who has another subtype already, left out"
         else:
-            yield Cell(image, subtype, patient=folders[0])
+            yield Cell(image, subtype, patient=folders[0], diagnosis=subtype)
             continue
         notes.add(kind, image)
         notes.annotations.add(image)
@@ -156,7 +157,7 @@ def aml_hehr(top: Path, notes: Notes) -> Iterator[Cell]:
     expected={"pictures": 25724, "patients": 106},
     remarks="cells of 'Unsigned slides' have no type: they are in the list and not in labels.csv; most are byte copies "
     "of signed ones, which --drop-duplicates keeps; master.csv has the patients' diagnoses and the split, in which "
-    "the validation cohort is the test part",
+    "the validation cohort is the test part; folds.csv has five drawn folds of the other patients",
 )
 def apl_aml(top: Path, notes: Notes) -> Iterator[Cell]:
     signed, unsigned = "signed slides", "unsigned slides"

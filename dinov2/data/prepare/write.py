@@ -15,10 +15,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from PIL import Image
 
 from dinov2.data.check.scan import READABLE, ImageFacts, read_facts
+from dinov2.data.datasets.bag_folds import draw_positions, fold_table
 from dinov2.data.datasets.decode import UnreadableImageError, load_image, resize_image
 from dinov2.data.datasets.packed import unpack
 from dinov2.data.datasets.tables import LABEL_COLUMN, PART_COLUMN, PATH_COLUMN, PATIENT_COLUMN, SET_COLUMN
@@ -30,6 +32,7 @@ from dinov2.utils.files import atomic_write
 logger = logging.getLogger("dinov2")
 
 FOLD_PREFIX = "fold_"  # of a part that is a fold of an official cross-validation
+N_PATIENT_FOLDS = 5  # in folds.csv
 
 
 @dataclass(frozen=True)
@@ -249,6 +252,7 @@ def _write_lists(dataset: DataSet, table: pd.DataFrame, output: Path) -> None:
     with atomic_write(output / f"{dataset.name}.txt", "w") as file:
         file.writelines(f"{path}\n" for path in table["path"])
     tables = [("labels.csv", "label", table), ("labels_dinobloom.csv", "group", table)]
+    tables.append(("labels_patients.csv", "diagnosis", table))
     for part, cells in table.groupby("part"):
         # relative paths count from the folder of the file
         paths = [path if os.path.isabs(path) else f"../{path}" for path in cells["path"]]
@@ -270,9 +274,36 @@ def _write_lists(dataset: DataSet, table: pd.DataFrame, output: Path) -> None:
     else:
         split = labelled[:0]
     _write_csv(output / "split.csv", split)
-    patients = table.dropna(subset=["patient", "diagnosis"]).drop_duplicates("patient")
+    patients = table.dropna(subset=["patient", "diagnosis"]).drop_duplicates("patient").sort_values("patient")
     names = {"patient": "patient", "diagnosis": "label", "part": PART_COLUMN}
-    _write_csv(output / "patient_labels.csv", patients[list(names)].rename(columns=names))
+    patients = patients[list(names)].rename(columns=names)
+    _write_csv(output / "folds.csv", _folds_of(patients))
+    _write_csv(output / "patient_labels.csv", patients if patients[PART_COLUMN].any() else patients.iloc[:, :2])
+
+
+def _folds_of(patients: pd.DataFrame) -> pd.DataFrame:
+    """Draw folds of patients, columns `patient,label,part`; a class with fewer patients than folds gives no rows.
+
+    All folds have the patients of the part `test` as their test set; without such patients each one is tested once.
+    """
+    if has_test_set := "test" in set(patients[PART_COLUMN]):
+        patients = patients[patients[PART_COLUMN].isin(("train", "test"))]
+    test = np.flatnonzero(patients[PART_COLUMN] == "test")
+    n_learned = patients["label"].drop(patients.index[test]).value_counts()
+    if len(n_learned) < 2 or n_learned.min() < N_PATIENT_FOLDS:
+        if len(patients):
+            text = "folds.csv is not written: %d folds need two classes with as many patients each, found %s"
+            logger.warning(text, N_PATIENT_FOLDS, n_learned.to_dict())
+        return patients[:0]
+    ids, labels = patients["patient"].tolist(), patients["label"].tolist()
+    folds = draw_positions(
+        np.unique(labels, return_inverse=True)[1],
+        ids,
+        "dinobloom" if has_test_set else "crossval",
+        N_PATIENT_FOLDS,
+        test=test if has_test_set else None,
+    )
+    return fold_table(folds, [str(number) for number in range(len(folds))], ids, labels)
 
 
 def _write_csv(file: Path, table: pd.DataFrame) -> None:

@@ -8,13 +8,20 @@ import pytest
 from PIL import Image
 
 from dinov2.data.datasets import LabelledCells
-from dinov2.data.datasets.bags import read_patient_labels
+from dinov2.data.datasets.bag_folds import FoldedBags, draw_folds, folds_from_files
+from dinov2.data.datasets.bags import PatientBags, read_patient_labels
 from dinov2.data.splits import read_split
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:
     with open(file, newline="") as stream:
         return list(csv.DictReader(stream))
+
+
+def folds_of(file: Path, patients: list[str]) -> FoldedBags:
+    """Read folds as abmil.py does, with invented features of these patients."""
+    features = [np.full((1, 2), i, dtype=np.float32) for i in range(len(patients))]
+    return folds_from_files(PatientBags(sorted(patients), features, [["cell"]] * len(patients)), file)
 
 
 def odd(summary: dict) -> dict[str, int]:
@@ -82,8 +89,26 @@ def test_aml_hehr_has_patients_whose_subtype_is_the_label(tree, run, tmp_path):
         "images of a patient who has another subtype already, left out": 1,
     }
     assert sorted(LabelledCells.from_path(tmp_path / "out" / "labels.csv").patients) == ["AAA", "AAA", "BBB"]
+    assert read_patient_labels(tmp_path / "out" / "patient_labels.csv") == {"AAA": "NPM1", "BBB": "control"}
     with pytest.raises(ValueError, match=r"metadata.csv', line 1, is not UTF-8 text.*save it as UTF-8"):
         read_patient_labels(metadata)
+
+
+def test_aml_hehr_has_folds_that_test_each_patient_once(tree, run, tmp_path, caplog):
+    subtypes = {f"{letter}{name[0]}X": name for name in ("NPM1", "control") for letter in "ABCDE"}
+    for patient, subtype in subtypes.items():
+        tree(f"data/{subtype}/{patient}/image_0.tif", size=(8, 8))
+    run("aml_hehr")
+    data = folds_of(tmp_path / "out" / "folds.csv", list(subtypes))
+    assert data.bags.label_of() == dict(sorted(subtypes.items()))
+    assert sorted(i for fold in data.folds for i in fold.test) == list(range(10))
+    assert [(len(fold.train), len(fold.val), len(fold.test)) for fold in data.folds] == [(6, 2, 2)] * 5
+    again = draw_folds(data.bags, "crossval", 5, seed=0)
+    assert [fold.test.tolist() for fold in again.folds] == [fold.test.tolist() for fold in data.folds]
+    (tmp_path / "source" / "data" / "NPM1" / "ANX" / "image_0.tif").unlink()
+    run("aml_hehr")
+    assert "folds.csv is not written: 5 folds need two classes with as many patients each" in caplog.text
+    assert not (tmp_path / "out" / "folds.csv").exists(), "folds of an earlier run would name a patient without cells"
 
 
 def test_raabin_wbc_has_two_test_sets_and_folders_inside_folders(tree, run, tmp_path):
@@ -318,6 +343,28 @@ def test_apl_aml_has_diagnoses_of_patients_a_split_and_no_overview_images(tree, 
     ((train, test),) = read_split(tmp_path / "out" / "split.csv", list(map(str, cells.paths))).folds
     assert {cells.patients[i] for i in train} == {"Patient_00", "Patient_01"}
     assert {cells.patients[i] for i in test} == {"Patient_82"}
+
+
+def test_apl_aml_has_five_folds_with_the_validation_cohort_as_their_test_set(tree, run, tmp_path):
+    names = {f"Patient_{i:02d}": "APL" if i % 2 else "AML" for i in range(15)}
+    rows = [
+        f"{patient},{name},{'Discovery' if i < 11 else 'Validation'},29,Female"
+        for i, (patient, name) in enumerate(names.items())
+    ]
+    tree("master.csv", text="\n".join(["Patient_ID,Diagnosis,Cohort,Age at Diagnosis,Gender", *rows]))
+    for i, patient in enumerate(names):
+        folder = "Unsigned slides" if i == 3 else "Signed slides/Monocyte"  # no cell of one patient has a type
+        tree(f"{patient}/{folder}/1.jpg", size=(8, 8))
+    run("apl_aml")
+    cells = LabelledCells.from_path(tmp_path / "out" / "labels_patients.csv")
+    labels = [cells.class_names[i] for i in cells.labels]
+    assert dict(zip(cells.patients, labels, strict=True)) == names
+    data = folds_of(tmp_path / "out" / "folds.csv", list(names))
+    assert data.bags.label_of() == names
+    for fold in data.folds:
+        assert fold.test.tolist() == [11, 12, 13, 14]
+        assert len(set(data.labels[fold.val])) == 2
+    assert sorted(i for fold in data.folds for i in fold.val) == list(range(11))
 
 
 def test_white_blood_cell_dataset_joins_the_lobes_of_a_nucleus(tree, run, tmp_path):
