@@ -267,7 +267,7 @@ def test_commands_take_what_the_page_gives_them(page):
         if words[0] == "bash":
             assert (ROOT / words[1]).is_file(), words
         if words[0] != "python":
-            assert words[0] in ("bash", "pip", "source"), words
+            assert words[0] in ("bash", "git", "hf", "pip", "source"), words
             continue
         script, arguments = words[1], words[2:]
         if script in OWN_FILES:
