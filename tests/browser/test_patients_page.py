@@ -45,6 +45,9 @@ def page(browser, tmp_path):
     ]
     header = ("patient", "cell", "source", "attention", *(f"attention_{name}" for name in NAMES))
     write("attention.csv", [header, *cells])
+    shares = (0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
+    removed = [(i, share, 1 - share, 1 - share / 2) for i, _, _ in PATIENTS for share in shares]
+    write("deletion.csv", [("patient", "share", "most_attended", "random"), *removed])
     (tmp_path / "results.json").write_text(json.dumps({"protocol": "abmil"}))
     file = tmp_path / "patients.html"
     write_page(file, "patients", [patients_section(tmp_path)])
@@ -99,3 +102,5 @@ def test_dark_and_on_a_phone(browser, page, phone, dark_system):
     browser.open(page)
     browser.js("for (const part of document.querySelectorAll('details')) part.open = true")
     assert browser.js("return document.documentElement.scrollWidth") <= 390
+    ends = "return [...document.querySelectorAll('polyline')].map((line) => line.getBoundingClientRect().height)"
+    assert min(browser.js(ends)) > 20, "the curves are drawn"

@@ -143,17 +143,11 @@ def draw_positions(
 
     `dinobloom` has one test set: the patients at the positions `test`, or the first of n_folds + 1 parts. Each of
     `n_folds` parts of the others is the validation set once. `crossval` has `n_folds` parts; each is the test set once,
-<<<<<<< HEAD
     and the next part is then the validation set. `robust` is `crossval`, or `dinobloom` where there is a test set.
-    """
-    labels, patients, n_folds = bags.known_labels(), bags.patients, n_folds or PROTOCOLS[protocol]
-    if protocol == "crossval" or (protocol == "robust" and test is None):
-=======
-    and the next part is then the validation set. `labels` are int64 [P]; the order of the P patients matters.
+    `labels` are int64 [P]; the order of the P patients matters.
     """
     n_folds = n_folds or PROTOCOLS[protocol]
-    if protocol == "crossval":
->>>>>>> aca2950 (GenBloom's fold files work as published: patient_files is a name of the patients, and classes of labelled bags may be named otherwise)
+    if protocol == "crossval" or (protocol == "robust" and test is None):
         if n_folds < 3:
             raise ValueError(f"--folds {n_folds}: protocol {protocol} needs parts to test, to stop by and to train")
         parts = make_folds(labels, patients, n_folds, seed)

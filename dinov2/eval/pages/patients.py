@@ -4,7 +4,10 @@ A patient's prediction is the mean probability of the networks that predicted it
 al. 2017, arXiv 1612.01474). Its range goes from the lowest to the highest probability that one of these networks gives
 the predicted class. It is no confidence interval, and says nothing about how the cells were sampled.
 
-Letters: N cells of a patient, C classes
+A deletion curve (after RISE, Petsiuk et al. 2018, arXiv 1806.07421) is the probability of the predicted class without a
+share of the patient's cells: without the most attended ones, and without as many random ones.
+
+Letters: N cells of a patient, C classes, S shares of removed cells
 """
 
 from collections.abc import Sequence
@@ -15,12 +18,14 @@ import numpy as np
 import pandas as pd
 
 from dinov2.data.datasets.tables import open_table
-from dinov2.eval.pages.page import Section, make_thumbnails, percent, render
+from dinov2.eval.pages.page import COLOURS, Section, make_thumbnails, percent, render
 from dinov2.eval.results import PROBABILITY_PREFIX, RESULTS_NAME, read_predictions, read_report
 
 MOST_PATIENTS = 500
 MOST_THUMBNAILS = 6000  # of all patients together: some 10 MB of the page
 THUMBNAIL_PX = 56
+DELETION = ("share", "most_attended", "random")  # columns of deletion.csv, all from 0 to 1
+ROUNDING = 1e-4  # by which a mean of float32 probabilities may be outside 0 to 1
 N_CELLS = 6  # most and least attended ones of each patient, at most
 
 
@@ -36,6 +41,7 @@ class Patient:
     sources: Sequence[str]  # where each of N cells is from; empty without attention
     attention: np.ndarray  # float64 [N, 1 or C]; a column per class where classes have their own
     class_names: Sequence[str]
+    deletion: np.ndarray  # float64 [S, 3], columns `DELETION`, by share; no rows where the result does not have them
 
     @property
     def verdict(self) -> str:
@@ -96,6 +102,7 @@ def read_patients(folder: Path) -> list[Patient]:
     columns = [PROBABILITY_PREFIX + name for name in names]
     of_networks = _read(folder / "predictions_of_networks.csv", columns, predicted.keys)
     attention = _read(folder / "attention.csv", ["attention"], predicted.keys)
+    deletion = _read(folder / "deletion.csv", DELETION, predicted.keys)
     patients = []
     for i, patient in enumerate(predicted.keys):
         cells = attention[patient]
@@ -111,6 +118,7 @@ def read_patients(folder: Path) -> list[Patient]:
                 sources=cells["source"].tolist() if "source" in cells else [],
                 attention=weights.to_numpy(np.float64),
                 class_names=names,
+                deletion=_shares(deletion[patient], folder / "deletion.csv"),
             )
         )
     return patients
@@ -123,7 +131,7 @@ def _read(file: Path, numbers: Sequence[str], patients: Sequence[str]) -> dict[s
     frame = pd.DataFrame([row for _, row in open_table(file, "patients").records()])
     if missing := {"patient", *numbers} - set(frame):
         raise ValueError(f"patients: {str(file)!r} has no column {', '.join(sorted(missing))}; run abmil.py again")
-    for column in (name for name in frame if name.startswith((PROBABILITY_PREFIX, "attention"))):
+    for column in (name for name in frame if name in numbers or name.startswith("attention")):
         try:
             frame[column] = frame[column].map(float)
         except (TypeError, ValueError) as error:
@@ -136,6 +144,15 @@ def _read(file: Path, numbers: Sequence[str], patients: Sequence[str]) -> dict[s
             f"from different runs; run abmil.py again into an empty folder"
         )
     return groups
+
+
+def _shares(rows: pd.DataFrame, file: Path) -> np.ndarray:
+    """Return the deletion curve of a patient, float64 [S, 3], by share of removed cells."""
+    values = rows.sort_values("share")[list(DELETION)].to_numpy(np.float64)
+    if not (np.abs(values - 0.5) <= 0.5 + ROUNDING).all():  # NaN is outside, too
+        what = f"has values outside 0 to 1 in the columns {', '.join(DELETION)}"
+        raise ValueError(f"patients: {str(file)!r} {what}; run abmil.py again")
+    return values
 
 
 def patients_section(folder: Path) -> Section:
@@ -166,5 +183,9 @@ def patients_section(folder: Path) -> Section:
         thumbnails=dict(zip(sources, uris, strict=True)),
         missing={sources[position]: reason for position, reason in missing.items()},
         size=THUMBNAIL_PX,
+        curves=[
+            ("without the most attended cells", COLOURS[0], "solid"),
+            ("without random cells", COLOURS[1], "dashed"),
+        ],
     )
     return Section("patients", "Patients", content)

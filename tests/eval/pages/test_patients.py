@@ -17,6 +17,7 @@ from dinov2.eval.pages.page import PLACEHOLDER, page_html
 from dinov2.eval.pages.patients import patients_section, read_patients
 
 NAMES = ["APL", "control"]
+DELETION_HEADER = "patient,share,most_attended,random\n"
 NASTY = '<script>alert(1)</script>"&, \u2028é'
 COLOURS = {"planted": (200, 20, 20), "other": (20, 20, 200)}
 
@@ -219,6 +220,52 @@ def test_one_attention_for_all_classes(tmp_path):
     assert cells_of(cards_of(section)["a"], "Most attended") == [0, 1]
 
 
+SHARES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
+
+
+def write_deletion(folder, curves):
+    """The file as abmil.py leaves it; curves: {patient: (without the most attended cells, without random ones)}."""
+    with open(folder / "deletion.csv", "w", newline="") as stream:
+        writer = csv.writer(stream)
+        stream.write(DELETION_HEADER)
+        for patient, (most_attended, random) in curves.items():
+            writer.writerows(zip([patient] * 7, SHARES, most_attended, random, strict=True))
+    return folder
+
+
+def lines_of(card):
+    """Each drawn line as points (share of cells, probability), by the places of the axes' labels 0 and 100."""
+    x_0, _, x_100 = map(float, re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle"', card))
+    y_0, _, y_100 = map(float, re.findall(r'<path d="M[\d.]+ ([\d.]+)h', card))
+    return [
+        [
+            ((float(x) - x_0) / (x_100 - x_0), (float(y) - y_0) / (y_100 - y_0))
+            for x, y in (point.split(",") for point in points.split())
+        ]
+        for points in re.findall(r'<polyline [^>]*points="([^"]*)"', card)
+    ]
+
+
+def test_a_patient_has_both_deletion_curves(tmp_path):
+    folder = write_result(tmp_path, [("a", "APL", (0.9, 0.1), ["x", "y"]), (NASTY, "control", (0.2, 0.8), ["x"])])
+    most, random = (0.9, 0.5, 0.3, 0.2, 0.1, 0.05, 0.0), (0.9, 0.9, 0.88, 0.85, 0.8, 0.7, 0.6)
+    section = patients_section(write_deletion(folder, {"a": (random, (1.0000001, *most[1:])), NASTY: (most, random)}))
+    cards = cards_of(section)
+    for line, values in zip(lines_of(cards[NASTY]), (most, random), strict=True):
+        np.testing.assert_allclose(line, list(zip(SHARES, values, strict=True)), atol=0.002)
+    assert "Probability of control in %, by the share of removed cells" in cards[NASTY]
+    assert "Without 40 %: 10.0 (most attended cells), 80.0 (random cells)." in cards[NASTY]
+    assert re.findall(r"</span>([^<]*)</li>", cards["a"]) == ["without the most attended cells", "without random cells"]
+    assert "attention can be trusted" in section.html
+    assert "<script>alert" not in section.html
+
+
+def test_a_result_without_deletion_curves_looks_as_before(tmp_path):
+    section = patients_section(write_result(tmp_path, [("a", "APL", (0.9, 0.1), ["x"])]))
+    assert "<svg" not in section.html
+    assert "deletion curve" not in section.html
+
+
 def test_the_page_stays_small_with_many_patients(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for i in range(200):
@@ -233,8 +280,10 @@ def test_the_page_stays_small_with_many_patients(tmp_path, monkeypatch):
         for n in range(150)
     ]
     folder = write_result(tmp_path / "result", patients)
+    write_deletion(folder, {patient: (np.linspace(0.9, 0, 7), [0.9] * 7) for patient, *_ in patients})
     section = patients_section(folder)
     assert len(cards_of(section)) == 150
+    assert section.html.count("<polyline") == 300
     assert len(section.html) < 6e6
     monkeypatch.setattr(module, "MOST_PATIENTS", 20)
     monkeypatch.setattr(module, "MOST_THUMBNAILS", 160)
@@ -257,6 +306,14 @@ def test_the_page_stays_small_with_many_patients(tmp_path, monkeypatch):
         ("predictions_of_networks.csv", "patient,p_APL,p_control\na,1,0\na,x,0\n", "no number in the column p_APL"),
         ("predictions_of_networks.csv", "patient,p_APL\na,1\n", "has no column p_control"),
         ("attention.csv", "patient,source,attention\nz,x,1\n", "attention.csv and predictions.csv .* different runs"),
+        ("deletion.csv", "patient,share,random\na,0,1\n", "deletion.csv' has no column most_attended"),
+        ("deletion.csv", DELETION_HEADER + "a,0,x,1\n", "deletion.csv' has no number in the column most_attended"),
+        (
+            "deletion.csv",
+            DELETION_HEADER + "a,0,0.9,nan\n",
+            "deletion.csv' has values outside 0 to 1 in the columns share, most_",
+        ),
+        ("deletion.csv", DELETION_HEADER + "b,0,0.9,0.9\n", "deletion.csv and predictions.csv .* different runs"),
         ("results.json", '{"protocol": "knn"}', "is of protocol 'knn'; give the folder of an ABMIL result"),
         ("results.json", "[]", "no JSON object"),
         ("results.json", "{", "not readable as JSON"),
