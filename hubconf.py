@@ -2,6 +2,6 @@
 
 from dinov2.hub.backbones import ENTRY_POINTS
 
-dependencies = ["torch", "filelock", "iopath", "numpy", "omegaconf", "PIL", "safetensors"]
+dependencies = ["torch", "filelock", "huggingface_hub", "iopath", "numpy", "omegaconf", "PIL", "safetensors"]
 
 globals().update(ENTRY_POINTS)

@@ -70,13 +70,14 @@ def load_backbone(source: PathLike, img_size: int | None = None) -> DinoVisionTr
 
     Args:
         source: a file in any layout of the module docstring; a folder, from which `checkpoint_file` chooses; a name of
-            `dinov2.hub.RELEASES` (`dinobloom_b`, `dinov2_vits14_reg`, ...) or a URL, which are downloaded once.
+            `dinov2.hub.RELEASES` (`dinobloom_b`, `dinov2_vits14_reg`, ...) or a URL, which are downloaded once; a
+            repository of the Hugging Face hub (`hf-hub:<owner>/<name>`, see `dinov2.hub.hugging_face`).
         img_size: S, side of the square images to embed; a multiple of the patch size. By default the size that the
             file records, as a training run does, else 224.
 
     Raises:
         FileNotFoundError: there is no such file, no weights in the folder, or no such name.
-        ConnectionError: it cannot be downloaded.
+        ConnectionError: it cannot be downloaded, or the hub refuses access.
         ValueError: the file is damaged, is no checkpoint or needs pickled code; or its tensors do not make a whole
             backbone (the message lists them); or it holds another architecture than the release of that name.
     """
@@ -94,7 +95,7 @@ def _load(source: PathLike, img_size: int | None, default_size: int) -> DinoVisi
             model = build_backbone({**description, "img_size": img_size})
     except ValueError as error:
         raise ValueError(f"checkpoint {path}: {error}") from error
-    report = [describe_backbone(model), f"all {len(state)} tensors loaded"]
+    report = [describe_backbone(model), *filter(None, [stored.note]), f"all {len(state)} tensors loaded"]
     pos_embed = state["pos_embed"]
     if pos_embed.shape != model.pos_embed.shape:
         grid = img_size // model.patch_size

@@ -7,9 +7,11 @@ from typing import Any
 
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.hub.conversions import LAYER_NORM_EPS
-from dinov2.utils.files import check_regular_file
+from dinov2.utils.files import PathLike, check_regular_file
 
 CONFIG_FILE, PREPROCESSOR_FILE = "config.json", "preprocessor_config.json"
+# Side in pixels of the images that DinoBloom was trained on. Its ports to timm may state the one of DINOv2's networks.
+DINOBLOOM_SIZE, DINOV2_SIZE = 224, 518
 LARGEST_DESCRIPTION = 100_000_000  # bytes of a header of safetensors, and of a JSON or YAML file
 # what using a setting of another type, or one that is nested deeply, raises
 WRONG_TYPES = (TypeError, AttributeError, LookupError, RecursionError)
@@ -23,6 +25,7 @@ _HF_SETTINGS = {
 }
 _HF_FIXED = {"hidden_act": "gelu", "layer_norm_eps": LAYER_NORM_EPS}
 _HF_TYPES = ("dinov2", "dinov2_with_registers")
+TIMM_TAG = "timm_tag"  # key of a description by timm: the tag of the network's name, which may be empty
 _TIMM_SETTINGS = {**{name: name for name in ("embed_dim", "depth", "num_heads")}, "reg_tokens": "num_register_tokens"}
 
 
@@ -73,7 +76,14 @@ def _describe_by_timm(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     arguments = config.get("model_args") or {}
     recorded = {ours: arguments[theirs] for theirs, ours in _TIMM_SETTINGS.items() if theirs in arguments}
     size = preparation.get("input_size") or [None]
-    return {**recorded, "img_size": size[-1]}
+    return {**recorded, "img_size": size[-1], TIMM_TAG: str(preparation.get("tag") or "")}
+
+
+def is_named_dinobloom(folder: PathLike, tag: str = "") -> bool:
+    """Return whether the name of a timm network's folder or repository, or its tag, says that it is DinoBloom."""
+    parts = Path(folder).parts
+    # huggingface_hub's cache: models--<owner>--<name>/snapshots/<commit>
+    return "dinobloom" in " ".join([*parts[-1:], *(p for p in parts if p.startswith("models--")), tag]).lower()
 
 
 def _check_normalisation(mean: Any, std: Any, file: Path) -> None:

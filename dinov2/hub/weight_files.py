@@ -6,6 +6,7 @@ the user downloaded there is used. DINOV2_RELEASES_URL and DINOBLOOM_RELEASES_UR
 No code in a file is ever run: pickles are read with `weights_only=True`.
 """
 
+import math
 import mmap
 import os
 import pickle
@@ -13,7 +14,7 @@ import re
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -29,13 +30,18 @@ from torch import Tensor
 from dinov2.hub.adapters import is_adapter, lora_scaling, merge_adapters
 from dinov2.hub.conversions import to_own_names
 from dinov2.hub.descriptions import (
+    DINOBLOOM_SIZE,
+    DINOV2_SIZE,
     LARGEST_DESCRIPTION,
+    TIMM_TAG,
     WRONG_TYPES,
     check_description,
+    is_named_dinobloom,
     parse_json,
     read_description,
     read_json,
 )
+from dinov2.hub.hugging_face import HUB_NAME, HUB_PREFIX, download_from_hub
 from dinov2.models import architecture, build_model_from_cfg, check_settings
 from dinov2.utils.config import read_config
 from dinov2.utils.files import (
@@ -52,7 +58,12 @@ from dinov2.utils.sharded_checkpoints import METADATA_FILE, first_error_line, re
 TEACHER_FILE = "teacher_checkpoint.pth"
 # transformers' and timm's names of the file in a folder
 FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-INDEX_FILES = tuple(f"{name}.index.json" for name in FOLDER_WEIGHTS)  # if the weights are split over files
+EXPORTED_WEIGHTS = ("backbone.pth", "backbone.safetensors")  # of hub/export.py; only the first one has a classifier
+# one network of several in a folder, as DinoBloom's repository on the Hugging Face hub has them
+LETTERED_WEIGHTS = re.compile(r"pytorch_model_([a-z])\.bin")
+INDEX_ENDING = ".index.json"
+INDEX_FILES = tuple(f"{name}{INDEX_ENDING}" for name in FOLDER_WEIGHTS)  # if the weights are split over files
+WEIGHTS_ENDINGS = (".safetensors", ".bin", ".pth", ".pt")
 # parts that torch.compile, DistributedDataParallel, FSDP and activation checkpointing add to parameter names
 WRAPPER_COMPONENTS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 HEADS = ("dino_head", "ibot_head")
@@ -99,13 +110,13 @@ def _dinov2(letter: str, has_registers: bool) -> Release:
     path = f"{arch}/{arch}{'_reg4' if has_registers else ''}_pretrain.pth"
     name = arch + ("_reg" if has_registers else "")
     about = "with four registers (arXiv 2309.16588)" if has_registers else "(arXiv 2304.07193)"
-    return Release(name, name, 518, path, f"DINOv2's ViT-{'g' if letter == 'g' else letter.upper()}/14 {about}")
+    return Release(name, name, DINOV2_SIZE, path, f"DINOv2's ViT-{'g' if letter == 'g' else letter.upper()}/14 {about}")
 
 
 def _dinobloom(letter: str, sha256: str = "") -> Release:
     path = f"DinoBloom-{letter.upper()}.pth?download=1"
     title = f"DinoBloom-{letter.upper()}, for single blood and bone-marrow cells (arXiv 2404.05022)"
-    return Release(f"dinobloom_{letter}", f"dinov2_vit{letter}14", 224, path, title, sha256)
+    return Release(f"dinobloom_{letter}", f"dinov2_vit{letter}14", DINOBLOOM_SIZE, path, title, sha256)
 
 
 RELEASES: dict[str, Release] = {
@@ -121,6 +132,8 @@ RELEASES: dict[str, Release] = {
 
 def release_of(file: Path, sha256: str) -> Release | None:
     """Return the release that a file holds: by its checksum if one is published, else by the file's name."""
+    if lettered := LETTERED_WEIGHTS.fullmatch(file.name):
+        return RELEASES.get(f"dinobloom_{lettered[1]}")
     return next(
         (
             release
@@ -132,8 +145,14 @@ def release_of(file: Path, sha256: str) -> Release | None:
 
 
 def resolve_weights(source: PathLike) -> Path:
-    """Return the local file or folder of `source`; names and URLs are downloaded once."""
+    """Return the local file or folder of `source`; names and URLs are downloaded once.
+
+    A repository of the Hugging Face hub is asked for a newer version each time.
+    """
     text = os.fspath(source)
+    if text.startswith(HUB_PREFIX):
+        file = download_from_hub(text, _choose_weights)
+        return file.parent if file.name in INDEX_FILES else file
     release = next((known for known in RELEASES.values() if known.url == text), None)
     if release is None and (path := local_path(source)).exists():
         return path
@@ -141,7 +160,7 @@ def resolve_weights(source: PathLike) -> Path:
     if release is not None:
         return download(release.url, release.file, release.sha256)
     close = get_close_matches(text, RELEASES, n=3)
-    names = f"perhaps {' or '.join(close)}?" if close else f"names are {', '.join(RELEASES)}"
+    names = f"perhaps {' or '.join(close)}?" if close else f"names are {', '.join(RELEASES)} and {HUB_NAME}"
     raise FileNotFoundError(f"checkpoint: no file or folder {text!r}, and no release has that name; {names}")
 
 
@@ -152,22 +171,22 @@ class StoredNetworks:
     backbone: dict[str, Tensor]  # without prefixes and block chunks
     heads: dict[str, dict[str, Tensor]]  # {"dino_head": tensors, "ibot_head": tensors}, as far as they exist
     recorded: dict[str, Any]  # as of `models.architecture`; img_size is the side of the images it was made for
+    note: str = ""  # why img_size is not the one that the file states
 
 
 def checkpoint_file(source: PathLike) -> Path:
     """Return the file with the weights of a file, folder, name or URL; for weights in several files, their folder.
 
     In a run's folder it is the newest teacher or, before the first one, the newest checkpoint to resume from. In a
-    folder of transformers or timm it is the file with the weights.
+    folder of transformers, of timm or of an export it is the file with the weights.
     """
     path = resolve_weights(source)
     if not path.is_dir():
         return check_regular_file(path, "checkpoint")
-    if any((path / name).is_file() for name in (METADATA_FILE, *INDEX_FILES)):
+    if (path / METADATA_FILE).is_file():
         return path
-    for name in (TEACHER_FILE, *FOLDER_WEIGHTS):
-        if (path / name).is_file():
-            return check_regular_file(path / name, "checkpoint")
+    if name := _weights_name([file.name for file in path.iterdir() if file.is_file()], str(path)):
+        return path if name in INDEX_FILES else check_regular_file(path / name, "checkpoint")
     for pattern in (
         f"eval/training_*/{TEACHER_FILE}",
         f"checkpoints/iteration_*/{METADATA_FILE}",
@@ -180,9 +199,38 @@ def checkpoint_file(source: PathLike) -> Path:
             return check_regular_file(newest, "checkpoint") if newest.name == TEACHER_FILE else newest.parent
     raise FileNotFoundError(
         f"checkpoint: no weights in the folder {str(path)!r}: neither eval/training_<iteration>/{TEACHER_FILE}, which "
-        f"a run writes at each evaluation, nor checkpoints/iteration_<n>/, nor {' or '.join(FOLDER_WEIGHTS)}; pass a "
-        f"run's folder or a file with weights"
+        f"a run writes at each evaluation, nor checkpoints/iteration_<n>/, nor {' or '.join(FOLDER_WEIGHTS)}, nor "
+        f"{' or '.join(EXPORTED_WEIGHTS)}; pass a run's folder or a file with weights"
     )
+
+
+def _weights_name(names: Collection[str], folder: str) -> str:
+    """Return the file to open out of the files in a folder; empty if none has a known name."""
+    for name in (*INDEX_FILES, TEACHER_FILE, *FOLDER_WEIGHTS, *EXPORTED_WEIGHTS):
+        if name in names:
+            return name
+    lettered = sorted(filter(LETTERED_WEIGHTS.fullmatch, names))
+    if len(lettered) > 1:
+        raise ValueError(
+            f"checkpoint {folder}: has {len(lettered)} networks, {', '.join(lettered)}; choose one, for instance "
+            f"{folder}/{lettered[0]}"
+        )
+    return lettered[0] if lettered else ""
+
+
+def _choose_weights(names: Sequence[str], folder: str) -> list[str]:
+    """Return the files to download out of those of a repository or folder on the Hugging Face hub."""
+    name = _weights_name(names, folder)
+    if not name:
+        files = [each for each in names if each.endswith(WEIGHTS_ENDINGS)]
+        advice = f"; give the path of one, for instance {folder}/{files[0]}" if files else ""
+        raise FileNotFoundError(
+            f"checkpoint {folder}: no file of a known name among {join_names(sorted(files or names))}{advice}"
+        )
+    if name not in INDEX_FILES:
+        return [name]
+    stem, _, ending = name.removesuffix(INDEX_ENDING).rpartition(".")
+    return [name, *(each for each in names if re.fullmatch(rf"{stem}-\d+-of-\d+\.{ending}", each))]
 
 
 # --- tensors under our names ----------------------------------------------------------------------------------------
@@ -195,6 +243,7 @@ def read_networks(path: Path) -> StoredNetworks:
             content, recorded = _read(path)
     except MemoryError as error:
         raise MemoryError(f"to read {path}") from error
+    tag = recorded.pop(TIMM_TAG, None)
     check_settings(recorded, f"checkpoint {path}: its recorded ")
     if not isinstance(recorded.get("img_size"), int):  # no square: it says nothing of the square images here
         recorded.pop("img_size", None)
@@ -202,7 +251,27 @@ def read_networks(path: Path) -> StoredNetworks:
         backbone, heads = _split(_named_tensors(content, path), path)
     except (RuntimeError, IndexError) as error:  # of joining tensors
         raise ValueError(f"checkpoint {path}: its tensors do not fit together: {first_error_line(error)}") from error
-    return StoredNetworks(backbone, heads, recorded)
+    note = "" if tag is None else _correct_size(recorded, backbone, is_named_dinobloom(path.parent, tag))
+    return StoredNetworks(backbone, heads, recorded, note)
+
+
+def _correct_size(recorded: dict[str, Any], backbone: Mapping[str, Tensor], is_dinobloom: bool) -> str:
+    """Correct the size of images that a description by timm records; return what was corrected, empty if nothing.
+
+    It is often that of the architecture's released weights, 518 px, whatever these weights were trained on.
+    """
+    stated, reason = recorded.get("img_size"), ""
+    pos_embed, projection = (backbone.get(name) for name in ("pos_embed", "patch_embed.proj.weight"))
+    if stated and pos_embed is not None and projection is not None and pos_embed.ndim == 3 and projection.ndim == 4:
+        patch_size, n_patches = projection.shape[-1], max(0, pos_embed.shape[1] - 1)
+        side = math.isqrt(n_patches)
+        if patch_size and side and side**2 == n_patches and side != stated // patch_size:
+            recorded["img_size"], reason = side * patch_size, "for which its position embeddings are"
+    if is_dinobloom and recorded.get("img_size") == DINOV2_SIZE:
+        recorded["img_size"], reason = DINOBLOOM_SIZE, "at which DinoBloom was trained"
+    if recorded.get("img_size") == stated:
+        return ""
+    return f"for images of {recorded['img_size']} px, {reason}, not of {stated} px as config.json says"
 
 
 def _named_tensors(content: Mapping[str, Any], path: Path) -> list[tuple[str, Tensor]]:

@@ -7,6 +7,7 @@ Dimension key:  B images, N images of a list, S image side in pixels, D embeddin
 
 import hashlib
 import inspect
+import logging
 import math
 import os
 import re
@@ -25,8 +26,11 @@ from torch import Tensor, nn
 from dinov2.data.datasets.decode import resize_image
 from dinov2.eval.features.encoders import Encoder, Kind, Preparation, assemble, check_divisible
 from dinov2.hub.backbones import check_names_and_shapes
+from dinov2.hub.descriptions import DINOBLOOM_SIZE, is_named_dinobloom
 from dinov2.hub.weight_files import read_weights_file, unwrap
 from dinov2.utils.files import local_path
+
+logger = logging.getLogger("dinov2")
 
 UNTRAINED = "untrained"  # in place of a weights file
 UNTRAINED_SEED = 0
@@ -82,6 +86,12 @@ class TimmEncoder(Encoder):
                 f"--encoder timm:{name}: the package timm cannot be imported ({error}); run `pip install timm`"
             ) from error
         self.description = f"timm:{name}"
+        if not image_size and _is_dinobloom(name):
+            image_size = DINOBLOOM_SIZE
+            logger.info(
+                "%s: images of %d px, at which DinoBloom was trained, whatever its config.json says",
+                *(self.description, image_size),
+            )
         self.network = network = _timm_network(timm, name, image_size, weights)
         self.has_patch_tokens = _is_plain_vit(network)
         has_cls_token = self.has_patch_tokens and getattr(network, "cls_token", None) is not None
@@ -235,12 +245,22 @@ def _check_size(encoder: Encoder) -> None:
         ) from error
 
 
+def _is_dinobloom(name: str) -> bool:
+    """Return whether a timm name is that of a repository or folder with DinoBloom."""
+    return ":" in name and is_named_dinobloom(name.partition(":")[2])
+
+
+def _has_fixed_size(timm: Any, name: str) -> bool:
+    return bool(getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False))
+
+
 def _timm_network(timm: Any, name: str, image_size: int, weights: str) -> Any:
     plain_name = name.partition(".")[0]
     if ":" not in name and not timm.is_model(plain_name):
         raise ValueError(_unknown(f"timm:{name}", plain_name, timm.list_models()))
     settings: dict[str, Any] = {"num_classes": 0}
-    if image_size and ":" not in name and getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
+    # what a repository or folder states is known only after timm has built the network
+    if image_size and (_is_dinobloom(name) or (":" not in name and _has_fixed_size(timm, name))):
         settings["img_size"] = image_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(UNTRAINED_SEED)

@@ -1,5 +1,6 @@
 """Encoders by name: their features are those of the libraries, after the transforms of the libraries."""
 
+import json
 import pickle
 import re
 import sys
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from dinov2.data.datasets import LabelledCells
@@ -154,6 +156,24 @@ def test_baselines_are_those_of_the_protocols(files):
         expected = np.stack([compute(decode_image(file)) for file in files])
         np.testing.assert_array_equal(embedder.extract(files).features, expected)
     assert Embedder(encoder_name="pixels").identity != Embedder(encoder_name="histogram").identity
+
+
+def test_ports_of_dinobloom_get_the_size_of_its_training(timm, tmp_path, caplog):
+    """Their config.json may state the 518 px of DINOv2's networks, for which timm would resize position embeddings."""
+    folder = tmp_path / "vit_tiny_patch14_224.dinobloom"
+    arguments = {"patch_size": 14, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 0, "init_values": 1e-5}
+    network = seeded(lambda: timm.create_model("vit_small_patch14_dinov2", img_size=224, **arguments))
+    folder.mkdir()
+    save_file(network.state_dict(), folder / "model.safetensors")
+    config = {"architecture": "vit_small_patch14_dinov2", "num_classes": 0, "model_args": arguments}
+    (folder / "config.json").write_text(json.dumps({**config, "pretrained_cfg": {"input_size": [3, 518, 518]}}))
+    with caplog.at_level("INFO", logger="dinov2"):
+        encoder = build_encoder(f"timm:local-dir:{folder}")
+    assert encoder.image_size == 224
+    assert "crop 224 px" in encoder.transform
+    torch.testing.assert_close(encoder.network.pos_embed, network.pos_embed)
+    assert "images of 224 px, at which DinoBloom was trained" in caplog.text
+    assert build_encoder(f"timm:local-dir:{folder}", image_size=112).network.pos_embed.shape[1] == 1 + 8 * 8
 
 
 @pytest.mark.parametrize("name", ["timm:test_resnet", "torchvision:resnet18", "pixels", "histogram"])
