@@ -62,6 +62,7 @@ setup(
     extras_require={
         "xformers": ["xformers>=0.0.35"],
         "lora": [development["peft"]],
+        "mlflow": [development["mlflow-skinny"]],
         "parquet": [development["pyarrow"]],
         "plots": [],  # matplotlib is required now; the name stays for commands that ask for it
         "tensorboard": [requirements["tensorboard"]],

@@ -34,7 +34,7 @@ BARE_MACHINE = """
 import importlib, sys
 
 OPTIONAL = {"xformers", "tensorboard", "torchmil", "wandb", "timm", "transformers", "onnxruntime", "peft"}
-OPTIONAL |= {"pyarrow", "umap", "triton"}
+OPTIONAL |= {"mlflow", "pyarrow", "umap", "triton"}
 
 class Missing:
     def find_spec(self, name, path=None, target=None):

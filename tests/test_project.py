@@ -21,6 +21,7 @@ SCRIPTS = [ROOT / ".ci" / "run", *sorted((ROOT / "scripts").glob("*.sh"))]
 # Packages whose import name is not their name on PyPI.
 DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 EXTRAS = {
+    "mlflow",
     "triton",
     "onnxruntime",
     "peft",

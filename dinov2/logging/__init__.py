@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import time
 import uuid
@@ -12,6 +13,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,24 @@ from torch import Tensor
 
 from dinov2.distributed import get_rank, is_main_process
 from dinov2.utils.command import duration_text
-from dinov2.utils.files import atomic_write
+from dinov2.utils.files import atomic_write, user_path
 
 logger = logging.getLogger("dinov2")
 
 _FORMAT = "%(asctime)s %(levelname).1s %(message)s"
 LAP_PREFIX = "seconds_"  # of the columns with the seconds of each stage of a step
 MAX_MARKS = 100_000  # that are kept if `means` is never called
+# MLflow's limits: metrics and parameters of a call, letters of a parameter
+MLFLOW_METRICS, MLFLOW_PARAMETERS, MLFLOW_LETTERS = 1000, 100, 500
+# unless the user set them
+_MLFLOW_ENVIRONMENT = {
+    "MLFLOW_ALLOW_FILE_STORE": "true",  # since release 3, folders are refused without it
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # by default a silent server would hold up training for a quarter of an hour
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+}
+_DROPPED = "%s gets no more numbers of this part of the run (%s); training_metrics.json has them"
 
 
 class _LogFile(logging.FileHandler):
@@ -88,6 +101,11 @@ class Tracker:
     def log(self, values: Mapping[str, float], iteration: int) -> None:
         raise NotImplementedError
 
+    def log_rows(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Log (iteration, values) of several iterations; a tracker for which fewer calls are faster overrides this."""
+        for iteration, values in rows:
+            self.log(values, iteration)
+
     def log_images(self, images: Mapping[str, np.ndarray], iteration: int) -> None:
         """Log images {name: uint8 [height, width, 3]}; a tracker that can show images overrides this."""
 
@@ -118,7 +136,7 @@ class WeightsAndBiases(Tracker):
         try:
             import wandb
         except ImportError as error:
-            raise ImportError("train.wandb.enabled is true but wandb is not installed: pip install wandb") from error
+            raise ValueError("train.wandb.enabled is true but wandb is not installed: pip install wandb") from error
         # one id for all parts of a resumed run, and another one for each other run, whatever its name
         id_file = run_folder / "wandb_id.txt"
         if not id_file.is_file():
@@ -142,6 +160,98 @@ class WeightsAndBiases(Tracker):
         self._run.finish()
 
 
+class MLflow(Tracker):
+    """A run of an MLflow server, or of a folder; the same one after a resume.
+
+    ConnectionError: the server does not answer or refuses.
+    """
+
+    def __init__(self, settings: Any, run_folder: Path, config: dict[str, Any]) -> None:
+        for name, value in _MLFLOW_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        try:
+            from mlflow import MlflowClient
+            from mlflow.entities import Metric, Param
+        except ImportError as error:
+            raise ValueError(
+                "train.mlflow.enabled is true but MLflow is not installed: pip install mlflow-skinny"
+            ) from error
+        self._metric = Metric
+        place = settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or str(run_folder / "mlruns")
+        is_address = "://" in place or place.startswith("databricks")
+        with self._errors_translated(of_settings=True):
+            self._client = MlflowClient(place if is_address else user_path(place).absolute().as_uri())
+            self._id = self._continue(run_folder / "mlflow_id.txt")
+            if not self._id:
+                self._id = self._start(settings.experiment, run_folder)
+                params = [Param(key, value[:MLFLOW_LETTERS]) for key, value in _flattened(config)]
+                for i in range(0, len(params), MLFLOW_PARAMETERS):
+                    self._client.log_batch(self._id, params=params[i : i + MLFLOW_PARAMETERS])
+
+    def _continue(self, id_file: Path) -> str:
+        """Return the id of an earlier part of the run, which then runs again; empty if there is none at this place."""
+        from mlflow.exceptions import MlflowException
+
+        if not id_file.is_file():
+            return ""
+        run_id = id_file.read_text(encoding="utf-8")
+        try:
+            self._client.update_run(run_id, status="RUNNING")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return ""
+        return run_id
+
+    def _start(self, experiment: str, run_folder: Path) -> str:
+        found = self._client.get_experiment_by_name(experiment)
+        number = self._client.create_experiment(experiment) if found is None else found.experiment_id
+        run_id: str = self._client.create_run(number, run_name=run_folder.name).info.run_id
+        with atomic_write(run_folder / "mlflow_id.txt", "w") as file:
+            file.write(run_id)
+        return run_id
+
+    def log(self, values: Mapping[str, float], iteration: int) -> None:
+        self.log_rows([(iteration, values)])
+
+    def log_rows(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        now = round(time.time() * 1000)  # milliseconds
+        metrics = [
+            self._metric(re.sub(r"[^\w.\-/ ]", "_", name), float(value), now, iteration)
+            for iteration, values in rows
+            for name, value in values.items()
+        ]
+        with self._errors_translated():
+            for i in range(0, len(metrics), MLFLOW_METRICS):
+                self._client.log_batch(self._id, metrics=metrics[i : i + MLFLOW_METRICS])
+
+    def close(self) -> None:
+        with self._errors_translated():
+            self._client.set_terminated(self._id)
+
+    @contextmanager
+    def _errors_translated(self, of_settings: bool = False) -> Iterator[None]:
+        """Raise ConnectionError for MLflow's own errors; ValueError for an address or name that it does not take."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield
+        except (MlflowException, JSONDecodeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if of_settings and getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE":
+                raise ValueError(f"train.mlflow: {reason}; correct its tracking_uri or experiment") from error
+            raise ConnectionError(f"MLflow: {reason}") from error
+
+
+def _flattened(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (section.key, value) of all keys of nested mappings."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value)
+
+
 def open_trackers(train: Any, run_folder: Path, start: int, config: dict[str, Any]) -> list[Tracker]:
     """Open the trackers of the config's section `train`, on the main process; TensorBoard only if it is installed."""
     trackers: list[Tracker] = []
@@ -154,6 +264,11 @@ def open_trackers(train: Any, run_folder: Path, start: int, config: dict[str, An
             logger.info("TensorBoard is not installed; training_metrics.json has the same numbers")
     if train.wandb.enabled:
         trackers.append(WeightsAndBiases(train.wandb, run_folder, config))
+    if train.mlflow.enabled:
+        try:
+            trackers.append(MLflow(train.mlflow, run_folder, config))
+        except OSError as error:  # a requeued run goes on while the server is down
+            logger.error(_DROPPED, "MLflow", error)
     return trackers
 
 
@@ -271,11 +386,8 @@ class MetricLogger:
             self._append("".join(json.dumps({k: _json_number(v) for k, v in row.items()}) + "\n" for row in rows))
             self._report(rows[-1], now)
 
-        def log_rows(tracker: Tracker) -> None:
-            for row in rows:
-                tracker.log({k: v for k, v in row.items() if k != "iteration"}, int(row["iteration"]))
-
-        self._track(log_rows)
+        values = [(int(row["iteration"]), {k: v for k, v in row.items() if k != "iteration"}) for row in rows]
+        self._track(lambda tracker: tracker.log_rows(values))
         self._pending.clear()
         self._flops = 0.0
         self._flushed_at, self.newest = now, rows[-1]
@@ -309,10 +421,7 @@ class MetricLogger:
                 action(tracker)
             except OSError as error:
                 self.trackers.remove(tracker)
-                logger.error(
-                    "%s gets no more numbers of this part of the run (%s); training_metrics.json has them",
-                    *(type(tracker).__name__, error),
-                )
+                logger.error(_DROPPED, type(tracker).__name__, error)
 
     def _append(self, lines: str) -> None:
         """Write whole lines; on a full disk they wait for the next call, and the training continues."""
@@ -382,7 +491,7 @@ def _keep_lines_before(path: Path, iteration: int) -> None:
         try:
             if json.loads(line)["iteration"] < iteration:
                 kept.append(line + "\n")
-        except json.JSONDecodeError:
+        except JSONDecodeError:
             logger.warning("%s: dropping a line that was cut short", path)
     with atomic_write(path, "w") as file:
         file.writelines(kept)

@@ -50,8 +50,8 @@ _SHAPE_KEYS = (
 # Keys that may change on resume without a warning: they do not affect results.
 _HARMLESS_KEYS = (
     *("train.output_dir", "train.device", "train.num_workers", "train.saveckp_freq", "train.keep_checkpoints"),
-    *("train.milestone_freq", "train.log_period", "train.tensorboard", "train.wandb", "train.max_bad", "evaluation"),
-    *("train.batch_size_per_gpu", "train.accumulation_steps", "train.activation_checkpointing"),
+    *("train.milestone_freq", "train.log_period", "train.tensorboard", "train.wandb", "train.mlflow", "train.max_bad"),
+    *("evaluation", "train.batch_size_per_gpu", "train.accumulation_steps", "train.activation_checkpointing"),
     *("train.compile", "train.hang_timeout_seconds", "train.max_rollbacks", "train.views"),
 )
 _LOCK_TIMEOUT_SECONDS = 120  # an NFS server keeps the locks of a dead machine for this long

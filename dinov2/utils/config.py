@@ -42,6 +42,7 @@ _EXAMPLES: dict[str, Any] = {
     **dict.fromkeys(("train.image_size", "train.accumulation_steps", "train.global_batch_size"), 1),
     **dict.fromkeys(("student.embed_dim", "student.depth", "student.num_heads", "evaluation.keep_teachers"), 1),
     "train.wandb.entity": "team",
+    "train.mlflow.tracking_uri": "http://localhost:5000",
     "train.balance.weights": {"bmc": 0.5, "acevedo": 2.0},
     "student.freeze": ["patch_embed", "pos_embed", "0-7"],
     "student.unfreeze": ["norm", "10-11"],

@@ -227,6 +227,18 @@ def test_weights_and_biases_is_opt_in_and_keeps_one_id_over_a_resume(run, monkey
     assert logged.count("finished") == 2
 
 
+def test_mlflow_is_opt_in_and_keeps_one_run_over_a_resume(run):
+    mlflow = pytest.importorskip("mlflow")
+    run("train.mlflow.enabled=true")
+    _, folder = run("train.mlflow.enabled=true", "optim.epochs=3")
+    client = mlflow.MlflowClient((folder / "mlruns").as_uri())
+    (found,) = client.search_runs([client.get_experiment_by_name("dinobloom").experiment_id])
+    assert found.info.status == "FINISHED"
+    assert found.data.params["train.seed"] == "0"
+    history = client.get_metric_history(found.info.run_id, "total_loss")
+    assert sorted(each.step for each in history) == [0, 1, 2, 3, 4, 5]
+
+
 def test_an_untouched_folder_gives_the_same_losses_again(run):
     _, first = run(name="first")
     _, second = run(name="second")
