@@ -79,11 +79,16 @@ def _describe_by_timm(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     return {**recorded, "img_size": size[-1], TIMM_TAG: str(preparation.get("tag") or "")}
 
 
+def repository_name(path: PathLike) -> str:
+    """Return the name of the repository to whose copy in huggingface_hub's cache a path leads; empty if to none."""
+    # the folders are models--<owner>--<name>/snapshots/<commit>
+    folder = next((part for part in Path(path).parts if part.startswith("models--")), "")
+    return folder.rpartition("--")[2]
+
+
 def is_named_dinobloom(folder: PathLike, tag: str = "") -> bool:
     """Return whether the name of a timm network's folder or repository, or its tag, says that it is DinoBloom."""
-    parts = Path(folder).parts
-    # huggingface_hub's cache: models--<owner>--<name>/snapshots/<commit>
-    return "dinobloom" in " ".join([*parts[-1:], *(p for p in parts if p.startswith("models--")), tag]).lower()
+    return "dinobloom" in f"{Path(folder).name} {repository_name(folder)} {tag}".lower()
 
 
 def _check_normalisation(mean: Any, std: Any, file: Path) -> None:

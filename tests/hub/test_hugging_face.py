@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dinov2.hub import conversions
+from dinov2.hub import conversions, export, hugging_face
 from dinov2.hub.backbones import ENTRY_POINTS, load_backbone, trained_image_size
 from dinov2.hub.weight_files import checkpoint_file, release_of, resolve_weights
 from dinov2.models import build_backbone
@@ -53,6 +53,10 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.answer()
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send(self.server.statuses.pop(0), b"")
 
     def answer(self):
         path = unquote(urlsplit(self.path).path)
@@ -247,6 +251,69 @@ def test_torch_hub_takes_such_names(hub, tmp_path):
     hub.repositories["lab/cells"] = {"pytorch_model_b.bin": weights(tmp_path)}
     with pytest.raises(ValueError, match=r"dinobloom_b: .*holds a ViT with dim 64"):
         ENTRY_POINTS["dinobloom_b"](weights="hf-hub:lab/cells")
+
+
+# --- uploads --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def export_to(tmp_path, monkeypatch):
+    """Exports a tiny network to tmp_path/out with a token and these flags; returns the exit code."""
+    weights(tmp_path, "net.bin")
+    flags = ["--checkpoint", str(tmp_path / "net.bin"), "--output-dir", str(tmp_path / "out"), "--formats", "pth"]
+    monkeypatch.setattr(hugging_face, "get_token", lambda: "hf_secret")
+    monkeypatch.setattr(export, "setup_logging", lambda: None)  # so that pytest sees the log
+    return lambda *more: export.main([*flags, "--image-size", "56", *more])
+
+
+def test_an_export_is_uploaded_whole_and_privately(export_to, tmp_path, monkeypatch, caplog):
+    calls = []
+
+    class Api:
+        def create_repo(self, name, **settings):
+            calls.append((name, settings))
+            return f"https://huggingface.co/{name}"
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            calls.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+    monkeypatch.setattr(hugging_face, "HfApi", Api)
+    caplog.set_level("INFO", logger="dinov2")
+    assert export_to("--push-to-hub", "lab/cells") == 0
+    files = ["README.md", "backbone.pth", "sha256sums.txt"]
+    assert calls == [("lab/cells", {"private": True, "exist_ok": True}), ("lab/cells", files)]
+    assert "uploaded to https://huggingface.co/lab/cells" in caplog.text
+    assert export_to("--push-to-hub", "lab/cells", "--public", "--overwrite") == 0
+    assert calls[2] == ("lab/cells", {"private": False, "exist_ok": True})
+
+
+def test_an_export_that_was_uploaded_is_a_checkpoint(export_to, hub, tmp_path):
+    assert export_to() == 0
+    hub.repositories["lab/cells"] = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert load_backbone("hf-hub:lab/cells").transform.image_size == 56
+    assert hub.downloads == ["backbone.pth"]
+
+
+@pytest.mark.parametrize("status", [403, 500, None])
+def test_the_export_is_kept_if_the_upload_fails(status, export_to, hub, tmp_path, monkeypatch, caplog):
+    hub.statuses = [status] * 20
+    if status is None:
+        use_server(monkeypatch, "http://127.0.0.1:9")
+    assert export_to("--push-to-hub", "lab/cells") == 2
+    assert re.search(r"--push-to-hub lab/cells: not uploaded \(.+\); the export is whole in", caplog.text)
+    assert "hf_secret" not in caplog.text
+    assert load_backbone(tmp_path / "out").embed_dim == 64
+
+
+def test_an_upload_that_cannot_work_is_an_error_before_the_export(export_to, tmp_path, monkeypatch, caplog):
+    assert export_to("--push-to-hub", "cells") == 2
+    monkeypatch.setattr(hugging_face, "get_token", lambda: None)
+    assert export_to("--push-to-hub", "lab/cells") == 2
+    assert "--push-to-hub cells: it is no repository on the Hugging Face hub; give <owner>/<name>" in caplog.text
+    assert "no access token of the Hugging Face hub here; run `hf auth login` or set HF_TOKEN" in caplog.text
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        export_to("--public")
 
 
 # --- networks of timm -----------------------------------------------------------------------------------------------
