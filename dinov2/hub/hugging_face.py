@@ -58,27 +58,31 @@ def download_from_hub(source: str, choose: Callable[[Sequence[str], str], list[s
         raise ValueError(f"checkpoint {source}: names on the Hugging Face hub have the form {HUB_NAME}")
     repository, inner, revision = match.groups()
     with _errors_explained(f"checkpoint {source}", repository):
-        names = _list_files(repository, revision)
+        names, is_reachable = _list_files(repository, revision)
     if inner in names:
-        folder, _, file = inner.rpartition("/")
+        inner, _, file = inner.rpartition("/")
         weights = [file]
     else:
-        folder = inner or ""
-        inside = [name.removeprefix(f"{folder}/") for name in names if not folder or name.startswith(f"{folder}/")]
+        inner = inner or ""
+        inside = [name.removeprefix(f"{inner}/") for name in names if not inner or name.startswith(f"{inner}/")]
         if not inside:
             listed = ", ".join(sorted(names)[:N_NAMES_IN_ERRORS]) or "no files"
-            raise FileNotFoundError(f"checkpoint {source}: {repository} has no {folder!r}; it has {listed}")
-        weights = choose(inside, f"{HUB_PREFIX}{repository}/{folder}".rstrip("/"))
-    descriptions = [name for name in (CONFIG_FILE, PREPROCESSOR_FILE) if f"{folder}/{name}".lstrip("/") in names]
-    wanted = [f"{folder}/{name}".lstrip("/") for name in [*weights, *descriptions]]
+            raise FileNotFoundError(f"checkpoint {source}: {repository} has no {inner or 'weights'!r}; it has {listed}")
+        weights = choose(inside, f"{HUB_PREFIX}{repository}/{inner}".rstrip("/"))
+    descriptions = [name for name in (CONFIG_FILE, PREPROCESSOR_FILE) if f"{inner}/{name}".lstrip("/") in names]
+    wanted = [f"{inner}/{name}".lstrip("/") for name in [*weights, *descriptions]]
     with _errors_explained(f"checkpoint {source}", repository):
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted)) / wanted[0]
+        folder = snapshot_download(
+            repository, revision=revision, allow_patterns=wanted, local_files_only=not is_reachable
+        )
+    return Path(folder) / wanted[0]
 
 
-def _list_files(repository: str, revision: str | None) -> list[str]:
-    """List the files of a repository; if it cannot be reached, those in the cache."""
+def _list_files(repository: str, revision: str | None) -> tuple[list[str], bool]:
+    """Return the names of a repository's files and True; if it cannot be reached, those in the cache and False."""
     try:
-        return [file.rfilename for file in HfApi().model_info(repository, revision=revision).siblings or ()]
+        info = HfApi().model_info(repository, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        return [file.rfilename for file in info.siblings or ()], True
     except RevisionNotFoundError:
         raise
     except _CLIENT_ERRORS as error:
@@ -87,7 +91,7 @@ def _list_files(repository: str, revision: str | None) -> list[str]:
         except LocalEntryNotFoundError:
             raise error from None
         logger.info("%s cannot be reached (%s): its files in the cache are used", repository, _first_line(error))
-        return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()], False
 
 
 @contextmanager

@@ -251,7 +251,8 @@ def read_networks(path: Path) -> StoredNetworks:
         backbone, heads = _split(_named_tensors(content, path), path)
     except (RuntimeError, IndexError) as error:  # of joining tensors
         raise ValueError(f"checkpoint {path}: its tensors do not fit together: {first_error_line(error)}") from error
-    note = "" if tag is None else _correct_size(recorded, backbone, is_named_dinobloom(path.parent, tag))
+    folder = path if path.is_dir() else path.parent
+    note = "" if tag is None else _correct_size(recorded, backbone, is_named_dinobloom(folder, tag))
     return StoredNetworks(backbone, heads, recorded, note)
 
 
