@@ -52,7 +52,8 @@ def add_embedder_arguments(parser: argparse.ArgumentParser, checkpoint_required:
         metavar="WEIGHTS",
         help="a run's folder (its newest teacher); a .pth or .safetensors file (teacher_checkpoint.pth of a run, "
         "DinoBloom-*.pth, a DINOv2 release); a folder of transformers or timm; or a name (dinobloom_s/b/l/g, "
-        "dinov2_vits14, dinov2_vits14_reg, ...) or URL, downloaded once",
+        "dinov2_vits14, dinov2_vits14_reg, ...) or URL, downloaded once; or hf-hub:<owner>/<name>[/<file>], of the "
+        "Hugging Face hub",
     )
     network.add_argument(
         "--encoder",

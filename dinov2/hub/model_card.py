@@ -59,6 +59,7 @@ _METRICS = {
 }
 OWN_LICENCE = "apache-2.0"  # of networks of this project, and of DINOv2's and DinoBloom's releases
 LIBRARY = "dinov2"  # the package that loads them
+_BASELINES = {"untrained", "histogram", "pixels"}  # of evaluations; their results are not the network's
 _DATA_FLAGS = ("data", "train", "test", "features", "test_features", "bags", "names")
 
 
@@ -104,7 +105,7 @@ class Quote:
     about: str
     header: list[str]
     rows: list[list[str]]
-    for_hub: list[EvalResult]  # the same as shares, 0-1
+    for_hub: list[EvalResult]  # the same as shares, 0-1, without baselines
 
 
 def write_card(
@@ -265,6 +266,8 @@ def quote_results(file: Path, origin: Origin) -> Quote:
     tested_data = " and ".join(data.get("test") or data.get("test_features") or sum(data.values(), []))
     for_hub = []
     for label, metrics in accuracies.items():
+        if not _BASELINES.isdisjoint(label.split(" / ")):
+            continue
         tested, method = label, protocol
         if "results" not in content:  # of training, whose labels begin with the name of the data
             tested, _, method = label.partition(" / ")

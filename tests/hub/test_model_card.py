@@ -72,7 +72,7 @@ def test_results_are_in_the_model_index(export_card, tmp_path):
     training = {"datasets": {"pbc: new": {"knn": {"knn_20": scores}}}}
     protocol = {
         "protocol": "linear",
-        "results": {"model": {"cls": scores, "mean": {"accuracy": 0.5}}},
+        "results": {"model": {"cls": scores, "mean": {"accuracy": 0.5}}, "histogram": {"cls": scores}},
         "settings": {"train": "/private/acevedo", "test": "/private/Raabin WBC"},
     }
     for name, content in (("training.json", training), ("linear.json", protocol)):
@@ -95,6 +95,7 @@ def test_results_are_in_the_model_index(export_card, tmp_path):
         (*raabin, "f1", "weighted f1 (linear, model / cls)", 0.7),
         (*raabin, "accuracy", "accuracy (linear, model / mean)", 0.5),
     ]
+    assert "| histogram / cls | 81.2 |" in text  # a baseline is in the table only
     assert "/private" not in text
     sums = (tmp_path / "out" / "sha256sums.txt").read_text()
     assert f"{hashlib.sha256(text.encode()).hexdigest()}  README.md" in sums

@@ -150,5 +150,11 @@ def test_the_launcher_finds_weights_that_are_not_there(tmp_path, image_list, tin
         check("student.pretrained_weights=dinov2_vits4")
     with pytest.raises(ConnectionError, match="put it at"):
         check("student.pretrained_weights=dinov2_vits14")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        ConnectionError, match=r"student.pretrained_weights=hf-hub:lab/cells@v1: .*pass the path.*=null"
+    ):
+        check("student.pretrained_weights=hf-hub:lab/cells@v1")
     with pytest.raises(ValueError, match="did you mean patch_embed"):
         check("student.freeze=[patch_embd]")
