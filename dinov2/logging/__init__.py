@@ -198,7 +198,7 @@ class MLflow(Tracker):
         try:
             self._client.update_run(run_id, status="RUNNING")
         except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # the latter: deleted
                 raise
             return ""
         return run_id

@@ -226,6 +226,15 @@ def test_errors_in_one_sentence(source, kind, message, hub):
         load_backbone(source)
 
 
+def test_a_gated_repository_lists_its_files(hub, monkeypatch):
+    hub.repositories["lab/gated"] = {"pytorch_model_b.bin": b"x"}
+    listed = hugging_face.HfApi().model_info("lab/gated")
+    monkeypatch.setattr(hugging_face.HfApi, "model_info", lambda *_, **__: listed)
+    hub.refused = {"lab/gated": (401, "GatedRepo")}
+    with pytest.raises(ConnectionError, match="open only to accounts that were granted access"):
+        checkpoint_file("hf-hub:lab/gated")
+
+
 def test_a_server_that_fails(hub):
     hub.repositories["lab/cells"] = {"pytorch_model_b.bin": b"x"}
     hub.statuses = [500] * 20

@@ -59,12 +59,16 @@ def test_a_resumed_run_is_one_run(tmp_path):
     assert [(each.step, each.value) for each in scores] == [(2, 0.5), (4, 0.5)]
 
 
-def test_a_run_starts_anew_at_another_place(tmp_path, monkeypatch):
+def test_a_run_starts_anew_at_another_place_and_after_it_was_deleted(tmp_path, monkeypatch):
     log_iterations(tmp_path, open_mlflow(tmp_path), 0, 1)
     log_iterations(tmp_path, open_mlflow(tmp_path, tracking_uri=str(tmp_path / "other")), 1, 2)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path / "third"))
     log_iterations(tmp_path, open_mlflow(tmp_path), 2, 3)
     assert [len(runs_in(tmp_path / name)[1]) for name in ("mlruns", "other", "third")] == [1, 1, 1]
+    client, (run,) = runs_in(tmp_path / "third")
+    client.delete_run(run.info.run_id)
+    log_iterations(tmp_path, open_mlflow(tmp_path), 3, 4)
+    assert runs_in(tmp_path / "third")[1][0].info.run_id != run.info.run_id
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
