@@ -21,11 +21,13 @@ import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads 
 import torch
 
 from dinov2 import distributed
+from dinov2.data.datasets.bag_layouts import LAYOUTS
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.distributed import Launch
 from dinov2.eval.features import DEFAULT_KIND
 from dinov2.eval.features.encoders import KINDS_HELP, Kind
-from dinov2.eval.features.extract import Embedder, extract_patient_files
+from dinov2.eval.features.extract import Embedder
+from dinov2.eval.features.layouts import extract_one_file, extract_patient_files
 from dinov2.eval.features.loop import Fp32Matmul, Precision
 from dinov2.eval.features.named_encoders import UNTRAINED, encoder_name
 from dinov2.logging import setup_logging
@@ -157,20 +159,19 @@ def _checked_by(parse: Callable[[str], str]) -> Callable[[str], str]:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Extract features of cells with a network and write <output-dir>/features.h5, or a file "
-        "for each patient. An existing file with the same features is kept; one with others is an error. A killed "
+        description="Extract features of cells with a network and write <output-dir>/features.h5, or files "
+        "of another layout. An existing file with the same features is kept; one with others is an error. A killed "
         "command continues when it is started again. torchrun and srun share the work between processes.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_embedder_arguments(parser, checkpoint_required=True)
     parser.add_argument("--data", type=user_path, required=True, help=f"{CELLS_HELP}; or both without labels")
     parser.add_argument("--output-dir", type=user_path, required=True, help="of the files; made if missing")
-    parser.add_argument(
-        "--layout",
-        choices=("file", "genbloom"),
-        default="file",
-        help="file: one features.h5; genbloom: <class>/<patient>.h5, which needs patients",
+    layout = (
+        "file: one features.h5; parquet: one features.parquet; genbloom: <class>/<patient>.h5; the others are files of "
+        "each patient for the tool of this name, see docs/evaluation.md"
     )
+    parser.add_argument("--layout", choices=list(LAYOUTS), default="file", help=layout)
     return parser.parse_args(argv)
 
 
@@ -193,14 +194,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _extract(args: argparse.Namespace, launch: Launch | None) -> None:
     cells = LabelledCells.from_path(args.data, needs_labels=False)
     embedder = embedder_from(args, launch)
-    if args.layout == "genbloom":
-        n_patients = extract_patient_files(embedder, cells, args.output_dir, args.overwrite)
-        summary = f"{args.output_dir}: {n_patients} patients, {len(cells)} cells, {len(cells.class_names)} classes"
-    else:
-        file = args.output_dir / "features.h5"
-        features = embedder.features_of(cells, file, overwrite=args.overwrite)
+    if LAYOUTS[args.layout].is_one_file:
+        file, features = extract_one_file(embedder, cells, args.output_dir, args.overwrite, args.layout)
         dim = features.features.shape[1]
         summary = f"{file}: {len(features)} cells, {len(features.class_names)} classes, dim {dim}"
+    else:
+        n_patients = extract_patient_files(embedder, cells, args.output_dir, args.overwrite, args.layout)
+        summary = f"{args.output_dir}: {n_patients} patients, {len(cells)} cells, {len(cells.class_names)} classes"
     if distributed.is_main_process():
         print(summary)
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dinov2.data.datasets.bags import OTHER_NAMES, PatientBags, list_names, one_label_each
+from dinov2.data.datasets.bag_layouts import OTHER_NAMES, list_names
+from dinov2.data.datasets.bags import PatientBags, one_label_each
 from dinov2.data.datasets.tables import read_table
 from dinov2.data.splits import make_folds
 from dinov2.utils.files import PathLike, atomic_write, local_path

@@ -1,9 +1,10 @@
-"""Patients as bags of cell features: from a features file's arrays, from folders of .h5 files, or from a table.
+"""Patients as bags of cell features: from arrays, from folders of any layout, or from a table.
 
-Layouts of a folder of bags (a .h5 file has the dataset `features`, [N, D], or [D] for a single cell): `<patient>.h5`,
-the labels in a table with the columns `patient,label`; `<class>/<patient>.h5`; or `<class>/<patient>/*.h5`, a file per
-cell (DinoBloom's) or per slide. A table of bags (CSV or parquet) has the columns `patient,label,file`, a row per .h5
-file; files of one patient make one bag.
+Layouts of a folder of bags (a .h5 file has the dataset `features` or `feats`, [N, D], or [D] for a single cell):
+`<patient>.h5`, the labels in a table with the columns `patient,label`; `<class>/<patient>.h5`; or
+`<class>/<patient>/*.h5`, a file per cell (DinoBloom's) or per slide; and those of `bag_layouts`. A table of bags (CSV
+or parquet) has the columns `patient,label,file`, a row per .h5, .npy or .pt file; files of one patient make one bag. A
+parquet file with the column `vector` has a row per cell, and the columns `patient` and perhaps `label` and `path`.
 
 Letters: P patients, N cells of a patient, D feature dim, C classes
 """
@@ -21,18 +22,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dinov2.data.datasets.tables import check_files_exist, is_folder, read_table
+from dinov2.data.datasets.bag_layouts import OTHER_NAMES, find_bags, list_names, read_bag, read_cells_file
+from dinov2.data.datasets.tables import read_table
+from dinov2.data.datasets.vectors import VECTOR_COLUMN, has_vectors, read_vectors
 from dinov2.utils.files import PathLike, local_path
-from dinov2.utils.h5 import open_h5, read_numbers, read_texts
 
 logger = logging.getLogger("dinov2")
 
-SUFFIX = ".h5"
-# names that other projects' files have for our columns
-OTHER_NAMES = {"patient": ("patient_name", "patient_id", "patient_files"), "label": ("Label", "labels")}
 # bags whose files differ in one of these are from different networks
 IDENTITY = ("checkpoint_sha256", "transform", "kind")
-N_EXAMPLES = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,11 +118,12 @@ class PatientBags:
     def from_path(cls, path: PathLike) -> "PatientBags":
         """Read one of the layouts in the module's docstring; a table's relative files count from its own folder."""
         path = local_path(path)
-        layouts = "a folder of .h5 files, <patient>.h5 or <class>/<patient>.h5, or a table: patient,label,file"
-        rows = _rows_of_folder(path) if is_folder(path, "bags", layouts) else _rows_of_table(path)
+        if has_vectors(path, "bags"):
+            return cls._from_vectors(path)
+        rows = find_bags(path)
         parts = defaultdict(list)
         for patient, _, file in sorted(rows, key=itemgetter(0)):  # the order of a patient's files stays
-            parts[patient].append(_read_file(file))
+            parts[patient].append(read_bag(file))
         attributes = [attributes for files in parts.values() for _, _, attributes in files]
         for name in IDENTITY:
             values = {of_file.get(name) for of_file in attributes}
@@ -141,8 +140,25 @@ class PatientBags:
             [[cell for _, cells, _ in files for cell in cells] for files in parts.values()],
             attributes=dict(sorted(set.intersection(*(set(of_file.items()) for of_file in attributes)))),
         )
+        if not any(attributes):
+            bags = bags._described(path if path.is_dir() else path.parent)
         labels = [(patient, label) for patient, label, _ in rows if label is not None]
         return bags.with_labels(one_label_each(labels, f"bags {str(path)!r}")) if labels else bags
+
+    @classmethod
+    def _from_vectors(cls, file: Path) -> "PatientBags":
+        """Read a parquet file with the vector of each cell."""
+        table = read_vectors(file, "bags", OTHER_NAMES)
+        vectors, texts = table.vectors[VECTOR_COLUMN], table.texts
+        cells = texts.get("path", [f"{file}:{row}" for row in range(len(vectors))])
+        return cls.from_cells(vectors, texts.get("patient"), cells, texts.get("label"), table.attributes)
+
+    def _described(self, folder: Path) -> "PatientBags":
+        """Return the same bags with the cells and attributes of `CELLS_FILE`, where it has as many of a patient."""
+        cells, attributes = read_cells_file(folder)
+        known = [cells.get(patient, []) for patient in self.patients]
+        cells_of = [new if len(new) == len(old) else old for new, old in zip(known, self.cells, strict=True)]
+        return replace(self, cells=cells_of, attributes=attributes)
 
     def with_labels(self, labels: Mapping[str, str]) -> "PatientBags":
         """Return the same bags with labels, {patient: class}, one for each bag; classes are sorted."""
@@ -250,59 +266,3 @@ def one_label_each(pairs: Iterable[tuple[str, str]], source: str) -> dict[str, s
             f"classes of cells, give the patients' with --labels"
         )
     return {patient: labels.pop() for patient, labels in labels_of.items()}
-
-
-def list_names(names: Iterable[str]) -> str:
-    """Join the first `N_EXAMPLES` names for an error message, with "..." if there are more."""
-    names = list(names)
-    return ", ".join(map(repr, names[:N_EXAMPLES])) + (", ..." if len(names) > N_EXAMPLES else "")
-
-
-# --- files of bags --------------------------------------------------------------------------------------------------
-
-# patient, label or None, file
-Row = tuple[str, str | None, Path]
-
-
-def _rows_of_table(file: Path) -> list[Row]:
-    rows = read_table(file, "bags", ("patient", "file"), ("label",), OTHER_NAMES)
-    check_files_exist([file.parent / row["file"] for row in rows], file, "bags", "files")
-    return [(row["patient"], row.get("label"), file.parent / row["file"]) for row in rows]
-
-
-def _rows_of_folder(folder: Path) -> list[Row]:
-    """Find the .h5 files of all layouts; hidden files and folders and other suffixes are ignored."""
-    flat, in_classes, in_patients = (sorted(folder.glob(f"{'[!.]*/' * depth}[!.]*.[hH]5")) for depth in range(3))
-    rows: list[Row] = [(file.stem, file.parent.name, file) for file in in_classes]
-    rows += [(file.parent.name, file.parent.parent.name, file) for file in in_patients]
-    if not flat and not rows:
-        expected = "<patient>.h5, <class>/<patient>.h5 or <class>/<patient>/*.h5"
-        raise ValueError(f"bags: no .h5 file in {str(folder)!r} and the folders inside; expected {expected}")
-    bags = {f"{label}/{patient}" for patient, label, _ in rows}
-    classes = {str(label) for _, label, _ in rows}
-    if flat and rows:
-        raise ValueError(
-            f"bags: {str(folder)!r} has .h5 files ({flat[0].name}, ...) beside folders with .h5 files "
-            f"({list_names(sorted(classes))}); keep either one file per patient or one folder per class"
-        )
-    folders = {f"{entry.parent.name}/{entry.name}" for entry in folder.glob("[!.]*/[!.]*") if entry.is_dir()}
-    folders = {name for name in folders if name.partition("/")[0] in classes}
-    empty = sorted(folders - bags)
-    if empty:
-        what = f"folders without an .h5 file are bags without cells: {list_names(empty)}"
-        raise ValueError(f"bags: {what}; extract these patients' cells, or remove the folders")
-    twice = sorted(folders & {f"{file.parent.name}/{file.stem}" for file in in_classes})
-    if twice:
-        raise ValueError(f"bags: {str(folder)!r} has both a file and a folder of {list_names(twice)}; keep one")
-    return rows or [(file.stem, None, file) for file in flat]
-
-
-def _read_file(path: Path) -> tuple[np.ndarray, list[str], dict[str, str]]:
-    """Read features, float32 [N, D], where the N cells are from, and the attributes."""
-    with open_h5(path, "bags") as file:
-        features = np.atleast_2d(read_numbers(file, "features", (1, 2)).astype(np.float32))
-        cells = read_texts(file, "paths") if "paths" in file else []
-        attributes = {name: str(value) for name, value in file.attrs.items()}
-    if len(cells) != len(features):
-        cells = [str(path)] if len(features) == 1 else [f"{path}:{row}" for row in range(len(features))]
-    return features, cells, attributes

@@ -5,6 +5,7 @@ not converted: "007" is not 7. The text is UTF-8, except for the names of files,
 """
 
 import csv
+import importlib.util
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -53,7 +54,7 @@ class Table:
             raise ValueError(
                 f"{self.setting}: {str(self.file)!r} has the column(s) {', '.join(map(repr, twice))} twice; keep one"
             )
-        rows = _parquet_rows(self, names) if _is_parquet(self.file) else self._csv_rows(names)
+        rows = _parquet_rows(self, names) if is_parquet(self.file) else self._csv_rows(names)
         for line, values in rows:
             for value in values:
                 check_encoding(value, self.file, line, self.setting)
@@ -80,7 +81,7 @@ class Table:
 def open_table(file: Path, setting: str) -> Table:
     """Read the names of a table's columns; parquet needs pyarrow."""
     check_regular_file(file, setting)
-    if _is_parquet(file):
+    if is_parquet(file):
         with opened_parquet(file, setting) as opened:
             return Table(file, setting, opened.schema_arrow.names)
     line, header = next(_csv_rows(file, setting), (1, []))
@@ -195,7 +196,8 @@ def check_files_exist(files: Sequence[Path], table: Path, setting: str, things: 
         )
 
 
-def _is_parquet(file: Path) -> bool:
+def is_parquet(file: Path) -> bool:
+    """Return whether a table is read as parquet, by its name."""
     return file.suffix.lower() == ".parquet"
 
 
@@ -225,16 +227,19 @@ def _csv_rows(file: Path, setting: str) -> Iterator[tuple[int, list[str]]]:
             ) from error
 
 
+def check_pyarrow(what: str, alternative: str) -> None:
+    """Raise ValueError if pyarrow is missing; the message begins with what needs it."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ValueError(f"{what} needs pyarrow (`pip install pyarrow`), or {alternative}")
+
+
 @contextmanager
 def opened_parquet(file: Path, setting: str) -> Iterator[Any]:
     """Yield the opened `pyarrow.parquet.ParquetFile`; its errors in this block are ValueErrors that name the file."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{setting}: reading {str(file)!r} needs pyarrow (`pip install pyarrow`), or save it as CSV"
-        ) from error
+    check_pyarrow(f"{setting}: reading {str(file)!r}", "save it as CSV")
+    import pyarrow
+    from pyarrow import parquet
+
     try:
         # as dictionaries, in which a long text that stands in many rows takes memory once
         texts = [
@@ -246,13 +251,18 @@ def opened_parquet(file: Path, setting: str) -> Iterator[Any]:
         raise ValueError(f"{setting}: {str(file)!r} cannot be read as parquet: {error}") from error
 
 
-def _parquet_rows(table: Table, names: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    """Yield (row, values); numbers become text. Stop with a ValueError before a small file fills the memory."""
+def unpacking_limit(table: Table) -> tuple[int, str]:
+    """Return the most bytes that a parquet file of its size may unpack to, and the message if it has more."""
     limit = MAX_BYTES + MAX_BYTES_PER_BYTE * table.file.stat().st_size
-    too_large = (
+    return limit, (
         f"{table.setting}: {str(table.file)!r} unpacks to more than {size_text(limit)}, as no table of images does; "
         f"write it again"
     )
+
+
+def _parquet_rows(table: Table, names: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yield (row, values); numbers become text. Stop with a ValueError before a small file fills the memory."""
+    limit, too_large = unpacking_limit(table)
     row = n_bytes = 0
     with opened_parquet(table.file, table.setting) as opened:
         groups = [opened.metadata.row_group(i) for i in range(opened.num_row_groups)]

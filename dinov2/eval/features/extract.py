@@ -1,4 +1,4 @@
-"""Extract features of image files: a batch, a list of files, or labelled cells into one file or a file per patient.
+"""Extract features of image files: a batch, a list of files, or labelled cells into one file.
 
 `encoders` states what the features of an image depend on; nothing is random.
 
@@ -7,8 +7,8 @@ Dimension key:  B images in a batch, N images, D embedding dim, S image side in 
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov2.data.datasets.bags import SUFFIX, one_label_each, rows_by_patient
-from dinov2.data.datasets.labelled_cells import UNLABELLED, LabelledCells
+from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.data.exposure import seen_in_pretraining
 from dinov2.distributed import all_gather_objects, get_rank, get_world_size, on_main_process
 from dinov2.eval.features.encoders import DinoEncoder, Encoder, Kind
@@ -43,9 +42,6 @@ from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.files import PathLike, file_sha256
 
 logger = logging.getLogger("dinov2")
-
-PARTS_FOLDER = ".patients.parts"
-N_EXAMPLES = 3
 
 
 def embed_images(
@@ -236,7 +232,7 @@ class Embedder(ExtractOptions):
 
     def _differences(self, file: Path, cells: LabelledCells) -> Iterator[str]:
         """Yield how the content of a features file differs from what these options give for these cells."""
-        stored = read_features(file)
+        stored = read_features(file, with_vectors=False)
         for name, value in self.identity.items():
             if stored.attributes.get(name) != value:
                 yield f"{name} is {stored.attributes.get(name)!r} there and {value!r} here"
@@ -263,78 +259,3 @@ def _on_all_processes(action: Callable[[], None]) -> None:
     for failure in all_gather_objects(error):
         if failure is not None:
             raise failure
-
-
-def extract_patient_files(embedder: Embedder, cells: LabelledCells, folder: Path, overwrite: bool = False) -> int:
-    """Write GenBloom's layout, `<folder>/<class>/<patient>.h5` as `PatientBags` reads it; return how many there are.
-
-    Cells without labels give `<folder>/<patient>.h5`. Each is a complete features file (`store`) with the cells of one
-    patient. Files that hold these features are kept. Several processes share the work, and a killed extraction
-    continues, as in `Embedder.features_of`.
-    """
-    if PATCHES in embedder.kinds:
-        raise ValueError("--layout genbloom: it has no place for patch grids; drop patches from --kinds")
-    files = _patient_files(cells, folder)
-    embedder.warn_of_pretraining(cells)
-    patients = {
-        patient: replace(
-            cells, paths=[cells.paths[i] for i in rows], labels=cells.labels[rows], patients=[patient] * len(rows)
-        )
-        for patient, rows in rows_by_patient(cells.patients or ()).items()
-    }
-
-    def is_complete() -> bool:
-        patterns = (f"*{SUFFIX}", f"[!.]*/*{SUFFIX}", f"[!.]*/*/*{SUFFIX}")
-        others = sorted({path for pattern in patterns for path in folder.glob(pattern)} - set(files.values()))
-        if others:
-            raise ValueError(
-                f"--layout genbloom: {len(others)} files in {str(folder)!r} are of no patient in --data, for instance "
-                f"{', '.join(map(str, others[:N_EXAMPLES]))}; they would be taken for patients: give another "
-                f"--output-dir"
-            )
-        are_stored = [not overwrite and embedder.is_stored(file, patients[name]) for name, file in files.items()]
-        return all(are_stored)  # of a list: each file is checked
-
-    if on_main_process(is_complete):
-        logger.info("the features of %d patients are already in %s", len(files), folder)
-    else:
-        parts = embedder.make_parts(folder / PARTS_FOLDER, cells.paths)
-        on_main_process(lambda: _write_patients(embedder.collect(cells, parts), patients, files, parts))
-    return len(files)
-
-
-def _patient_files(cells: LabelledCells, folder: Path) -> dict[str, Path]:
-    """Return {patient: file}; ValueError for a patient of two classes or a name that no file can have."""
-    if cells.patients is None:
-        raise ValueError(
-            "--layout genbloom: the cells name no patients; give --data as a CSV with the columns "
-            "Image Path,Label,patient"
-        )
-    names = [cells.class_names[label] for label in cells.labels]
-    labels = one_label_each(zip(cells.patients, names, strict=True), "--layout genbloom")
-    wrong = sorted(name for name in {*labels, *labels.values()} if name.startswith(".") or "/" in name or "\\" in name)
-    if wrong:
-        raise ValueError(
-            f"--layout genbloom: {', '.join(map(repr, wrong[:N_EXAMPLES]))} cannot be file names: a patient or a class "
-            f"must not begin with a dot or contain a slash; rename them"
-        )
-    classes = {patient: "" if label == UNLABELLED else label for patient, label in labels.items()}
-    return {patient: folder / of_patient / f"{patient}{SUFFIX}" for patient, of_patient in classes.items()}
-
-
-def _write_patients(
-    features: Features, patients: Mapping[str, LabelledCells], files: Mapping[str, Path], parts: Parts
-) -> None:
-    rows = rows_by_patient(features.patients or ())
-    if without := [patient for patient in files if patient not in rows]:
-        raise ValueError(
-            f"--layout genbloom: {len(without)} patients have no readable image "
-            f"({', '.join(map(repr, without[:N_EXAMPLES]))}), so bags without cells; repair their images or drop these "
-            f"patients, and start again: finished features are kept"
-        )
-    for patient, file in files.items():
-        paths = {os.path.abspath(path) for path in patients[patient].paths}
-        unreadable = [path for path in features.unreadable if path in paths]
-        write_features(file, replace(features.select(rows[patient]), unreadable=unreadable))
-    parts.remove()
-    logger.info("wrote features of %d cells of %d patients to %s", len(features), len(files), parts.folder.parent)

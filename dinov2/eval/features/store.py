@@ -1,4 +1,4 @@
-"""Features of labelled cells, their file (.h5), and two sets of features: compared and joined.
+"""Features of labelled cells, their file (.h5 or .parquet), and two sets of features: compared and joined.
 
 A file has one main kind of features, which protocols take by default, and perhaps further kinds of the same cells
 (`encoders` names the kinds).
@@ -7,7 +7,7 @@ Dimension key:  N images, D embedding dim, h x w patches of one image
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,8 +17,10 @@ import h5py
 import numpy as np
 
 from dinov2.data.datasets.labelled_cells import UNLABELLED
-from dinov2.utils.files import PathLike, atomic_write
-from dinov2.utils.h5 import open_h5, read_numbers, read_texts, write_attribute, write_texts
+from dinov2.data.datasets.tables import LABEL_COLUMN, PATH_COLUMN, is_parquet
+from dinov2.data.datasets.vectors import VECTOR_COLUMN, VectorTable, read_vectors, write_vectors
+from dinov2.utils.files import PathLike, atomic_write, local_path
+from dinov2.utils.h5 import checked_dataset, open_h5, read_numbers, read_texts, write_attribute, write_texts
 
 logger = logging.getLogger("dinov2")
 
@@ -28,6 +30,7 @@ PATCH_GRID = "patch_grid"
 OTHER_PREFIX = "features_"
 TEXTS = ("class_names", "paths", "patients", "unreadable")
 REQUIRED_TEXTS = TEXTS[:2]
+COLUMN_NAMES = {"label": (LABEL_COLUMN,), "path": (PATH_COLUMN,)}  # further names of parquet's columns
 NETWORK_ATTRIBUTES = ("checkpoint_sha256", "transform")  # two sets must share them, or distances mean nothing
 
 
@@ -87,13 +90,23 @@ class Features:
         )
 
 
-def write_features(path: PathLike, features: Features, patch_grids: Iterable[np.ndarray] = ()) -> None:
-    """Write a features file, which appears at `path` when it is complete.
+def write_features(
+    path: PathLike,
+    features: Features,
+    patch_grids: Iterable[np.ndarray] = (),
+    add: Callable[[h5py.File], None] = lambda _: None,
+) -> None:
+    """Write a features file, which appears at `path` when it is complete: .parquet by this suffix, else .h5.
 
-    Its datasets are `features`, `features_<kind>` for each other kind, `labels`, `class_names`, `paths`, `patients` (if
-    there are any), `unreadable` and perhaps `patch_grid`; its attributes are those of `features`, and `kind`. Patch
-    grids are float16 [n, h, w, D] of consecutive cells; together they have N, and may be larger than memory.
+    The datasets of .h5 are `features`, `features_<kind>` for each other kind, `labels`, `class_names`, `paths`,
+    `patients` (if there are any), `unreadable` and perhaps `patch_grid`; its attributes are those of `features`, and
+    `kind`. Patch grids are float16 [n, h, w, D] of consecutive cells; together they have N, and may be larger than
+    memory. `add` adds to the open file what other tools read. Parquet has the columns of
+    `dinov2.data.datasets.vectors`, and no patch grids.
     """
+    if is_parquet(Path(path)):
+        write_vectors(path, _to_table(features))
+        return
     with atomic_write(path, "w+b") as stream, h5py.File(stream, "w") as file:
         file["features"] = features.features.astype(np.float32, copy=False)
         for kind, values in features.others.items():
@@ -111,16 +124,23 @@ def write_features(path: PathLike, features: Features, patch_grids: Iterable[np.
         assert done in (0, len(features)), "as many patch grids as cells"
         for name, value in {**features.attributes, "kind": features.kind}.items():
             write_attribute(file, name, value)
+        add(file)
 
 
-def read_features(path: PathLike) -> Features:
-    """Read a features file, without patch grids; ValueError if it is no features file, damaged or inconsistent."""
+def read_features(path: PathLike, with_vectors: bool = True) -> Features:
+    """Read a features file, without patch grids; ValueError if it is no features file, damaged or inconsistent.
+
+    Without vectors, everything else is read, and `features` and `others` are [N, 0].
+    """
+    if is_parquet(local_path(path)):
+        return _from_table(local_path(path), with_vectors)
+    read = _read_vectors if with_vectors else _read_no_vectors
     with _opened(path) as file:
         attributes = {name: str(value) for name, value in file.attrs.items()}
         kind = attributes.pop("kind", DEFAULT_KIND)
-        by_kind = {kind: read_numbers(file, "features", (2,)).astype(np.float32, copy=False)}
+        by_kind = {kind: read(file, "features")}
         for other in _other_kinds(file):
-            by_kind[other] = read_numbers(file, OTHER_PREFIX + other, (2,)).astype(np.float32, copy=False)
+            by_kind[other] = read(file, OTHER_PREFIX + other)
         features = Features(
             features=by_kind.pop(kind),
             labels=read_numbers(file, "labels", (1,), "iu").astype(np.int64),
@@ -129,17 +149,25 @@ def read_features(path: PathLike) -> Features:
             attributes=attributes,
             **{name: read_texts(file, name) for name in TEXTS if name in file or name in REQUIRED_TEXTS},
         )
-        _check_consistent(features)
+        _check_consistent(features, with_vectors)
     return features
 
 
-def _check_consistent(features: Features) -> None:
+def _read_vectors(file: h5py.File, name: str) -> np.ndarray:
+    return read_numbers(file, name, (2,)).astype(np.float32, copy=False)
+
+
+def _read_no_vectors(file: h5py.File, name: str) -> np.ndarray:
+    return np.zeros((len(checked_dataset(file, name, (2,))), 0), dtype=np.float32)
+
+
+def _check_consistent(features: Features, with_vectors: bool) -> None:
     vectors = {"features": features.features, **{OTHER_PREFIX + kind: v for kind, v in features.others.items()}}
     columns = {**vectors, "labels": features.labels, "paths": features.paths, "patients": features.patients}
     lengths = {name: len(values) for name, values in columns.items() if values is not None}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"has parts of different lengths {lengths}")
-    if empty := [name for name, values in vectors.items() if not values.size]:
+    if empty := [name for name, values in vectors.items() if with_vectors and not values.size]:
         raise ValueError(f"has no cells or no columns in {', '.join(empty)}")
     n_classes = len(features.class_names)
     if len(set(features.class_names)) < n_classes:
@@ -153,6 +181,8 @@ def _check_consistent(features: Features) -> None:
 
 def stored_kinds(path: PathLike) -> list[str]:
     """Return the kinds of features in a file, that of `features` first, "patches" last if it has patch grids."""
+    if is_parquet(local_path(path)):
+        return read_features(path, with_vectors=False).kinds
     with _opened(path) as file:
         kind = str(file.attrs.get("kind", DEFAULT_KIND))
         return [kind, *_other_kinds(file), *([PATCHES] if PATCH_GRID in file else [])]
@@ -160,6 +190,46 @@ def stored_kinds(path: PathLike) -> list[str]:
 
 def _other_kinds(file: h5py.File) -> list[str]:
     return [name.removeprefix(OTHER_PREFIX) for name in file if name.startswith(OTHER_PREFIX)]
+
+
+def _to_table(features: Features) -> VectorTable:
+    texts = {"label": [features.class_names[i] for i in features.labels]} if features.has_labels else {}
+    if features.patients is not None:
+        texts["patient"] = features.patients
+    vectors = {VECTOR_COLUMN: features.features}
+    vectors |= {f"{VECTOR_COLUMN}_{kind}": values for kind, values in features.others.items()}
+    lists = {"class_names": features.class_names, "unreadable": features.unreadable}
+    metadata = {**features.attributes, "kind": features.kind, **lists}
+    return VectorTable(vectors, {**texts, "path": features.paths}, metadata)
+
+
+def _from_table(file: Path, with_vectors: bool) -> Features:
+    """Read the parquet file of `_to_table`, or of another tool, which has no metadata of ours and perhaps no paths."""
+    table = read_vectors(file, "features", COLUMN_NAMES, with_vectors)
+    by_kind = {name.removeprefix(f"{VECTOR_COLUMN}_"): values for name, values in table.vectors.items()}
+    features = by_kind.pop(VECTOR_COLUMN)
+    names = table.texts.get("label", [UNLABELLED] * len(features))
+    class_names = _texts(table, "class_names")
+    if not set(names) <= set(class_names):
+        class_names = sorted(set(names))
+    positions = {name: i for i, name in enumerate(class_names)}
+    attributes = table.attributes
+    return Features(
+        features=features,
+        labels=np.array([positions[name] for name in names], dtype=np.int64),
+        class_names=class_names,
+        paths=table.texts.get("path", [f"{file}:{row}" for row in range(len(features))]),
+        patients=table.texts.get("patient"),
+        unreadable=_texts(table, "unreadable"),
+        kind=attributes.pop("kind", DEFAULT_KIND),
+        others=by_kind,
+        attributes=attributes,
+    )
+
+
+def _texts(table: VectorTable, name: str) -> list[str]:
+    values = table.metadata.get(name)
+    return list(map(str, values)) if isinstance(values, list) else []
 
 
 @contextmanager
