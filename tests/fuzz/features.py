@@ -1,4 +1,4 @@
-"""Features files (.h5), and folders of bags."""
+"""Features files (.h5 and .parquet), and folders of bags."""
 
 import io
 import random
@@ -7,8 +7,10 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import torch
 
 from dinov2.data.datasets.bags import PatientBags
+from dinov2.data.datasets.vectors import VectorTable, write_vectors
 from dinov2.eval.features.loop import Parts
 from dinov2.eval.features.store import check_finite, read_features, stored_kinds
 from tests.fuzz.mutations import ODD_TEXTS, Content, Format, damaged, folder_of
@@ -107,6 +109,36 @@ def bags_case(rng: random.Random) -> tuple[str, Content]:
     return "bags", folder_of({**files, "b/p3.h5": h5_bytes(rng)})
 
 
+def arrays_case(rng: random.Random) -> tuple[str, Content]:
+    buffer, is_npy = io.BytesIO(), rng.random() < 0.5
+    values = np.ones((N_CELLS, N_DIMS), rng.choice(("f2", "f4", "f8", "i8", ">f4", "c8") if is_npy else ("f4", "c8")))
+    if is_npy:
+        np.save(buffer, values)
+    else:
+        tensor = torch.from_numpy(values)
+        odd = ([tensor, 1], {"a": tensor}, tensor[:, :1].expand(N_CELLS, 10**6), list(tensor), tensor[None, None])
+        torch.save(rng.choice((tensor, tensor, tensor, *odd)), buffer)
+    name, folder = ("p.npy", "features") if is_npy else ("p.pt", "pt_files")
+    table = {"manifest.csv": b"embeddings,wsi_id,target\n%b/%b,007,1\n" % (folder.encode(), name.encode())}
+    content = {f"{folder}/{name}": damaged(buffer.getvalue(), rng), **(table if rng.random() < 0.5 else {})}
+    return "bags", folder_of(content)
+
+
+def vectors_case(rng: random.Random) -> tuple[str, Content]:
+    def write(path: Path) -> None:
+        vectors = {"vector": np.ones((N_CELLS, N_DIMS)), "vector_mean": np.zeros((N_CELLS, 2))}
+        texts = {"patient": [f"p{i % 4}" for i in range(N_CELLS)], "path": [f"{i}.png" for i in range(N_CELLS)]}
+        write_vectors(path, VectorTable(vectors, texts, {"kind": "cls", "class_names": rng.choice(([], 1, ["a"]))}))
+        path.write_bytes(damaged(path.read_bytes(), rng))
+
+    return "features.parquet", write
+
+
+def read_vectors_file(path: Path) -> None:
+    read_features_file(path)
+    PatientBags.from_path(path)
+
+
 def part_case(rng: random.Random) -> tuple[str, Content]:
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
@@ -127,5 +159,7 @@ def read_part(path: Path) -> None:
 FORMATS = {
     "h5": Format(features_case, read_features_file),
     "bags": Format(bags_case, PatientBags.from_path),
+    "arrays": Format(arrays_case, PatientBags.from_path),
+    "vectors": Format(vectors_case, read_vectors_file),
     "part": Format(part_case, read_part),
 }

@@ -8,6 +8,7 @@ Letters: N cells of a patient, D feature dim
 """
 
 import math
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from dinov2.data.datasets.tables import check_files_exist, is_folder, read_table
+from dinov2.utils.command import ADVICE
 from dinov2.utils.files import check_regular_file
 from dinov2.utils.h5 import open_h5, read_numbers, read_texts
 
@@ -293,12 +295,14 @@ def _read_pt(path: Path) -> np.ndarray:
 
 @contextmanager
 def _named(path: Path, what: str) -> Iterator[None]:
-    """Name the file in any error of this block but a missing file, a full memory or a failing disk."""
+    """Name the file in any error of this block but a full memory."""
     check_regular_file(path, SETTING)
     try:
         yield
-    except (MemoryError, OSError):
+    except MemoryError:
         raise
     except Exception as error:  # numpy and torch raise errors of many kinds for bytes that they did not write
+        if isinstance(error, OSError) and error.errno in ADVICE:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         reason = str(error).strip().partition("\n")[0][:200]
         raise ValueError(f"{SETTING}: {str(path)!r} is no {what} or is damaged ({reason}); write it again") from error

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from dinov2.data.datasets.tables import (
+    BYTES_PER_ROW,
     ROWS_PER_BATCH,
     Table,
     check_pyarrow,
@@ -94,21 +95,26 @@ def read_vectors(
 ) -> VectorTable:
     """Read a parquet file with vectors; without values, the vectors are [N, 0]. Errors begin with `setting`."""
     table = open_table(file, setting)
-    names = [name for name in table.columns if name == VECTOR_COLUMN or name.startswith(f"{VECTOR_COLUMN}_")]
-    if not is_parquet(file) or VECTOR_COLUMN not in names:
+    if not is_parquet(file) or table.columns.count(VECTOR_COLUMN) != 1:
         raise ValueError(
             f"{setting}: {str(file)!r} has no column {VECTOR_COLUMN!r} with a list of numbers in each row; "
             f"extract_features.py --layout parquet writes one"
         )
+    texts = {}
     if any(table.first_of((column, *(other_names or {}).get(column, ()))) for column in TEXT_COLUMNS):
         rows = read_table(file, setting, (), TEXT_COLUMNS, other_names)
         texts = {column: [row[column] for row in rows] for column in TEXT_COLUMNS if column in rows[0]}
-    else:
-        texts = {}
+    limit, too_large = unpacking_limit(table)
     with opened_parquet(file, setting) as opened:
-        metadata = _metadata(table, opened.schema_arrow.metadata or {})
-        n_rows = opened.metadata.num_rows
-        vectors = {name: _read_lists(opened, name, table) if with_values else np.zeros((n_rows, 0)) for name in names}
+        n_rows, schema = opened.metadata.num_rows, opened.schema_arrow
+        if BYTES_PER_ROW * n_rows > limit:
+            raise ValueError(too_large)
+        further = [name for name in table.columns if name.startswith(f"{VECTOR_COLUMN}_") and _is_list(schema, name)]
+        vectors = {
+            name: _read_lists(opened, name, table) if with_values else np.zeros((n_rows, 0), np.float32)
+            for name in (VECTOR_COLUMN, *further)
+        }
+        metadata = _metadata(table, schema.metadata or {})
     lengths = {name: len(values) for name, values in {**vectors, **texts}.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{setting}: {str(file)!r} has rows without any text or vector ({lengths}); fill them in")
@@ -133,7 +139,7 @@ def _read_lists(opened: Any, name: str, table: Table) -> np.ndarray:
 
     limit, too_large = unpacking_limit(table)
     wrong = f"{table.setting}: column {name!r} of {str(table.file)!r} must have a list of as many numbers in each row"
-    if not isinstance(opened.schema_arrow.field(name).type, _list_types()):
+    if not _is_list(opened.schema_arrow, name):
         raise ValueError(f"{wrong}; it has {opened.schema_arrow.field(name).type}: write it again")
     parts: list[np.ndarray] = []
     n_bytes = 0
@@ -159,7 +165,8 @@ def _read_lists(opened: Any, name: str, table: Table) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _list_types() -> tuple[type, ...]:
+def _is_list(schema: Any, name: str) -> bool:
     import pyarrow
 
-    return pyarrow.ListType, pyarrow.LargeListType, pyarrow.FixedSizeListType
+    kinds = (pyarrow.ListType, pyarrow.LargeListType, pyarrow.FixedSizeListType)
+    return schema.names.count(name) == 1 and isinstance(schema.field(name).type, kinds)

@@ -58,6 +58,35 @@ def test_what_is_written_is_read(stored, tmp_path):
         assert file.attrs["model"] == "ViT"
 
 
+@pytest.mark.parametrize("suffix", ["h5", "parquet"])
+def test_all_but_the_vectors_is_read(suffix, of_several_kinds, tmp_path):
+    file = tmp_path / f"features.{suffix}"
+    write_features(file, of_several_kinds)
+    assert_same(read_features(file), of_several_kinds)
+    assert stored_kinds(file) == ["mean", "cls+mean", "last2"]
+    none = np.zeros((3, 0), np.float32)
+    expected = replace(of_several_kinds, features=none, others=dict.fromkeys(of_several_kinds.others, none))
+    assert_same(read_features(file, with_vectors=False), expected)
+
+
+def test_parquet_of_other_tools(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow reads and writes parquet")
+    from pyarrow import parquet
+
+    file = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.table({"vector": [[1.0], [2.0]], "Label": ["b", "a"], "Image Path": ["1", "2"]}), file)
+    found = read_features(file)
+    assert (found.class_names, found.labels.tolist(), found.paths) == (["a", "b"], [1, 0], ["1", "2"])
+    assert (found.patients, found.attributes, found.kind) == (None, {}, "cls")
+    parquet.write_table(pyarrow.table({"vector": [[1.0], [2.0]]}), file)
+    found = read_features(file)
+    assert not found.has_labels
+    assert found.paths == [f"{file}:0", f"{file}:1"]
+    parquet.write_table(pyarrow.table({"label": ["a"]}), file)
+    with pytest.raises(ValueError, match="features: .*x.parquet' has no column 'vector' with a list of numbers"):
+        read_features(file)
+
+
 def test_without_patients_and_with_half_precision(stored, tmp_path):
     whole = stored.select(np.array([True, False, True]))
     without = Features(whole.features, whole.labels, whole.class_names, whole.paths)
