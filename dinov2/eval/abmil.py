@@ -394,7 +394,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--test-features", type=user_path, help="another one, of the test patients")
     layouts = (
         "<patient>.h5 (with --labels or --fold-files), <class>/<patient>.h5 or <class>/<patient>/*.h5 in this folder, "
-        "a folder of another --layout of extract_features.py, a CSV patient,label,file, or its parquet file"
+        "a folder of another layout of extract_features.py, a CSV patient,label,file, or a parquet file"
     )
     add("--bags", type=user_path, help=layouts)
     add("--test-bags", type=user_path, help="likewise, of the test patients")
