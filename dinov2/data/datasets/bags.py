@@ -140,7 +140,7 @@ class PatientBags:
             [[cell for _, cells, _ in files for cell in cells] for files in parts.values()],
             attributes=dict(sorted(set.intersection(*(set(of_file.items()) for of_file in attributes)))),
         )
-        if not any(attributes):
+        if not any(file.suffix.lower() == ".h5" for _, _, file in rows):
             bags = bags._described(path if path.is_dir() else path.parent)
         labels = [(patient, label) for patient, label, _ in rows if label is not None]
         return bags.with_labels(one_label_each(labels, f"bags {str(path)!r}")) if labels else bags
@@ -150,8 +150,10 @@ class PatientBags:
         """Read a parquet file with the vector of each cell."""
         table = read_vectors(file, "bags", OTHER_NAMES)
         vectors, texts = table.vectors[VECTOR_COLUMN], table.texts
+        if "patient" not in texts:
+            raise ValueError(f"bags: {str(file)!r} has no column 'patient' with the patient of each cell; add it")
         cells = texts.get("path", [f"{file}:{row}" for row in range(len(vectors))])
-        return cls.from_cells(vectors, texts.get("patient"), cells, texts.get("label"), table.attributes)
+        return cls.from_cells(vectors, texts["patient"], cells, texts.get("label"), table.attributes)
 
     def _described(self, folder: Path) -> "PatientBags":
         """Return the same bags with the cells and attributes of `CELLS_FILE`, where it has as many of a patient."""

@@ -92,9 +92,10 @@ class _PatientFiles:
         labels = [cells.class_names[label] for label in cells.labels]
         self.labels = one_label_each(zip(cells.patients, labels, strict=True), f"--layout {name}")
         self.has_labels = cells.class_names != [UNLABELLED]
+        self.has_cells_file = not self.layout.file.endswith(".h5")
         # {features file: its cells}: what is compared with what is asked for
         self.described = {folder / CELLS_FILE: cells}
-        if self.layout.file.endswith(".h5"):
+        if not self.has_cells_file:
             rows_of = rows_by_patient(cells.patients)
             self.described = {
                 self.path(self.layout.file, patient): replace(
@@ -146,13 +147,15 @@ class _PatientFiles:
                 f"bags without cells; repair their images or drop these patients, and start again: finished features "
                 f"are kept"
             )
-        (self.folder / CELLS_FILE).unlink(missing_ok=True)
+        if self.has_cells_file:
+            (self.folder / CELLS_FILE).unlink(missing_ok=True)
         for patient in self.labels:
+            of_patient = features.select(rows[patient])
             for template in self.templates:
-                self._write_file(self.path(template, patient), template, features.select(rows[patient]))
+                self._write_file(self.path(template, patient), template, of_patient)
         if self.layout.table:
             self._write_table(features.class_names)
-        if self.folder / CELLS_FILE in self.described:
+        if self.has_cells_file:
             write_features(self.folder / CELLS_FILE, replace(features, features=np.zeros((len(features), 0))))
         parts.remove()
         logger.info("wrote features of %d cells of %d patients to %s", len(features), len(self.labels), self.folder)

@@ -67,7 +67,7 @@ def test_bags(tmp_path):
     bags = PatientBags.from_path(file)
     assert bags.label_of() == {"a": "x", "b": "y"}
     assert bags.cells == [["1.png"], ["2.png"]]
-    with pytest.raises(ValueError, match="the features name no patients"):
+    with pytest.raises(ValueError, match="x.parquet' has no column 'patient' with the patient of each cell"):
         PatientBags.from_path(write(file, vector=[[1.0], [2.0]]))
     with pytest.raises(ValueError, match="1 patients have two labels, for instance 'a' 'x' and 'y'"):
         PatientBags.from_path(write(file, vector=[[1.0], [2.0]], patient=["a", "a"], label=["x", "y"]))

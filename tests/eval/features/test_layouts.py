@@ -180,8 +180,9 @@ def test_patient_files_have_no_patch_grids(work):
 
 # --- layouts of other tools -----------------------------------------------------------------------------------------
 
-# leading zeros, a slash, letters of any script, a dot at the beginning, percent signs, a comma and quotation marks
-ODD_IDS = ["007", "7", "A/1", "Grün 患者", ".x", "50%", "a%2Fb", 'p,"1"']
+# leading zeros, a slash, letters of any script, a dot at the beginning, percent signs, a comma and quotation marks, and
+# a name that the layouts use themselves
+ODD_IDS = ["007", "7", "A/1", "Grün 患者", ".x", "50%", "a%2Fb", 'p,"1"', "cells"]
 
 
 @pytest.fixture
@@ -248,7 +249,7 @@ def test_bags_come_back_from_each_layout(layout, features, tmp_path):
 @pytest.mark.parametrize("layout", BAG_LAYOUTS)
 def test_the_names_of_files_alone_tell_the_patients(layout, features, tmp_path):
     write(features, layout, tmp_path / "bags")
-    for name in ("bags.csv", "manifest.csv", "cells.h5"):
+    for name in ("bags.csv", "manifest.csv", *(["cells.h5"] if layout in ("torchmil", "eva") else [])):
         (tmp_path / "bags" / name).unlink(missing_ok=True)
     found, expected = PatientBags.from_path(tmp_path / "bags"), bags_of(features)
     assert found.patients == sorted(ODD_IDS)
