@@ -69,9 +69,7 @@ def retrieval(data: FoldedBags, seed: int = 0) -> dict[str, dict[str, Any]]:
     test_sets = [fold.test for fold in data.test_sets()]
     results = {}
     for pooling, vectors in pooled(data):
-        scores = np.concatenate(
-            [_precisions(vectors[list(test)], data.labels[list(test)]) for test in test_sets]
-        )
+        scores = np.concatenate([_precisions(vectors[list(test)], data.labels[list(test)]) for test in test_sets])
         results[pooling] = _mean_with_interval(scores, seed)
     return results
 

@@ -24,12 +24,12 @@ ROBUST = TrainingSettings(
     patience=15,
     class_weights=True,
     optimizer="adamw",
-    weight_decay=1e-2,
+    weight_decay=0.1,
     cell_dropout=0.5,
     batch_size=8,
     standardise=True,
 )
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (3e-4, 1e-3, 3e-3)
 INNER_FOLDS = 4
 RUNS = 2
 
