@@ -200,8 +200,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 results.setdefault(name, []).append(found)
         title = f"{N_PATIENTS} patients of {N_CELLS[0]} to {N_CELLS[1]} PBC cells"
     lines = [
-        f"{title}; five folds; balanced accuracy: mean and range over seeds {', '.join(map(str, args.seeds))}; the 95 % "
-        "interval over patients of the first seed; the median time.",
+        f"{title}; five folds; balanced accuracy: mean and range over seeds {', '.join(map(str, args.seeds))}; the "
+        "95 % interval over patients of the first seed; the median time.",
         "",
         *table_of("method", results),
     ]
