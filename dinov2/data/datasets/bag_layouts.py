@@ -222,6 +222,11 @@ def _rows_of_folder(folder: Path) -> list[Row]:
     twice = sorted(folders & {f"{file.parent.name}/{file.stem}" for file in in_classes})
     if twice:
         raise ValueError(f"{SETTING}: {str(folder)!r} has both a file and a folder of {list_names(twice)}; keep one")
+    if [file.name for file in flat] == [LAYOUTS["file"].file]:
+        raise ValueError(
+            f"{SETTING}: {str(folder)!r} has one {flat[0].name}, which holds the cells of all patients; give this file "
+            f"as --features"
+        )
     if flat:
         return [(original_name(file.stem), None, file) for file in flat]
     return [(original_name(patient), original_name(label), file) for patient, label, file in paths]

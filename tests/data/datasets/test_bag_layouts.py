@@ -150,3 +150,10 @@ def test_broken_files(name, write, message, tmp_path, capsys):
     assert name in str(caught.value) or "patient 'p'" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "code of the file" not in capsys.readouterr().out
+
+
+def test_a_folder_with_the_features_of_all_patients_is_not_one_patient(tmp_path):
+    with h5py.File(tmp_path / "features.h5", "w") as file:
+        file["features"] = cells(3)
+    with pytest.raises(ValueError, match=r"has one features\.h5, .*; give this file as --features"):
+        PatientBags.from_path(tmp_path)
