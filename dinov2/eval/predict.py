@@ -46,7 +46,7 @@ from dinov2.eval.results import (
 )
 from dinov2.eval.solvers.image_classifier import ImageClassifier, load_classifier, predict_images
 from dinov2.hub.classifiers import read_seen, seen_images
-from dinov2.hub.weight_files import checkpoint_file, read_weights_file, resolve_weights
+from dinov2.hub.weight_files import EXPORTED_WEIGHTS, checkpoint_file, read_weights_file, resolve_weights
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code, number_between, positive_int
 from dinov2.utils.files import PathLike, file_sha256, user_path
@@ -153,18 +153,19 @@ def review_rows(applied: AppliedNetworks, n_least_confident: int) -> list[tuple[
 
 
 def network_files(source: PathLike) -> list[Path]:
-    """Return the network's file, or those in an output folder of finetune.py: finetuned.pth, else one for each fold."""
+    """Return the network's file, or those in an output folder: finetuned.pth, an export's, else one for each fold."""
     folder = resolve_weights(source)
     if not folder.is_dir():
         return [checkpoint_file(source)]
-    if (single := folder / f"{NETWORK}.pth").is_file():
-        return [single]
+    for name in (f"{NETWORK}.pth", EXPORTED_WEIGHTS[0]):
+        if (folder / name).is_file():
+            return [folder / name]
     numbers = {path: re.fullmatch(rf"{NETWORK}_(\d+)\.pth", path.name) for path in folder.iterdir()}
     files = {path: int(match[1]) for path, match in numbers.items() if match}
     if not files:
         raise FileNotFoundError(
             f"--checkpoint: the folder {str(folder)!r} has no {NETWORK}.pth and no {NETWORK}_<fold>.pth; give the "
-            f"--output-dir of finetune.py, or a file that it wrote"
+            f"--output-dir of finetune.py or of an export, or a file that it wrote"
         )
     return sorted(files, key=lambda path: files[path])
 

@@ -249,6 +249,12 @@ def test_without_training_images_the_review_says_nothing_of_neighbours(tuned, ce
     assert "--image-size 42" in warnings[0]
 
 
+def test_the_folder_of_an_export_names_its_network(tuned, tmp_path):
+    (tmp_path / "export").mkdir()
+    shutil.copy(tuned / "finetuned.pth", tmp_path / "export" / "backbone.pth")
+    assert predict.network_files(tmp_path / "export") == [tmp_path / "export" / "backbone.pth"]
+
+
 def fails(checkpoint, data, tmp_path, caplog):
     """Run the command; check that it ends with code 2 and writes nothing, and return the message."""
     caplog.clear()
