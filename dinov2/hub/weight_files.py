@@ -66,7 +66,7 @@ INDEX_FILES = tuple(f"{name}{INDEX_ENDING}" for name in FOLDER_WEIGHTS)  # if th
 WEIGHTS_ENDINGS = (".safetensors", ".bin", ".pth", ".pt")
 # parts that torch.compile, DistributedDataParallel, FSDP and activation checkpointing add to parameter names
 WRAPPER_COMPONENTS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-HEADS = ("dino_head", "ibot_head")
+HEADS = ("dino_head", "ibot_head", "lejepa_head")
 CLASSIFIER_PREFIX = "head."  # of timm and other projects; not used here
 # names of torch's parametrization of weight norm -> the older names, which this project uses
 WEIGHT_NORM = {".parametrizations.weight.original0": ".weight_g", ".parametrizations.weight.original1": ".weight_v"}

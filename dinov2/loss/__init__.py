@@ -3,6 +3,7 @@
 from dinov2.loss.dino_clstoken_loss import DINOLoss
 from dinov2.loss.ibot_patch_loss import iBOTPatchLoss
 from dinov2.loss.koleo_loss import KoLeoLoss
+from dinov2.loss.sigreg_loss import SIGRegLoss
 from dinov2.loss.smooth_rank_loss import smooth_rank_loss
 
-__all__ = ["DINOLoss", "KoLeoLoss", "iBOTPatchLoss", "smooth_rank_loss"]
+__all__ = ["DINOLoss", "KoLeoLoss", "SIGRegLoss", "iBOTPatchLoss", "smooth_rank_loss"]

@@ -148,6 +148,7 @@ class TrainBatches:
                 value = value.to(self.device, non_blocking=True)
                 batch[key] = normalize_images(value) if key.endswith("_crops") else value
         batch["seed"] = derive_seed(self.cfg.train.seed, "step", *numbers)  # for stochastic depth
+        batch["slices_seed"] = derive_seed(self.cfg.train.seed, "slices", numbers[0])  # SIGReg's, for all ranks
         return batch
 
 

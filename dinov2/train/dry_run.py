@@ -70,11 +70,14 @@ def count_step_flops(cfg: Any, *, backbone_is_frozen: bool = False) -> int:
         if model.do_ibot:
             head = networks["ibot_head" if model.ibot_separate_head else "dino_head"]
             total = total + head(tokens[0]["x_norm_patchtokens"].flatten(0, 1)[:n_masked]).sum()
+        if model.do_lejepa and networks is model.student:
+            total = total + networks["lejepa_head"](torch.cat([each["x_norm_clstoken"] for each in tokens])).sum()
         return total
 
     with FlopCounterMode(display=False) as counter:
-        with torch.no_grad():
-            sum_of_logits(model.teacher, [model.teacher["backbone"](batches[0], is_training=True)])
+        if model.has_targets:
+            with torch.no_grad():
+                sum_of_logits(model.teacher, [model.teacher["backbone"](batches[0], is_training=True)])
         with torch.set_grad_enabled(not backbone_is_frozen):
             tokens = model.student["backbone"](batches, masks=[None] * len(batches), is_training=True)
         sum_of_logits(model.student, tokens).backward()

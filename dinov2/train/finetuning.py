@@ -35,7 +35,7 @@ from dinov2.utils.files import file_sha256
 
 logger = logging.getLogger("dinov2")
 
-HEADS = ("dino_head", "ibot_head")
+HEADS = ("dino_head", "ibot_head", "lejepa_head")
 EVERYTHING = "all"
 
 

@@ -1,8 +1,8 @@
 """Gradient accumulation with the loss of the global batch.
 
-Sinkhorn-Knopp, centering, KoLeo and the smooth rank compare images across micro-batches. So the teacher runs over all A
-micro-batches of a step first, and its logits are balanced together. The student's features are first computed without
-gradient, so that each micro-batch can be compared with all others.
+Sinkhorn-Knopp, centering, KoLeo, LeJEPA and the smooth rank compare images across micro-batches. So the teacher runs
+over all A micro-batches of a step first, and its logits are balanced together. The student's features are first
+computed without gradient, so that each micro-batch can be compared with all others.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dinov2.distributed import all_gather_rows, get_rank
 from dinov2.fsdp.sharding import without_gradient_sync
-from dinov2.train.ssl_meta_arch import BatchFeatures, SSLMetaArch, split_views
+from dinov2.train.ssl_meta_arch import BatchFeatures, SSLMetaArch
 
 
 def forward_backward(
@@ -33,8 +33,7 @@ def forward_backward(
         return model.forward_backward(micro_batches[0], teacher_temp)
     batches = [model.to_device(images) for images in micro_batches]
     n = len(batches)
-    with model.clock.stage("teacher"):
-        targets = model.teacher_targets([model.teacher_outputs(images) for images in batches], teacher_temp)
+    targets = model.step_targets(batches, teacher_temp)
     with model.clock.stage("student"):
         features = _features_without_gradient(model, batches) if model.compares_images else None
     losses: list[dict[str, Tensor]] = []
@@ -50,7 +49,5 @@ def forward_backward(
 
 @torch.no_grad()
 def _features_without_gradient(model: SSLMetaArch, batches: Sequence[Mapping[str, Any]]) -> Tensor:
-    """Compute the CLS tokens of all micro-batches of all processes: [W*A, 2, B, D]. It costs a forward pass."""
-    return all_gather_rows(
-        torch.stack([split_views(model.student_tokens(images)[0]["x_norm_clstoken"]) for images in batches])
-    )
+    """Compute the compared CLS tokens of all micro-batches of all processes, `BatchFeatures.all`: a forward pass."""
+    return all_gather_rows(torch.stack([model.compared_tokens(model.student_tokens(images)) for images in batches]))

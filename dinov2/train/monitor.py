@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, schedule
 
@@ -44,8 +45,8 @@ MIN_VALUES = 5  # a mean of fewer finite values is not checked, but for a measur
 LABELS = {
     "cls_loss": "the CLS loss (global and local crops together)",
     "patch_loss": "the patch loss (per masked crop: the log shows half of its mean over all crops)",
-    "effective_rank": "the effective rank of the teacher's CLS tokens",
-    "feature_spread": "the spread of the teacher's CLS tokens",
+    "effective_rank": "the effective rank of the CLS tokens",  # the teacher's, if a loss uses it, else the student's
+    "feature_spread": "the spread of the CLS tokens",
     "prototype_use": "the share of prototypes that are the first choice of an image",
     "patch_prototype_use": "the share of prototypes that are the first choice of a masked patch",
 }
@@ -249,8 +250,9 @@ def _advice(cfg: Any) -> tuple[str, str, str]:
         f"slowly (teacher.momentum_teacher={teacher.momentum_teacher:g} now); softer targets "
         f"(teacher.teacher_temp={teacher.teacher_temp:g} now); {larger_batch}"
     )
+    spreading = "lejepa.sigreg_weight" if cfg.lejepa.loss_weight > 0 else "dino.koleo_loss_weight"
     against_alike = (
-        f"a higher dino.koleo_loss_weight (now {cfg.dino.koleo_loss_weight:g}), which pushes images apart; {start}; "
+        f"a higher {spreading} (now {OmegaConf.select(cfg, spreading):g}), which pushes images apart; {start}; "
         "a check whether the images really differ"
     )
     return against_uniform, against_one_for_all, against_alike

@@ -44,7 +44,7 @@ _SHAPE_KEYS = (
     *("student.ffn_layer", "student.block_chunks", "student.num_register_tokens", "student.qkv_bias"),
     *("optim.layerwise_decay", "optim.patch_embed_lr_mult", "student.freeze", "student.unfreeze"),
     *("student.lora.rank", "student.lora.alpha", "student.lora.targets"),
-    *("student.proj_bias", "student.ffn_bias", "dino.head", "ibot.head", "ibot.separate_head"),
+    *("student.proj_bias", "student.ffn_bias", "dino.head", "ibot.head", "ibot.separate_head", "lejepa.head"),
     "crops.global_crops_size",
 )
 # Keys that may change on resume without a warning: they do not affect results.

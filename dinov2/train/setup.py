@@ -194,8 +194,12 @@ def describe_run(cfg: Any, model: SSLMetaArch, dataset: HemaStandardDataset) -> 
         f"lr        peak {schedules.peak_lr:.3g} (optim.base_lr {cfg.optim.base_lr:g}, {cfg.optim.scaling_rule}) after "
         f"{schedules.n_warmup:,} warm-up steps, then cosine to {cfg.optim.min_lr:g}; last layers frozen for "
         f"{schedules.n_last_layer_frozen:,} steps, backbone for {schedules.n_backbone_frozen:,}",
-        f"teacher   momentum {cfg.teacher.momentum_teacher:g} to {cfg.teacher.final_momentum_teacher:g}, temperature "
-        f"{cfg.teacher.warmup_teacher_temp:g} to {cfg.teacher.teacher_temp:g}, {cfg.train.centering}",
+        f"teacher   momentum {cfg.teacher.momentum_teacher:g} to {cfg.teacher.final_momentum_teacher:g}, "
+        + (
+            f"temperature {cfg.teacher.warmup_teacher_temp:g} to {cfg.teacher.teacher_temp:g}, {cfg.train.centering}"
+            if model.has_targets
+            else "used by no loss, only by evaluations and files"
+        ),
         f"model     {cfg.student.arch}: {n_backbone / 1e6:.1f} backbone + {(n_parameters[''] - n_backbone) / 1e6:.1f} "
         f"heads million parameters{_describe_learning(cfg, model)}",
         f"device    {model.device}, {str(dtype).removeprefix('torch.')}; {describe_device(model.device, dtype)}",

@@ -1,16 +1,20 @@
 """Student and teacher, and one step of self-distillation between them: DINO + iBOT + KoLeo (DINOv2, arXiv 2304.07193).
 
+LeJEPA (arXiv 2511.08544) is another objective, without prototypes and targets: views of an image get one projection,
+and the projections of all images a normal distribution. If it is the only one, a step does not run the teacher.
+
 A step's global batch is divided over W processes and, in each process, over A micro-batches (train/micro_batches.py).
 Neither changes the loss: Sinkhorn-Knopp and centering use the teacher's logits of the global batch, and KoLeo searches
 each feature's neighbour in it (with dino.koleo_loss_distributed: false in each micro-batch, as upstream does on each
-GPU). The other terms are means over images, and gradients are averaged.
+GPU), and LeJEPA projects all of it. The other terms are means over images, and gradients are averaged.
 
 Dimension key:  W processes, A micro-batches of a process, B images in one, N = W*A*B images in the global batch,
                 L local crops, P patches per global crop, M masked patches, D embedding dim, K prototypes of a head,
-                d bottleneck dim
+                d bottleneck dim, or dim of LeJEPA's projections; V = 2 + L views
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -25,7 +29,7 @@ from dinov2.fsdp.sharding import SHARDED, lerp_, make_mesh, replicate, reshard, 
 from dinov2.hub.adapters import lora_scaling
 from dinov2.layers import Block, DINOHead
 from dinov2.logging import StepClock
-from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss, smooth_rank_loss
+from dinov2.loss import DINOLoss, KoLeoLoss, SIGRegLoss, iBOTPatchLoss, smooth_rank_loss
 from dinov2.models import build_model_from_cfg
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.train.finetuning import limit_learning, start_from_weights
@@ -67,22 +71,29 @@ class StudentOutputs:
     global_cls_tokens: Tensor  # [2B, D]
     cls: HeadOutput | None  # embeddings [2B + L*B, d]
     patches: HeadOutput | None  # embeddings [M, d]
+    compared: Tensor  # CLS tokens that losses compare across images: [2, B, D], or [V, B, D] with LeJEPA
 
 
 @dataclass
 class BatchFeatures:
-    """The student's CLS tokens of the global crops of a global batch, without gradient."""
+    """The student's CLS tokens that losses compare across a global batch, without gradient."""
 
-    all: Tensor  # [W*A, 2, B, D]
+    all: Tensor  # [W*A, 2, B, D], or [W*A, V, B, D] with LeJEPA
     index: int  # number of the present micro-batch among the W*A
+
+    @property
+    def global_rows(self) -> Tensor:
+        """Return those of the global crops, [W*A*2B, D]."""
+        return self.all[:, :N_GLOBAL_CROPS].flatten(0, 2)
 
 
 class SSLMetaArch(nn.Module):
     """The two networks and their losses.
 
-    `student` and `teacher` are ModuleDicts of `backbone`, `dino_head` and, with `ibot.separate_head`, `ibot_head`. They
-    start equal; the teacher gets no gradient and follows the student by `update_teacher`. train/finetuning.py decides
-    which parameters of the student's backbone learn; while `backbone_is_frozen`, the backbone gets no gradient.
+    `student` and `teacher` are ModuleDicts of `backbone` and the heads of the losses that are on: `dino_head`,
+    `ibot_head` (with `ibot.separate_head`), `lejepa_head`. They start equal; the teacher gets no gradient and follows
+    the student by `update_teacher`. train/finetuning.py decides which parameters of the student's backbone learn; while
+    `backbone_is_frozen`, the backbone gets no gradient.
     """
 
     def __init__(self, cfg: Any, load_weights: bool = True) -> None:
@@ -93,6 +104,8 @@ class SSLMetaArch(nn.Module):
         self.do_smooth_rank_loss = cfg.dino.smooth_rank_loss_weight > 0
         self.do_ibot = cfg.ibot.loss_weight > 0 and cfg.ibot.mask_sample_probability > 0
         self.ibot_separate_head = self.do_ibot and cfg.ibot.separate_head
+        self.do_lejepa = cfg.lejepa.loss_weight > 0
+        self.has_targets = self.do_dino or self.do_ibot  # else no loss uses the teacher
         self.n_local_crops = cfg.crops.local_crops_number
 
         student_backbone, teacher_backbone, embed_dim = build_model_from_cfg(cfg)
@@ -114,6 +127,8 @@ class SSLMetaArch(nn.Module):
         if self.do_ibot:
             head = cfg.ibot if self.ibot_separate_head else cfg.dino
             self.ibot_patch_loss = iBOTPatchLoss(head.head_n_prototypes, compiled=cfg.train.compile_loss)
+        if self.do_lejepa:
+            self.sigreg_loss = SIGRegLoss()
         blocks = list(student_backbone.each_block())
         # The first blocks: when backward recomputes their inner values, those of all later blocks are freed already
         for block in blocks[: math.ceil(round(cfg.train.activation_checkpointing * len(blocks), 6))]:
@@ -162,10 +177,12 @@ class SSLMetaArch(nn.Module):
                 self.callables[role, part] = replicate(module, reduce_dtype=reduce_dtype)
 
     def _build_heads(self, embed_dim: int) -> dict[str, nn.Module]:
-        sections = {"dino_head": self.cfg.dino} if self.do_dino or not self.ibot_separate_head else {}
+        sections = (
+            {"dino_head": self.cfg.dino} if self.do_dino or (self.do_ibot and not self.ibot_separate_head) else {}
+        )
         if self.ibot_separate_head:
             sections["ibot_head"] = self.cfg.ibot
-        return {
+        heads: dict[str, nn.Module] = {
             name: DINOHead(
                 in_dim=embed_dim,
                 out_dim=section.head_n_prototypes,
@@ -175,6 +192,17 @@ class SSLMetaArch(nn.Module):
             )
             for name, section in sections.items()
         }
+        if self.do_lejepa:
+            hidden_dim, out_dim = self.cfg.lejepa.head_hidden_dim, self.cfg.lejepa.head_out_dim
+            # the batch norm sees the global batch; without it, the nearly equal projections of the start hardly move
+            layers = {
+                "fc1": nn.Linear(embed_dim, hidden_dim, bias=False),
+                "norm": nn.BatchNorm1d(hidden_dim, track_running_stats=False),
+                "act": nn.GELU(),
+                "fc2": nn.Linear(hidden_dim, out_dim),
+            }
+            heads["lejepa_head"] = nn.Sequential(OrderedDict(layers))
+        return heads
 
     @property
     def teacher_backbone(self) -> DinoVisionTransformer:
@@ -205,16 +233,22 @@ class SSLMetaArch(nn.Module):
             images: batch dict of `dinov2.data.collate`: collated_global_crops [2B, 3, S, S] with the first views in
                 front, collated_local_crops [L*B, 3, s, s] (absent for L = 0), collated_masks [2B, P],
                 mask_indices_list [M], masks_weight [M], n_masked_patches [1]; optionally the seed of this step's
-                stochastic depth.
+                stochastic depth and slices_seed, that of SIGReg's slices.
             teacher_temp: temperature of the teacher's targets.
 
         Returns:
             the losses for the log, see `losses`: detached scalars, means over this process's images.
         """
         images = self.to_device(images)
-        with self.clock.stage("teacher"):
-            (targets,) = self.teacher_targets([self.teacher_outputs(images)], teacher_temp)
+        (targets,) = self.step_targets([images], teacher_temp)
         return self.student_step(images, targets)
+
+    def step_targets(self, batches: Sequence[Mapping[str, Any]], teacher_temp: float) -> list[TeacherTargets]:
+        """Compute the targets of a step's micro-batches; the teacher does not run if no loss has targets."""
+        if not self.has_targets:
+            return [TeacherTargets(None, None) for _ in batches]
+        with self.clock.stage("teacher"):
+            return self.teacher_targets([self.teacher_outputs(images) for images in batches], teacher_temp)
 
     def to_device(self, images: Mapping[str, Any]) -> dict[str, Any]:
         """Copy a batch dict's tensors to the training device."""
@@ -272,7 +306,11 @@ class SSLMetaArch(nn.Module):
             features: of the global batch, if there are several micro-batches and a loss compares images.
         """
         with self.clock.stage("student"):
-            terms = self.losses(images, targets, self.student_outputs(images), features)
+            outputs = self.student_outputs(images)
+            if not self.has_targets:  # else they are the teacher's
+                whole = all_gather_rows(outputs.global_cls_tokens) if features is None else features.global_rows
+                self.statistics = feature_statistics(whole)
+            terms = self.losses(images, targets, outputs, features)
             targets.cls = targets.patches = None  # as large as logits; backward does not need them
         with self.clock.stage("backward"):
             total = torch.stack([weight * loss for weight, loss in terms.values()]).sum()
@@ -285,7 +323,8 @@ class SSLMetaArch(nn.Module):
         global_cls = global_tokens["x_norm_clstoken"]  # [2B, D]
         cls_tokens = torch.cat([global_cls, *(tokens["x_norm_clstoken"] for tokens in local_tokens)])
         patches = self._masked_patches(global_tokens, images)  # [M, D]
-        return StudentOutputs(global_cls, *self._heads("student", cls_tokens, patches, with_logits=False))
+        heads = self._heads("student", cls_tokens, patches, with_logits=False)
+        return StudentOutputs(global_cls, *heads, self.compared_tokens([global_tokens, *local_tokens]))
 
     def student_tokens(self, images: Mapping[str, Any]) -> list[dict[str, Tensor]]:
         """Run the student's backbone; return the features of the global crops and, if there are any, local crops."""
@@ -298,6 +337,14 @@ class SSLMetaArch(nn.Module):
         tokens: list[dict[str, Tensor]] = self._backbone("student", crops, masks=masks)
         return tokens
 
+    def compared_tokens(self, tokens: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """Return the CLS tokens of `student_tokens` that losses compare across images, by view.
+
+        Those of global crops [2, B, D]; with LeJEPA those of all crops, [V, B, D].
+        """
+        views = [each["x_norm_clstoken"] for each in tokens]
+        return torch.cat(views if self.do_lejepa else views[:1]).unflatten(0, (-1, len(views[0]) // N_GLOBAL_CROPS))
+
     def losses(
         self,
         images: Mapping[str, Any],
@@ -308,12 +355,13 @@ class SSLMetaArch(nn.Module):
         """Compute the terms of the loss: {name: (weight in the sum, term)}.
 
         Names and scales are those that upstream logs: koleo_loss, smooth_rank_loss and ibot_loss are half of the summed
-        terms, and the first two include their weights.
+        terms, and the first two include their weights. LeJEPA's are invariance_loss, the mean squared distance of a
+        view's projection to the mean over the image's global views, and sigreg_loss.
 
         Args:
             features: of the global batch; None to gather those of this micro-batch from all processes.
         """
-        dino, ibot = self.cfg.dino, self.cfg.ibot
+        dino, ibot, lejepa = self.cfg.dino, self.cfg.ibot, self.cfg.lejepa
         terms: dict[str, tuple[float, Tensor]] = {}
         if self.do_dino:
             # Two global crops predict each other, and each of L local crops predicts both: 2 + 2L pairs
@@ -330,15 +378,16 @@ class SSLMetaArch(nn.Module):
                 terms["dino_local_crops_loss"] = dino.loss_weight, local_loss / n_pairs
             global_loss = N_GLOBAL_CROPS * self.dino_loss([embeddings[:n_global]], [targets.cls], prototypes)
             terms["dino_global_crops_loss"] = dino.loss_weight, global_loss / n_pairs
-        if self.do_koleo or self.do_smooth_rank_loss:
-            whole_batch = self._whole_batch(student.global_cls_tokens, features)  # [2, N, D]
+        if self.do_koleo or self.do_smooth_rank_loss or self.do_lejepa:
+            whole_batch = self._whole_batch(student.compared, features)  # [2, N, D], or [V, N, D] with LeJEPA
+            global_views = whole_batch[:N_GLOBAL_CROPS]
         if self.do_koleo:
             # within a view: the two views of an image should be close
-            views = whole_batch if dino.koleo_loss_distributed else split_views(student.global_cls_tokens)
+            views = global_views if dino.koleo_loss_distributed else split_views(student.global_cls_tokens)
             koleo = torch.stack([self.koleo_loss(view) for view in views]).mean()
             terms["koleo_loss"] = N_GLOBAL_CROPS, dino.koleo_loss_weight * koleo
         if self.do_smooth_rank_loss:
-            rank_loss = smooth_rank_loss(whole_batch.flatten(0, 1)) / N_GLOBAL_CROPS
+            rank_loss = smooth_rank_loss(global_views.flatten(0, 1)) / N_GLOBAL_CROPS
             terms["smooth_rank_loss"] = N_GLOBAL_CROPS, dino.smooth_rank_loss_weight * rank_loss
         if self.do_ibot:
             assert student.patches is not None and targets.patches is not None, "the iBOT loss has a head"
@@ -351,22 +400,30 @@ class SSLMetaArch(nn.Module):
                 prototypes=prototypes,
             )
             terms["ibot_loss"] = N_GLOBAL_CROPS * ibot.loss_weight, patch_loss / N_GLOBAL_CROPS
+        if self.do_lejepa:
+            with self._precision("student", "lejepa_head"):
+                rows = self.callables["student", "lejepa_head"](whole_batch.flatten(0, 1))  # [V*N, d]
+            projections = rows.float().unflatten(0, whole_batch.shape[:2])  # [V, N, d]
+            centres = projections[:N_GLOBAL_CROPS].mean(dim=0)  # [N, d]
+            invariance = (projections - centres).square().mean()
+            sigreg = self.sigreg_loss(projections, images.get("slices_seed", 0))
+            terms["invariance_loss"] = lejepa.loss_weight * (1 - lejepa.sigreg_weight), invariance
+            terms["sigreg_loss"] = lejepa.loss_weight * lejepa.sigreg_weight, sigreg
         return terms
 
     @property
     def compares_images(self) -> bool:
         """Return True if a loss compares features across the global batch."""
-        return self.do_smooth_rank_loss or (self.do_koleo and self.cfg.dino.koleo_loss_distributed)
+        return self.do_smooth_rank_loss or self.do_lejepa or (self.do_koleo and self.cfg.dino.koleo_loss_distributed)
 
     def _whole_batch(self, own: Tensor, features: BatchFeatures | None) -> Tensor:
-        """Insert this micro-batch's CLS tokens [2B, D] into those of the global batch: [2, N, D], by view.
+        """Insert this micro-batch's CLS tokens [2 or V, B, D] into those of the global batch: [2 or V, N, D].
 
         Averaging over n micro-batches and processes divides gradients by n, but only one of them has the gradient of
         these tokens. So it is multiplied by n here.
         """
         if not self.compares_images:
-            return split_views(own)
-        own = split_views(own)  # [2, B, D]
+            return own
         if features is None:
             features = BatchFeatures(all_gather_rows(own.unsqueeze(0)), get_rank())
         n, index = len(features.all), features.index

@@ -75,6 +75,7 @@ _LARGEST = 10**9  # of numbers without a closer limit
 _BOUNDS: list[tuple[float, float, str]] = [
     (0, math.inf, "train.balance.temperature"),  # .inf: equal shares
     (0, 1, "train.max_bad_fraction train.activation_checkpointing student.drop_path_rate student.lora.dropout"),
+    (0, 1, "lejepa.sigreg_weight"),
     (0, 1, "ibot.mask_* teacher.*momentum_teacher crops.*_crops_scale optim.adamw_beta*"),
     (0, 2**63 - 1, "train.seed"),
     (1e-4, _LARGEST, "teacher.*teacher_temp"),
@@ -83,7 +84,7 @@ _BOUNDS: list[tuple[float, float, str]] = [
     (0, 4096, "crops.*_crops_size"),
     (1, 1000, "student.depth *.head_nlayers"),
     (0, 1000, "crops.local_crops_number"),
-    (1, 2**16, "student.embed_dim student.num_heads"),
+    (1, 2**16, "student.embed_dim student.num_heads lejepa.head_*"),
     (1, 2**20, "*batch_size* train.accumulation_steps"),
     (1, _LARGEST, "train.OFFICIAL_EPOCH_LENGTH train.log_period train.max_bad_steps_in_row *.keep_* evaluation.knn_k"),
     (0, _LARGEST, "*"),
@@ -316,8 +317,8 @@ def _rules(cfg: DictConfig) -> Iterator[tuple[bool, str]]:
         "student.lora.alpha is 0: adapters would have no effect; set student.lora.rank=0 for none",
     )
     yield (
-        cfg.dino.loss_weight == cfg.ibot.loss_weight == 0,
-        "dino.loss_weight and ibot.loss_weight are both 0: nothing is learned; set one of them",
+        cfg.dino.loss_weight == cfg.ibot.loss_weight == cfg.lejepa.loss_weight == 0,
+        "dino.loss_weight, ibot.loss_weight and lejepa.loss_weight are all 0: nothing is learned; set one of them",
     )
     yield (
         cfg.dino.koleo_loss_weight > 0 and n_compared < 2,

@@ -29,6 +29,15 @@ TINY = [
 
 
 @pytest.fixture(scope="session")
+def lejepa_alone() -> list[str]:
+    """The objective without prototypes and teacher."""
+    return [
+        *(f"{key}=0" for key in ("dino.loss_weight", "ibot.loss_weight", "dino.koleo_loss_weight")),
+        "lejepa.loss_weight=1",
+    ]
+
+
+@pytest.fixture(scope="session")
 def make_tiny_overrides():
     """Arguments that shrink any recipe to a run of four iterations on the lists in `folder`."""
 

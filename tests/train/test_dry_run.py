@@ -72,6 +72,15 @@ def test_a_real_step_computes_about_what_is_counted(make):
     assert 0.75 * count_step_flops(cfg) < counter.get_total_flops() < 1.1 * count_step_flops(cfg)
 
 
+def test_flops_without_a_teacher_are_those_of_a_real_step(make, lejepa_alone):
+    cfg, model, dataset = make(*lejepa_alone, "student.drop_path_rate=0", "crops.local_crops_number=2")
+    (images,) = next(TrainBatches(cfg, dataset, model.device).starting_at())
+    model.sigreg_loss.n_slices = 1  # a tiny network takes less than its slices, which are not counted
+    with FlopCounterMode(display=False) as counter:
+        model.forward_backward(images, teacher_temp=0.05)
+    assert 0.75 * count_step_flops(cfg) < counter.get_total_flops() < 1.1 * count_step_flops(cfg)
+
+
 @pytest.mark.parametrize("overrides", [["student.lora.rank=2"], ["student.drop_path_rate=0.5"]])
 def test_what_needs_no_gradient_or_is_dropped_is_not_counted(make, overrides):
     if "lora" in overrides[0]:

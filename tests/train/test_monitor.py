@@ -369,6 +369,15 @@ def test_a_patch_loss_of_nothing_masked_is_no_collapse():
     assert CollapseMonitor(unmasked, 400).check([{**row, "ibot_loss": 0.01} for row in rows]) == []
 
 
+def test_without_prototypes_only_features_are_checked_and_no_advice_is_about_them(lejepa_alone):
+    cfg = config(*SMALL_DINOBLOOM, *lejepa_alone)
+    rows = [{"iteration": i, "sigreg_loss": 2.0, "effective_rank": 5.0, "feature_spread": 0.8} for i in range(400)]
+    assert CollapseMonitor(cfg, 400).check(rows) == []
+    texts = CollapseMonitor(cfg, 400).check([{**row, "effective_rank": 1.0, "feature_spread": 0.0} for row in rows])
+    assert kinds(texts) == ["rank", "spread"]
+    assert all("lejepa.sigreg_weight (now 0.05)" in text and "prototype" not in text for text in texts)
+
+
 def test_few_images_are_not_checked_for_how_they_spread():
     alike = {"effective_rank": 1.0, "feature_spread": 0.05, "prototype_use": 0.02, "patch_prototype_use": 0.01}
     rows = rows_of(300, 256, cls=0.8, patch=0.8, **alike)

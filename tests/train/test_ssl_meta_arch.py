@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dinov2.loss import SIGRegLoss
 from dinov2.train import ssl_meta_arch
 from dinov2.train.batches import TrainBatches, build_dataset, resolve_batch_size
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -44,3 +45,44 @@ def test_targets_of_patches_are_searched_for_prototypes_only_when_asked(make, is
     model.forward_backward(images, teacher_temp=0.07)
     assert ("patch_prototype_use" in model.statistics) == is_logged
     assert "prototype_use" in model.statistics
+
+
+def test_without_targets_neither_heads_nor_the_teacher_are_used(make, lejepa_alone):
+    cfg, model = make(*lejepa_alone)
+    assert set(model.student) == set(model.teacher) == {"backbone", "lejepa_head"}
+    assert not hasattr(model, "dino_loss")
+    model.teacher["backbone"].register_forward_hook(lambda *_: pytest.fail("the teacher ran"))
+    (images,) = next(TrainBatches(cfg, build_dataset(cfg), torch.device("cpu")).starting_at())
+    losses = model.forward_backward(images, teacher_temp=0.07)
+    assert set(losses) == {"invariance_loss", "sigreg_loss"}
+    assert set(model.statistics) == {"effective_rank", "feature_spread"}
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.student["lejepa_head"].parameters())
+
+
+@pytest.mark.parametrize("n_local_crops", [0, 2])
+def test_lejepa_is_the_distance_to_the_mean_of_global_views_and_sigreg_of_each_view(make, lejepa_alone, n_local_crops):
+    cfg, model = make(*lejepa_alone, f"crops.local_crops_number={n_local_crops}", "student.drop_path_rate=0")
+    (images,) = next(TrainBatches(cfg, build_dataset(cfg), torch.device("cpu")).starting_at())
+    losses = model.forward_backward(images, teacher_temp=0.07)
+    crops = [*images["collated_global_crops"].chunk(2)]
+    crops += images["collated_local_crops"].chunk(n_local_crops) if n_local_crops else []
+    tokens = torch.cat([model.student["backbone"](view) for view in crops])
+    views = model.student["lejepa_head"](tokens).unflatten(0, (-1, 4))
+    centres = (views[0] + views[1]) / 2
+    distances = torch.stack([torch.nn.functional.mse_loss(view, centres) for view in views])
+    torch.testing.assert_close(losses["invariance_loss"], distances.mean())
+    sigreg = SIGRegLoss()
+    each = [sigreg(view[None], images["slices_seed"]) for view in views]
+    torch.testing.assert_close(losses["sigreg_loss"], torch.stack(each).mean())
+
+
+def test_slices_are_those_of_the_step_on_every_rank_and_micro_batch(make, lejepa_alone, monkeypatch):
+    seeds = []
+    for rank in (0, 1):
+        monkeypatch.setattr("dinov2.train.batches.get_rank", lambda rank=rank: rank)
+        cfg, _ = make(*lejepa_alone, "train.accumulation_steps=2")
+        batches = TrainBatches(cfg, build_dataset(cfg), torch.device("cpu")).starting_at(batch_number=3)
+        seeds.append([[images["slices_seed"] for images in next(batches)] for _ in range(2)])
+    assert seeds[0] == seeds[1]
+    assert [len({*step}) for step in seeds[0]] == [1, 1]
+    assert seeds[0][0] != seeds[0][1]

@@ -78,6 +78,29 @@ def test_a_run_leaves_what_the_docs_say(run, overrides):
     assert model(torch.zeros(1, 3, 28, 28)).shape == (1, 32)
 
 
+def test_a_run_without_a_teacher_is_evaluated_viewed_and_written(run, lejepa_alone, tmp_path, image_list):
+    cells, table = image_list(n=12, folder=tmp_path / "cells"), tmp_path / "cells.csv"
+    lines = [f"{path},{'ab'[i % 2]}\n" for i, path in enumerate(sorted(cells.glob("images/*.png")))]
+    table.write_text("".join(["Image Path,Label\n", *lines]))
+    evaluation = f"evaluation.datasets=[{{name: cells, data: {table}, knn_k: [1, 2]}}]"
+    momentum = ["teacher.momentum_teacher=0", "teacher.final_momentum_teacher=0"]
+    code, folder = run(*lejepa_alone, *momentum, evaluation, "evaluation.eval_period_iterations=2")
+    assert code == 0
+    assert {"invariance_loss", "sigreg_loss", "effective_rank"} <= rows(folder)[-1].keys()
+    assert {path.name for path in (folder / "eval").iterdir()} == {
+        "training_0",
+        "training_2",
+        "training_4",
+        "best.json",
+    }
+    assert (folder / "views" / "crops_0.png").is_file()
+    teacher = torch.load(folder / "eval" / "training_4" / "teacher_checkpoint.pth", weights_only=True)["teacher"]
+    state = networks(folder, 4)
+    assert {name.split(".")[0] for name in teacher} == {"backbone", "lejepa_head"}
+    for name, value in teacher.items():  # it is the student
+        torch.testing.assert_close(value, state[f"student.{name}"])
+
+
 def test_custom_yaml_shrunk_trains_two_iterations(run):
     code, folder = run("optim.epochs=1", "optim.warmup_epochs=0.5", arguments=("--config-file", str(CUSTOM)))
     assert code == 0
@@ -250,10 +273,13 @@ def test_an_untouched_folder_gives_the_same_losses_again(run):
 KILLED = ["train.log_period=1", "train.saveckp_freq=1.5", "optim.epochs=6", "student.drop_path_rate=0.5"]
 
 
-@pytest.mark.parametrize("centering", ["sinkhorn_knopp", "centering"])
-def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(tmp_path, image_list, tiny_overrides, capfd, centering):
+@pytest.mark.parametrize("objective", ["sinkhorn_knopp", "centering", "lejepa"])
+def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(
+    tmp_path, image_list, tiny_overrides, capfd, objective, lejepa_alone
+):
     lists = image_list(n=13)
-    overrides = tiny_overrides(lists, *KILLED, f"train.centering={centering}")
+    settings = lejepa_alone if objective == "lejepa" else [f"train.centering={objective}"]
+    overrides = tiny_overrides(lists, *KILLED, *settings)
 
     def command(name):
         return [sys.executable, str(TRAIN), "--output-dir", str(tmp_path), "--name", name, *overrides]
