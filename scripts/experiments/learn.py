@@ -1,21 +1,37 @@
-"""Train a small ViT on real cells with several seeds, and write tables of kNN after and during training.
+"""Train small networks on real cells by several recipes, with equal budgets and seeds, and compare them.
 
     python scripts/experiments/learn.py --pbc <PBC_dataset_normal_DIB> --output-dir runs/pbc
+    python scripts/experiments/learn.py --pbc <PBC_dataset_normal_DIB> --ssl <segmentation_WBC> \
+        --output-dir runs/arena --recipes scripts/experiments/recipes.yaml --budgets 560 1680 --seeds 0 1
     python scripts/experiments/learn.py --pbc <PBC_dataset_normal_DIB> --output-dir runs/pbc --name from_weights \
         student.pretrained_weights=<run or file>
 
-Three quarters of the images (Acevedo et al. 2020) are trained on by a .txt list, without labels; kNN searches them
-for neighbours of the rest. Byte-identical copies are left out. The ten classes are DinoBloom's: file prefixes split
-`ig` and `neutrophil` into stages. Platelets and cells of unspecified stage count only in the eight classes of the
-folders. All names in one output folder share the split, so that their tables can be compared.
+Three quarters of the images (Acevedo et al. 2020) are trained on by a .txt list, without labels. kNN and a linear probe
+learn from the same images with their labels, and are tested on the rest, on DinoBloom's ten classes: file prefixes
+split `ig` and `neutrophil` into stages. With `--ssl` they are also tested on SSL Seg Dataset 1 (Zheng et al. 2018), of
+another hospital, on the four classes that both have. Byte-identical copies are left out. All runs in one output folder
+share the split.
+
+A budget is in core-seconds: CPU time of the training's steps, over all threads and data workers, which other programs
+on the machine hardly change. Before a recipe's first run, two short trainings measure the CPU time of a step; the
+budget divided by it is the number of steps of all seeds. Start-up and evaluations do not count. Without `--budgets` a
+recipe has its own number of steps.
+
+A recipe is a name with config values, in YAML; `--config-file` has the values that all share. Runs are ordered by seed,
+then budget, then recipe. The same command continues a stopped experiment, within a run too. After each run, scores.csv
+and results.md are written with all runs of the output folder.
 """
 
 import argparse
+import itertools
 import json
+import math
 import random
+import resource
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +40,31 @@ import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads 
 # isort: split
 import numpy as np
 import pandas as pd
-from omegaconf import OmegaConf
+import yaml
+from real_cells import find_ssl_cells
 
 import dinov2.train.train as train_command
 from dinov2.configs import CONFIG_FOLDER
 from dinov2.data.datasets import find_images
 from dinov2.data.prepare.class_folders import ACEVEDO_STAGES
-from dinov2.eval import knn
+from dinov2.eval import extract_features, knn, linear
+from dinov2.eval.features import Features, read_features
+from dinov2.eval.knn import KnnOptions
+from dinov2.eval.linear import LinearOptions
+from dinov2.eval.protocol import EvaluationData
+from dinov2.eval.results import summarize
+from dinov2.train.batches import build_dataset
+from dinov2.utils.config import load_run_config, read_config
 from dinov2.utils.files import atomic_write, file_sha256
 from dinov2.utils.numerics import derive_seed
 
 SPLITS = ("train", "test")
+KINDS = ("cls", "mean", "cls+mean")
+FOUR = ("eosinophil", "lymphocyte", "monocyte", "neutrophil")  # SSL Seg has one basophil
+WITHIN, TRANSFER = "PBC, ten classes", "PBC to SSL Seg, four classes"
+N_EVALUATIONS = 4  # during a run
+SHORT, LONG = 5, 25  # steps of the trainings that measure the CPU time of a step
+METRIC = "balanced_accuracy"
 
 
 def write_split(pbc: Path, folder: Path, seed: int = 0) -> dict[str, int]:
@@ -62,95 +92,238 @@ def write_split(pbc: Path, folder: Path, seed: int = 0) -> dict[str, int]:
     return {split: len(part) for split, part in parts.items()}
 
 
-def train(config: Path, run: Path, split: Path, seed: int, overrides: Iterable[str]) -> None:
-    """Run train.py as a user would; an unfinished run is resumed."""
-    labelled = {"name": "pbc", **{side: str(split / f"{side}10.csv") for side in SPLITS}}
-    command = [sys.executable, train_command.__file__, "--config-file", config, "--output-dir", run.parent]
-    settings = [
-        f"train.dataset_path=HemaStandardDataset:root={split / 'lists'}:shuffle=1",
-        f"train.seed={seed}",
-        f"evaluation.datasets={json.dumps([labelled])}",
-    ]
-    subprocess.run([*map(str, command), "--name", run.name, *settings, *overrides], check=True)
+# --- training -------------------------------------------------------------------------------------------------------
 
 
-def evaluate(run: Path, split: Path, seed: int) -> dict[str, dict[str, float]]:
-    """Return kNN-20 scores of the network, the untrained one and a colour histogram, on eight and ten classes."""
-    scores: dict[str, dict[str, float]] = {}
-    for n_classes in (8, 10):
-        output = run / f"knn{n_classes}"
-        sides = [text for side in SPLITS for text in (f"--{side}", str(split / f"{side}{n_classes}.csv"))]
-        flags = ["--checkpoint", str(run), "--baseline", "untrained", "histogram", "--k", "20", "--seed", str(seed)]
-        knn.main([*flags, *sides, "--output-dir", str(output), "--overwrite"])
-        for source, rows in json.loads((output / "results.json").read_text())["results"].items():
-            names = ("accuracy", "balanced_accuracy") if n_classes == 10 else ("accuracy",)
-            values = {f"{name.replace('_', ' ')}, {n_classes} classes": rows["knn_20"][name] for name in names}
-            scores.setdefault(source, {}).update(values)
-    return scores
+def read_recipes(file: Path) -> dict[str, list[str]]:
+    """Read {name: {config key: value}} as overrides of the command line; names that begin with a dot are left out."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        recipes = {
+            str(name): [f"{key}={json.dumps(value)}" for key, value in (values or {}).items()]
+            for name, values in content.items()
+            if not str(name).startswith(".")
+        }
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        text = " ".join(str(error).split())
+        raise SystemExit(
+            f"--recipes: {file} is no list of recipes ({text}); write `<name>: {{<config key>: <value>}}` for each"
+        ) from error
+    return recipes
 
 
-def describe_training(run: Path) -> dict[str, str]:
-    """Return kNN-20 balanced accuracy on ten classes by iteration, the CLS loss at both ends, and the minutes."""
+class Arena:
+    """The runs of one output folder, which share the split."""
+
+    def __init__(self, folder: Path, config: Path) -> None:
+        self.folder, self.config = folder, config
+
+    def train(self, run: Path, *overrides: str) -> None:
+        """Run train.py as a user would, which resumes an unfinished run; exit as it does if it is stopped or fails."""
+        command = [sys.executable, train_command.__file__, "--config-file", self.config, "--output-dir", run.parent]
+        done = subprocess.run([*map(str, command), "--name", run.name, self.images, *overrides])
+        if done.returncode:
+            sys.exit(done.returncode)
+
+    @property
+    def images(self) -> str:
+        """Return the override that names the training images, decoded once for all runs."""
+        lists, cache = self.folder / "lists", self.folder / "cache"
+        return f"train.dataset_path=HemaStandardDataset:root={lists}:shuffle=1:cache={cache}"
+
+    def cost(self, name: str, recipe: Sequence[str]) -> float:
+        """Return the core-seconds of a step of a recipe, measured once."""
+        file, settings = self.folder / name / "cost.json", [self.config.name, *recipe]
+        if file.is_file():
+            known = json.loads(file.read_text(encoding="utf-8"))
+            if known["settings"] != settings:
+                raise SystemExit(
+                    f"recipe {name}: {file.parent} has runs of another recipe of this name "
+                    f"({', '.join(known['settings'])}); choose another name"
+                )
+            return float(known["core_seconds_per_step"])
+        cache = build_dataset(load_run_config(self.config, [*recipe, self.images])).cache
+        assert cache is not None, "named in the dataset string"
+        cache.build()  # else the first training would, and count it
+        cpu = []
+        for n_steps in (SHORT, LONG):
+            run = file.parent / f"{n_steps}_steps"
+            before = cpu_of_children()
+            self.train(run, *recipe, *self.steps(recipe, n_steps), "evaluation.datasets=[]", "train.views=0")
+            cpu.append(cpu_of_children() - before)
+            shutil.rmtree(run)
+        seconds = max((cpu[1] - cpu[0]) / (LONG - SHORT), 1e-3)
+        with atomic_write(file, "w") as stream:
+            json.dump({"settings": settings, "core_seconds_per_step": seconds}, stream, indent=1)
+        return seconds
+
+    def steps(self, recipe: Sequence[str], n_steps: int | None) -> list[str]:
+        """Return overrides for a run of `n_steps` with N_EVALUATIONS evaluations; None: the recipe's own numbers."""
+        if n_steps is None:
+            return []
+        cfg = load_run_config(self.config, [*recipe, self.images])
+        epochs, period = n_steps / cfg.train.OFFICIAL_EPOCH_LENGTH, math.ceil(n_steps / N_EVALUATIONS)
+        overrides = [f"optim.epochs={epochs!r}", f"evaluation.eval_period_iterations={period}"]
+        # trainings that only measure are shorter than a warm-up
+        return overrides + ["optim.warmup_epochs=0"] * (epochs < cfg.optim.warmup_epochs)
+
+    def run(self, name: str, recipe: Sequence[str], budget: float | None, seed: int) -> None:
+        """Train, and write the scores of the features, unless this is done already."""
+        place = self.folder / name / (f"{budget:g}s" if budget else "") / f"seed{seed}"
+        if (place / "scores.csv").is_file():
+            return
+        n_steps = max(1, round(budget / self.cost(name, recipe))) if budget else None
+        labelled = {"name": "pbc", "knn_k": [20], **{side: str(self.folder / f"{side}10.csv") for side in SPLITS}}
+        settings = [f"train.seed={seed}", f"evaluation.datasets={json.dumps([labelled])}"]
+        self.train(place, *recipe, *self.steps(recipe, n_steps), *settings)
+        scores = self.score(["--checkpoint", str(place), "--kinds", *KINDS], place / "features")
+        write_table(scores, place / "scores.csv")
+
+    def score(self, network: Sequence[str], folder: Path) -> pd.DataFrame:
+        """Extract features of all cells and evaluate them: a row for each task, kind of features and protocol."""
+        features, cells = {}, {side: self.folder / f"{side}8.csv" for side in SPLITS}
+        if (self.folder / "ssl.csv").is_file():
+            cells["ssl"] = self.folder / "ssl.csv"
+        for side, table in cells.items():
+            flags = ["--data", str(table), "--num-workers", "0", "--overwrite"]
+            extract_features.main([*network, *flags, "--output-dir", str(folder / side)])
+            features[side] = read_features(folder / side / "features.h5")
+        ten = pd.concat([pd.read_csv(self.folder / f"{side}10.csv") for side in SPLITS])
+        rows = score(WITHIN, features["train"], features["test"], ten)
+        if "ssl" in features:
+            four = pd.concat([pd.read_csv(cells["train"]), pd.read_csv(cells["ssl"])])
+            rows += score(TRANSFER, features["train"], features["ssl"], four[four["Label"].isin(FOUR)])
+        return pd.DataFrame(rows)
+
+
+def write_table(table: pd.DataFrame, file: Path) -> None:
+    with atomic_write(file, "w") as stream:
+        table.to_csv(stream, index=False)
+
+
+def cpu_of_children() -> float:
+    """Return the CPU time in seconds of all ended processes that this one started, and theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+
+
+def score(task: str, train: Features, test: Features, labels: pd.DataFrame) -> list[dict[str, Any]]:
+    """Evaluate kNN-20 and a linear probe on each kind of features of the cells in `labels`."""
+    known = dict(zip(labels["Image Path"], labels["Label"], strict=True))
+    class_names = sorted(set(known.values()))
+    sides = [side.select(np.array([path in known for path in side.paths])) for side in (train, test)]
+    numbers = np.array([class_names.index(known[path]) for side in sides for path in side.paths])
+    fold = np.split(np.arange(len(numbers)), [len(sides[0])])
+    rows = []
+    for kind in train.kinds:
+        values = np.concatenate([side.of_kind(kind).features for side in sides])
+        data = EvaluationData({kind: values}, numbers, class_names, [(fold[0], fold[1])])
+        predictions = knn.evaluate(data, KnnOptions(k=[20])) | linear.evaluate(data, LinearOptions("sweep"))
+        for method, predicted in predictions.items():
+            metrics = summarize(numbers, predicted, class_names)
+            low, high = metrics["intervals"][METRIC]
+            row = {"task": task, "kind": kind, "method": method.removesuffix("_sweep")}
+            rows.append({**row, "score": metrics[METRIC], "low": low, "high": high})
+    return rows
+
+
+def curve(run: Path) -> dict[str, str]:
+    """Return kNN-20 of the CLS token during training by share of the steps."""
     reports = [json.loads(path.read_text()) for path in run.glob("eval/training_*/results.json")]
-    scores = {r["iteration"]: r["datasets"]["pbc"]["knn"]["knn_20"]["balanced_accuracy"] for r in reports}
-    row = {str(iteration): f"{scores[iteration]:.3f}" for iteration in sorted(scores)}
+    scores = {r["iteration"]: r["datasets"]["pbc"]["knn"]["knn_20"][METRIC] for r in reports}
+    last = max(scores)
+    return {f"{iteration / last:.0%}": f"{scores[iteration]:.3f}" for iteration in sorted(scores)}
+
+
+def cost_of(run: Path) -> dict[str, str]:
+    """Return steps, images and minutes of a run."""
+    cfg = read_config(run / "config.yaml")
     metrics = pd.read_json(run / "training_metrics.json", lines=True)
-    # the log divides the two global terms by all 2 + 2L of them
-    losses = metrics["dino_global_crops_loss"] * (1 + config_value(run, "crops.local_crops_number"))
-    row |= {"CLS loss, first 20": f"{losses[:20].mean():.2f}", "CLS loss, last 20": f"{losses[-20:].mean():.2f}"}
-    # the median step, which other work on the machine does not stretch; evaluations are not counted
-    return row | {"minutes": f"{metrics['iter_time'].median() * len(metrics) / 60:.1f}"}
-
-
-def config_value(run: Path, key: str) -> Any:
-    return OmegaConf.select(OmegaConf.load(run / "config.yaml"), key)
+    n_images = len(metrics) * cfg.train.global_batch_size
+    # the median step, which other work on the machine does not stretch
+    minutes = metrics["iter_time"].median() * len(metrics) / 60
+    return {"steps": f"{len(metrics)}", "images": f"{n_images}", "minutes": f"{minutes:.1f}"}
 
 
 def markdown(first: str, rows: Mapping[Any, Mapping[str, str]]) -> list[str]:
     """Return a Markdown table with a row for each entry."""
-    header = list(next(iter(rows.values())))
+    header = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = [[first, *header], ["---"] * (len(header) + 1)]
     lines += [[str(name), *(row.get(column, "") for column in header)] for name, row in rows.items()]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def spread(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
     return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def read_scores(folder: Path) -> tuple[pd.DataFrame, dict[str, Path]]:
+    """Return the scores of all finished runs in a folder, and {name with its budget and seed: run}."""
+    parts, runs = [pd.read_csv(folder / "histogram.csv").assign(name="colour histogram", seed=0)], {}
+    for file in sorted(folder.glob("*/**/seed*/scores.csv")):
+        name, seed = ", ".join(file.parts[len(folder.parts) : -2]), int(file.parent.name.removeprefix("seed"))
+        parts.append(pd.read_csv(file).assign(name=name, seed=seed))
+        runs[f"{name}, {seed}"] = file.parent
+    return pd.concat(parts), runs
+
+
+def report(scores: pd.DataFrame, runs: Mapping[str, Path], n_images: int) -> list[str]:
+    """Return all tables as lines of Markdown."""
+    lines = [
+        f"Trained on {n_images} PBC images without labels, tested on others: balanced accuracy of kNN-20 / linear "
+        "probe, means over seeds with the range in brackets.",
+        "",
+    ]
+    for task, of_task in scores.groupby("task", sort=False):
+        rows: dict[str, dict[str, str]] = {}
+        for (name, kind), of_kind in of_task.groupby(["name", "kind"], sort=False):
+            by_method = of_kind.groupby("method", sort=False)["score"]
+            row = rows.setdefault(name, {"seeds": str(of_kind["seed"].nunique())})
+            row[kind] = " / ".join(spread(values.tolist()) for _, values in by_method)
+        half = (of_task["high"] - of_task["low"]).mean() / 2
+        lines += [f"{task} (95 % interval of one run over the test cells: +- {half:.3f} on average):", ""]
+        lines += [*markdown("recipe, budget in core-seconds", rows), ""]
+    lines += ["kNN-20 of the CLS token on ten classes by share of the steps, and the cost of a run:", ""]
+    rows = {name: {**curve(run), **cost_of(run)} for name, run in runs.items()}
+    return lines + markdown("recipe, budget, seed", rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pbc", type=Path, required=True, help="the data set's folder, with a folder per class")
-    parser.add_argument("--output-dir", type=Path, required=True, help="for the split, and a folder for each --name")
-    parser.add_argument("--name", default="from_scratch", help="of these settings (default: %(default)s)")
+    parser.add_argument("--ssl", type=Path, help="the repository segmentation_WBC, to test on")
+    parser.add_argument("--output-dir", type=Path, required=True, help="for the split, and a folder for each recipe")
+    parser.add_argument("--recipes", type=Path, help="YAML with recipes (default: one, the configuration)")
+    parser.add_argument("--only", nargs="+", help="these of --recipes (default: all)")
+    parser.add_argument("--name", default="from_scratch", help="of the one recipe (default: %(default)s)")
     parser.add_argument("--config-file", type=Path, default=CONFIG_FOLDER / "train" / "small_from_scratch.yaml")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[None], help="core-seconds of a run's steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values for every run")
     args = parser.parse_intermixed_args(argv)
-    split = args.output_dir.resolve()
-    folder = split / args.name
-    counts = write_split(args.pbc, split)
-    scores, training = [], {}
-    for seed in args.seeds:
-        run = folder / f"seed{seed}"
-        train(args.config_file, run, split, seed, args.overrides)
-        scores.append(evaluate(run, split, seed))
-        training[seed] = describe_training(run)
-    features = {
-        source: {name: spread([each[source][name] for each in scores]) for name in row}
-        for source, row in scores[0].items()
-    }
-    n_prototypes = config_value(run, "dino.head_n_prototypes")
-    lines = [
-        f"`{args.config_file.name}` {' '.join(args.overrides)}: trained on {counts['train']} PBC images without "
-        f"labels, evaluated on {counts['test']} others by kNN-20; means over seeds, with the range in brackets.",
-        *("", *markdown("features", features), ""),
-        "kNN-20 balanced accuracy on ten classes by iteration, and the CLS loss (uniform predictions give "
-        f"ln {n_prototypes} = {np.log(n_prototypes):.2f}):",
-        *("", *markdown("seed", training)),
-    ]
-    with atomic_write(folder / "results.md", "w") as file:
-        file.write("\n".join(lines) + "\n")
+    recipes = read_recipes(args.recipes) if args.recipes else {args.name: []}
+    if unknown := set(args.only or []) - recipes.keys():
+        parser.error(f"--only: {args.recipes} has no {', '.join(sorted(unknown))}; it has {', '.join(recipes)}")
+    recipes = {name: [*recipe, *args.overrides] for name, recipe in recipes.items() if name in (args.only or recipes)}
+    arena = Arena(args.output_dir.resolve(), args.config_file)
+    counts = write_split(args.pbc, arena.folder)
+    if args.ssl is not None:
+        find_ssl_cells(args.ssl).to_csv(arena.folder / "ssl.csv", index=False)
+    if not (arena.folder / "histogram.csv").is_file():
+        scores = arena.score(["--encoder", "histogram", "--kinds", "cls"], arena.folder / "histogram")
+        write_table(scores, arena.folder / "histogram.csv")
+    for seed, budget, (name, recipe) in itertools.product(args.seeds, args.budgets, recipes.items()):
+        arena.run(name, recipe, budget, seed)
+        scores, runs = read_scores(arena.folder)
+        write_table(scores, arena.folder / "scores.csv")
+        lines = report(scores, runs, counts["train"])
+        with atomic_write(arena.folder / "results.md", "w") as file:
+            file.write("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

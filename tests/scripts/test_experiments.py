@@ -1,7 +1,15 @@
-"""The experiments on real cells: the split, the tables, and patients made of cells."""
+"""The experiments on real cells: the split, runs of recipes, the tables, and patients made of cells."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pandas as pd
 import pytest
+import torch
 
 TINY = [
     *("student.depth=1", "student.embed_dim=32", "student.num_heads=2", "train.batch_size_per_gpu=4"),
@@ -40,18 +48,126 @@ def test_the_split_has_every_image_once(script, pbc, tmp_path):
     assert (tmp_path / "again" / "test8.csv").read_text() == (tmp_path / "split" / "test8.csv").read_text()
 
 
+@pytest.fixture
+def ssl(tmp_path, write_images):
+    """Four cells of SSL Seg in its layout."""
+    repository = tmp_path / "segmentation_WBC"
+    write_images({repository / "Dataset 1" / f"{number:03d}.bmp": number for number in range(1, 5)})
+    labels = "image ID,class label\n1,1\n2,2\n3,3\n4,4\n"
+    (repository / "Class Labels of Dataset 1.csv").write_text(labels, encoding="utf-8-sig")
+    return repository
+
+
+@pytest.fixture
+def pbc_of_ssl_classes(tmp_path, write_images):
+    """A small data set in PBC's layout with the classes of SSL Seg; basophils are in one of them only."""
+    kinds = {"SNE": "neutrophil", "LY": "lymphocyte", "MO": "monocyte", "EO": "eosinophil", "BA": "basophil"}
+    names = [(kind, f"{stage}_{number}.png") for stage, kind in kinds.items() for number in range(10)]
+    write_images({tmp_path / "PBC" / kind / name: content for content, (kind, name) in enumerate(names, start=100)})
+    return tmp_path / "PBC"
+
+
+RECIPES = """
+.shared: &shared {lejepa.loss_weight: 0}
+dino:
+lejepa:
+  <<: *shared
+  lejepa.loss_weight: 1
+  dino.loss_weight: 0
+  ibot.loss_weight: 0
+"""
+
+
 @pytest.mark.slow
-def test_learning_writes_scores_and_curves(script, pbc, tmp_path, rows_of):
-    flags = ["--pbc", str(pbc), "--output-dir", str(tmp_path / "runs"), "--seeds", "4", "--name", "tiny"]
-    script("learn").main([*flags, *TINY])
-    header, *rows = rows_of(tmp_path / "runs" / "tiny" / "results.md")
-    assert header[1:] == ["accuracy, 8 classes", "accuracy, 10 classes", "balanced accuracy, 10 classes"]
-    assert [row[0] for row in rows[:3]] == ["model", "untrained", "histogram"]
-    assert all(0 <= float(cell.split(" ")[0]) <= 1 for row in rows[:3] for cell in row[1:])
-    assert rows[3] == ["seed", "0", "2", "4", "CLS loss, first 20", "CLS loss, last 20", "minutes"]
-    seed, *numbers = rows[4]
-    assert seed == "4"
-    assert 0 < float(numbers[3]) < 20
+def test_a_killed_experiment_goes_on_within_its_run_and_ends_as_an_unbroken_one(
+    script, pbc_of_ssl_classes, ssl, tmp_path, rows_of, monkeypatch
+):
+    learn = script("learn")
+    (tmp_path / "recipes.yaml").write_text(RECIPES)
+    data = ["--pbc", str(pbc_of_ssl_classes), "--ssl", str(ssl), "--recipes", str(tmp_path / "recipes.yaml")]
+    tiny = [*TINY, "train.saveckp_freq=2", "train.log_period=1"]
+
+    def command(name: str, *only: str) -> list[str]:
+        for recipe in only:  # as if measured: forty steps
+            settings = ["small_from_scratch.yaml", *learn.read_recipes(tmp_path / "recipes.yaml")[recipe], *tiny]
+            cost = {"settings": settings, "core_seconds_per_step": 0.025}
+            (tmp_path / name / recipe).mkdir(parents=True)
+            (tmp_path / name / recipe / "cost.json").write_text(json.dumps(cost))
+        flags = ["--output-dir", str(tmp_path / name), "--budgets", "1", "--seeds", "4", "--only", *only, "--"]
+        return [*data, *flags, *tiny]
+
+    killed = command("killed", "lejepa", "dino")
+    run = tmp_path / "killed" / "dino" / "1s" / "seed4"  # the first in the file
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(
+        [sys.executable, learn.__file__, *killed], env=environment, start_new_session=True
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not any(run.glob("checkpoints/iteration_*")):
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline, "no checkpoint in two minutes"
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not (run / "scores.csv").exists()
+    learn.main(killed)
+    learn.main(command("unbroken", "dino"))
+    losses = [
+        [json.loads(line)["total_loss"] for line in path.read_text().splitlines()]
+        for path in sorted(tmp_path.glob("*/dino/1s/seed4/training_metrics.json"))
+    ]
+    assert len(losses[0]) == 40
+    assert losses[0] == losses[1]
+    assert "resuming" in (run / "logs" / "log.txt").read_text()
+    assert [pd.read_csv(p).to_dict() for p in tmp_path.glob("*/dino/1s/seed4/scores.csv")][0].keys() >= {"score", "low"}
+
+    scores = pd.read_csv(tmp_path / "killed" / "scores.csv")
+    assert set(scores["name"]) == {"colour histogram", "dino, 1s", "lejepa, 1s"}
+    assert set(scores["task"]) == {learn.WITHIN, learn.TRANSFER}
+    assert set(scores["kind"]) == {"cls", "mean", "cls+mean"}
+    assert set(scores["method"]) == {"knn_20", "linear"}
+    assert (scores["low"] <= scores["score"]).all()
+    assert (scores["score"] <= scores["high"]).all()
+    header, histogram, *runs = rows_of(tmp_path / "killed" / "results.md")
+    assert set(header[2:]) == {"cls", "mean", "cls+mean"}
+    assert histogram[0] == "colour histogram"
+    assert [row[0] for row in runs[:2]] == ["dino, 1s", "lejepa, 1s"]
+    assert runs[-3][-3:] == ["steps", "images", "minutes"]
+    assert runs[-1][-3:-1] == ["40", "160"]
+
+    monkeypatch.setattr(learn.Arena, "train", lambda *_: pytest.fail("all of it is done"))
+    learn.main(killed)
+    (tmp_path / "recipes.yaml").write_text(RECIPES.replace("lejepa.loss_weight: 1", "lejepa.loss_weight: 2"))
+    (tmp_path / "killed" / "lejepa" / "1s" / "seed4" / "scores.csv").unlink()
+    with pytest.raises(SystemExit, match="recipe lejepa: .* choose another name"):
+        learn.main(killed)
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_step_is_measured_once(script, pbc, tmp_path):
+    learn = script("learn")
+    learn.write_split(pbc, tmp_path)
+    arena = learn.Arena(tmp_path, learn.CONFIG_FOLDER / "train" / "small_from_scratch.yaml")
+    cost = arena.cost("tiny", TINY)
+    assert 0.001 <= cost < 1
+    assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["cost.json"]
+    arena.train = lambda *_: pytest.fail("it is known")
+    assert arena.cost("tiny", TINY) == cost
+
+
+def test_a_run_that_stops_or_fails_ends_the_experiment_with_its_exit_code(script, tmp_path, monkeypatch):
+    learn = script("learn")
+    monkeypatch.setattr(learn.subprocess, "run", lambda *_: subprocess.CompletedProcess([], 75))
+    with pytest.raises(SystemExit, match="75"):
+        learn.Arena(tmp_path, tmp_path / "config.yaml").train(tmp_path / "run")
+
+
+@pytest.mark.parametrize("content", ["a: [", "- a", "a: 3", None])
+def test_a_file_without_recipes_is_named(script, tmp_path, content):
+    file = tmp_path / "recipes.yaml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SystemExit, match=r"--recipes: .*recipes.yaml is no list of recipes .*; write"):
+        script("learn").read_recipes(file)
 
 
 def test_patients_have_planted_cells_or_none(script):
