@@ -323,7 +323,7 @@ def whole_teacher_backbone(model: SSLMetaArch) -> DinoVisionTransformer:
 
 
 def save_teacher(state: dict[str, Tensor], model: SSLMetaArch, path: Path, done: int) -> None:
-    """Write `{"teacher": {"backbone.*", "dino_head.*", "ibot_head.*"}}` in fp32, and the network's architecture."""
+    """Write `{"teacher": {"backbone.*", "<name>_head.*"}}` in fp32, and the network's architecture."""
     with atomic_write(path) as file:
         torch.save({"teacher": state, "architecture": architecture(model.teacher_backbone), "iteration": done}, file)
 
