@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
+
+from dinov2.train import train as train_command
 
 TINY = [
     *("student.depth=1", "student.embed_dim=32", "student.num_heads=2", "train.batch_size_per_gpu=4"),
@@ -78,6 +81,11 @@ lejepa:
 """
 
 
+def in_this_process(command: list[str]) -> subprocess.CompletedProcess:
+    """Train as the command does, without the seconds in which a new process imports torch."""
+    return subprocess.CompletedProcess(command, train_command.main(command[2:]))
+
+
 @pytest.mark.slow
 def test_a_killed_experiment_goes_on_within_its_run_and_ends_as_an_unbroken_one(
     script, pbc_of_ssl_classes, ssl, tmp_path, rows_of, monkeypatch
@@ -109,6 +117,7 @@ def test_a_killed_experiment_goes_on_within_its_run_and_ends_as_an_unbroken_one(
             time.sleep(0.005)
         os.killpg(process.pid, signal.SIGKILL)
     assert not (run / "scores.csv").exists()
+    monkeypatch.setattr(learn, "subprocess", SimpleNamespace(run=in_this_process))
     learn.main(killed)
     learn.main(command("unbroken", "dino"))
     losses = [
@@ -143,8 +152,9 @@ def test_a_killed_experiment_goes_on_within_its_run_and_ends_as_an_unbroken_one(
 
 
 @pytest.mark.slow
-def test_the_cost_of_a_step_is_measured_once(script, pbc, tmp_path):
+def test_the_cost_of_a_step_is_measured_once(script, pbc, tmp_path, monkeypatch):
     learn = script("learn")
+    monkeypatch.setattr(learn, "N_MEASUREMENTS", 1)
     learn.write_split(pbc, tmp_path)
     arena = learn.Arena(tmp_path, learn.CONFIG_FOLDER / "train" / "small_from_scratch.yaml")
     cost = arena.cost("tiny", TINY)
@@ -156,7 +166,7 @@ def test_the_cost_of_a_step_is_measured_once(script, pbc, tmp_path):
 
 def test_a_run_that_stops_or_fails_ends_the_experiment_with_its_exit_code(script, tmp_path, monkeypatch):
     learn = script("learn")
-    monkeypatch.setattr(learn.subprocess, "run", lambda *_: subprocess.CompletedProcess([], 75))
+    monkeypatch.setattr(learn, "subprocess", SimpleNamespace(run=lambda _: subprocess.CompletedProcess([], 75)))
     with pytest.raises(SystemExit, match="75"):
         learn.Arena(tmp_path, tmp_path / "config.yaml").train(tmp_path / "run")
 
