@@ -1,0 +1,172 @@
+"""Measure on drawn cells whether metadata guidance makes features forget the slide, and what it costs.
+
+    python scripts/experiments/forget_slide.py --output-dir runs/forget_slide --seeds 0 1
+
+Small networks train by LeJEPA on cells of 64 drawn slides, each with its own stain, light and camera: without guidance,
+with `train.metadata` suppressing the column `slide`, and with stronger colour jitter in its place. Cells of 16 other
+slides test the features (CLS token): kNN-20 and a linear probe of the ten classes, which learn from the training
+slides; and the batch effect, how well a linear probe and 1-NN tell these 16 slides apart within a class (chance 1/16;
+dinov2/eval/cross.py). The first row of a table is the same network, not trained.
+
+The same command continues a stopped experiment. After each run, scores.csv and results.md are written.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
+
+# isort: split
+import numpy as np
+import pandas as pd
+from learn import METRIC, markdown, spread, write_table
+from PIL import Image
+
+import dinov2.train.train as train_command
+from dinov2.configs import CONFIG_FOLDER
+from dinov2.data.sample_cells import CELL_CLASSES, Slide, draw_cell
+from dinov2.data.splits import make_folds
+from dinov2.eval import extract_features, knn, linear
+from dinov2.eval.cross import CrossOptions, batch_effect
+from dinov2.eval.features import Features, read_features
+from dinov2.eval.features.data_sets import Comparison, CrossData
+from dinov2.eval.knn import KnnOptions
+from dinov2.eval.linear import LinearOptions
+from dinov2.eval.protocol import EvaluationData
+from dinov2.eval.results import summarize
+from dinov2.utils.command import progress_bar
+from dinov2.utils.files import atomic_write
+
+SIZE = 64  # px
+# {part: (slides, cells of each class on a slide)}; half of the latter train a predictor of the slide
+PARTS = {"train": (64, 2), "unseen": (16, 6)}
+N_FOLDS = 2
+UNTRAINED = "untrained"
+SETTINGS = [
+    "optim.freeze_last_layer_epochs=0",
+    *("train.image_size=64", "crops.global_crops_size=64", "train.batch_size_per_gpu=64", "student.patch_size=8"),
+    *("student.depth=4", "student.embed_dim=128", "student.num_heads=4", "train.views=0"),
+    *("dino.loss_weight=0", "ibot.loss_weight=0", "dino.koleo_loss_weight=0", "lejepa.loss_weight=1"),
+    *("teacher.momentum_teacher=0", "teacher.final_momentum_teacher=0", "optim.warmup_epochs=0.05"),
+]
+RECIPES = {
+    "without": [],
+    "suppress slide, weight 0.1": ["train.metadata.column=slide", "train.metadata.weight=0.1"],
+    "suppress slide, weight 0.5": ["train.metadata.column=slide", "train.metadata.weight=0.5"],
+    "colour jitter": [
+        *("augmentation.hema.brightness=0.3", "augmentation.hema.contrast=0.3", "augmentation.hema.saturation=0.2"),
+        "augmentation.hema.hue=0.1",
+    ],
+}
+
+
+def draw_part(folder: Path, part: str, n_slides: int, n_cells: int) -> Path:
+    """Draw the cells of a part, unless they are there; return their table with the columns Label and slide."""
+    table, rows = folder / f"{part}.csv", []
+    if table.is_file():
+        return table
+    number = list(PARTS).index(part)
+    for slide_number in progress_bar(range(n_slides), f"drawing {part} slides", n_slides):
+        slide = Slide(np.random.default_rng([number, slide_number]))
+        for label in CELL_CLASSES:
+            for i in range(n_cells):
+                path = folder / part / f"{slide_number:02d}_{label}_{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                rng = np.random.default_rng([number, slide_number, CELL_CLASSES.index(label), i + 1])
+                Image.fromarray(draw_cell(label, slide, rng, SIZE)).save(path)
+                rows.append({"Image Path": str(path), "Label": label, "slide": f"{part}_{slide_number:02d}"})
+    write_table(pd.DataFrame(rows), table)
+    return table
+
+
+def train(run: Path, table: Path, *overrides: str) -> None:
+    """Run train.py as a user would, which resumes an unfinished run; exit as it does if it is stopped or fails."""
+    config = CONFIG_FOLDER / "train" / "small_from_scratch.yaml"
+    command = [sys.executable, train_command.__file__, "--config-file", config, "--output-dir", run.parent]
+    images = f"train.dataset_path=HemaStandardDataset:root={table}:shuffle=1"
+    done = subprocess.run([*map(str, command), "--name", run.name, images, *SETTINGS, *overrides])
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def score(checkpoint: Path, tables: dict[str, Path], folder: Path) -> dict[str, float]:
+    """Extract features, and evaluate classes on unseen slides and the batch effect among these."""
+    features = {}
+    for part, table in tables.items():
+        flags = ["--data", str(table), "--num-workers", "0", "--overwrite", "--output-dir", str(folder / part)]
+        extract_features.main(["--checkpoint", str(checkpoint), *flags])
+        features[part] = read_features(folder / part / "features.h5")
+    return {**class_scores(features["train"], features["unseen"]), **slide_scores(features["unseen"], tables["unseen"])}
+
+
+def class_scores(known: Features, unseen: Features) -> dict[str, float]:
+    """Return the balanced accuracies of kNN-20 and a linear probe on the unseen slides."""
+    labels = np.concatenate([known.labels, unseen.labels])
+    fold = np.arange(len(known)), np.arange(len(known), len(labels))
+    values = np.concatenate([known.features, unseen.features])
+    data = EvaluationData({"cls": values}, labels, list(known.class_names), [fold])
+    predictions = knn.evaluate(data, KnnOptions(k=[20])) | linear.evaluate(data, LinearOptions("sweep"))
+    names = {"knn_20": "class, kNN-20", "linear_sweep": "class, linear"}
+    return {names[name]: summarize(labels, made, data.class_names)[METRIC] for name, made in predictions.items()}
+
+
+def slide_scores(unseen: Features, table: Path) -> dict[str, float]:
+    """Return how well a linear probe and 1-NN tell slides apart, as the mean over classes."""
+    rows = pd.read_csv(table)
+    slide_of = dict(zip(rows["Image Path"], rows["slide"], strict=True))
+    slides = [slide_of[path] for path in unseen.paths]
+    names = sorted(set(slides))
+    sets = np.array([names.index(slide) for slide in slides])
+    folds = make_folds(sets * len(unseen.class_names) + unseen.labels, None, N_FOLDS, 0)
+    patients = [str(i) for i in range(len(sets))]
+    batch = Comparison("", "", folds)
+    data = CrossData(names, unseen.features, sets, unseen.labels, list(unseen.class_names), patients, batch=batch)
+    means = batch_effect(data, CrossOptions())["mean_over_classes"]
+    return {f"slide, {name}": means[key][METRIC] for name, key in (("linear", "linear"), ("1-NN", "knn_1"))}
+
+
+def report(scores: pd.DataFrame) -> list[str]:
+    """Return the table of all runs as lines of Markdown."""
+    rows: dict[str, dict[str, str]] = {}
+    for name, of_recipe in scores.groupby("recipe", sort=False):
+        row: dict[str, Any] = {"seeds": str(len(of_recipe))}
+        values = of_recipe.drop(columns=["recipe", "seed"])
+        rows[str(name)] = row | {column: spread(values[column].tolist()) for column in values}
+    return markdown("recipe", rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", type=Path, required=True, help="for the cells, and a folder for each recipe")
+    parser.add_argument("--only", nargs="+", choices=[*RECIPES], default=[*RECIPES], help="recipes (default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=400, help="of each run (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values for every run")
+    args = parser.parse_intermixed_args(argv)
+    folder = args.output_dir.resolve()
+    tables = {part: draw_part(folder / "cells", part, *numbers) for part, numbers in PARTS.items()}
+    scores = pd.read_csv(folder / "scores.csv").to_dict("records") if (folder / "scores.csv").is_file() else []
+    for seed in args.seeds:
+        for name in (UNTRAINED, *args.only):
+            if any((row["recipe"], row["seed"]) == (name, seed) for row in scores):
+                continue
+            run = folder / name.replace(",", "").replace(" ", "_") / f"seed{seed}"
+            steps = 1 if name == UNTRAINED else args.steps
+            length = [f"train.OFFICIAL_EPOCH_LENGTH={steps}", "optim.epochs=1", "train.saveckp_freq=0.25"]
+            if name == UNTRAINED:
+                length += ["optim.base_lr=0", "optim.min_lr=0"]
+            settings = [*length, "evaluation.eval_period_iterations=0", f"train.seed={seed}", *args.overrides]
+            train(run, tables["train"], *RECIPES.get(name, []), *settings)
+            scores.append({"recipe": name, "seed": seed, **score(run, tables, run / "features")})
+            write_table(pd.DataFrame(scores), folder / "scores.csv")
+            with atomic_write(folder / "results.md", "w") as file:
+                file.write("\n".join(report(pd.DataFrame(scores))) + "\n")
+    print("\n".join(report(pd.DataFrame(scores))))
+
+
+if __name__ == "__main__":
+    main()
