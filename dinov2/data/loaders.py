@@ -48,6 +48,7 @@ class AugmentedSample(NamedTuple):
     crops: Any  # result of the augmentation
     position: int  # of the image in the global stream
     failures: tuple[tuple[str, str], ...]  # (path, reason) of images that could not be read
+    metadata: int | None = None  # as in Sample
 
 
 class AugmentedDataset(Dataset):
@@ -60,7 +61,7 @@ class AugmentedDataset(Dataset):
         position, index = position_and_index
         sample = self.dataset[index]
         crops = self.augmentation(sample.image, Random(derive_seed(self.seed, "crops", position)))
-        return AugmentedSample(crops, position, sample.failures)
+        return AugmentedSample(crops, position, sample.failures, sample.metadata)
 
 
 def make_dataset(

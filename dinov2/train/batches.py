@@ -37,9 +37,15 @@ _AUGMENTATIONS = {"default": DataAugmentationDINO, "hema": DataAugmentationHEMA}
 
 
 def build_dataset(cfg: Any) -> HemaStandardDataset:
-    """Open the data set of `train.dataset_path`, whose images are decoded to squares; check `train.balance`."""
-    size = cfg.train.image_size or cfg.crops.global_crops_size
-    dataset = make_dataset(cfg.train.dataset_path, image_size=size, fit=cfg.train.image_fit, seed=cfg.train.seed)
+    """Open the data set of `train.dataset_path`, whose images are decoded to squares; check `train.balance`.
+
+    Set `train.metadata.n_values`, the number of values of the column of `train.metadata`.
+    """
+    size, column = cfg.train.image_size or cfg.crops.global_crops_size, cfg.train.metadata.column
+    settings = {"image_size": size, "fit": cfg.train.image_fit, "seed": cfg.train.seed, "metadata": column}
+    dataset = make_dataset(cfg.train.dataset_path, **settings)
+    metadata = dataset.source.metadata
+    cfg.train.metadata.n_values = None if metadata is None else len(metadata.names)
     build_balance(cfg).quotas(dataset.source.set_names, dataset.source.set_sizes)
     return dataset
 
@@ -168,4 +174,6 @@ def collate_micro_batch(
     places = [divmod(sample.position - first_position, global_batch_size) for sample in samples]
     mask_seed = derive_seed(seed, "masks", first_batch + places[0][0])
     batch = collate(samples, micro_batch=MicroBatch([image for _, image in places], global_batch_size, mask_seed))
+    if samples[0].metadata is not None:
+        batch["metadata"] = torch.tensor([sample.metadata for sample in samples])  # [B]
     return share_batch({**batch, "failures": [failure for sample in samples for failure in sample.failures]})

@@ -30,6 +30,7 @@ class Sample(NamedTuple):
     # the requested index, also if another image replaces it
     index: int  # type: ignore[assignment]  # hides tuple.index, which is not used
     failures: tuple[tuple[str, str], ...]  # (path, reason), the requested image first; usually empty
+    metadata: int | None = None  # number of the image's value in `source.metadata.names`, or NO_VALUE; None: no column
 
 
 class HemaStandardDataset(Dataset):
@@ -52,11 +53,12 @@ class HemaStandardDataset(Dataset):
         seed: int = 0,
         column: str | None = None,
         cache: str | os.PathLike[str] | None = None,
+        metadata: str | None = None,
     ) -> None:
         """Read the lists; no image is opened, but at least one of some probed files must exist.
 
         Args:
-            root, column: see `ImageSource.from_root`.
+            root, column, metadata: see `ImageSource.from_root`.
             shuffle: permute the order by `seed`.
             image_size: S in pixels.
             fit: how an image becomes square, see `resize_image`.
@@ -79,7 +81,7 @@ class HemaStandardDataset(Dataset):
         self.root = Path(root)
         self.image_size, self.fit, self.seed = image_size, fit, seed
         self.transform, self.target_transform = transform, target_transform
-        self.source = ImageSource.from_root(root, column)
+        self.source = ImageSource.from_root(root, column, metadata)
         n = len(self.source)
         order = np.random.default_rng(seed).permutation(n) if shuffle else np.arange(n)
         # a tensor, whose memory spawned workers share
@@ -107,9 +109,11 @@ class HemaStandardDataset(Dataset):
     def __getitem__(self, index: int) -> Any:
         """Return a `Sample`, or with a `transform` the pair (transform(image), target)."""
         if self.transform is None:
-            square, failures = self._first_readable(index, self._read_square)
-            return Sample(torch.from_numpy(np.require(square, requirements="W")).permute(2, 0, 1), index, failures)
-        pixels, _ = self._first_readable(index, self._read_whole)
+            square, position, failures = self._first_readable(index, self._read_square)
+            metadata = None if self.source.metadata is None else self.source.metadata[position]
+            image = torch.from_numpy(np.require(square, requirements="W")).permute(2, 0, 1)
+            return Sample(image, index, failures, metadata)
+        pixels, *_ = self._first_readable(index, self._read_whole)
         target = () if self.target_transform is None else self.target_transform(None)
         return self.transform(Image.fromarray(pixels)), target
 
@@ -129,12 +133,16 @@ class HemaStandardDataset(Dataset):
 
     def _first_readable(
         self, index: int, read: Callable[[int], np.ndarray]
-    ) -> tuple[np.ndarray, tuple[tuple[str, str], ...]]:
-        """Read the image at `index` or its first readable replacement; return it and (path, reason) of all failures."""
+    ) -> tuple[np.ndarray, int, tuple[tuple[str, str], ...]]:
+        """Read the image at `index` or its first readable replacement.
+
+        Return it, its position in `source`, and (path, reason) of all failures.
+        """
         failures: list[tuple[str, str]] = []
         for candidate in self._candidates(index):
+            position = self._position(candidate)
             try:
-                return read(self._position(candidate)), tuple(failures)
+                return read(position), position, tuple(failures)
             except UnreadableImageError as error:
                 failures.append((self.path(candidate), error.reason))
         reasons = "; ".join(f"{path}: {reason}" for path, reason in failures[:3])

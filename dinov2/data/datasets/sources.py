@@ -30,6 +30,7 @@ from dinov2.utils.files import check_regular_file, local_path
 
 logger = logging.getLogger("dinov2")
 
+NO_VALUE = -1  # in the place of a value's number, for an image without value
 LOOSE_SET = "."  # the set of images that lie in the root folder itself
 MAX_SHARDS = 100_000
 MEMBER_MARK = ".tar::"  # between a shard and its member in the path of an image
@@ -67,12 +68,40 @@ class PathBlock:
         return self._data.numpy()[start:end].tobytes().decode("utf-8", "surrogateescape")
 
 
+class Metadata:
+    """A value that a column gives each of N images, or gives none."""
+
+    def __init__(self, column: str, values: Sequence[str]) -> None:
+        """Number the distinct `values` [N] in their sorted order; an empty text is no value."""
+        self.column, self.names = column, sorted({value for value in values if value})
+        number_of = {name: i for i, name in enumerate(self.names)}
+        # a tensor, whose memory spawned workers share
+        self._ids = torch.tensor([number_of.get(value, NO_VALUE) for value in values], dtype=torch.int32)
+
+    def __getitem__(self, position: int) -> int:
+        """Return the position in `names` of an image's value, or NO_VALUE."""
+        return int(self._ids[position])
+
+    def fingerprint(self) -> str:
+        """Return the name of the column and a checksum of its values, in words."""
+        digest = hashlib.sha256("\0".join(self.names).encode() + self._ids.numpy().tobytes()).hexdigest()
+        return f"column {self.column} sha256 {digest[:16]}"
+
+    def describe(self) -> str:
+        """Count the values, in words."""
+        n_without = int((self._ids == NO_VALUE).sum())
+        return f"{len(self.names):,} values of {self.column}" + f", {n_without:,} images without" * bool(n_without)
+
+
 class ImageSource:
     """N images by position: their bytes, their paths, and the sets that they belong to.
 
     `set_names` are S names: of lists without the suffix, of a table's column `dataset`, of the folders at the first
     level, or of shards without the suffix and the number at the end. `set_sizes` is int64 [S]; a list may be empty.
+    `metadata` has the values of a column, if one was asked for.
     """
+
+    metadata: Metadata | None = None
 
     def __init__(self, names: PathBlock, folder: str, set_names: Sequence[str], set_ids: np.ndarray, kind: str) -> None:
         """`names` are paths, absolute or relative to the absolute `folder`; `kind` says what was read, in words."""
@@ -82,15 +111,18 @@ class ImageSource:
         self.set_sizes = np.bincount(set_ids, minlength=len(set_names))
 
     @classmethod
-    def from_root(cls, root: str | os.PathLike[str], column: str | None = None) -> "ImageSource":
+    def from_root(
+        cls, root: str | os.PathLike[str], column: str | None = None, metadata: str | None = None
+    ) -> "ImageSource":
         """Read lists, tables and shard headers at `root`, one of `KINDS`; no image is opened.
 
         If a folder holds several kinds, lists come first, then shards, then images. `column` is a table's column with
-        the paths; by default "Image Path", or else "path".
+        the paths; by default "Image Path", or else "path". `metadata` is a table's column with a value of each image;
+        lists, folders and shards have one column, "dataset", with the name of each image's set.
         """
         root = str(local_path(root))
         if _is_table(root):
-            images = _from_table(Path(root), column)
+            images = _from_table(Path(root), column, metadata)
         elif column is not None:
             raise ValueError(
                 f"train.dataset_path: column={column!r} is for a .csv or .parquet file, and root={root!r} is none; "
@@ -100,6 +132,19 @@ class ImageSource:
             images = _from_folder(Path(root)) if os.path.isdir(root) else _from_files(root)
         if len(images) == 0:
             raise ValueError(f"train.dataset_path: {images.kind} in {root!r} name no image; it must be {KINDS}")
+        if metadata is not None and images.metadata is None:
+            if metadata != SET_COLUMN:
+                raise ValueError(
+                    f"train.metadata.column: {images.kind} in {root!r} have no column {metadata!r}, but only "
+                    f"{SET_COLUMN!r}, the name of an image's list, folder or shard; name this one, or train from a "
+                    f".csv or .parquet file with the column"
+                )
+            images.metadata = Metadata(metadata, [images.set_names[i] for i in images.set_ids()])
+        if images.metadata is not None and len(images.metadata.names) < 2:
+            raise ValueError(
+                f"train.metadata.column: {metadata!r} has {len(images.metadata.names)} value(s) in {images.kind}, so "
+                f"there is nothing to tell apart; name another column, or null for none"
+            )
         return images
 
     def __len__(self) -> int:
@@ -107,7 +152,8 @@ class ImageSource:
 
     def fingerprint(self) -> str:
         """Return the number of images and a checksum of their names, in words; the images are not read."""
-        return f"{len(self):,} images, names sha256 {self._names.sha256()[:16]}"
+        text = f"{len(self):,} images, names sha256 {self._names.sha256()[:16]}"
+        return text if self.metadata is None else f"{text}, {self.metadata.fingerprint()}"
 
     def path(self, position: int) -> str:
         """Return the absolute path of an image; `<shard>.tar::<member>` for one in a shard."""
@@ -239,7 +285,7 @@ def _is_table(root: str | os.PathLike[str]) -> bool:
     return os.fspath(root).lower().endswith(TABLE_SUFFIXES) and os.path.isfile(root)
 
 
-def _from_table(file: Path, column: str | None) -> ImageSource:
+def _from_table(file: Path, column: str | None, metadata: str | None) -> ImageSource:
     table = open_table(file, "train.dataset_path")
     names = (column,) if column else PATH_COLUMNS
     path_column = table.first_of(names)
@@ -248,23 +294,35 @@ def _from_table(file: Path, column: str | None) -> ImageSource:
             f"train.dataset_path: {str(file)!r} has no column {' or '.join(map(repr, names))} for the image paths; it "
             f"has {', '.join(map(repr, table.columns)) or 'no columns'}; name the right one with :column=<name>"
         )
+    if metadata is not None and metadata not in table.columns:
+        raise ValueError(
+            f"train.metadata.column: {str(file)!r} has no column {metadata!r}; it has "
+            f"{', '.join(map(repr, table.columns))}"
+        )
     number_of: dict[str, int] = {}
     ids = array("i")
+    values: list[str] = []
+    columns = list(dict.fromkeys([path_column, *({SET_COLUMN} & {*table.columns}), *filter(None, [metadata])]))
 
     def read_paths() -> Iterator[str]:
-        columns = [path_column, SET_COLUMN] if SET_COLUMN in table.columns else [path_column]
-        for line, (path, *set_name) in table.rows(*columns):
+        for line, row in table.rows(*columns):
+            cells = dict(zip(columns, row, strict=True))
+            path = cells[path_column]
             if not path:
                 raise ValueError(
                     f"train.dataset_path: {str(file)!r}, line {line}: no image path in column {path_column!r}; fill it "
                     f"in or drop the row"
                 )
-            ids.append(number_of.setdefault("".join(set_name) or file.stem, len(number_of)))
+            ids.append(number_of.setdefault(cells.get(SET_COLUMN) or file.stem, len(number_of)))
+            if metadata is not None:
+                values.append(cells[metadata])
             yield path
 
     block = PathBlock(read_paths())
     kind = f"the column {path_column!r} of {file.name}"
-    return ImageSource(block, os.path.abspath(file.parent), list(number_of), np.array(ids, dtype=np.int32), kind)
+    images = ImageSource(block, os.path.abspath(file.parent), list(number_of), np.array(ids, dtype=np.int32), kind)
+    images.metadata = None if metadata is None else Metadata(metadata, values)
+    return images
 
 
 def _from_tree(root: Path) -> ImageSource:
