@@ -23,6 +23,7 @@ from dinov2.data.augmentations import N_GLOBAL_CROPS
 from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.layers import DINOHead
 from dinov2.train.batches import TrainBatches, resolve_batch_size
+from dinov2.train.distillation import build_frozen_teacher
 from dinov2.train.micro_batches import forward_backward
 from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
 from dinov2.train.schedules import Schedules
@@ -45,12 +46,13 @@ Step = Callable[[int], "StepCost"]  # from B to its cost
 def count_step_flops(cfg: Any, *, backbone_is_frozen: bool = False) -> int:
     """Count the floating-point operations in the matrix products of one process's step, on the "meta" device.
 
-    They are those of both backbones on all tokens, of heads and prototypes, forward and backward. Losses,
+    They are those of the backbones on all tokens, of heads and prototypes, forward and backward. Losses,
     Sinkhorn-Knopp and optimizer take time, but are about a hundredth of the arithmetic. `cfg` has resolved batch sizes.
     """
     crops, ibot, batch_size = cfg.crops, cfg.ibot, cfg.train.batch_size_per_gpu
     with torch.device("meta"):
-        model = SSLMetaArch(cfg, load_weights=False)
+        frozen = build_frozen_teacher(cfg)
+        model = SSLMetaArch(cfg, load_weights=False, frozen_teacher=frozen)
         for head in (*model.student.values(), *model.teacher.values()):
             if isinstance(head, DINOHead):  # "meta" has no autocast for its weight norm; the product is the same
                 layer = head.last_layer
@@ -59,7 +61,8 @@ def count_step_flops(cfg: Any, *, backbone_is_frozen: bool = False) -> int:
         if crops.local_crops_number:
             n_crops, size = crops.local_crops_number * batch_size, crops.local_crops_size
             batches.append(torch.empty(n_crops, 3, size, size))
-    n_patches = (crops.global_crops_size // cfg.student.patch_size) ** 2
+    grid = crops.global_crops_size // cfg.student.patch_size
+    n_patches = grid**2
     masked_share = ibot.mask_sample_probability * sum(ibot.mask_ratio_min_max) / 2
     n_masked = round(len(batches[0]) * n_patches * masked_share)
 
@@ -72,12 +75,21 @@ def count_step_flops(cfg: Any, *, backbone_is_frozen: bool = False) -> int:
             total = total + head(tokens[0]["x_norm_patchtokens"].flatten(0, 1)[:n_masked]).sum()
         if model.do_lejepa and networks is model.student:
             total = total + networks["lejepa_head"](torch.cat([each["x_norm_clstoken"] for each in tokens])).sum()
+        if model.do_distillation and networks is model.student:
+            made = networks["distillation_head"](tokens[0]["x_norm_clstoken"], tokens[0]["x_norm_patchtokens"])
+            total = total + made[0].sum() + made[1].sum()
+        if model.do_metadata and networks is model.student:
+            total = total + networks["metadata_head"](tokens[0]["x_norm_clstoken"]).sum()
         return total
 
     with FlopCounterMode(display=False) as counter:
         if model.has_targets:
             with torch.no_grad():
                 sum_of_logits(model.teacher, [model.teacher["backbone"](batches[0], is_training=True)])
+        if frozen is not None:
+            size = grid * frozen.patch_size
+            with torch.no_grad():
+                frozen(torch.empty(len(batches[0]), 3, size, size, device="meta"), is_training=True)
         with torch.set_grad_enabled(not backbone_is_frozen):
             tokens = model.student["backbone"](batches, masks=[None] * len(batches), is_training=True)
         sum_of_logits(model.student, tokens).backward()

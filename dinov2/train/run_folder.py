@@ -45,7 +45,8 @@ _SHAPE_KEYS = (
     *("optim.layerwise_decay", "optim.patch_embed_lr_mult", "student.freeze", "student.unfreeze"),
     *("student.lora.rank", "student.lora.alpha", "student.lora.targets"),
     *("student.proj_bias", "student.ffn_bias", "dino.head", "ibot.head", "ibot.separate_head", "lejepa.head"),
-    "crops.global_crops_size",
+    *("crops.global_crops_size", "teacher.frozen"),
+    *("train.metadata.column", "train.metadata.n_values"),
 )
 # Keys that may change on resume without a warning: they do not affect results.
 _HARMLESS_KEYS = (

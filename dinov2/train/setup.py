@@ -194,6 +194,7 @@ def describe_run(cfg: Any, model: SSLMetaArch, dataset: HemaStandardDataset) -> 
         f"lr        peak {schedules.peak_lr:.3g} (optim.base_lr {cfg.optim.base_lr:g}, {cfg.optim.scaling_rule}) after "
         f"{schedules.n_warmup:,} warm-up steps, then cosine to {cfg.optim.min_lr:g}; last layers frozen for "
         f"{schedules.n_last_layer_frozen:,} steps, backbone for {schedules.n_backbone_frozen:,}",
+        *describe_guidance(cfg, dataset),
         f"teacher   momentum {cfg.teacher.momentum_teacher:g} to {cfg.teacher.final_momentum_teacher:g}, "
         + (
             f"temperature {cfg.teacher.warmup_teacher_temp:g} to {cfg.teacher.teacher_temp:g}, {cfg.train.centering}"
@@ -219,6 +220,19 @@ def describe_device(device: torch.device, dtype: torch.dtype) -> str:
     driver = collect_env.get_nvidia_driver_version(collect_env.run) or "unknown"
     memory = size_text(gpu.total_memory)
     return f"{gpu.name} (capability {gpu.major}.{gpu.minor}), {memory}, driver {driver}; attention kernels: {usable}"
+
+
+def describe_guidance(cfg: Any, dataset: HemaStandardDataset) -> Iterator[str]:
+    """Yield a line about metadata and one about the frozen teacher, if the run has them."""
+    metadata, teacher = cfg.train.metadata, cfg.teacher
+    if dataset.source.metadata is not None:
+        yield f"metadata  {metadata.mode} {dataset.source.metadata.describe()}; weight {metadata.weight:g}"
+    if teacher.frozen is not None:
+        yield (
+            f"distilled {teacher.pretrained_weights}, frozen: {teacher.frozen.arch} of width "
+            f"{teacher.frozen.embed_dim}, patches of {teacher.frozen.patch_size} px; weight "
+            f"{teacher.distillation_loss_weight:g}"
+        )
 
 
 def describe_sets(cfg: Any, dataset: HemaStandardDataset, n_seen: int) -> Iterator[str]:

@@ -3,14 +3,19 @@
 LeJEPA (arXiv 2511.08544) is another objective, without prototypes and targets: views of an image get one projection,
 and the projections of all images a normal distribution. If it is the only one, a step does not run the teacher.
 
+Two more terms may stand beside or in place of these. Distillation: the student predicts the tokens of a frozen network
+(train/distillation.py). Metadata guidance (FINO, arXiv 2606.05107): CLS tokens forget or keep a value known of each
+image.
+
 A step's global batch is divided over W processes and, in each process, over A micro-batches (train/micro_batches.py).
 Neither changes the loss: Sinkhorn-Knopp and centering use the teacher's logits of the global batch, and KoLeo searches
 each feature's neighbour in it (with dino.koleo_loss_distributed: false in each micro-batch, as upstream does on each
-GPU), and LeJEPA projects all of it. The other terms are means over images, and gradients are averaged.
+GPU), and LeJEPA projects all of it. The bank of metadata prototypes follows the projections of all of it, and is the
+same for all micro-batches of a step. The other terms are means over images, and gradients are averaged.
 
 Dimension key:  W processes, A micro-batches of a process, B images in one, N = W*A*B images in the global batch,
                 L local crops, P patches per global crop, M masked patches, D embedding dim, K prototypes of a head,
-                d bottleneck dim, or dim of LeJEPA's projections; V = 2 + L views
+                d bottleneck dim, or dim of LeJEPA's and metadata's projections; V = 2 + L views
 """
 
 import math
@@ -24,19 +29,34 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.data.augmentations import N_GLOBAL_CROPS
-from dinov2.distributed import all_gather_rows, get_rank, is_enabled
+from dinov2.distributed import all_gather_rows, get_rank, get_world_size, is_enabled
 from dinov2.fsdp.sharding import SHARDED, lerp_, make_mesh, replicate, reshard, shard
 from dinov2.hub.adapters import lora_scaling
 from dinov2.layers import Block, DINOHead
 from dinov2.logging import StepClock
-from dinov2.loss import DINOLoss, KoLeoLoss, SIGRegLoss, iBOTPatchLoss, smooth_rank_loss
+from dinov2.loss import (
+    DINOLoss,
+    DistillationHead,
+    KoLeoLoss,
+    MetadataLoss,
+    SIGRegLoss,
+    iBOTPatchLoss,
+    reverse_gradient,
+    smooth_rank_loss,
+    token_distance,
+)
 from dinov2.models import build_model_from_cfg
 from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.train.distillation import resize_to_grid
 from dinov2.train.finetuning import limit_learning, start_from_weights
 from dinov2.train.monitor import feature_statistics, prototype_use
 from dinov2.train.optimizer import LossScaler
 from dinov2.utils.numerics import autocast, computes_in_fp16, resolve_dtype
 from dinov2.utils.param_groups import fuse_params_groups, get_params_groups_with_decay
+
+STUDENT_ONLY = ("distillation_head", "metadata_head")  # no target comes from the teacher's, and no user needs them
+METADATA_DIM = 64  # of projections
+METADATA_HIDDEN_DIM = 256
 
 
 class HeadOutput(NamedTuple):
@@ -62,6 +82,7 @@ class TeacherTargets:
 
     cls: Tensor | None  # [2B, K]
     patches: Tensor | None  # [M, K]
+    metadata_scale: Tensor | None = None  # 0-d: micro-batches of the step (W*A) by its crops that metadata guides
 
 
 @dataclass
@@ -69,6 +90,7 @@ class StudentOutputs:
     """Outputs of the student that the losses use."""
 
     global_cls_tokens: Tensor  # [2B, D]
+    global_patch_tokens: Tensor  # [2B, P, D]
     cls: HeadOutput | None  # embeddings [2B + L*B, d]
     patches: HeadOutput | None  # embeddings [M, d]
     compared: Tensor  # CLS tokens that losses compare across images: [2, B, D], or [V, B, D] with LeJEPA
@@ -93,10 +115,15 @@ class SSLMetaArch(nn.Module):
     `student` and `teacher` are ModuleDicts of `backbone` and the heads of the losses that are on: `dino_head`,
     `ibot_head` (with `ibot.separate_head`), `lejepa_head`. They start equal; the teacher gets no gradient and follows
     the student by `update_teacher`. train/finetuning.py decides which parameters of the student's backbone learn; while
-    `backbone_is_frozen`, the backbone gets no gradient.
+    `backbone_is_frozen`, the backbone gets no gradient. The student alone has the heads of `STUDENT_ONLY`.
+
+    `frozen_teacher` is the network of `teacher.pretrained_weights`, on the training device. It is no part of the state,
+    which is saved: each start reads it from its file.
     """
 
-    def __init__(self, cfg: Any, load_weights: bool = True) -> None:
+    def __init__(
+        self, cfg: Any, load_weights: bool = True, frozen_teacher: DinoVisionTransformer | None = None
+    ) -> None:
         super().__init__()
         self.cfg = cfg
         self.do_dino = cfg.dino.loss_weight > 0
@@ -105,19 +132,24 @@ class SSLMetaArch(nn.Module):
         self.do_ibot = cfg.ibot.loss_weight > 0 and cfg.ibot.mask_sample_probability > 0
         self.ibot_separate_head = self.do_ibot and cfg.ibot.separate_head
         self.do_lejepa = cfg.lejepa.loss_weight > 0
+        self.do_distillation = frozen_teacher is not None
+        self.do_metadata = cfg.train.metadata.n_values is not None
         self.has_targets = self.do_dino or self.do_ibot  # else no loss uses the teacher
         self.n_local_crops = cfg.crops.local_crops_number
 
         student_backbone, teacher_backbone, embed_dim = build_model_from_cfg(cfg)
         self.student = nn.ModuleDict({"backbone": student_backbone, **self._build_heads(embed_dim)})
         self.teacher = nn.ModuleDict({"backbone": teacher_backbone, **self._build_heads(embed_dim)})
+        # last: the other weights are then the same with and without them
+        self.student.update(self._build_own_heads(embed_dim, frozen_teacher))
         if load_weights:
             start_from_weights(self.student, cfg)
         limit_learning(student_backbone, teacher_backbone, cfg.student)
         self.lora_scaling = lora_scaling(cfg.student)
         self.backbone_is_frozen = False
         self.counts_patch_prototypes = True  # costs a pass over the targets of all masked patches, gigabytes
-        self.teacher.load_state_dict(self.student.state_dict())
+        for name, network in self.teacher.items():
+            network.load_state_dict(self.student[name].state_dict())
         self.teacher.requires_grad_(False)
 
         if self.do_dino:
@@ -129,6 +161,8 @@ class SSLMetaArch(nn.Module):
             self.ibot_patch_loss = iBOTPatchLoss(head.head_n_prototypes, compiled=cfg.train.compile_loss)
         if self.do_lejepa:
             self.sigreg_loss = SIGRegLoss()
+        if self.do_metadata:
+            self.metadata_loss = MetadataLoss(cfg.train.metadata.n_values, METADATA_DIM)
         blocks = list(student_backbone.each_block())
         # The first blocks: when backward recomputes their inner values, those of all later blocks are freed already
         for block in blocks[: math.ceil(round(cfg.train.activation_checkpointing * len(blocks), 6))]:
@@ -144,6 +178,8 @@ class SSLMetaArch(nn.Module):
             for role, networks in (("student", self.student), ("teacher", self.teacher))
             for part, module in networks.items()
         }
+        if frozen_teacher is not None:
+            self.callables["frozen", "backbone"] = frozen_teacher.requires_grad_(False).eval()
         self.train()
 
     def prepare_for_distributed_training(self, n_nodes: int = 1) -> None:
@@ -161,7 +197,7 @@ class SSLMetaArch(nn.Module):
         device_type = self.device.type
         mesh_of = cache(partial(make_mesh, device_type=device_type, n_nodes=n_nodes))  # networks share process groups
         for (role, part), module in self.callables.items():
-            settings = self.cfg.compute_precision[role][part]
+            settings = self.cfg.compute_precision["teacher" if role == "frozen" else role][part]
             reduce_dtype = resolve_dtype(settings.mixed_precision.reduce_dtype, device_type)
             if settings.sharding_strategy in SHARDED:
                 shard(
@@ -170,8 +206,8 @@ class SSLMetaArch(nn.Module):
                     mesh=mesh_of(settings.sharding_strategy),
                     param_dtype=resolve_dtype(settings.mixed_precision.param_dtype, device_type),
                     reduce_dtype=reduce_dtype,
-                    # The teacher has no backward that would free its weights, and changes between its forwards
-                    reshard_after_forward=role == "teacher" or settings.sharding_strategy != "SHARD_GRAD_OP",
+                    # A teacher has no backward that would free its weights, and the EMA changes between its forwards
+                    reshard_after_forward=role != "student" or settings.sharding_strategy != "SHARD_GRAD_OP",
                 )
             elif role == "student":
                 self.callables[role, part] = replicate(module, reduce_dtype=reduce_dtype)
@@ -204,6 +240,20 @@ class SSLMetaArch(nn.Module):
             heads["lejepa_head"] = nn.Sequential(OrderedDict(layers))
         return heads
 
+    def _build_own_heads(self, embed_dim: int, frozen_teacher: DinoVisionTransformer | None) -> dict[str, nn.Module]:
+        """Build the heads of STUDENT_ONLY."""
+        heads: dict[str, nn.Module] = {}
+        if frozen_teacher is not None:
+            heads["distillation_head"] = DistillationHead(embed_dim, frozen_teacher.embed_dim)
+        if self.do_metadata:
+            layers = {
+                "fc1": nn.Linear(embed_dim, METADATA_HIDDEN_DIM),
+                "act": nn.GELU(),
+                "fc2": nn.Linear(METADATA_HIDDEN_DIM, METADATA_DIM),
+            }
+            heads["metadata_head"] = nn.Sequential(OrderedDict(layers))
+        return heads
+
     @property
     def teacher_backbone(self) -> DinoVisionTransformer:
         """Return the teacher's backbone, the network that is used after training."""
@@ -233,7 +283,7 @@ class SSLMetaArch(nn.Module):
             images: batch dict of `dinov2.data.collate`: collated_global_crops [2B, 3, S, S] with the first views in
                 front, collated_local_crops [L*B, 3, s, s] (absent for L = 0), collated_masks [2B, P],
                 mask_indices_list [M], masks_weight [M], n_masked_patches [1]; optionally the seed of this step's
-                stochastic depth and slices_seed, that of SIGReg's slices.
+                stochastic depth and slices_seed, that of SIGReg's slices; with `train.metadata`, metadata [B].
             teacher_temp: temperature of the teacher's targets.
 
         Returns:
@@ -245,10 +295,16 @@ class SSLMetaArch(nn.Module):
 
     def step_targets(self, batches: Sequence[Mapping[str, Any]], teacher_temp: float) -> list[TeacherTargets]:
         """Compute the targets of a step's micro-batches; the teacher does not run if no loss has targets."""
-        if not self.has_targets:
-            return [TeacherTargets(None, None) for _ in batches]
-        with self.clock.stage("teacher"):
-            return self.teacher_targets([self.teacher_outputs(images) for images in batches], teacher_temp)
+        targets = [TeacherTargets(None, None) for _ in batches]
+        if self.has_targets:
+            with self.clock.stage("teacher"):
+                targets = self.teacher_targets([self.teacher_outputs(images) for images in batches], teacher_temp)
+        if self.do_metadata:
+            values = torch.cat([images["metadata"] for images in batches])  # [A*B]
+            n_images = all_gather_rows(self.metadata_loss.takes_part(values).sum()[None]).sum()  # 0-d
+            for target in targets:
+                target.metadata_scale = len(batches) * get_world_size() / (N_GLOBAL_CROPS * n_images.clamp(min=1))
+        return targets
 
     def to_device(self, images: Mapping[str, Any]) -> dict[str, Any]:
         """Copy a batch dict's tensors to the training device."""
@@ -305,12 +361,14 @@ class SSLMetaArch(nn.Module):
         Args:
             features: of the global batch, if there are several micro-batches and a loss compares images.
         """
+        with self.clock.stage("teacher"):
+            frozen = self.frozen_tokens(images) if self.do_distillation else None
         with self.clock.stage("student"):
             outputs = self.student_outputs(images)
             if not self.has_targets:  # else they are the teacher's
                 whole = all_gather_rows(outputs.global_cls_tokens) if features is None else features.global_rows
                 self.statistics = feature_statistics(whole)
-            terms = self.losses(images, targets, outputs, features)
+            terms = self.losses(images, targets, outputs, features, frozen)
             targets.cls = targets.patches = None  # as large as logits; backward does not need them
         with self.clock.stage("backward"):
             total = torch.stack([weight * loss for weight, loss in terms.values()]).sum()
@@ -324,7 +382,19 @@ class SSLMetaArch(nn.Module):
         cls_tokens = torch.cat([global_cls, *(tokens["x_norm_clstoken"] for tokens in local_tokens)])
         patches = self._masked_patches(global_tokens, images)  # [M, D]
         heads = self._heads("student", cls_tokens, patches, with_logits=False)
-        return StudentOutputs(global_cls, *heads, self.compared_tokens([global_tokens, *local_tokens]))
+        compared = self.compared_tokens([global_tokens, *local_tokens])
+        return StudentOutputs(global_cls, global_tokens["x_norm_patchtokens"], *heads, compared)
+
+    @torch.no_grad()
+    def frozen_tokens(self, images: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Run the frozen teacher on the global crops, resized to as many of its patches as the student's have."""
+        crops, patch_size = images["collated_global_crops"], self.cfg.student.patch_size
+        network = self.callables["frozen", "backbone"]
+        assert isinstance(network, DinoVisionTransformer), "it has no gradient, so DDP does not wrap it"
+        resized = resize_to_grid(crops, crops.shape[-1] // patch_size, network.patch_size)
+        with self._precision("teacher", "backbone"):
+            tokens: dict[str, Tensor] = network(resized, is_training=True)
+        return tokens
 
     def student_tokens(self, images: Mapping[str, Any]) -> list[dict[str, Tensor]]:
         """Run the student's backbone; return the features of the global crops and, if there are any, local crops."""
@@ -351,15 +421,19 @@ class SSLMetaArch(nn.Module):
         targets: TeacherTargets,
         student: StudentOutputs,
         features: BatchFeatures | None = None,
+        frozen: Mapping[str, Tensor] | None = None,
     ) -> dict[str, tuple[float, Tensor]]:
         """Compute the terms of the loss: {name: (weight in the sum, term)}.
 
         Names and scales are those that upstream logs: koleo_loss, smooth_rank_loss and ibot_loss are half of the summed
         terms, and the first two include their weights. LeJEPA's are invariance_loss, the mean squared distance of a
-        view's projection to the mean over the image's global views, and sigreg_loss.
+        view's projection to the mean over the image's global views, and sigreg_loss. distill_cls_loss and
+        distill_patch_loss are those of `token_distance`; metadata_loss is the InfoNCE of `MetadataLoss`, for either
+        mode, so a suppressed value has a growing one.
 
         Args:
             features: of the global batch; None to gather those of this micro-batch from all processes.
+            frozen: tokens of the frozen teacher on the global crops.
         """
         dino, ibot, lejepa = self.cfg.dino, self.cfg.ibot, self.cfg.lejepa
         terms: dict[str, tuple[float, Tensor]] = {}
@@ -409,6 +483,21 @@ class SSLMetaArch(nn.Module):
             sigreg = self.sigreg_loss(projections, images.get("slices_seed", 0))
             terms["invariance_loss"] = lejepa.loss_weight * (1 - lejepa.sigreg_weight), invariance
             terms["sigreg_loss"] = lejepa.loss_weight * lejepa.sigreg_weight, sigreg
+        if frozen is not None:
+            with self._precision("student", "distillation_head"):
+                head = self.callables["student", "distillation_head"]
+                cls_tokens, patch_tokens = head(student.global_cls_tokens, student.global_patch_tokens)
+            weight = self.cfg.teacher.distillation_loss_weight
+            terms["distill_cls_loss"] = weight, token_distance(cls_tokens, frozen["x_norm_clstoken"])
+            terms["distill_patch_loss"] = weight, token_distance(patch_tokens, frozen["x_norm_patchtokens"])
+        if self.do_metadata:
+            metadata, tokens = self.cfg.train.metadata, student.global_cls_tokens
+            with self._precision("student", "metadata_head"):
+                tokens = reverse_gradient(tokens) if metadata.mode == "suppress" else tokens
+                rows = self.callables["student", "metadata_head"](tokens)  # [2B, d]
+            assert targets.metadata_scale is not None, "step_targets sets it"
+            summed = self.metadata_loss(rows, images["metadata"].repeat(N_GLOBAL_CROPS))
+            terms["metadata_loss"] = metadata.weight, targets.metadata_scale * summed
         return terms
 
     @property
@@ -437,8 +526,14 @@ class SSLMetaArch(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, m: float) -> None:
-        """Update every parameter that learns: teacher <- m * teacher + (1 - m) * student."""
-        pairs = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
+        """Update every parameter that learns: teacher <- m * teacher + (1 - m) * student; and the metadata's bank."""
+        if self.do_metadata:
+            self.metadata_loss.update_bank()
+        pairs = [
+            pair
+            for name, network in self.teacher.items()
+            for pair in zip(network.parameters(), self.student[name].parameters(), strict=True)
+        ]
         learning = [(teacher, student) for teacher, student in pairs if student.requires_grad]
         lerp_([teacher for teacher, _ in learning], [student for _, student in learning], 1.0 - m)
 

@@ -26,6 +26,7 @@ from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.distributed import average_over_ranks, get_world_size
 from dinov2.logging import MetricLogger, StepClock, setup_logging
 from dinov2.train.batches import TrainBatches, build_augmentation, build_dataset
+from dinov2.train.distillation import load_frozen_teacher
 from dinov2.train.dry_run import count_step_flops, dry_run, find_batch_size, measured_matmul_rate
 from dinov2.train.evaluation import TeacherEvaluation
 from dinov2.train.micro_batches import forward_backward
@@ -248,6 +249,7 @@ def run(args: argparse.Namespace, signals: StopSignals) -> int:
             folder = RunFolder(cfg, path)
             evaluation = TeacherEvaluation(cfg)
             dataset = None if args.eval_only else build_dataset(cfg)
+            frozen_teacher = None if args.eval_only else load_frozen_teacher(cfg, device)
             build_augmentation(cfg)  # checks its settings
             if not only_tries:
                 folder.prepare(resume=not args.no_resume, eval_only=args.eval_only)
@@ -263,7 +265,7 @@ def run(args: argparse.Namespace, signals: StopSignals) -> int:
             torch.manual_seed(derive_seed(cfg.train.seed, "weights"))
             # a resumed run needs no pretrained weights, which may no longer exist
             needs_weights = not args.find_batch_size and (args.dry_run or not folder.has_checkpoint())
-            model = SSLMetaArch(cfg, load_weights=needs_weights).to(device)
+            model = SSLMetaArch(cfg, load_weights=needs_weights, frozen_teacher=frozen_teacher).to(device)
             model.prepare_for_distributed_training(launch.n_nodes if launch else 1)
             if model.fp16_scaler is not None:
                 model.fp16_scaler.to(device)

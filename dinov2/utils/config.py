@@ -35,7 +35,10 @@ _IGNORED = {
 }
 
 # keys that a run sets itself, and what a user sets instead
-_FILLED_IN = {"train.output_dir": "give --output-dir and --name", "optim.lr": "set optim.base_lr"}
+_FILLED_IN = {
+    **{"train.output_dir": "give --output-dir and --name", "optim.lr": "set optim.base_lr"},
+    **{"train.metadata.n_values": "set train.metadata.column", "teacher.frozen": "set teacher.pretrained_weights"},
+}
 
 # example values for the types of keys with a null or empty default
 _EXAMPLES: dict[str, Any] = {
@@ -43,12 +46,16 @@ _EXAMPLES: dict[str, Any] = {
     **dict.fromkeys(("student.embed_dim", "student.depth", "student.num_heads", "evaluation.keep_teachers"), 1),
     "train.wandb.entity": "team",
     "train.mlflow.tracking_uri": "http://localhost:5000",
+    "train.metadata.column": "slide",
+    "train.metadata.n_values": 2,
+    "teacher.frozen": {"arch": "vit_small"},
     "train.balance.weights": {"bmc": 0.5, "acevedo": 2.0},
     "student.freeze": ["patch_embed", "pos_embed", "0-7"],
     "student.unfreeze": ["norm", "10-11"],
     "evaluation.datasets": [{"name": "pbc", "data": "/data/pbc"}],
 }
-_NULLABLE = {"MODEL.WEIGHTS", "student.pretrained_weights", "student.layerscale"}  # besides keys with a null default
+# besides keys with a null default
+_NULLABLE = {"MODEL.WEIGHTS", "student.pretrained_weights", "teacher.pretrained_weights", "student.layerscale"}
 _SHARES = {"train.activation_checkpointing"}  # numbers that may also be false (none) or true (all)
 
 _TYPE_NAMES = {
@@ -62,6 +69,7 @@ _CHOICES: dict[str, Sequence[str]] = {  # by the key's ending
     "compute_precision.fp32_matmul": ("fast", "exact"),
     "train.centering": ("centering", "sinkhorn_knopp"),
     "train.image_fit": ("crop", "pad", "squash"),
+    "train.metadata.mode": ("suppress", "encourage"),
     "student.ffn_layer": ("mlp", "swiglu", "swiglufused", "identity"),
     "optim.scaling_rule": ("sqrt_wrt_1024", "none"),
     ".sharding_strategy": ("auto", "NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD"),
@@ -317,8 +325,18 @@ def _rules(cfg: DictConfig) -> Iterator[tuple[bool, str]]:
         "student.lora.alpha is 0: adapters would have no effect; set student.lora.rank=0 for none",
     )
     yield (
-        cfg.dino.loss_weight == cfg.ibot.loss_weight == cfg.lejepa.loss_weight == 0,
-        "dino.loss_weight, ibot.loss_weight and lejepa.loss_weight are all 0: nothing is learned; set one of them",
+        cfg.dino.loss_weight == cfg.ibot.loss_weight == cfg.lejepa.loss_weight == 0
+        and not cfg.teacher.pretrained_weights,
+        "dino.loss_weight, ibot.loss_weight and lejepa.loss_weight are all 0: nothing is learned; set one of them, or "
+        "teacher.pretrained_weights",
+    )
+    yield (
+        cfg.train.metadata.column is not None and not cfg.train.metadata.weight,
+        "train.metadata.weight is 0: the column would have no effect; set train.metadata.column=null for none",
+    )
+    yield (
+        cfg.teacher.pretrained_weights and not cfg.teacher.distillation_loss_weight,
+        "teacher.distillation_loss_weight is 0: nothing is distilled; set teacher.pretrained_weights=null for none",
     )
     yield (
         cfg.dino.koleo_loss_weight > 0 and n_compared < 2,

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
+from dinov2.models import architecture, build_backbone
 from dinov2.train import train as train_module
 from dinov2.train.batches import resolve_batch_size
 from dinov2.train.dry_run import count_step_flops, measured_matmul_rate
@@ -35,6 +37,29 @@ def lejepa_alone() -> list[str]:
         *(f"{key}=0" for key in ("dino.loss_weight", "ibot.loss_weight", "dino.koleo_loss_weight")),
         "lejepa.loss_weight=1",
     ]
+
+
+@pytest.fixture(scope="session")
+def make_guided():
+    """Settings for metadata guidance and distillation on the images of a list, whose table and teacher are written."""
+
+    def make(lists: Path) -> list[str]:
+        network = {"arch": "custom", "embed_dim": 24, "depth": 1, "num_heads": 2, "patch_size": 7, "img_size": 28}
+        torch.manual_seed(3)
+        backbone = build_backbone({**network, "layerscale": 1.0})
+        state = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
+        file = lists / "frozen" / "teacher_checkpoint.pth"
+        file.parent.mkdir()
+        torch.save({"teacher": state, "architecture": architecture(backbone), "iteration": 1}, file)
+        table, names = lists / "slides.csv", (lists / "all.txt").read_text().split()
+        rows = [f"{name},{['a', 'b', '', 'c'][i % 4]}\n" for i, name in enumerate(names)]
+        table.write_text("".join(["Image Path,slide\n", *rows]))
+        return [
+            *(f"train.dataset_path=HemaStandardDataset:root={table}:shuffle=1", f"teacher.pretrained_weights={file}"),
+            *("train.metadata.column=slide", "train.metadata.weight=0.5"),
+        ]
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -80,6 +105,18 @@ def run(tmp_path, image_list, tiny_overrides):
     def go(*overrides: str, name: str = "run", arguments: tuple[str, ...] = ()) -> tuple[int, Path]:
         common = ["--output-dir", str(tmp_path / "out"), "--name", name, *arguments]
         return main([*common, *tiny_overrides(lists, *overrides)]), tmp_path / "out" / name
+
+    return go
+
+
+@pytest.fixture
+def failing(run, capfd):
+    """Run train.py with a mistake; returns what it prints."""
+
+    def go(*overrides, **kwargs) -> str:
+        code, _ = run(*overrides, **kwargs)
+        assert code == 2
+        return capfd.readouterr().err
 
     return go
 

@@ -20,6 +20,7 @@ NETWORKS = [
     for r in ("student", "teacher")
     for p in ("backbone", "dino_head", "ibot_head", "lejepa_head")
 ]
+NETWORKS += [f"compute_precision.student.{p}" for p in ("distillation_head", "metadata_head")]
 SHRUNK = [
     *("train.global_batch_size=12", "train.batch_size_per_gpu=12"),  # a process takes its share at once
     *("student.layerscale=1.0", "optim.epochs=2", "train.OFFICIAL_EPOCH_LENGTH=2"),
@@ -34,7 +35,7 @@ LEJEPA = [
     *(f"{key}=0" for key in ("dino.loss_weight", "ibot.loss_weight", "dino.koleo_loss_weight")),
     "lejepa.loss_weight=1",
 ]
-SETTINGS = {**RECIPES, "lejepa": [*LEJEPA, "student.drop_path_rate=0"]}
+SETTINGS = {**RECIPES, "lejepa": [*LEJEPA, "student.drop_path_rate=0"], "guided": ["student.drop_path_rate=0"]}
 
 
 def strategy(name: str) -> list[str]:
@@ -93,11 +94,12 @@ def lists(tmp_path_factory, make_image_list):
 
 
 @pytest.fixture(scope="module")
-def commands(lists, make_tiny_overrides):
+def commands(lists, make_tiny_overrides, make_guided):
     """Arguments of a tiny run of a recipe."""
+    guided = make_guided(lists)
 
     def make(folder: Path, name: str, recipe: str, *overrides: str) -> list[str]:
-        tiny = make_tiny_overrides(lists)
+        tiny = [*make_tiny_overrides(lists), *guided * (recipe == "guided")]
         return [*tiny, *SHRUNK, *SETTINGS[recipe], *overrides, "--output-dir", str(folder), "--name", name]
 
     return make
@@ -131,11 +133,12 @@ def runs(tmp_path_factory, commands, run_on_processes):
     alone = [of(recipe, kind, 1, *more) for recipe in RECIPES for kind, more in (("fp32", []), ("bf16", bf16))]
     alone.append(of("dinobloom", "parts", 1, "train.batch_size_per_gpu=3"))
     alone.append(of("dinov2", "parts", 1, *VARIANTS["parts"]))
-    alone += [of("lejepa", "fp32", 1), of("lejepa", "parts", 1, "train.batch_size_per_gpu=3")]
+    for recipe in ("lejepa", "guided"):
+        alone += [of(recipe, "fp32", 1), of(recipe, "parts", 1, "train.batch_size_per_gpu=3")]
     local_koleo = "dino.koleo_loss_distributed=false"
     alone.append(of("dinobloom", "local koleo", 1, local_koleo, "train.batch_size_per_gpu=6"))
     stopped = parts(["1 to 2"], 1, stop_at=4)
-    assert run_on_processes(1, [*alone, *parts(["unbroken"], 1), *stopped], folder) == [0] * 11 + [75] * 2
+    assert run_on_processes(1, [*alone, *parts(["unbroken"], 1), *stopped], folder) == [0] * 13 + [75] * 2
     for n in (2, 4):
         several = [of(recipe, v, n, *VARIANTS[v]) for recipe in RECIPES for v in ("NO_SHARD", "FULL_SHARD")]
         several += [of("dinobloom", f"bf16 {v}", n, *VARIANTS[v], *bf16) for v in ("NO_SHARD", "FULL_SHARD")]
@@ -143,7 +146,8 @@ def runs(tmp_path_factory, commands, run_on_processes):
             several.append(of("dinobloom", "local koleo", n, local_koleo))
             several += [of("dinov2", v, n, *VARIANTS[v]) for v in ("SHARD_GRAD_OP", "mixed", "parts", "sharded parts")]
             several += [of("dinov2", f"bf16 {v}", n, *VARIANTS[v], *bf16) for v in ("NO_SHARD", "FULL_SHARD")]
-            several += [of("lejepa", v, n, *VARIANTS[v]) for v in ("NO_SHARD", "FULL_SHARD", "parts")]
+            variants = ("NO_SHARD", "FULL_SHARD", "parts")
+            several += [of(recipe, v, n, *VARIANTS[v]) for recipe in ("lejepa", "guided") for v in variants]
             several += parts(["1 to 2"], 2)
             stopped = parts(["2 to 1", "2 to 3"], 2, stop_at=4)
         else:
@@ -169,6 +173,7 @@ def test_processes_change_nothing(runs, recipe, variant, n_processes):
         *("dinobloom parts 1", "dinov2 parts 1", "dinov2 parts 2", "dinov2 sharded parts 2"),
         *("dinov2 SHARD_GRAD_OP 2", "dinov2 mixed 2", "dinov2 HYBRID_SHARD 4"),
         *("lejepa parts 1", "lejepa NO_SHARD 2", "lejepa FULL_SHARD 2", "lejepa parts 2"),
+        *("guided parts 1", "guided NO_SHARD 2", "guided FULL_SHARD 2", "guided parts 2"),
     ],
 )
 def test_parts_and_other_ways_to_shard_change_nothing(runs, name):

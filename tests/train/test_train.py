@@ -273,12 +273,13 @@ def test_an_untouched_folder_gives_the_same_losses_again(run):
 KILLED = ["train.log_period=1", "train.saveckp_freq=1.5", "optim.epochs=6", "student.drop_path_rate=0.5"]
 
 
-@pytest.mark.parametrize("objective", ["sinkhorn_knopp", "centering", "lejepa"])
+@pytest.mark.parametrize("objective", ["sinkhorn_knopp", "centering", "lejepa", "guided"])
 def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(
-    tmp_path, image_list, tiny_overrides, capfd, objective, lejepa_alone
+    tmp_path, image_list, tiny_overrides, capfd, objective, lejepa_alone, make_guided
 ):
     lists = image_list(n=13)
-    settings = lejepa_alone if objective == "lejepa" else [f"train.centering={objective}"]
+    settings = lejepa_alone if objective in ("lejepa", "guided") else [f"train.centering={objective}"]
+    settings = settings + make_guided(lists) * (objective == "guided")
     overrides = tiny_overrides(lists, *KILLED, *settings)
 
     def command(name):
@@ -305,6 +306,8 @@ def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(
     ]
     assert len(ends) == 2
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    both = [networks(tmp_path / name, 12) for name in ("killed", "unbroken")]
+    assert all(torch.equal(both[0][name], both[1][name]) for name in both[1])
 
 
 def test_a_run_whose_config_was_overwritten_is_not_resumed(run, failing):
@@ -370,16 +373,6 @@ def test_pretrained_weights_are_loaded_into_both_networks(run, key, chunks):
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def failing(run, capfd):
-    def go(*overrides, **kwargs) -> str:
-        code, _ = run(*overrides, **kwargs)
-        assert code == 2
-        return capfd.readouterr().err
-
-    return go
 
 
 def test_mistakes_in_settings(failing):
