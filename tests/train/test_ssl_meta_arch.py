@@ -86,3 +86,69 @@ def test_slices_are_those_of_the_step_on_every_rank_and_micro_batch(make, lejepa
     assert seeds[0] == seeds[1]
     assert [len({*step}) for step in seeds[0]] == [1, 1]
     assert seeds[0][0] != seeds[0][1]
+
+
+@pytest.fixture
+def guided(configured, image_list):
+    """Networks and a batch of images of three lists, whose names are the values; the image at 1 has none."""
+    lists = image_list()
+    names = (lists / "all.txt").read_text().split()
+    (lists / "all.txt").unlink()
+    for i, name in enumerate("abc"):
+        (lists / f"{name}.txt").write_text("\n".join(names[i::3]))
+
+    def make(*overrides):
+        cfg = configured("train.metadata.column=dataset", "student.drop_path_rate=0", *overrides, lists=lists)
+        dataset = build_dataset(cfg)
+        torch.manual_seed(0)
+        model = SSLMetaArch(cfg)
+        (images,) = next(TrainBatches(cfg, dataset, torch.device("cpu")).starting_at())
+        images["metadata"][1] = -1
+        return model, images
+
+    return make
+
+
+@pytest.mark.parametrize("objective", ["lejepa", "dino"])
+def test_metadata_guides_the_mean_over_crops_with_a_known_value(guided, lejepa_alone, objective):
+    model, images = guided(*(lejepa_alone if objective == "lejepa" else []))
+    first = model.forward_backward(images, teacher_temp=0.07)
+    assert first["metadata_loss"] == 0  # no value has a prototype yet
+    model.update_teacher(1.0)
+    loss = model.forward_backward(images, teacher_temp=0.07)["metadata_loss"]
+    tokens = model.student["backbone"](images["collated_global_crops"], images["collated_masks"])
+    rows = torch.nn.functional.normalize(model.student["metadata_head"](tokens), dim=1)
+    values = images["metadata"].repeat(2)
+    bank = torch.nn.functional.normalize(model.metadata_loss.prototypes, dim=1)
+    known = values >= 0
+    seen = torch.unique(values[known])
+    logits = (rows[known] @ bank[seen].T) / 0.1
+    expected = torch.nn.functional.cross_entropy(logits, torch.searchsorted(seen, values[known]))
+    torch.testing.assert_close(loss, expected)
+    assert "metadata_head" not in model.teacher
+
+
+def test_suppression_reverses_the_backbones_gradient_and_not_the_heads(guided, lejepa_alone):
+    gradients = {}
+    for mode in ("suppress", "encourage"):
+        # a weight that leaves the other terms no share in the digits
+        settings = [f"train.metadata.mode={mode}", "train.metadata.weight=1e6", "student.layerscale=1.0"]
+        model, images = guided(*lejepa_alone, *settings)
+        model.forward_backward(images, teacher_temp=0.07)
+        model.update_teacher(1.0)
+        model.zero_grad()
+        model.forward_backward(images, teacher_temp=0.07)
+        backbone = model.student["backbone"].blocks[-1].mlp.fc2.weight.grad
+        gradients[mode] = backbone, model.student["metadata_head"].fc1.weight.grad
+    torch.testing.assert_close(gradients["suppress"][0], -gradients["encourage"][0], rtol=1e-3, atol=1.0)
+    assert gradients["suppress"][0].abs().max() > 1000
+    torch.testing.assert_close(gradients["suppress"][1], gradients["encourage"][1])
+
+
+def test_guidance_leaves_all_other_initial_weights_as_they_are(guided, configured):
+    model, _ = guided()
+    torch.manual_seed(0)
+    plain = SSLMetaArch(configured("student.drop_path_rate=0")).state_dict()
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in plain.items())
+    assert {name.split(".")[1] for name in state.keys() - plain.keys()} == {"metadata_head", "prototypes"}

@@ -382,6 +382,10 @@ def test_mistakes_in_settings(failing):
     if not torch.cuda.is_available():
         assert "no CUDA device" in failing("train.device=cuda")
     assert "give --output-dir" in failing("train.output_dir=x")
+    assert "have no column 'slide', but only 'dataset'" in failing("train.metadata.column=slide")
+    assert "must be one of suppress, encourage" in failing("train.metadata.mode=forget")
+    assert "train.metadata.weight is 0" in failing("train.metadata.column=dataset", "train.metadata.weight=0")
+    assert "set train.metadata.column instead" in failing("train.metadata.n_values=3")
     assert "blur_sigma" in failing("augmentation.default.blur_sigma=[2.0,1.0]")
     assert "evaluation.datasets, a: labelled cells: 'nowhere'" in failing("evaluation.datasets=[{name:a,data:nowhere}]")
     assert "at least 2" in failing("train.batch_size_per_gpu=1")

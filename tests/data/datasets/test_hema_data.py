@@ -102,6 +102,22 @@ def test_an_unreadable_image_is_replaced_the_same_way_each_time(tmp_path):
     assert value_of(dataset[7]) not in (3, 7)
 
 
+def test_an_image_has_its_own_value_also_in_the_place_of_another(tmp_path):
+    make_set(tmp_path, 40, bad=(3, 7))
+    names = [f"{i:03d}.png,{'' if i == 5 else f'slide {i:02d}'}" for i in range(40)]
+    (tmp_path / "slides.csv").write_text("\n".join(["path,slide", *names]))
+    dataset = HemaStandardDataset(root=tmp_path / "slides.csv", image_size=8, metadata="slide", shuffle=True)
+    dataset = pickle.loads(pickle.dumps(dataset))  # as a spawned worker has it
+    samples = list(dataset)
+    assert sum(bool(sample.failures) for sample in samples) == 2
+    for sample in samples:
+        is_known = value_of(sample) != 5
+        name = dataset.source.metadata.names[sample.metadata] if is_known else None
+        assert (name == f"slide {value_of(sample):02d}") if is_known else sample.metadata == -1
+    assert dataset[0].metadata is not None
+    assert HemaStandardDataset(root=tmp_path, image_size=8)[0].metadata is None
+
+
 def test_a_small_set_is_searched_to_its_end(tmp_path):
     make_set(tmp_path, 12, bad=range(11))
     sample = HemaStandardDataset(root=tmp_path, image_size=8)[0]

@@ -144,6 +144,48 @@ def test_a_csv_as_the_preparers_write_it(tmp_path):
     assert images.kind == "the column 'Image Path' of labels.csv"
 
 
+def values(images):
+    return [images.metadata.names[n] if (n := images.metadata[i]) >= 0 else None for i in range(len(images))]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_column_of_values_beside_the_paths(tmp_path, suffix):
+    names, slides, sets_ = ["1.png", "2.png", "3.png", "4.png"], ["s2", "", "s10", "s2"], ["x", "y", "", "x"]
+    rows = zip(names, slides, sets_, strict=True)
+    text = "path,slide,dataset\n" + "".join(f"{','.join(row)}\n" for row in rows)
+    if suffix == "csv":
+        file = write(tmp_path / "t.csv", text.encode())
+    else:
+        file = write_parquet(tmp_path / "t.parquet", path=names, slide=slides, dataset=sets_)
+    images = ImageSource.from_root(file, metadata="slide")
+    assert values(images) == ["s2", None, "s10", "s2"]
+    assert images.metadata.describe() == "2 values of slide, 1 images without"
+    assert values(ImageSource.from_root(file, metadata="dataset")) == ["x", "y", None, "x"]
+    assert sets(images) == ["x", "y", "t", "x"]  # a set's name, in the place of an empty one
+    assert ImageSource.from_root(file).metadata is None
+    assert ImageSource.from_root(file).fingerprint() in images.fingerprint()
+    with pytest.raises(ValueError, match=r"metadata.column: .*no column 'Slide'; it has 'path', 'slide', 'dataset'"):
+        ImageSource.from_root(file, metadata="Slide")
+
+
+def test_another_column_or_value_is_another_fingerprint(tmp_path):
+    def fingerprint(value, column="slide"):
+        file = write(tmp_path / "t.csv", f"path,slide,scanner\n1.png,a,a\n2.png,{value},b\n".encode())
+        return ImageSource.from_root(file, metadata=column).fingerprint()
+
+    assert len({fingerprint("b"), fingerprint("c"), fingerprint("b", "scanner")}) == 3
+
+
+def test_lists_have_one_column_and_one_value_is_nothing_to_tell_apart(tmp_path):
+    (tmp_path / "a.txt").write_text("1.png\n")
+    with pytest.raises(ValueError, match="'dataset' has 1 value.* nothing to tell apart"):
+        ImageSource.from_root(tmp_path, metadata="dataset")
+    (tmp_path / "b.txt").write_text("2.png\n")
+    assert values(ImageSource.from_root(tmp_path, metadata="dataset")) == ["a", "b"]
+    with pytest.raises(ValueError, match="2 .txt lists .* have no column 'slide', but only 'dataset'.*csv"):
+        ImageSource.from_root(tmp_path, metadata="slide")
+
+
 def test_which_column_has_the_paths(tmp_path):
     file = write(tmp_path / "t.csv", b"path,file\n1.png,2.png\n")
     assert paths(ImageSource.from_root(file)) == [str(tmp_path / "1.png")]
