@@ -180,6 +180,30 @@ def test_a_file_without_recipes_is_named(script, tmp_path, content):
         script("learn").read_recipes(file)
 
 
+@pytest.mark.slow
+def test_networks_that_should_forget_the_slide_are_tested_on_other_slides(script, tmp_path, rows_of, monkeypatch):
+    forget_slide = script("forget_slide")
+    monkeypatch.setattr(forget_slide, "subprocess", SimpleNamespace(run=in_this_process))
+    monkeypatch.setattr(forget_slide, "PARTS", {"train": (3, 2), "unseen": (2, 2)})
+    monkeypatch.setattr(forget_slide, "SIZE", 28)
+    size = [*TINY[:6], "student.patch_size=14", "train.log_period=1", "train.device=cpu"]
+    suppress = "suppress slide, weight 0.1"
+    flags = ["--output-dir", str(tmp_path), "--seeds", "4", "--steps", "2", "--only", suppress]
+    command = [*flags, "--", *size]
+    forget_slide.main(command)
+    cells = {part: pd.read_csv(tmp_path / "cells" / f"{part}.csv") for part in ("train", "unseen")}
+    assert {part: len(rows) for part, rows in cells.items()} == {"train": 60, "unseen": 40}
+    assert not set(cells["train"]["slide"]) & set(cells["unseen"]["slide"])
+    header, *rows = rows_of(tmp_path / "results.md")
+    assert header == ["recipe", "seeds", "class, kNN-20", "class, linear", "slide, linear", "slide, 1-NN"]
+    assert [row[0] for row in rows] == ["untrained", suppress]
+    assert all(0 <= float(value) <= 1 for row in rows for value in row[2:])
+    metrics = (tmp_path / "suppress_slide_weight_0.1" / "seed4" / "training_metrics.json").read_text().splitlines()
+    assert [json.loads(line)["metadata_loss"] > 0 for line in metrics] == [False, True]
+    monkeypatch.setattr(forget_slide, "train", lambda *_: pytest.fail("all of it is done"))
+    forget_slide.main(command)
+
+
 def test_patients_have_planted_cells_or_none(script):
     real_cells = script("real_cells")
     labels = ["erythroblast"] * 130 + ["monocyte", "basophil"] * 600
