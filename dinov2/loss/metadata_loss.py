@@ -1,14 +1,11 @@
 """Metadata guidance: features forget or keep a value that is known of each image, such as its slide (arXiv 2606.05107).
 
-Dimension key:  R rows (crops), V values of the metadata, d dim of the projections
+Dimension key:  R rows (crops of the global batch), V values of the metadata, d dim of the projections
 """
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from dinov2.distributed import is_enabled
 
 
 class MetadataLoss(nn.Module):
@@ -16,28 +13,21 @@ class MetadataLoss(nn.Module):
 
         loss = -log( exp(cos(z, p_own) / temperature) / sum_v exp(cos(z, p_v) / temperature) )
 
-    The bank follows the projections of the global batch: after each step, p_v <- momentum * p_v + (1 - momentum) * mean
-    of the unit vectors z with value v. Values that no step has had yet have no prototype, and rows with such a value,
-    or with none, do not take part.
+    The bank follows the projections: after each step, p_v <- momentum * p_v + (1 - momentum) * mean of the unit vectors
+    z with value v. Values that no step has had yet have no prototype, and rows with such a value, or with none, do not
+    take part.
     """
 
     prototypes: Tensor
-    sums: Tensor
 
     def __init__(self, n_values: int, dim: int, temperature: float = 0.1, momentum: float = 0.9) -> None:
         super().__init__()
         self.temperature, self.momentum = temperature, momentum
         self.register_buffer("prototypes", torch.zeros(n_values, dim))  # [V, d]; zero: no prototype yet
-        # of the present step, so never in a checkpoint
-        self.register_buffer("sums", torch.zeros(n_values, dim + 1), persistent=False)  # [V, d + 1]: of z, and counts
-
-    def takes_part(self, values: Tensor) -> Tensor:
-        """Return whether each of the values [...] has a prototype, bool [...]; negative ones have none."""
-        has_prototype = self.prototypes.any(dim=1)  # [V]
-        return (values >= 0) & has_prototype[values.clamp(min=0)]
+        self._newest: tuple[Tensor, Tensor] | None = None  # unit vectors [R, d] and their values [R]
 
     def forward(self, projections: Tensor, values: Tensor) -> Tensor:
-        """Sum the loss over the rows that take part, and queue the rows for the bank.
+        """Average the loss over the rows that take part; 0 if there are none.
 
         Args:
             projections: [R, d], of any length.
@@ -45,32 +35,28 @@ class MetadataLoss(nn.Module):
         """
         with torch.autocast(projections.device.type, enabled=False):
             rows = F.normalize(projections.float(), dim=-1)  # [R, d]
-            self._queue(rows.detach(), values)
+            self._newest = rows.detach(), values
+            has_prototype = self.prototypes.any(dim=1)  # [V]
             similarities = rows @ F.normalize(self.prototypes, dim=-1).T  # [R, V]
-            absent = ~self.prototypes.any(dim=1)  # [V]
             # not -inf: before the first step no value has a prototype, and its rows would have NaN gradients
-            logits = (similarities / self.temperature).masked_fill(absent, torch.finfo(torch.float32).min)
+            logits = (similarities / self.temperature).masked_fill(~has_prototype, torch.finfo(torch.float32).min)
             losses = F.cross_entropy(logits, values.clamp(min=0), reduction="none")  # [R]
-            return torch.where(self.takes_part(values), losses, 0.0).sum()
-
-    @torch.no_grad()
-    def _queue(self, rows: Tensor, values: Tensor) -> None:
-        has_value = (values >= 0) & torch.isfinite(rows).all(dim=1)  # NaN would stay in the bank
-        weighted = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)  # [R, d + 1]
-        weighted = torch.where(has_value[:, None], weighted, 0.0)
-        self.sums.index_add_(0, values.clamp(min=0), weighted)
+            takes_part = (values >= 0) & has_prototype[values.clamp(min=0)]  # [R]
+            return torch.where(takes_part, losses, 0.0).sum() / takes_part.sum().clamp(min=1)
 
     @torch.no_grad()
     def update_bank(self) -> None:
-        """Move the prototypes towards the queued rows of all processes; call it once after a step."""
-        if is_enabled():
-            dist.all_reduce(self.sums)
-        count = self.sums[:, -1:]  # [V, 1]
-        means = self.sums[:, :-1] / count.clamp(min=1)
+        """Move the prototypes towards the newest rows; call it after a step."""
+        assert self._newest is not None, "a step has rows"
+        rows, values = self._newest
+        has_value = (values >= 0) & torch.isfinite(rows).all(dim=1)  # NaN would stay in the bank
+        n_values = len(self.prototypes)
+        is_of = F.one_hot(torch.where(has_value, values, n_values), n_values + 1)[:, :n_values].to(rows.dtype)  # [R, V]
+        counts = is_of.sum(dim=0).unsqueeze(1)  # [V, 1]
+        means = is_of.T @ torch.where(has_value.unsqueeze(1), rows, 0.0) / counts.clamp(min=1)  # [V, d]
         is_new = ~self.prototypes.any(dim=1, keepdim=True)
         moved = torch.where(is_new, means, self.momentum * self.prototypes + (1 - self.momentum) * means)
-        self.prototypes.copy_(torch.where(count > 0, moved, self.prototypes))
-        self.sums.zero_()
+        self.prototypes.copy_(torch.where(counts > 0, moved, self.prototypes))
 
 
 def reverse_gradient(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Gradient accumulation with the loss of the global batch.
 
-Sinkhorn-Knopp, centering, KoLeo, LeJEPA and the smooth rank compare images across micro-batches. So the teacher runs
-over all A micro-batches of a step first, and its logits are balanced together. The student's features are first
-computed without gradient, so that each micro-batch can be compared with all others.
+Sinkhorn-Knopp, centering, KoLeo, LeJEPA, metadata guidance and the smooth rank compare images across micro-batches. So
+the teacher runs over all A micro-batches of a step first, and its logits are balanced together. The student's features
+are first computed without gradient, so that each micro-batch can be compared with all others.
 """
 
 from collections.abc import Mapping, Sequence

@@ -10,8 +10,8 @@ image.
 A step's global batch is divided over W processes and, in each process, over A micro-batches (train/micro_batches.py).
 Neither changes the loss: Sinkhorn-Knopp and centering use the teacher's logits of the global batch, and KoLeo searches
 each feature's neighbour in it (with dino.koleo_loss_distributed: false in each micro-batch, as upstream does on each
-GPU), and LeJEPA projects all of it. The bank of metadata prototypes follows the projections of all of it, and is the
-same for all micro-batches of a step. The other terms are means over images, and gradients are averaged.
+GPU), and LeJEPA and metadata guidance project all of it. The other terms are means over images, and gradients are
+averaged.
 
 Dimension key:  W processes, A micro-batches of a process, B images in one, N = W*A*B images in the global batch,
                 L local crops, P patches per global crop, M masked patches, D embedding dim, K prototypes of a head,
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.data.augmentations import N_GLOBAL_CROPS
-from dinov2.distributed import all_gather_rows, get_rank, get_world_size, is_enabled
+from dinov2.distributed import all_gather_rows, get_rank, is_enabled
 from dinov2.fsdp.sharding import SHARDED, lerp_, make_mesh, replicate, reshard, shard
 from dinov2.hub.adapters import lora_scaling
 from dinov2.layers import Block, DINOHead
@@ -57,6 +57,9 @@ from dinov2.utils.param_groups import fuse_params_groups, get_params_groups_with
 STUDENT_ONLY = ("distillation_head", "metadata_head")  # no target comes from the teacher's, and no user needs them
 METADATA_DIM = 64  # of projections
 METADATA_HIDDEN_DIM = 256
+# To suppress a value, the head must find it in whatever way features show it now; a head as slow as the backbone is
+# evaded instead: the loss stays at chance, and a probe still finds the value (scripts/experiments/forget_slide.py)
+METADATA_LR_MULTIPLIER = 10.0
 
 
 class HeadOutput(NamedTuple):
@@ -82,7 +85,7 @@ class TeacherTargets:
 
     cls: Tensor | None  # [2B, K]
     patches: Tensor | None  # [M, K]
-    metadata_scale: Tensor | None = None  # 0-d: micro-batches of the step (W*A) by its crops that metadata guides
+    metadata: Tensor | None = None  # [N]: numbers of the values of the global batch, negative for an image without one
 
 
 @dataclass
@@ -247,7 +250,8 @@ class SSLMetaArch(nn.Module):
             heads["distillation_head"] = DistillationHead(embed_dim, frozen_teacher.embed_dim)
         if self.do_metadata:
             layers = {
-                "fc1": nn.Linear(embed_dim, METADATA_HIDDEN_DIM),
+                "fc1": nn.Linear(embed_dim, METADATA_HIDDEN_DIM, bias=False),
+                "norm": nn.BatchNorm1d(METADATA_HIDDEN_DIM, track_running_stats=False),  # of the global batch, as above
                 "act": nn.GELU(),
                 "fc2": nn.Linear(METADATA_HIDDEN_DIM, METADATA_DIM),
             }
@@ -300,10 +304,9 @@ class SSLMetaArch(nn.Module):
             with self.clock.stage("teacher"):
                 targets = self.teacher_targets([self.teacher_outputs(images) for images in batches], teacher_temp)
         if self.do_metadata:
-            values = torch.cat([images["metadata"] for images in batches])  # [A*B]
-            n_images = all_gather_rows(self.metadata_loss.takes_part(values).sum()[None]).sum()  # 0-d
+            values = all_gather_rows(torch.cat([images["metadata"] for images in batches]))  # [W*A*B], as BatchFeatures
             for target in targets:
-                target.metadata_scale = len(batches) * get_world_size() / (N_GLOBAL_CROPS * n_images.clamp(min=1))
+                target.metadata = values
         return targets
 
     def to_device(self, images: Mapping[str, Any]) -> dict[str, Any]:
@@ -452,7 +455,7 @@ class SSLMetaArch(nn.Module):
                 terms["dino_local_crops_loss"] = dino.loss_weight, local_loss / n_pairs
             global_loss = N_GLOBAL_CROPS * self.dino_loss([embeddings[:n_global]], [targets.cls], prototypes)
             terms["dino_global_crops_loss"] = dino.loss_weight, global_loss / n_pairs
-        if self.do_koleo or self.do_smooth_rank_loss or self.do_lejepa:
+        if self.do_koleo or self.do_smooth_rank_loss or self.do_lejepa or self.do_metadata:
             whole_batch = self._whole_batch(student.compared, features)  # [2, N, D], or [V, N, D] with LeJEPA
             global_views = whole_batch[:N_GLOBAL_CROPS]
         if self.do_koleo:
@@ -491,19 +494,20 @@ class SSLMetaArch(nn.Module):
             terms["distill_cls_loss"] = weight, token_distance(cls_tokens, frozen["x_norm_clstoken"])
             terms["distill_patch_loss"] = weight, token_distance(patch_tokens, frozen["x_norm_patchtokens"])
         if self.do_metadata:
-            metadata, tokens = self.cfg.train.metadata, student.global_cls_tokens
+            metadata, tokens = self.cfg.train.metadata, global_views.flatten(0, 1)  # [2N, D]
             with self._precision("student", "metadata_head"):
                 tokens = reverse_gradient(tokens) if metadata.mode == "suppress" else tokens
-                rows = self.callables["student", "metadata_head"](tokens)  # [2B, d]
-            assert targets.metadata_scale is not None, "step_targets sets it"
-            summed = self.metadata_loss(rows, images["metadata"].repeat(N_GLOBAL_CROPS))
-            terms["metadata_loss"] = metadata.weight, targets.metadata_scale * summed
+                rows = self.callables["student", "metadata_head"](tokens)  # [2N, d]
+            assert targets.metadata is not None, "step_targets sets it"
+            metadata_loss = self.metadata_loss(rows, targets.metadata.repeat(N_GLOBAL_CROPS))
+            terms["metadata_loss"] = metadata.weight, metadata_loss
         return terms
 
     @property
     def compares_images(self) -> bool:
         """Return True if a loss compares features across the global batch."""
-        return self.do_smooth_rank_loss or self.do_lejepa or (self.do_koleo and self.cfg.dino.koleo_loss_distributed)
+        koleo_compares = self.do_koleo and self.cfg.dino.koleo_loss_distributed
+        return koleo_compares or self.do_smooth_rank_loss or self.do_lejepa or self.do_metadata
 
     def _whole_batch(self, own: Tensor, features: BatchFeatures | None) -> Tensor:
         """Insert this micro-batch's CLS tokens [2 or V, B, D] into those of the global batch: [2 or V, N, D].
@@ -546,10 +550,13 @@ class SSLMetaArch(nn.Module):
     def get_params_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's parameter groups of each sub-network of the student, see train/optimizer.py."""
         groups: list[dict[str, Any]] = []
-        for module in self.student.values():
-            groups += fuse_params_groups(
+        for name, module in self.student.items():
+            of_module = fuse_params_groups(
                 get_params_groups_with_decay(module, self.cfg.optim.layerwise_decay, self.cfg.optim.patch_embed_lr_mult)
             )
+            for group in of_module:
+                group["lr_multiplier"] *= METADATA_LR_MULTIPLIER if name == "metadata_head" else 1.0
+            groups += of_module
         return groups
 
     def _backbone(self, role: str, crops: Any, **kwargs: Any) -> Any:

@@ -110,14 +110,14 @@ def guided(configured, image_list):
 
 
 @pytest.mark.parametrize("objective", ["lejepa", "dino"])
-def test_metadata_guides_the_mean_over_crops_with_a_known_value(guided, lejepa_alone, objective):
+def test_metadata_guides_the_crops_with_a_known_value(guided, lejepa_alone, objective):
     model, images = guided(*(lejepa_alone if objective == "lejepa" else []))
     first = model.forward_backward(images, teacher_temp=0.07)
     assert first["metadata_loss"] == 0  # no value has a prototype yet
     model.update_teacher(1.0)
     loss = model.forward_backward(images, teacher_temp=0.07)["metadata_loss"]
     tokens = model.student["backbone"](images["collated_global_crops"], images["collated_masks"])
-    rows = torch.nn.functional.normalize(model.student["metadata_head"](tokens), dim=1)
+    rows = torch.nn.functional.normalize(model.student["metadata_head"](tokens), dim=1)  # its norm sees all crops
     values = images["metadata"].repeat(2)
     bank = torch.nn.functional.normalize(model.metadata_loss.prototypes, dim=1)
     known = values >= 0
@@ -143,6 +143,21 @@ def test_suppression_reverses_the_backbones_gradient_and_not_the_heads(guided, l
     torch.testing.assert_close(gradients["suppress"][0], -gradients["encourage"][0], rtol=1e-3, atol=1.0)
     assert gradients["suppress"][0].abs().max() > 1000
     torch.testing.assert_close(gradients["suppress"][1], gradients["encourage"][1])
+
+
+def test_the_head_that_finds_the_value_learns_faster_than_the_backbone(guided, lejepa_alone):
+    model, _ = guided(*lejepa_alone)
+    mine = {id(parameter) for parameter in model.student["metadata_head"].parameters()}
+    factors = {
+        name: {
+            group["lr_multiplier"]
+            for group in model.get_params_groups()
+            for parameter in group["params"]
+            if (id(parameter) in mine) == (name == "head")
+        }
+        for name in ("head", "rest")
+    }
+    assert min(factors["head"]) > max(factors["rest"])
 
 
 def test_guidance_leaves_all_other_initial_weights_as_they_are(guided, configured):
