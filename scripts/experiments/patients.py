@@ -6,7 +6,8 @@
 
 Three rules tell two classes of patients apart: `rare class`, some erythroblasts that the others lack; `ratio`, more
 lymphocytes and fewer neutrophils, though both vary between patients; and `morphology`, larger monocytes. The images are
-divided into five parts, and all patients of a fold get cells of one part: no image is in training and test. `--curve`
+divided into five parts, and all patients of a fold get cells of one part: no image is in training and test. Beside them
+stand shuffled labels, and the first rule with features a tenth as large, as those of another network may be. `--curve`
 measures a learning curve over the number of patients on drawn features instead, with its time; it needs no images. A
 stopped experiment continues.
 """
@@ -43,7 +44,7 @@ SHARES = {
     **{"eosinophil": 0.06, "basophil": 0.03, "metamyelocyte": 0.03, "myelocyte": 0.02, "promyelocyte": 0.02},
 }
 CONCENTRATION = 30
-RARE_SHARE, RATIO_SHIFT = 0.03, 0.10
+RARE_SHARE, RATIO_SHIFT, SCALE = 0.03, 0.10, 0.1
 RULES = ("rare class", "ratio", "morphology")
 RECIPES = {"dinobloom": abmil.DEFAULTS, "robust": abmil.ROBUST_DEFAULTS}
 METRIC = "balanced_accuracy"
@@ -85,8 +86,13 @@ def embed(args: argparse.Namespace) -> dict[str, list[np.ndarray]]:
     }
 
 
-def make_patients(cells: dict[str, list[np.ndarray]], rule: str, seed: int, shuffled: bool = False) -> FoldedBags:
-    """Make patients of two classes and their folds: patients of one part of the images are tested together."""
+def make_patients(
+    cells: dict[str, list[np.ndarray]], rule: str, seed: int, shuffled: bool = False, scale: float = 1.0
+) -> FoldedBags:
+    """Make patients of two classes and their folds: patients of one part of the images are tested together.
+
+    `scale` multiplies all features.
+    """
     rng = np.random.default_rng([seed, RULES.index(rule)])
     bags, labels, parts = {}, {}, {}
     for number in range(N_PATIENTS):
@@ -103,7 +109,7 @@ def make_patients(cells: dict[str, list[np.ndarray]], rule: str, seed: int, shuf
         if has_rule and rule == "morphology":
             kinds["changed"] = kinds.pop(CHANGED)
         drawn = [cells[kind][part][rng.integers(len(cells[kind][part]), size=n)] for kind, n in kinds.items()]
-        bags[patient], parts[patient] = np.concatenate(drawn), part
+        bags[patient], parts[patient] = np.concatenate(drawn) * np.float32(scale), part
         labels[patient] = "with" if has_rule else "without"
     if shuffled:
         labels = dict(zip(labels, rng.permutation(list(labels.values())).tolist(), strict=True))
@@ -192,12 +198,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         title = f"{CURVE_CELLS} drawn cells a patient, {CURVE_DIM} features"
     else:
         cells = embed(args)
-        for rule, shuffled in [*((rule, False) for rule in RULES), (RULES[0], True)]:
-            name = f"{rule}, shuffled labels" if shuffled else rule
+        cases = {rule: (rule, False, 1.0) for rule in RULES}
+        cases |= {f"{RULES[0]}, shuffled labels": (RULES[0], True, 1.0)}
+        cases |= {f"{RULES[0]}, features x {SCALE}": (RULES[0], False, SCALE)}
+        for name, (rule, shuffled, scale) in cases.items():
             for seed in args.seeds:
                 file = args.output_dir / f"{name.replace(' ', '_').replace(',', '')}_{seed}.json"
-                found = measure(file, make_patients(cells, rule, seed, shuffled), seed, *how[1:])
-                results.setdefault(name, []).append(found)
+                data = make_patients(cells, rule, seed, shuffled, scale)
+                results.setdefault(name, []).append(measure(file, data, seed, *how[1:]))
         title = f"{N_PATIENTS} patients of {N_CELLS[0]} to {N_CELLS[1]} PBC cells"
     lines = [
         f"{title}; five folds; balanced accuracy: mean and range over seeds {', '.join(map(str, args.seeds))}; the "
