@@ -114,7 +114,8 @@ def test_features_and_pca_in_a_kernel(checkpoint, cells, place, monkeypatch):
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(place)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.outputs]
     assert {output.output_type for output in outputs} == {"stream", "display_data"}
-    assert [output.name for output in outputs if output.output_type == "stream" and output.name != "stdout"] == []
+    errors = [output.text for output in outputs if output.output_type == "stream" and output.name != "stdout"]
+    assert errors == []
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
     assert json.loads(outputs[-1].text) == {
         "features": [11, 192],

@@ -9,6 +9,8 @@ from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.hub.conversions import LAYER_NORM_EPS
 from dinov2.utils.files import PathLike, check_regular_file
 
+HUB_PREFIX = "hf-hub:"  # of names on the Hugging Face hub
+HUB_NAME = f"{HUB_PREFIX}<owner>/<name>[/<file or folder>][@<revision>]"
 CONFIG_FILE, PREPROCESSOR_FILE = "config.json", "preprocessor_config.json"
 # Side in pixels of the images that DinoBloom was trained on. Its ports to timm may state the one of DINOv2's networks.
 DINOBLOOM_SIZE, DINOV2_SIZE = 224, 518

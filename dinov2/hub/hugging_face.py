@@ -23,12 +23,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from dinov2.hub.descriptions import CONFIG_FILE, PREPROCESSOR_FILE
+from dinov2.hub.descriptions import CONFIG_FILE, HUB_NAME, HUB_PREFIX, PREPROCESSOR_FILE
 
 logger = logging.getLogger("dinov2")
 
-HUB_PREFIX = "hf-hub:"
-HUB_NAME = f"{HUB_PREFIX}<owner>/<name>[/<file or folder>][@<revision>]"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _NAME = re.compile(rf"{HUB_PREFIX}({_REPOSITORY.pattern})(?:/([^@]+?)/?)?(?:@(.+))?")
 # What the client raises: its bases are the errors of requests, httpx or httpx2, which depends on its release, and the

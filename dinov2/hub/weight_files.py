@@ -32,6 +32,8 @@ from dinov2.hub.conversions import to_own_names
 from dinov2.hub.descriptions import (
     DINOBLOOM_SIZE,
     DINOV2_SIZE,
+    HUB_NAME,
+    HUB_PREFIX,
     LARGEST_DESCRIPTION,
     TIMM_TAG,
     WRONG_TYPES,
@@ -41,7 +43,6 @@ from dinov2.hub.descriptions import (
     read_description,
     read_json,
 )
-from dinov2.hub.hugging_face import HUB_NAME, HUB_PREFIX, download_from_hub
 from dinov2.models import architecture, build_model_from_cfg, check_settings
 from dinov2.utils.config import read_config
 from dinov2.utils.files import (
@@ -151,6 +152,9 @@ def resolve_weights(source: PathLike) -> Path:
     """
     text = os.fspath(source)
     if text.startswith(HUB_PREFIX):
+        # here: in a notebook the client's import warns of a progress bar that is missing there
+        from dinov2.hub.hugging_face import download_from_hub
+
         file = download_from_hub(text, _choose_weights)
         return file.parent if file.name in INDEX_FILES else file
     release = next((known for known in RELEASES.values() if known.url == text), None)

@@ -71,7 +71,7 @@ def run(name, folder):
     report = json.loads((output / "results.json").read_text())
     # pooled vectors of patients came later; test_patient_vectors.py holds them
     files = {file.name: _rows(file) for file in sorted(output.glob("predictions*.csv")) if "_mean_" not in file.name}
-    results = {row: found for row, found in report["results"].items() if "fits" not in found}
+    results = {row: found for row, found in report["results"].items() if "fits" not in (found or ())}
     return {"results": _numbers(results), "few_shot": report.get("few_shot"), "predictions": files}
 
 
