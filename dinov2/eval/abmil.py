@@ -67,7 +67,7 @@ from dinov2.eval.solvers.robust_mil import ROBUST, RUNS, train_robust
 from dinov2.logging import setup_logging
 from dinov2.models.abmil import MODELS, Aggregator
 from dinov2.utils.command import exit_code, number_between, positive_int, seed_number
-from dinov2.utils.files import atomic_write, file_sha256, user_path
+from dinov2.utils.files import atomic_write, check_regular_file, file_sha256, user_path
 from dinov2.utils.numerics import derive_seed
 
 logger = logging.getLogger("dinov2")
@@ -455,7 +455,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging()
     options = _options_from(args)
     files = {name: getattr(args, name) for name in ("features", "test_features", "labels", "apply")}
-    hashes = {name: file_sha256(path) for name, path in files.items() if path is not None}
+    hashes = {
+        name: file_sha256(check_regular_file(path, f"--{name.replace('_', '-')}"))
+        for name, path in files.items()
+        if path is not None
+    }
     aggregator = TrainedAggregator.load(args.apply) if args.apply else None
     known_classes = None if aggregator is None else aggregator.class_names
     bags, test = _load_bags(args, args.features, args.bags, known_classes), None

@@ -28,7 +28,8 @@ from torch import Tensor
 from dinov2.configs import dinov2_default_config
 from dinov2.distributed import is_main_process, on_main_process
 from dinov2.fsdp.checkpoint import Checkpointer
-from dinov2.logging import MetricLogger, open_trackers
+from dinov2.logging import MetricLogger
+from dinov2.logging.trackers import open_trackers
 from dinov2.train.monitor import CollapseMonitor
 from dinov2.train.optimizer import LossScaler, StepGuard
 from dinov2.train.schedules import Schedules

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dinov2 import logging as log
-from dinov2.logging import MetricLogger, StepClock, Tracker
+from dinov2.logging import MetricLogger, StepClock
+from dinov2.logging.trackers import Tracker
 
 
 class Recorder(Tracker):

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dinov2.logging import MetricLogger, open_trackers
+from dinov2.logging import MetricLogger
+from dinov2.logging.trackers import open_trackers
 
 mlflow = pytest.importorskip("mlflow")
 
