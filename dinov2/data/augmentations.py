@@ -8,11 +8,15 @@ Dimension key:  L local crops, S crop side, s local crop side, H height and W wi
 A crop is made in two steps: `draw_crop` draws all random values, `make_crop` applies the operations. These work with
 OpenCV on one uint8 image at a time, [H, W, 3], red first; they round to whole levels, as Pillow does, and do not change
 their argument.
+
+Before a crop, the background may be replaced by that of another image: two crops of one image share not only its cell,
+but also what lies around it, and a network can recognise that instead.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from random import Random
 from typing import Any, NamedTuple
 
@@ -29,6 +33,7 @@ from dinov2.data.transforms import normalize_images
 N_GLOBAL_CROPS = 2
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a crop, drawn log-uniformly
 N_BOX_TRIES = 10
+BACKGROUND_EDGE = 0.1  # width of the border between cell and background, as a share of half the shorter side
 HIGHEST = {"hue": 0.5, "solarize_threshold": 255}  # limits of settings that are no probabilities
 
 Pixels = NDArray[Any]  # uint8 [H, W, 3]; OpenCV's signatures are no more precise
@@ -59,9 +64,14 @@ class AugmentationSettings:
     blur_kernel_size: int  # taps of the blur on each axis, odd
     solarize_probability: tuple[float, float, float]  # inversion of the bright values
     solarize_threshold: float  # level, of 0 to 255, from which on a value is inverted
+    background_probability: float  # another image's pixels outside a disc around the centre
+    background_radius: tuple[float, float]  # lowest and highest radius of it, as a share of half the shorter side
 
     def __post_init__(self) -> None:
-        for name, length in (("blur_probability", 3), ("blur_sigma", 2), ("solarize_probability", 3)):
+        for name, length in (
+            *(("blur_probability", 3), ("blur_sigma", 2), ("solarize_probability", 3)),
+            ("background_radius", 2),
+        ):
             values = tuple(getattr(self, name))  # a config file gives lists
             if len(values) != length:
                 raise ValueError(f"{name}: expected {length} numbers, found {values}")
@@ -71,8 +81,10 @@ class AugmentationSettings:
             highest = 1 if field.name.endswith("_probability") else HIGHEST.get(field.name, math.inf)
             if not all(0 <= v <= highest and v < math.inf for v in (value if isinstance(value, tuple) else (value,))):
                 raise ValueError(f"{field.name}: must lie between 0 and {highest}, found {value}")
-        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
-            raise ValueError(f"blur_sigma: expected 0 < lowest <= highest, found {self.blur_sigma}")
+        for name in ("blur_sigma", "background_radius"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name}: expected 0 < lowest <= highest, found {(low, high)}")
         if self.blur_kernel_size % 2 != 1:
             raise ValueError(f"blur_kernel_size: must be odd and at least 1, found {self.blur_kernel_size}")
 
@@ -134,6 +146,26 @@ def draw_crop(
         sigma=rng.uniform(*s.blur_sigma) if rng.random() < s.blur_probability[kind] else 0.0,
         solarized=rng.random() < s.solarize_probability[kind],
     )
+
+
+def replace_background(image: Pixels, other: Pixels, radius: float) -> Pixels:
+    """Take from `other` what lies outside a disc around the centre of [H, W, 3]; `radius` is a share of min(H, W) / 2.
+
+    `other` is resized to the image's size. The border is a linear blend, so that no edge shows which pixels are new.
+    """
+    height, width = image.shape[:2]
+    if other.shape != image.shape:
+        other = cv2.resize(other, (width, height), interpolation=cv2.INTER_AREA)
+    weights = _disc(height, width)  # of 1 / BACKGROUND_EDGE times the distance from the centre
+    own = np.clip(radius / BACKGROUND_EDGE + 0.5 - weights, 0, 1)  # [H, W]
+    return cv2.blendLinear(image, other, own, 1 - own)
+
+
+@cache  # training images have one size
+def _disc(height: int, width: int) -> NDArray[np.float32]:
+    """Return each pixel's distance from the centre, in units of BACKGROUND_EDGE of half the shorter side: [H, W]."""
+    rows, columns = (np.arange(n, dtype=np.float32) - (n - 1) / 2 for n in (height, width))
+    return np.hypot(rows[:, None], columns) / (BACKGROUND_EDGE * min(height, width) / 2)
 
 
 def crop_resize(image: Pixels, box: Sequence[int], size: int) -> Pixels:
@@ -299,20 +331,29 @@ class DataAugmentationDINO:
         self.views = [(kind, int(global_crops_size), tuple(global_crops_scale)) for kind in range(N_GLOBAL_CROPS)]
         self.views += [(N_GLOBAL_CROPS, int(local_crops_size), tuple(local_crops_scale))] * int(local_crops_number)
 
-    def __call__(self, image: Image.Image | Tensor, rng: Random | None = None) -> dict[str, Any]:
+    def __call__(
+        self,
+        image: Image.Image | Tensor,
+        rng: Random | None = None,
+        draw_other: Callable[[Random], Tensor] | None = None,
+    ) -> dict[str, Any]:
         """Make the crops of one image, uint8 [3, H, W] or a Pillow image.
 
-        Without `rng`, torch's default generator seeds one. The result has `global_crops`, two [3, S, S] of `dtype`;
+        Without `rng`, torch's default generator seeds one. `draw_other` draws the image of another background, uint8
+        [3, H, W]; without it, backgrounds stay. The result has `global_crops`, two [3, S, S] of `dtype`;
         `global_crops_teacher`, the same two; `local_crops`, L of [3, s, s]; and `offsets`, (), which upstream's users
         expect.
         """
         pixels = _pixels(image)
         height, width = pixels.shape[:2]
         rng = Random(int(torch.randint(2**62, ()))) if rng is None else rng
-        crops = []
+        crops, s = [], self.settings
         for kind, size, scale in self.views:
-            crop = draw_crop(rng, height, width, scale, self.settings, kind)
-            made = make_crop(pixels, crop, size, self.settings)
+            crop, seen = draw_crop(rng, height, width, scale, s, kind), pixels
+            # nothing is drawn if backgrounds stay: the other values are then those of a recipe without them
+            if draw_other is not None and s.background_probability and rng.random() < s.background_probability:
+                seen = replace_background(pixels, _pixels(draw_other(rng)), rng.uniform(*s.background_radius))
+            made = make_crop(seen, crop, size, s)
             levels = torch.from_numpy(to_planes(made))  # [3, S, S]
             crops.append(levels if self.dtype == torch.uint8 else normalize_images(levels).to(self.dtype))
         return {

@@ -28,7 +28,8 @@ DATASETS = {"HemaStandardDataset": HemaStandardDataset}
 SIGNAL_SECONDS = 2.0  # for the signal of a dead worker process to arrive
 SHARED_MEMORY = "/dev/shm"  # of Linux; Docker gives a container 64 MB
 INFINITE = (SamplerType.INFINITE, SamplerType.SHARDED_INFINITE, SamplerType.SHARDED_INFINITE_NEW)
-Augmentation = Callable[[Tensor, Random], Any]  # (uint8 [3, S, S], source of randomness) -> crops
+# (image uint8 [3, S, S], source of randomness, function that draws another image) -> crops
+Augmentation = Callable[[Tensor, Random, Callable[[Random], Tensor]], Any]
 
 # key of a dataset string -> function that reads its value, and raises ValueError or KeyError for other text
 VALUE_READERS: dict[str, Callable[[str], Any]] = {
@@ -60,8 +61,13 @@ class AugmentedDataset(Dataset):
     def __getitem__(self, position_and_index: tuple[int, int]) -> AugmentedSample:
         position, index = position_and_index
         sample = self.dataset[index]
-        crops = self.augmentation(sample.image, Random(derive_seed(self.seed, "crops", position)))
+        crops = self.augmentation(sample.image, Random(derive_seed(self.seed, "crops", position)), self._draw_image)
         return AugmentedSample(crops, position, sample.failures, sample.metadata)
+
+    def _draw_image(self, rng: Random) -> Tensor:
+        # a file that cannot be read is recorded when its own turn comes
+        image: Tensor = self.dataset[rng.randrange(len(self.dataset))].image
+        return image
 
 
 def make_dataset(

@@ -22,6 +22,7 @@ from dinov2.data.augmentations import (
     draw_box,
     draw_crop,
     make_crop,
+    replace_background,
 )
 from dinov2.data.transforms import normalize_images
 
@@ -227,6 +228,45 @@ def test_the_source_of_randomness_decides_everything(recipe):
     assert torch.equal(once, made(7))
     assert torch.equal(once, made(7, pickle.loads(pickle.dumps(augmentation))))
     assert not torch.equal(once, made(8))
+
+
+def test_a_background_is_another_images_outside_the_disc():
+    height, width = 41, 61
+    image, other = np.full((height, width, 3), 200, np.uint8), np.full((30, 20, 3), 10, np.uint8)
+    made = replace_background(image, other, 0.7)
+    assert made.shape == image.shape
+    assert (image == 200).all()
+    rows, columns = np.indices((height, width))
+    distance = np.hypot(rows - 20, columns - 30) / 20.5  # of half the shorter side
+    assert (made[distance < 0.64] == 200).all()
+    assert (made[distance > 0.76] == 10).all()
+    border = made[(distance > 0.66) & (distance < 0.74)]
+    assert ((border > 10) & (border < 200)).all()
+    values, distances = made[20, 30:, 0].astype(int), distance[20, 30:]
+    assert values[distances.searchsorted(0.7)] == pytest.approx(105, abs=0.05 * 190 / 0.1)  # half of each at the radius
+
+
+@pytest.mark.parametrize(("probability", "expected"), [(1.0, 8), (0.5, 4), (0.0, 0)])
+def test_backgrounds_are_replaced_in_a_share_of_the_crops(probability, expected):
+    settings = {**NOTHING, "background_probability": probability, "background_radius": (0.3, 0.3)}
+    augmentation = DataAugmentationHEMA((1, 1), LOCAL, 0, 32, dtype=torch.uint8, **settings)
+    image, other = torch.full((3, 32, 32), 200, dtype=torch.uint8), torch.full((3, 32, 32), 10, dtype=torch.uint8)
+    crops = [c for seed in range(40) for c in augmentation(image, Random(seed), lambda rng: other)["global_crops"]]
+    assert all(crop[:, 16, 16].tolist() == [200] * 3 for crop in crops)  # the cell stays
+    n_replaced = sum(crop[:, 0, 0].tolist() == [10] * 3 for crop in crops)
+    assert n_replaced / 10 == pytest.approx(expected, abs=2 if 0 < expected < 8 else 0)
+
+
+def test_other_random_values_are_those_without_backgrounds_while_none_is_replaced():
+    image, augmentation = random_images(1)[0], DataAugmentationHEMA(GLOBAL, LOCAL, 2, 32, 16)
+    plain, offered = (augmentation(image, Random(3), draw) for draw in (None, lambda rng: pytest.fail("drawn")))
+    for kind in ("global_crops", "local_crops"):
+        assert all(torch.equal(a, b) for a, b in zip(plain[kind], offered[kind], strict=True))
+
+
+def test_a_radius_out_of_order_is_an_error():
+    with pytest.raises(ValueError, match="background_radius: expected 0 < lowest <= highest"):
+        DataAugmentationHEMA(GLOBAL, LOCAL, 0, 32, background_radius=(1.0, 0.7))
 
 
 def test_without_a_source_of_randomness_torchs_generator_is_used():

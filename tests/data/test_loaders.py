@@ -57,8 +57,8 @@ def test_batches(dataset):
     assert len(failures) == 2  # once a pass
 
 
-def mean_and_draw(image, rng):
-    return float(image.float().mean()), rng.random()
+def mean_and_draw(image, rng, draw_image):
+    return float(image.float().mean()), rng.random(), float(draw_image(rng).float().mean())
 
 
 def test_an_augmentation_is_seeded_by_the_position(dataset):
@@ -69,6 +69,9 @@ def test_an_augmentation_is_seeded_by_the_position(dataset):
         assert augmented.crops[0] == float(sample.image.float().mean())
         assert augmented.failures == sample.failures
     assert len({augmented.crops[1] for augmented in sum(whole, [])}) == 24
+    others, own = {s.crops[2] for s in sum(whole, [])}, {float(s.image.float().mean()) for s in sum(plain, [])}
+    assert len(others) > 5
+    assert others <= own
     assert batches(dataset, 3, num_workers=2, sampler_advance=12, augmentation=mean_and_draw) == whole[3:]
     assert sum(batches(dataset, 3, batch_size=8, augmentation=mean_and_draw), []) == sum(whole, [])
     other_seed = batches(dataset, 6, seed=2, augmentation=mean_and_draw)
@@ -128,7 +131,7 @@ def test_a_balance_reaches_the_order(dataset, image_list):
         batches(two, 1, balance=Balance({"many": 2}))
 
 
-def threads_of_opencv(image, rng):
+def threads_of_opencv(image, rng, draw_image):
     return cv2.getNumThreads()
 
 
