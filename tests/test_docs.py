@@ -346,7 +346,7 @@ def test_the_example_of_a_loss_trains(tmp_path):
     subprocess.run(
         [
             *(sys.executable, "dinov2/train/train.py", "--output-dir", str(tmp_path), "--name", "run"),
-            *("--config-file", "dinov2/configs/train/small_from_scratch.yaml"),
+            *("--config-file", "dinov2/configs/train/small_with_prototypes.yaml"),
             *(*small, "optim.epochs=1", "train.OFFICIAL_EPOCH_LENGTH=2", "dino.view_distance_loss_weight=0.1"),
             *("optim.warmup_epochs=0", "train.num_workers=0", "train.log_period=1"),
             f"train.dataset_path=HemaStandardDataset:root={tmp_path}/cells/lists",

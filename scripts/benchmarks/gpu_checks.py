@@ -236,7 +236,7 @@ def check_training(settings: Settings) -> Outcome:
         *("augmentation.hema.contrast=0.3", "evaluation.eval_period_iterations=0", "optim.epochs=10"),
         f"train.OFFICIAL_EPOCH_LENGTH={steps_an_epoch}",
     ]
-    folder, steps = run_training(settings, "training", "small_from_scratch.yaml", "--no-resume", *arguments)
+    folder, steps = run_training(settings, "training", "small_with_prototypes.yaml", "--no-resume", *arguments)
     bad = sum(not all(map(math.isfinite, losses_of(each).values())) for each in steps)
     problems = [f"{bad} of {len(steps)} steps have a loss that is not finite"] if bad else []
 
@@ -258,7 +258,7 @@ def check_resume(settings: Settings) -> Outcome:
     """Remove the last checkpoint of a run in fp32 and resume: the second half has the same losses again."""
     steps = ["train.OFFICIAL_EPOCH_LENGTH=4", "optim.epochs=2", "optim.warmup_epochs=1", "train.saveckp_freq=1"]
     precision = [f"compute_precision.{role}.mixed_precision.param_dtype=fp32" for role in step.ROLES]
-    arguments = settings, "resume", "small_from_scratch.yaml", *steps, *precision
+    arguments = settings, "resume", "small_with_prototypes.yaml", *steps, *precision
     folder, first = run_training(*arguments, "--no-resume")
     shutil.rmtree(max((folder / "checkpoints").iterdir()))
     _, again = run_training(*arguments)

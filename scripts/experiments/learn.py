@@ -17,7 +17,7 @@ on the machine change by about a tenth. Before a recipe's first run, short train
 the budget divided by it is the number of steps of all seeds. Start-up and evaluations do not count. Without
 `--budgets` a recipe has its own number of steps.
 
-A recipe is a name with config values, in YAML; `--config-file` has the values that all share. Runs are ordered by seed,
+A recipe is a name with config values, in YAML; its `config_file`, or else `--config-file`, has all others. Runs are ordered by seed,
 then budget, then recipe. The same command continues a stopped experiment, within a run too. After each run, scores.csv
 and results.md are written with all runs of the output folder.
 """
@@ -33,7 +33,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads spin
 
@@ -96,16 +96,27 @@ def write_split(pbc: Path, folder: Path, seed: int = 0) -> dict[str, int]:
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def read_recipes(file: Path) -> dict[str, list[str]]:
-    """Read {name: {config key: value}} as overrides of the command line; names that begin with a dot are left out."""
+class Recipe(NamedTuple):
+    """A training: a configuration, and values of the command line that replace some of its own."""
+
+    config: Path
+    overrides: list[str]
+
+
+def read_recipes(file: Path, config: Path) -> dict[str, Recipe]:
+    """Read {name: {config key: value}}; names that begin with a dot are left out.
+
+    The value of `config_file` is a name in `CONFIG_FOLDER`/train; without it, a recipe has `config`.
+    """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        recipes = {
-            str(name): [f"{key}={json.dumps(value)}" for key, value in (values or {}).items()]
-            for name, values in content.items()
-            if not str(name).startswith(".")
-        }
-    except (OSError, yaml.YAMLError, AttributeError) as error:
+        recipes = {}
+        for name, values in content.items():
+            values = dict(values or {})
+            own = CONFIG_FOLDER / "train" / values.pop("config_file") if "config_file" in values else config
+            if not str(name).startswith("."):
+                recipes[str(name)] = Recipe(own, [f"{key}={json.dumps(value)}" for key, value in values.items()])
+    except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
         text = " ".join(str(error).split())
         raise SystemExit(
             f"--recipes: {file} is no list of recipes ({text}); write `<name>: {{<config key>: <value>}}` for each"
@@ -116,13 +127,14 @@ def read_recipes(file: Path) -> dict[str, list[str]]:
 class Arena:
     """The runs of one output folder, which share the split."""
 
-    def __init__(self, folder: Path, config: Path) -> None:
-        self.folder, self.config = folder, config
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
-    def train(self, run: Path, *overrides: str) -> None:
+    def train(self, run: Path, recipe: Recipe, *overrides: str) -> None:
         """Run train.py as a user would, which resumes an unfinished run; exit as it does if it is stopped or fails."""
-        command = [sys.executable, train_command.__file__, "--config-file", self.config, "--output-dir", run.parent]
-        done = subprocess.run([*map(str, command), "--name", run.name, self.images, *overrides])
+        command = [sys.executable, train_command.__file__, "--config-file", recipe.config, "--output-dir", run.parent]
+        settings = ["--name", run.name, self.images, *recipe.overrides, *overrides]
+        done = subprocess.run([*map(str, command), *settings])
         if done.returncode:
             sys.exit(done.returncode)
 
@@ -132,9 +144,9 @@ class Arena:
         lists, cache = self.folder / "lists", self.folder / "cache"
         return f"train.dataset_path=HemaStandardDataset:root={lists}:shuffle=1:cache={cache}"
 
-    def cost(self, name: str, recipe: Sequence[str]) -> float:
+    def cost(self, name: str, recipe: Recipe) -> float:
         """Return the core-seconds of a step of a recipe, measured once."""
-        file, settings = self.folder / name / "cost.json", [self.config.name, *recipe]
+        file, settings = self.folder / name / "cost.json", [recipe.config.name, *recipe.overrides]
         if file.is_file():
             known = json.loads(file.read_text(encoding="utf-8"))
             if known["settings"] != settings:
@@ -143,14 +155,14 @@ class Arena:
                     f"({', '.join(known['settings'])}); choose another name"
                 )
             return float(known["core_seconds_per_step"])
-        cache = build_dataset(load_run_config(self.config, [*recipe, self.images])).cache
+        cache = build_dataset(load_run_config(recipe.config, [*recipe.overrides, self.images])).cache
         assert cache is not None, "named in the dataset string"
         cache.build()  # else the first training would, and count it
         cpu: dict[int, list[float]] = {SHORT: [], LONG: []}
         for n_steps in (SHORT, LONG) * N_MEASUREMENTS:
             run = file.parent / f"{n_steps}_steps"
             before = cpu_of_children()
-            self.train(run, *recipe, *self.steps(recipe, n_steps), "evaluation.datasets=[]", "train.views=0")
+            self.train(run, recipe, *self.steps(recipe, n_steps), "evaluation.datasets=[]", "train.views=0")
             cpu[n_steps].append(cpu_of_children() - before)
             shutil.rmtree(run)
         # the shortest, since shared caches and cores only add to it
@@ -159,17 +171,17 @@ class Arena:
             json.dump({"settings": settings, "core_seconds_per_step": seconds}, stream, indent=1)
         return seconds
 
-    def steps(self, recipe: Sequence[str], n_steps: int | None) -> list[str]:
+    def steps(self, recipe: Recipe, n_steps: int | None) -> list[str]:
         """Return overrides for a run of `n_steps` with N_EVALUATIONS evaluations; None: the recipe's own numbers."""
         if n_steps is None:
             return []
-        cfg = load_run_config(self.config, [*recipe, self.images])
+        cfg = load_run_config(recipe.config, [*recipe.overrides, self.images])
         epochs, period = n_steps / cfg.train.OFFICIAL_EPOCH_LENGTH, math.ceil(n_steps / N_EVALUATIONS)
         overrides = [f"optim.epochs={epochs!r}", f"evaluation.eval_period_iterations={period}"]
         # trainings that only measure are shorter than a warm-up
         return overrides + ["optim.warmup_epochs=0"] * (epochs < cfg.optim.warmup_epochs)
 
-    def run(self, name: str, recipe: Sequence[str], budget: float | None, seed: int) -> None:
+    def run(self, name: str, recipe: Recipe, budget: float | None, seed: int) -> None:
         """Train, and write the scores of the features, unless this is done already."""
         place = self.folder / name / (f"{budget:g}s" if budget else "") / f"seed{seed}"
         if (place / "scores.csv").is_file():
@@ -177,7 +189,7 @@ class Arena:
         n_steps = max(1, round(budget / self.cost(name, recipe))) if budget else None
         labelled = {"name": "pbc", "knn_k": [20], **{side: str(self.folder / f"{side}10.csv") for side in SPLITS}}
         settings = [f"train.seed={seed}", f"evaluation.datasets={json.dumps([labelled])}"]
-        self.train(place, *recipe, *self.steps(recipe, n_steps), *settings)
+        self.train(place, recipe, *self.steps(recipe, n_steps), *settings)
         scores = self.score(["--checkpoint", str(place), "--kinds", *KINDS], place / "features")
         write_table(scores, place / "scores.csv")
 
@@ -308,11 +320,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values for every run")
     args = parser.parse_intermixed_args(argv)
-    recipes = read_recipes(args.recipes) if args.recipes else {args.name: []}
+    recipes = (
+        read_recipes(args.recipes, args.config_file) if args.recipes else {args.name: Recipe(args.config_file, [])}
+    )
     if unknown := set(args.only or []) - recipes.keys():
         parser.error(f"--only: {args.recipes} has no {', '.join(sorted(unknown))}; it has {', '.join(recipes)}")
-    recipes = {name: [*recipe, *args.overrides] for name, recipe in recipes.items() if name in (args.only or recipes)}
-    arena = Arena(args.output_dir.resolve(), args.config_file)
+    recipes = {
+        name: Recipe(recipe.config, [*recipe.overrides, *args.overrides])
+        for name, recipe in recipes.items()
+        if name in (args.only or recipes)
+    }
+    arena = Arena(args.output_dir.resolve())
     counts = write_split(args.pbc, arena.folder)
     if args.ssl is not None:
         find_ssl_cells(args.ssl).to_csv(arena.folder / "ssl.csv", index=False)

@@ -12,14 +12,16 @@ import pandas as pd
 import pytest
 import torch
 
+from dinov2.configs import CONFIG_FOLDER
 from dinov2.train import train as train_command
 
 TINY = [
     *("student.depth=1", "student.embed_dim=32", "student.num_heads=2", "train.batch_size_per_gpu=4"),
-    *("crops.global_crops_size=28", "train.image_size=28", "train.OFFICIAL_EPOCH_LENGTH=2", "optim.epochs=2"),
+    *("student.patch_size=7", "crops.global_crops_size=28", "train.image_size=28", "train.OFFICIAL_EPOCH_LENGTH=2", "optim.epochs=2"),
     *("optim.warmup_epochs=1", "optim.freeze_last_layer_epochs=1", "teacher.warmup_teacher_temp_epochs=1"),
     *("evaluation.eval_period_iterations=2", "train.tensorboard=false", "train.device=cpu"),
 ]
+CONFIG = CONFIG_FOLDER / "train" / "small_from_scratch.yaml"
 STAGES = {"BA": "basophil", "MY": "ig", "ERB": "erythroblast", "PLATELET": "platelet"}
 
 
@@ -72,7 +74,7 @@ def pbc_of_ssl_classes(tmp_path, write_images):
 
 RECIPES = """
 .shared: &shared {lejepa.loss_weight: 0}
-dino:
+dino: {config_file: small_with_prototypes.yaml}
 lejepa:
   <<: *shared
   lejepa.loss_weight: 1
@@ -97,8 +99,8 @@ def test_a_killed_experiment_goes_on_within_its_run_and_ends_as_an_unbroken_one(
 
     def command(name: str, *only: str) -> list[str]:
         for recipe in only:  # as if measured: forty steps
-            settings = ["small_from_scratch.yaml", *learn.read_recipes(tmp_path / "recipes.yaml")[recipe], *tiny]
-            cost = {"settings": settings, "core_seconds_per_step": 0.025}
+            config, overrides = learn.read_recipes(tmp_path / "recipes.yaml", CONFIG)[recipe]
+            cost = {"settings": [config.name, *overrides, *tiny], "core_seconds_per_step": 0.025}
             (tmp_path / name / recipe).mkdir(parents=True)
             (tmp_path / name / recipe / "cost.json").write_text(json.dumps(cost))
         flags = ["--output-dir", str(tmp_path / name), "--budgets", "1", "--seeds", "4", "--only", *only, "--"]
@@ -156,19 +158,19 @@ def test_the_cost_of_a_step_is_measured_once(script, pbc, tmp_path, monkeypatch)
     learn = script("learn")
     monkeypatch.setattr(learn, "N_MEASUREMENTS", 1)
     learn.write_split(pbc, tmp_path)
-    arena = learn.Arena(tmp_path, learn.CONFIG_FOLDER / "train" / "small_from_scratch.yaml")
-    cost = arena.cost("tiny", TINY)
+    arena, recipe = learn.Arena(tmp_path), learn.Recipe(CONFIG, TINY)
+    cost = arena.cost("tiny", recipe)
     assert 0.001 <= cost < 1
     assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["cost.json"]
     arena.train = lambda *_: pytest.fail("it is known")
-    assert arena.cost("tiny", TINY) == cost
+    assert arena.cost("tiny", recipe) == cost
 
 
 def test_a_run_that_stops_or_fails_ends_the_experiment_with_its_exit_code(script, tmp_path, monkeypatch):
     learn = script("learn")
     monkeypatch.setattr(learn, "subprocess", SimpleNamespace(run=lambda _: subprocess.CompletedProcess([], 75)))
     with pytest.raises(SystemExit, match="75"):
-        learn.Arena(tmp_path, tmp_path / "config.yaml").train(tmp_path / "run")
+        learn.Arena(tmp_path).train(tmp_path / "run", learn.Recipe(tmp_path / "config.yaml", []))
 
 
 @pytest.mark.parametrize("content", ["a: [", "- a", "a: 3", None])
@@ -177,7 +179,7 @@ def test_a_file_without_recipes_is_named(script, tmp_path, content):
     if content is not None:
         file.write_text(content)
     with pytest.raises(SystemExit, match=r"--recipes: .*recipes.yaml is no list of recipes .*; write"):
-        script("learn").read_recipes(file)
+        script("learn").read_recipes(file, CONFIG)
 
 
 @pytest.mark.slow

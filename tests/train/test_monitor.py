@@ -247,7 +247,7 @@ def test_recorded_runs_are_told_apart(recorded, expected):
 @pytest.mark.parametrize(
     ("recipe", "n", "cls", "patch"),
     [
-        ("small_from_scratch.yaml", 1200, [5.7, 5.1, 4.7, 4.4, 4.2, 4.0, 3.9, 3.85, 3.8], [5.6, 4.8, 4.3, 4.0, 3.9]),
+        ("small_with_prototypes.yaml", 1200, [5.7, 5.1, 4.7, 4.4, 4.2, 4.0, 3.9, 3.85, 3.8], [5.6, 4.8, 4.3, 4.0, 3.9]),
         # from released weights: fresh heads start at ln 65,536 = 11.09, patches stay near it for most of the run
         ("custom.yaml", 100_000, [11.4, 10.6, 9.9, 9.3, 8.9, 8.6, 8.4], [11.3, 11.2, 11.1, 11.0, 10.8, 10.6, 10.4]),
     ],
