@@ -25,6 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache", type=user_path, help="folder for the cache, if `dataset` names none (cache=)")
     parser.add_argument("--image-size", type=int, help="side of the packed images in pixels (default: the dataset's)")
     parser.add_argument("--fit", choices=FITS, help="how an image becomes square (default: the dataset's)")
+    crop_help = "side of the central square to keep, as a share of the shorter side (default: the dataset's)"
+    parser.add_argument("--center-crop", type=float, help=crop_help)
     parser.add_argument("--workers", type=int, help="processes that decode; 0 or 1: this one (default: one a core)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print what is left to pack and its size, write nothing")
@@ -58,11 +60,13 @@ def _open(args: argparse.Namespace) -> PackedCache:
     if args.workers is not None and args.workers < 0:
         raise ValueError(f"--workers {args.workers}: give 0 or more")
     flags = {"cache": args.cache, "image_size": args.image_size, "fit": args.fit}
+    flags["center_crop"] = args.center_crop
     given = {name: value for name, value in flags.items() if value is not None}
     dataset = make_dataset(args.dataset, **given)
     if dataset.cache is None:
         raise ValueError("--cache: missing; give the folder for the cache, on a fast disk")
     stated = {"cache": str(dataset.cache.folder.parent), "image_size": dataset.image_size, "fit": dataset.fit}
+    stated["center_crop"] = dataset.center_crop
     for name, value in given.items():
         value = os.path.abspath(value) if name == "cache" else value
         if value != stated[name]:

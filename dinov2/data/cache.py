@@ -1,6 +1,7 @@
 """Pack images, decoded and resized once, as uint8 squares into a memory-mapped file: the packed cache.
 
-<folder>/224-crop-v2/   one for each side in pixels and fit; v2 is the version of layout and pixels
+<folder>/224-crop-v2/   one for each side in pixels and fit; v2 is the version of layout and pixels. That of the
+                        central 0.65 of the shorter side is 224-crop-0.65-v2
     pixels.bin          uint8 [R, S, S, 3], a record per image; that of an unreadable image holds the reason as text
     entries.bin         ENTRY [R], each appended after its record is on the disk
     lock                held during a build
@@ -88,11 +89,19 @@ class Summary(NamedTuple):
 class PackedCache:
     """The squares of a dataset's images. A pickled copy, as a worker gets, can `fetch` but not build."""
 
-    def __init__(self, folder: str | os.PathLike[str], source: ImageSource, image_size: int, fit: str = "crop") -> None:
-        """Open the cache, which may not exist yet; `folder` may hold other datasets, sizes and fits too."""
-        self.source, self.image_size, self.fit = source, image_size, fit
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        source: ImageSource,
+        image_size: int,
+        fit: str = "crop",
+        center_crop: float = 1.0,
+    ) -> None:
+        """Open the cache, which may not exist yet; `folder` may hold other datasets, sizes, fits and crops too."""
+        self.source, self.image_size, self.fit, self.center_crop = source, image_size, fit, float(center_crop)
         self.record_bytes = image_size * image_size * 3
-        self.folder = user_path(folder).absolute() / f"{image_size}-{fit}-v{VERSION}"
+        squares = f"{image_size}-{fit}" if center_crop == 1 else f"{image_size}-{fit}-{self.center_crop}"
+        self.folder = user_path(folder).absolute() / f"{squares}-v{VERSION}"
         self.pixels_file, self.entries_file = self.folder / "pixels.bin", self.folder / "entries.bin"
         self._lock = filelock.FileLock(self.folder / "lock", mode=0o666)
         paths = (source.path(i).encode(errors="surrogateescape") for i in range(len(source)))
@@ -240,7 +249,7 @@ class PackedCache:
             stamp_before = self.source.stamp(position)  # before reading, so that the next build notices a change
             data = self.source.read(position)
             stamp = stamp_before  # after a read error it stays NO_STAMP, and the next build tries again
-            square = resize_image(decode_image(data, path), self.image_size, self.fit)  # [3, S, S]
+            square = resize_image(decode_image(data, path), self.image_size, self.fit, self.center_crop)  # [3, S, S]
             record = square.permute(1, 2, 0).numpy().tobytes()
         except (OSError, UnreadableImageError) as error:
             reason = error.reason if isinstance(error, UnreadableImageError) else error.strerror or str(error)

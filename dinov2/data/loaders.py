@@ -40,6 +40,7 @@ VALUE_READERS: dict[str, Callable[[str], Any]] = {
     "seed": int,
     "column": str,
     "cache": str,
+    "center_crop": float,
 }
 
 
@@ -78,9 +79,9 @@ def make_dataset(
 ) -> HemaStandardDataset:
     """Make the dataset that a string such as `HemaStandardDataset:root=/data/lists:shuffle=1` names.
 
-    Keys: root (required), shuffle (1 or 0), image_size, fit, seed, column, cache. A colon is part of a value unless one
-    of these keys and `=` follow it, as in `root=C:\\cells` and `root=/data/12:30`. `settings` are values for keys that
-    the string lacks; for the transforms see `HemaStandardDataset`.
+    Keys: root (required), shuffle (1 or 0), image_size, fit, seed, column, cache, center_crop. A colon is part of a
+    value unless one of these keys and `=` follow it, as in `root=C:\\cells` and `root=/data/12:30`. `settings` are
+    values for keys that the string lacks; for the transforms see `HemaStandardDataset`.
     """
     name, stated = _parse_dataset_str(dataset_str)
     dataset = DATASETS[name](transform=transform, target_transform=target_transform, **{**settings, **stated})
@@ -109,7 +110,7 @@ def _parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:
         try:
             stated[key] = VALUE_READERS[key](value)
         except (ValueError, KeyError) as error:
-            expected = "1 or 0" if key == "shuffle" else "an integer"
+            expected = {"shuffle": "1 or 0", "center_crop": "a number"}.get(key, "an integer")
             raise ValueError(f"train.dataset_path: {key}={value!r} in {dataset_str!r}; expected {expected}") from error
     if before or not stated.get("root"):
         raise ValueError(

@@ -124,7 +124,7 @@ def make_cell_maps(
             f"other are too many for a page; choose {largest} or less"
         )
     model.to(device).eval()
-    transform = ImageTransform(image_size)
+    transform = ImageTransform(image_size, model.center_crop)
     names = names or [f"{path.parent.name}/{path.name}" for path in paths]
     kept_names: list[str] = []
     maps: dict[str, list[Any]] = defaultdict(list)

@@ -43,6 +43,7 @@ class ImageTransform:
     """
 
     image_size: int
+    center_crop: float = 1.0  # side of the square as a share of the image's shorter side
     mean = IMAGENET_MEAN
     std = IMAGENET_STD
 
@@ -52,10 +53,13 @@ class ImageTransform:
         return normalize_images(self.resize(decoded))
 
     def resize(self, image: Image.Image | np.ndarray) -> Tensor:
-        """Resize the shorter side to S and crop the centre: uint8 [3, S, S], before normalisation."""
-        return resize_image(image, self.image_size, fit="crop")
+        """Cut the central square and resize it to S: uint8 [3, S, S], before normalisation."""
+        return resize_image(image, self.image_size, fit="crop", center_crop=self.center_crop)
 
     def __str__(self) -> str:
+        if self.center_crop != 1:
+            part = f"central square of {self.center_crop} of the shorter side"
+            return f"RGB, {part} to {self.image_size} px (Lanczos), ImageNet mean and std"
         return f"RGB, shorter side to {self.image_size} px (Lanczos), centre crop, ImageNet mean and std"
 
 
@@ -115,13 +119,21 @@ def _load(source: PathLike, img_size: int | None, default_size: int) -> DinoVisi
 
 def _attach_transform(model: DinoVisionTransformer, img_size: int) -> DinoVisionTransformer:
     # a plain attribute, which is not in the state dict and does not disturb copies, compilation and sharding
-    cast(Any, model).transform = ImageTransform(img_size) if model.in_chans == 3 else None
+    cast(Any, model).transform = ImageTransform(img_size, model.center_crop) if model.in_chans == 3 else None
     return model
 
 
 def trained_image_size(source: PathLike) -> int | None:
     """Return the side in pixels of the images that a network was trained on or made for; None if unknown."""
     return read_networks(checkpoint_file(source)).recorded.get("img_size")
+
+
+def recorded_transform(source: PathLike, img_size: int | None = None) -> ImageTransform:
+    """Return the `transform` of `load_backbone(source, img_size)`, without building the network."""
+    recorded = read_networks(checkpoint_file(source)).recorded
+    return ImageTransform(
+        img_size or recorded.get("img_size") or DEFAULT_IMAGE_SIZE, recorded.get("center_crop") or 1.0
+    )
 
 
 def untrained_backbone(source: PathLike, img_size: int | None = None, seed: int = 0) -> DinoVisionTransformer:
@@ -159,9 +171,9 @@ def describe_backbone(model: DinoVisionTransformer) -> str:
 def infer_architecture(state: Mapping[str, Tensor], recorded: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Infer the architecture, for `models.build_backbone`, from the tensors' names and shapes.
 
-    Tensors do not show the number of heads and how position embeddings are interpolated. These come from `recorded`,
-    else they are those of all released networks: 64 dimensions per head; with registers antialiasing and no offset,
-    without registers no antialiasing and offset 0.1.
+    Tensors do not show the number of heads, how position embeddings are interpolated and which part of an image the
+    network is made for. These come from `recorded`, else they are those of all released networks: 64 dimensions per
+    head; with registers antialiasing and no offset, without registers no antialiasing and offset 0.1; whole images.
     """
     essential = ["cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight", "norm.weight"]
     absent = [name for name in essential if name not in state]
@@ -228,6 +240,7 @@ def infer_architecture(state: Mapping[str, Tensor], recorded: Mapping[str, Any],
         "ffn_bias": f"{last_ffn_layer}.bias" in state,
         "layerscale": (recorded.get("layerscale") or 1.0) if "blocks.0.ls1.gamma" in state else None,
         "block_chunks": 0,
+        "center_crop": recorded.get("center_crop") or 1.0,
         "interpolate_antialias": recorded.get("interpolate_antialias", has_registers),
         "interpolate_offset": recorded.get("interpolate_offset", 0.0 if has_registers else 0.1),
     }

@@ -27,6 +27,7 @@ _HF_SETTINGS = {
 }
 _HF_FIXED = {"hidden_act": "gelu", "layer_norm_eps": LAYER_NORM_EPS}
 _HF_TYPES = ("dinov2", "dinov2_with_registers")
+TIMM_CENTER_CROP = "center_crop"  # key of our exports in config.json, which timm neither writes nor reads
 TIMM_TAG = "timm_tag"  # key of a description by timm: the tag of the network's name, which may be empty
 _TIMM_SETTINGS = {**{name: name for name in ("embed_dim", "depth", "num_heads")}, "reg_tokens": "num_register_tokens"}
 
@@ -69,6 +70,8 @@ def _describe_by_transformers(config: Mapping[str, Any], file: Path) -> dict[str
         if isinstance(size, Mapping):
             size = size.get("height", size.get("shortest_edge"))
         recorded["img_size"] = size
+        if settings.get("do_center_crop") and "crop_pct" in settings:  # only our exports have both
+            recorded["center_crop"] = settings["crop_pct"]
     return recorded
 
 
@@ -78,6 +81,8 @@ def _describe_by_timm(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     arguments = config.get("model_args") or {}
     recorded = {ours: arguments[theirs] for theirs, ours in _TIMM_SETTINGS.items() if theirs in arguments}
     size = preparation.get("input_size") or [None]
+    if TIMM_CENTER_CROP in config:
+        recorded["center_crop"] = config[TIMM_CENTER_CROP]
     return {**recorded, "img_size": size[-1], TIMM_TAG: str(preparation.get("tag") or "")}
 
 

@@ -40,6 +40,7 @@ from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from dinov2.hub import conversions
 from dinov2.hub.backbones import DEFAULT_IMAGE_SIZE, ImageTransform, infer_architecture
 from dinov2.hub.classifiers import CLASSIFIER, Network, load_network
+from dinov2.hub.descriptions import TIMM_CENTER_CROP
 from dinov2.models import architecture
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
@@ -121,8 +122,8 @@ def _is_described_by_tensors(model: DinoVisionTransformer) -> bool:
     except ValueError:  # the number of heads is unknown
         return False
     names = ("num_heads", "mlp_ratio", "interpolate_antialias", "interpolate_offset")
-    is_default_size = exported_size(model) == DEFAULT_IMAGE_SIZE
-    return is_default_size and all(inferred[name] == architecture(model)[name] for name in names)
+    is_default = exported_size(model) == DEFAULT_IMAGE_SIZE and model.center_crop == 1
+    return is_default and all(inferred[name] == architecture(model)[name] for name in names)
 
 
 def _write_safetensors(network: Network, folder: Path) -> None:
@@ -174,7 +175,11 @@ def _write_hugging_face(network: Network, folder: Path) -> None:
     config.architectures = [config_class.__name__.removesuffix("Config") + task]
     config.save_pretrained(folder)
     save_file(state, folder / WEIGHTS_NAME, {"format": "pt"})
-    _write_json(folder / "preprocessor_config.json", hugging_face_preprocessor(exported_size(model)))
+    preprocessor = hugging_face_preprocessor(exported_size(model))
+    if model.center_crop != 1:  # crop_pct, which the processor does not read, is the exact share for `load_backbone`
+        preprocessor["size"] = {"shortest_edge": round(exported_size(model) / model.center_crop)}
+        preprocessor["crop_pct"] = model.center_crop
+    _write_json(folder / "preprocessor_config.json", preprocessor)
 
 
 def _read_hugging_face(network: Network, folder: Path) -> Embed:
@@ -227,7 +232,7 @@ def _write_timm(network: Network, folder: Path) -> None:
         "input_size": [3, exported_size(model), exported_size(model)],
         "fixed_input_size": True,
         "interpolation": "lanczos",
-        "crop_pct": 1.0,
+        "crop_pct": model.center_crop,
         "crop_mode": "center",
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
@@ -243,6 +248,8 @@ def _write_timm(network: Network, folder: Path) -> None:
         "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
         "pretrained_cfg": preparation,
     }
+    if model.center_crop != 1:  # for `load_backbone`: networks of others have a crop_pct too
+        content[TIMM_CENTER_CROP] = model.center_crop
     if classifier is not None and arguments["num_classes"]:
         state |= {"head.weight": classifier.weight, "head.bias": classifier.bias}
         content["label_names"] = classifier.class_names
@@ -394,8 +401,11 @@ def compare(
 
     Returns {output: largest difference}; ExportError if one is above the tolerance or the file cannot be read.
     """
-    form, transform = FORMATS[name], ImageTransform(exported_size(network.backbone))
-    images = torch.stack([transform(cell) for cell in cells])  # [B, 3, S, S]
+    form, size = FORMATS[name], exported_size(network.backbone)
+    # as transformers' processor, which resizes the whole image and then cuts a smaller centre
+    whole = round(size / network.backbone.center_crop)
+    kept = slice((whole - size) // 2, (whole - size) // 2 + size)
+    images = torch.stack([ImageTransform(whole)(cell)[:, kept, kept] for cell in cells])  # [B, 3, S, S]
     expected = own_outputs(network, images)
     try:
         embed = form.read(network, folder)

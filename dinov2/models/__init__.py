@@ -49,10 +49,11 @@ _ARCHITECTURE_FIELDS = ("patch_size", *_OPTIONAL_FIELDS, *_REQUIRED_FIELDS[1:], 
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false,"}
 # type, smallest and largest value of fields: wide, and small enough to build the network in seconds
-_BOUNDS: dict[str, tuple[type, int, int]] = {
+_BOUNDS: dict[str, tuple[type, float, int]] = {
     **{"patch_size": (int, 1, 1024), "embed_dim": (int, 1, 65536), "depth": (int, 1, 1000)},
     **{"num_heads": (int, 1, 65536), "num_register_tokens": (int, 0, 10_000), "block_chunks": (int, 0, 1000)},
     **{"img_size": (int, 1, 8192), "in_chans": (int, 1, 1024), "interpolate_antialias": (bool, 0, 1)},
+    "center_crop": (float, 0.01, 1),
     **{"mlp_ratio": (float, 0, 1000), "layerscale": (float, 0, 1000), "interpolate_offset": (float, -1, 1)},
 }
 
@@ -86,7 +87,7 @@ def fixed_settings(arch: str) -> dict[str, Any]:
     return _resolve(arch)[1]
 
 
-def build_model(args: Any, only_teacher: bool = False, img_size: int = 224) -> Any:
+def build_model(args: Any, only_teacher: bool = False, img_size: int = 224, center_crop: float = 1.0) -> Any:
     """Build the student and teacher that the config's section `student` describes.
 
     Args:
@@ -95,6 +96,7 @@ def build_model(args: Any, only_teacher: bool = False, img_size: int = 224) -> A
             override the other fields. embed_dim, depth and num_heads, if not null, override those of `arch`.
         only_teacher: build no student.
         img_size: side of the global crops in pixels.
+        center_crop: share of an image that the crops come from, as of `DinoVisionTransformer`.
 
     Returns:
         (student, teacher, embed_dim), or (teacher, embed_dim). Only the student has stochastic depth.
@@ -108,28 +110,34 @@ def build_model(args: Any, only_teacher: bool = False, img_size: int = 224) -> A
             logger.info("student.%s: %r becomes %r, the value of arch %s", name, settings[name], value, args.arch)
         settings[name] = value
     check_settings({**settings, "img_size": img_size}, "student.")
+    check_settings({"center_crop": center_crop}, "train.")
+    settings |= {"img_size": img_size, "center_crop": center_crop}
     settings = {_CONSTRUCTOR_NAMES.get(name, name): value for name, value in settings.items()}
 
-    teacher = build(img_size=img_size, **settings)
+    teacher = build(**settings)
     if only_teacher:
         return teacher, teacher.embed_dim
-    student = build(
-        img_size=img_size, drop_path_rate=args.drop_path_rate, drop_path_uniform=args.drop_path_uniform, **settings
-    )
+    student = build(drop_path_rate=args.drop_path_rate, drop_path_uniform=args.drop_path_uniform, **settings)
     return student, teacher, student.embed_dim
 
 
 def build_model_from_cfg(cfg: Any, only_teacher: bool = False) -> Any:
-    """Call build_model with a config's section `student` and `crops.global_crops_size` as the image size."""
-    return build_model(cfg.student, only_teacher, img_size=cfg.crops.global_crops_size)
+    """Call build_model with a config's section `student`, `crops.global_crops_size` and `train.center_crop`."""
+    center_crop = getattr(getattr(cfg, "train", None), "center_crop", 1.0)  # older files of runs have none
+    return build_model(cfg.student, only_teacher, img_size=cfg.crops.global_crops_size, center_crop=center_crop)
 
 
 def architecture(model: DinoVisionTransformer) -> dict[str, Any]:
-    """Describe a network for `build_backbone`; `arch` is the name of its size, like "vit_small", or "custom"."""
+    """Describe a network for `build_backbone`; `arch` is the name of its size, like "vit_small", or "custom".
+
+    `center_crop` is only there if it is not 1, so that other files stay as they were.
+    """
     attributes = {"depth": "n_blocks", "layerscale": "init_values"}
     description = {name: getattr(model, attributes.get(name, name)) for name in _ARCHITECTURE_FIELDS}
     if not isinstance(model.img_size, int):
         description["img_size"] = list(model.img_size)
+    if model.center_crop != 1:
+        description["center_crop"] = model.center_crop
     dimensions = {name: description[name] for name in _DIMENSIONS}
     return {"arch": next((name for name, size in SIZES.items() if size == dimensions), "custom"), **description}
 
@@ -139,10 +147,11 @@ def build_backbone(architecture: Mapping[str, Any]) -> DinoVisionTransformer:
 
     Missing fields follow from `arch`, else they have DinoVisionTransformer's defaults.
     """
-    unknown = sorted(set(architecture) - set(_ARCHITECTURE_FIELDS) - {"arch"})
+    unknown = sorted(set(architecture) - set(_ARCHITECTURE_FIELDS) - {"arch", "center_crop"})
     if unknown:
         raise ValueError(
-            f"architecture: unknown fields {', '.join(unknown)}; fields are arch, {', '.join(_ARCHITECTURE_FIELDS)}"
+            f"architecture: unknown fields {', '.join(unknown)}; fields are arch, {', '.join(_ARCHITECTURE_FIELDS)}, "
+            f"center_crop"
         )
     check_settings(architecture, "architecture: ")
     build: Callable[..., DinoVisionTransformer] = DinoVisionTransformer

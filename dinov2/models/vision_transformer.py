@@ -55,6 +55,8 @@ class DinoVisionTransformer(nn.Module):
         interpolate_antialias: smooth `pos_embed` when it is reduced.
         interpolate_offset: added to the wanted number of rows and columns before the ratio is computed; networks
             without registers were trained with 0.1. 0.0 interpolates to the exact size.
+        center_crop: side of the central square of an image that the network is made for, as a share of the shorter
+            side. It is only recorded, for the preparation of images.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class DinoVisionTransformer(nn.Module):
         num_register_tokens: int = 0,
         interpolate_antialias: bool = False,
         interpolate_offset: float = 0.1,
+        center_crop: float = 1.0,
     ) -> None:
         super().__init__()
         if ffn_layer not in FFN_LAYERS:
@@ -89,6 +92,7 @@ class DinoVisionTransformer(nn.Module):
         norm_layer = partial(LayerNorm, eps=1e-6)
 
         self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
+        self.center_crop = center_crop
         self.num_features = self.embed_dim = embed_dim
         self.n_blocks, self.num_heads, self.mlp_ratio = depth, num_heads, mlp_ratio
         self.qkv_bias, self.ffn_bias, self.proj_bias = qkv_bias, ffn_bias, proj_bias

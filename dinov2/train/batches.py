@@ -41,9 +41,15 @@ def build_dataset(cfg: Any) -> HemaStandardDataset:
 
     Set `train.metadata.n_values`, the number of values of the column of `train.metadata`.
     """
+    crop = float(cfg.train.center_crop)
     size, column = cfg.train.image_size or cfg.crops.global_crops_size, cfg.train.metadata.column
     settings = {"image_size": size, "fit": cfg.train.image_fit, "seed": cfg.train.seed, "metadata": column}
-    dataset = make_dataset(cfg.train.dataset_path, **settings)
+    dataset = make_dataset(cfg.train.dataset_path, **settings, center_crop=crop)
+    if dataset.center_crop != crop:  # the network's files state the configuration's
+        raise ValueError(
+            f"train.dataset_path says center_crop={dataset.center_crop} and train.center_crop is {crop}; set "
+            f"train.center_crop alone, which evaluation follows too"
+        )
     metadata = dataset.source.metadata
     cfg.train.metadata.n_values = None if metadata is None else len(metadata.names)
     build_balance(cfg).quotas(dataset.source.set_names, dataset.source.set_sizes)

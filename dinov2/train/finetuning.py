@@ -84,8 +84,13 @@ def start_from_weights(student: nn.ModuleDict, cfg: Any) -> None:
 
 
 def _fill_backbone(backbone: nn.Module, path: Path, cfg: Any) -> int:
-    loaded = load_backbone(path, img_size=cfg.crops.global_crops_size).state_dict()
-    own = backbone.state_dict()
+    network = load_backbone(path, img_size=cfg.crops.global_crops_size)
+    if network.center_crop not in (1, cfg.train.center_crop):
+        logger.warning(
+            "student.pretrained_weights: %s was trained with train.center_crop=%s, and this run has %s",
+            *(path, network.center_crop, cfg.train.center_crop),
+        )
+    loaded, own = network.state_dict(), backbone.state_dict()
     in_file = {name: without_chunk(name) for name in own}  # load_backbone gives names without block_chunks
     if wrong := mismatches({in_file[name]: value for name, value in own.items()}, loaded):
         release = RELEASES.get(configured_weights(cfg) or "")

@@ -87,6 +87,7 @@ _BOUNDS: list[tuple[float, float, str]] = [
     (0, 1, "ibot.mask_* teacher.*momentum_teacher crops.*_crops_scale optim.adamw_beta*"),
     (0, 2**63 - 1, "train.seed"),
     (1e-4, _LARGEST, "teacher.*teacher_temp"),
+    (0.01, 1, "train.center_crop"),
     (2, 2**24, "*.head_n_prototypes"),
     (1, 4096, "student.patch_size train.image_size"),
     (0, 4096, "crops.*_crops_size"),
@@ -329,6 +330,11 @@ def _rules(cfg: DictConfig) -> Iterator[tuple[bool, str]]:
         and not cfg.teacher.pretrained_weights,
         "dino.loss_weight, ibot.loss_weight and lejepa.loss_weight are all 0: nothing is learned; set one of them, or "
         "teacher.pretrained_weights",
+    )
+    yield (
+        cfg.train.center_crop != 1 and cfg.train.image_fit != "crop",
+        f"train.center_crop={cfg.train.center_crop} needs train.image_fit=crop, found {cfg.train.image_fit}; set "
+        "train.center_crop=1 to keep whole images",
     )
     yield (
         cfg.train.metadata.column is not None and not cfg.train.metadata.weight,

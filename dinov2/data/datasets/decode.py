@@ -172,14 +172,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def resize_image(image: Image.Image | np.ndarray, size: int, fit: str = "crop") -> Tensor:
+def resize_image(image: Image.Image | np.ndarray, size: int, fit: str = "crop", center_crop: float = 1.0) -> Tensor:
     """Resize an image (Pillow's, or uint8 [H, W, 3]) to uint8 [3, S, S], in memory [S, S, 3], with a Lanczos filter.
 
     The `fit` "crop" scales the shorter side to S and keeps the centre (torchvision's Resize and CenterCrop in one
     step); "pad" scales the longer side to S and repeats the border pixels; "squash" scales both sides to S and changes
     the aspect ratio, as upstream does.
+
+    `center_crop`, of "crop" only, is the side of the central square that is kept, as a share of the shorter side
+    (timm's crop_pct). Its sides may fall between pixels. As where an image is resized and then cropped, pixels at the
+    border of the result depend a little on those beyond it.
+
+    Raises:
+        ValueError: the fit is unknown, the share is not above 0 and at most 1, or below 1 with another fit than "crop".
     """
-    check_fit(fit)
+    check_fit(fit, center_crop)
     pixels = image if isinstance(image, np.ndarray) else np.asarray(to_rgb(image))
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise ValueError(f"image: an array of uint8 [H, W, 3] is needed, not {pixels.dtype} {list(pixels.shape)}")
@@ -193,19 +200,29 @@ def resize_image(image: Image.Image | np.ndarray, size: int, fit: str = "crop") 
     elif fit == "squash":
         square = resize_lanczos(pixels, size, size, Span(0, height), Span(0, width))
     else:
-        square = resize_lanczos(pixels, size, size, *_spans_of_crop(height, width, size))
+        square = resize_lanczos(pixels, size, size, *_spans_of_crop(height, width, size, center_crop))
     return torch.from_numpy(square).permute(2, 0, 1)  # [3, S, S]
 
 
-def check_fit(fit: str) -> None:
-    """Raise ValueError unless `fit` is one of `FITS`."""
+def check_fit(fit: str, center_crop: float = 1.0) -> None:
+    """Raise ValueError unless `fit` is one of `FITS` and has this `center_crop`; see `resize_image`."""
     if fit not in FITS:
         raise ValueError(f"fit: {fit!r} is not a way to resize; it is one of {', '.join(FITS)}")
+    if not 0 < center_crop <= 1:
+        raise ValueError(f"train.center_crop must be above 0 and at most 1, found {center_crop}")
+    if center_crop != 1 and fit != "crop":
+        raise ValueError(
+            f"train.center_crop={center_crop} keeps the centre of images, and train.image_fit={fit} all of them; set "
+            f"train.image_fit=crop or train.center_crop=1"
+        )
 
 
-def _spans_of_crop(height: int, width: int, size: int) -> tuple[Span, Span]:
+def _spans_of_crop(height: int, width: int, size: int, center_crop: float) -> tuple[Span, Span]:
     """Return the rows and columns of the original that the crop keeps, so that no large image is made in between."""
     shorter = min(height, width)
+    if center_crop != 1:
+        kept = center_crop * shorter
+        return Span((height - kept) / 2, (height + kept) / 2), Span((width - kept) / 2, (width + kept) / 2)
     spans = []
     for side in (height, width):
         scaled = size * side // shorter  # rounded as in torchvision, and so is the offset

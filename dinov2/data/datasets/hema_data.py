@@ -48,6 +48,7 @@ class HemaStandardDataset(Dataset):
         shuffle: bool = False,
         image_size: int = 224,
         fit: str = "crop",
+        center_crop: float = 1.0,
         transform: Callable[[Image.Image], Any] | None = None,
         target_transform: Callable[[None], Any] | None = None,
         seed: int = 0,
@@ -61,14 +62,14 @@ class HemaStandardDataset(Dataset):
             root, column, metadata: see `ImageSource.from_root`.
             shuffle: permute the order by `seed`.
             image_size: S in pixels.
-            fit: how an image becomes square, see `resize_image`.
+            fit, center_crop: how an image becomes square, see `resize_image`.
             transform: called with the decoded image (PIL, RGB, full size); items are then the pair
                 (transform(image), target), without the failed images.
             target_transform: called with None, since the images have no labels; without it the target is ().
             seed: of the order and of the replacements of unreadable images; not negative.
             cache: folder of a packed cache of the squares, which `dataset.cache.build` fills before items are read.
         """
-        check_fit(fit)
+        check_fit(fit, center_crop)
         if seed < 0:
             raise ValueError(f"seed: {seed} is negative; choose 0 or more")
         if not 1 <= image_size <= MAX_IMAGE_SIZE:
@@ -79,7 +80,7 @@ class HemaStandardDataset(Dataset):
                 f"given whole images; leave one of the two out"
             )
         self.root = Path(root)
-        self.image_size, self.fit, self.seed = image_size, fit, seed
+        self.image_size, self.fit, self.center_crop, self.seed = image_size, fit, center_crop, seed
         self.transform, self.target_transform = transform, target_transform
         self.source = ImageSource.from_root(root, column, metadata)
         n = len(self.source)
@@ -93,7 +94,7 @@ class HemaStandardDataset(Dataset):
                 f"{str(root)!r} name exists on this machine, for instance {self.source.path(probes[0])!r}; relative "
                 f"paths count from the folder of what names them"
             )
-        self.cache = None if cache is None else PackedCache(cache, self.source, image_size, fit)
+        self.cache = None if cache is None else PackedCache(cache, self.source, image_size, fit, center_crop)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -129,7 +130,8 @@ class HemaStandardDataset(Dataset):
         """Read an image as uint8 [S, S, 3]."""
         if self.cache is not None:
             return self.cache.fetch(position)
-        return resize_image(self._read_whole(position), self.image_size, self.fit).permute(1, 2, 0).numpy()
+        whole = self._read_whole(position)
+        return resize_image(whole, self.image_size, self.fit, self.center_crop).permute(1, 2, 0).numpy()
 
     def _first_readable(
         self, index: int, read: Callable[[int], np.ndarray]

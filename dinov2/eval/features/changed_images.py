@@ -62,7 +62,7 @@ def corrupt(image: np.ndarray, name: str, severity: int) -> np.ndarray:
 def mask_centre(image: np.ndarray, share: float) -> np.ndarray:
     """Cover the central square, whose side is this share of the shorter side, in the border's median colour."""
     changed = image.copy()
-    changed[_central_square(image, share)] = _border_colour(image)
+    changed[central_square(image, share)] = _border_colour(image)
     return changed
 
 
@@ -70,7 +70,7 @@ def keep_centre(image: np.ndarray, share: float) -> np.ndarray:
     """Cover all but the central square in the border's median colour."""
     changed = np.empty_like(image)
     changed[:] = _border_colour(image)
-    square = _central_square(image, share)
+    square = central_square(image, share)
     changed[square] = image[square]
     return changed
 
@@ -79,7 +79,8 @@ def keep_centre(image: np.ndarray, share: float) -> np.ndarray:
 MASKS = MappingProxyType({"background": mask_centre, "centre": keep_centre})
 
 
-def _central_square(image: np.ndarray, share: float) -> tuple[slice, slice]:
+def central_square(image: np.ndarray, share: float) -> tuple[slice, slice]:
+    """Return rows and columns of the central square, whose side is this share of the shorter side in whole pixels."""
     height, width = image.shape[:2]
     side = max(1, round(share * min(height, width)))
     top, left = (height - side) // 2, (width - side) // 2

@@ -114,7 +114,7 @@ class DinoEncoder(Encoder):
 
     def __init__(self, network: DinoVisionTransformer, image_size: int, file: Path | None = None) -> None:
         check_divisible(image_size, network.patch_size)
-        transform = ImageTransform(image_size)
+        transform = ImageTransform(image_size, network.center_crop)
         self.network, self.n_blocks, self.description = network, network.n_blocks, describe_backbone(network)
         self.preparation, self.transform, self.image_size = transform.resize, str(transform), image_size
         self.file = file

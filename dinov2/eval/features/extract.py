@@ -35,7 +35,7 @@ from dinov2.eval.features.loop import (
 )
 from dinov2.eval.features.named_encoders import build_encoder
 from dinov2.eval.features.store import DEFAULT_KIND, PATCHES, Features, read_features, stored_kinds, write_features
-from dinov2.hub.backbones import DEFAULT_IMAGE_SIZE, ImageTransform, checkpoint_file, load_backbone, trained_image_size
+from dinov2.hub.backbones import ImageTransform, checkpoint_file, load_backbone, recorded_transform
 from dinov2.hub.weight_files import release_of
 from dinov2.models import architecture
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -113,7 +113,7 @@ class Embedder(ExtractOptions):
         if self.checkpoint is None:
             self.image_size = self.encoder.image_size
         elif not self.image_size:
-            self.image_size = trained_image_size(self.file) or DEFAULT_IMAGE_SIZE
+            self.image_size = self._transform.image_size
 
     @cached_property
     def file(self) -> Path:
@@ -121,6 +121,10 @@ class Embedder(ExtractOptions):
         if self.checkpoint is None:
             raise ValueError(f"--encoder {self.encoder_name}: it is no checkpoint of this project; give --checkpoint")
         return checkpoint_file(self.checkpoint)
+
+    @cached_property
+    def _transform(self) -> ImageTransform:
+        return recorded_transform(self.file, self.image_size)
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -133,7 +137,7 @@ class Embedder(ExtractOptions):
     def identity(self) -> dict[str, str]:
         """Return everything that the features of an image depend on."""
         if self.checkpoint is not None:
-            sha256, transform = file_sha256(self.file), str(ImageTransform(self.image_size))
+            sha256, transform = file_sha256(self.file), str(self._transform)
             return {"checkpoint_sha256": sha256, "transform": transform, "precision": self.precision}
         return {
             "model": self.encoder.description,  # two networks of a library may have the same tensors

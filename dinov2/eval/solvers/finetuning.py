@@ -35,9 +35,12 @@ from dinov2.data.augmentations import SupervisedAugmentation
 from dinov2.data.datasets.decode import UnreadableImageError, decode_image
 from dinov2.data.loaders import receive_batches, share_batch
 from dinov2.distributed import any_rank, get_rank, get_world_size, is_enabled, is_main_process
+from dinov2.eval.features.changed_images import central_square
+from dinov2.eval.features.encoders import DinoEncoder
 from dinov2.eval.features.loop import Fp32Matmul, Precision, prefetch
 from dinov2.eval.metrics import classification_metrics
 from dinov2.eval.solvers.image_classifier import ImageClassifier, Mode, predict_images
+from dinov2.hub.backbones import ImageTransform
 from dinov2.hub.weight_files import read_weights_file
 from dinov2.utils.command import StoppedError, StopSignals, ignore_stop_signals, progress_bar
 from dinov2.utils.files import atomic_write
@@ -453,7 +456,12 @@ class _AugmentedImages(Dataset[tuple[Tensor, Tensor]]):
     """The images of a step: decoded, augmented with a seed for each number in the training, prepared."""
 
     def __init__(self, train: LabelledImages, model: ImageClassifier, seed: int) -> None:
-        self.train, self.seed, self.preparation = train, seed, model.encoder.preparation
+        encoder = model.encoder
+        self.train, self.seed, self.preparation = train, seed, encoder.preparation
+        self.center_crop = 1.0
+        if isinstance(encoder, DinoEncoder):  # the centre is cut before the augmentation, not out of its result
+            self.center_crop = encoder.network.center_crop
+            self.preparation = ImageTransform(encoder.image_size).resize
         self.augmentation = SupervisedAugmentation(model.encoder.image_size)
 
     def __getitem__(self, batch: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
@@ -464,6 +472,7 @@ class _AugmentedImages(Dataset[tuple[Tensor, Tensor]]):
             except UnreadableImageError as error:
                 raise ValueError(f"{error}: it could be read at the start; put it back and start again") from error
             rng = Random(derive_seed(self.seed, "crop", number))
-            images.append(self.preparation(self.augmentation(image, rng)))
+            centre = image[central_square(image, self.center_crop)]
+            images.append(self.preparation(self.augmentation(centre, rng)))
         positions = [position for _, position in batch]
         return torch.stack(images), torch.from_numpy(self.train.labels[positions])
