@@ -295,3 +295,12 @@ def test_a_connection_that_the_dataset_lost_keeps_its_error():
 
     with pytest.raises(ConnectionError, match="the share is gone"):
         next(receive_batches(loader()))
+
+
+def test_the_share_of_the_centre_is_a_number(image_list):
+    folder = image_list(2)
+    assert make_dataset(f"HemaStandardDataset:root={folder}:center_crop=0.5").center_crop == 0.5
+    with pytest.raises(ValueError, match=r"center_crop='half' .* expected a number"):
+        make_dataset(f"HemaStandardDataset:root={folder}:center_crop=half")
+    with pytest.raises(ValueError, match=r"train\.center_crop=0\.5 .* train\.image_fit=pad"):
+        make_dataset(f"HemaStandardDataset:root={folder}:center_crop=0.5:fit=pad")

@@ -82,11 +82,11 @@ def features_by_the_cards_code(folder, monkeypatch):
     return found
 
 
-def assert_card_gives_our_features(checkpoint, folder, image_size, monkeypatch):
+def assert_card_gives_our_features(checkpoint, folder, image_size, monkeypatch, center_crop=1.0):
     cell = export_formats.draw_cells()[1].resize((image_size + 31, image_size + 31))
     cell.save(folder / "cell.png")
     with torch.no_grad():
-        pixels = normalize_images(resize_image(cell, image_size))[None]
+        pixels = normalize_images(resize_image(cell, image_size, center_crop=center_crop))[None]
         ours = load_backbone(checkpoint, image_size).forward_features(pixels)
     found = features_by_the_cards_code(folder, monkeypatch)
     for cls, patches in found.values():
@@ -130,6 +130,18 @@ def test_other_networks(variant, release, tmp_path, monkeypatch):
     command = ["--checkpoint", str(checkpoint), "--output-dir", str(out), "--image-size", "70", *asked_for]
     assert main(command) == 0
     assert len(assert_card_gives_our_features(checkpoint, out, 70, monkeypatch)) == len(formats)
+
+
+def test_every_library_gets_the_centre_of_an_image(tmp_path, monkeypatch):
+    """The whole image has 70 / 0.7 = 100 px, so that transformers, which rounds them, gives our pixels too."""
+    model = random_backbone(**TINY, center_crop=0.7)
+    checkpoint, out = tmp_path / "centre.pth", tmp_path / "out"
+    torch.save({"model": model.state_dict(), "architecture": architecture(model)}, checkpoint)
+    assert main([*arguments(checkpoint, out, formats=ALL_FORMATS), "--image-size", "70"]) == 0
+    found = assert_card_gives_our_features(checkpoint, out, 70, monkeypatch, center_crop=0.7)
+    assert len(found) == len(ALL_FORMATS)
+    assert "central square of 0.7 of the shorter side to 70 px" in (out / "README.md").read_text()
+    assert load_backbone(out).center_crop == 0.7
 
 
 @pytest.mark.slow

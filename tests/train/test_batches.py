@@ -221,3 +221,13 @@ def test_tensors_are_contiguous_before_their_copy_to_the_device(config, monkeypa
     batches(config(8), 0, 1)
     assert not strided
     assert n_copied >= 6
+
+
+def test_a_data_set_of_another_centre_than_the_networks_is_refused(configured, image_list):
+    dataset = f"train.dataset_path=HemaStandardDataset:root={image_list(2)}"
+    assert build_dataset(configured(dataset, "train.center_crop=0.5")).center_crop == 0.5
+    assert build_dataset(configured(f"{dataset}:center_crop=0.5", "train.center_crop=0.5")).center_crop == 0.5
+    with pytest.raises(
+        ValueError, match=r"center_crop=0\.5 and train\.center_crop is 1\.0; set train\.center_crop alone"
+    ):
+        build_dataset(configured(f"{dataset}:center_crop=0.5"))

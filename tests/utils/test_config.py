@@ -88,6 +88,9 @@ def test_every_packaged_config_loads(file):
         ("ibot.separate_head=1", ValueError, "must be true or false"),
         ("train.batch_size_per_gpu=0", ValueError, "must be at least 1"),
         ("train.max_bad_fraction=2", ValueError, "between 0 and 1"),
+        ("train.center_crop=0", ValueError, "train.center_crop must be between 0.01 and 1, found 0"),
+        ("train.center_crop=1.5", ValueError, "train.center_crop must be between 0.01 and 1, found 1.5"),
+        ("train.center_crop=null", ValueError, "train.center_crop must be a number"),
         ("crops.global_crops_scale=0.5", ValueError, r"must be a list like \[0.32, 1.0\]"),
         ("crops.global_crops_scale=[1.0,0.3]", ValueError, "smallest, largest"),
         ("data_transform=hemma", ValueError, "one of default, hema"),
@@ -216,3 +219,9 @@ def test_written_config_reads_back_the_same(tmp_path):
 
 def test_an_infinite_temperature_of_the_balance_is_allowed():
     assert load_run_config(None, ["train.balance.temperature=.inf"]).train.balance.temperature == float("inf")
+
+
+def test_a_smaller_centre_needs_the_fit_crop():
+    assert load_run_config(None, ["train.center_crop=0.65"]).train.center_crop == 0.65
+    with pytest.raises(ValueError, match=r"train\.center_crop=0\.65 needs train\.image_fit=crop, found pad"):
+        load_run_config(None, ["train.center_crop=0.65", "train.image_fit=pad"])

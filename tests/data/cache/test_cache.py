@@ -433,3 +433,18 @@ def test_unreadable_images_keep_their_reason_for_the_next_start(open_cache, fold
     assert (cache._entries["status"] == UNREADABLE).sum() == 1
     with pytest.raises(UnreadableImageError, match="the file is empty"):
         pickle.loads(pickle.dumps(cache)).fetch(1)
+
+
+def test_squares_of_another_centre_are_never_served(tmp_path, open_cache, folder):
+    images = folder(3)
+    open_cache(images).build(n_workers=0)
+    smaller = PackedCache(tmp_path / "cache", images, SIZE, "crop", 0.65)
+    assert (smaller.folder.name, len(smaller.plan().todo)) == (f"{SIZE}-crop-0.65-v{cache_module.VERSION}", 3)
+    smaller.build(n_workers=0)
+    assert len(PackedCache(tmp_path / "cache", images, SIZE, "crop", 0.66).plan().todo) == 3
+    whole = PackedCache(tmp_path / "cache", images, SIZE, "crop", 1.0)
+    assert len(whole.plan().todo) == 0
+    for i, path in enumerate(images.paths):
+        expected = resize_image(decode_image(path), SIZE, center_crop=0.65).permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(smaller.fetch(i), expected)
+        np.testing.assert_array_equal(whole.fetch(i), uncached(path))

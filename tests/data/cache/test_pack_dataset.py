@@ -140,3 +140,14 @@ def test_what_a_loader_gives_does_not_depend_on_the_cache(arguments, pack, tmp_p
     for sample, expected in ((dataset[index], plain[index]) for index in (0, 3, 5)):
         np.testing.assert_array_equal(sample.image, expected.image)
         assert sample.failures == expected.failures
+
+
+def test_the_centre_is_packed_for_training(pack, arguments, capsys, tmp_path):
+    assert pack([*arguments, "--center-crop", "0.5"]) == 0
+    cached = f"{arguments[0]}:cache={tmp_path / 'cache'}"
+    dataset, plain = (make_dataset(text, center_crop=0.5) for text in (cached, arguments[0]))
+    assert len(dataset.cache.plan().todo) == 0
+    np.testing.assert_array_equal(dataset[0].image, plain[0].image)
+    assert not np.array_equal(plain[0].image, make_dataset(arguments[0])[0].image)
+    assert pack([f"{cached}:center_crop=0.6", "--center-crop", "0.5"]) != 0
+    assert "--center-crop 0.5" in capsys.readouterr().err

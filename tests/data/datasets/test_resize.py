@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dinov2.data.datasets import decode
-from dinov2.data.datasets.decode import Span, decode_image, resize_lanczos
+from dinov2.data.datasets.decode import Span, decode_image, resize_image, resize_lanczos
 
 
 def by_pillow(image: np.ndarray, size: int, rows: Span, columns: Span) -> np.ndarray:
@@ -77,3 +78,50 @@ def test_a_constant_stays_constant():
     for level in (0, 1, 254, 255):
         image = np.full((37, 53, 3), level, dtype=np.uint8)
         assert (resize_lanczos(image, 100, 20, Span(0, 37), Span(0, 53)) == level).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(363, 360), (104, 120), (31, 700), (1, 1)])
+@pytest.mark.parametrize("share", [0.65, 0.5, 0.1])
+def test_the_central_share_is_pillows_box(height, width, share):
+    image, kept = noise(height, width), share * min(height, width)
+    rows, columns = (Span((side - kept) / 2, (side + kept) / 2) for side in (height, width))
+    found = resize_image(image, 56, center_crop=share).permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(found, by_pillow(image, 56, rows, columns))
+
+
+@pytest.mark.parametrize(("height", "width", "share"), [(64, 64, 0.5), (40, 100, 0.65), (224, 320, 0.25)])
+def test_the_central_share_is_that_of_an_image_cut_before(height, width, share):
+    image, side = noise(height, width), round(share * min(height, width))
+    top, left = (height - side) // 2, (width - side) // 2
+    cut = image[top : top + side, left : left + side]
+    found, expected = resize_image(image, 28, center_crop=share), resize_image(cut, 28)
+    reach = -(-3 * 28 // min(side, 28))  # of the filter, which reads beyond the square as a resize before a crop does
+    inside = slice(reach, 28 - reach)
+    assert torch.equal(found[:, inside, inside], expected[:, inside, inside])
+    framed = np.full_like(image, 90)
+    framed[top + 12 : top + side - 12, left + 12 : left + side - 12] = cut[12:-12, 12:-12]
+    framed[: top - 12] = 0  # far from the square
+    assert torch.equal(
+        resize_image(framed, 28, center_crop=share),
+        resize_image(framed[top : top + side, left : left + side], 28),
+    )
+
+
+def test_whole_images_are_as_without_a_share():
+    image = noise(363, 300)
+    assert torch.equal(resize_image(image, 28, center_crop=1.0), resize_image(image, 28))
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 1.01, float("nan")])
+def test_a_share_beyond_its_range_is_refused(share):
+    with pytest.raises(ValueError, match=r"train\.center_crop must be above 0 and at most 1, found"):
+        resize_image(noise(8, 8), 4, center_crop=share)
+
+
+@pytest.mark.parametrize("fit", ["pad", "squash"])
+def test_a_share_needs_the_fit_crop(fit):
+    with pytest.raises(
+        ValueError, match=rf"train\.center_crop=0\.65 .* train\.image_fit={fit} .* train\.image_fit=crop"
+    ):
+        resize_image(noise(8, 8), 4, fit, center_crop=0.65)
+    resize_image(noise(8, 8), 4, fit, center_crop=1)
