@@ -40,6 +40,10 @@ Pixels = NDArray[Any]  # uint8 [H, W, 3]; OpenCV's signatures are no more precis
 # ITU-R 601 luma, the weights of Pillow's mode "L" and of torchvision
 GRAY_WEIGHTS = np.array([0.299, 0.587, 0.114])
 IDENTITY = np.eye(3)
+# optical density of red, green and blue by hematoxylin, eosin and a residual stain (Ruifrok and Johnston 2001)
+STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]], dtype=np.float32)
+TO_STAINS = np.linalg.inv(STAINS)
+STAIN_SHIFT = 0.2  # largest shift of a stain for a jitter of 1
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class AugmentationSettings:
     contrast: float  # the same
     saturation: float  # the same
     hue: float  # x for a uniform shift by up to x turns of the colour circle either way; 0.5 at most
+    stain: float  # x for factors of the three stains from 1 - x to 1 + x, and shifts by up to 0.2 x either way
     grayscale_probability: float  # conversion to gray
     blur_probability: tuple[float, float, float]  # Gaussian blur
     blur_sigma: tuple[float, float]  # lowest and highest standard deviation in pixels
@@ -98,6 +103,7 @@ class CropParameters(NamedTuple):
     hflip: bool
     vflip: bool
     quarter_turn: bool
+    stains: tuple[Sequence[float], Sequence[float]] | None  # factors and shifts of the three stains
     jitter: Sequence[tuple[str, float]]  # names of JITTER with their strengths, first to last
     grayscale: bool
     sigma: float  # of the blur, in pixels; 0: no blur
@@ -127,7 +133,12 @@ def draw_crop(
     """Draw the random parameters of a crop of an image [H, W]; `kind` 0, 1: first, second global crop, 2: local."""
     s = settings
     jitter: list[tuple[str, float]] = []
-    box = draw_box(rng, height, width, scale)
+    box, stains = draw_box(rng, height, width, scale), None
+    if s.stain:  # without it nothing is drawn, so that other values stay those of a recipe that lacks it
+        stains = (
+            [rng.uniform(max(0.0, 1 - s.stain), 1 + s.stain) for _ in STAINS],
+            [rng.uniform(-s.stain, s.stain) * STAIN_SHIFT for _ in STAINS],
+        )
     if rng.random() < s.jitter_probability:
         for name in ("brightness", "contrast", "saturation"):
             spread = getattr(s, name)
@@ -141,6 +152,7 @@ def draw_crop(
         hflip=rng.random() < s.hflip_probability,
         vflip=rng.random() < s.vflip_probability,
         quarter_turn=rng.random() < s.quarter_turn_probability,
+        stains=stains,
         jitter=jitter,
         grayscale=rng.random() < s.grayscale_probability,
         sigma=rng.uniform(*s.blur_sigma) if rng.random() < s.blur_probability[kind] else 0.0,
@@ -229,6 +241,16 @@ def adjust_hue(image: Pixels, shift: float) -> Pixels:
     return cv2.convertScaleAbs(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
 
 
+def adjust_stains(image: Pixels, factors: Sequence[float], shifts: Sequence[float]) -> Pixels:
+    """Multiply the amounts of the three stains in each pixel and add to them (Tellez et al. 2018, arXiv 1808.05896).
+
+    The optical density -ln(level / 255) of a colour is a sum over stains; level 0 counts as 1.
+    """
+    amounts = -np.log(np.maximum(image, 1).astype(np.float32) / 255) @ TO_STAINS  # [H, W, 3]
+    changed = amounts * np.asarray(factors, np.float32) + np.asarray(shifts, np.float32)
+    return np.rint(255 * np.exp(-changed @ STAINS)).clip(0, 255).astype(np.uint8)
+
+
 def to_grayscale(image: Pixels) -> Pixels:
     """Replace all three channels by the luma."""
     return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
@@ -273,6 +295,8 @@ def make_crop(image: Pixels, crop: CropParameters, size: int, settings: Augmenta
     made = flip(made, crop.hflip, crop.vflip)
     if crop.quarter_turn:
         made = quarter_turn(made)
+    if crop.stains is not None:
+        made = adjust_stains(made, *crop.stains)
     for name, strength in crop.jitter:
         made = JITTER[name](made, strength)
     if crop.grayscale:

@@ -19,6 +19,7 @@ from dinov2.data.augmentations import (
     JITTER,
     DataAugmentationDINO,
     DataAugmentationHEMA,
+    adjust_stains,
     draw_box,
     draw_crop,
     make_crop,
@@ -262,6 +263,29 @@ def test_other_random_values_are_those_without_backgrounds_while_none_is_replace
     plain, offered = (augmentation(image, Random(3), draw) for draw in (None, lambda rng: pytest.fail("drawn")))
     for kind in ("global_crops", "local_crops"):
         assert all(torch.equal(a, b) for a, b in zip(plain[kind], offered[kind], strict=True))
+
+
+def test_stains_are_the_amounts_of_three_dyes():
+    amounts = np.random.default_rng(0).uniform(0, 0.7, (20, 20, 3))
+    dyes = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+    factors, shifts = [1.3, 0.6, 1.1], [0.05, -0.02, 0.0]
+    made = adjust_stains(np.rint(255 * np.exp(-amounts @ dyes)).astype(np.uint8), factors, shifts)
+    expected = 255 * np.exp(-(amounts * factors + shifts) @ dyes)
+    inside = expected < 254  # white is the limit
+    assert np.abs(made - expected)[inside].max() < 6  # levels are rounded, and their amounts multiplied
+    assert np.abs(made - expected)[inside].mean() < 0.7
+    same = np.arange(1, 253, dtype=np.uint8).reshape(-1, 3, 3)
+    assert np.array_equal(adjust_stains(same, [1, 1, 1], [0, 0, 0]), same)
+
+
+def test_stains_are_drawn_within_their_limits():
+    settings = DataAugmentationHEMA(GLOBAL, LOCAL, 0, 32, stain=0.4).settings
+    drawn = np.array([draw_crop(Random(seed), 60, 50, GLOBAL, settings, 0).stains for seed in range(300)])
+    for values, low, high in ((drawn[:, 0], 0.6, 1.4), (drawn[:, 1], -0.08, 0.08)):
+        assert values.min() >= low
+        assert values.max() <= high
+        assert stats.kstest((values.ravel() - low) / (high - low), "uniform").pvalue > 1e-3
+    assert draw_crop(Random(0), 60, 50, GLOBAL, DataAugmentationHEMA(GLOBAL, LOCAL, 0, 32).settings, 0).stains is None
 
 
 def test_a_radius_out_of_order_is_an_error():
