@@ -17,9 +17,9 @@ on the machine change by about a tenth. Before a recipe's first run, short train
 the budget divided by it is the number of steps of all seeds. Start-up and evaluations do not count. Without
 `--budgets` a recipe has its own number of steps.
 
-A recipe is a name with config values, in YAML; its `config_file`, or else `--config-file`, has all others. Runs are ordered by seed,
-then budget, then recipe. The same command continues a stopped experiment, within a run too. After each run, scores.csv
-and results.md are written with all runs of the output folder.
+A recipe is a name with config values, in YAML; its `config_file`, or else `--config-file`, has all others. Runs are
+ordered by seed, then budget, then recipe. The same command continues a stopped experiment, within a run too. After each
+run, scores.csv and results.md are written with all runs of the output folder.
 """
 
 import argparse
@@ -115,7 +115,8 @@ def read_recipes(file: Path, config: Path) -> dict[str, Recipe]:
             values = dict(values or {})
             own = CONFIG_FOLDER / "train" / values.pop("config_file") if "config_file" in values else config
             if not str(name).startswith("."):
-                recipes[str(name)] = Recipe(own, [f"{key}={json.dumps(value)}" for key, value in values.items()])
+                texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+                recipes[str(name)] = Recipe(own, [f"{key}={text}" for key, text in texts.items()])
     except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
         text = " ".join(str(error).split())
         raise SystemExit(
