@@ -1,12 +1,21 @@
-"""Measure on drawn cells whether metadata guidance makes features forget the slide, and what it costs.
+r"""Measure on drawn and on real cells whether metadata guidance makes features forget the slide, and what it costs.
 
-    python scripts/experiments/forget_slide.py --output-dir runs/forget_slide --seeds 0 1
+    python scripts/experiments/forget_slide.py --output-dir runs/forget_slide
+    python scripts/experiments/forget_slide.py --output-dir runs/forget_hospital --hospitals \
+        acevedo_centre=<PBC> ssl_seg_whole=<segmentation_WBC> bccd=<BCCD_Dataset> \
+        aslan=<blood-cell-detection-dataset> -- train.center_crop=1
 
-Small networks train by LeJEPA on cells of 64 drawn slides, each with its own stain, light and camera: without guidance,
-with `train.metadata` suppressing the column `slide`, and with stronger colour jitter in its place. Cells of 16 other
-slides test the features (CLS token): kNN-20 and a linear probe of the ten classes, which learn from the training
-slides; and the batch effect, how well a linear probe and 1-NN tell these 16 slides apart within a class (chance 1/16;
+Small networks train by small_from_scratch.yaml on cells of 64 drawn slides, each with its own stain, light and camera:
+without guidance, with `train.metadata` suppressing the column `slide`, with stronger jitter of colour or stains, with
+colours that are standardised in each image before, and without other images' backgrounds. Cells of 16 other slides test
+the features (CLS token): kNN-20 and a linear probe of the ten classes, which learn from the training slides; and the
+batch effect, how well a linear probe and 1-NN tell these 16 slides apart within a class (chance 1/16;
 dinov2/eval/cross.py). The first row of a table is the same network, not trained.
+
+With `--hospitals` real cells take the place of drawn ones, and data sets that of slides. Their common classes are kinds
+of cell, as in transfer.py; a quarter of the smear images, or of the cells of sets without them, tests. Four classes of
+white cells are also learned from the first data set and tested on the second, two hospitals that name them. The names
+above cut all cells about the same, so nothing more is cut off.
 
 The same command continues a stopped experiment. After each run, scores.csv and results.md are written.
 """
@@ -25,6 +34,7 @@ import numpy as np
 import pandas as pd
 from learn import METRIC, markdown, spread, write_table
 from PIL import Image
+from transfer import KINDS, WHITE, write_cells
 
 import dinov2.train.train as train_command
 from dinov2.configs import CONFIG_FOLDER
@@ -41,18 +51,14 @@ from dinov2.eval.results import summarize
 from dinov2.utils.command import progress_bar
 from dinov2.utils.files import atomic_write
 
-SIZE = 64  # px
+SIZE = 96  # px
 # {part: (slides, cells of each class on a slide)}; half of the latter train a predictor of the slide
 PARTS = {"train": (64, 2), "unseen": (16, 6)}
 N_FOLDS = 2
-UNTRAINED = "untrained"
-SETTINGS = [
-    "optim.freeze_last_layer_epochs=0",
-    *("train.image_size=64", "crops.global_crops_size=64", "train.batch_size_per_gpu=64", "student.patch_size=8"),
-    *("student.depth=4", "student.embed_dim=128", "student.num_heads=4", "train.views=0"),
-    *("dino.loss_weight=0", "ibot.loss_weight=0", "dino.koleo_loss_weight=0", "lejepa.loss_weight=1"),
-    *("teacher.momentum_teacher=0", "teacher.final_momentum_teacher=0", "optim.warmup_epochs=0.05"),
-]
+MOST_CELLS = 300  # of a kind in a hospital
+UNTRAINED, STANDARDISED = "untrained", "standardised images"
+LEVEL, SPREAD = 160, 45  # mean and standard deviation of each colour in a standardised image, about those of a smear
+SETTINGS = ["optim.freeze_last_layer_epochs=0", "optim.warmup_epochs=0.05", "train.views=0"]
 RECIPES = {
     "without": [],
     "suppress slide, weight 0.1": ["train.metadata.column=slide", "train.metadata.weight=0.1"],
@@ -61,6 +67,12 @@ RECIPES = {
         *("augmentation.hema.brightness=0.3", "augmentation.hema.contrast=0.3", "augmentation.hema.saturation=0.2"),
         "augmentation.hema.hue=0.1",
     ],
+    "stain jitter": ["augmentation.hema.stain=0.4"],
+    "stain jitter, suppress slide, weight 0.5": [
+        *("augmentation.hema.stain=0.4", "train.metadata.column=slide", "train.metadata.weight=0.5")
+    ],
+    STANDARDISED: [],
+    "own backgrounds": ["augmentation.hema.background_probability=0"],
 }
 
 
@@ -83,6 +95,44 @@ def draw_part(folder: Path, part: str, n_slides: int, n_cells: int) -> Path:
     return table
 
 
+def standardise_part(table: Path, folder: Path) -> Path:
+    """Write copies of the images of a part with the same mean and deviation of each colour; return their table."""
+    rows, copied = pd.read_csv(table), folder / table.name
+    if copied.is_file():
+        return copied
+    copies = [folder / table.stem / Path(name).name for name in rows["Image Path"]]
+    for name, copy in zip(rows["Image Path"], copies, strict=True):
+        levels = np.asarray(Image.open(name), dtype=np.float32)
+        scaled = (levels - levels.mean(axis=(0, 1))) / (levels.std(axis=(0, 1)) + 1) * SPREAD + LEVEL
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.rint(scaled).clip(0, 255).astype(np.uint8)).save(copy)
+    write_table(rows.assign(**{"Image Path": list(map(str, copies))}), copied)
+    return copied
+
+
+def cut_hospitals(sources: dict[str, str], folder: Path) -> dict[str, Path]:
+    """Cut out the cells of data sets; return tables of parts with the columns Label, slide and white (class or "")."""
+    tables = {part: folder / f"{part}.csv" for part in PARTS}
+    if all(table.is_file() for table in tables.values()):
+        return tables
+    parts: dict[str, list[pd.DataFrame]] = {part: [] for part in PARTS}
+    for name, source in sources.items():
+        cells = write_cells(name, source, folder / name).sample(frac=1, random_state=0)
+        cells["Image Path"] = [str((folder / name / path).resolve()) for path in cells["Image Path"]]
+        names = cells["Label"].str.lower()
+        cells = cells.assign(Label=names.map(KINDS), white=names.map(WHITE).fillna(""), slide=name).dropna(
+            subset="Label"
+        )
+        cells = cells.groupby("Label").head(MOST_CELLS)
+        smears = cells["patient"] if "patient" in cells else cells["Image Path"]
+        numbers, _ = pd.factorize(smears)
+        parts["unseen"].append(cells[numbers % 4 == 0])
+        parts["train"].append(cells[numbers % 4 != 0])
+    for part, rows in parts.items():
+        write_table(pd.concat(rows)[["Image Path", "Label", "slide", "white"]], tables[part])
+    return tables
+
+
 def train(run: Path, table: Path, *overrides: str) -> None:
     """Run train.py as a user would, which resumes an unfinished run; exit as it does if it is stopped or fails."""
     config = CONFIG_FOLDER / "train" / "small_from_scratch.yaml"
@@ -100,17 +150,29 @@ def score(checkpoint: Path, tables: dict[str, Path], folder: Path) -> dict[str, 
         flags = ["--data", str(table), "--num-workers", "0", "--overwrite", "--output-dir", str(folder / part)]
         extract_features.main(["--checkpoint", str(checkpoint), *flags])
         features[part] = read_features(folder / part / "features.h5")
-    return {**class_scores(features["train"], features["unseen"]), **slide_scores(features["unseen"], tables["unseen"])}
+    labels = np.concatenate([each.labels for each in features.values()])
+    values = np.concatenate([each.features for each in features.values()])
+    n_known = len(features["train"])
+    sides = np.arange(n_known), np.arange(n_known, len(labels))
+    scores = class_scores(values, labels, list(features["train"].class_names), *sides, "class")
+    rows = pd.concat([pd.read_csv(table, keep_default_na=False) for table in tables.values()]).set_index("Image Path")
+    if "white" in rows:
+        rows = rows.loc[[path for each in features.values() for path in each.paths]]
+        first, second, *_ = rows["slide"].unique()
+        numbers, names = pd.factorize(rows["white"])
+        is_white = rows["white"].ne("").to_numpy()
+        sides = tuple(np.flatnonzero(is_white & rows["slide"].eq(name).to_numpy()) for name in (first, second))
+        scores |= class_scores(values, numbers, list(names), *sides, f"{first} to {second}")
+    return scores | slide_scores(features["unseen"], tables["unseen"])
 
 
-def class_scores(known: Features, unseen: Features) -> dict[str, float]:
-    """Return the balanced accuracies of kNN-20 and a linear probe on the unseen slides."""
-    labels = np.concatenate([known.labels, unseen.labels])
-    fold = np.arange(len(known)), np.arange(len(known), len(labels))
-    values = np.concatenate([known.features, unseen.features])
-    data = EvaluationData({"cls": values}, labels, list(known.class_names), [fold])
+def class_scores(
+    values: np.ndarray, labels: np.ndarray, class_names: list[str], known: np.ndarray, tested: np.ndarray, task: str
+) -> dict[str, float]:
+    """Return the balanced accuracies of kNN-20 and a linear probe of features [N, D], at positions of both sides."""
+    data = EvaluationData({"cls": values}, labels, class_names, [(known, tested)])
     predictions = knn.evaluate(data, KnnOptions(k=[20])) | linear.evaluate(data, LinearOptions("sweep"))
-    names = {"knn_20": "class, kNN-20", "linear_sweep": "class, linear"}
+    names = {"knn_20": f"{task}, kNN-20", "linear_sweep": f"{task}, linear"}
     return {names[name]: summarize(labels, made, data.class_names)[METRIC] for name, made in predictions.items()}
 
 
@@ -142,18 +204,25 @@ def report(scores: pd.DataFrame) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, required=True, help="for the cells, and a folder for each recipe")
+    parser.add_argument("--hospitals", nargs="+", metavar="NAME=FOLDER", help="data sets of prepare_dataset.py")
     parser.add_argument("--only", nargs="+", choices=[*RECIPES], default=[*RECIPES], help="recipes (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400, help="of each run (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values for every run")
     args = parser.parse_intermixed_args(argv)
     folder = args.output_dir.resolve()
-    tables = {part: draw_part(folder / "cells", part, *numbers) for part, numbers in PARTS.items()}
+    if args.hospitals:
+        cells = cut_hospitals(dict(text.split("=", 1) for text in args.hospitals), folder / "cells")
+    else:
+        cells = {part: draw_part(folder / "cells", part, *numbers) for part, numbers in PARTS.items()}
     scores = pd.read_csv(folder / "scores.csv").to_dict("records") if (folder / "scores.csv").is_file() else []
     for seed in args.seeds:
         for name in (UNTRAINED, *args.only):
             if any((row["recipe"], row["seed"]) == (name, seed) for row in scores):
                 continue
+            tables = cells
+            if name == STANDARDISED:
+                tables = {part: standardise_part(table, folder / "standardised") for part, table in cells.items()}
             run = folder / name.replace(",", "").replace(" ", "_") / f"seed{seed}"
             steps = 1 if name == UNTRAINED else args.steps
             length = [f"train.OFFICIAL_EPOCH_LENGTH={steps}", "optim.epochs=1", "train.saveckp_freq=0.25"]

@@ -6,18 +6,28 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from dinov2.configs import CONFIG_FOLDER
 from dinov2.train import train as train_command
+from dinov2.utils.config import load_run_config
 
 TINY = [
     *("student.depth=1", "student.embed_dim=32", "student.num_heads=2", "train.batch_size_per_gpu=4"),
-    *("student.patch_size=7", "crops.global_crops_size=28", "train.image_size=28", "train.OFFICIAL_EPOCH_LENGTH=2", "optim.epochs=2"),
+    *(
+        "student.patch_size=7",
+        "crops.global_crops_size=28",
+        "train.image_size=28",
+        "train.OFFICIAL_EPOCH_LENGTH=2",
+        "optim.epochs=2",
+    ),
     *("optim.warmup_epochs=1", "optim.freeze_last_layer_epochs=1", "teacher.warmup_teacher_temp_epochs=1"),
     *("evaluation.eval_period_iterations=2", "train.tensorboard=false", "train.device=cpu"),
 ]
@@ -173,6 +183,18 @@ def test_a_run_that_stops_or_fails_ends_the_experiment_with_its_exit_code(script
         learn.Arena(tmp_path).train(tmp_path / "run", learn.Recipe(tmp_path / "config.yaml", []))
 
 
+def test_the_recipes_of_the_benchmark_are_valid_configurations(script):
+    learn = script("learn")
+    recipes = learn.read_recipes(Path(learn.__file__).parent / "recipes.yaml", CONFIG)
+    cfgs = {
+        name: load_run_config(recipe.config, [*recipe.overrides, "train.dataset_path=HemaStandardDataset:root=cells"])
+        for name, recipe in recipes.items()
+    }
+    assert {cfg.student.embed_dim for cfg in cfgs.values()} == {128}  # all train one network
+    assert cfgs["dino"].dino.loss_weight == cfgs["lejepa"].lejepa.loss_weight == 1
+    assert recipes["from_scratch"].overrides == []
+
+
 @pytest.mark.parametrize("content", ["a: [", "- a", "a: 3", None])
 def test_a_file_without_recipes_is_named(script, tmp_path, content):
     file = tmp_path / "recipes.yaml"
@@ -188,9 +210,9 @@ def test_networks_that_should_forget_the_slide_are_tested_on_other_slides(script
     monkeypatch.setattr(forget_slide, "subprocess", SimpleNamespace(run=in_this_process))
     monkeypatch.setattr(forget_slide, "PARTS", {"train": (3, 2), "unseen": (2, 2)})
     monkeypatch.setattr(forget_slide, "SIZE", 28)
-    size = [*TINY[:6], "student.patch_size=14", "train.log_period=1", "train.device=cpu"]
+    size = [*TINY[:7], "train.log_period=1", "train.device=cpu"]
     suppress = "suppress slide, weight 0.1"
-    flags = ["--output-dir", str(tmp_path), "--seeds", "4", "--steps", "2", "--only", suppress]
+    flags = ["--output-dir", str(tmp_path), "--seeds", "4", "--steps", "2", "--only", suppress, "standardised images"]
     command = [*flags, "--", *size]
     forget_slide.main(command)
     cells = {part: pd.read_csv(tmp_path / "cells" / f"{part}.csv") for part in ("train", "unseen")}
@@ -198,7 +220,10 @@ def test_networks_that_should_forget_the_slide_are_tested_on_other_slides(script
     assert not set(cells["train"]["slide"]) & set(cells["unseen"]["slide"])
     header, *rows = rows_of(tmp_path / "results.md")
     assert header == ["recipe", "seeds", "class, kNN-20", "class, linear", "slide, linear", "slide, 1-NN"]
-    assert [row[0] for row in rows] == ["untrained", suppress]
+    assert [row[0] for row in rows] == ["untrained", suppress, "standardised images"]
+    levels = np.stack([np.asarray(Image.open(path)) for path in (tmp_path / "standardised" / "unseen").iterdir()])
+    assert len(levels) == 40
+    assert np.abs(levels.mean(axis=(1, 2)) - 160).max() < 5  # of each colour; less is cut off at black
     assert all(0 <= float(value) <= 1 for row in rows for value in row[2:])
     metrics = (tmp_path / "suppress_slide_weight_0.1" / "seed4" / "training_metrics.json").read_text().splitlines()
     assert [json.loads(line)["metadata_loss"] > 0 for line in metrics] == [False, True]
