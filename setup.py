@@ -55,6 +55,7 @@ setup(
             "eval/pages/templates/*",
             "eval/protocol/*.csv",
             "hub/*.jinja",
+            "hub/*.safetensors",
         ]
     },
     include_package_data=False,

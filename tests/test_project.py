@@ -65,7 +65,7 @@ def test_setup_names_the_distribution_and_the_version_of_the_package():
 def test_build_has_every_module_and_config(tmp_path: Path):
     setup_py("-q", "build_py", "--build-lib", str(tmp_path))
     wanted = {"dinov2/py.typed"}
-    for pattern in ("*.py", "*.yaml", "*.css", "*.js", "*.html", "*.jinja", "*.csv"):
+    for pattern in ("*.py", "*.yaml", "*.css", "*.js", "*.html", "*.jinja", "*.csv", "*.safetensors"):
         wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "dinov2").rglob(pattern)}
     built = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert built == wanted

@@ -129,6 +129,8 @@ RELEASES: dict[str, Release] = {
         *(_dinov2(letter, has_registers) for has_registers in (False, True) for letter in "sblg"),
     )
 }
+# {name: file in this package}
+PACKAGED = {"dinobloom_tiny_pbc": Path(__file__).parent / "dinobloom_tiny_pbc.safetensors"}
 
 
 def release_of(file: Path, sha256: str) -> Release | None:
@@ -145,8 +147,14 @@ def release_of(file: Path, sha256: str) -> Release | None:
     )
 
 
+def published_name(file: Path, sha256: str) -> str:
+    """Return the name of the network that comes with this package, or of the release, that a file holds; else ""."""
+    release = release_of(file, sha256)
+    return next((name for name, path in PACKAGED.items() if path == file), release.name if release else "")
+
+
 def resolve_weights(source: PathLike) -> Path:
-    """Return the local file or folder of `source`; names and URLs are downloaded once.
+    """Return the local file or folder of `source`; names and URLs are downloaded once, but for those of `PACKAGED`.
 
     A repository of the Hugging Face hub is asked for a newer version each time.
     """
@@ -160,11 +168,14 @@ def resolve_weights(source: PathLike) -> Path:
     release = next((known for known in RELEASES.values() if known.url == text), None)
     if release is None and (path := local_path(source)).exists():
         return path
+    if text in PACKAGED:
+        return PACKAGED[text]
     release = release or RELEASES.get(text)
     if release is not None:
         return download(release.url, release.file, release.sha256)
-    close = get_close_matches(text, RELEASES, n=3)
-    names = f"perhaps {' or '.join(close)}?" if close else f"names are {', '.join(RELEASES)} and {HUB_NAME}"
+    known_names = [*PACKAGED, *RELEASES]
+    close = get_close_matches(text, known_names, n=3)
+    names = f"perhaps {' or '.join(close)}?" if close else f"names are {', '.join(known_names)} and {HUB_NAME}"
     raise FileNotFoundError(f"checkpoint: no file or folder {text!r}, and no release has that name; {names}")
 
 

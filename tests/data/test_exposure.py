@@ -1,10 +1,10 @@
 from dinov2.data.exposure import PRETRAINED_ON, seen_in_pretraining
 from dinov2.data.prepare import all_datasets
-from dinov2.hub.backbones import RELEASES
+from dinov2.hub.weight_files import PACKAGED, RELEASES
 
 
 def test_the_table_names_releases_and_sets_that_exist():
-    assert {name.partition("_")[0] for name in RELEASES} >= set(PRETRAINED_ON)
+    assert {*PACKAGED, *(name.partition("_")[0] for name in RELEASES)} >= set(PRETRAINED_ON)
     for names in PRETRAINED_ON.values():
         assert set(names) <= set(all_datasets())
 

@@ -162,7 +162,7 @@ def test_unknown_sources(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no release has that name; perhaps dinobloom_s or"):
         resolve_weights("dinobloom_x")
     with pytest.raises(
-        FileNotFoundError, match=r"no file or folder '\S*absent.pth'.*names are dinobloom_s, dinobloom_b"
+        FileNotFoundError, match=r"no file or folder '\S*absent.pth'.*names are dinobloom_tiny_pbc, dinobloom_s, "
     ):
         resolve_weights(tmp_path / "absent.pth")
     with pytest.raises(ValueError, match=r"gs://bucket/file: only http://, https://\S* .*can be read here"):

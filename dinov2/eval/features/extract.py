@@ -36,7 +36,7 @@ from dinov2.eval.features.loop import (
 from dinov2.eval.features.named_encoders import build_encoder
 from dinov2.eval.features.store import DEFAULT_KIND, PATCHES, Features, read_features, stored_kinds, write_features
 from dinov2.hub.backbones import ImageTransform, checkpoint_file, load_backbone, recorded_transform
-from dinov2.hub.weight_files import release_of
+from dinov2.hub.weight_files import published_name
 from dinov2.models import architecture
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.files import PathLike, file_sha256
@@ -168,11 +168,11 @@ class Embedder(ExtractOptions):
         """Warn of cells of a public data set that the checkpoint, a release, saw in its pretraining."""
         if self.checkpoint is None or not cells.datasets:
             return
-        release = release_of(self.file, self.identity["checkpoint_sha256"])
-        if release is not None and (seen := seen_in_pretraining(release.name, cells.datasets)):
+        name = published_name(self.file, self.identity["checkpoint_sha256"])
+        if seen := seen_in_pretraining(name, cells.datasets):
             logger.warning(
                 "%s saw %s in its pretraining, without labels: results with these cells say less about new data",
-                *(release.name, ", ".join(seen)),
+                *(name, ", ".join(seen)),
             )
 
     def is_stored(self, file: Path, cells: LabelledCells) -> bool:
