@@ -21,16 +21,15 @@ echo "This takes 3 to 10 minutes on two cores; it depends on the machine, and on
 say "1/3 Drawing sample cells into $output/cells"
 python scripts/make_sample_cells.py --output "$output/cells"
 
-# The drawn slides differ in stain far more than the classes do, so colour is jittered more than the recipe does.
+# The drawn slides differ in stain far more than the classes do, so stain and light are jittered more than the recipe does.
 say "2/3 Training on the images that $output/cells/lists names, without their labels"
 python dinov2/train/train.py \
     --config-file dinov2/configs/train/small_from_scratch.yaml \
     --output-dir "$output" --name run \
     "train.dataset_path=HemaStandardDataset:root=$output/cells/lists:shuffle=1" \
     "evaluation.datasets=[{name: drawn, train: '$output/cells/probe/train', test: '$output/cells/probe/test'}]" \
-    augmentation.hema.hue=0.15 augmentation.hema.saturation=0.3 \
-    augmentation.hema.brightness=0.3 augmentation.hema.contrast=0.3 \
-    optim.epochs=16 evaluation.eval_period_iterations=80
+    augmentation.hema.stain=0.4 augmentation.hema.brightness=0.3 augmentation.hema.contrast=0.3 \
+    optim.epochs=24 evaluation.eval_period_iterations=160
 
 say "3/3 Features of labelled cells, and kNN on them"
 results=$(python dinov2/eval/knn.py \
