@@ -37,7 +37,7 @@ const { x, y } = data.projections[0];
 return [arguments[0], data.neighbours[arguments[0]][3]].map((i) => [
   Math.round(box.x + view.frame.x_scale.compute(x[i])), Math.round(box.y + view.frame.y_scale.compute(y[i]))]);
 """
-MAPS_SIZE = 196  # px, a side that shows more patches than the network was trained with
+MAPS_SIZE = 192  # px, a side that shows more patches than the network was trained with
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -26,7 +26,7 @@ say "2/3 Training on the images that $output/cells/lists names, without their la
 python dinov2/train/train.py \
     --config-file dinov2/configs/train/small_from_scratch.yaml \
     --output-dir "$output" --name run \
-    "train.dataset_path=HemaStandardDataset:root=$output/cells/lists:shuffle=1" \
+    "train.dataset_path=HemaStandardDataset:root=$output/cells/lists:shuffle=1:cache=$output/cells/cache" \
     "evaluation.datasets=[{name: drawn, train: '$output/cells/probe/train', test: '$output/cells/probe/test'}]" \
     augmentation.hema.stain=0.4 augmentation.hema.brightness=0.3 augmentation.hema.contrast=0.3 \
     optim.epochs=24 evaluation.eval_period_iterations=160
@@ -40,7 +40,7 @@ results=$(python dinov2/eval/knn.py \
 
 say "Done in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"
 cat <<END
-  $output/cells/                  the drawn cells: lists/ to train on, probe/ labelled, patients/ in bags
+  $output/cells/                  the drawn cells: lists/ to train on, probe/ labelled, patients/ in bags; cache/ decoded
   $output/run/                    config.yaml, training_metrics.json, checkpoints/ to resume from
   $output/run/eval/training_*/    teacher_checkpoint.pth, the network to use, and its kNN along the way
   $output/knn/                    features_train.h5, features_test.h5, results.json
