@@ -178,4 +178,5 @@ def test_quickstart_ends_with_features_better_than_untrained(tmp_path):
     done = subprocess.run(command, check=True, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     assert "histogram" in done.stdout.rsplit("Results:", 1)[1]  # the table is printed last
     results = json.loads((tmp_path / "out put" / "knn" / "results.json").read_text())["results"]
-    assert results["model"]["knn_20"]["accuracy"] > results["untrained"]["knn_20"]["accuracy"] + 0.05
+    knn = {name: results[name]["knn_20"]["accuracy"] for name in ("model", "untrained", "histogram")}
+    assert knn["model"] > max(knn["untrained"], knn["histogram"]) + 0.2
