@@ -46,7 +46,8 @@ from dinov2.eval.results import (
 )
 from dinov2.eval.solvers.image_classifier import ImageClassifier, load_classifier, predict_images
 from dinov2.hub.classifiers import read_seen, seen_images
-from dinov2.hub.weight_files import EXPORTED_WEIGHTS, checkpoint_file, read_weights_file, resolve_weights
+from dinov2.hub.sources import EXPORTED_WEIGHTS, checkpoint_file, resolve_weights
+from dinov2.hub.weight_files import read_weights_file
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code, number_between, positive_int
 from dinov2.utils.files import PathLike, file_sha256, user_path

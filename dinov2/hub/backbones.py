@@ -25,7 +25,8 @@ from torch import Tensor
 
 from dinov2.data.datasets.decode import decode_image, resize_image
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_images
-from dinov2.hub.weight_files import RELEASES, Release, checkpoint_file, join_names, read_networks
+from dinov2.hub.sources import RELEASES, Release, checkpoint_file, join_names
+from dinov2.hub.weight_files import read_networks
 from dinov2.models import build_backbone, check_settings
 from dinov2.models.vision_transformer import DinoVisionTransformer, resize_pos_embed
 from dinov2.utils.files import PathLike

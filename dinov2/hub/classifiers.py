@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dinov2.hub.backbones import load_backbone
 from dinov2.hub.descriptions import CONFIG_FILE, read_json
-from dinov2.hub.weight_files import FOLDER_WEIGHTS, checkpoint_file, read_weights_file, to_fp32
+from dinov2.hub.sources import FOLDER_WEIGHTS, checkpoint_file
+from dinov2.hub.weight_files import read_weights_file, to_fp32
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.files import PathLike, file_sha256
 

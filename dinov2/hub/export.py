@@ -44,7 +44,8 @@ from dinov2.hub.export_formats import (
 )
 from dinov2.hub.hugging_face import HUB_PREFIX, check_upload, upload_to_hub
 from dinov2.hub.model_card import Origin, files_below, quote_results, write_card
-from dinov2.hub.weight_files import read_networks, release_of
+from dinov2.hub.sources import release_of
+from dinov2.hub.weight_files import read_networks
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
 from dinov2.utils.files import PathLike, file_sha256, local_path

@@ -31,7 +31,7 @@ from dinov2.hub.export_formats import (
     output_names,
     timm_network_arguments,
 )
-from dinov2.hub.weight_files import Release
+from dinov2.hub.sources import Release
 from dinov2.models import architecture
 from dinov2.utils.config import read_config
 from dinov2.utils.files import file_sha256

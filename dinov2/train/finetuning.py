@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from dinov2.distributed import is_main_process
 from dinov2.hub.adapters import add_adapters, is_adapter
 from dinov2.hub.backbones import checkpoint_file, load_backbone, mismatches, read_heads
-from dinov2.hub.weight_files import RELEASES, without_chunk
+from dinov2.hub.sources import RELEASES
+from dinov2.hub.weight_files import without_chunk
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.files import file_sha256
 

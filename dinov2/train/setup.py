@@ -30,7 +30,7 @@ import dinov2
 from dinov2 import distributed
 from dinov2.data.datasets.hema_data import HemaStandardDataset
 from dinov2.distributed import Launch, any_rank, get_rank, get_world_size, is_lost_connection, name_missing_ranks
-from dinov2.hub.weight_files import RELEASES
+from dinov2.hub.sources import RELEASES
 from dinov2.logging import MetricLogger, log_file
 from dinov2.models import build_model_from_cfg, fixed_settings
 from dinov2.train.batches import build_balance, resolve_batch_size

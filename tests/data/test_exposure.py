@@ -1,6 +1,6 @@
 from dinov2.data.exposure import PRETRAINED_ON, seen_in_pretraining
 from dinov2.data.prepare import all_datasets
-from dinov2.hub.weight_files import PACKAGED, RELEASES
+from dinov2.hub.sources import PACKAGED, RELEASES
 
 
 def test_the_table_names_releases_and_sets_that_exist():

@@ -11,7 +11,8 @@ from dinov2.eval.features.extract import Embedder
 from dinov2.hub import export_formats
 from dinov2.hub.backbones import load_backbone, trained_image_size
 from dinov2.hub.classifiers import Classifier, load_network, read_classifier
-from dinov2.hub.weight_files import checkpoint_file, read_networks
+from dinov2.hub.sources import checkpoint_file
+from dinov2.hub.weight_files import read_networks
 from dinov2.models import architecture, build_backbone
 
 TINY = {"embed_dim": 64, "depth": 2, "num_heads": 2, "patch_size": 14, "img_size": 56, "block_chunks": 0}

@@ -22,7 +22,7 @@ from dinov2.data.datasets import HemaStandardDataset
 from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.eval.extract_features import embedder_from, parse_arguments
 from dinov2.hub.backbones import load_backbone
-from dinov2.hub.weight_files import RELEASES, resolve_weights
+from dinov2.hub.sources import RELEASES, resolve_weights
 from dinov2.models import build_backbone
 from dinov2.utils import files as files_module
 from dinov2.utils.command import error_text

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from dinov2.hub import conversions, export, hugging_face
 from dinov2.hub.backbones import ENTRY_POINTS, load_backbone, trained_image_size
-from dinov2.hub.weight_files import checkpoint_file, release_of, resolve_weights
+from dinov2.hub.sources import checkpoint_file, release_of, resolve_weights
 from dinov2.models import build_backbone
 
 TINY = {"embed_dim": 64, "depth": 1, "num_heads": 1, "patch_size": 14, "img_size": 56, "block_chunks": 0}

@@ -8,7 +8,7 @@ from dinov2.data.exposure import seen_in_pretraining
 from dinov2.data.sample_cells import write_sample_cells
 from dinov2.eval.knn import knn_predict
 from dinov2.hub import load_backbone, resolve_weights, untrained_backbone
-from dinov2.hub.weight_files import PACKAGED, published_name
+from dinov2.hub.sources import PACKAGED, published_name
 from dinov2.utils.files import file_sha256
 
 NAME = "dinobloom_tiny_pbc"

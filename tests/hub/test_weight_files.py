@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from dinov2.fsdp.checkpoint import Checkpointer
 from dinov2.hub.backbones import load_backbone, read_heads, trained_image_size
-from dinov2.hub.weight_files import checkpoint_file
+from dinov2.hub.sources import checkpoint_file
 from dinov2.models import architecture, build_backbone
 from dinov2.utils.command import error_text
 from dinov2.utils.files import file_sha256

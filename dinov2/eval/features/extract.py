@@ -36,7 +36,7 @@ from dinov2.eval.features.loop import (
 from dinov2.eval.features.named_encoders import build_encoder
 from dinov2.eval.features.store import DEFAULT_KIND, PATCHES, Features, read_features, stored_kinds, write_features
 from dinov2.hub.backbones import ImageTransform, checkpoint_file, load_backbone, recorded_transform
-from dinov2.hub.weight_files import published_name
+from dinov2.hub.sources import published_name
 from dinov2.models import architecture
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.utils.files import PathLike, file_sha256
