@@ -7,6 +7,7 @@ from .drop_path import DropPath
 from .layer_scale import LayerScale
 from .mlp import Mlp
 from .patch_embed import PatchEmbed
+from .projection_head import projection_head
 from .swiglu_ffn import SwiGLUFFN, SwiGLUFFNFused
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "SwiGLUFFN",
     "SwiGLUFFNFused",
     "WeightNormLinear",
+    "projection_head",
 ]

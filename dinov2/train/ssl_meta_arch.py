@@ -19,7 +19,6 @@ Dimension key:  W processes, A micro-batches of a process, B images in one, N = 
 """
 
 import math
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -32,7 +31,7 @@ from dinov2.data.augmentations import N_GLOBAL_CROPS
 from dinov2.distributed import all_gather_rows, get_rank, is_enabled
 from dinov2.fsdp.sharding import SHARDED, lerp_, make_mesh, replicate, reshard, shard
 from dinov2.hub.adapters import lora_scaling
-from dinov2.layers import Block, DINOHead
+from dinov2.layers import Block, DINOHead, projection_head
 from dinov2.logging import StepClock
 from dinov2.loss import (
     DINOLoss,
@@ -232,15 +231,8 @@ class SSLMetaArch(nn.Module):
             for name, section in sections.items()
         }
         if self.do_lejepa:
-            hidden_dim, out_dim = self.cfg.lejepa.head_hidden_dim, self.cfg.lejepa.head_out_dim
-            # the batch norm sees the global batch; without it, the nearly equal projections of the start hardly move
-            layers = {
-                "fc1": nn.Linear(embed_dim, hidden_dim, bias=False),
-                "norm": nn.BatchNorm1d(hidden_dim, track_running_stats=False),
-                "act": nn.GELU(),
-                "fc2": nn.Linear(hidden_dim, out_dim),
-            }
-            heads["lejepa_head"] = nn.Sequential(OrderedDict(layers))
+            lejepa = self.cfg.lejepa
+            heads["lejepa_head"] = projection_head(embed_dim, lejepa.head_hidden_dim, lejepa.head_out_dim)
         return heads
 
     def _build_own_heads(self, embed_dim: int, frozen_teacher: DinoVisionTransformer | None) -> dict[str, nn.Module]:
@@ -249,13 +241,7 @@ class SSLMetaArch(nn.Module):
         if frozen_teacher is not None:
             heads["distillation_head"] = DistillationHead(embed_dim, frozen_teacher.embed_dim)
         if self.do_metadata:
-            layers = {
-                "fc1": nn.Linear(embed_dim, METADATA_HIDDEN_DIM, bias=False),
-                "norm": nn.BatchNorm1d(METADATA_HIDDEN_DIM, track_running_stats=False),  # of the global batch, as above
-                "act": nn.GELU(),
-                "fc2": nn.Linear(METADATA_HIDDEN_DIM, METADATA_DIM),
-            }
-            heads["metadata_head"] = nn.Sequential(OrderedDict(layers))
+            heads["metadata_head"] = projection_head(embed_dim, METADATA_HIDDEN_DIM, METADATA_DIM)
         return heads
 
     @property
