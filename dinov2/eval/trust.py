@@ -39,7 +39,8 @@ from markupsafe import Markup
 from dinov2.data.splits import write_split
 from dinov2.eval import linear
 from dinov2.eval.extract_features import embedder_from, has_embedder
-from dinov2.eval.features.changed_images import CORRUPTIONS, MASKS, Change, corrupt, with_change
+from dinov2.eval.features.changed_images import CORRUPTIONS, MASKS, Change, corrupt, mask_visible, with_change
+from dinov2.eval.features.extract import Embedder
 from dinov2.eval.linear import LinearOptions
 from dinov2.eval.metrics import bootstrap_intervals, classification_metrics
 from dinov2.eval.metrics.intervals import intervals_of
@@ -199,12 +200,14 @@ def run(evaluation: EvaluationSet, args: argparse.Namespace) -> dict[str, Any]:
     trust, left_out = analyse(data, predicted[MODEL], args.error), {}
     (kind,) = data.features
     if has_embedder(args):
-        embed = embedding(args, kind)
+        embedder = embedder_from(args)
+        embed = embedding(embedder, kind)
         if args.corruptions:
             trust["corruptions"] = corruption_curves(data, predicted[MODEL], probes, cells.paths, embed)
         for source, mask in MASKS.items():
             logger.info("images with the %s alone", source)
-            changed = replace(data, features={kind: embed(cells.paths, partial(mask, share=args.centre))})
+            change = partial(mask_visible, mask=mask, share=args.centre, center_crop=embedder.encoder.center_crop)
+            changed = replace(data, features={kind: embed(cells.paths, change)})
             predicted[source] = linear.evaluate(changed, LinearOptions())[ROW]
     else:
         left_out["corruptions, background, centre"] = "they need a network: --checkpoint or --encoder, with images"
@@ -231,9 +234,8 @@ def run(evaluation: EvaluationSet, args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def embedding(args: argparse.Namespace, kind: str) -> Embed:
-    """Return the function that embeds changed images by the network of the flags."""
-    embedder = embedder_from(args)
+def embedding(embedder: Embedder, kind: str) -> Embed:
+    """Return the function that embeds changed images."""
     embedder.kinds = [kind]
 
     def embed(paths: Sequence[str], change: Change) -> np.ndarray:
@@ -308,7 +310,7 @@ def format_report(report: Mapping[str, Any]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, share = parser.add_argument, number_between(0.01, 0.99)
     add("--error", type=number_between(0.0, 1.0), default=0.05, help="wanted error of accepted cells, 0 to 1")
-    add("--centre", type=share, default=0.5, help="side of the central square, as a share of the image's shorter side")
+    add("--centre", type=share, default=0.5, help="side of the central square, as a share of what the network sees")
     corruptions = "embed the tested images 25 times, corrupted: the slow part; with --checkpoint or --encoder"
     add("--corruptions", action=argparse.BooleanOptionalAction, default=True, help=corruptions)
 

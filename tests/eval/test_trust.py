@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dinov2.eval import linear, trust
@@ -13,6 +14,7 @@ from dinov2.eval.features.changed_images import CORRUPTIONS, keep_centre
 from dinov2.eval.linear import LinearOptions
 from dinov2.eval.protocol import EvaluationData
 from dinov2.eval.results import read_result
+from dinov2.models import architecture, build_backbone
 
 EVIL = "<img src=x onerror=alert(1)>"
 
@@ -202,3 +204,32 @@ def test_a_damaged_result_does_not_break_the_report(features_file, tmp_path, run
     for damaged in (None, [], {"risk_coverage": 3, "corruptions": {"per_corruption": {"blur": 1}}, "retrieval": "x"}):
         (out / "results.json").write_text(json.dumps({**report, "trust": damaged}))
         assert write(out, "--no-explorer").headings
+
+
+def test_a_network_of_the_centre_is_asked_about_the_background_that_it_sees(tmp_path, run_trust):
+    """Its classes differ at the border of the part that it keeps; what lies outside of this part decides nothing."""
+    rng = np.random.default_rng(0)
+    places = {"seen": slice(12, 36), "unseen": slice(0, 48)}  # of 48 px; the network keeps the 24 in the centre
+    for place, outer in places.items():
+        for name, colour in {"a": (230, 120, 90), "b": (90, 120, 230)}.items():
+            (tmp_path / place / name).mkdir(parents=True)
+            for i in range(12):
+                image = np.full((48, 48, 3), 160.0)
+                image[outer, outer] = colour
+                image[slice(outer.start + 3, outer.stop - 3), slice(outer.start + 3, outer.stop - 3)] = 160
+                image += rng.normal(scale=6, size=image.shape)
+                Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(tmp_path / place / name / f"{i:02d}.png")
+    torch.manual_seed(0)
+    model = build_backbone(
+        {"embed_dim": 64, "depth": 1, "num_heads": 1, "patch_size": 14, "img_size": 28, "layerscale": 1.0}
+        | {"block_chunks": 0, "center_crop": 0.5}
+    )
+    torch.save({"teacher": model.state_dict(), "architecture": architecture(model)}, tmp_path / "network.pth")
+    accuracy = {}
+    for place in places:
+        flags = ("--checkpoint", tmp_path / "network.pth", "--data", tmp_path / place, "--folds", "3")
+        _, report, _ = run_trust(*flags, "--no-corruptions", folder=f"{place}_trust")
+        accuracy[place] = {source: rows["linear_dinobloom"]["accuracy"] for source, rows in report["results"].items()}
+    assert accuracy["seen"]["background"] == 1
+    assert accuracy["seen"]["centre"] > 0.9  # all but the centre is covered in the colour of the border
+    assert max(accuracy["unseen"].values()) < 0.75

@@ -75,6 +75,17 @@ def keep_centre(image: np.ndarray, share: float) -> np.ndarray:
     return changed
 
 
+def mask_visible(
+    image: np.ndarray, mask: Callable[[np.ndarray, float], np.ndarray], share: float, center_crop: float
+) -> np.ndarray:
+    """Apply one of `MASKS` to what a network sees of an image: all of it, or the central square of `center_crop`."""
+    if center_crop == 1:
+        return mask(image, share)
+    changed, square = image.copy(), central_square(image, center_crop)
+    changed[square] = mask(image[square], share)
+    return changed
+
+
 # {source of features in results.json: change of an image and the share of the centre}
 MASKS = MappingProxyType({"background": mask_centre, "centre": keep_centre})
 

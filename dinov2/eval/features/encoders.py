@@ -69,6 +69,7 @@ class Encoder(ABC):
     description: str  # of the network
     origin: str  # of its weights
     image_size: int  # S; 0 if images are not resized
+    center_crop: float = 1.0  # side of the square that the network gets, as a share of the image's shorter side
     has_patch_tokens: bool = False
     n_blocks: int = 0  # blocks with CLS tokens
 
@@ -117,7 +118,7 @@ class DinoEncoder(Encoder):
         transform = ImageTransform(image_size, network.center_crop)
         self.network, self.n_blocks, self.description = network, network.n_blocks, describe_backbone(network)
         self.preparation, self.transform, self.image_size = transform.resize, str(transform), image_size
-        self.file = file
+        self.center_crop, self.file = network.center_crop, file
         self.origin = os.path.abspath(file) if file is not None else "memory"
 
     @cached_property
