@@ -32,7 +32,7 @@ import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads 
 # isort: split
 import numpy as np
 import pandas as pd
-from learn import METRIC, markdown, spread, write_table
+from learn import METRIC, keep_settings, markdown, spread, write_table
 from PIL import Image
 from transfer import KINDS, WHITE, write_cells
 
@@ -211,6 +211,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config values for every run")
     args = parser.parse_intermixed_args(argv)
     folder = args.output_dir.resolve()
+    settings = {"steps": args.steps, "hospitals": args.hospitals, "overrides": args.overrides}
+    keep_settings(folder, settings, "--output-dir")
     if args.hospitals:
         cells = cut_hospitals(dict(text.split("=", 1) for text in args.hospitals), folder / "cells")
     else:

@@ -147,29 +147,29 @@ class Arena:
 
     def cost(self, name: str, recipe: Recipe) -> float:
         """Return the core-seconds of a step of a recipe, measured once."""
-        file, settings = self.folder / name / "cost.json", [recipe.config.name, *recipe.overrides]
+        file = self.folder / name / "cost.json"
         if file.is_file():
-            known = json.loads(file.read_text(encoding="utf-8"))
-            if known["settings"] != settings:
-                raise SystemExit(
-                    f"recipe {name}: {file.parent} has runs of another recipe of this name "
-                    f"({', '.join(known['settings'])}); choose another name"
-                )
-            return float(known["core_seconds_per_step"])
+            return float(json.loads(file.read_text(encoding="utf-8"))["core_seconds_per_step"])
         cache = build_dataset(load_run_config(recipe.config, [*recipe.overrides, self.images])).cache
         assert cache is not None, "named in the dataset string"
         cache.build()  # else the first training would, and count it
         cpu: dict[int, list[float]] = {SHORT: [], LONG: []}
         for n_steps in (SHORT, LONG) * N_MEASUREMENTS:
             run = file.parent / f"{n_steps}_steps"
+            shutil.rmtree(run, ignore_errors=True)  # of a stopped measurement: its steps would not be counted
             before = cpu_of_children()
             self.train(run, recipe, *self.steps(recipe, n_steps), "evaluation.datasets=[]", "train.views=0")
             cpu[n_steps].append(cpu_of_children() - before)
             shutil.rmtree(run)
         # the shortest, since shared caches and cores only add to it
-        seconds = max((min(cpu[LONG]) - min(cpu[SHORT])) / (LONG - SHORT), 1e-3)
+        seconds = (min(cpu[LONG]) - min(cpu[SHORT])) / (LONG - SHORT)
+        if seconds <= 0:
+            raise SystemExit(
+                f"recipe {name}: {LONG} steps took {min(cpu[LONG]):.1f} core-seconds and {SHORT} steps "
+                f"{min(cpu[SHORT]):.1f}: the machine is too busy to measure a step; try again later"
+            )
         with atomic_write(file, "w") as stream:
-            json.dump({"settings": settings, "core_seconds_per_step": seconds}, stream, indent=1)
+            json.dump({"core_seconds_per_step": seconds}, stream, indent=1)
         return seconds
 
     def steps(self, recipe: Recipe, n_steps: int | None) -> list[str]:
@@ -184,6 +184,7 @@ class Arena:
 
     def run(self, name: str, recipe: Recipe, budget: float | None, seed: int) -> None:
         """Train, and write the scores of the features, unless this is done already."""
+        keep_settings(self.folder / name, {"recipe": [recipe.config.name, *recipe.overrides]}, "recipe or --name")
         place = self.folder / name / (f"{budget:g}s" if budget else "") / f"seed{seed}"
         if (place / "scores.csv").is_file():
             return
@@ -209,6 +210,15 @@ class Arena:
             four = pd.concat([pd.read_csv(cells["train"]), pd.read_csv(cells["ssl"])])
             rows += score(TRANSFER, features["train"], features["ssl"], four[four["Label"].isin(FOUR)])
         return pd.DataFrame(rows)
+
+
+def keep_settings(folder: Path, settings: Mapping[str, Any], key: str) -> None:
+    """Write settings.json into a folder of results; exit if it has other settings, since its results are of those."""
+    file, content = folder / "settings.json", json.loads(json.dumps(settings))
+    if file.is_file() and (known := json.loads(file.read_text(encoding="utf-8"))) != content:
+        raise SystemExit(f"{folder} has results of other settings: {known}, and now {content}; choose another {key}")
+    with atomic_write(file, "w") as stream:
+        json.dump(content, stream, indent=1)
 
 
 def write_table(table: pd.DataFrame, file: Path) -> None:
@@ -332,6 +342,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if name in (args.only or recipes)
     }
     arena = Arena(args.output_dir.resolve())
+    sources = {name: path and str(path.resolve()) for name, path in (("pbc", args.pbc), ("ssl", args.ssl))}
+    keep_settings(arena.folder, sources, "--output-dir")
     counts = write_split(args.pbc, arena.folder)
     if args.ssl is not None:
         find_ssl_cells(args.ssl).to_csv(arena.folder / "ssl.csv", index=False)

@@ -21,13 +21,8 @@ from dinov2.utils.config import load_run_config
 
 TINY = [
     *("student.depth=1", "student.embed_dim=32", "student.num_heads=2", "train.batch_size_per_gpu=4"),
-    *(
-        "student.patch_size=7",
-        "crops.global_crops_size=28",
-        "train.image_size=28",
-        "train.OFFICIAL_EPOCH_LENGTH=2",
-        "optim.epochs=2",
-    ),
+    *("student.patch_size=7", "crops.global_crops_size=28", "crops.local_crops_size=14", "train.image_size=28"),
+    *("train.OFFICIAL_EPOCH_LENGTH=2", "optim.epochs=2"),
     *("optim.warmup_epochs=1", "optim.freeze_last_layer_epochs=1", "teacher.warmup_teacher_temp_epochs=1"),
     *("evaluation.eval_period_iterations=2", "train.tensorboard=false", "train.device=cpu"),
 ]
@@ -109,10 +104,8 @@ def test_a_killed_experiment_goes_on_within_its_run_and_ends_as_an_unbroken_one(
 
     def command(name: str, *only: str) -> list[str]:
         for recipe in only:  # as if measured: forty steps
-            config, overrides = learn.read_recipes(tmp_path / "recipes.yaml", CONFIG)[recipe]
-            cost = {"settings": [config.name, *overrides, *tiny], "core_seconds_per_step": 0.025}
             (tmp_path / name / recipe).mkdir(parents=True)
-            (tmp_path / name / recipe / "cost.json").write_text(json.dumps(cost))
+            (tmp_path / name / recipe / "cost.json").write_text('{"core_seconds_per_step": 0.025}')
         flags = ["--output-dir", str(tmp_path / name), "--budgets", "1", "--seeds", "4", "--only", *only, "--"]
         return [*data, *flags, *tiny]
 
@@ -139,7 +132,11 @@ def test_a_killed_experiment_goes_on_within_its_run_and_ends_as_an_unbroken_one(
     assert len(losses[0]) == 40
     assert losses[0] == losses[1]
     assert "resuming" in (run / "logs" / "log.txt").read_text()
-    assert [pd.read_csv(p).to_dict() for p in tmp_path.glob("*/dino/1s/seed4/scores.csv")][0].keys() >= {"score", "low"}
+    of_killed, of_unbroken = (
+        pd.read_csv(tmp_path / name / "dino/1s/seed4/scores.csv") for name in ("killed", "unbroken")
+    )
+    pd.testing.assert_frame_equal(of_killed, of_unbroken)
+    assert len(of_killed) == 2 * 3 * 2  # tasks, kinds of features, protocols
 
     scores = pd.read_csv(tmp_path / "killed" / "scores.csv")
     assert set(scores["name"]) == {"colour histogram", "dino, 1s", "lejepa, 1s"}
@@ -158,19 +155,25 @@ def test_a_killed_experiment_goes_on_within_its_run_and_ends_as_an_unbroken_one(
     monkeypatch.setattr(learn.Arena, "train", lambda *_: pytest.fail("all of it is done"))
     learn.main(killed)
     (tmp_path / "recipes.yaml").write_text(RECIPES.replace("lejepa.loss_weight: 1", "lejepa.loss_weight: 2"))
-    (tmp_path / "killed" / "lejepa" / "1s" / "seed4" / "scores.csv").unlink()
-    with pytest.raises(SystemExit, match="recipe lejepa: .* choose another name"):
+    with pytest.raises(SystemExit, match=r"lejepa has results of other settings: .*_weight=1'.*choose another recipe"):
         learn.main(killed)
+    data[data.index("--ssl") + 1] = str(tmp_path)
+    with pytest.raises(SystemExit, match=r"killed has results of other settings: .*choose another --output-dir"):
+        learn.main([*data, *killed[len(data) :]])
 
 
 @pytest.mark.slow
 def test_the_cost_of_a_step_is_measured_once(script, pbc, tmp_path, monkeypatch):
     learn = script("learn")
     monkeypatch.setattr(learn, "N_MEASUREMENTS", 1)
+    monkeypatch.setattr(learn, "LONG", 105)
     learn.write_split(pbc, tmp_path)
     arena, recipe = learn.Arena(tmp_path), learn.Recipe(CONFIG, TINY)
+    train, long = arena.train, tmp_path / "tiny" / "105_steps"
+    train(long, recipe, *arena.steps(recipe, 105))  # left by a stopped measurement: it must not count
+    assert long.is_dir()
     cost = arena.cost("tiny", recipe)
-    assert 0.001 <= cost < 1
+    assert 0.002 < cost < 1
     assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["cost.json"]
     arena.train = lambda *_: pytest.fail("it is known")
     assert arena.cost("tiny", recipe) == cost
@@ -210,7 +213,7 @@ def test_networks_that_should_forget_the_slide_are_tested_on_other_slides(script
     monkeypatch.setattr(forget_slide, "subprocess", SimpleNamespace(run=in_this_process))
     monkeypatch.setattr(forget_slide, "PARTS", {"train": (3, 2), "unseen": (2, 2)})
     monkeypatch.setattr(forget_slide, "SIZE", 28)
-    size = [*TINY[:7], "train.log_period=1", "train.device=cpu"]
+    size = [*TINY[:8], "train.log_period=1", "train.device=cpu"]
     suppress = "suppress slide, weight 0.1"
     flags = ["--output-dir", str(tmp_path), "--seeds", "4", "--steps", "2", "--only", suppress, "standardised images"]
     command = [*flags, "--", *size]
@@ -229,6 +232,9 @@ def test_networks_that_should_forget_the_slide_are_tested_on_other_slides(script
     assert [json.loads(line)["metadata_loss"] > 0 for line in metrics] == [False, True]
     monkeypatch.setattr(forget_slide, "train", lambda *_: pytest.fail("all of it is done"))
     forget_slide.main(command)
+    command[command.index("2")] = "3"
+    with pytest.raises(SystemExit, match=r"has results of other settings: \{'steps': 2.*choose another --output-dir"):
+        forget_slide.main(command)
 
 
 def test_patients_have_planted_cells_or_none(script):
