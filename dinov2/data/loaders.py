@@ -54,10 +54,12 @@ class AugmentedSample(NamedTuple):
 
 
 class AugmentedDataset(Dataset):
-    """The images of a dataset, augmented with a seed for each position in the global stream."""
+    """The images of a dataset, augmented with a seed for each position in the global stream of a sampler."""
 
-    def __init__(self, dataset: HemaStandardDataset, augmentation: Augmentation, seed: int) -> None:
-        self.dataset, self.augmentation, self.seed = dataset, augmentation, seed
+    def __init__(
+        self, dataset: HemaStandardDataset, augmentation: Augmentation, seed: int, sampler: InfiniteSampler
+    ) -> None:
+        self.dataset, self.augmentation, self.seed, self.sampler = dataset, augmentation, seed, sampler
 
     def __getitem__(self, position_and_index: tuple[int, int]) -> AugmentedSample:
         position, index = position_and_index
@@ -67,7 +69,7 @@ class AugmentedDataset(Dataset):
 
     def _draw_image(self, rng: Random) -> Tensor:
         # a file that cannot be read is recorded when its own turn comes
-        image: Tensor = self.dataset[rng.randrange(len(self.dataset))].image
+        image: Tensor = self.dataset[self.sampler.draw_index(rng)].image
         return image
 
 
@@ -156,7 +158,7 @@ def make_data_loader(
     if augmentation is not None:
         if not isinstance(sampler, InfiniteSampler):
             raise ValueError(f"augmentation: only infinite samplers have positions to seed it, found {sampler_type}")
-        dataset, sampler = AugmentedDataset(dataset, augmentation, seed), PositionSampler(sampler)
+        dataset, sampler = AugmentedDataset(dataset, augmentation, seed, sampler), PositionSampler(sampler)
     if num_workers > 0:
         cv2.setNumThreads(1)  # before the fork, which OpenCV's threads do not survive
     # a resumed run must not repeat the random numbers of its first workers

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,10 @@ class InfiniteSampler(Sampler[int]):
             mine = self._pass_order(pass_number)[offset :: self.step]
             yield from map(int, mine)
             position += len(mine) * self.step
+
+    def draw_index(self, rng: Random) -> int:
+        """Draw an index beside the stream, each as often as it is in the stream."""
+        return rng.randrange(self._pass_length)
 
     def _pass_order(self, pass_number: int) -> np.ndarray:
         """Return the indices of one pass, in order."""
@@ -182,6 +187,10 @@ class BalancedSampler(InfiniteSampler):
         ends = np.cumsum(np.bincount(sets, minlength=len(quotas)))
         self._members = np.split(by_set, ends[:-1])  # the indices of each set
         self._quotas = np.asarray(quotas)
+
+    def draw_index(self, rng: Random) -> int:
+        number = np.searchsorted(np.cumsum(self._quotas), rng.randrange(self._pass_length), side="right")
+        return int(rng.choice(self._members[number]))
 
     def _pass_order(self, pass_number: int) -> np.ndarray:
         parts = [self._indices_of_set(number, pass_number) for number in np.flatnonzero(self._quotas).tolist()]

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dinov2.data import loaders
@@ -129,6 +130,19 @@ def test_a_balance_reaches_the_order(dataset, image_list):
             batches(two, 1, balance=Balance({"few": 2}), **wrong)
     with pytest.raises(ValueError, match="no set is called 'many'"):
         batches(two, 1, balance=Balance({"many": 2}))
+
+
+def test_images_that_are_never_seen_are_not_drawn_for_others_either(image_list):
+    root = image_list(n=10)
+    Image.new("RGB", (28, 28), "white").save(root / "images" / "white.png")
+    (root / "held_out.txt").write_text("images/white.png\n" * 10)
+    two = HemaStandardDataset(root=root, image_size=14, shuffle=True)
+    drawn = {}
+    for weight in (0, 1):
+        found = batches(two, 20, balance=Balance({"held_out": weight}, temperature=2), augmentation=mean_and_draw)
+        drawn[weight] = [sample.crops[2] for batch in found for sample in batch]
+    assert max(drawn[0]) < 255
+    assert 0.3 < np.mean([mean == 255 for mean in drawn[1]]) < 0.7
 
 
 def threads_of_opencv(image, rng, draw_image):

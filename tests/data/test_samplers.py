@@ -4,6 +4,7 @@ import math
 import pickle
 import time
 from itertools import islice
+from random import Random
 
 import numpy as np
 import pytest
@@ -184,6 +185,17 @@ def test_each_set_has_its_share_and_repeats_no_image_within_a_pass_over_it(balan
         assert counts.max() - counts.min() <= 1
     shares = np.bincount(sets[stream[:4000]], minlength=4) / 4000
     assert np.abs(shares - quotas / MIN_PASS).max() < 0.05  # not one set after the other
+
+
+@pytest.mark.parametrize("balance", [{"weights": {"s1": 3, "s3": 0}}, {"temperature": math.inf}])
+def test_images_drawn_beside_the_stream_are_as_frequent_as_in_it(balance):
+    sampler, sets, quotas = balanced(**balance)
+    rng, sampler = Random(0), sampler()
+    drawn = np.array([sampler.draw_index(rng) for _ in range(4000)])
+    shares = np.bincount(sets[drawn], minlength=4) / 4000
+    assert np.abs(shares - quotas / quotas.sum()).max() < 0.03
+    assert (shares[quotas == 0] == 0).all()
+    assert len(set(drawn[sets[drawn] == 0].tolist())) == 40  # each image of a set
 
 
 def test_a_balanced_stream_is_a_function_of_seed_and_position():
