@@ -16,7 +16,11 @@ PRETRAINED_ON = {
 }
 
 
+def pretrained_on(name: str) -> tuple[str, ...]:
+    """Return the public data sets that the published network of that name saw in its pretraining."""
+    return PRETRAINED_ON.get(name) or PRETRAINED_ON.get(name.partition("_")[0], ())
+
+
 def seen_in_pretraining(name: str, datasets: Iterable[str]) -> list[str]:
     """Return which of these data sets the published network of that name saw in its pretraining, sorted."""
-    seen = PRETRAINED_ON.get(name) or PRETRAINED_ON.get(name.partition("_")[0], ())
-    return sorted(set(datasets).intersection(seen))
+    return sorted(set(datasets).intersection(pretrained_on(name)))

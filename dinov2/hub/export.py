@@ -44,7 +44,7 @@ from dinov2.hub.export_formats import (
 )
 from dinov2.hub.hugging_face import HUB_PREFIX, check_upload, upload_to_hub
 from dinov2.hub.model_card import Origin, files_below, quote_results, write_card
-from dinov2.hub.sources import release_of
+from dinov2.hub.sources import RELEASES, published_name
 from dinov2.hub.weight_files import read_networks
 from dinov2.logging import setup_logging
 from dinov2.utils.command import exit_code
@@ -119,9 +119,9 @@ def _read(checkpoint: PathLike, image_size: int) -> tuple[Network, Origin]:
     grid = math.isqrt(stored.backbone["pos_embed"].numel() // model.embed_dim - 1)
     if model.in_chans != 3:
         raise ValueError(f"--checkpoint {file}: has {model.in_chans} channels; only RGB networks are exported")
-    release = release_of(file, sha256)
-    trained_size = stored.recorded.get("img_size") or (release.img_size if release else None)
-    return network, Origin(file, sha256, grid, trained_size, release)
+    published = published_name(file, sha256)
+    trained_size = stored.recorded.get("img_size") or (RELEASES[published].img_size if published in RELEASES else None)
+    return network, Origin(file, sha256, grid, trained_size, published)
 
 
 # --- the folder -----------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--results", type=local_path, nargs="+", default=[], metavar="FILE", help=results_help)
     licence_help = (
         "of the weights, for the card, as the Hugging Face hub names it (cc-by-nc-4.0, ...); without it apache-2.0 for "
-        "a run of this project and for releases of DINOv2 and DinoBloom, none for other files"
+        "a run of this project from random or published weights, and for published networks, none for other files"
     )
     add("--licence", default="", help=licence_help)
     datasets_help = (

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from omegaconf import OmegaConf
 
 import dinov2
-from dinov2.data.exposure import PRETRAINED_ON
+from dinov2.data.exposure import pretrained_on
 from dinov2.data.loaders import VALUE_READERS
 from dinov2.data.prepare import all_datasets
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -31,7 +32,7 @@ from dinov2.hub.export_formats import (
     output_names,
     timm_network_arguments,
 )
-from dinov2.hub.sources import Release
+from dinov2.hub.sources import PACKAGED, RELEASES
 from dinov2.models import architecture
 from dinov2.utils.config import read_config
 from dinov2.utils.files import file_sha256
@@ -40,9 +41,25 @@ from dinov2.utils.files import file_sha256
 _RECIPE = (
     *("student.arch", "student.drop_path_rate", "student.layerscale", "crops.global_crops_size"),
     *("crops.global_crops_scale", "crops.local_crops_number", "crops.local_crops_size", "crops.local_crops_scale"),
-    *("data_transform", "train.image_fit", "train.centering", "dino.loss_weight", "dino.head_n_prototypes"),
-    *("dino.koleo_loss_weight", "ibot.loss_weight", "ibot.separate_head", "ibot.mask_ratio_min_max"),
+    *("data_transform", "train.image_fit", "train.center_crop"),
 )
+_OF_AUGMENTATION = ("background_probability", "background_radius", "stain")  # in the block of data_transform
+# and of each objective that is on: its weight or file is neither 0 nor null
+_OBJECTIVES = (
+    ("dino.loss_weight", "dino.head_n_prototypes", "train.centering"),
+    ("dino.koleo_loss_weight",),
+    ("ibot.loss_weight", "ibot.separate_head", "ibot.mask_ratio_min_max"),
+    ("lejepa.loss_weight", "lejepa.sigreg_weight"),
+    ("teacher.pretrained_weights", "teacher.distillation_loss_weight"),
+    ("train.metadata.column", "train.metadata.mode", "train.metadata.weight"),
+)
+_SELF_DISTILLATION = "self-distillation (DINOv2, arXiv 2304.07193)"
+_LEJEPA = "LeJEPA (arXiv 2511.08544)"
+_WEIGHTS = (
+    "student.pretrained_weights",
+    "MODEL.WEIGHTS",
+    "teacher.pretrained_weights",
+)  # of a run
 _SCHEDULE = (
     *("optim.epochs", "train.OFFICIAL_EPOCH_LENGTH", "train.global_batch_size", "optim.lr", "optim.base_lr"),
     *("optim.warmup_epochs", "optim.min_lr", "optim.weight_decay", "optim.weight_decay_end", "optim.clip_grad"),
@@ -57,7 +74,7 @@ _METRICS = {
     "macro_f1": "f1",
     "auroc": "roc_auc",
 }
-OWN_LICENCE = "apache-2.0"  # of networks of this project, and of DINOv2's and DinoBloom's releases
+OWN_LICENCE = "apache-2.0"  # of networks that this project trained, and of DINOv2's and DinoBloom's releases
 LIBRARY = "dinov2"  # the package that loads them
 _BASELINES = {"untrained", "histogram", "pixels"}  # of evaluations; their results are not the network's
 _DATA_FLAGS = ("data", "train", "test", "features", "test_features", "bags", "names")
@@ -71,7 +88,7 @@ class Origin:
     sha256: str
     grid: int  # patches along one side of the checkpoint's position embeddings
     recorded_size: int | None  # side in pixels of the images of its training, if it is known
-    release: Release | None  # that the file holds
+    published: str  # name of the network of this package or the release that the file holds; "" if none
 
     @property
     def title(self) -> str:
@@ -134,6 +151,7 @@ def write_card(
         metadata=_metadata(network, origin, run, results, licence, datasets).to_yaml(),
         origin=origin,
         origin_rows=_origin_rows(origin, network),
+        objective=_objective_of(origin.published) if run is None else run["objective"],
         model=model,
         classifier=network.classifier,
         output_names=output_names(network),
@@ -173,12 +191,10 @@ def _metadata(
     datasets: Sequence[str],
 ) -> ModelCardData:
     """Return what the Hugging Face hub reads at the top of a card."""
-    is_ours = run is not None or origin.release is not None
-    known: Sequence[str] = ()
+    is_ours = run["has_our_licence"] if run is not None else bool(origin.published)
+    known: Sequence[str] = pretrained_on(origin.published)
     if run is not None:
         known = sorted({Path(name).stem for name, *_ in run["lists"]} & all_datasets().keys())
-    elif origin.release is not None:
-        known = PRETRAINED_ON.get(origin.release.name.partition("_")[0], ())
     is_classifier = network.classifier is not None
     return ModelCardData(
         license=licence or (OWN_LICENCE if is_ours else None),
@@ -206,14 +222,31 @@ def _origin_rows(origin: Origin, network: Network) -> dict[str, str]:
     return rows
 
 
+def _objective_of(published: str) -> str:
+    """Return how a published network was pre-trained; empty if it is none."""
+    return _LEJEPA if published in PACKAGED else _SELF_DISTILLATION if published else ""
+
+
 def _run_sections(folder: Path) -> dict[str, Any]:
-    """Read recipe, schedule and path lists of a run from its config.yaml, which may lack keys."""
+    """Read objective, recipe, schedule and path lists of a run from its config.yaml, which may lack keys."""
     cfg = read_config(folder / "config.yaml")
+    value_of = partial(OmegaConf.select, cfg)
+    augmentation = [f"augmentation.{value_of('data_transform')}.{key}" for key in _OF_AUGMENTATION]
+    of_objectives = [key for keys in _OBJECTIVES if value_of(keys[0]) for key in keys]
     recipe, schedule = (
-        {key: value for key in keys if (value := OmegaConf.select(cfg, key)) is not None}
-        for keys in (_RECIPE, _SCHEDULE)
+        {key: value for key in keys if (value := value_of(key)) is not None}
+        for keys in ((*_RECIPE, *augmentation, *of_objectives), _SCHEDULE)
     )
-    started_from = Path(OmegaConf.select(cfg, "student.pretrained_weights") or "").name
+    weights = {key: value for key in _WEIGHTS if (value := value_of(key))}
+    names = {key: Path(value).name for key, value in weights.items()}
+    recipe |= {key: names[key] for key in recipe.keys() & names.keys()}
+    objectives = {
+        _SELF_DISTILLATION: value_of("dino.loss_weight") or value_of("ibot.loss_weight"),
+        _LEJEPA: value_of("lejepa.loss_weight"),
+        f"distillation of {names.get('teacher.pretrained_weights')}": "teacher.pretrained_weights" in names,
+        "metadata guidance (FINO, arXiv 2606.05107)": value_of("train.metadata.column"),
+    }
+    started_from = names.get("student.pretrained_weights") or names.get("MODEL.WEIGHTS")
     if {"optim.epochs", "train.OFFICIAL_EPOCH_LENGTH"} <= schedule.keys():
         n_iterations = round(schedule["optim.epochs"] * schedule["train.OFFICIAL_EPOCH_LENGTH"])
         schedule = {"iterations planned": f"{n_iterations:,}", **schedule}
@@ -222,6 +255,8 @@ def _run_sections(folder: Path) -> dict[str, Any]:
     root = next((Path(part.removeprefix("root=")) for part in parts if part.startswith("root=")), None)
     files = [] if root is None else [root] if root.is_file() else sorted(root.glob("*.txt"))
     return {
+        "objective": ", ".join(name for name, is_on in objectives.items() if is_on),
+        "has_our_licence": {*RELEASES, *PACKAGED}.issuperset(weights.values()),
         "recipe": {"started from": started_from or "random weights", **recipe},
         "schedule": schedule,
         "lists": [(file.name, f"{len(_IMAGE_LINE.findall(file.read_bytes())):,}", file_sha256(file)) for file in files],

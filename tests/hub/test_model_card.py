@@ -6,11 +6,14 @@ import json
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from omegaconf import OmegaConf
 
+from dinov2.configs import CONFIG_FOLDER
 from dinov2.data.exposure import PRETRAINED_ON
 from dinov2.hub.classifiers import Classifier
 from dinov2.hub.export import main
 from dinov2.models import architecture, build_backbone
+from dinov2.utils.config import load_run_config
 
 TINY = {"embed_dim": 64, "depth": 1, "num_heads": 1, "patch_size": 14, "img_size": 56, "block_chunks": 0}
 
@@ -40,6 +43,7 @@ def test_a_file_of_unknown_origin(export_card):
     assert "hematology" in data.tags
     assert "| trained at | 56 x 56 px |" in text
     assert "# net: 'a'\n" in text
+    assert "\nA vision transformer that turns images into features.\n" in text
 
 
 def test_a_run_on_a_public_set(export_card, tmp_path):
@@ -57,6 +61,59 @@ def test_a_release(export_card):
     text = export_card("DinoBloom-B.pth")
     data = ModelCard(text).data
     assert (data.license, data.datasets) == ("apache-2.0", list(PRETRAINED_ON["dinobloom"]))
+    assert "features, pre-trained by self-distillation (DINOv2, arXiv 2304.07193).\n" in text
+
+
+def test_the_network_of_the_package(tmp_path):
+    flags = ["--checkpoint", "dinobloom_tiny_pbc", "--output-dir", str(tmp_path), "--formats", "pth"]
+    assert main(flags) == 0
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    data = ModelCard(text).data
+    assert (data.license, data.datasets) == ("apache-2.0", ["acevedo"])
+    assert "features, pre-trained by LeJEPA (arXiv 2511.08544).\n" in text
+
+
+OBJECTIVES = {
+    "dino and ibot": ({}, "self-distillation (DINOv2, arXiv 2304.07193)", "apache-2.0"),
+    "lejepa": (
+        {"config": "small_from_scratch", "student.pretrained_weights": "dinobloom_tiny_pbc"},
+        "LeJEPA (arXiv 2511.08544)",
+        "apache-2.0",
+    ),
+    "all": (
+        {"lejepa.loss_weight": 1, "teacher.pretrained_weights": "/home/me/other.pth", "train.metadata.column": "slide"},
+        "self-distillation (DINOv2, arXiv 2304.07193), LeJEPA (arXiv 2511.08544), distillation of other.pth, "
+        "metadata guidance (FINO, arXiv 2606.05107)",
+        None,
+    ),
+    "from other weights": (
+        {"student.pretrained_weights": "/home/me/other.pth"},
+        "self-distillation (DINOv2, arXiv 2304.07193)",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_card_says_how_a_run_learned_and_claims_no_licence_for_weights_of_others(name, export_card, tmp_path):
+    values, objective, licence = OBJECTIVES[name]
+    values = dict(values)
+    config = CONFIG_FOLDER / "train" / f"{values.pop('config', 'custom')}.yaml"
+    overrides = [f"{key}={value}" for key, value in values.items()]
+    cfg = load_run_config(config, ["train.dataset_path=HemaStandardDataset:root=cells", *overrides])
+    (tmp_path / "run").mkdir()
+    OmegaConf.save(cfg, tmp_path / "run" / "config.yaml")
+    text = export_card("run/eval/training_9/teacher_checkpoint.pth")
+    assert f"features, pre-trained by {objective}.\n" in text
+    assert ModelCard(text).data.license == licence
+    assert "/home/me" not in text
+    for key, value in values.items():
+        assert (
+            f"| {'started from' if key == 'student.pretrained_weights' else key} | {value}".replace("/home/me/", "")
+            in text
+        )
+    assert ("| dino.head_n_prototypes |" in text) == ("self-distillation" in objective)
+    assert ("| augmentation.hema.background_probability | 0.8 |" in text) == (name == "lejepa")
 
 
 def test_what_the_user_says(export_card):
