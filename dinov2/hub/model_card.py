@@ -55,11 +55,7 @@ _OBJECTIVES = (
 )
 _SELF_DISTILLATION = "self-distillation (DINOv2, arXiv 2304.07193)"
 _LEJEPA = "LeJEPA (arXiv 2511.08544)"
-_WEIGHTS = (
-    "student.pretrained_weights",
-    "MODEL.WEIGHTS",
-    "teacher.pretrained_weights",
-)  # of a run
+_WEIGHTS = ("student.pretrained_weights", "MODEL.WEIGHTS", "teacher.pretrained_weights")
 _SCHEDULE = (
     *("optim.epochs", "train.OFFICIAL_EPOCH_LENGTH", "train.global_batch_size", "optim.lr", "optim.base_lr"),
     *("optim.warmup_epochs", "optim.min_lr", "optim.weight_decay", "optim.weight_decay_end", "optim.clip_grad"),

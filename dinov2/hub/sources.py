@@ -83,24 +83,21 @@ RELEASES: dict[str, Release] = {
 PACKAGED = {"dinobloom_tiny_pbc": Path(__file__).parent / "dinobloom_tiny_pbc.safetensors"}
 
 
-def release_of(file: Path, sha256: str) -> Release | None:
-    """Return the release that a file holds: by its checksum if one is published, else by the file's name."""
-    if lettered := LETTERED_WEIGHTS.fullmatch(file.name):
-        return RELEASES.get(f"dinobloom_{lettered[1]}")
-    return next(
-        (
-            release
-            for release in RELEASES.values()
-            if (release.sha256 == sha256 if release.sha256 else release.file.name == file.name)
-        ),
-        None,
-    )
-
-
 def published_name(file: Path, sha256: str) -> str:
-    """Return the name of the network that comes with this package, or of the release, that a file holds; else ""."""
-    release = release_of(file, sha256)
-    return next((name for name, path in PACKAGED.items() if path == file), release.name if release else "")
+    """Return the name of the network of this package or the release that a file holds; empty if of neither.
+
+    A release is known by its checksum if one is published, else by the file's name.
+    """
+    if lettered := LETTERED_WEIGHTS.fullmatch(file.name):
+        name = f"dinobloom_{lettered[1]}"
+        return name if name in RELEASES else ""
+    known = [name for name, path in PACKAGED.items() if path == file]
+    known += [
+        release.name
+        for release in RELEASES.values()
+        if (release.sha256 == sha256 if release.sha256 else release.file.name == file.name)
+    ]
+    return known[0] if known else ""
 
 
 def resolve_weights(source: PathLike) -> Path:

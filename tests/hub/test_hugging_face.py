@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from dinov2.hub import conversions, export, hugging_face
 from dinov2.hub.backbones import ENTRY_POINTS, load_backbone, trained_image_size
-from dinov2.hub.sources import checkpoint_file, release_of, resolve_weights
+from dinov2.hub.sources import checkpoint_file, published_name, resolve_weights
 from dinov2.models import build_backbone
 
 TINY = {"embed_dim": 64, "depth": 1, "num_heads": 1, "patch_size": 14, "img_size": 56, "block_chunks": 0}
@@ -155,7 +155,7 @@ def test_weights_of_a_repository_are_chosen_without_downloading_the_others(hub, 
     assert not hub.downloads
     file = checkpoint_file("hf-hub:MarrLab/DinoBloom/pytorch_model_s.bin")
     assert hub.downloads == ["pytorch_model_s.bin"]
-    assert release_of(file, "0" * 64).name == "dinobloom_s"
+    assert published_name(file, "0" * 64) == "dinobloom_s"
 
 
 def test_a_folder_with_several_networks(tmp_path):
