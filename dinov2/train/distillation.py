@@ -38,6 +38,8 @@ def load_frozen_teacher(cfg: Any, device: torch.device) -> DinoVisionTransformer
     try:
         path = checkpoint_file(weights)
         network = load_backbone(path)
+        if network.in_chans != 3:
+            raise ValueError(f"{path} takes images of {network.in_chans} channels, and training has RGB")
     except kinds as error:
         kind = next(kind for kind in kinds if isinstance(error, kind))  # subclasses may want other arguments
         raise kind(

@@ -32,7 +32,7 @@ from dinov2.hub.backbones import checkpoint_file, load_backbone, mismatches, rea
 from dinov2.hub.sources import RELEASES
 from dinov2.hub.weight_files import without_chunk
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.utils.files import file_sha256
+from dinov2.utils.files import PathLike, file_sha256
 
 logger = logging.getLogger("dinov2")
 
@@ -86,11 +86,7 @@ def start_from_weights(student: nn.ModuleDict, cfg: Any) -> None:
 
 def _fill_backbone(backbone: nn.Module, path: Path, cfg: Any) -> int:
     network = load_backbone(path, img_size=cfg.crops.global_crops_size)
-    if network.center_crop not in (1, cfg.train.center_crop):
-        logger.warning(
-            "student.pretrained_weights: %s was trained with train.center_crop=%s, and this run has %s",
-            *(path, network.center_crop, cfg.train.center_crop),
-        )
+    warn_of_other_crop("student.pretrained_weights", path, network, cfg)
     loaded, own = network.state_dict(), backbone.state_dict()
     in_file = {name: without_chunk(name) for name in own}  # load_backbone gives names without block_chunks
     if wrong := mismatches({in_file[name]: value for name, value in own.items()}, loaded):
@@ -102,6 +98,15 @@ def _fill_backbone(backbone: nn.Module, path: Path, cfg: Any) -> int:
         )
     backbone.load_state_dict({name: loaded[in_file[name]] for name in own})
     return len(own)
+
+
+def warn_of_other_crop(key: str, source: PathLike, network: DinoVisionTransformer, cfg: Any) -> None:
+    """Log a warning if a network was trained on another part of images than this run takes."""
+    if network.center_crop not in (1, cfg.train.center_crop):
+        logger.warning(
+            "%s: %s was trained with train.center_crop=%s, and this run has %s",
+            *(key, source, network.center_crop, cfg.train.center_crop),
+        )
 
 
 def _fill_head(head: nn.Module, name: str, tensors: Mapping[str, Tensor] | None) -> bool:

@@ -29,6 +29,7 @@ from dinov2.train.batches import TrainBatches, build_augmentation, build_dataset
 from dinov2.train.distillation import load_frozen_teacher
 from dinov2.train.dry_run import count_step_flops, dry_run, find_batch_size, measured_matmul_rate
 from dinov2.train.evaluation import TeacherEvaluation
+from dinov2.train.finetuning import warn_of_other_crop
 from dinov2.train.micro_batches import forward_backward
 from dinov2.train.monitor import CollapseMonitor, profiled_steps
 from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
@@ -255,6 +256,8 @@ def run(args: argparse.Namespace, signals: StopSignals) -> int:
                 folder.prepare(resume=not args.no_resume, eval_only=args.eval_only)
                 setup_logging(folder.path)
             logger.info("%s", describe_environment(cfg))
+            if frozen_teacher is not None:
+                warn_of_other_crop("teacher.pretrained_weights", cfg.teacher.pretrained_weights, frozen_teacher, cfg)
             if not (only_tries or args.eval_only):
                 folder.open_status(run_environment(cfg))
         if dataset is not None and not fill_cache(dataset, signals, only_report=only_tries):

@@ -326,10 +326,11 @@ def _rules(cfg: DictConfig) -> Iterator[tuple[bool, str]]:
         "student.lora.alpha is 0: adapters would have no effect; set student.lora.rank=0 for none",
     )
     yield (
-        cfg.dino.loss_weight == cfg.ibot.loss_weight == cfg.lejepa.loss_weight == 0
+        cfg.dino.loss_weight == cfg.lejepa.loss_weight == 0
+        and not (cfg.ibot.loss_weight and cfg.ibot.mask_sample_probability)
         and not cfg.teacher.pretrained_weights,
-        "dino.loss_weight, ibot.loss_weight and lejepa.loss_weight are all 0: nothing is learned; set one of them, or "
-        "teacher.pretrained_weights",
+        "dino.loss_weight, ibot.loss_weight (or ibot.mask_sample_probability) and lejepa.loss_weight are all 0: "
+        "nothing is learned; set one of them, or teacher.pretrained_weights",
     )
     yield (
         cfg.train.center_crop != 1 and cfg.train.image_fit != "crop",

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from dinov2.hub.backbones import load_backbone
+from dinov2.models import architecture, build_backbone
 from dinov2.train.batches import TrainBatches, build_dataset
 from dinov2.train.distillation import load_frozen_teacher
 from dinov2.train.dry_run import count_step_flops
@@ -123,6 +124,19 @@ def test_mistakes_are_named(failing):
     assert "null for none" in text
     assert "set teacher.pretrained_weights instead" in failing("teacher.frozen={arch: vit_small}")
     assert "nothing is learned" in failing(*ALONE)
+
+
+def test_a_network_of_other_images_is_refused_or_named(run, failing, tmp_path):
+    settings = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 14, "img_size": 28, "layerscale": 1.0}
+    for name, more in (("grey", {"in_chans": 1}), ("centre", {"center_crop": 0.5})):
+        model = build_backbone({**settings, **more, "block_chunks": 0})
+        torch.save({"teacher": model.state_dict(), "architecture": architecture(model)}, tmp_path / f"{name}.pth")
+    text = failing(*ALONE, f"teacher.pretrained_weights={tmp_path / 'grey.pth'}")
+    assert "grey.pth takes images of 1 channels, and training has RGB" in text
+    code, folder = run(*ALONE, f"teacher.pretrained_weights={tmp_path / 'centre.pth'}")
+    assert code == 0
+    log = (folder / "logs" / "log.txt").read_text()
+    assert log.count("centre.pth was trained with train.center_crop=0.5, and this run has 1") == 1
 
 
 def test_the_frozen_network_is_counted(configured, teacher, image_list, tmp_path):

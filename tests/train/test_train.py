@@ -389,7 +389,8 @@ def test_mistakes_in_settings(failing):
     assert "blur_sigma" in failing("augmentation.default.blur_sigma=[2.0,1.0]")
     assert "evaluation.datasets, a: labelled cells: 'nowhere'" in failing("evaluation.datasets=[{name:a,data:nowhere}]")
     assert "at least 2" in failing("train.batch_size_per_gpu=1")
-    assert "all 0: nothing is learned; set one of them" in failing("dino.loss_weight=0", "ibot.loss_weight=0")
+    for ibot in ("ibot.loss_weight=0", "ibot.mask_sample_probability=0"):
+        assert "all 0: nothing is learned; set one of them" in failing("dino.loss_weight=0", ibot)
     assert "lejepa.sigreg_weight must be between 0 and 1" in failing("lejepa.sigreg_weight=2")
     assert "lejepa.head_out_dim must be at least 1" in failing("lejepa.head_out_dim=0")
     assert "unknown dataset" in failing("train.dataset_path=ImageNet:split=TRAIN")
