@@ -66,6 +66,7 @@ N_EVALUATIONS = 4  # during a run
 SHORT, LONG = 5, 25  # steps of the trainings that measure the CPU time of a step
 N_MEASUREMENTS = 3  # beside five busy programs, single ones differ by a seventh
 METRIC = "balanced_accuracy"
+RECALL = "recall of "  # columns of scores.csv: recall of <class> (<test cells>)
 
 
 def write_split(pbc: Path, folder: Path, seed: int = 0) -> dict[str, int]:
@@ -251,7 +252,11 @@ def score(task: str, train: Features, test: Features, labels: pd.DataFrame) -> l
             metrics = summarize(numbers, predicted, class_names)
             low, high = metrics["intervals"][METRIC]
             row = {"task": task, "kind": kind, "method": method.removesuffix("_sweep")}
-            rows.append({**row, "score": metrics[METRIC], "low": low, "high": high})
+            recalls = {
+                f"{RECALL}{name} ({values['support']})": values["recall"]
+                for name, values in metrics["per_class"].items()
+            }
+            rows.append({**row, "score": metrics[METRIC], "low": low, "high": high, **recalls})
     return rows
 
 
@@ -297,6 +302,14 @@ def read_scores(folder: Path) -> tuple[pd.DataFrame, dict[str, Path]]:
     return pd.concat(parts), runs
 
 
+def recalls_of(scores: pd.DataFrame) -> dict[str, dict[str, str]]:
+    """Return the recall of each of the ten classes by name of the runs, for kNN-20 of the CLS token."""
+    rows = scores[(scores["task"] == WITHIN) & (scores["kind"] == "cls") & (scores["method"] == "knn_20")]
+    recalls = rows.set_index("name").filter(like=RECALL).dropna(axis="columns", how="all")
+    means = recalls.rename(columns=lambda column: column.removeprefix(RECALL)).groupby("name", sort=False).mean()
+    return {str(name): {column: f"{value:.2f}" for column, value in row.items()} for name, row in means.iterrows()}
+
+
 def report(scores: pd.DataFrame, runs: Mapping[str, Path], n_images: int) -> list[str]:
     """Return all tables as lines of Markdown."""
     lines = [
@@ -313,6 +326,11 @@ def report(scores: pd.DataFrame, runs: Mapping[str, Path], n_images: int) -> lis
         half = (of_task["high"] - of_task["low"]).mean() / 2
         lines += [f"{task} (95 % interval of one run over the test cells: +- {half:.3f} on average):", ""]
         lines += [*markdown("recipe, budget in core-seconds", rows), ""]
+    lines += [
+        "Share of the cells of a class (number of test cells) that kNN-20 of the CLS token finds, mean of seeds:",
+        "",
+    ]
+    lines += [*markdown("recipe, budget in core-seconds", recalls_of(scores)), ""]
     lines += ["kNN-20 of the CLS token on ten classes by share of the steps, and the cost of a run:", ""]
     rows = {name: {**curve(run), **cost_of(run)} for name, run in runs.items()}
     return lines + markdown("recipe, budget, seed", rows)

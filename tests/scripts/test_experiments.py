@@ -137,6 +137,8 @@ def test_a_killed_experiment_goes_on_within_its_run_and_ends_as_an_unbroken_one(
     )
     pd.testing.assert_frame_equal(of_killed, of_unbroken)
     assert len(of_killed) == 2 * 3 * 2  # tasks, kinds of features, protocols
+    recalls = of_killed.filter(like="recall of ")
+    np.testing.assert_allclose(recalls.mean(axis=1), of_killed["score"])  # balanced accuracy
 
     scores = pd.read_csv(tmp_path / "killed" / "scores.csv")
     assert set(scores["name"]) == {"colour histogram", "dino, 1s", "lejepa, 1s"}
@@ -149,6 +151,7 @@ def test_a_killed_experiment_goes_on_within_its_run_and_ends_as_an_unbroken_one(
     assert set(header[2:]) == {"cls", "mean", "cls+mean"}
     assert histogram[0] == "colour histogram"
     assert [row[0] for row in runs[:2]] == ["dino, 1s", "lejepa, 1s"]
+    assert any("eosinophil (2)" in row for row in runs)
     assert runs[-3][-3:] == ["steps", "images", "minutes"]
     assert runs[-1][-3:-1] == ["40", "160"]
 
