@@ -424,70 +424,90 @@ class SSLMetaArch(nn.Module):
             features: of the global batch; None to gather those of this micro-batch from all processes.
             frozen: tokens of the frozen teacher on the global crops.
         """
-        dino, ibot, lejepa = self.cfg.dino, self.cfg.ibot, self.cfg.lejepa
         terms: dict[str, tuple[float, Tensor]] = {}
+        whole_batch = self._whole_batch(student.compared, features)  # [2, N, D], or [V, N, D] with LeJEPA
+        global_views = whole_batch[:N_GLOBAL_CROPS]
         if self.do_dino:
-            # Two global crops predict each other, and each of L local crops predicts both: 2 + 2L pairs
-            n_pairs = N_GLOBAL_CROPS + N_GLOBAL_CROPS * self.n_local_crops
-            assert student.cls is not None and targets.cls is not None, "the DINO loss has a head"
-            embeddings, prototypes = student.cls
-            n_global = len(student.global_cls_tokens)
-            if self.n_local_crops:
-                local_cls, both_views = (
-                    embeddings[n_global:].chunk(self.n_local_crops),
-                    targets.cls.chunk(N_GLOBAL_CROPS),
-                )
-                local_loss = self.dino_loss(local_cls, both_views, prototypes)
-                terms["dino_local_crops_loss"] = dino.loss_weight, local_loss / n_pairs
-            global_loss = N_GLOBAL_CROPS * self.dino_loss([embeddings[:n_global]], [targets.cls], prototypes)
-            terms["dino_global_crops_loss"] = dino.loss_weight, global_loss / n_pairs
-        if self.do_koleo or self.do_smooth_rank_loss or self.do_lejepa or self.do_metadata:
-            whole_batch = self._whole_batch(student.compared, features)  # [2, N, D], or [V, N, D] with LeJEPA
-            global_views = whole_batch[:N_GLOBAL_CROPS]
+            terms |= self._dino_terms(student, targets)
         if self.do_koleo:
             # within a view: the two views of an image should be close
-            views = global_views if dino.koleo_loss_distributed else split_views(student.global_cls_tokens)
+            distributed = self.cfg.dino.koleo_loss_distributed
+            views = global_views if distributed else split_views(student.global_cls_tokens)
             koleo = torch.stack([self.koleo_loss(view) for view in views]).mean()
-            terms["koleo_loss"] = N_GLOBAL_CROPS, dino.koleo_loss_weight * koleo
+            terms["koleo_loss"] = N_GLOBAL_CROPS, self.cfg.dino.koleo_loss_weight * koleo
         if self.do_smooth_rank_loss:
             rank_loss = smooth_rank_loss(global_views.flatten(0, 1)) / N_GLOBAL_CROPS
-            terms["smooth_rank_loss"] = N_GLOBAL_CROPS, dino.smooth_rank_loss_weight * rank_loss
+            terms["smooth_rank_loss"] = N_GLOBAL_CROPS, self.cfg.dino.smooth_rank_loss_weight * rank_loss
         if self.do_ibot:
-            assert student.patches is not None and targets.patches is not None, "the iBOT loss has a head"
-            embeddings, prototypes = student.patches
-            patch_loss = self.ibot_patch_loss.forward_masked(
-                embeddings,
-                targets.patches,
-                images["collated_masks"],
-                masks_weight=images["masks_weight"],
-                prototypes=prototypes,
-            )
-            terms["ibot_loss"] = N_GLOBAL_CROPS * ibot.loss_weight, patch_loss / N_GLOBAL_CROPS
+            terms |= self._ibot_terms(images, student, targets)
         if self.do_lejepa:
-            with self._precision("student", "lejepa_head"):
-                rows = self.callables["student", "lejepa_head"](whole_batch.flatten(0, 1))  # [V*N, d]
-            projections = rows.float().unflatten(0, whole_batch.shape[:2])  # [V, N, d]
-            centres = projections[:N_GLOBAL_CROPS].mean(dim=0)  # [N, d]
-            invariance = (projections - centres).square().mean()
-            sigreg = self.sigreg_loss(projections, images.get("slices_seed", 0))
-            terms["invariance_loss"] = lejepa.loss_weight * (1 - lejepa.sigreg_weight), invariance
-            terms["sigreg_loss"] = lejepa.loss_weight * lejepa.sigreg_weight, sigreg
+            terms |= self._lejepa_terms(whole_batch, images.get("slices_seed", 0))
         if frozen is not None:
-            with self._precision("student", "distillation_head"):
-                head = self.callables["student", "distillation_head"]
-                cls_tokens, patch_tokens = head(student.global_cls_tokens, student.global_patch_tokens)
-            weight = self.cfg.teacher.distillation_loss_weight
-            terms["distill_cls_loss"] = weight, token_distance(cls_tokens, frozen["x_norm_clstoken"])
-            terms["distill_patch_loss"] = weight, token_distance(patch_tokens, frozen["x_norm_patchtokens"])
+            terms |= self._distillation_terms(student, frozen)
         if self.do_metadata:
-            metadata, tokens = self.cfg.train.metadata, global_views.flatten(0, 1)  # [2N, D]
-            with self._precision("student", "metadata_head"):
-                tokens = reverse_gradient(tokens) if metadata.mode == "suppress" else tokens
-                rows = self.callables["student", "metadata_head"](tokens)  # [2N, d]
-            assert targets.metadata is not None, "step_targets sets it"
-            metadata_loss = self.metadata_loss(rows, targets.metadata.repeat(N_GLOBAL_CROPS))
-            terms["metadata_loss"] = metadata.weight, metadata_loss
+            terms |= self._metadata_terms(global_views, targets)
         return terms
+
+    def _dino_terms(self, student: StudentOutputs, targets: TeacherTargets) -> dict[str, tuple[float, Tensor]]:
+        assert student.cls is not None and targets.cls is not None, "the DINO loss has a head"
+        embeddings, prototypes = student.cls
+        n_global, weight = len(student.global_cls_tokens), self.cfg.dino.loss_weight
+        # Two global crops predict each other, and each of L local crops predicts both: 2 + 2L pairs
+        n_pairs = N_GLOBAL_CROPS + N_GLOBAL_CROPS * self.n_local_crops
+        terms = {}
+        if self.n_local_crops:
+            local_crops = embeddings[n_global:].chunk(self.n_local_crops)
+            local_loss = self.dino_loss(local_crops, targets.cls.chunk(N_GLOBAL_CROPS), prototypes)
+            terms["dino_local_crops_loss"] = weight, local_loss / n_pairs
+        global_loss = N_GLOBAL_CROPS * self.dino_loss([embeddings[:n_global]], [targets.cls], prototypes)
+        return terms | {"dino_global_crops_loss": (weight, global_loss / n_pairs)}
+
+    def _ibot_terms(
+        self, images: Mapping[str, Any], student: StudentOutputs, targets: TeacherTargets
+    ) -> dict[str, tuple[float, Tensor]]:
+        assert student.patches is not None and targets.patches is not None, "the iBOT loss has a head"
+        embeddings, prototypes = student.patches
+        patch_loss = self.ibot_patch_loss.forward_masked(
+            embeddings,
+            targets.patches,
+            images["collated_masks"],
+            masks_weight=images["masks_weight"],
+            prototypes=prototypes,
+        )
+        return {"ibot_loss": (N_GLOBAL_CROPS * self.cfg.ibot.loss_weight, patch_loss / N_GLOBAL_CROPS)}
+
+    def _lejepa_terms(self, whole_batch: Tensor, slices_seed: int) -> dict[str, tuple[float, Tensor]]:
+        """Compare the projections of CLS tokens [V, N, D]."""
+        with self._precision("student", "lejepa_head"):
+            rows = self.callables["student", "lejepa_head"](whole_batch.flatten(0, 1))  # [V*N, d]
+        projections = rows.float().unflatten(0, whole_batch.shape[:2])  # [V, N, d]
+        centres = projections[:N_GLOBAL_CROPS].mean(dim=0)  # [N, d]
+        invariance = (projections - centres).square().mean()
+        sigreg = self.sigreg_loss(projections, slices_seed)
+        weight, share = self.cfg.lejepa.loss_weight, self.cfg.lejepa.sigreg_weight
+        return {"invariance_loss": (weight * (1 - share), invariance), "sigreg_loss": (weight * share, sigreg)}
+
+    def _distillation_terms(
+        self, student: StudentOutputs, frozen: Mapping[str, Tensor]
+    ) -> dict[str, tuple[float, Tensor]]:
+        with self._precision("student", "distillation_head"):
+            head = self.callables["student", "distillation_head"]
+            cls_tokens, patch_tokens = head(student.global_cls_tokens, student.global_patch_tokens)
+        weight = self.cfg.teacher.distillation_loss_weight
+        return {
+            "distill_cls_loss": (weight, token_distance(cls_tokens, frozen["x_norm_clstoken"])),
+            "distill_patch_loss": (weight, token_distance(patch_tokens, frozen["x_norm_patchtokens"])),
+        }
+
+    def _metadata_terms(self, global_views: Tensor, targets: TeacherTargets) -> dict[str, tuple[float, Tensor]]:
+        """Tell the values of images apart by their CLS tokens [2, N, D]."""
+        metadata, tokens = self.cfg.train.metadata, global_views.flatten(0, 1)  # [2N, D]
+        with self._precision("student", "metadata_head"):
+            tokens = reverse_gradient(tokens) if metadata.mode == "suppress" else tokens
+            rows = self.callables["student", "metadata_head"](tokens)  # [2N, d]
+        assert targets.metadata is not None, "step_targets sets it"
+        loss = self.metadata_loss(rows, targets.metadata.repeat(N_GLOBAL_CROPS))
+        return {"metadata_loss": (metadata.weight, loss)}
 
     @property
     def compares_images(self) -> bool:
@@ -497,6 +517,8 @@ class SSLMetaArch(nn.Module):
 
     def _whole_batch(self, own: Tensor, features: BatchFeatures | None) -> Tensor:
         """Insert this micro-batch's CLS tokens [2 or V, B, D] into those of the global batch: [2 or V, N, D].
+
+        If no loss compares images across the global batch, return them alone.
 
         Averaging over n micro-batches and processes divides gradients by n, but only one of them has the gradient of
         these tokens. So it is multiplied by n here.
