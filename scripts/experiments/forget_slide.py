@@ -137,7 +137,8 @@ def train(run: Path, table: Path, *overrides: str) -> None:
     """Run train.py as a user would, which resumes an unfinished run; exit as it does if it is stopped or fails."""
     config = CONFIG_FOLDER / "train" / "small_from_scratch.yaml"
     command = [sys.executable, train_command.__file__, "--config-file", config, "--output-dir", run.parent]
-    images = f"train.dataset_path=HemaStandardDataset:root={table}:shuffle=1"
+    cache = run.parent.parent / "cache"  # decoded images, for all runs
+    images = f"train.dataset_path=HemaStandardDataset:root={table}:shuffle=1:cache={cache}"
     done = subprocess.run([*map(str, command), "--name", run.name, images, *SETTINGS, *overrides])
     if done.returncode:
         sys.exit(done.returncode)
