@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov2.eval.abmil import TrainedAggregator, format_report, main
+from dinov2.eval.abmil import TrainedAggregator, main
 from dinov2.eval.features import Features, write_features
+from dinov2.eval.protocol.abmil_report import format_report
 from dinov2.eval.results import read_predictions
 from dinov2.eval.solvers.robust_mil import INNER_FOLDS
 from dinov2.models import architecture, build_backbone
