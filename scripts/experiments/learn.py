@@ -19,7 +19,7 @@ the budget divided by it is the number of steps of all seeds. Start-up and evalu
 
 A recipe is a name with config values, in YAML; its `config_file`, or else `--config-file`, has all others. Runs are
 ordered by seed, then budget, then recipe. The same command continues a stopped experiment, within a run too. After each
-run, scores.csv and results.md are written with all runs of the output folder.
+run, scores.csv, results.md and curves.png are written with all runs of the output folder.
 """
 
 import argparse
@@ -41,6 +41,7 @@ import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads 
 import numpy as np
 import pandas as pd
 import yaml
+from matplotlib.figure import Figure
 from real_cells import find_ssl_cells
 
 import dinov2.train.train as train_command
@@ -260,12 +261,40 @@ def score(task: str, train: Features, test: Features, labels: pd.DataFrame) -> l
     return rows
 
 
-def curve(run: Path) -> dict[str, str]:
-    """Return kNN-20 of the CLS token during training by share of the steps."""
+def curve(run: Path) -> dict[int, float]:
+    """Return kNN-20 of the CLS token during training by number of steps."""
     reports = [json.loads(path.read_text()) for path in run.glob("eval/training_*/results.json")]
     scores = {r["iteration"]: r["datasets"]["pbc"]["knn"]["knn_20"][METRIC] for r in reports}
-    last = max(scores)
-    return {f"{iteration / last:.0%}": f"{scores[iteration]:.3f}" for iteration in sorted(scores)}
+    return {iteration: scores[iteration] for iteration in sorted(scores)}
+
+
+def draw_curves(runs: Mapping[str, Path], scores: pd.DataFrame, file: Path) -> None:
+    """Draw the curves over core-seconds, a colour for each recipe, and the histogram's scores as dotted lines.
+
+    Runs without a budget are left out, since the CPU time of their steps is not measured.
+    """
+    figure, numbers = Figure(figsize=(9, 6), layout="constrained"), {}
+    axes = figure.add_subplot()
+    for name, run in runs.items():
+        cost = run.parents[1] / "cost.json"
+        if cost.is_file():
+            seconds = json.loads(cost.read_text(encoding="utf-8"))["core_seconds_per_step"]
+            recipe = name.split(",")[0]
+            label = None if recipe in numbers else recipe
+            number = numbers.setdefault(recipe, len(numbers))
+            line = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
+            values = {step * seconds: score for step, score in curve(run).items() if step}  # 0 is not on a log axis
+            axes.plot(list(values), list(values.values()), label=label, linewidth=1, marker=".", **line)
+    histogram = scores[(scores["name"] == "colour histogram") & (scores["task"] == WITHIN)]
+    for method, level in zip(histogram["method"], histogram["score"], strict=True):
+        axes.axhline(level, color="grey", linestyle=":", linewidth=1)
+        text, place = f"colour histogram, {method}", axes.get_yaxis_transform()
+        axes.text(1, level, text, transform=place, ha="right", va="bottom")
+    axes.set(xscale="log", xlabel="core-seconds of the steps", ylabel="balanced accuracy, ten classes (kNN-20, CLS)")
+    if numbers:
+        axes.legend(fontsize=7)
+    with atomic_write(file) as stream:
+        figure.savefig(stream, dpi=100, format="png")
 
 
 def cost_of(run: Path) -> dict[str, str]:
@@ -332,7 +361,11 @@ def report(scores: pd.DataFrame, runs: Mapping[str, Path], n_images: int) -> lis
     ]
     lines += [*markdown("recipe, budget in core-seconds", recalls_of(scores)), ""]
     lines += ["kNN-20 of the CLS token on ten classes by share of the steps, and the cost of a run:", ""]
-    rows = {name: {**curve(run), **cost_of(run)} for name, run in runs.items()}
+    rows = {}
+    for name, run in runs.items():
+        values = curve(run)
+        shares = {f"{step / max(values):.0%}": f"{value:.3f}" for step, value in values.items()}
+        rows[name] = {**shares, **cost_of(run)}
     return lines + markdown("recipe, budget, seed", rows)
 
 
@@ -375,6 +408,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         lines = report(scores, runs, counts["train"])
         with atomic_write(arena.folder / "results.md", "w") as file:
             file.write("\n".join(lines) + "\n")
+        draw_curves(runs, scores, arena.folder / "curves.png")
     print("\n".join(lines))
 
 

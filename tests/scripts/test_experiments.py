@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from dinov2.configs import CONFIG_FOLDER
@@ -155,8 +156,15 @@ def test_a_killed_experiment_goes_on_within_its_run_and_ends_as_an_unbroken_one(
     assert runs[-3][-3:] == ["steps", "images", "minutes"]
     assert runs[-1][-3:-1] == ["40", "160"]
 
+    figures = []
+    monkeypatch.setattr(learn, "Figure", lambda **kwargs: figures.append(Figure(**kwargs)) or figures[-1])
     monkeypatch.setattr(learn.Arena, "train", lambda *_: pytest.fail("all of it is done"))
     learn.main(killed)
+    lines = figures[-1].axes[0].lines[:2]
+    assert [line.get_label() for line in lines] == ["dino", "lejepa"]
+    np.testing.assert_allclose(lines[0].get_xdata(), [0.25, 0.5, 0.75, 1.0])  # core-seconds
+    np.testing.assert_allclose(lines[0].get_ydata(), list(learn.curve(run).values())[1:])
+    assert (tmp_path / "killed" / "curves.png").is_file()
     (tmp_path / "recipes.yaml").write_text(RECIPES.replace("lejepa.loss_weight: 1", "lejepa.loss_weight: 2"))
     with pytest.raises(SystemExit, match=r"lejepa has results of other settings: .*_weight=1'.*choose another recipe"):
         learn.main(killed)
