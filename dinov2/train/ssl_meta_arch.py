@@ -424,20 +424,19 @@ class SSLMetaArch(nn.Module):
             features: of the global batch; None to gather those of this micro-batch from all processes.
             frozen: tokens of the frozen teacher on the global crops.
         """
-        terms: dict[str, tuple[float, Tensor]] = {}
+        dino, terms = self.cfg.dino, dict[str, tuple[float, Tensor]]()
         whole_batch = self._whole_batch(student.compared, features)  # [2, N, D], or [V, N, D] with LeJEPA
         global_views = whole_batch[:N_GLOBAL_CROPS]
         if self.do_dino:
             terms |= self._dino_terms(student, targets)
         if self.do_koleo:
             # within a view: the two views of an image should be close
-            distributed = self.cfg.dino.koleo_loss_distributed
-            views = global_views if distributed else split_views(student.global_cls_tokens)
+            views = global_views if dino.koleo_loss_distributed else split_views(student.global_cls_tokens)
             koleo = torch.stack([self.koleo_loss(view) for view in views]).mean()
-            terms["koleo_loss"] = N_GLOBAL_CROPS, self.cfg.dino.koleo_loss_weight * koleo
+            terms["koleo_loss"] = N_GLOBAL_CROPS, dino.koleo_loss_weight * koleo
         if self.do_smooth_rank_loss:
             rank_loss = smooth_rank_loss(global_views.flatten(0, 1)) / N_GLOBAL_CROPS
-            terms["smooth_rank_loss"] = N_GLOBAL_CROPS, self.cfg.dino.smooth_rank_loss_weight * rank_loss
+            terms["smooth_rank_loss"] = N_GLOBAL_CROPS, dino.smooth_rank_loss_weight * rank_loss
         if self.do_ibot:
             terms |= self._ibot_terms(images, student, targets)
         if self.do_lejepa:

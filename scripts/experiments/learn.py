@@ -364,7 +364,8 @@ def report(scores: pd.DataFrame, runs: Mapping[str, Path], n_images: int) -> lis
     rows = {}
     for name, run in runs.items():
         values = curve(run)
-        shares = {f"{step / max(values):.0%}": f"{value:.3f}" for step, value in values.items()}
+        # to the nearest 5 %: the number of steps is rarely a multiple of that of the evaluations
+        shares = {f"{round(20 * step / max(values)) / 20:.0%}": f"{value:.3f}" for step, value in values.items()}
         rows[name] = {**shares, **cost_of(run)}
     return lines + markdown("recipe, budget, seed", rows)
 

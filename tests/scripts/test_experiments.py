@@ -153,7 +153,7 @@ def test_a_killed_experiment_goes_on_within_its_run_and_ends_as_an_unbroken_one(
     assert histogram[0] == "colour histogram"
     assert [row[0] for row in runs[:2]] == ["dino, 1s", "lejepa, 1s"]
     assert any("eosinophil (2)" in row for row in runs)
-    assert runs[-3][-3:] == ["steps", "images", "minutes"]
+    assert runs[-3][-8:] == ["0%", "25%", "50%", "75%", "100%", "steps", "images", "minutes"]
     assert runs[-1][-3:-1] == ["40", "160"]
 
     figures = []
