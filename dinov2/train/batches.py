@@ -65,15 +65,18 @@ def build_augmentation(cfg: Any) -> DataAugmentationDINO:
     """Build the multi-crop augmentation from `data_transform` and its block of `augmentation`; crops are uint8."""
     crops = cfg.crops
     settings: dict[str, Any] = dict(cfg.augmentation[cfg.data_transform])
-    return _AUGMENTATIONS[cfg.data_transform](
-        tuple(crops.global_crops_scale),
-        tuple(crops.local_crops_scale),
-        crops.local_crops_number,
-        global_crops_size=crops.global_crops_size,
-        local_crops_size=crops.local_crops_size,
-        dtype=torch.uint8,
-        **settings,
-    )
+    try:
+        return _AUGMENTATIONS[cfg.data_transform](
+            tuple(crops.global_crops_scale),
+            tuple(crops.local_crops_scale),
+            crops.local_crops_number,
+            global_crops_size=crops.global_crops_size,
+            local_crops_size=crops.local_crops_size,
+            dtype=torch.uint8,
+            **settings,
+        )
+    except ValueError as error:
+        raise ValueError(f"config values augmentation.{cfg.data_transform}.* and crops.*: {error}") from error
 
 
 def resolve_batch_size(train: Any, world_size: int) -> None:

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import get_worker_info
 
 from dinov2.data import MaskingGenerator
-from dinov2.train.batches import TrainBatches, build_balance, build_dataset, resolve_batch_size
+from dinov2.train.batches import TrainBatches, build_augmentation, build_balance, build_dataset, resolve_batch_size
 from dinov2.utils.config import load_run_config
 
 
@@ -114,6 +114,14 @@ def test_crops_arrive_normalised(config):
     lowest, highest = batch["collated_global_crops"].aminmax()
     assert -2.2 < lowest < -1.5  # black is -2.1 in red, white 2.6 in blue
     assert 2.0 < highest < 2.7
+
+
+def test_an_augmentation_that_cannot_be_is_an_error_with_its_place_in_the_config(config):
+    cfg = config(4, "data_transform=hema", "augmentation.hema.background_radius=[1.0,0.5]")
+    with pytest.raises(
+        ValueError, match=r"augmentation\.hema\.\* and crops\.\*: background_radius: expected 0 < lowest"
+    ):
+        build_augmentation(cfg)
 
 
 def test_failures_come_with_the_batch(config):
