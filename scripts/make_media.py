@@ -9,6 +9,7 @@ shown are drawn ones.
 import argparse
 import os
 import shutil
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -24,6 +25,7 @@ from dinov2.eval.features import read_features
 from dinov2.eval.pages.page import write_page
 from dinov2.hub.backbones import load_backbone
 from dinov2.logging import setup_logging
+from dinov2.utils.command import exit_code
 
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-background-networking")
 CELL = 12  # of the explorer, which is clicked
@@ -108,4 +110,4 @@ def open_browser(scratch: Path) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -11,6 +11,7 @@ uses. Everything runs on one core, as in one worker of the DataLoader.
 
 import argparse
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from dinov2.data import DataAugmentationDINO, DataAugmentationHEMA
 from dinov2.data.datasets.decode import decode_image, load_image, resize_image
 from dinov2.data.loaders import make_dataset
 from dinov2.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_images
+from dinov2.utils.command import exit_code
 from dinov2.utils.resources import keep_freed_memory
 
 N_IMAGES, SIZE, LOCAL_SIZE = 64, 224, 98
@@ -161,4 +163,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

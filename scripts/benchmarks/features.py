@@ -14,6 +14,7 @@ Each way to embed has a process of its own. Weights are random with layer scale 
 
 import argparse
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,7 @@ from dinov2.eval.linear import fit_linear_probe
 from dinov2.eval.protocol import EvaluationData
 from dinov2.hub.backbones import load_backbone
 from dinov2.models import architecture, vision_transformer
+from dinov2.utils.command import exit_code
 from dinov2.utils.numerics import fast_matmul_within
 from dinov2.utils.resources import keep_freed_memory
 
@@ -202,4 +204,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 from dinov2.train.micro_batches import forward_backward
 from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.utils.command import exit_code
 
 STUB = Path(__file__).parents[2] / "tests" / "cuda_stub"
 BATCHES = {"S": 152, "B": 120, "L": 56, "G": 26}  # DinoBloom's, on each GPU
@@ -238,4 +239,4 @@ def way_name(network: str, n_micro_batches: int, checkpointing: bool) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -44,6 +44,7 @@ from dinov2.train.batches import resolve_batch_size
 from dinov2.train.dry_run import count_step_flops, measured_matmul_rate
 from dinov2.train.optimizer import StepGuard, build_optimizer, clip_gradients
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.utils.command import exit_code
 from dinov2.utils.config import load_run_config
 from dinov2.utils.numerics import fast_matmul_within, resolve_precision
 from dinov2.utils.resources import keep_freed_memory
@@ -291,4 +292,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

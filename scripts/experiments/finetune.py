@@ -12,6 +12,7 @@ stopped experiment continues.
 import argparse
 import json
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from dinov2.data.datasets.decode import decode_image, resize_image
 from dinov2.eval import finetune, knn, linear
 from dinov2.hub.backbones import load_backbone, untrained_backbone
 from dinov2.models import architecture
+from dinov2.utils.command import exit_code
 from dinov2.utils.files import atomic_write
 
 SIDE = 128  # px
@@ -140,4 +142,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

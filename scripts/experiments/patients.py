@@ -14,6 +14,7 @@ stopped experiment continues.
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,6 +35,7 @@ from dinov2.data.datasets.labelled_cells import LabelledCells
 from dinov2.eval import abmil
 from dinov2.eval.features.extract import Embedder
 from dinov2.eval.results import summarize
+from dinov2.utils.command import exit_code
 from dinov2.utils.files import atomic_write
 
 N_PARTS, N_PATIENTS, N_CELLS = 5, 150, (60, 140)
@@ -219,4 +221,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

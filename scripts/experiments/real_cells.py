@@ -11,10 +11,13 @@ few erythroblasts or none. The third command prints the share of the attention t
 
 import argparse
 import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+
+from dinov2.utils.command import exit_code
 
 SSL_CLASSES = {1: "neutrophil", 2: "lymphocyte", 3: "monocyte", 4: "eosinophil", 5: "basophil"}
 PLANTED, N_PATIENTS, CELLS_OF_A_PATIENT, PLANTED_CELLS = "erythroblast", 60, 20, (2, 4)
@@ -73,4 +76,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

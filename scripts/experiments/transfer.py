@@ -10,6 +10,7 @@ on one side of a split. A stopped experiment continues.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from dinov2.data.prepare import get_dataset
 from dinov2.data.prepare.write import Options, prepare
 from dinov2.eval import cross, extract_features
 from dinov2.eval.protocol.transfer import CORRECTIONS
+from dinov2.utils.command import exit_code
 
 FOUR = ("eosinophil", "lymphocyte", "monocyte", "neutrophil")
 KINDS = dict.fromkeys((*FOUR, "basophil", "wbc"), "white cell") | {"rbc": "red cell"}
@@ -107,4 +109,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))
