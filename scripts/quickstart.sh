@@ -21,14 +21,15 @@ echo "This takes 3 to 10 minutes on two cores; it depends on the machine, and on
 say "1/3 Drawing sample cells into $output/cells"
 python scripts/make_sample_cells.py --output "$output/cells"
 
-# The drawn slides differ in stain far more than the classes do, so stain and light are jittered more than the recipe does.
+# Drawn cells fill more of their images than PBC's, and their slides differ in light far more than the classes do.
 say "2/3 Training on the images that $output/cells/lists names, without their labels"
 python dinov2/train/train.py \
     --config-file dinov2/configs/train/small_from_scratch.yaml \
     --output-dir "$output" --name run \
     "train.dataset_path=HemaStandardDataset:root=$output/cells/lists:shuffle=1:cache=$output/cells/cache" \
     "evaluation.datasets=[{name: drawn, train: '$output/cells/probe/train', test: '$output/cells/probe/test'}]" \
-    augmentation.hema.stain=0.4 augmentation.hema.brightness=0.3 augmentation.hema.contrast=0.3 \
+    train.center_crop=0.65 "augmentation.hema.background_radius=[0.7,1.0]" \
+    augmentation.hema.brightness=0.3 augmentation.hema.contrast=0.3 \
     optim.epochs=24 evaluation.eval_period_iterations=160
 
 say "3/3 Features of labelled cells, and kNN on them"
@@ -50,6 +51,8 @@ Next: your own images. Write their paths into a .txt file, one a line, and start
   source .venv/bin/activate
   python dinov2/train/train.py --config-file dinov2/configs/train/small_from_scratch.yaml \\
       train.dataset_path=HemaStandardDataset:root=<folder with the .txt file>:shuffle=1
+
+It keeps the central half of each image's side. If your cells fill the images, add train.center_crop=1.
 
 Results: nearest neighbours (k = 1 and 20) among the features of the trained network ("model"), of the same network
 before training ("untrained") and of colour histograms. Test cells are from slides that training never saw.

@@ -23,6 +23,7 @@ run, scores.csv, results.md and curves.png are written with all runs of the outp
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -42,6 +43,7 @@ import numpy as np
 import pandas as pd
 import yaml
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 from real_cells import find_ssl_cells
 
 import dinov2.train.train as train_command
@@ -55,6 +57,7 @@ from dinov2.eval.linear import LinearOptions
 from dinov2.eval.protocol import EvaluationData
 from dinov2.eval.results import summarize
 from dinov2.train.batches import build_dataset
+from dinov2.utils.command import exit_code
 from dinov2.utils.config import load_run_config, read_config
 from dinov2.utils.files import atomic_write, file_sha256
 from dinov2.utils.numerics import derive_seed
@@ -70,9 +73,20 @@ METRIC = "balanced_accuracy"
 RECALL = "recall of "  # columns of scores.csv: recall of <class> (<test cells>)
 
 
-def write_split(pbc: Path, folder: Path, seed: int = 0) -> dict[str, int]:
+def find_pbc_images(pbc: Path) -> list[Path]:
+    """Return the paths of all images of the data set; exit if there are none of its ten classes."""
+    paths = find_images(pbc)
+    if not {path.name.split("_")[0] for path in paths} & ACEVEDO_STAGES.keys():
+        raise SystemExit(
+            f"--pbc: {pbc} has {len(paths)} images, and no name of one begins with {', '.join(ACEVEDO_STAGES)} "
+            "and `_`; give the folder PBC_dataset_normal_DIB"
+        )
+    return paths
+
+
+def write_split(paths: Sequence[Path], folder: Path, seed: int = 0) -> dict[str, int]:
     """Write lists/train.txt and {train,test}{8,10}.csv; return the number of images of each split."""
-    images = pd.DataFrame({"path": sorted(find_images(pbc))})
+    images = pd.DataFrame({"path": paths})
     images["content"] = images["path"].map(file_sha256)
     images["class"] = images["path"].map(lambda path: path.parent.name)
     images["stage"] = images["path"].map(lambda path: path.name.split("_")[0])
@@ -186,14 +200,17 @@ class Arena:
 
     def run(self, name: str, recipe: Recipe, budget: float | None, seed: int) -> None:
         """Train, and write the scores of the features, unless this is done already."""
-        keep_settings(self.folder / name, {"recipe": [recipe.config.name, *recipe.overrides]}, "recipe or --name")
+        cfg = load_run_config(recipe.config, [*recipe.overrides, "train.dataset_path=HemaStandardDataset:root=lists"])
+        values = hashlib.sha256(OmegaConf.to_yaml(cfg).encode()).hexdigest()[:8]  # a configuration may change, too
+        settings = {"recipe": [recipe.config.name, *recipe.overrides], "checksum of all values": values}
+        keep_settings(self.folder / name, settings, "recipe or --name")
         place = self.folder / name / (f"{budget:g}s" if budget else "") / f"seed{seed}"
         if (place / "scores.csv").is_file():
             return
         n_steps = max(1, round(budget / self.cost(name, recipe))) if budget else None
         labelled = {"name": "pbc", "knn_k": [20], **{side: str(self.folder / f"{side}10.csv") for side in SPLITS}}
-        settings = [f"train.seed={seed}", f"evaluation.datasets={json.dumps([labelled])}"]
-        self.train(place, recipe, *self.steps(recipe, n_steps), *settings)
+        overrides = [f"train.seed={seed}", f"evaluation.datasets={json.dumps([labelled])}"]
+        self.train(place, recipe, *self.steps(recipe, n_steps), *overrides)
         scores = self.score(["--checkpoint", str(place), "--kinds", *KINDS], place / "features")
         write_table(scores, place / "scores.csv")
 
@@ -393,12 +410,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, recipe in recipes.items()
         if name in (args.only or recipes)
     }
+    pbc_images = find_pbc_images(args.pbc)
+    ssl_cells = None if args.ssl is None else find_ssl_cells(args.ssl)
     arena = Arena(args.output_dir.resolve())
     sources = {name: path and str(path.resolve()) for name, path in (("pbc", args.pbc), ("ssl", args.ssl))}
     keep_settings(arena.folder, sources, "--output-dir")
-    counts = write_split(args.pbc, arena.folder)
-    if args.ssl is not None:
-        find_ssl_cells(args.ssl).to_csv(arena.folder / "ssl.csv", index=False)
+    counts = write_split(pbc_images, arena.folder)
+    if ssl_cells is not None:
+        ssl_cells.to_csv(arena.folder / "ssl.csv", index=False)
     if not (arena.folder / "histogram.csv").is_file():
         scores = arena.score(["--encoder", "histogram", "--kinds", "cls"], arena.folder / "histogram")
         write_table(scores, arena.folder / "histogram.csv")
@@ -414,4 +433,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

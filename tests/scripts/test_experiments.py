@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ TINY = [
     *("optim.warmup_epochs=1", "optim.freeze_last_layer_epochs=1", "teacher.warmup_teacher_temp_epochs=1"),
     *("evaluation.eval_period_iterations=2", "train.tensorboard=false", "train.device=cpu"),
 ]
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 CONFIG = CONFIG_FOLDER / "train" / "small_from_scratch.yaml"
 STAGES = {"BA": "basophil", "MY": "ig", "ERB": "erythroblast", "PLATELET": "platelet"}
 
@@ -45,7 +47,7 @@ def pbc(tmp_path, write_images):
 
 def test_the_split_has_every_image_once(script, pbc, tmp_path):
     learn = script("learn")
-    assert learn.write_split(pbc, tmp_path / "split") == {"train": 36, "test": 12}
+    assert learn.write_split(learn.find_pbc_images(pbc), tmp_path / "split") == {"train": 36, "test": 12}
     listed = (tmp_path / "split" / "lists" / "train.txt").read_text().splitlines()
     tables = {
         name: pd.read_csv(tmp_path / "split" / f"{name}.csv") for name in ("train8", "test8", "train10", "test10")
@@ -55,8 +57,22 @@ def test_the_split_has_every_image_once(script, pbc, tmp_path):
     assert not any("_99" in path for path in [*listed, *tables["test8"]["Image Path"]])
     assert tables["test8"]["Label"].value_counts().to_dict() == dict.fromkeys(STAGES.values(), 3)
     assert set(tables["train10"]["Label"]) == {"basophil", "myelocyte", "erythroblast"}  # platelets have no stage
-    assert learn.write_split(pbc, tmp_path / "again") == {"train": 36, "test": 12}
+    assert learn.write_split(learn.find_pbc_images(pbc), tmp_path / "again") == {"train": 36, "test": 12}
     assert (tmp_path / "again" / "test8.csv").read_text() == (tmp_path / "split" / "test8.csv").read_text()
+
+
+def test_a_folder_without_the_data_set_is_an_error_before_anything_is_written(pbc, tmp_path, write_images):
+    write_images({tmp_path / "others" / "a.png": 0})
+    command = [sys.executable, SCRIPTS / "experiments" / "learn.py", "--output-dir", tmp_path / "arena"]
+    for flags, message in (
+        (["--pbc", tmp_path / "nowhere"], f"{tmp_path}/nowhere: No such file or directory"),
+        (["--pbc", tmp_path / "others"], f"--pbc: {tmp_path}/others has 1 images, and no name of one begins with BA, "),
+        (["--pbc", pbc, "--ssl", tmp_path], f"{tmp_path}/Class Labels of Dataset 1.csv: No such file or directory"),
+    ):
+        done = subprocess.run([*command, *flags], capture_output=True, text=True)
+        assert done.returncode != 0
+        assert done.stderr.startswith(message), done.stderr
+    assert not (tmp_path / "arena").exists()
 
 
 @pytest.fixture
@@ -168,7 +184,7 @@ def test_a_killed_experiment_goes_on_within_its_run_and_ends_as_an_unbroken_one(
     (tmp_path / "recipes.yaml").write_text(RECIPES.replace("lejepa.loss_weight: 1", "lejepa.loss_weight: 2"))
     with pytest.raises(SystemExit, match=r"lejepa has results of other settings: .*_weight=1'.*choose another recipe"):
         learn.main(killed)
-    data[data.index("--ssl") + 1] = str(tmp_path)
+    data[data.index("--ssl") + 1] = str(shutil.copytree(ssl, tmp_path / "other"))
     with pytest.raises(SystemExit, match=r"killed has results of other settings: .*choose another --output-dir"):
         learn.main([*data, *killed[len(data) :]])
 
@@ -178,7 +194,7 @@ def test_the_cost_of_a_step_is_measured_once(script, pbc, tmp_path, monkeypatch)
     learn = script("learn")
     monkeypatch.setattr(learn, "N_MEASUREMENTS", 1)
     monkeypatch.setattr(learn, "LONG", 105)
-    learn.write_split(pbc, tmp_path)
+    learn.write_split(learn.find_pbc_images(pbc), tmp_path)
     arena, recipe = learn.Arena(tmp_path), learn.Recipe(CONFIG, TINY)
     train, long = arena.train, tmp_path / "tiny" / "105_steps"
     train(long, recipe, *arena.steps(recipe, 105))  # left by a stopped measurement: it must not count
@@ -197,6 +213,20 @@ def test_a_run_that_stops_or_fails_ends_the_experiment_with_its_exit_code(script
         learn.Arena(tmp_path).train(tmp_path / "run", learn.Recipe(tmp_path / "config.yaml", []))
 
 
+def test_a_configuration_that_changed_is_not_the_one_that_was_run(script, tmp_path, monkeypatch):
+    learn, config = script("learn"), tmp_path / "config.yaml"
+    config.write_text(CONFIG.read_text())
+    arena, recipe = learn.Arena(tmp_path), learn.Recipe(config, [])
+    monkeypatch.setattr(arena, "train", lambda *_: None)
+    monkeypatch.setattr(arena, "score", lambda *_: pd.DataFrame([{"score": 0.5}]))
+    arena.run("own", recipe, None, 0)
+    config.write_text(f"# a comment\n{CONFIG.read_text()}")
+    arena.run("own", recipe, None, 1)
+    config.write_text(CONFIG.read_text().replace("center_crop: 0.5", "center_crop: 0.6"))
+    with pytest.raises(SystemExit, match="own has results of other settings"):
+        arena.run("own", recipe, None, 2)
+
+
 def test_the_recipes_of_the_benchmark_are_valid_configurations(script):
     learn = script("learn")
     recipes = learn.read_recipes(Path(learn.__file__).parent / "recipes.yaml", CONFIG)
@@ -204,7 +234,7 @@ def test_the_recipes_of_the_benchmark_are_valid_configurations(script):
         name: load_run_config(recipe.config, [*recipe.overrides, "train.dataset_path=HemaStandardDataset:root=cells"])
         for name, recipe in recipes.items()
     }
-    assert {cfg.student.embed_dim for cfg in cfgs.values()} == {128}  # all train one network
+    assert {name for name, cfg in cfgs.items() if cfg.student.embed_dim != 128} == {"wide"}
     assert cfgs["dino"].dino.loss_weight == cfgs["lejepa"].lejepa.loss_weight == 1
     assert recipes["from_scratch"].overrides == []
 
