@@ -102,7 +102,7 @@ def _fill_backbone(backbone: nn.Module, path: Path, cfg: Any) -> int:
 
 def warn_of_other_crop(key: str, source: PathLike, network: DinoVisionTransformer, cfg: Any) -> None:
     """Log a warning if a network was trained on another part of images than this run takes."""
-    if network.center_crop not in (1, cfg.train.center_crop):
+    if network.center_crop != cfg.train.center_crop:
         logger.warning(
             "%s: %s was trained with train.center_crop=%s, and this run has %s",
             *(key, source, network.center_crop, cfg.train.center_crop),

@@ -128,15 +128,17 @@ def test_mistakes_are_named(failing):
 
 def test_a_network_of_other_images_is_refused_or_named(run, failing, tmp_path):
     settings = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 14, "img_size": 28, "layerscale": 1.0}
-    for name, more in (("grey", {"in_chans": 1}), ("centre", {"center_crop": 0.5})):
+    for name, more in (("grey", {"in_chans": 1}), ("centre", {"center_crop": 0.5}), ("whole", {})):
         model = build_backbone({**settings, **more, "block_chunks": 0})
         torch.save({"teacher": model.state_dict(), "architecture": architecture(model)}, tmp_path / f"{name}.pth")
     text = failing(*ALONE, f"teacher.pretrained_weights={tmp_path / 'grey.pth'}")
     assert "grey.pth takes images of 1 channels, and training has RGB" in text
-    code, folder = run(*ALONE, f"teacher.pretrained_weights={tmp_path / 'centre.pth'}")
-    assert code == 0
-    log = (folder / "logs" / "log.txt").read_text()
-    assert log.count("centre.pth was trained with train.center_crop=0.5, and this run has 1") == 1
+    for name, theirs, own in (("centre", 0.5, 1.0), ("whole", 1.0, 0.5)):
+        weights = f"teacher.pretrained_weights={tmp_path / name}.pth"
+        code, folder = run(*ALONE, weights, f"train.center_crop={own}", name=name)
+        assert code == 0
+        log = (folder / "logs" / "log.txt").read_text()
+        assert log.count(f"{name}.pth was trained with train.center_crop={theirs}, and this run has {own}") == 1
 
 
 def test_the_frozen_network_is_counted(configured, teacher, image_list, tmp_path):
