@@ -6,12 +6,11 @@ r"""Measure on drawn and on real cells whether metadata guidance makes features 
         aslan=<blood-cell-detection-dataset> -- train.center_crop=1
 
 Small networks train on cells of 64 drawn slides, each with its own stain, light and camera, by small_from_scratch.yaml
-with the values of SETTINGS:
-without guidance, with `train.metadata` suppressing the column `slide`, with stronger jitter of colour or stains, with
-colours that are standardised in each image before, and without other images' backgrounds. Cells of 16 other slides test
-the features (CLS token): kNN-20 and a linear probe of the ten classes, which learn from the training slides; and the
-batch effect, how well a linear probe and 1-NN tell these 16 slides apart within a class (chance 1/16;
-dinov2/eval/cross.py). The first row of a table is the same network, not trained.
+with the values of SETTINGS. The recipes: no guidance, `train.metadata` that suppresses the column `slide`, stronger
+jitter of colour or stains, colours that are standardised in each image before, and no other images' backgrounds. Cells
+of 16 other slides test the features (CLS token): kNN-20 and a linear probe of the ten classes, which learn from the
+training slides; and the batch effect, how well a linear probe and 1-NN tell these 16 slides apart within a class
+(chance 1/16; dinov2/eval/cross.py). The first row of a table is the same network, not trained.
 
 With `--hospitals` real cells take the place of drawn ones, and data sets that of slides. Their common classes are kinds
 of cell, as in transfer.py; a quarter of the smear images, or of the cells of sets without them, tests. Four classes of
@@ -33,7 +32,7 @@ import dinov2  # noqa: F401  # before torch loads: it limits how OpenMP threads 
 # isort: split
 import numpy as np
 import pandas as pd
-from learn import METRIC, keep_settings, markdown, spread, write_table
+from learn import METRIC, checksum, keep_settings, markdown, spread, write_table
 from PIL import Image
 from transfer import KINDS, WHITE, write_cells
 
@@ -50,8 +49,10 @@ from dinov2.eval.linear import LinearOptions
 from dinov2.eval.protocol import EvaluationData
 from dinov2.eval.results import summarize
 from dinov2.utils.command import exit_code, progress_bar
+from dinov2.utils.config import load_run_config
 from dinov2.utils.files import atomic_write
 
+CONFIG = CONFIG_FOLDER / "train" / "small_from_scratch.yaml"
 SIZE = 96  # px
 # {part: (slides, cells of each class on a slide)}; half of the latter train a predictor of the slide
 PARTS = {"train": (64, 2), "unseen": (16, 6)}
@@ -140,11 +141,10 @@ def cut_hospitals(sources: dict[str, str], folder: Path) -> dict[str, Path]:
 
 def train(run: Path, table: Path, *overrides: str) -> None:
     """Run train.py as a user would, which resumes an unfinished run; exit as it does if it is stopped or fails."""
-    config = CONFIG_FOLDER / "train" / "small_from_scratch.yaml"
-    command = [sys.executable, train_command.__file__, "--config-file", config, "--output-dir", run.parent]
+    command = [sys.executable, train_command.__file__, "--config-file", CONFIG, "--output-dir", run.parent]
     cache = run.parent.parent / "cache"  # decoded images, for all runs
     images = f"train.dataset_path=HemaStandardDataset:root={table}:shuffle=1:cache={cache}"
-    done = subprocess.run([*map(str, command), "--name", run.name, images, *SETTINGS, *overrides])
+    done = subprocess.run([*map(str, command), "--name", run.name, images, *overrides])
     if done.returncode:
         sys.exit(done.returncode)
 
@@ -226,18 +226,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     scores = pd.read_csv(folder / "scores.csv").to_dict("records") if (folder / "scores.csv").is_file() else []
     for seed in args.seeds:
         for name in (UNTRAINED, *args.only):
+            own = [*SETTINGS, *RECIPES.get(name, []), *args.overrides]
+            cfg = load_run_config(CONFIG, [*own, "train.dataset_path=HemaStandardDataset:root=lists"])
+            runs = folder / name.replace(",", "").replace(" ", "_")
+            keep_settings(runs, {"checksum of all values": checksum(cfg)}, "--output-dir")
             if any((row["recipe"], row["seed"]) == (name, seed) for row in scores):
                 continue
             tables = cells
             if name == STANDARDISED:
                 tables = {part: standardise_part(table, folder / "standardised") for part, table in cells.items()}
-            run = folder / name.replace(",", "").replace(" ", "_") / f"seed{seed}"
+            run = runs / f"seed{seed}"
             steps = 1 if name == UNTRAINED else args.steps
             length = [f"train.OFFICIAL_EPOCH_LENGTH={steps}", "optim.epochs=1", "train.saveckp_freq=0.25"]
             if name == UNTRAINED:
                 length += ["optim.base_lr=0", "optim.min_lr=0"]
-            settings = [*length, "evaluation.eval_period_iterations=0", f"train.seed={seed}", *args.overrides]
-            train(run, tables["train"], *RECIPES.get(name, []), *settings)
+            settings = [*length, "evaluation.eval_period_iterations=0", f"train.seed={seed}"]
+            train(run, tables["train"], *settings, *own)
             scores.append({"recipe": name, "seed": seed, **score(run, tables, run / "features")})
             write_table(pd.DataFrame(scores), folder / "scores.csv")
             with atomic_write(folder / "results.md", "w") as file:

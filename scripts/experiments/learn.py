@@ -201,8 +201,7 @@ class Arena:
     def run(self, name: str, recipe: Recipe, budget: float | None, seed: int) -> None:
         """Train, and write the scores of the features, unless this is done already."""
         cfg = load_run_config(recipe.config, [*recipe.overrides, "train.dataset_path=HemaStandardDataset:root=lists"])
-        values = hashlib.sha256(OmegaConf.to_yaml(cfg).encode()).hexdigest()[:8]  # a configuration may change, too
-        settings = {"recipe": [recipe.config.name, *recipe.overrides], "checksum of all values": values}
+        settings = {"recipe": [recipe.config.name, *recipe.overrides], "checksum of all values": checksum(cfg)}
         keep_settings(self.folder / name, settings, "recipe or --name")
         place = self.folder / name / (f"{budget:g}s" if budget else "") / f"seed{seed}"
         if (place / "scores.csv").is_file():
@@ -229,6 +228,11 @@ class Arena:
             four = pd.concat([pd.read_csv(cells["train"]), pd.read_csv(cells["ssl"])])
             rows += score(TRANSFER, features["train"], features["ssl"], four[four["Label"].isin(FOUR)])
         return pd.DataFrame(rows)
+
+
+def checksum(cfg: Any) -> str:
+    """Return a short checksum of all values of a configuration, whose file may change between two runs."""
+    return hashlib.sha256(OmegaConf.to_yaml(cfg).encode()).hexdigest()[:8]
 
 
 def keep_settings(folder: Path, settings: Mapping[str, Any], key: str) -> None:

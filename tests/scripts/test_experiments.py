@@ -273,6 +273,10 @@ def test_networks_that_should_forget_the_slide_are_tested_on_other_slides(script
     assert [json.loads(line)["metadata_loss"] > 0 for line in metrics] == [False, True]
     monkeypatch.setattr(forget_slide, "train", lambda *_: pytest.fail("all of it is done"))
     forget_slide.main(command)
+    with monkeypatch.context() as changed:
+        changed.setattr(forget_slide, "RECIPES", {**forget_slide.RECIPES, suppress: ["train.metadata.column=slide"]})
+        with pytest.raises(SystemExit, match=r"suppress_slide_weight_0\.1 has results of other settings: .*checksum"):
+            forget_slide.main(command)
     command[command.index("2")] = "3"
     with pytest.raises(SystemExit, match=r"has results of other settings: \{'steps': 2.*choose another --output-dir"):
         forget_slide.main(command)
